@@ -1,0 +1,47 @@
+"""Errors that are the user's to fix: one message that says what, what was got, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user handed in. The command line prints it without a traceback and exits with 2.
+
+    Args:
+        what: What is wrong, as a sentence without its full stop.
+        got: What was found.
+        expected: What would have been right.
+        fix: What to do about it.
+    """
+
+    def __init__(
+        self, what: str, *, got: object = None, expected: object = None, fix: str | None = None
+    ) -> None:
+        parts = [what.rstrip(".") + "."]
+        if got is not None:
+            parts.append(f"Got: {got}.")
+        if expected is not None:
+            parts.append(f"Expected: {expected}.")
+        if fix is not None:
+            parts.append(f"Fix: {fix.rstrip('.')}.")
+        super().__init__(" ".join(parts))
+
+
+class DivergedError(UserError):
+    """Training produced a value that is not finite; the last good checkpoint is kept."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a list, with the nearest names that are.
+
+    Args:
+        kind: What the name names, for example ``"divergence"``.
+        name: What the user wrote.
+        known: All valid names.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.5)
+    fix = f"did you mean {' or '.join(near)}?" if near else "choose one of the names listed"
+    return UserError(f"unknown {kind}", got=repr(name), expected=f"one of {', '.join(names)}", fix=fix)

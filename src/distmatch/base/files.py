@@ -1,0 +1,198 @@
+"""Files that are whole or absent: temporary name, fsync, rename. Nothing here ever unpickles."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as _serialise
+
+from distmatch.base.errors import UserError
+
+_PICKLE_HEADS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+
+
+def _os_error(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}",
+        got=error.strerror or str(error),
+        expected="a folder with free space and write permission",
+        fix="choose another place with --out, or free some space",
+    )
+
+
+def _fsync_dir(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Writes ``content`` to ``path`` so that a crash leaves the old file or the new one, never a part.
+
+    Raises:
+        UserError: The folder cannot be written or the disk is full.
+    """
+    target = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+        _fsync_dir(target.parent)
+    except OSError as error:
+        raise _os_error(target, error) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def atomic_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes ``value`` as indented JSON, atomically."""
+    atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary folder to fill; on success it takes the name ``path``, replacing what was there.
+
+    Raises:
+        UserError: The place cannot be written.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise _os_error(target, error) from error
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                fd = os.open(file, os.O_RDONLY)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        os.chmod(temporary, 0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            os.replace(target, old)
+            os.replace(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
+        _fsync_dir(target.parent)
+    except OSError as error:
+        raise _os_error(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UserError: The file is missing or is not JSON.
+    """
+    file = Path(path)
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing", expected="a JSON file", fix="check the path") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"cannot read {file} as JSON", got=str(error), fix="restore it from a copy") from error
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors as safetensors, atomically."""
+    flat = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    atomic_write(path, _serialise(flat, dict(metadata) if metadata else None))
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file on the CPU.
+
+    Raises:
+        UserError: The file is missing, truncated, or is a pickle (which is refused, never loaded).
+    """
+    file = Path(path)
+    try:
+        with open(file, "rb") as handle:
+            head = handle.read(4)
+    except OSError as error:
+        raise UserError(f"cannot open {file}", got=error.strerror, expected="a safetensors file") from error
+    if any(head.startswith(magic) for magic in _PICKLE_HEADS):
+        raise UserError(
+            f"{file} is a pickle or a torch zip archive and was not opened",
+            expected="safetensors: a pickle can run any code when it is loaded",
+            fix="convert it where you trust it, with safetensors.torch.save_file",
+        )
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot read {file} as safetensors",
+            got=str(error),
+            expected="a whole safetensors file",
+            fix="it may be truncated: copy it again, or use an earlier checkpoint",
+        ) from error
+
+
+def load_into(
+    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str
+) -> None:
+    """Copies ``tensors`` into ``module``, all or nothing.
+
+    Raises:
+        UserError: A tensor is missing, left over, or of another shape (another architecture).
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - own.keys())
+    wrong = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    if missing or extra or wrong:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} tensors missing (first: {missing[0]})")
+        if extra:
+            parts.append(f"{len(extra)} tensors too many (first: {extra[0]})")
+        if wrong:
+            k = sorted(wrong)[0]
+            parts.append(f"{k} has shape {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}")
+        raise UserError(
+            f"{source} belongs to another architecture",
+            got="; ".join(parts),
+            expected=f"the {len(own)} tensors of this model",
+            fix="use the config that was saved beside it",
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def guard(action: Callable[[], Any], path: str | os.PathLike[str]) -> Any:
+    """Runs a writing ``action`` and turns an operating-system error into a :class:`UserError`."""
+    try:
+        return action()
+    except OSError as error:
+        raise _os_error(Path(path), error) from error

@@ -1,0 +1,1 @@
+"""The diffusion substrate: denoisers, noise levels, exact mixtures, samplers, guidance."""
