@@ -1,0 +1,192 @@
+"""The exact teacher: a Gaussian mixture, whose noised density, score and posterior are closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.base.seeds import generator as make_generator
+
+ArrayLike = Tensor | Sequence[float] | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]]
+
+
+class GaussianMixture(nn.Module):
+    """sum_k w_k N(mean_k, C_k), noised exactly: x = x0 + sigma eps has C_k + sigma^2 I.
+
+    It is a :class:`~distmatch.diffusion.denoiser.Denoiser`. Parameters are kept in float64; results come in
+    the dtype of ``x``. Covariances are kept as eigen-decompositions, so a call costs O(B K D^2).
+
+    Args:
+        weights: (K,) non-negative, summing to one.
+        means: (K, D).
+        covariances: (K, D, D), or (K, D) diagonals, or (K,) variances times the identity.
+        classes: Optional (K,) class of each component; conditioning on a class keeps its components.
+        sigma_min: Smallest noise level samplers should go to.
+        sigma_max: Largest noise level; samplers start there.
+
+    Raises:
+        UserError: Shapes disagree, weights are not a distribution, or a covariance is not positive
+            semi-definite.
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+    classes: Tensor
+    _eigenvalues: Tensor
+    _eigenvectors: Tensor
+
+    def __init__(
+        self,
+        weights: ArrayLike,
+        means: ArrayLike,
+        covariances: ArrayLike,
+        classes: Sequence[int] | Tensor | None = None,
+        *,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ) -> None:
+        super().__init__()
+        w, m, c = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covariances))
+        if w.ndim != 1 or m.ndim != 2 or len(w) != len(m) or len(c) != len(w):
+            raise UserError(
+                "the parts of a mixture do not fit together",
+                got=f"weights {tuple(w.shape)}, means {tuple(m.shape)}, covariances {tuple(c.shape)}",
+                expected="(K,), (K, D) and (K, D, D) or (K, D) or (K,)",
+            )
+        if not bool((w >= 0).all()) or abs(float(w.sum()) - 1) > 1e-6:
+            raise UserError(
+                "mixture weights must be non-negative and sum to one", got=[round(v, 6) for v in w.tolist()]
+            )
+        dim = m.shape[1]
+        if c.ndim == 1:
+            c = c[:, None].expand(-1, dim)
+        if c.ndim == 2:
+            c = torch.diag_embed(c)
+        if c.shape != (len(w), dim, dim) or not torch.allclose(c, c.mT):
+            raise UserError(
+                "covariances must be symmetric, one for each component",
+                got=tuple(c.shape),
+                expected=(len(w), dim, dim),
+            )
+        values, vectors = torch.linalg.eigh(c)
+        if float(values.min()) < -1e-10:
+            raise UserError(
+                "a covariance is not positive semi-definite", got=f"eigenvalue {float(values.min()):.3g}"
+            )
+        labels = torch.zeros(len(w), dtype=torch.int64) if classes is None else torch.as_tensor(classes)
+        if labels.shape != w.shape or labels.is_floating_point() or int(labels.min()) < 0:
+            raise UserError("classes must be one non-negative integer for each component", got=labels.tolist())
+        self.register_buffer("weights", w / w.sum())
+        self.register_buffer("means", m)
+        self.register_buffer("covariances", c)
+        self.register_buffer("classes", labels)
+        self.register_buffer("_eigenvalues", values.clamp_min(0))
+        self.register_buffer("_eigenvectors", vectors)
+        self.shape: tuple[int, ...] = (dim,)
+        self.num_classes = 0 if classes is None else int(labels.max()) + 1
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        centred = m - (w[:, None] * m).sum(0)
+        total = (w * (values.clamp_min(0).sum(1) + centred.square().sum(1))).sum()
+        self.sigma_data = math.sqrt(float(total) / dim)
+
+    def _log_weights(self, condition: Tensor | None, like: Tensor) -> Tensor:
+        """Log component weights, (1, K) or (B, K) when conditioned, in the dtype of ``like``."""
+        log_w = self.weights.log()[None]
+        if condition is not None:
+            if int(condition.max()) >= max(self.num_classes, 1):
+                raise UserError(
+                    "a class this mixture does not have",
+                    got=int(condition.max()),
+                    expected=f"below {self.num_classes}",
+                )
+            keep = (condition[:, None] == self.classes[None]) | (condition[:, None] < 0)
+            log_w = torch.where(keep, log_w, -math.inf).log_softmax(dim=1)
+        return log_w.to(like.dtype)
+
+    def _components(
+        self, x: Tensor, sigma: Tensor | float, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log p_k(x) + log w_k (B, K), rotated residuals (B, K, D), noised variances, eigenvectors."""
+        if x.ndim != 2 or x.shape[1] != self.shape[0]:
+            raise UserError("x has the wrong shape", got=tuple(x.shape), expected=f"(B, {self.shape[0]})")
+        vectors = self._eigenvectors.to(x.dtype)
+        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        variance = self._eigenvalues.to(x.dtype)[None] + level[:, None, None] ** 2
+        residual = x[:, None, :] - self.means.to(x.dtype)[None]
+        rotated = torch.einsum("kde,bkd->bke", vectors, residual)
+        log_p = -0.5 * ((rotated**2 / variance) + (2 * math.pi * variance).log()).sum(-1)
+        return log_p + self._log_weights(condition, x), rotated, variance, vectors
+
+    def log_prob(self, x: Tensor, sigma: Tensor | float = 0.0, condition: Tensor | None = None) -> Tensor:
+        """Log density in nats of the noised mixture at ``x`` (B, D); returns (B,)."""
+        return torch.logsumexp(self._components(x, sigma, condition)[0], dim=1)
+
+    def score(self, x: Tensor, sigma: Tensor | float = 0.0, condition: Tensor | None = None) -> Tensor:
+        """Gradient of :meth:`log_prob` with respect to ``x``, (B, D)."""
+        log_p, rotated, variance, vectors = self._components(x, sigma, condition)
+        pull = torch.einsum("kde,bke->bkd", vectors, rotated / variance)
+        return -torch.einsum("bk,bkd->bd", log_p.softmax(1), pull)
+
+    def _posterior(
+        self, x: Tensor, sigma: Tensor | float, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Responsibilities (B, K), component posterior means (B, K, D) and eigenvalue shrinkage (B, K, D)."""
+        log_p, rotated, variance, vectors = self._components(x, sigma, condition)
+        shrink = self._eigenvalues.to(x.dtype)[None] / variance
+        means = self.means.to(x.dtype)[None] + torch.einsum("kde,bke->bkd", vectors, shrink * rotated)
+        return log_p.softmax(1), means, shrink
+
+    def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
+        """The exact denoiser E[x0 | x], (B, D)."""
+        responsibility, means, _ = self._posterior(x, sigma, condition)
+        return torch.einsum("bk,bkd->bd", responsibility, means)
+
+    def posterior_covariance(
+        self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None
+    ) -> Tensor:
+        """Cov[x0 | x], (B, D, D); equals sigma^2 times the Jacobian of the denoiser."""
+        responsibility, means, shrink = self._posterior(x, sigma, condition)
+        vectors = self._eigenvectors.to(x.dtype)
+        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        within = torch.einsum("kde,bke,kfe->bkdf", vectors, shrink * level[:, None, None] ** 2, vectors)
+        mean = torch.einsum("bk,bkd->bd", responsibility, means)
+        centred = means - mean[:, None]
+        between = torch.einsum("bk,bkd,bke->bde", responsibility, centred, centred)
+        return torch.einsum("bk,bkdf->bdf", responsibility, within) + between
+
+    def sample_with_components(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        condition: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draws ``n`` clean samples (n, D) float32 and the index of each one's component (n,)."""
+        device = self.means.device
+        gen = make_generator(seed, "mixture", device) if generator is None else generator
+        weights = self._log_weights(condition, self.weights).exp()
+        if condition is None:
+            k = torch.multinomial(weights[0], n, replacement=True, generator=gen)
+        else:
+            k = torch.multinomial(weights, 1, generator=gen)[:, 0]
+        z = torch.randn(n, self.shape[0], generator=gen, device=device, dtype=torch.float64)
+        scaled = self._eigenvalues[k].sqrt() * z
+        x = self.means[k] + torch.einsum("nde,ne->nd", self._eigenvectors[k], scaled)
+        return x.float(), k
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        condition: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws ``n`` clean samples, (n, D) float32; ``condition`` (n,) asks for classes."""
+        return self.sample_with_components(n, seed=seed, condition=condition, generator=generator)[0]

@@ -1,0 +1,99 @@
+"""Distributions of noise levels, each with its CDF, so that bins of equal probability are one call away."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """log sigma ~ N(mean, std^2): the training distribution of EDM (Karras et al. 2022, table 1).
+
+    Attributes:
+        mean: Mean of log sigma.
+        std: Standard deviation of log sigma.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise UserError("the spread of log sigma must be positive", got=self.std, expected="std > 0")
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The level below which a share ``u`` in (0, 1) of the samples lies."""
+        return torch.exp(self.mean + self.std * math.sqrt(2) * torch.erfinv(2 * u - 1))
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The share of samples below ``sigma``."""
+        return 0.5 * (1 + torch.erf((sigma.log() - self.mean) / (self.std * math.sqrt(2))))
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws ``n`` levels on the generator's device."""
+        normal = torch.randn(n, generator=generator, device=generator.device)
+        return torch.exp(self.mean + self.std * normal)
+
+
+@dataclass(frozen=True)
+class Karras:
+    """sigma^(1/rho) uniform between the ends: the grid of EDM (eq. 5) read as a distribution.
+
+    Attributes:
+        low: Smallest level.
+        high: Largest level.
+        rho: Curvature; larger puts more samples at small levels.
+    """
+
+    low: float = 0.002
+    high: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise UserError(
+                "noise levels must satisfy 0 < low < high", got=f"low={self.low}, high={self.high}"
+            )
+        if not self.rho > 0:
+            raise UserError("rho must be positive", got=self.rho)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The level below which a share ``u`` in [0, 1] of the samples lies."""
+        a, b = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
+        return (a + u * (b - a)) ** self.rho
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The share of samples below ``sigma``."""
+        a, b = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
+        return ((sigma ** (1 / self.rho) - a) / (b - a)).clamp(0, 1)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws ``n`` levels on the generator's device."""
+        return self.quantile(torch.rand(n, generator=generator, device=generator.device))
+
+
+NoiseLevels = LogNormal | Karras
+
+
+def karras_grid(steps: int, low: float, high: float, rho: float = 7.0) -> Tensor:
+    """The sampling grid of EDM (eq. 5): ``steps`` decreasing levels from ``high`` to ``low``, then 0.
+
+    Returns:
+        Tensor of shape (steps + 1,), float64.
+
+    Raises:
+        UserError: Fewer than one step, or levels out of order.
+    """
+    if steps < 1:
+        raise UserError("a sampling grid needs at least one step", got=steps, fix="use --steps 1 or more")
+    if not 0 < low < high:
+        raise UserError("noise levels must satisfy 0 < low < high", got=f"low={low}, high={high}")
+    i = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+    a, b = high ** (1 / rho), low ** (1 / rho)
+    return torch.cat([(a + i * (b - a)) ** rho, torch.zeros(1, dtype=torch.float64)])
