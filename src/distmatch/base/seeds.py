@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 
@@ -16,3 +17,15 @@ def stream_seed(seed: int, name: str) -> int:
 def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator for the stream ``name``, on ``device``."""
     return torch.Generator(device=device).manual_seed(stream_seed(seed, name))
+
+
+def latents(n: int, shape: tuple[int, ...], seed: int, name: str = "latents") -> torch.Tensor:
+    """Unit normal noise (n, *shape) float32 on the CPU; row i is the same whatever ``n`` is.
+
+    torch fills normals in blocks of 16 and redoes the last block when the size is not a multiple of it, so
+    whole blocks are drawn and the rest is cut off.
+    """
+    size = math.prod(shape)
+    blocks = -(-n * size // 16)
+    flat = torch.randn(16 * blocks, generator=generator(seed, name))
+    return flat[: n * size].reshape(n, *shape)

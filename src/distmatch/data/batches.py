@@ -1,0 +1,56 @@
+"""Batches as a pure function of the step, so that the data position is the step number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distmatch.base.seeds import generator
+from distmatch.data.dataset import Dataset
+from distmatch.data.order import BatchOrder
+
+
+class Batch(NamedTuple):
+    """One training batch.
+
+    Attributes:
+        x: Clean samples in model space, (B, *shape) float32.
+        labels: (B,) int64, or None.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+
+
+@dataclass
+class Batches:
+    """Draws batch number ``step`` of a data set; the same number gives the same batch.
+
+    Attributes:
+        data: The data set.
+        size: Samples a batch.
+        seed: Seed of order and flips.
+        flip: Whether images are mirrored left-right with probability one half.
+        device: Where the batches go.
+    """
+
+    data: Dataset
+    size: int
+    seed: int
+    flip: bool = False
+    device: torch.device | str = "cpu"
+    _order: BatchOrder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._order = BatchOrder(len(self.data), self.size, self.seed)
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of this step."""
+        mask = None
+        if self.flip and self.data.kind == "image":
+            mask = torch.rand(self.size, generator=generator(self.seed, f"flip/{step}")) < 0.5
+        x, labels = self.data.batch(self._order.indices(step), flip=mask)
+        return Batch(x.to(self.device), None if labels is None else labels.to(self.device))

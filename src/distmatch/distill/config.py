@@ -1,0 +1,159 @@
+"""What a distillation run can be told. Imports no torch, so that the command line answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from distmatch.base.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Settings of f-distill and its special cases.
+
+    The defaults are for laptop-size problems; `docs/f-distill.md` lists the published ones.
+    """
+
+    calls: int = 1
+    """Network calls of the student: 1, or more with backward simulation."""
+    student_sigma: float = 0.0
+    """Noise level at which the student starts; 0 takes the teacher's sigma_max."""
+    critic_steps: int = 5
+    """K: the student moves at every K-th step."""
+    order: Literal["same-batch", "alternate"] = "same-batch"
+    """same-batch: critic every step, student every K-th on the same samples (DMD2).
+    alternate: every K-th step is the student's, the others the critic's (FastGen)."""
+    warmup_steps: int = 0
+    """Steps in which only the critic and the discriminator learn."""
+    lr: float = 1e-4
+    """Learning rate of the student."""
+    lr_critic: float = 2e-4
+    """Learning rate of the fake score."""
+    lr_ratio: float = 1e-3
+    """Learning rate of the discriminator."""
+    lr_decay: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the run, after lr_rampup steps of linear warm-up."""
+    lr_rampup: int = 100
+    """Steps of linear learning-rate warm-up."""
+    beta1: float = 0.9
+    """First Adam moment decay of all optimisers."""
+    beta2: float = 0.99
+    """Second Adam moment decay of all optimisers."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm of each network; 0 leaves gradients alone."""
+    ema_half_life: float = 200.0
+    """Half-life of the student average, in student updates."""
+    gan_weight: float = 1e-3
+    """Weight of the adversarial term of the student; 0 leaves it out."""
+    r1: float = 0.0
+    """Weight of the approximate R1 penalty on the discriminator."""
+    ratio_features: Literal["auto", "teacher", "fake", "own"] = "auto"
+    """What the discriminator sees: features of the frozen teacher (only its head learns), features of the
+    fake score (which then learns from it, as in DMD2), or a small network of its own on the noised samples."""
+    ratio_bins: int = 10
+    """Noise bins of the ratio normaliser, of equal probability."""
+    ratio_memory: float = 0.95
+    """Share of the normaliser's running sums kept at each student step."""
+    ratio_min_count: float = 64.0
+    """Samples a noise bin needs before its own mean is used."""
+    ratio_clip: float = 3.0
+    """Bound on |log r| after normalisation."""
+    noise_low: float = 0.02
+    """Smallest noise level at which student and teacher are compared."""
+    noise_high: float = 0.0
+    """Largest noise level of the comparison; 0 takes the teacher's sigma_max."""
+    noise_rho: float = 7.0
+    """Curvature of the noise-level distribution (Karras)."""
+    scaling: Literal["dmd2", "score"] = "dmd2"
+    """dmd2: per-sample gradient scaled by mean |x0 - D_teacher|. score: the plain score difference."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale of the teacher; 1 is none."""
+    fit_steps: int = 2000
+    """Regression steps that start student and critic off a teacher without a network (exact teachers)."""
+
+    def __post_init__(self) -> None:
+        positive = ("calls", "critic_steps", "lr", "lr_critic", "lr_ratio", "ema_half_life", "ratio_clip")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive", got=getattr(self, name))
+        not_negative = ("student_sigma", "warmup_steps", "gan_weight", "r1", "grad_clip", "noise_high")
+        for name in not_negative:
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name.replace('_', '-')} must not be negative", got=getattr(self, name))
+        if self.order == "alternate" and self.critic_steps < 2:
+            raise UserError(
+                "with --order alternate a critic step must lie between student steps",
+                got=f"--critic-steps {self.critic_steps}",
+                expected="2 or more",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A named method.
+
+    Attributes:
+        name: What the user types.
+        weighted: Whether the score difference is weighted by the divergence (needs the density ratio).
+        adversarial: Whether the adversarial term is part of it.
+        summary: One line for help texts.
+    """
+
+    name: str
+    weighted: bool
+    adversarial: bool
+    summary: str
+
+
+METHODS = {
+    "f-distill": Method(
+        name="f-distill",
+        weighted=True,
+        adversarial=True,
+        summary="any f-divergence: score difference weighted by h(r), plus an adversarial term",
+    ),
+    "dmd2": Method(
+        name="dmd2",
+        weighted=False,
+        adversarial=True,
+        summary="reverse KL: unweighted score difference plus an adversarial term",
+    ),
+    "diff-instruct": Method(
+        name="diff-instruct",
+        weighted=False,
+        adversarial=False,
+        summary="reverse KL: unweighted score difference alone; needs no data",
+    ),
+}
+
+
+def resolve_method(name: str, divergence: str | None, config: DistillConfig) -> tuple[Method, str, DistillConfig]:
+    """The method, the divergence's name and the config that a user's choice comes to.
+
+    Args:
+        name: Method name.
+        divergence: Divergence name, or None for the method's own.
+        config: The settings.
+
+    Raises:
+        UserError: Unknown method, or a divergence that the method does not have.
+    """
+    key = name.strip().lower().replace("_", "-")
+    if key not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    method = METHODS[key]
+    if not method.weighted:
+        if divergence not in (None, "reverse_kl", "rkl"):
+            raise UserError(
+                f"{key} minimises reverse KL",
+                got=f"--divergence {divergence}",
+                fix="use --method f-distill for any other divergence",
+            )
+        divergence = "reverse_kl"
+    if not method.adversarial:
+        config = dataclasses.replace(config, gan_weight=0.0)
+    return method, divergence or "js", config

@@ -1,0 +1,341 @@
+"""f-distill: a score difference weighted by h(r), an adversarial term, and their special cases.
+
+With reverse KL the weight is one, which is DMD2; without the adversarial term too, it is Diff-Instruct.
+
+Detach rules (getting these wrong is the classic mistake): the score difference and the weight form a fixed
+vector field at the student's samples, so teacher, fake score and h are all detached and their product enters
+the backward pass as the gradient of x0. Only the adversarial term is differentiated through a network's
+*input*, and only with respect to x0, so no gradient ever reaches teacher, critic or discriminator from the
+student's side.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.base.seeds import generator, stream_seed
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.guidance import Guided
+from distmatch.diffusion.noise import Karras
+from distmatch.distill.config import DistillConfig, Method
+from distmatch.distill.objectives import (
+    adversarial_critic,
+    adversarial_student,
+    approximate_r1,
+    score_difference,
+)
+from distmatch.distill.state import DistillState
+from distmatch.distill.student import Student, student_levels
+from distmatch.divergences import Divergence
+from distmatch.nets.build import build_net
+from distmatch.nets.config import NetConfig, default_config
+from distmatch.nets.edm import EDMDenoiser, edm_loss
+from distmatch.nets.ema import EMA, ema_decay
+from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+from distmatch.ratio.discriminator import build_discriminator, choose_source, denoise_with_logit
+from distmatch.ratio.normaliser import (
+    NormaliserConfig,
+    RatioNormaliser,
+    batch_normalised,
+    effective_sample_size,
+)
+
+Info = dict[str, Tensor]
+
+
+@dataclass
+class FDistill:
+    """The method: ``state = init(...)``, then ``info = step(state, batch)``.
+
+    Attributes:
+        teacher: The frozen teacher, unguided.
+        method: f-distill or one of its special cases.
+        divergence: Whose weight h is used (ignored by unweighted methods).
+        config: The settings.
+        total_steps: Length of the run, for the learning-rate schedule.
+        device: Where the networks live.
+        bf16: Whether networks run under bfloat16 autocast.
+        net: Network for student and critic when the teacher has none to copy; None chooses by shape.
+    """
+
+    teacher: Denoiser
+    method: Method
+    divergence: Divergence
+    config: DistillConfig
+    total_steps: int
+    device: torch.device
+    bf16: bool = False
+    net: NetConfig | None = None
+
+    def __post_init__(self) -> None:
+        cfg = self.config
+        if self.method.weighted and not self.divergence.differentiable:
+            raise UserError(
+                f"{self.divergence.name} has no second derivative, so its weight is zero almost everywhere",
+                fix="choose another divergence; le_cam and js are bounded too",
+            )
+        if not getattr(self.teacher, "gaussian_kernel", True):
+            raise UserError("score differences need a teacher with a Gaussian noise kernel")
+        self._guided = Guided(self.teacher, cfg.guidance) if cfg.guidance != 1 else self.teacher
+        self._source = choose_source(cfg.ratio_features, self.teacher)
+        self.noise = Karras(cfg.noise_low, cfg.noise_high or self.teacher.sigma_max, cfg.noise_rho)
+
+    @property
+    def needs_ratio(self) -> bool:
+        """Whether a discriminator is trained (and real data are needed)."""
+        return self.method.weighted or self.config.gan_weight > 0
+
+    # ------------------------------------------------------------------ init
+
+    def init(self, seed: int, draw: Callable[[int], Tensor] | None = None) -> DistillState:
+        """The state before the first step: student and critic start as copies of the teacher.
+
+        Args:
+            seed: Seed of the run.
+            draw: Gives n clean real samples; needed only for a teacher without a network to copy, to which
+                student and critic are first fitted by regression.
+        """
+        cfg = self.config
+        if isinstance(self.teacher, EDMDenoiser):
+            start = copy.deepcopy(self.teacher)
+        else:
+            start = self._blank(seed)
+            if draw is not None:
+                self._fit(start, draw, seed)
+        start = start.to(self.device).float().train()
+        start.requires_grad_(True)
+        levels = student_levels(cfg.calls, cfg.student_sigma or self.teacher.sigma_max)
+        student = Student(start, levels)
+        fake = copy.deepcopy(start)
+        discriminator = None
+        optimisers: dict[str, torch.optim.Optimizer] = {
+            "student": self._adam(student.denoiser, cfg.lr),
+            "fake": self._adam(fake, cfg.lr_critic),
+        }
+        if self.needs_ratio:
+            features_from = self.teacher if self._source == "teacher" else fake
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(stream_seed(seed, "discriminator"))
+                discriminator = build_discriminator(self._source, features_from, self.teacher.num_classes)
+            discriminator.to(self.device)
+            optimisers["ratio"] = self._adam(discriminator, cfg.lr_ratio)
+        normaliser = RatioNormaliser(
+            NormaliserConfig(
+                bins=cfg.ratio_bins,
+                memory=cfg.ratio_memory,
+                min_count=cfg.ratio_min_count,
+                clip=cfg.ratio_clip,
+            ),
+            self.device,
+        )
+        return DistillState(
+            student=student,
+            average=EMA(student.denoiser),
+            fake=fake,
+            discriminator=discriminator,
+            optimisers=optimisers,
+            normaliser=normaliser,
+            generator=generator(seed, "distill", self.device),
+        )
+
+    def _adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+        cfg = self.config
+        return adam(module.parameters(), lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+
+    def _blank(self, seed: int) -> EDMDenoiser:
+        """A network of this teacher's shape, for teachers that are formulas."""
+        t = self.teacher
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "network"))
+            net = build_net(self.net or default_config("auto", t.shape), t.shape, t.num_classes)
+        return EDMDenoiser(
+            net,
+            shape=t.shape,
+            num_classes=t.num_classes,
+            sigma_data=t.sigma_data,
+            sigma_min=t.sigma_min,
+            sigma_max=t.sigma_max,
+        )
+
+    def _fit(self, denoiser: EDMDenoiser, draw: Callable[[int], Tensor], seed: int) -> None:
+        """Regresses a network on the teacher's own predictions (less noisy than denoising data)."""
+        denoiser.to(self.device)
+        gen = generator(seed, "fit", self.device)
+        optimiser = adam(denoiser.parameters(), 1e-3, (0.9, 0.99))
+        for step in range(self.config.fit_steps):
+            set_rate(optimiser, 1e-3 * rate(step, self.config.fit_steps, 50, "cosine"))
+            x0 = draw(512).to(self.device)
+            sigma = self.noise.sample(len(x0), gen)
+            x = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=gen, device=self.device)
+            with torch.no_grad():
+                target = self.teacher(x, sigma)
+            scale = expand((sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data) ** 2, x)
+            (scale * (denoiser(x, sigma) - target) ** 2).mean().backward()
+            clipped_step(optimiser, list(denoiser.parameters()), 1.0)
+
+    # ------------------------------------------------------------------ step
+
+    def step(self, state: DistillState, batch: Batch) -> Info:
+        """One training step; changes ``state`` and returns what is worth logging (tensors, not synchronised).
+
+        Args:
+            state: From :meth:`init`.
+            batch: Real samples and labels. The labels are also the student's.
+        """
+        cfg = self.config
+        last = (state.step + 1) % cfg.critic_steps == 0
+        student_turn = last and state.step >= cfg.warmup_steps
+        critic_turn = cfg.order == "same-batch" or not student_turn
+        labels = batch.labels if self.teacher.num_classes else None
+        factor = rate(state.step, self.total_steps, cfg.lr_rampup, cfg.lr_decay)
+        x0 = self._generate(state, len(batch.x), labels, student_turn)
+        info: Info = {}
+        if student_turn:
+            set_rate(state.optimisers["student"], cfg.lr * factor)
+            info |= self._student_step(state, x0, labels)
+        if critic_turn:
+            set_rate(state.optimisers["fake"], cfg.lr_critic * factor)
+            if "ratio" in state.optimisers:
+                set_rate(state.optimisers["ratio"], cfg.lr_ratio * factor)
+            info |= self._critic_step(state, x0.detach(), batch.x, labels)
+        state.step += 1
+        return info
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def _noised(self, state: DistillState, x: Tensor, sigma: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=state.generator, device=self.device, dtype=x.dtype)
+        return x + expand(sigma, x) * noise
+
+    def _generate(self, state: DistillState, n: int, labels: Tensor | None, grad: bool) -> Tensor:
+        """Student samples. Few-step students are run as at sampling time up to a random call (backward
+        simulation, DMD2), and only that call is differentiated."""
+        student = state.student
+        last = 0
+        if student.nfe > 1:
+            last = stream_seed(state.generator.initial_seed(), f"call/{state.step}") % student.nfe
+        z = torch.randn(n, *student.shape, generator=state.generator, device=self.device)
+        x = student.start(z)
+        with self._autocast():
+            for index in range(last):
+                with torch.no_grad():
+                    x0 = student.call(x, index, labels)
+                    z = torch.randn(x0.shape, generator=state.generator, device=self.device)
+                    x = student.renoise(x0.float(), z, index + 1)
+            with torch.set_grad_enabled(grad):
+                return student.call(x, last, labels).float()
+
+    def _student_step(self, state: DistillState, x0: Tensor, labels: Tensor | None) -> Info:
+        cfg = self.config
+        adversarial = cfg.gan_weight > 0
+        sigma = self.noise.sample(len(x0), state.generator)
+        leaf = x0.detach().requires_grad_(adversarial)
+        x = self._noised(state, leaf, sigma)
+        with self._autocast(), torch.set_grad_enabled(adversarial):
+            teacher, fake, logit = self._predictions(state, x, sigma, labels)
+        info: Info = {}
+        weight = None
+        if self.method.weighted and logit is not None:
+            quantile = self.noise.cdf(sigma)
+            ratio = state.normaliser.update(logit, quantile)
+            weight = batch_normalised(self.divergence.weight(ratio.log_r))
+            state.normaliser.record(weight, quantile)
+            info["clip_fraction"] = ratio.clip_fraction
+            info["pooled_bins"] = ratio.pooled
+            info["ess"] = effective_sample_size(weight)
+            info["ratio_mean"], info["weight_mean"] = state.normaliser.bin_means()
+        gradient = score_difference(teacher, fake, x0, sigma, weight, scaling=cfg.scaling)
+        info["loss_student"] = 0.5 * gradient.square().mean()
+        # The hand-made gradient is given to the backward pass as it is: the pseudo-target form
+        # 0.5 (x0 - sg(x0 - g))^2 gives the same g but loses digits of it when g is small against x0.
+        gradient = gradient / gradient.numel()
+        info["grad_dm"] = gradient.norm()
+        if adversarial and logit is not None:
+            loss = adversarial_student(logit)
+            (pull,) = torch.autograd.grad(cfg.gan_weight * loss, leaf)
+            info["loss_gan"], info["grad_gan"] = loss.detach(), pull.norm()
+            gradient = gradient + pull
+        x0.backward(gradient.to(x0.dtype))
+        info["grad_norm_student"] = clipped_step(
+            state.optimisers["student"], list(state.student.denoiser.parameters()), cfg.grad_clip
+        )
+        state.updates += 1
+        state.average.update(state.student.denoiser, ema_decay(state.updates, cfg.ema_half_life))
+        return info
+
+    def _predictions(
+        self, state: DistillState, x: Tensor, sigma: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Teacher's and critic's denoised x and the raw log ratio; one pass each serves all three."""
+        head = state.discriminator
+        logit = None
+        if head is not None and self._source == "teacher":
+            teacher, logit = denoise_with_logit(self._guided, head, x, sigma, labels)
+        else:
+            with torch.no_grad():
+                teacher = self._guided(x, sigma, labels)
+        if head is not None and self._source == "fake":
+            fake, logit = denoise_with_logit(state.fake, head, x, sigma, labels)
+        else:
+            with torch.no_grad():
+                fake = state.fake(x, sigma, labels)
+        if head is not None and self._source == "own":
+            logit = head(x, sigma, labels)
+        return teacher, fake, logit
+
+    def _critic_step(self, state: DistillState, x0: Tensor, real: Tensor, labels: Tensor | None) -> Info:
+        """The fake score learns to denoise student samples; the discriminator to tell them from real ones."""
+        cfg = self.config
+        sigma = self.noise.sample(len(x0), state.generator)
+        noise = torch.randn(x0.shape, generator=state.generator, device=self.device)
+        info: Info = {}
+        with self._autocast():
+            loss = edm_loss(state.fake, x0, sigma, noise, labels).mean()
+            info["loss_fake"] = loss.detach()
+            if state.discriminator is not None:
+                fake_x = x0 + expand(sigma, x0) * noise
+                terms = self._ratio_loss(state, fake_x, self._noised(state, real, sigma), sigma, labels)
+                info["loss_ratio"] = terms.detach()
+                loss = loss + terms
+        loss.backward()
+        info["grad_norm_fake"] = clipped_step(
+            state.optimisers["fake"], list(state.fake.parameters()), cfg.grad_clip
+        )
+        if state.discriminator is not None:
+            clipped_step(state.optimisers["ratio"], list(state.discriminator.parameters()), cfg.grad_clip)
+        return info
+
+    def _ratio_loss(
+        self, state: DistillState, fake: Tensor, real: Tensor, sigma: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        parts = [fake, real]
+        if self.config.r1 > 0:
+            parts.append(self._noised(state, real, 0.1 * sigma))
+        x, level = torch.cat(parts), sigma.repeat(len(parts))
+        y = None if labels is None else labels.repeat(len(parts))
+        head = state.discriminator
+        if head is None:
+            raise RuntimeError("the ratio loss needs a discriminator")
+        if self._source == "own":
+            logit = head(x, level, y)
+        else:
+            frozen = self._source == "teacher"
+            source: Any = self.teacher if frozen else state.fake
+            with torch.no_grad() if frozen else nullcontext():
+                _, features = source.with_features(x, level, y)
+            logit = head(features, level, y)
+        logits = logit.chunk(len(parts))
+        loss = adversarial_critic(real=logits[1], fake=logits[0])
+        if self.config.r1 > 0:
+            loss = loss + self.config.r1 * approximate_r1(logits[1], logits[2])
+        return loss

@@ -1,0 +1,77 @@
+"""The state of a distillation: exactly what a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from distmatch.base.files import load_into
+from distmatch.distill.student import Student
+from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.ema import EMA
+from distmatch.ratio.normaliser import RatioNormaliser
+
+
+@dataclass
+class DistillState:
+    """Everything a step reads and changes.
+
+    Attributes:
+        student: The generator being trained.
+        average: Moving average of its network; what is sampled and saved.
+        fake: The fake score (critic), which tracks the student's distribution.
+        discriminator: Gives log r; None when the method needs no ratio and no adversarial term.
+        optimisers: ``student``, ``fake`` and, with a discriminator, ``ratio``.
+        normaliser: Running means of the ratio by noise bin.
+        generator: The random stream of the steps.
+        step: Steps done.
+        updates: Student updates done.
+    """
+
+    student: Student
+    average: EMA
+    fake: EDMDenoiser
+    discriminator: nn.Module | None
+    optimisers: dict[str, torch.optim.Optimizer]
+    normaliser: RatioNormaliser
+    generator: torch.Generator
+    step: int = 0
+    updates: int = 0
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by name."""
+        named = {
+            "student": self.student.denoiser,
+            "average": self.average.module,
+            "fake": self.fake,
+            "ratio": self.discriminator,
+        }
+        return {name: module for name, module in named.items() if module is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """A tree of tensors, numbers and strings."""
+        return {
+            "modules": {name: module.state_dict() for name, module in self.modules().items()},
+            "optimisers": {name: opt.state_dict() for name, opt in self.optimisers.items()},
+            "normaliser": self.normaliser.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Restores a state of the same configuration.
+
+        Raises:
+            UserError: The networks are of another architecture.
+        """
+        for name, module in self.modules().items():
+            load_into(module, tree["modules"].get(name, {}), f"network '{name}' of the checkpoint")
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(tree["optimisers"][name])
+        self.normaliser.load_state_dict(tree["normaliser"])
+        self.generator.set_state(tree["generator"].cpu())
+        self.step, self.updates = tree["step"], tree["updates"]

@@ -1,0 +1,167 @@
+"""The student: a one-step (or few-step) generator around a denoiser network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.base.seeds import generator as make_generator
+from distmatch.base.seeds import latents
+from distmatch.diffusion.noise import Karras
+from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.saved import load_model, save_model
+
+
+def student_levels(calls: int, sigma: float) -> tuple[float, ...]:
+    """Noise levels that a student of ``calls`` calls is evaluated at, from ``sigma`` down.
+
+    They are equally spaced in the Karras parameter, like the time steps 999, 749, 499, 249 of DMD2.
+    """
+    share = torch.arange(calls, 0, -1, dtype=torch.float64) / calls
+    return tuple(round(v, 6) for v in Karras(0.002, sigma).quantile(share).tolist())
+
+
+class Student(nn.Module):
+    """Turns noise into samples with ``len(levels)`` network calls.
+
+    The first call denoises pure noise at ``levels[0]``; each further one re-noises the result to the next
+    level and denoises again.
+
+    Args:
+        denoiser: The network.
+        levels: Decreasing noise levels, one for each call.
+        info: What was distilled how; kept in the saved model's config.
+    """
+
+    def __init__(
+        self, denoiser: EDMDenoiser, levels: tuple[float, ...], info: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.levels = levels
+        self.info = dict(info or {})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self.denoiser.shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 when unconditional."""
+        return self.denoiser.num_classes
+
+    @property
+    def nfe(self) -> int:
+        """Network calls for a sample."""
+        return len(self.levels)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The first input: unit noise scaled to the first level."""
+        return noise * self.levels[0]
+
+    def call(self, x: Tensor, index: int, labels: Tensor | None = None) -> Tensor:
+        """Network call number ``index`` (from 0) on an input at that level; returns clean samples."""
+        sigma = torch.full((len(x),), self.levels[index], device=x.device, dtype=x.dtype)
+        return self.denoiser(x, sigma, labels)
+
+    def renoise(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
+        """Clean samples brought to the level of call ``index``."""
+        return x0 + self.levels[index] * noise
+
+    def forward(self, noise: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The whole chain from one unit-noise tensor for each call."""
+        x0 = self.call(self.start(noise[0]), 0, labels)
+        for index in range(1, len(self.levels)):
+            x0 = self.call(self.renoise(x0, noise[index], index), index, labels)
+        return x0
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        labels: Tensor | None = None,
+        batch: int = 1024,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Draws samples.
+
+        Args:
+            n: Number of samples.
+            seed: Seed of the latents; sample i depends on the seed and i, not on ``batch``.
+            labels: Classes (n,) int64. A class-conditional student draws them evenly when they are missing.
+            batch: Samples at a time.
+            on_batch: Called with the number of samples after each batch.
+
+        Returns:
+            (n, *shape) float32 on the CPU, in model space (images in [-1, 1]).
+
+        Raises:
+            UserError: Labels of another length or out of range.
+        """
+        device = device_of(self)
+        labels = checked_labels(labels, n, self.num_classes, seed)
+        noise = [latents(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}") for i in range(self.nfe)]
+        out = []
+        training = self.training
+        self.eval()
+        for begin in range(0, n, batch):
+            part = slice(begin, begin + batch)
+            y = None if labels is None else labels[part].to(device)
+            out.append(self([z[part].to(device) for z in noise], y).float().cpu())
+            if on_batch is not None:
+                on_batch(len(out[-1]))
+        self.train(training)
+        return torch.cat(out) if out else torch.empty(0, *self.shape)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes ``model.safetensors`` and ``config.json`` to ``folder``, atomically."""
+        save_model(folder, self.denoiser, {"kind": "student", "levels": list(self.levels), **self.info})
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> Student:
+        """Reads what :meth:`save_pretrained` wrote, or the ``model/`` of a run folder.
+
+        Raises:
+            UserError: The folder holds no student, or a damaged one.
+        """
+        denoiser, info = load_model(folder)
+        info = dict(info)
+        if info.pop("kind", None) != "student":
+            raise UserError(
+                f"{folder} holds a teacher, not a student", fix="pass the folder of a distillation run"
+            )
+        return cls(denoiser, tuple(float(v) for v in info.pop("levels")), info)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's parameters."""
+    return next(module.parameters()).device
+
+
+def checked_labels(labels: Tensor | None, n: int, num_classes: int, seed: int) -> Tensor | None:
+    """Labels for ``n`` samples: the given ones, checked, or an even draw for a conditional model.
+
+    Raises:
+        UserError: Labels of another length, out of range, or for an unconditional model.
+    """
+    if labels is None:
+        if num_classes == 0:
+            return None
+        return torch.randint(num_classes, (n,), generator=make_generator(seed, "labels"))
+    if num_classes == 0:
+        raise UserError("this model is unconditional", got="labels", fix="leave the labels out")
+    labels = labels.to(torch.int64)
+    if labels.shape != (n,) or int(labels.max()) >= num_classes or int(labels.min()) < -1:
+        raise UserError(
+            "labels do not fit",
+            got=f"shape {tuple(labels.shape)}, values {int(labels.min())} to {int(labels.max())}",
+            expected=f"shape ({n},), values 0 to {num_classes - 1}",
+        )
+    return labels

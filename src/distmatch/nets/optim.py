@@ -1,0 +1,43 @@
+"""Optimisers and learning rates, the same for teachers, students and critics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+def adam(
+    parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float = 0.0
+) -> torch.optim.AdamW:
+    """AdamW in its fused form, which is one pass over the parameters on CPUs and GPUs alike."""
+    return torch.optim.AdamW(
+        list(parameters), lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True
+    )
+
+
+def rate(step: int, total: int, ramp: int, decay: Literal["constant", "cosine"]) -> float:
+    """The factor on the learning rate at ``step`` of ``total``: linear ramp, then constant or half a cosine."""
+    factor = min(1.0, (step + 1) / ramp) if ramp > 0 else 1.0
+    if decay == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
+    return factor
+
+
+def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of every parameter group."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+
+
+def clipped_step(
+    optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float
+) -> Tensor:
+    """Clips the gradient (``max_norm`` 0: leaves it alone), steps, clears it; returns the norm before."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm.detach()

@@ -1,0 +1,74 @@
+"""Where log r comes from: a discriminator between noised real and noised student samples.
+
+At the optimum of the logistic loss its logit is log p_t/q_t, so r = exp(logit) (f-distill, section 1.3).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser
+from distmatch.nets.head import RatioHead, RatioNet
+
+Source = Literal["teacher", "fake", "own"]
+
+
+def choose_source(wanted: str, teacher: Denoiser) -> Source:
+    """Resolves ``auto``: teacher features where the teacher lends them, else a network of its own.
+
+    Raises:
+        UserError: Teacher features were asked for and the teacher has none.
+    """
+    if wanted == "auto":
+        return "teacher" if isinstance(teacher, FeatureDenoiser) else "own"
+    if wanted == "teacher" and not isinstance(teacher, FeatureDenoiser):
+        raise UserError(
+            "the discriminator cannot use features of this teacher",
+            got=type(teacher).__name__,
+            expected="a teacher with with_features(x, sigma, condition)",
+            fix="use --ratio-features own, or fake",
+        )
+    return wanted  # type: ignore[return-value]
+
+
+def build_discriminator(source: Source, features_from: Denoiser, num_classes: int) -> nn.Module:
+    """A discriminator for ``source``: a head on features of ``features_from``, or a net on the samples.
+
+    Args:
+        source: What it sees.
+        features_from: The denoiser whose features it will see; for ``own``, one with the data's shape.
+        num_classes: Classes it is told about; 0 for none.
+    """
+    if source == "own":
+        return RatioNet(features_from.shape, num_classes, sigma_data=features_from.sigma_data)
+    if not isinstance(features_from, FeatureDenoiser):
+        raise UserError("this denoiser lends no features", got=type(features_from).__name__)
+    with torch.no_grad():
+        probe = torch.zeros(2, *features_from.shape, device=_device(features_from))
+        labels = torch.zeros(2, dtype=torch.int64, device=probe.device) if num_classes else None
+        _, features = features_from.with_features(probe, torch.ones(2, device=probe.device), labels)
+    return RatioHead([tuple(f.shape[1:]) for f in features], num_classes)
+
+
+def denoise_with_logit(
+    denoiser: Denoiser,
+    discriminator: nn.Module,
+    x: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One pass of a feature-lending denoiser: its prediction and the discriminator's logit (B,)."""
+    prediction, features = denoiser.with_features(x, sigma, labels)  # type: ignore[attr-defined]
+    return prediction, discriminator(features, sigma, labels)
+
+
+def _device(denoiser: Denoiser) -> torch.device:
+    if isinstance(denoiser, nn.Module):
+        for tensor in denoiser.parameters():
+            return tensor.device
+    inner = getattr(denoiser, "inner", None)
+    return _device(inner) if inner is not None else torch.device("cpu")
