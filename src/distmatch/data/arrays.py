@@ -1,0 +1,182 @@
+"""From arrays to a :class:`Dataset`, with every check that can be made on values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.data.dataset import Dataset
+from distmatch.data.scaling import Scaling
+
+_MOST_CLASSES = 1000  # more classes than this need as many samples, or they are not class numbers
+
+
+def from_arrays(
+    x: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor | Sequence[int] | None = None,
+    *,
+    class_names: Sequence[str] = (),
+    name: str = "array",
+) -> Dataset:
+    """Makes a data set of arrays in memory.
+
+    Args:
+        x: Vectors (N, D); or images (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, where an
+            array that can be read both ways has its channels last. Images are uint8, bool, or floats in
+            [0, 1], [-1, 1] or [0, 255] (see :meth:`Scaling.fit_images`).
+        labels: (N,) whole numbers from 0, or None. All -1 means unlabelled, as everywhere in this package.
+        class_names: One name for each class; by default their numbers.
+        name: What to call the data in messages.
+
+    Raises:
+        UserError: Something about the arrays is not as described; the message names it.
+    """
+    values = _numeric(x, name)
+    _check_shape(values, name)
+    raw = _image_tensor(values, name) if values.ndim > 2 else _float_tensor(values, name)
+    if bool((raw == raw[:1]).all()):
+        raise UserError(
+            f"{name}: all samples are the same",
+            got=f"{len(raw)} copies of one sample",
+            expected="samples that differ",
+        )
+    scaling = Scaling.fit_images(raw) if raw.ndim == 4 else Scaling.fit_vectors(raw)
+    classes = None if labels is None else _labels(labels, len(raw), name)
+    names: tuple[str, ...] = ()
+    if classes is not None:
+        count = int(classes.max()) + 1
+        names = tuple(str(c) for c in class_names) or tuple(str(k) for k in range(count))
+        if len(names) < count:
+            raise UserError(
+                f"{name}: too few class names",
+                got=f"{len(names)} names, labels up to {count - 1}",
+                expected=count,
+            )
+    return Dataset(raw, classes, names, name, scaling)
+
+
+def _numeric(x: np.ndarray | Tensor, name: str) -> np.ndarray:
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        x = x.float().numpy() if x.is_floating_point() else x.numpy()
+    values = np.asarray(x)
+    if values.dtype.kind not in "biuf":
+        raise UserError(
+            f"{name}: the samples are not numbers",
+            got=f"an array of type {values.dtype}",
+            expected="integers or floats",
+            fix="save them as float32, or images as uint8",
+        )
+    return values
+
+
+def _check_shape(values: np.ndarray, name: str) -> None:
+    if values.ndim not in (2, 3, 4):
+        raise UserError(
+            f"{name}: the array has the wrong number of axes",
+            got=f"shape {values.shape}",
+            expected="vectors (N, D), or images (N, H, W), (N, H, W, C) or (N, C, H, W)",
+            fix="reshape it; numbers in a row are vectors of length 1: x[:, None]"
+            if values.ndim == 1
+            else "reshape it",
+        )
+    if values.size == 0:
+        raise UserError(
+            f"{name}: there is nothing in it",
+            got=f"shape {values.shape}",
+            expected="at least 2 samples, and no axis of length 0",
+        )
+    if len(values) < 2:
+        raise UserError(f"{name}: too few samples", got=f"{len(values)}", expected="2 or more")
+
+
+def _float_tensor(values: np.ndarray, name: str) -> Tensor:
+    """Float32 in native byte order, all finite."""
+    with np.errstate(over="ignore"):  # an overflow becomes infinite, which is reported just below
+        raw = np.array(values, dtype=np.float32, order="C")
+    bad = ~np.isfinite(raw)
+    if bad.any():
+        first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
+        raise UserError(
+            f"{name}: there are values that are not finite in float32",
+            got=f"{int(bad.sum())} of {raw.size}, the first ({values[first]}) at index {first}",
+            expected="neither NaN nor infinite",
+            fix="remove these samples or fill the gaps",
+        )
+    return torch.from_numpy(raw)
+
+
+def _image_tensor(values: np.ndarray, name: str) -> Tensor:
+    """Images as (N, C, H, W), uint8 or float32."""
+    if values.ndim == 3:
+        values = values[:, None]
+    elif values.shape[3] in (1, 3):
+        values = values.transpose(0, 3, 1, 2)
+    elif values.shape[1] not in (1, 3):
+        raise UserError(
+            f"{name}: these are not images of 1 or 3 channels",
+            got=f"shape {values.shape}",
+            expected="(N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1 or 3",
+            fix="drop a fourth channel (alpha) with x[..., :3]",
+        )
+    if values.dtype.kind in "iu" and values.dtype != np.uint8:
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 255:
+            raise UserError(
+                f"{name}: whole-number images must lie in 0..255",
+                got=f"{low} to {high}",
+                fix="save them as uint8",
+            )
+        values = values.astype(np.uint8)
+    if values.dtype == np.uint8:
+        return torch.from_numpy(np.array(values, order="C"))
+    return _float_tensor(values, name)
+
+
+def _labels(labels: np.ndarray | Tensor | Sequence[int], n: int, name: str) -> Tensor | None:
+    """Labels (n,) int64, or None where all are -1."""
+    values = np.asarray(labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels)
+    if values.dtype.kind not in "biuf":
+        raise UserError(
+            f"{name}: the labels are not numbers",
+            got=f"an array of type {values.dtype}",
+            expected="whole numbers from 0",
+            fix="class_names, labels = np.unique(labels, return_inverse=True)",
+        )
+    if values.shape != (n,):
+        raise UserError(
+            f"{name}: the labels do not fit the samples",
+            got=f"labels of shape {values.shape} for {n} samples",
+            expected=f"shape ({n},)",
+            fix="one-hot labels become numbers by labels.argmax(1)" if values.ndim == 2 else None,
+        )
+    if values.dtype.kind == "f":
+        broken = ~np.isfinite(values) | (values != np.floor(values))
+        if broken.any():
+            first = int(broken.argmax())
+            raise UserError(
+                f"{name}: labels must be whole numbers",
+                got=f"{values[first]} at index {first}",
+                expected="class numbers from 0; what is continuous cannot be a class",
+            )
+    low, high = int(values.min()), int(values.max())
+    if low == high == -1:
+        return None
+    if low < 0:
+        raise UserError(
+            f"{name}: labels must not be negative",
+            got=f"{low} at index {int(values.argmin())}",
+            expected="class numbers from 0 (or -1 for every sample: unlabelled)",
+        )
+    if high >= max(n, _MOST_CLASSES):
+        raise UserError(
+            f"{name}: labels must be class numbers",
+            got=f"{high}, for {n} samples",
+            expected="numbers from 0 to the number of classes less one",
+            fix="class_names, labels = np.unique(labels, return_inverse=True)",
+        )
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,0 +1,128 @@
+"""A data set in memory: raw values, labels, and the scaling that takes them to the range of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.data.scaling import Scaling
+
+_CHUNK = 4096  # samples scaled at a time when statistics are taken, to bound memory
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples of one shape, kept as they came.
+
+    Attributes:
+        raw: Images (N, C, H, W), uint8 or float32, or vectors (N, D), float32.
+        labels: Class of each sample, (N,) int64 in 0..num_classes-1, or None.
+        class_names: One name for each class, or ().
+        name: What the data are called, for messages and logs.
+        scaling: The map to the range of the model and back.
+    """
+
+    raw: Tensor
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+    name: str
+    scaling: Scaling
+
+    def __post_init__(self) -> None:
+        image = self.raw.ndim == 4 and self.raw.dtype in (torch.uint8, torch.float32)
+        vector = self.raw.ndim == 2 and self.raw.dtype == torch.float32
+        if not (image if self.scaling.kind == "image" else vector):
+            raise UserError(
+                f"{self.name}: the samples do not fit their scaling",
+                got=f"{self.raw.dtype} of shape {tuple(self.raw.shape)}, scaled as {self.scaling.kind}s",
+                expected="images (N, C, H, W), uint8 or float32, or vectors (N, D), float32",
+            )
+        if self.labels is not None and (
+            self.labels.shape != self.raw.shape[:1] or self.labels.dtype != torch.int64
+        ):
+            raise UserError(
+                f"{self.name}: the labels do not fit the samples",
+                got=f"{self.labels.dtype} of shape {tuple(self.labels.shape)}",
+                expected=f"int64 of shape ({len(self.raw)},)",
+            )
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    @property
+    def kind(self) -> Literal["image", "vector"]:
+        """``"image"`` or ``"vector"``."""
+        return self.scaling.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (C, H, W) or (D,)."""
+        return tuple(self.raw.shape[1:])
+
+    @cached_property
+    def num_classes(self) -> int:
+        """Number of classes; 0 without labels."""
+        if self.labels is None:
+            return 0
+        return max(len(self.class_names), int(self.labels.max()) + 1)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 (hex) over type, shape and bytes of the samples and labels; the name does not count."""
+        digest = hashlib.sha256()
+        for part in (self.raw, self.labels):
+            if part is None:
+                digest.update(b"none")
+                continue
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def batch(self, indices: Tensor, *, flip: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Scaled samples and their labels.
+
+        Args:
+            indices: Which samples, (B,) int64.
+            flip: Which of these to mirror left to right, (B,) bool; images only.
+
+        Returns:
+            ``x`` (B, *shape), float32 in [-1, 1], and labels (B,) or None, on the device of the data.
+
+        Raises:
+            UserError: Vectors are to be mirrored.
+        """
+        where = indices.to(self.raw.device)
+        x = self.scaling.to_model(self.raw[where])
+        if flip is not None:
+            if self.kind != "image":
+                raise UserError("only images can be mirrored", got=f"{self.name}, which holds vectors")
+            x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(-1), x)
+        return x, None if self.labels is None else self.labels[where]
+
+    def std(self) -> float:
+        """Standard deviation of all scaled values about their common mean: ``sigma_data`` of EDM."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for raw in self.raw.split(_CHUNK):
+            x = self.scaling.to_model(raw).cpu().double()
+            total += torch.stack((x.sum(), x.square().sum()))
+        mean, square = (total / self.raw.numel()).tolist()
+        return math.sqrt(max(square - mean**2, 0.0))
+
+    def subset(self, indices: Tensor) -> Dataset:
+        """The samples at ``indices`` (M,), with the scaling and the class names of the whole."""
+        where = indices.to(self.raw.device)
+        names = self.class_names or tuple(str(k) for k in range(self.num_classes))
+        labels = None if self.labels is None else self.labels[where]
+        return dataclasses.replace(self, raw=self.raw[where], labels=labels, class_names=names)
+
+    def without_labels(self) -> Dataset:
+        """The same samples, unlabelled."""
+        return dataclasses.replace(self, labels=None, class_names=())

@@ -1,0 +1,181 @@
+"""Data from files: NumPy arrays, and folders of images. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from distmatch.base.errors import UserError
+from distmatch.data.arrays import from_arrays
+from distmatch.data.dataset import Dataset
+from distmatch.data.folders import IMAGE_SUFFIXES, load_folder
+
+_SAMPLE_KEYS = ("x", "images", "x_train")
+_LABEL_KEYS = ("labels", "y")
+_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib")
+# What NumPy and the zip module are known to raise on damaged files.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    SyntaxError,
+    RuntimeError,
+    NotImplementedError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a damaged file makes NumPy raise into a message about the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(
+            f"{path} does not fit into memory",
+            got=str(error) or "more than there is",
+            fix="take a part of it",
+        ) from error
+    except _DAMAGE as error:
+        if "pickle" in str(error):
+            raise UserError(
+                f"{path} holds Python objects and was not opened",
+                expected="arrays of numbers: unpickling objects can run any code",
+                fix="save plain arrays of one shape, for example np.savez(path, x=np.stack(samples))",
+            ) from error
+        raise UserError(
+            f"cannot read {path} as {what}",
+            got=f"{type(error).__name__}: {error}",
+            expected="a whole file",
+            fix="it may be truncated or damaged: copy or write it again",
+        ) from error
+
+
+class Archive(Mapping[str, np.ndarray]):
+    """The arrays of an ``.npz`` file, each read when it is asked for: a file may hold much that nobody needs.
+
+    Raises:
+        UserError: The file cannot be opened, is damaged, or the array asked for holds objects.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._open() as archive:
+            self.names = tuple(archive.files)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[np.lib.npyio.NpzFile]:
+        with _reading(self.path, "an .npz archive"):
+            if not zipfile.is_zipfile(self.path):
+                raise zipfile.BadZipFile("this is not a zip archive")
+            with np.load(self.path, allow_pickle=False) as archive:
+                yield archive
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self.names:
+            raise KeyError(key)
+        with self._open() as archive:
+            value = archive[key]
+            if not isinstance(value, np.ndarray):
+                raise ValueError(f"{key} is not an array")
+            return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
+    """Reads data from a file or a folder.
+
+    ``.npz``: the samples are under ``x``, ``images`` or ``x_train``, or are the only array; labels may be
+    under ``labels`` or ``y`` (``y_train`` for ``x_train``), names of the classes under ``class_names``.
+    ``.npy``: the samples. A folder: see :func:`distmatch.data.folders.load_folder`.
+
+    Args:
+        path: The file or folder.
+        labels: Whether to read labels where there are any.
+
+    Raises:
+        UserError: The file is missing or is not as described.
+    """
+    file = Path(os.path.expanduser(path))
+    try:
+        is_folder, exists = file.is_dir(), file.exists()
+    except (OSError, ValueError) as error:
+        raise UserError("this is not a path", got=f"{str(path)[:80]!r} ({error})") from error
+    if not exists:
+        raise UserError(
+            f"{file} does not exist",
+            got=f"no such file or folder, seen from {Path.cwd()}",
+            expected="an .npz or .npy file or a folder of images",
+            fix="check the path",
+        )
+    if is_folder:
+        data = load_folder(file)
+        return data if labels else data.without_labels()
+    suffix = file.suffix.lower()
+    if suffix == ".npz":
+        return _from_npz(file, labels)
+    if suffix == ".npy":
+        return from_arrays(_read_npy(file), name=str(file))
+    if suffix in _PICKLES:
+        raise UserError(
+            f"{file} is a pickle by its name and was not opened",
+            expected=".npz, .npy or a folder of images: unpickling can run any code",
+            fix="save its arrays with np.savez(path, x=..., labels=...), where you trust it",
+        )
+    if suffix in IMAGE_SUFFIXES:
+        raise UserError(f"{file} is a single image", expected="a folder of images", fix=f"use {file.parent}")
+    raise UserError(
+        f"data of type {suffix or 'unknown'} cannot be read",
+        got=str(file),
+        expected="an .npz or .npy file or a folder of images (" + ", ".join(IMAGE_SUFFIXES) + ")",
+        fix="save the samples with np.savez(path, x=..., labels=...)",
+    )
+
+
+def _read_npy(file: Path) -> np.ndarray:
+    with _reading(file, "an .npy array"):
+        with open(file, "rb") as handle:
+            if handle.read(6) != b"\x93NUMPY":
+                raise ValueError("it does not begin as NumPy arrays do")
+        value: np.ndarray = np.load(file, allow_pickle=False)
+        return value
+
+
+def _from_npz(file: Path, labelled: bool) -> Dataset:
+    archive = Archive(file)
+    rest = [k for k in archive if k not in (*_LABEL_KEYS, "y_train", "y_test", "class_names")]
+    key = next((k for k in _SAMPLE_KEYS if k in archive), rest[0] if len(rest) == 1 else None)
+    if key is None:
+        raise UserError(
+            f"{file}: it is unclear which array holds the samples",
+            got=f"arrays {', '.join(archive)}" if len(archive) else "no arrays",
+            expected=f"one of them called {', '.join(_SAMPLE_KEYS)}, or only one besides the labels",
+            fix="np.savez(path, x=..., labels=...)",
+        )
+    label_keys = ("y_train", *_LABEL_KEYS) if key == "x_train" else _LABEL_KEYS
+    label_key = next((k for k in label_keys if k in archive), None) if labelled else None
+    names: tuple[str, ...] = ()
+    if "class_names" in archive and label_key is not None:
+        names = tuple(str(v) for v in np.atleast_1d(archive["class_names"]))
+    labels = None if label_key is None else archive[label_key]
+    return from_arrays(archive[key], labels, class_names=names, name=str(file))

@@ -1,0 +1,188 @@
+"""The map between the units of the data and the range [-1, 1] in which models work, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+
+# A real picture set in 0..255 has a bright pixel somewhere. Below these the range is a guess, so we ask.
+DARKEST_BYTES = 32
+DARKEST_FLOATS = 128
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The affine map ``model = (raw - centre) / half``.
+
+    Attributes:
+        kind: ``"image"`` (one centre for all pixels) or ``"vector"`` (one centre for each column).
+        centre: The raw value that becomes 0; length 1, or one for each column.
+        half: The raw distance from ``centre`` that becomes 1; same length, never 0.
+        rule: In words, how the map was chosen.
+    """
+
+    kind: Literal["image", "vector"]
+    centre: tuple[float, ...]
+    half: tuple[float, ...]
+    rule: str
+
+    def __post_init__(self) -> None:
+        sane = len(self.centre) == len(self.half) >= 1 and (self.kind == "vector" or len(self.half) == 1)
+        finite = bool(np.isfinite(self.centre).all() and np.isfinite(self.half).all())
+        if self.kind not in ("image", "vector") or not sane or not finite or min(self.half) <= 0:
+            raise UserError(
+                "this is not a scaling",
+                got=f"kind {self.kind!r}, {len(self.centre)} centres, {len(self.half)} half ranges",
+                expected="finite centres and as many half ranges above zero; one of each for images",
+            )
+
+    @classmethod
+    def for_images(cls, low: float, high: float, rule: str) -> Scaling:
+        """The scaling of images whose black is the raw value ``low`` and whose white is ``high``."""
+        return cls("image", ((low + high) / 2,), ((high - low) / 2,), rule)
+
+    @classmethod
+    def fit_images(cls, raw: Tensor) -> Scaling:
+        """Recognises the range of images by their type and their smallest and largest value.
+
+        uint8 is 0..255. Floats within [0, 1] are [0, 1]; else within [-1, 1] are [-1, 1]; else within
+        [0, 255] and reaching 128 are [0, 255].
+
+        Args:
+            raw: Images, (N, C, H, W), uint8 or float.
+
+        Raises:
+            UserError: The range is none of these, or so dark that it may be another one.
+        """
+        low, high = float(raw.min()), float(raw.max())
+        if raw.dtype == torch.uint8:
+            if high < DARKEST_BYTES:
+                raise _dark(high, DARKEST_BYTES)
+            return cls.for_images(0, 255, "uint8 images, 0..255")
+        if low >= 0 and high <= 1:
+            return cls.for_images(0, 1, "float images that lie in [0, 1]")
+        if low >= -1 and high <= 1:
+            return cls.for_images(-1, 1, "float images that lie in [-1, 1]")
+        if low >= 0 and high <= 255:
+            if high < DARKEST_FLOATS:
+                raise _dark(high, DARKEST_FLOATS)
+            return cls.for_images(0, 255, "float images that lie in [0, 255]")
+        raise UserError(
+            "the range of these images is not one we know",
+            got=f"values from {low:.6g} to {high:.6g}",
+            expected="uint8, or floats in [0, 1], [-1, 1] or [0, 255]",
+            fix="scale or clip them to one of these ranges",
+        )
+
+    @classmethod
+    def fit_vectors(cls, raw: Tensor) -> Scaling:
+        """Maps each column of ``raw`` (N, D) from its smallest and largest value to [-1, 1].
+
+        A constant column becomes 0.
+        """
+        low = raw.amin(0).double().cpu().numpy()
+        high = raw.amax(0).double().cpu().numpy()
+        # The centre is rounded to float32, in which the data are: else a column of large values with a small
+        # spread would lose its place when the centre is subtracted.
+        centre = ((low + high) / 2).astype(np.float32).astype(np.float64)
+        half = np.maximum(high - centre, centre - low)
+        half = np.where(half > 0, half, 1.0)
+        return cls("vector", tuple(centre.tolist()), tuple(half.tolist()), "columns, from minimum to maximum")
+
+    @classmethod
+    def identity(cls, dim: int) -> Scaling:
+        """Leaves vectors of ``dim`` columns as they are: for data that an exact teacher describes."""
+        return cls("vector", (0.0,) * dim, (1.0,) * dim, "as they are")
+
+    def _numbers(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Centre and half range, ready to broadcast over ``like`` in float32."""
+        if self.kind == "image":
+            return self.centre[0], self.half[0]
+        if like.ndim != 2 or like.shape[1] != len(self.centre):
+            raise UserError(
+                "vectors of another length than the data",
+                got=tuple(like.shape),
+                expected=f"(N, {len(self.half)})",
+            )
+        centre, half = (
+            torch.tensor(v, dtype=torch.float32, device=like.device) for v in (self.centre, self.half)
+        )
+        return centre, half
+
+    def to_model(self, raw: Tensor) -> Tensor:
+        """Raw values, (N, C, H, W) or (N, D), in the range of the model: float32, in [-1, 1]."""
+        centre, half = self._numbers(raw)
+        return (raw.to(torch.float32) - centre) / half
+
+    def to_raw(self, x: Tensor) -> Tensor:
+        """Model values in the units of the data: float32, neither rounded nor clipped."""
+        centre, half = self._numbers(x)
+        return x.to(torch.float32) * half + centre
+
+    def export(self, x: Tensor) -> np.ndarray:
+        """What ``distmatch sample`` writes.
+
+        Args:
+            x: Model values, (N, C, H, W) or (N, D).
+
+        Returns:
+            Images as uint8 in 0..255, clipped, (N, H, W) when grey and (N, H, W, C) otherwise; vectors as
+            float32 in their original units, (N, D).
+
+        Raises:
+            UserError: A value is not finite.
+        """
+        x = x.detach().to(torch.float32)
+        bad = int((~torch.isfinite(x)).sum())
+        if bad:
+            raise UserError(
+                "samples that are not finite cannot be written",
+                got=f"{bad} of {x.numel()} values are NaN or infinite",
+                fix="the model diverged: use an earlier checkpoint or a lower learning rate",
+            )
+        if self.kind == "vector":
+            return self.to_raw(x).cpu().numpy()
+        pixels = (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        if pixels.shape[1] == 1:
+            return pixels[:, 0].cpu().numpy()
+        return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; :meth:`from_dict` gives back an equal object."""
+        return {"kind": self.kind, "centre": list(self.centre), "half": list(self.half), "rule": self.rule}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scaling:
+        """Reads the JSON form.
+
+        Raises:
+            UserError: A field is missing or is not what it should be.
+        """
+        try:
+            centre, half = (tuple(float(v) for v in values[key]) for key in ("centre", "half"))
+            return cls(values["kind"], centre, half, str(values["rule"]))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                "cannot read the scaling of the data",
+                got=f"{type(error).__name__}: {error}",
+                expected="the fields kind, centre, half and rule",
+                fix="use the config that was saved with the model",
+            ) from error
+
+
+def _dark(high: float, least: int) -> UserError:
+    return UserError(
+        "the range of these images is unclear",
+        got=f"a largest value of {high:.6g}",
+        expected=f"0..255 with at least one value of {least} or more, or floats in [0, 1] or [-1, 1]",
+        fix=f"divide them by the value that means white (here perhaps {high:.6g}), as floats",
+    )
