@@ -1,0 +1,43 @@
+"""From a config to a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distmatch.base.errors import UserError
+from distmatch.nets.config import MLPConfig, NetConfig, UNetConfig, check_shape, kind_of
+from distmatch.nets.dit import DiT
+from distmatch.nets.mlp import MLP
+from distmatch.nets.unet import UNet
+
+
+def build_net(config: NetConfig, shape: Sequence[int], num_classes: int) -> MLP | UNet | DiT:
+    """Builds a network ``net(x, c_noise, labels=None)`` with fresh weights from torch's global random stream.
+
+    Args:
+        config: What to build; the network keeps it as ``net.config``.
+        shape: Shape of one sample, ``(D,)`` or ``(C, H, W)``.
+        num_classes: Number of classes; 0 for an unconditional network.
+
+    Raises:
+        UserError: The network cannot take samples of this shape, or the number of classes is negative.
+    """
+    shape = check_shape(shape)
+    if type(num_classes) is not int or num_classes < 0:
+        raise UserError(
+            "the number of classes must be 0 or more", got=repr(num_classes), expected="0, 1, 2, ..."
+        )
+    if isinstance(config, MLPConfig):
+        return MLP(config, shape, num_classes)
+    if len(shape) != 3:
+        raise UserError(
+            f"a {kind_of(config)} works on images",
+            got=f"samples of shape {shape}",
+            expected="(channels, height, width)",
+            fix="use the mlp network for vectors",
+        )
+    return (
+        UNet(config, shape, num_classes)
+        if isinstance(config, UNetConfig)
+        else DiT(config, shape, num_classes)
+    )

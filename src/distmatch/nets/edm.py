@@ -1,0 +1,129 @@
+"""EDM preconditioning and loss (Karras et al. 2022, table 1): a network becomes a denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.nets.layers import at_least_float32, noise_coordinate
+
+
+class EDMDenoiser(nn.Module):
+    """``D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)`` around a network F.
+
+    With ``v = sigma^2 + sigma_data^2``: ``c_skip = sigma_data^2 / v``,
+    ``c_out = sigma sigma_data / sqrt(v)``, ``c_in = 1 / sqrt(v)``,
+    ``c_noise = ln(sigma) / 4``. The network then sees inputs and targets of unit variance
+    at every noise level.
+
+    Args:
+        net: A network ``net(x, c_noise, labels)`` with ``with_features``.
+        shape: Shape of one sample.
+        num_classes: Number of classes; 0 when unconditional.
+        sigma_data: Standard deviation of the data.
+        sigma_min: Smallest noise level it is meant for.
+        sigma_max: Largest noise level; sampling starts there.
+
+    Raises:
+        UserError: Not ``0 < sigma_min < sigma_max``, or ``sigma_data`` is not positive.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        shape: Sequence[int],
+        num_classes: int,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ) -> None:
+        super().__init__()
+        if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
+            raise UserError(
+                "the noise levels of a denoiser do not make sense",
+                got=f"sigma_min={sigma_min}, sigma_max={sigma_max}, sigma_data={sigma_data}",
+                expected="0 < sigma_min < sigma_max and sigma_data > 0, all finite",
+                fix="the usual values are 0.002, 80 and the standard deviation of the data",
+            )
+        self.net = net
+        self.shape = tuple(shape)
+        self.num_classes = num_classes
+        self.sigma_data = float(sigma_data)
+        self.sigma_min = float(sigma_min)
+        self.sigma_max = float(sigma_max)
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
+
+        Returns:
+            (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network.
+        """
+        inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma)
+        return c_skip * x + c_out * self.net(inputs, c_noise, condition).to(inputs.dtype)
+
+    def with_features(
+        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same, with the features of the network, (B, C) or (B, C, H, W), in its own dtype."""
+        inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma)
+        out, features = self.net.with_features(inputs, c_noise, condition)  # type: ignore[operator]
+        return c_skip * x + c_out * out.to(inputs.dtype), features
+
+    def _preconditioned(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if tuple(x.shape[1:]) != self.shape:
+            raise UserError(
+                "these samples are not of the shape that the model takes",
+                got=f"a batch of shape {tuple(x.shape)}",
+                expected=f"(batch, {', '.join(map(str, self.shape))})",
+                fix="add the channel axis of grey images, or load the model that belongs to this data",
+            )
+        dtype = at_least_float32(x)
+        # One level for the whole batch is accepted too.
+        sigma = sigma.to(dtype).reshape(-1).expand(x.shape[0])
+        level = expand(sigma, x)
+        variance = level**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance
+        c_out = level * self.sigma_data * variance.rsqrt()
+        return x.to(dtype) * variance.rsqrt(), noise_coordinate(sigma), c_skip, c_out
+
+
+def edm_loss(
+    denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, condition: Tensor | None = None
+) -> Tensor:
+    """The weighted denoising loss of EDM, per sample.
+
+    The weight ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2`` gives every noise level the
+    same expected loss, 1, while the network still returns 0 and the data have variance ``sigma_data^2``.
+
+    Args:
+        denoiser: The denoiser to train.
+        x0: Clean samples (B, *shape).
+        sigma: Noise levels (B,), positive.
+        noise: Standard normal noise like ``x0``; it is scaled by ``sigma`` here.
+        condition: Labels (B,) int64, -1 for none.
+
+    Returns:
+        The loss (B,), averaged over the dimensions of a sample.
+    """
+    level = expand(sigma, x0)
+    error = denoiser(x0 + level * noise, sigma, condition) - x0
+    weight = (sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data) ** 2
+    return weight * error.flatten(1).square().mean(dim=1)
+
+
+def feature_shapes(denoiser: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
+    """The shapes, without batch, of the features that ``denoiser`` lends for samples like ``x`` (B, *shape).
+
+    It runs the denoiser once on one sample, without gradient and without dropout.
+    """
+    was_training = denoiser.training
+    denoiser.eval()
+    with torch.no_grad():
+        _, features = denoiser.with_features(x[:1], torch.ones(1, device=x.device))  # type: ignore[operator]
+    denoiser.train(was_training)
+    return [tuple(feature.shape[1:]) for feature in features]

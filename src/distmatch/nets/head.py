@@ -1,0 +1,138 @@
+"""Discriminators that give log r = log p_teacher - log q_student as a logit, starting at exactly r = 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.denoiser import expand
+from distmatch.nets.config import MLPConfig
+from distmatch.nets.layers import Conditioning, at_least_float32, group_norm, noise_coordinate, zeroed
+from distmatch.nets.mlp import MLPTrunk
+
+
+class Projection(nn.Module):
+    """``logit = <hidden, w(e)> / sqrt(width) + b(e)``, with w and b linear in the embedding e, zero at first.
+
+    The projection discriminator of Miyato & Koyama (2018), here on class and noise level together: each
+    noise level may have its own offset, which a ratio needs.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.last = zeroed(nn.Linear(width, width + 1))
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """Maps two (B, width) to logits (B,), summed in float32 or better."""
+        direction = self.last(embedding)
+        dtype = at_least_float32(direction)
+        weight, bias = direction[:, :-1].to(dtype), direction[:, -1].to(dtype)
+        return (hidden.to(dtype) * weight).sum(dim=1) / math.sqrt(hidden.shape[1]) + bias
+
+
+def _map_head(shape: tuple[int, ...], width: int) -> nn.Sequential:
+    """Strided convolutions that bring a map (C, H, W) to (width,).
+
+    A kernel of 3 with padding 1 halves sizes upwards (7, 4, 2, 1), so every size ends at one pixel.
+    """
+    channels, height, columns = shape
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 1), group_norm(width), nn.SiLU()]
+    for _ in range(math.ceil(math.log2(max(height, columns)))):
+        layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), group_norm(width), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def _vector_head(shape: tuple[int, ...], width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(shape[0], width), nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+    )
+
+
+class RatioHead(nn.Module):
+    """Small heads on the features of a (frozen) denoiser; their logits are averaged.
+
+    The average of log-ratios is the geometric mean of the ratios. The last layers start at zero, so that the
+    ratio is exactly 1 before any training, whatever the features.
+
+    Args:
+        feature_shapes: Shapes of the features without batch, (C,) or (C, H, W) each.
+        num_classes: Number of classes; 0 without.
+        width: Channels inside the heads.
+
+    Raises:
+        UserError: There is no feature, or one is neither a vector nor a map.
+    """
+
+    def __init__(
+        self, feature_shapes: Sequence[tuple[int, ...]], num_classes: int, *, width: int = 64
+    ) -> None:
+        super().__init__()
+        if not feature_shapes or any(len(shape) not in (1, 3) for shape in feature_shapes):
+            raise UserError(
+                "a ratio head needs features that are vectors or maps",
+                got=f"shapes {list(feature_shapes)}",
+                expected="one or more of (C,) or (C, H, W)",
+                fix="use a network of its own for the ratio when the teacher lends no features",
+            )
+        self.conditioning = Conditioning(num_classes, width)
+        self.heads = nn.ModuleList(
+            _map_head(shape, width) if len(shape) == 3 else _vector_head(shape, width)
+            for shape in feature_shapes
+        )
+        self.projections = nn.ModuleList(Projection(width) for _ in feature_shapes)
+
+    def forward(self, features: Sequence[Tensor], sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns log r (B,) in float32 or better.
+
+        Args:
+            features: What the denoiser lent for x at ``sigma``, in the order of ``feature_shapes``.
+            sigma: Noise levels (B,).
+            labels: Classes (B,) int64, -1 for none.
+        """
+        embedding = self.conditioning(noise_coordinate(sigma.to(at_least_float32(sigma))), labels)
+        dtype = self.conditioning.mix.weight.dtype
+        logits = [
+            projection(head(feature.to(dtype)), embedding)
+            for feature, head, projection in zip(features, self.heads, self.projections, strict=True)
+        ]
+        return torch.stack(logits).mean(dim=0)
+
+
+class RatioNet(nn.Module):
+    """A discriminator with its own encoder, for teachers that lend no features.
+
+    Args:
+        shape: Shape of one sample.
+        num_classes: Number of classes; 0 without.
+        width: Hidden units.
+        depth: Residual blocks.
+        sigma_data: Standard deviation of the data; inputs are scaled by ``1 / sqrt(sigma^2 + sigma_data^2)``.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        num_classes: int,
+        *,
+        width: int = 128,
+        depth: int = 3,
+        sigma_data: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.sigma_data = sigma_data
+        self.trunk = MLPTrunk(MLPConfig(width=width, depth=depth), math.prod(shape), num_classes)
+        self.norm = nn.LayerNorm(width)
+        self.projection = Projection(width)
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns log r (B,) of ``x`` (B, *shape) at levels ``sigma`` (B,), in float32 or better."""
+        dtype = at_least_float32(x)
+        sigma = sigma.to(dtype)
+        c_in = (expand(sigma, x) ** 2 + self.sigma_data**2).rsqrt()
+        states, embedding = self.trunk(x.to(dtype) * c_in, noise_coordinate(sigma), labels)
+        return self.projection(F.silu(self.norm(states[-1])), embedding)

@@ -1,0 +1,136 @@
+"""Parts that the networks share: conditioning, zero-initialised layers, padding, attention."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Angular frequencies, in radians per unit of c_noise. From sigma 0.002 to 80, c_noise = ln(sigma) / 4 covers
+# 2.65 units: the slowest sine is monotone over that range, the fastest turns 5.5 rad when sigma doubles.
+_LOWEST, _HIGHEST = 0.5, 32.0
+_FREQUENCIES = 32
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def noise_coordinate(sigma: Tensor) -> Tensor:
+    """``c_noise = ln(sigma) / 4`` (Karras et al. 2022, table 1), finite at ``sigma = 0``."""
+    return sigma.clamp_min(torch.finfo(sigma.dtype).tiny).log() / 4
+
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """The dtype for arithmetic on ``x``: float64 stays, everything shorter becomes float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def zeroed(layer: Layer) -> Layer:
+    """Sets weight and bias of a layer to zero, so that its branch starts as nothing."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation with at most 32 groups of at least 4 channels each."""
+    groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 4))
+    return nn.GroupNorm(groups, channels)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x (1 + scale) + shift``, with ``scale`` and ``shift`` already broadcastable."""
+    return x * (1 + scale) + shift
+
+
+def feature_blocks(depth: int) -> tuple[int, ...]:
+    """The blocks of a stack whose output is lent as features: those at about 1/2 and 3/4 of the depth."""
+    return tuple(sorted({depth // 2, 3 * depth // 4}))
+
+
+def fourier_features(c_noise: Tensor) -> Tensor:
+    """Cosines and sines of ``c_noise`` (B,) at fixed geometric frequencies, (B, 64), at least float32.
+
+    They are computed, not stored, so that ``module.bfloat16()`` cannot round them.
+    """
+    dtype = at_least_float32(c_noise)
+    steps = torch.arange(_FREQUENCIES, device=c_noise.device, dtype=dtype) / (_FREQUENCIES - 1)
+    frequencies = _LOWEST * torch.exp(steps * math.log(_HIGHEST / _LOWEST))
+    angle = c_noise.to(dtype)[:, None] * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class Conditioning(nn.Module):
+    """Embeds noise level and class label into one vector.
+
+    Args:
+        num_classes: Number of classes; the label table has one row more, for "no condition".
+        width: Size of the vector.
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.noise = nn.Linear(2 * _FREQUENCIES, width)
+        self.label = nn.Embedding(num_classes + 1, width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns (B, width); ``labels`` (B,) int64 with -1 for none, or None for none at all."""
+        if labels is None:
+            labels = torch.full(c_noise.shape, self.num_classes, device=c_noise.device)
+        else:
+            labels = torch.where(labels < 0, self.num_classes, labels)
+        noise = self.noise(fourier_features(c_noise).to(self.noise.weight.dtype))
+        return F.silu(self.mix(F.silu(noise + self.label(labels))))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over tokens (B, N, width).
+
+    Args:
+        width: Size of a token.
+        heads: Number of heads, a divisor of ``width``.
+        last_zero: Start with a zero output layer.
+    """
+
+    def __init__(self, width: int, heads: int, *, last_zero: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        if last_zero:
+            zeroed(self.out)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns mixed tokens of the same shape."""
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
+    """Pads images with zeros, evenly on both sides, until height and width are multiples of ``multiple``.
+
+    A network that halves the resolution a few times, or cuts it into patches, then meets whole sizes only,
+    and the maps of the way down and the way up always fit. Zeros are what the convolutions pad with anyway,
+    so the network sees the one kind of border it knows. Cropping the result with :func:`crop` undoes it.
+
+    Returns:
+        The padded images, and the rows and columns that were added before the first.
+    """
+    height, width = x.shape[-2:]
+    rows, columns = -height % multiple, -width % multiple
+    top, left = rows // 2, columns // 2
+    if rows or columns:
+        x = F.pad(x, (left, columns - left, top, rows - top))
+    return x, (top, left)
+
+
+def crop(x: Tensor, offset: tuple[int, int], height: int, width: int) -> Tensor:
+    """Cuts ``height`` x ``width`` pixels out of ``x``, from ``offset`` on."""
+    top, left = offset
+    return x[..., top : top + height, left : left + width]

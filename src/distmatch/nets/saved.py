@@ -1,0 +1,140 @@
+"""A denoiser on disk: ``model.safetensors`` and ``config.json``, never a pickle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmatch.base.errors import UserError
+from distmatch.base.files import atomic_folder, atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.nets.build import build_net
+from distmatch.nets.config import from_dict, to_dict
+from distmatch.nets.edm import EDMDenoiser
+
+FORMAT = "distmatch-model"
+VERSION = 1
+_TENSORS, _CONFIG = "model.safetensors", "config.json"
+_PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
+
+
+def save_model(
+    folder: str | os.PathLike[str], denoiser: EDMDenoiser, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a denoiser so that a crash leaves the old model or the new one.
+
+    Args:
+        folder: The model folder; an earlier model in it is replaced.
+        denoiser: What to save. Its network must come from :func:`distmatch.nets.build.build_net`.
+        extra: More values to keep, as JSON: class names, the kind of model, where it came from.
+
+    Raises:
+        UserError: The folder holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (
+        folder.is_dir() and {f.name for f in folder.iterdir()} <= {_TENSORS, _CONFIG}
+    ):
+        raise UserError(
+            f"{folder} already exists and is not a model folder",
+            expected="a new folder, or one that holds only a saved model",
+            fix="choose another place",
+        )
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "net": to_dict(denoiser.net.config),  # type: ignore[arg-type]
+        "shape": list(denoiser.shape),
+        "num_classes": denoiser.num_classes,
+        "sigma_data": denoiser.sigma_data,
+        "sigma_min": denoiser.sigma_min,
+        "sigma_max": denoiser.sigma_max,
+        "extra": dict(extra or {}),
+    }
+    with atomic_folder(folder) as temporary:
+        save_tensors(temporary / _TENSORS, denoiser.net.state_dict())
+        atomic_json(temporary / _CONFIG, config)
+
+
+def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, Any]]:
+    """Reads what :func:`save_model` wrote, on the CPU, in eval mode. No random number is drawn.
+
+    Args:
+        folder: A model folder, or a run folder, which holds one as ``model/``.
+
+    Returns:
+        The denoiser, and the extra values that were saved with it.
+
+    Raises:
+        UserError: Nothing is there, it is not a model of ours, it is damaged, or it is a pickle (refused).
+    """
+    folder = _model_folder(Path(folder))
+    config = read_json(folder / _CONFIG)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(
+            f"{folder / _CONFIG} does not describe a model of distmatch",
+            got=f"format {config.get('format')!r}" if isinstance(config, dict) else type(config).__name__,
+            expected=f"format {FORMAT!r}",
+            fix="give the folder that save_pretrained or a run wrote",
+        )
+    if config.get("version") != VERSION:
+        raise UserError(
+            f"{folder} was written in another version of the format",
+            got=config.get("version"),
+            expected=VERSION,
+            fix="use the release of distmatch that wrote it, or a newer one",
+        )
+    tensors = load_tensors(folder / _TENSORS)
+    denoiser = _described(folder / _CONFIG, config)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) == 1:
+        denoiser.to(dtypes.pop())
+    denoiser.to_empty(device="cpu")
+    load_into(denoiser.net, tensors, str(folder / _TENSORS))
+    return denoiser.eval(), dict(config.get("extra") or {})
+
+
+def _model_folder(path: Path) -> Path:
+    if path.is_file():
+        if path.suffix.lower() in _PICKLES:
+            raise UserError(
+                f"{path} is a pickle or a torch archive and was not opened: loading one can run any code",
+                expected=f"a folder with {_TENSORS} and {_CONFIG}",
+                fix="convert it where you trust it",
+            )
+        raise UserError(f"{path} is a file", expected="a model folder or a run folder", fix="give its folder")
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist", expected="a model folder or a run folder", fix="check the path"
+        )
+    for candidate in (path, path / "model"):
+        if (candidate / _CONFIG).is_file():
+            return candidate
+    raise UserError(
+        f"{path} holds no model",
+        expected=f"{_CONFIG} and {_TENSORS} in it or in its folder model/",
+        fix="a run writes its model when it ends: let it finish, or give another folder",
+    )
+
+
+def _described(source: Path, config: dict[str, Any]) -> EDMDenoiser:
+    """The denoiser that a config describes, on the meta device: it has shapes and no memory yet."""
+    try:
+        shape, num_classes = tuple(config["shape"]), config["num_classes"]
+        sigmas = {name: float(config[name]) for name in ("sigma_data", "sigma_min", "sigma_max")}
+        net_config = from_dict(config["net"])
+        with torch.device("meta"):
+            net = build_net(net_config, shape, num_classes)
+        return EDMDenoiser(net, shape=shape, num_classes=num_classes, **sigmas)
+    except UserError as error:
+        raise UserError(f"{source} describes no model that can be built", got=str(error)) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{source} is damaged",
+            got=f"{type(error).__name__}: {error}",
+            expected="the fields net, shape, num_classes, sigma_data, sigma_min, sigma_max",
+            fix="restore it from a copy",
+        ) from error
