@@ -23,7 +23,8 @@ DEFAULT_SAMPLES = 20_000
 def _ring8() -> tuple[Tensor, Tensor, Tensor]:
     """Eight equal modes on the unit circle, standard deviation 0.08; ``sigma_data`` 0.712."""
     angle = torch.arange(8, dtype=torch.float64) * (2 * math.pi / 8)
-    return torch.full((8,), 1 / 8), torch.stack((angle.cos(), angle.sin()), 1), torch.full((8,), 0.08**2)
+    means = torch.stack((angle.cos(), angle.sin()), 1)
+    return torch.full((8,), 1 / 8, dtype=torch.float64), means, torch.full((8,), 0.08**2, dtype=torch.float64)
 
 
 def _grid25() -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +37,7 @@ def _grid25() -> tuple[Tensor, Tensor, Tensor]:
     means = torch.cartesian_prod(axis, axis)
     first = 10.0 ** (-((torch.arange(13, dtype=torch.float64) * 5) % 13) / 12)
     weights = torch.cat((first, first[:12].flip(0)))
-    return weights / weights.sum(), means, torch.full((25,), 0.03**2)
+    return weights / weights.sum(), means, torch.full((25,), 0.03**2, dtype=torch.float64)
 
 
 def _skewed2() -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +48,7 @@ def _skewed2() -> tuple[Tensor, Tensor, Tensor]:
     direction = torch.full((2,), math.sqrt(0.5), dtype=torch.float64)
     along = torch.tensor([-0.15 * 1.2, 0.85 * 1.2], dtype=torch.float64)
     variances = torch.tensor([0.25**2, 0.1**2], dtype=torch.float64)
-    return torch.tensor([0.85, 0.15]), along[:, None] * direction, variances
+    return torch.tensor([0.85, 0.15], dtype=torch.float64), along[:, None] * direction, variances
 
 
 _TOYS: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {
