@@ -1,0 +1,190 @@
+"""Builds `report.html`: one page, no outside address, from the files of a run folder alone."""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from distmatch.base.files import atomic_write
+from distmatch.report.log import Event, wall_seconds
+from distmatch.report.run import MODELS, ModelMetrics, Run, read_run
+from distmatch.report.samples import samples_section
+from distmatch.report.table import digits, error_digits, headline, show_sigmas, speed_up, table
+from distmatch.report.training import curve_charts, noise_charts
+
+_LEAD_OPTIONS = ("divergence", "method", "data", "steps", "seed")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A line of the speed table; ``share`` is the bar's length relative to the slowest model."""
+
+    name: str
+    nfe: float
+    seconds: float
+    share: float
+
+
+def build_report(run_folder: str | os.PathLike[str]) -> Path:
+    """Writes ``report.html`` into a run folder, replacing an earlier one.
+
+    Whatever the folder does not hold yet (metrics, samples, a log) is named on the page as missing.
+
+    Args:
+        run_folder: A folder as described in `docs/architecture.md`.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: It is no run folder, a file in it is broken, or the page cannot be written.
+    """
+    path = Path(run_folder)
+    target = path / "report.html"
+    atomic_write(target, render(read_run(path)))
+    return target
+
+
+def render(run: Run) -> str:
+    """The page of a run as HTML text."""
+    environment = Environment(
+        loader=PackageLoader("distmatch.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "digits": digits,
+        "error_digits": error_digits,
+        "sigmas": show_sigmas,
+        "finite": math.isfinite,
+        "duration": duration,
+        "base64": lambda data: base64.b64encode(data).decode("ascii"),
+    }
+    rows = table(run.metrics)
+    sentence, tiles = headline(run.metrics, rows)
+    teacher_events = run.teacher.events if run.teacher else []
+    return environment.get_template("template.html.j2").render(
+        name=run.path.resolve().name,
+        lead=lead_options(run.config),
+        status=status(run.events),
+        sentence=sentence,
+        tiles=tiles,
+        missing=missing(run),
+        samples=samples_section(run.samples),
+        rows=rows,
+        shown_models=[m for m in MODELS if m in run.metrics],
+        charts=curve_charts(run.events),
+        teacher_charts=curve_charts(teacher_events),
+        noise=noise_charts(run.events),
+        speeds=speeds(run.metrics),
+        speed_up=speed_up(run.metrics),
+        seconds=wall_seconds(run.events),
+        teacher_seconds=wall_seconds(teacher_events),
+        warnings=warnings(run.events, "") + warnings(teacher_events, "teacher, "),
+        has_log=bool(run.events),
+        command=run.environment.get("command"),
+        configs=[
+            (title, part.config_text)
+            for title, part in (("config.toml", run), ("teacher/config.toml", run.teacher))
+            if part is not None and part.config_text is not None
+        ],
+        environment=[item for item in flat(run.environment) if item[0] != "command"],
+    )
+
+
+def lead_options(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """The options that name a run, wherever in the tables of the config they stand."""
+    found: dict[str, str] = {}
+    for key, value in flat(config):
+        found.setdefault(key.split(".")[-1], value)
+    return [(key, found[key]) for key in _LEAD_OPTIONS if key in found]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested tables and lists of tables as ``a.b`` and text; null and empty lists are left out."""
+    items: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            items += flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            tables = {str(i): v for i, v in enumerate(value) if isinstance(v, dict)}
+            rest = [str(v) for v in value if not isinstance(v, dict)]
+            items += flat(tables, f"{prefix}{key}.") + ([(f"{prefix}{key}", ", ".join(rest))] if rest else [])
+        elif value is not None:
+            items.append((f"{prefix}{key}", str(value)))
+    return items
+
+
+def status(events: list[Event]) -> str:
+    """How far the run has come, from its last events."""
+    if not events:
+        return "not started, or its log is missing"
+    step = max((e["step"] for e in events if isinstance(e.get("step"), int)), default=None)
+    at = "" if step is None else f" at step {step:,}"
+    resumes = sum(e["event"] == "resume" for e in events)
+    again = f", resumed {resumes} time{'s' if resumes != 1 else ''}" if resumes else ""
+    if any(e["event"] == "end" for e in events):
+        return f"finished{at}{again}"
+    return f"not finished{at}{again}: still running, or interrupted"
+
+
+def missing(run: Run) -> list[str]:
+    """What a complete run folder would also hold, in words."""
+    parts = [
+        ("config.toml, the resolved options", run.config_text is None),
+        ("env.json, the command and the machine", not run.environment),
+        ("log.jsonl, the training curves", not run.events),
+        ("metrics.json, the evaluation", not run.metrics),
+    ]
+    parts += [(f"the metrics of the {m}", bool(run.metrics) and m not in run.metrics) for m in MODELS]
+    parts += [(f"samples/{m}.npz", m not in run.samples) for m in MODELS]
+    return [text for text, absent in parts if absent]
+
+
+def speeds(metrics: dict[str, ModelMetrics]) -> list[Speed]:
+    """The lines of the speed table: teacher and student, where a time or a number of calls is known."""
+    found = [(m, metrics[m]) for m in ("teacher", "student") if m in metrics]
+    slowest = max(
+        (b.seconds_per_1000 for _, b in found if math.isfinite(b.seconds_per_1000)), default=math.nan
+    )
+    return [
+        Speed(
+            name, b.nfe, b.seconds_per_1000, 100 * b.seconds_per_1000 / slowest if slowest > 0 else math.nan
+        )
+        for name, b in found
+        if math.isfinite(b.nfe) or math.isfinite(b.seconds_per_1000)
+    ]
+
+
+def warnings(events: list[Event], prefix: str) -> list[tuple[str, str, int]]:
+    """The warnings of a log: where first, what, how often."""
+    raised = [e for e in events if e["event"] == "warning"]
+    often = Counter(str(e.get("message", "")) for e in raised)
+    first = {str(e.get("message", "")): e.get("step") for e in reversed(raised)}
+    return [
+        (
+            f"{prefix}step {first[message]:,}" if isinstance(first[message], int) else f"{prefix}start",
+            message,
+            count,
+        )
+        for message, count in often.items()
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 1:
+        return f"{seconds:.2g} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,135 @@
+"""Reads `log.jsonl`: one event a line, appended by a run that may have been killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distmatch.base.errors import UserError
+
+Event = dict[str, Any]
+
+
+def _number(value: object) -> float | None:
+    """``value`` as a float, NaN for null; None where it is no number at all."""
+    if value is None:
+        return math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    return None
+
+
+def read_log(path: str | os.PathLike[str]) -> list[Event]:
+    """Reads the events of a run in the order they were written.
+
+    A line that a crash cut short is skipped. A ``resume`` event at step s makes the earlier ``train`` events
+    beyond s void (those steps are run again), so they are dropped.
+
+    Args:
+        path: The `log.jsonl` of a run folder.
+
+    Returns:
+        One dict an event, each with the key ``event``.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"cannot read the log {path}",
+            got=error.strerror,
+            expected="the log.jsonl of a run folder",
+            fix="check the path",
+        ) from error
+    events: list[Event] = []
+    for line in text.split("\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+            continue
+        if event["event"] == "resume":
+            step = _number(event.get("step"))
+            if step is not None and math.isfinite(step):
+                events = [e for e in events if not _is_void(e, step)]
+        events.append(event)
+    return events
+
+
+def _is_void(event: Event, resumed_at: float) -> bool:
+    step = _number(event.get("step"))
+    return event["event"] == "train" and step is not None and step > resumed_at
+
+
+def curves(events: Sequence[Event], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values of one key over the ``train`` events.
+
+    Args:
+        events: What :func:`read_log` returned.
+        key: A scalar (``loss_student``) or a list over noise bins (``ratio_mean``).
+
+    Returns:
+        Steps of shape (T,) and values of shape (T,), or (T, bins) for lists; both float64, NaN for null.
+        Events without the key are left out, and so are lists of another length than the last one.
+    """
+    steps: list[float] = []
+    values: list[list[float]] = []
+    is_list = False
+    for event in events:
+        step = _number(event.get("step"))
+        if event["event"] != "train" or key not in event or step is None or not math.isfinite(step):
+            continue
+        is_list = isinstance(event[key], list)
+        row = [_number(v) for v in (event[key] if is_list else [event[key]])]
+        if row and all(v is not None for v in row):
+            steps.append(step)
+            values.append([v for v in row if v is not None])
+    width = len(values[-1]) if values else 1
+    keep = [i for i, row in enumerate(values) if len(row) == width]
+    table = np.array([values[i] for i in keep], dtype=np.float64).reshape(len(keep), width)
+    at = np.array([steps[i] for i in keep], dtype=np.float64)
+    return at, table if is_list else table[:, 0]
+
+
+def scalar_keys(events: Sequence[Event]) -> list[str]:
+    """The keys of the ``train`` events that hold numbers, in order of first appearance."""
+    found: dict[str, None] = {}
+    for event in events:
+        if event["event"] == "train":
+            for key, value in event.items():
+                if key not in ("event", "step", "time") and value is not None and _number(value) is not None:
+                    found[key] = None
+    return list(found)
+
+
+def _moment(event: Event) -> float:
+    """The ``time`` of an event in seconds, NaN where it has none; ISO 8601 text is read as well."""
+    value = event.get("time")
+    if isinstance(value, str):
+        try:
+            return datetime.fromisoformat(value).timestamp()
+        except ValueError:
+            return math.nan
+    number = _number(value)
+    return math.nan if number is None else number
+
+
+def wall_seconds(events: Sequence[Event]) -> float:
+    """Seconds between the events of the log, without the pauses before a ``resume`` or a new ``start``."""
+    total = 0.0
+    for earlier, later in pairwise(events):
+        gap = _moment(later) - _moment(earlier)
+        if later["event"] not in ("resume", "start") and math.isfinite(gap) and gap > 0:
+            total += gap
+    return total

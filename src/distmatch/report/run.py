@@ -1,0 +1,194 @@
+"""What a run folder holds, read once and checked; every part may be missing."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distmatch.base.errors import UserError
+from distmatch.base.estimate import Estimate
+from distmatch.base.files import read_json
+from distmatch.report.log import Event, read_log
+
+MODELS = ("reference", "teacher", "student")
+_MARKS = ("config.toml", "log.jsonl", "metrics.json", "samples")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one model.
+
+    Attributes:
+        x: Images (N, H, W) or (N, H, W, C) uint8, or vectors (N, D) float.
+        labels: (N,), or None.
+    """
+
+    x: np.ndarray
+    labels: np.ndarray | None
+
+    @property
+    def are_images(self) -> bool:
+        """Whether ``x`` holds pictures rather than vectors."""
+        return self.x.ndim > 2
+
+
+@dataclass(frozen=True)
+class ModelMetrics:
+    """One block of `metrics.json`.
+
+    Attributes:
+        nfe: Network calls for one sample, NaN when not given.
+        seconds_per_1000: Seconds for a thousand samples, NaN when not given.
+        estimates: Metric key to estimate; NaN stands for null.
+    """
+
+    nfe: float
+    seconds_per_1000: float
+    estimates: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The contents of a run folder; None or empty where a part is missing."""
+
+    path: Path
+    config_text: str | None
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    events: list[Event]
+    metrics: dict[str, ModelMetrics]
+    samples: dict[str, Samples]
+    teacher: Run | None = field(default=None)
+
+
+def read_run(path: Path, *, inner: bool = True) -> Run:
+    """Reads a run folder.
+
+    Args:
+        path: The folder.
+        inner: Whether to read the teacher's run folder inside it as well.
+
+    Raises:
+        UserError: It is no run folder, or a file in it is broken.
+    """
+    if not path.is_dir() or not any((path / mark).exists() for mark in _MARKS):
+        raise UserError(
+            f"{path} is not a run folder",
+            got="no such folder" if not path.is_dir() else "a folder without any of the files of a run",
+            expected=f"a folder with at least one of {', '.join(_MARKS)}",
+            fix="give the folder that was written with --out, for example runs/demo",
+        )
+    config_text = _read_text(path / "config.toml")
+    teacher = path / "teacher"
+    has_teacher = inner and teacher.is_dir() and any((teacher / mark).exists() for mark in _MARKS)
+    metrics_file, log_file = path / "metrics.json", path / "log.jsonl"
+    return Run(
+        path=path,
+        config_text=config_text,
+        config=_parse_config(config_text),
+        environment=_read_environment(path / "env.json"),
+        events=read_log(log_file) if log_file.exists() else [],
+        metrics=read_metrics(metrics_file) if metrics_file.exists() else {},
+        samples={m: read_samples(f) for m in MODELS if (f := path / "samples" / f"{m}.npz").exists()},
+        teacher=read_run(teacher, inner=False) if has_teacher else None,
+    )
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else None
+
+
+def _parse_config(text: str | None) -> dict[str, Any]:
+    """The options, or nothing when the text is no TOML: the page still shows the text itself."""
+    try:
+        return tomllib.loads(text or "")
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    value = read_json(path) if path.exists() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _broken(path: Path, where: str, got: object, expected: str) -> UserError:
+    fix = "remove the file and evaluate again"
+    return UserError(f"{path}: {where} is broken", got=repr(got)[:80], expected=expected, fix=fix)
+
+
+def _optional_number(path: Path, where: str, value: object) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _broken(path, where, value, "a number or null")
+    return float(value)
+
+
+def read_metrics(path: Path) -> dict[str, ModelMetrics]:
+    """Reads `metrics.json`.
+
+    Entries of a model that are not objects with a ``value`` (notes, settings) are left out.
+
+    Raises:
+        UserError: It is no JSON, or a model or a number in it has another form than documented.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise _broken(path, "the file", content, "an object with reference, teacher, student")
+    found: dict[str, ModelMetrics] = {}
+    for model in MODELS:
+        block = content.get(model)
+        if block is None:
+            continue
+        if not isinstance(block, dict):
+            raise _broken(path, model, block, "an object of metrics")
+        estimates: dict[str, Estimate] = {}
+        for key, entry in block.items():
+            if isinstance(entry, dict) and "value" in entry:
+                numbers = [
+                    _optional_number(path, f"{model}.{key}.{k}", entry.get(k))
+                    for k in ("value", "stderr", "n")
+                ]
+                n = int(numbers[2]) if math.isfinite(numbers[2]) else 0
+                estimates[key] = Estimate(numbers[0], numbers[1], n)
+        nfe, seconds = (
+            _optional_number(path, f"{model}.{k}", block.get(k)) for k in ("nfe", "seconds_per_1000")
+        )
+        found[model] = ModelMetrics(nfe, seconds, estimates)
+    return found
+
+
+def read_samples(path: Path) -> Samples:
+    """Reads one file of `samples/`; pickled content is refused.
+
+    Raises:
+        UserError: It is no npz file, or ``x`` is neither images nor vectors.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x = file["x"]
+            labels = file["labels"] if "labels" in file.files else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cannot read the samples {path}",
+            got=str(error),
+            expected="an npz file with x and, optionally, labels",
+            fix="remove the file and sample again",
+        ) from error
+    images = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[-1] in (1, 3, 4)))
+    vectors = np.issubdtype(x.dtype, np.floating) and x.ndim == 2
+    if not (images or vectors) or 0 in x.shape:
+        raise UserError(
+            f"{path} holds no samples that can be shown",
+            got=f"x of shape {x.shape}, {x.dtype}",
+            expected="uint8 images (N, H, W) or (N, H, W, C), or float vectors (N, D)",
+        )
+    if labels is not None and labels.shape != x.shape[:1]:
+        raise UserError(f"{path}: labels do not match x", got=labels.shape, expected=x.shape[:1])
+    return Samples(x, labels)

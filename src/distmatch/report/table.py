@@ -1,0 +1,252 @@
+"""The metric table and the sentence on top of the page: what was lost, and whether the numbers can tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from distmatch.base.estimate import Estimate
+from distmatch.report.run import MODELS, ModelMetrics
+
+_TELLING = 2.0  # a difference of fewer standard errors is not called a difference
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How to read a metric.
+
+    Attributes:
+        key: Its name in `metrics.json`.
+        title: Its name on the page.
+        better: ``down``, ``up``, ``floor`` (best where real data are) or ``""`` (not known).
+        meaning: One line for the reader.
+    """
+
+    key: str
+    title: str
+    better: str
+    meaning: str
+
+    @property
+    def arrow(self) -> str:
+        """A sign for the better direction."""
+        return {"down": "↓", "up": "↑", "floor": "→"}.get(self.better, "")
+
+    @property
+    def arrow_text(self) -> str:
+        """The same in words."""
+        words = {
+            "down": "lower is better",
+            "up": "higher is better",
+            "floor": "best at the value of real data",
+        }
+        return words.get(self.better, "no direction")
+
+
+METRICS = (
+    Metric("fd", "Fréchet distance", "down", "distance between Gaussians fitted to the features"),
+    Metric("kid", "KID", "down", "kernel distance between features, unbiased: may fall below zero"),
+    Metric("precision", "Precision", "up", "share of samples that lie among real data"),
+    Metric("recall", "Recall", "up", "share of real data that lie among the samples"),
+    Metric("density", "Density", "floor", "how densely real data surround the samples"),
+    Metric("coverage", "Coverage", "up", "share of real data with a sample close by"),
+    Metric("vendi", "Vendi score", "floor", "effective number of different samples"),
+    Metric("label_accuracy", "Label accuracy", "up", "share of samples classified as the label asked for"),
+    Metric("modes", "Modes found", "up", "modes of the mixture that were hit"),
+    Metric("kl", "KL(p‖q) of modes", "down", "large when modes are missing"),
+    Metric("reverse_kl", "KL(q‖p) of modes", "down", "large when samples fall on rare modes"),
+    Metric("js", "JS of modes", "down", "both, at most log 2"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        metric: How to read it.
+        cells: The estimates of reference, teacher and student, in that order; None where there is none.
+        ratio: Student over teacher, with its error, or None where it means nothing.
+        verdict: ``better``, ``worse``, ``within error``, or what keeps us from saying.
+        sigmas: Size of the difference in standard errors, NaN when not known.
+    """
+
+    metric: Metric
+    cells: tuple[Estimate | None, ...]
+    ratio: Estimate | None
+    verdict: str
+    sigmas: float
+
+    @property
+    def counts(self) -> str:
+        """The sample numbers behind the cells; one number when all agree."""
+        numbers = list(dict.fromkeys(c.n for c in self.cells if c is not None))
+        return " / ".join(f"{n:,}" for n in numbers)
+
+
+def digits(value: float, stderr: float) -> str:
+    """``value`` to the second digit of its error, or to four digits when the error is not known."""
+    if not math.isfinite(value):
+        return "not finite"
+    if math.isfinite(stderr) and stderr > 0:
+        places = 1 - math.floor(math.log10(stderr))
+        return f"{value:.{max(places, 0)}f}" if places <= 6 else f"{value:.3g}"
+    return f"{value:.4g}"
+
+
+def error_digits(stderr: float) -> str:
+    """``stderr`` to two digits; empty when it is not known."""
+    if not math.isfinite(stderr):
+        return ""
+    if stderr == 0:
+        return "0"
+    places = 1 - math.floor(math.log10(stderr))
+    return f"{stderr:.{max(places, 0)}f}" if places <= 6 else f"{stderr:.1e}"
+
+
+def ratio_of(student: Estimate | None, teacher: Estimate | None) -> Estimate | None:
+    """Student over teacher with the error of first order, the two errors taken as independent.
+
+    None where the teacher's value is within two errors of zero: the quotient would mean nothing.
+    """
+    if student is None or teacher is None or not math.isfinite(student.value):
+        return None
+    known = teacher.stderr if math.isfinite(teacher.stderr) else 0.0
+    if not math.isfinite(teacher.value) or teacher.value <= _TELLING * known or teacher.value == 0:
+        return None
+    quotient = student.value / teacher.value
+    stderr = math.hypot(student.stderr, quotient * teacher.stderr) / teacher.value
+    return Estimate(quotient, stderr, min(student.n, teacher.n))
+
+
+def compare(
+    student: Estimate | None, teacher: Estimate | None, floor: Estimate | None, better: str
+) -> tuple[str, float]:
+    """Says whether the student differs from its teacher by more than the errors, and to which side.
+
+    Args:
+        student: Its estimate.
+        teacher: The teacher's estimate.
+        floor: That of real data; needed when ``better`` is ``floor``.
+        better: As in :class:`Metric`.
+
+    Returns:
+        The verdict, and the difference in standard errors (NaN when not known).
+    """
+    if student is None or teacher is None:
+        return "", math.nan
+    gap = student.value - teacher.value
+    error = math.hypot(student.stderr, teacher.stderr)
+    if not math.isfinite(gap) or not math.isfinite(error):
+        return "error not known", math.nan
+    sigmas = abs(gap) / error if error > 0 else (math.inf if gap else 0.0)
+    if sigmas <= _TELLING:
+        return "within error", sigmas
+    if better == "floor":
+        if floor is None or not math.isfinite(floor.value):
+            return "differs", sigmas
+        gain = abs(teacher.value - floor.value) - abs(student.value - floor.value)
+    elif better in ("up", "down"):
+        gain = gap if better == "up" else -gap
+    else:
+        return "differs", sigmas
+    return "better" if gain > 0 else "worse", sigmas
+
+
+def table(metrics: dict[str, ModelMetrics]) -> list[Row]:
+    """The rows of the metric table: known metrics in our order, then whatever else is there."""
+    known = {m.key: m for m in METRICS}
+    present = dict.fromkeys(key for block in metrics.values() for key in block.estimates)
+    keys = [k for k in known if k in present] + [k for k in present if k not in known]
+    rows = []
+    for key in keys:
+        metric = known.get(key, Metric(key, key, "", ""))
+        cells = tuple(metrics[m].estimates.get(key) if m in metrics else None for m in MODELS)
+        floor, teacher, student = cells
+        verdict, sigmas = compare(student, teacher, floor, metric.better)
+        rows.append(Row(metric, cells, ratio_of(student, teacher), verdict, sigmas))
+    return rows
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number of the headline: its name, itself, and where it comes from."""
+
+    name: str
+    number: str
+    note: str
+
+
+def plain(estimate: Estimate | None) -> str:
+    """An estimate as text, ``0.331 ± 0.012``."""
+    if estimate is None:
+        return "–"
+    error = error_digits(estimate.stderr)
+    return digits(estimate.value, estimate.stderr) + (f" ± {error}" if error else "")
+
+
+def speed_up(metrics: dict[str, ModelMetrics]) -> float:
+    """How many times faster the student makes samples than its teacher; NaN when not known."""
+    if "teacher" not in metrics or "student" not in metrics:
+        return math.nan
+    teacher, student = (metrics[m].seconds_per_1000 for m in ("teacher", "student"))
+    return teacher / student if student > 0 and teacher > 0 else math.nan
+
+
+def headline(metrics: dict[str, ModelMetrics], rows: list[Row]) -> tuple[str, list[Tile]]:
+    """The sentence on top and up to three numbers for it."""
+    if "student" not in metrics:
+        return "Nothing has been distilled and evaluated in this folder yet.", []
+    if "teacher" not in metrics:
+        return (
+            "The student has been evaluated; its teacher has not, so there is nothing to compare it with.",
+            [],
+        )
+    by_key = {row.metric.key: row for row in rows}
+    teacher, student = metrics["teacher"], metrics["student"]
+    parts, tiles = [], []
+    times = speed_up(metrics)
+    calls = [f"{m.nfe:g} network call{'s' if m.nfe != 1 else ''}" for m in (student, teacher)]
+    known_calls = math.isfinite(student.nfe) and math.isfinite(teacher.nfe)
+    if math.isfinite(times):
+        saved = f" ({calls[0]} instead of {teacher.nfe:g})" if known_calls else ""
+        fast = f"{times:.3g} times faster" if times >= 1 else f"{1 / times:.3g} times slower"
+        parts.append(f"The student makes samples {fast} than its teacher{saved}.")
+        note = (
+            f"{student.seconds_per_1000:.3g} s instead of {teacher.seconds_per_1000:.3g} s for 1,000 samples"
+        )
+        tiles.append(Tile("Speed-up", f"{times:.3g}×", note))
+    elif known_calls:
+        parts.append(f"The student needs {calls[0]} instead of {teacher.nfe:g}.")
+        tiles.append(Tile("Network calls", f"{student.nfe:g}", f"instead of {teacher.nfe:g}"))
+    for key in ("fd", "recall"):
+        if key in by_key and by_key[key].ratio is not None:
+            clause, tile = _clause(by_key[key])
+            parts.append(clause)
+            tiles.append(tile)
+    return " ".join(parts) or "The student has been evaluated.", tiles
+
+
+def _clause(row: Row) -> tuple[str, Tile]:
+    """One sentence and one tile on a metric whose ratio is known."""
+    floor, teacher, student = row.cells
+    name = (
+        row.metric.title if row.metric.title.isupper() else row.metric.title[0] + row.metric.title[1:].lower()
+    )
+    clause = f"{name} is {plain(row.ratio)} times the teacher’s"
+    if row.verdict == "within error":
+        clause += ": the errors do not tell them apart."
+    elif row.verdict in ("better", "worse"):
+        clause += f": {row.verdict} by {show_sigmas(row.sigmas)}."
+    else:
+        clause += "."
+    note = f"{plain(student)} against {plain(teacher)}" + (f"; real data {plain(floor)}" if floor else "")
+    quotient = row.ratio.value if row.ratio else math.nan
+    return clause, Tile(f"{row.metric.title} ratio", f"{quotient:.3g}×", note)
+
+
+def show_sigmas(sigmas: float) -> str:
+    """A difference in standard errors as text."""
+    if not math.isfinite(sigmas):
+        return ""
+    return f"{sigmas:.1f} σ" if sigmas < 9.95 else f"{sigmas:.0f} σ"

@@ -1,0 +1,157 @@
+"""The charts of a training log: curves over steps, and averages over noise levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from distmatch.report.figures import curve_panel, noise_panel, smooth
+from distmatch.report.log import Event, curves, scalar_keys
+
+_PERIODS = 4
+_TITLES = {
+    "loss": ("Denoising loss", ""),
+    "loss_student": ("Student loss", "half the mean square of the gradient that moves the samples"),
+    "loss_fake": ("Fake-score loss", "denoising loss of the network that follows the student"),
+    "loss_ratio": ("Ratio loss", "1.386 = 2 log 2 means that student and data cannot be told apart"),
+    "loss_gan": ("Adversarial loss", "0.693 = log 2 means the same"),
+    "ess": (
+        "Effective sample size",
+        "share of a batch that the weights leave in effect; 1 when all are equal",
+    ),
+    "clip_fraction": ("Clipped ratios", "share of a batch cut at the bounds"),
+    "pooled_bins": ("Pooled noise bins", "bins with too few samples for a mean of their own"),
+    "grad_dm": ("Gradient norm, matching", "at the samples"),
+    "grad_gan": ("Gradient norm, adversarial", "at the samples"),
+    "grad_norm_student": ("Gradient norm, student", "of its parameters, before clipping"),
+    "grad_norm_fake": ("Gradient norm, fake score", "of its parameters, before clipping"),
+    "grad_norm": ("Gradient norm", "of the parameters, before clipping"),
+    "lr": ("Learning rate", ""),
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with its title, a remark, and the last value of its running mean as text."""
+
+    title: str
+    remark: str
+    last: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class NoiseSection:
+    """The charts over noise levels and the names of the periods their lines stand for, early first."""
+
+    charts: list[Chart]
+    periods: list[str]
+
+
+def curve_charts(events: Sequence[Event]) -> list[Chart]:
+    """One chart for each number that the ``train`` events hold: those we know first, in our order."""
+    present = scalar_keys(events)
+    charts = []
+    for key in [k for k in _TITLES if k in present] + [k for k in present if k not in _TITLES]:
+        steps, values = curves(events, key)
+        if values.ndim != 1 or not np.isfinite(values).any():
+            continue
+        title, remark = _TITLES.get(key, (key, ""))
+        mean = smooth(values, max(1, len(values) // 25))
+        known = mean[np.isfinite(mean)]
+        alt = f"{title} over {steps[-1]:,.0f} steps: from {known[0]:.3g} to {known[-1]:.3g}"
+        lost = int((~np.isfinite(values)).sum())
+        if lost:
+            remark = f"{remark}; {lost} values were not finite".lstrip("; ")
+        charts.append(Chart(title, remark, f"{known[-1]:#.3g}".rstrip("."), curve_panel(steps, values, alt)))
+    return charts
+
+
+def bin_levels(bins: object, count: int) -> tuple[np.ndarray, bool]:
+    """The noise levels to draw ``count`` bins at.
+
+    Args:
+        bins: ``sigma_bins`` of the ``start`` event: ``count`` centres, or ``count + 1`` edges of which the
+            outer ones may be 0 or null (open); anything else is not understood.
+        count: Number of bins.
+
+    Returns:
+        The levels (count,) and whether they are sigmas; bin numbers 1..count where they are not.
+    """
+    numbers = (
+        [float(b) if isinstance(b, (int, float)) else math.nan for b in bins]
+        if isinstance(bins, list)
+        else []
+    )
+    values = np.array(numbers)
+    if len(values) == count + 1 and count > 2:
+        inner = values[1:-1]  # an open outer bin is drawn as wide, on the logarithmic axis, as its neighbour
+        low, high = values[0], values[-1]
+        low = low if np.isfinite(low) and low > 0 else inner[0] ** 2 / inner[1]
+        high = high if np.isfinite(high) else inner[-1] ** 2 / inner[-2]
+        edges = np.concatenate([[low], inner, [high]])
+        values = np.sqrt(edges[:-1] * edges[1:])
+    if (
+        len(values) == count
+        and np.isfinite(values).all()
+        and (values > 0).all()
+        and (np.diff(values) > 0).all()
+    ):
+        return values, True
+    return np.arange(1, count + 1, dtype=np.float64), False
+
+
+def period_means(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Means over up to four equal stretches of the log.
+
+    Args:
+        steps: (T,).
+        values: (T, bins), NaN where a bin was empty.
+
+    Returns:
+        Means (periods, bins) of what is known, and the names of the periods.
+    """
+    parts = np.array_split(np.arange(len(steps)), min(_PERIODS, len(steps)))
+    known = np.isfinite(values)
+    sums = np.stack([np.where(known, values, 0.0)[p].sum(axis=0) for p in parts])
+    counts = np.stack([known[p].sum(axis=0) for p in parts])
+    names = [f"steps {steps[p[0]]:,.0f} to {steps[p[-1]]:,.0f}" for p in parts]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), names
+
+
+def noise_charts(events: Sequence[Event]) -> NoiseSection:
+    """Weight and ratio by noise level, at several times of training."""
+    bins = next(
+        (e["sigma_bins"] for e in reversed(events) if e["event"] == "start" and "sigma_bins" in e), None
+    )
+    charts: list[Chart] = []
+    periods: list[str] = []
+    for key, title, remark, level in (
+        (
+            "weight_mean",
+            "Weight h(r)",
+            "what multiplies the score difference; its mean over a batch is 1",
+            1.0,
+        ),
+        (
+            "ratio_mean",
+            "Ratio r = teacher / student",
+            "before normalising; a calibrated one averages 1 at every level",
+            1.0,
+        ),
+    ):
+        steps, values = curves(events, key)
+        if values.ndim != 2 or not np.isfinite(values).any():
+            continue
+        levels, is_sigma = bin_levels(bins, values.shape[1])
+        means, periods = period_means(steps, values)
+        last = means[-1][np.isfinite(means[-1])]
+        span = f"{last.min():.3g} to {last.max():.3g}" if last.size else "nothing known"
+        alt = f"{title} over {len(levels)} noise levels in {len(periods)} periods; in the last one {span}"
+        svg = noise_panel(levels, means, alt, is_sigma=is_sigma, level=level)
+        charts.append(Chart(title, remark, span, svg))
+    return NoiseSection(charts, periods)
