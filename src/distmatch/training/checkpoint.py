@@ -1,0 +1,293 @@
+"""Checkpoints: a tree of tensors and numbers as safetensors and JSON; whole or absent, checked, no pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.base.files import atomic_folder, atomic_json, load_tensors, read_json, save_tensors
+
+FORMAT = "distmatch-checkpoint"
+VERSION = 1
+
+_STEP = re.compile(r"step-(\d{6,})")
+# A folder being replaced is set aside under such a name; it is the only copy if the machine stops just then.
+_SET_ASIDE = re.compile(r"\.step-(\d{6,})\..*\.old")
+_LEFTOVER = re.compile(r"\.step-\d{6,}\..*\.(tmp|old)")
+
+# What safetensors stores under its own name; tensors of other types are stored as their bytes.
+_NATIVE = {
+    torch.bool,
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
+
+
+def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
+    """Splits a tree into its tensors and a description that JSON can hold.
+
+    The tensors returned share no memory with each other, as safetensors demands, but may share it with the
+    tree. A tensor that occurs twice is stored once. Devices and ``requires_grad`` are not kept.
+
+    Args:
+        tree: Nested dict (keys str or int), list, tuple, Tensor, int, float, bool, None and str.
+
+    Returns:
+        The tensors by name (their path in the tree) and the structure for :func:`unpack`.
+
+    Raises:
+        TypeError: Something else is in the tree; the message says where.
+    """
+    tensors: dict[str, Tensor] = {}
+    nodes: dict[Any, dict[str, Any]] = {}  # what has been stored already, by place in memory
+    storages: set[int] = set()
+
+    def add(t: Tensor, path: str) -> dict[str, Any]:
+        if t.layout != torch.strided or t.is_quantized or t.is_meta:
+            raise TypeError(f"{path or 'the tree'} is a tensor that is sparse, quantised or without data")
+        place = (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg())
+        if t.numel() and place in nodes:
+            return nodes[place]
+        flat = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        if flat.untyped_storage().data_ptr() in storages:
+            flat = flat.clone()
+        if flat.numel():
+            storages.add(flat.untyped_storage().data_ptr())
+        name = path.encode("ascii", "backslashreplace").decode() or "tensor"
+        while name in tensors or name == "__metadata__":
+            name += "'"
+        node: dict[str, Any] = {"tensor": name}
+        if flat.dtype not in _NATIVE:
+            node |= {"dtype": str(flat.dtype).removeprefix("torch."), "shape": list(flat.shape)}
+            flat = flat.reshape(-1).view(torch.uint8)
+        tensors[name] = flat
+        nodes[place] = node
+        return node
+
+    def walk(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            return add(node, path)
+        if node is None or type(node) in (bool, int, str):
+            return node
+        if type(node) is float:
+            # Python writes a finite float as the shortest text that reads back to the same bits.
+            return node if math.isfinite(node) else {"float": struct.pack(">d", node).hex()}
+        if isinstance(node, dict):
+            for key in node:
+                if type(key) not in (int, str):
+                    raise TypeError(f"the key {key!r} in {path or 'the tree'} is neither str nor int")
+            return {"dict": [[key, walk(value, f"{path}/{key}".lstrip("/"))] for key, value in node.items()]}
+        if type(node) in (list, tuple):
+            items = [walk(value, f"{path}/{i}".lstrip("/")) for i, value in enumerate(node)]
+            return {"list" if type(node) is list else "tuple": items}
+        raise TypeError(
+            f"{path or 'the tree'} is a {type(node).__module__}.{type(node).__qualname__}; "
+            "a checkpoint holds dict, list, tuple, Tensor, int, float, bool, None and str"
+        )
+
+    return tensors, walk(tree, "")
+
+
+def unpack(tensors: dict[str, Tensor], structure: Any) -> Any:
+    """Rebuilds the tree that :func:`pack` split; tensors that were one object are one object again.
+
+    Raises:
+        ValueError: The structure is not one that :func:`pack` makes.
+        KeyError: A tensor is missing.
+    """
+    restored: dict[str, Tensor] = {}
+
+    def tensor(node: dict[str, Any]) -> Tensor:
+        name = node["tensor"]
+        if name not in restored:
+            value = tensors[name]
+            if "dtype" in node:  # cloned, because a view as a wider type needs aligned memory
+                value = value.clone().view(getattr(torch, node["dtype"])).reshape(node["shape"])
+            restored[name] = value
+        return restored[name]
+
+    def walk(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        if "tensor" in node:
+            return tensor(node)
+        match list(node.items()):
+            case [("dict", items)]:
+                return {key: walk(value) for key, value in items}
+            case [("list", items)]:
+                return [walk(value) for value in items]
+            case [("tuple", items)]:
+                return tuple(walk(value) for value in items)
+            case [("float", bits)]:
+                return struct.unpack(">d", bytes.fromhex(bits))[0]
+        raise ValueError(f"not part of a checkpoint: {str(node)[:80]}")
+
+    return walk(structure)
+
+
+def save_checkpoint(folder: str | os.PathLike[str], step: int, tree: Any, keep: int = 3) -> Path:
+    """Writes ``folder/step-000500/`` for step 500, then removes what it makes superfluous.
+
+    Removed are all but the newest ``keep`` checkpoints, those of later steps (they belong to a course of
+    training that this one replaces) and the temporary folders of writers that were killed. Nothing is removed
+    before the new checkpoint is safe on the disk. One writer at a time: see the lock of the run folder.
+
+    Args:
+        folder: The ``checkpoints/`` folder; made if it is missing.
+        step: Number of finished steps, not negative.
+        tree: What to store, see :func:`pack`.
+        keep: How many checkpoints stay, at least 1.
+
+    Raises:
+        UserError: The folder cannot be written or the disk is full; older checkpoints are untouched.
+        TypeError: The tree holds something that a checkpoint cannot.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step must be >= 0 and keep >= 1, got step={step} and keep={keep}")
+    tensors, structure = pack(tree)
+    parent = Path(folder)
+    target = parent / f"step-{step:06d}"
+    state: dict[str, Any] = {"format": FORMAT, "version": VERSION, "step": step}
+    with atomic_folder(target) as temporary:
+        save_tensors(temporary / "state.safetensors", tensors)
+        state |= _sums(temporary / "state.safetensors", step, structure)
+        atomic_json(temporary / "state.json", {**state, "structure": structure})
+    _prune(parent, step, keep)
+    return target
+
+
+def list_checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """The checkpoints in ``folder`` by step, ascending, whole or not; empty if there is no such folder."""
+    folders = [p for p in Path(folder).iterdir() if p.is_dir()] if Path(folder).is_dir() else []
+    found: dict[int, Path] = {}
+    for pattern in (_SET_ASIDE, _STEP):  # the proper name last: it wins
+        for path in folders:
+            if match := pattern.fullmatch(path.name):
+                found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str], which: str | int | os.PathLike[str] = "latest"
+) -> tuple[int, Any]:
+    """Reads a checkpoint, on the CPU, after checking that it is whole.
+
+    Args:
+        folder: The ``checkpoints/`` folder, or the folder of one checkpoint.
+        which: ``"latest"`` (the newest whole one; damaged ones are skipped with a warning), a step, or the
+            folder of one checkpoint. Ignored when ``folder`` is itself one checkpoint.
+
+    Returns:
+        The step and the tree.
+
+    Raises:
+        UserError: There is none, or the one asked for is damaged, or all are.
+    """
+    parent = Path(folder)
+    if (parent / "state.json").exists() or _STEP.fullmatch(parent.name):
+        return _read(parent)
+    if which != "latest" and not isinstance(which, int):
+        return _read(Path(which))
+    found = list_checkpoints(parent)
+    if isinstance(which, int):
+        if which not in found:
+            steps = ", ".join(map(str, found)) or "none"
+            raise UserError(
+                f"no checkpoint of step {which} in {parent}", expected=f"one of the steps {steps}"
+            )
+        return _read(found[which])
+    if not found:
+        raise UserError(
+            f"no checkpoint in {parent}",
+            expected="at least one folder like step-000500",
+            fix="start afresh without --resume, or name the right run folder",
+        )
+    reasons = []
+    for path in reversed(found.values()):
+        try:
+            loaded = _read(path)
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            warnings.warn(
+                f"skipped a damaged checkpoint, {path.name} is used instead: {reason}", stacklevel=2
+            )
+        return loaded
+    raise UserError(
+        f"all {len(found)} checkpoints in {parent} are damaged",
+        got=f"for the newest: {reasons[0]}",
+        fix="restore the folder from a copy, or start afresh with --overwrite",
+    )
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is the folder of a checkpoint of ours, whole or not."""
+    try:
+        state = read_json(Path(path) / "state.json")
+    except UserError:
+        return False
+    return isinstance(state, dict) and state.get("format") == FORMAT
+
+
+def _read(path: Path) -> tuple[Any, Any]:
+    """Reads the folder of one checkpoint; UserError if anything about it is wrong."""
+    state = read_json(path / "state.json")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is no checkpoint", expected=f"a state.json with the format {FORMAT!r}")
+    if state.get("version") != VERSION:
+        raise UserError(
+            f"{path} was written by another version of distmatch",
+            got=f"checkpoint format {state.get('version')}",
+            expected=f"format {VERSION}",
+            fix="install the version that wrote it (see env.json of the run)",
+        )
+    tensor_file = path / "state.safetensors"
+    tensors = load_tensors(tensor_file)  # first, because it names a pickle and a cut file for what they are
+    step, structure = state.get("step"), state.get("structure")
+    if any(state.get(name) != value for name, value in _sums(tensor_file, step, structure).items()):
+        raise UserError(
+            f"{path} is damaged",
+            got="contents that do not have the checksum in state.json",
+            expected="the files as they were written",
+            fix="use another checkpoint, or restore this one from a copy",
+        )
+    return step, unpack(tensors, structure)
+
+
+def _sums(tensor_file: Path, step: Any, structure: Any) -> dict[str, str]:
+    """Checksums of the file of tensors, and of the rest of the checkpoint."""
+    with open(tensor_file, "rb") as file:
+        tensors = hashlib.file_digest(file, "sha256").hexdigest()
+    rest = hashlib.sha256(json.dumps([step, structure]).encode()).hexdigest()
+    return {"sha256": tensors, "structure_sha256": rest}
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Removes superseded checkpoints and leftovers; ``step`` has just been written and stays."""
+    found = list_checkpoints(folder)
+    kept = {found[s] for s in [s for s in found if s <= step][-keep:]}
+    for path in found.values():
+        if path not in kept:
+            # Renamed first: a removal that is cut short must not leave what looks like a damaged checkpoint.
+            gone = folder / f".{path.name.lstrip('.')}.pruned.tmp"
+            shutil.rmtree(gone, ignore_errors=True)
+            with contextlib.suppress(OSError):  # superfluous, not harmful: the next save tries again
+                path.rename(gone)
+    for entry in folder.iterdir():
+        if _LEFTOVER.fullmatch(entry.name) and entry not in kept:
+            shutil.rmtree(entry, ignore_errors=True)

@@ -1,0 +1,242 @@
+"""The run folder: where its files are, who may write to it, and when an old one may go."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from distmatch.base.errors import UserError
+from distmatch.base.files import guard
+from distmatch.training.checkpoint import is_checkpoint, list_checkpoints
+
+_LOCK = ".lock"
+_MARK = "distmatch run folder"  # the lock file begins so, and thereby marks the folder as ours
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; ``RunFolder(path)`` is for reading, :func:`create` gives one to write to.
+
+    One from :func:`create` holds the lock until :meth:`release`, the end of a ``with`` block, or the end of
+    the process, however that comes.
+
+    Attributes:
+        path: The folder.
+    """
+
+    path: Path
+    _lock: list[int] = field(
+        default_factory=list, repr=False, compare=False
+    )  # the open lock file, while held
+
+    @property
+    def config(self) -> Path:
+        """``config.toml``, the resolved options."""
+        return self.path / "config.toml"
+
+    @property
+    def env(self) -> Path:
+        """``env.json``, versions and devices."""
+        return self.path / "env.json"
+
+    @property
+    def log(self) -> Path:
+        """``log.jsonl``, the events."""
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """``checkpoints/``, a folder each."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """``samples/``: ``reference.npz``, ``teacher.npz``, ``student.npz`` and grids."""
+        return self.path / "samples"
+
+    @property
+    def metrics(self) -> Path:
+        """``metrics.json``, the estimates."""
+        return self.path / "metrics.json"
+
+    @property
+    def report(self) -> Path:
+        """``report.html``, the page."""
+        return self.path / "report.html"
+
+    @property
+    def model(self) -> Path:
+        """``model/``, the finished network."""
+        return self.path / "model"
+
+    def release(self) -> None:
+        """Gives the lock back; without a lock it does nothing."""
+        while self._lock:
+            os.close(self._lock.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def create(
+    path: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> RunFolder:
+    """Makes or opens a run folder for writing, and locks it against other processes.
+
+    Args:
+        path: The folder. It may be missing or empty; otherwise one of the two flags is needed.
+        resume: Go on in an existing run folder; nothing in it is changed here.
+        overwrite: Replace an existing run folder. The old one is set aside first and deleted once the new one
+            has its name. A folder that is not a run folder is never deleted.
+        inputs: Files and folders that the run reads; ``overwrite`` refuses to delete them.
+
+    Raises:
+        UserError: The folder is in use, not empty, not ours, or cannot be written, or the flags contradict.
+    """
+    folder = Path(path).resolve()
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite contradict each other", fix="give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", expected="a folder", fix="choose another place with --out")
+    used = guard(lambda: _content(folder), folder)
+    if used and not resume and not overwrite:
+        raise _occupied(folder, used)
+    if used and not _is_ours(folder):
+        raise UserError(
+            f"{folder} is not a run folder of distmatch and was left alone",
+            got=f"a folder with {', '.join(used[:5])}{' ...' if len(used) > 5 else ''}",
+            expected="config.toml beside log.jsonl or env.json, or our checkpoints",
+            fix="choose another place with --out",
+        )
+    if resume and not used:
+        raise UserError(
+            f"there is nothing to resume in {folder}",
+            got="an empty folder" if folder.exists() else "no such folder",
+            expected="the folder of a run that was begun",
+            fix="check the path, or leave out --resume to start afresh",
+        )
+    if used and overwrite:
+        _refuse_needed(folder, [*map(Path, inputs), Path.cwd()])
+        return guard(lambda: _replace(folder), folder)
+    run: RunFolder = guard(lambda: _open(folder), folder)
+    if not resume and (used := _content(folder)):  # another process was faster, and has finished already
+        run.release()
+        raise _occupied(folder, used)
+    return run
+
+
+def _content(folder: Path) -> list[str]:
+    """Names in the folder but for the lock file, sorted; none if there is no folder."""
+    return sorted(e.name for e in folder.iterdir() if e.name != _LOCK) if folder.is_dir() else []
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the folder is a run folder: marked by us, or with files that only we put together."""
+    try:
+        if (folder / _LOCK).read_text().startswith(_MARK):
+            return True
+    except (OSError, UnicodeDecodeError):
+        pass  # copied without hidden files: look at the others
+    run = RunFolder(folder)
+    if run.config.is_file() and (run.log.is_file() or run.env.is_file()):
+        return True
+    return any(is_checkpoint(path) for path in list_checkpoints(run.checkpoints).values())
+
+
+def _occupied(folder: Path, used: list[str]) -> UserError:
+    return UserError(
+        f"{folder} is not empty",
+        got=f"{len(used)} entries (first: {used[0]})",
+        expected="a new or empty folder",
+        fix="go on with --resume, replace it with --overwrite, or choose another place with --out",
+    )
+
+
+def _refuse_needed(folder: Path, needed: list[Path]) -> None:
+    for path in needed:
+        if path.resolve().is_relative_to(folder):
+            raise UserError(
+                f"--overwrite would delete {path}, which this run needs",
+                got=f"an output folder {folder} that contains it",
+                fix="move it out of that folder, or choose another place with --out",
+            )
+
+
+def _open(folder: Path) -> RunFolder:
+    """Makes the folder if need be and takes its lock.
+
+    A lock of the operating system, not the mere presence of a file: it ends with the process, even killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The folder may have been replaced between opening the file and locking it: then we hold a dead lock.
+        if not os.path.samestat(os.fstat(fd), os.stat(folder / _LOCK)):
+            raise BlockingIOError(errno.EAGAIN, "replaced by another process")
+    except BlockingIOError as error:
+        holder = os.pread(fd, 100, 0).decode(errors="replace").strip()
+        os.close(fd)
+        raise UserError(
+            f"another process is writing to {folder}",
+            got=holder or "a locked folder",
+            fix="wait until it ends, stop it, or choose another place with --out",
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            os.close(fd)
+            raise
+        warnings.warn(f"{folder} is on a file system without locks: run one process in it only", stacklevel=4)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{_MARK}, process {os.getpid()}\n".encode(), 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return RunFolder(folder, [fd])
+
+
+def _replace(folder: Path) -> RunFolder:
+    """Puts a new locked folder in the place of an old one, then deletes the old one."""
+    old_run = _open(folder)  # nobody trains in it, and nobody starts to
+    fresh: Path | None = None
+    run: RunFolder | None = None
+    try:
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
+        fresh.chmod(0o755)
+        run = _open(fresh)
+        aside = fresh.with_suffix(".old")  # as unique as its sibling
+        os.replace(folder, aside)
+        try:
+            os.replace(fresh, folder)
+        except OSError:
+            os.replace(aside, folder)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        return RunFolder(folder, run._lock)
+    except OSError:
+        if run is not None:
+            run.release()
+        raise
+    finally:
+        old_run.release()
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
