@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distmatch.base.files import atomic_write
-from distmatch.report.log import Event, wall_seconds
+from distmatch.report.log import Event, scalar_keys, wall_seconds
 from distmatch.report.run import MODELS, ModelMetrics, Run, read_run
 from distmatch.report.samples import samples_section
 from distmatch.report.table import digits, error_digits, headline, show_sigmas, speed_up, table
@@ -145,8 +145,10 @@ def missing(run: Run) -> list[str]:
         ("log.jsonl, the training curves", not run.events),
         ("metrics.json, the evaluation", not run.metrics),
     ]
-    parts += [(f"the metrics of the {m}", bool(run.metrics) and m not in run.metrics) for m in MODELS]
-    parts += [(f"samples/{m}.npz", m not in run.samples) for m in MODELS]
+    # A run that trains a teacher logs `loss`; it has no student to miss.
+    models = [m for m in MODELS if m != "student" or "loss" not in scalar_keys(run.events)]
+    parts += [(f"the metrics of the {m}", bool(run.metrics) and m not in run.metrics) for m in models]
+    parts += [(f"samples/{m}.npz", m not in run.samples) for m in models]
     return [text for text, absent in parts if absent]
 
 

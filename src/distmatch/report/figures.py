@@ -145,10 +145,16 @@ def plane(reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frame(points: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper limits (D,) that hold 99.8% of each coordinate of each set, with a margin; all coordinates
-    get the same span."""
-    low = np.min([np.nanquantile(p, 0.001, axis=0) for p in points], axis=0)
-    high = np.max([np.nanquantile(p, 0.999, axis=0) for p in points], axis=0)
+    """Limits that hold 99.8% of each coordinate of each set, with a margin and equal spans.
+
+    Args:
+        points: Sets of shape (N, D), finite.
+
+    Returns:
+        Lower and upper limits, (D,) each.
+    """
+    low = np.min([np.quantile(p, 0.001, axis=0) for p in points], axis=0)
+    high = np.max([np.quantile(p, 0.999, axis=0) for p in points], axis=0)
     half = np.full_like(low, 0.56 * max(float((high - low).max()), 1e-6))  # equal spans: circles stay circles
     return (low + high) / 2 - half, (low + high) / 2 + half
 

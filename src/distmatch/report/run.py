@@ -191,4 +191,6 @@ def read_samples(path: Path) -> Samples:
         )
     if labels is not None and labels.shape != x.shape[:1]:
         raise UserError(f"{path}: labels do not match x", got=labels.shape, expected=x.shape[:1])
+    if labels is not None and np.issubdtype(labels.dtype, np.number) and (labels < 0).all():
+        labels = None  # -1 stands for "no label"
     return Samples(x, labels)

@@ -81,7 +81,7 @@ def _image_panels(images: dict[str, Samples]) -> SamplesSection:
         note = "Each row is one label, the same in every grid; the first samples of each label, not selected."
         text = f"one row for each label: {', '.join(str(n) for n in names)}"
     else:
-        count = min(_CLASSES * _COLUMNS, *(len(s.x) for s in images.values()), _CLASSES * _COLUMNS)
+        count = min([_CLASSES * _COLUMNS, *(len(s.x) for s in images.values())])
         indices = [np.arange(count).reshape(1, -1) for _ in images]
         note = "The first samples, not selected."
         text = "no labels in common"
@@ -100,20 +100,24 @@ def _image_panels(images: dict[str, Samples]) -> SamplesSection:
 def _vector_panels(vectors: dict[str, Samples]) -> SamplesSection:
     base = next(iter(vectors.values())).x  # the reference where there is one: it comes first in MODELS
     origin, axes = plane(base)
-    flat = {m: (s.x.astype(np.float64) - origin) @ axes for m, s in vectors.items()}
-    limits = frame(list(flat.values()))
-    real = flat.get("reference")
+    known = {m: s.x[np.isfinite(s.x).all(axis=1)].astype(np.float64) for m, s in vectors.items()}
+    flat = {m: (x - origin) @ axes for m, x in known.items() if len(x)}
+    if not flat:
+        return SamplesSection([], "All samples hold values that are not finite.")
+    low, high = frame(list(flat.values()))
     panels = []
     for model, points in flat.items():
-        finite = points[np.isfinite(points).all(axis=1)]
-        outside = float(np.mean(~((points >= limits[0]) & (points <= limits[1])).all(axis=1)))
-        mean = np.round(finite.mean(axis=0), 3).tolist()
-        alt = f"{len(points)} samples, {_NAMES[model].lower()}, mean {mean}"
+        mean = ", ".join(f"{v:.3g}" for v in points.mean(axis=0))
+        alt = f"{len(points)} samples, {_NAMES[model].lower()}, with mean {mean}"
+        outside = float(np.mean(((points < low) | (points > high)).any(axis=1)))
         alt += f", {outside:.1%} outside the frame" if outside > 0 else ""
-        behind = real if model != "reference" else None
-        panels.append(Panel(_NAMES[model], alt, svg=scatter_panel(finite, behind, limits, alt)))
+        behind = flat.get("reference") if model != "reference" else None
+        panels.append(Panel(_NAMES[model], alt, svg=scatter_panel(points, behind, (low, high), alt)))
     note = "Real data are drawn pale behind the samples of the models; all panels share one frame."
     if base.shape[1] > 2:
         whose = "real data" if "reference" in vectors else "the first panel"
         note += f" The {base.shape[1]} dimensions are projected on the first two principal axes of {whose}."
+    for model, samples in vectors.items():
+        lost = len(samples.x) - len(known[model])
+        note += f" {_NAMES[model]}: {lost} samples hold values that are not finite." if lost else ""
     return SamplesSection(panels, note)

@@ -195,14 +195,9 @@ def speed_up(metrics: dict[str, ModelMetrics]) -> float:
 
 def headline(metrics: dict[str, ModelMetrics], rows: list[Row]) -> tuple[str, list[Tile]]:
     """The sentence on top and up to three numbers for it."""
-    if "student" not in metrics:
-        return "Nothing has been distilled and evaluated in this folder yet.", []
-    if "teacher" not in metrics:
-        return (
-            "The student has been evaluated; its teacher has not, so there is nothing to compare it with.",
-            [],
-        )
     by_key = {row.metric.key: row for row in rows}
+    if "student" not in metrics or "teacher" not in metrics:
+        return _lonely(metrics, by_key.get("fd")), []
     teacher, student = metrics["teacher"], metrics["student"]
     parts, tiles = [], []
     times = speed_up(metrics)
@@ -210,8 +205,7 @@ def headline(metrics: dict[str, ModelMetrics], rows: list[Row]) -> tuple[str, li
     known_calls = math.isfinite(student.nfe) and math.isfinite(teacher.nfe)
     if math.isfinite(times):
         saved = f" ({calls[0]} instead of {teacher.nfe:g})" if known_calls else ""
-        fast = f"{times:.3g} times faster" if times >= 1 else f"{1 / times:.3g} times slower"
-        parts.append(f"The student makes samples {fast} than its teacher{saved}.")
+        parts.append(f"The student makes samples {times:.3g} times as fast as its teacher{saved}.")
         note = (
             f"{student.seconds_per_1000:.3g} s instead of {teacher.seconds_per_1000:.3g} s for 1,000 samples"
         )
@@ -227,13 +221,23 @@ def headline(metrics: dict[str, ModelMetrics], rows: list[Row]) -> tuple[str, li
     return " ".join(parts) or "The student has been evaluated.", tiles
 
 
+def _lonely(metrics: dict[str, ModelMetrics], fd: Row | None) -> str:
+    """The sentence where there are no two models to compare."""
+    if "student" not in metrics and "teacher" not in metrics:
+        return "No model has been evaluated in this folder yet."
+    model, other = ("student", "teacher") if "student" in metrics else ("teacher", "student")
+    floor, *rest = fd.cells if fd else (None, None, None)
+    own = rest[MODELS.index(model) - 1]
+    if own is None:
+        return f"The {model} has been evaluated, no {other} has: there is nothing to compare it with."
+    real = f" Real data reach {plain(floor)}." if floor else ""
+    return f"The {model} has a Fréchet distance of {plain(own)}.{real} No {other} has been evaluated."
+
+
 def _clause(row: Row) -> tuple[str, Tile]:
     """One sentence and one tile on a metric whose ratio is known."""
     floor, teacher, student = row.cells
-    name = (
-        row.metric.title if row.metric.title.isupper() else row.metric.title[0] + row.metric.title[1:].lower()
-    )
-    clause = f"{name} is {plain(row.ratio)} times the teacher’s"
+    clause = f"{row.metric.title} is {plain(row.ratio)} times the teacher’s"
     if row.verdict == "within error":
         clause += ": the errors do not tell them apart."
     elif row.verdict in ("better", "worse"):
