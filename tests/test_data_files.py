@@ -193,6 +193,56 @@ def test_damaged_files_never_crash(tmp_path, suffix):
     assert refused > 40
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (6, 7, 9)",  # TokenError
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (True, 7, 9)}",  # TypeError
+        f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({2**70},)}}",  # OverflowError
+        "{'descr': '|O', 'fortran_order': False, 'shape': (2, 2)}",
+        "{[]: 1}",
+        "(" * 3000,
+    ],
+)
+def test_hostile_headers_are_refused(tmp_path, header):
+    text = header.encode() + b"\n"
+    whole = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(400)
+    (tmp_path / "d.npy").write_bytes(whole)
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("x.npy", whole)
+    for name in ("d.npy", "d.npz"):
+        with pytest.raises(UserError, match=name):
+            load_data(tmp_path / name)
+
+
+@pytest.mark.parametrize(("place", "value"), [(6, 1), (8, 93)])  # encrypted; a compression nobody knows
+def test_archives_that_need_more_than_we_have(tmp_path, place, value):
+    buffer = io.BytesIO()
+    np.savez(buffer, x=IMAGES)
+    content = bytearray(buffer.getvalue())
+    directory = content.rfind(b"PK\x01\x02")
+    content[place] = content[directory + place + 2] = value
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"encrypted|compression"):
+        load_data(tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_every_compression_may_be_damaged(tmp_path, method):
+    buffer = io.BytesIO()
+    np.save(buffer, IMAGES)
+    with zipfile.ZipFile(tmp_path / "d.npz", "w", method) as archive:
+        archive.writestr("x.npy", buffer.getvalue())
+    whole = (tmp_path / "d.npz").read_bytes()
+    np.testing.assert_array_equal(exported(load_data(tmp_path / "d.npz")), IMAGES)
+    for place in range(60, 200, 7):
+        content = bytearray(whole)
+        content[place] ^= 16
+        (tmp_path / "d.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"d\.npz"):
+            load_data(tmp_path / "d.npz")
+
+
 def test_an_array_too_large_for_memory_is_refused(tmp_path):
     with open(tmp_path / "d.npy", "wb") as file:  # a header that promises 56 TiB
         header = {"descr": "|u1", "fortran_order": False, "shape": (2**40, 7, 8)}

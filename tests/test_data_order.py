@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from distmatch.base.errors import UserError
+from distmatch.data import load_data
+from distmatch.data.batches import Batches
 from distmatch.data.order import BatchOrder
 
 
@@ -53,6 +55,19 @@ def test_memory_stays_at_what_a_batch_touches():
     for step in range(30):
         order.indices(step)
         assert len(order._epochs) <= 2
+
+
+def test_batches_are_a_function_of_the_step():
+    data = load_data("digits")
+    walked, fresh = (Batches(data, 64, seed=5, flip=True) for _ in range(2))
+    batches = [walked(s) for s in range(30)]
+    for step in (29, 3):
+        assert torch.equal(fresh(step).x, batches[step].x)
+        assert torch.equal(fresh(step).labels, batches[step].labels)
+    plain = [Batches(data, 64, seed=5)(s).x for s in range(30)]
+    flipped = torch.cat([(b.x != p).any((1, 2, 3)) for b, p in zip(batches, plain, strict=True)])
+    # Half are mirrored (no digit is its own mirror image to the grey level): 1920 draws, 5 deviations.
+    assert abs(float(flipped.double().mean()) - 0.5) < 5 * 0.5 / 1920**0.5
 
 
 @pytest.mark.parametrize(("n", "batch"), [(0, 4), (4, 0), (4, -1)])

@@ -72,6 +72,7 @@ def test_float_ranges_are_recognised(low, high, word):
 @pytest.mark.parametrize(
     ("images", "word"),
     [
+        (np.linspace(0, 1.5, 60).reshape(3, 4, 5), "divide them"),
         (np.linspace(-3, 3, 60).reshape(3, 4, 5), "scale or clip"),
         (np.linspace(0, 16, 60).reshape(3, 4, 5), "divide them"),
         (np.linspace(0, 16, 60).reshape(3, 4, 5).astype(np.uint8), "divide them"),
@@ -110,6 +111,14 @@ def test_vector_columns_span_the_range_and_come_back():
     assert (np.abs(back - values) <= 3e-7 * np.abs(values).max(0)).all()
 
 
+def test_columns_at_the_resolution_of_float32_stay_in_range():
+    """2^24 and the next float32: their middle is no float32, and must not be where the range is centred."""
+    data = from_arrays(np.array([[2.0**24], [2.0**24 + 2]]))
+    x, _ = data.batch(torch.tensor([0, 1]))
+    assert float(x.abs().max()) <= 1
+    assert torch.equal(data.scaling.to_raw(x), data.raw)
+
+
 def test_scaling_survives_json():
     for data in (load_data("digits"), from_arrays(RNG.normal(0.1, 1, (9, 4)))):
         saved = json.loads(json.dumps(data.scaling.to_dict()))
@@ -142,6 +151,7 @@ def test_flip_mirrors_only_what_is_asked():
     data = from_arrays(RNG.integers(0, 256, (6, 3, 5, 3), dtype=np.uint8), [0, 1, 2, 0, 1, 2])
     indices = torch.tensor([4, 0, 4, 2])
     plain, labels = data.batch(indices)
+    assert torch.equal(plain, data.scaling.to_model(data.raw[[4, 0, 4, 2]]))
     mirrored, _ = data.batch(indices, flip=torch.tensor([True, False, False, True]))
     assert labels is not None
     assert labels.tolist() == [1, 0, 1, 2]

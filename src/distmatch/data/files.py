@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import lzma
 import os
 import tokenize
 import zipfile
@@ -25,14 +26,12 @@ _DAMAGE = (
     OSError,
     ValueError,
     EOFError,
-    KeyError,
-    IndexError,
     TypeError,
-    SyntaxError,
     RuntimeError,
     NotImplementedError,
     OverflowError,
     zipfile.BadZipFile,
+    lzma.LZMAError,
     zlib.error,
     tokenize.TokenError,
 )
@@ -60,7 +59,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
             ) from error
         raise UserError(
             f"cannot read {path} as {what}",
-            got=f"{type(error).__name__}: {error}",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
             expected="a whole file",
             fix="it may be truncated or damaged: copy or write it again",
         ) from error
