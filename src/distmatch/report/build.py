@@ -128,7 +128,8 @@ def status(events: list[Event]) -> str:
     """How far the run has come, from its last events."""
     if not events:
         return "not started, or its log is missing"
-    step = max((e["step"] for e in events if isinstance(e.get("step"), int)), default=None)
+    done = [e for e in events if e["event"] in ("train", "end") and isinstance(e.get("step"), int)]
+    step = max((e["step"] for e in done), default=None)
     at = "" if step is None else f" at step {step:,}"
     resumes = sum(e["event"] == "resume" for e in events)
     again = f", resumed {resumes} time{'s' if resumes != 1 else ''}" if resumes else ""
