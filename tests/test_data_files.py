@@ -243,6 +243,18 @@ def test_every_compression_may_be_damaged(tmp_path, method):
             load_data(tmp_path / "d.npz")
 
 
+def test_an_archive_that_promises_more_than_it_holds(tmp_path):
+    buffer = io.BytesIO()
+    np.savez(buffer, x=IMAGES)
+    content = bytearray(buffer.getvalue().replace(b"(6, 7, 9)", b"(9, 9, 9)"))
+    directory = content.rfind(b"PK\x01\x02")
+    for size in (slice(directory + 20, directory + 24), slice(directory + 24, directory + 28)):
+        content[size] = (10**6).to_bytes(4, "little")
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(UserError, match="EOFError"):
+        load_data(tmp_path / "d.npz")
+
+
 def test_an_array_too_large_for_memory_is_refused(tmp_path):
     with open(tmp_path / "d.npy", "wb") as file:  # a header that promises 56 TiB
         header = {"descr": "|u1", "fortran_order": False, "shape": (2**40, 7, 8)}

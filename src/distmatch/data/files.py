@@ -27,8 +27,7 @@ _DAMAGE = (
     ValueError,
     EOFError,
     TypeError,
-    RuntimeError,
-    NotImplementedError,
+    RuntimeError,  # encrypted; and, by its sub-class NotImplementedError, an unknown compression
     OverflowError,
     zipfile.BadZipFile,
     lzma.LZMAError,
