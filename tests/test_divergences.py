@@ -101,7 +101,9 @@ def test_values_and_gradients_keep_their_digits_from_minus_80_to_80(name, dtype)
                         assert got == pytest.approx(float(want), rel=rtol), (function, log_r)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "alpha:0", "alpha:-0.05", "alpha:1.05", "alpha:4"])
+@pytest.mark.parametrize(
+    "name", [*NAMES, "alpha:0", "alpha:-0.05", "alpha:1.05", "alpha:300", "alpha:-300", "alpha:1e-300"]
+)
 def test_far_outside_everything_stays_finite_and_nan_stays_nan(name):
     d = divergence(name)
     for function in (d.f, d.df, d.d2f, d.weight):
@@ -175,6 +177,15 @@ def test_conjugate_is_constant_below_the_slope_at_zero(name, kink, floor):
     torch.testing.assert_close(value.detach(), torch.full_like(t, floor).detach())
     (gradient,) = torch.autograd.grad(value.sum(), t)
     assert gradient[1:].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["neyman", "le_cam", "softened_reverse_kl", "tv", "alpha:-0.5", "alpha:-3"])
+def test_conjugate_reaches_its_limit_at_the_end_of_the_domain(name):
+    d = divergence(name)
+    high = d.conjugate_domain[1]
+    near, at = d.conjugate(torch.tensor([high - 1e-12, high], dtype=torch.float64)).tolist()
+    # It rises to the limit like a cube root at the slowest (a = -0.5): 2 * (1.5e-12)^(1/3) = 2.3e-4.
+    assert at == pytest.approx(near, abs=3e-4)
 
 
 def test_the_numerical_conjugates_match_their_lambert_forms():

@@ -25,6 +25,8 @@ from distmatch.divergences.table import KL, REVERSE_KL
 
 # Closer than this to a = 0 or a = 1 the generator is written around its limit, against cancellation.
 _LIMIT_ZONE = 0.1
+# Closer than this it is the limit itself: 1 / a would overflow, and the difference is far below rounding.
+_AT_LIMIT = 1e-12
 
 
 def _name(a: float) -> str:
@@ -101,8 +103,8 @@ def alpha(a: float) -> Divergence:
     def swapped() -> Divergence:
         return alpha(1.0 - a)
 
-    if a in (0.0, 1.0):
-        limit = KL if a == 1.0 else REVERSE_KL
+    if min(abs(a), abs(1.0 - a)) < _AT_LIMIT:
+        limit = REVERSE_KL if a < 0.5 else KL
         return dataclasses.replace(limit, name=_name(a), swapped=swapped)
     between = 0.0 < a < 1.0
     return Divergence(
