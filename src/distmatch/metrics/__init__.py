@@ -1,0 +1,30 @@
+"""How good a generator is: estimates with standard errors, a model and fresh data under one protocol."""
+
+from distmatch.metrics.evaluate import evaluate, reference_floor
+from distmatch.metrics.features import Features, classifier_features, pixels, resolve_features
+from distmatch.metrics.frechet import frechet_distance
+from distmatch.metrics.kid import kernel_distance
+from distmatch.metrics.modes import ModeReport, mode_counts
+from distmatch.metrics.prdc import PRDC, prdc
+from distmatch.metrics.reference import reference_labels
+from distmatch.metrics.settings import EvaluationSettings, plan
+from distmatch.metrics.vendi import vendi_score
+
+__all__ = [
+    "PRDC",
+    "EvaluationSettings",
+    "Features",
+    "ModeReport",
+    "classifier_features",
+    "evaluate",
+    "frechet_distance",
+    "kernel_distance",
+    "mode_counts",
+    "pixels",
+    "plan",
+    "prdc",
+    "reference_floor",
+    "reference_labels",
+    "resolve_features",
+    "vendi_score",
+]

@@ -1,0 +1,169 @@
+"""The spaces the metrics are taken in: flattened samples, or the inner layer of a classifier."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.estimate import Estimate
+from distmatch.metrics.classifier import Classifier, load_or_train
+from distmatch.metrics.modes import smoothed_share
+from distmatch.metrics.reference import Reference
+
+_BATCH = 1024
+_MOST_PIXELS = 1024
+_FEW = 32
+
+
+@dataclass(frozen=True)
+class Features:
+    """A feature space.
+
+    Attributes:
+        name: Goes into the log; values in different spaces cannot be compared.
+        function: Maps samples (B, *shape) in model space to float32 features (B, D).
+        classify: Maps samples to logits (B, num_classes), where there is a classifier.
+        heldout_accuracy: Of that classifier, on reference samples it was not trained on.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    classify: Callable[[Tensor], Tensor] | None = None
+    heldout_accuracy: Estimate | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Features of all samples, in batches and without gradients.
+
+        Args:
+            x: (N, *shape) in model space.
+
+        Returns:
+            Float32 (N, D) on the device of ``x``.
+
+        Raises:
+            UserError: The function gives another shape, or values that are not finite.
+        """
+        with torch.no_grad():
+            values = (
+                torch.cat([self.function(part) for part in x.split(_BATCH)]).detach().to(x.device).float()
+            )
+        if values.ndim != 2 or values.shape[0] != x.shape[0]:
+            raise UserError(
+                f"the features {self.name} have the wrong shape",
+                got=tuple(values.shape),
+                expected=f"({x.shape[0]}, D)",
+                fix="return one flat feature vector per sample",
+            )
+        if not bool(values.isfinite().all()):
+            raise UserError(
+                f"the features {self.name} are not finite for all samples",
+                got=f"{int((~values.isfinite()).any(1).sum())} samples with NaN or infinity",
+                fix="check the feature function on these samples",
+            )
+        return values
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The most likely labels, int64 (N,), on the device of ``x``.
+
+        Raises:
+            UserError: These features have no classifier.
+        """
+        if self.classify is None:
+            raise UserError(f"the features {self.name} have no classifier", fix="use features='classifier'")
+        with torch.no_grad():
+            return torch.cat([self.classify(part).argmax(1) for part in x.split(_BATCH)]).to(x.device)
+
+
+def _flatten(x: Tensor) -> Tensor:
+    if x.ndim == 4:
+        while x[0].numel() > _MOST_PIXELS and min(x.shape[2:]) > 1:
+            x = torch.nn.functional.avg_pool2d(x, 2)
+    return x.flatten(1).float()
+
+
+def pixels() -> Features:
+    """The samples themselves, flattened.
+
+    Images of more than 1024 numbers are halved by averaging until they have no more: beyond that the Frechet
+    distance costs minutes and says nothing new.
+    """
+    return Features("pixels", _flatten)
+
+
+def _on_device_of(x: Tensor, nets: dict[torch.device, Classifier]) -> Classifier:
+    if x.device not in nets:
+        nets[x.device] = copy.deepcopy(nets[torch.device("cpu")]).to(x.device)
+    return nets[x.device]
+
+
+def classifier_features(dataset: Reference, cache: Path | None = None) -> Features:
+    """The penultimate layer of a small network trained to tell the labels of the reference apart.
+
+    It has 32 numbers for vectors and tiny images (an MLP) and 64 for larger images (a small convolutional
+    net), each of unit variance over the reference. A tenth of the reference is held out for the accuracy. The
+    result is cached by the content of the data set; generated samples never take part in the training.
+
+    Args:
+        dataset: The labelled reference.
+        cache: Folder of cached classifiers; by default ``$DISTMATCH_CACHE``, ``$XDG_CACHE_HOME/distmatch`` or
+            ``~/.cache/distmatch``.
+
+    Returns:
+        The features, with ``classify`` and ``heldout_accuracy``.
+
+    Raises:
+        UserError: The reference has no labels or too few samples.
+    """
+    net, right, held = load_or_train(dataset, cache)
+    nets = {torch.device("cpu"): net}
+    return Features(
+        "classifier",
+        lambda x: _on_device_of(x, nets).features(x.float()),
+        lambda x: _on_device_of(x, nets)(x.float()),
+        smoothed_share(right, held),
+    )
+
+
+def _few_numbers(dataset: Reference | None) -> bool:
+    return dataset is not None and len(dataset.shape) == 1 and dataset.shape[0] <= _FEW
+
+
+def resolve_features(
+    features: str | Features | Callable[[Tensor], Tensor], dataset: Reference | None
+) -> Features:
+    """Turns what a user asks for into features.
+
+    Args:
+        features: ``"classifier"``, ``"pixels"``, ``"auto"``, ready features, or a function from samples to
+            (N, D). Automatic is the classifier where the reference has labels of at least two classes, and
+            pixels without labels and for vectors of up to 32 numbers, where plain distances mean something.
+        dataset: The reference; None for plain tensors, which have no labels.
+
+    Raises:
+        UserError: An unknown name, or a classifier without labels.
+    """
+    if isinstance(features, Features):
+        return features
+    if callable(features):
+        return Features(getattr(features, "__name__", type(features).__name__), features)
+    if features not in ("auto", "classifier", "pixels"):
+        raise unknown_name("feature space", features, ("auto", "classifier", "pixels"))
+    if features == "auto":
+        labelled = dataset is not None and dataset.num_classes > 1
+        features = "classifier" if labelled and not _few_numbers(dataset) else "pixels"
+    if features == "pixels":
+        return pixels()
+    if dataset is None:
+        raise UserError(
+            "classifier features need a labelled reference",
+            got="a plain tensor",
+            expected="a data set with labels",
+            fix="use features='pixels', or make one with distmatch.data.from_arrays(x, labels)",
+        )
+    return classifier_features(dataset)
