@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
@@ -23,6 +24,7 @@ from distmatch.nets.config import (
 from distmatch.nets.dit import position_table
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.layers import SelfAttention, crop, fourier_features, pad_to_multiple
+from distmatch.nets.mlp import MLPBlock
 
 VECTORS = [(2,), (64,)]
 IMAGES = [(1, 8, 8), (3, 32, 32), (1, 28, 28), (3, 7, 9), (1, 1, 1)]
@@ -205,7 +207,7 @@ def test_dit_patches_and_positions() -> None:
     assert (gram - torch.diag(torch.full((12,), torch.inf))).max() < 8 - 0.1
 
 
-def test_unet_sees_shifted_images_alike_and_uses_its_skips() -> None:
+def test_unet_sees_shifted_images_alike() -> None:
     # A convolutional net without borders in reach is equivariant to shifts by its coarsest stride.
     torch.manual_seed(0)
     config = UNetConfig(width=4, multipliers=(1, 1), blocks=1, attention=())
@@ -221,6 +223,44 @@ def test_unet_sees_shifted_images_alike_and_uses_its_skips() -> None:
     moved = net(x.roll(2, dims=3), c_noise) - base
     torch.testing.assert_close(moved, response.roll(2, dims=3))
     assert (net(x.roll(1, dims=3), c_noise) - base - response.roll(1, dims=3)).abs().max() > 1e-3
+
+
+def test_modulation_in_closed_form() -> None:
+    # A block whose linear layers are the identity, with a scale and a shift of our choice.
+    torch.manual_seed(0)
+    block = MLPBlock(4, 0.0).double()
+    scale, shift = torch.randn(2, 4, dtype=torch.float64)
+    nn.init.zeros_(block.modulation.weight)
+    block.modulation.bias.data = torch.cat([scale, shift])
+    for layer in (block.first, block.last):
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    hidden = torch.randn(5, 4, dtype=torch.float64)
+    centred = hidden - hidden.mean(1, keepdim=True)
+    unit = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    expected = hidden + F.silu(F.silu(unit * (1 + scale) + shift))
+    torch.testing.assert_close(block(hidden, torch.zeros(5, 4, dtype=torch.float64)), expected)
+
+
+def test_unet_keeps_detail_by_its_skips_and_lends_live_features() -> None:
+    torch.manual_seed(0)
+    net = randomised(build_net(UNetConfig(width=4, multipliers=(1, 1), blocks=1), (1, 8, 8), 0)).eval()
+    x, c_noise, _ = batch((1, 8, 8))
+    x.requires_grad_()
+    # Every map is still connected to the input: a discriminator on it can teach a generator.
+    out, maps = net.with_features(x, c_noise)
+    for feature in (out, *maps):
+        (gradient,) = torch.autograd.grad(feature.square().sum(), x, retain_graph=True)
+        assert gradient.abs().mean() > 1e-4
+    # With the coarse level silenced, a pixel pattern that averaging removes still gets through.
+    for block in [*net.down[1:], *net.middle, *net.up[:3]]:
+        for parameter in block.parameters():
+            nn.init.zeros_(parameter)
+    pattern = torch.ones(8, 8)
+    pattern[::2] *= -1
+    pattern[:, ::2] *= -1
+    quiet = net(torch.zeros(4, 1, 8, 8), c_noise)
+    assert (net(pattern.expand(4, 1, 8, 8), c_noise) - quiet).abs().mean() > 0.05
 
 
 def test_padding_is_even_and_undone_by_crop() -> None:

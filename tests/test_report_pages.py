@@ -61,7 +61,14 @@ def write_log(path: Path, events: list[dict[str, Any]]) -> None:
 def student_events(steps: int = 3000) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     events: list[dict[str, Any]] = [
-        {"event": "start", "step": 0, "time": 1e9, "kind": "distill", "sigma_bins": SIGMA_EDGES}
+        {
+            "event": "start",
+            "step": 0,
+            "time": 1e9,
+            "kind": "distill",
+            "method": "dmd2",
+            "sigma_bins": SIGMA_EDGES,
+        }
     ]
     for step in range(5, steps + 1, 5):
         s = step / steps
@@ -83,6 +90,7 @@ def student_events(steps: int = 3000) -> list[dict[str, Any]]:
     message = "ratio normalisation: a noise bin gathers 51.2 samples at batch 256; its mean is pooled."
     events.insert(40, {"event": "warning", "step": 195, "time": 1e9 + 9, "message": message})
     events.append({"event": "end", "step": steps, "time": 1e9 + steps * 0.046})
+    events.append({"event": "evaluate", "step": None, "time": 2e9, "features": "classifier", "n": 800})
     return events
 
 
@@ -260,6 +268,9 @@ def test_all_parts_are_there(built: tuple[str, Page]) -> None:
     _, parsed = built
     assert "Not in this folder" not in parsed.text
     assert "finished at step 3,000" in parsed.text
+    assert "Measured with features classifier, n 800." in parsed.text
+    assert "The run took 2 min" in parsed.text
+    assert "method dmd2" in parsed.text  # the log knows better than the config what was resolved
     assert "ratio normalisation: a noise bin gathers 51.2 samples" in parsed.text
     assert "step 195" in parsed.text
     assert "distmatch distill --teacher runs/demo/teacher" in parsed.text
@@ -372,7 +383,7 @@ def test_a_teacher_run_misses_no_student(demo: Path) -> None:
 
 
 def test_a_run_that_stopped_says_so(tmp_path: Path) -> None:
-    events = student_events(100)[:-1]
+    events = student_events(100)[:-1]  # with its end, before it was resumed
     events += [
         {"event": "resume", "step": 50, "time": 2e9},
         {"event": "train", "step": 55, "loss_fake": None},

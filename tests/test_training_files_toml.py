@@ -115,6 +115,7 @@ class Options:
     seeds: list[int] = field(default_factory=list)
     lr: float | Literal["auto"] = "auto"
     number: float | int = 0.5
+    level: Literal[1, 2] = 1
     fused: bool = False
     label: str | None = None
     anything: Any = None
@@ -134,6 +135,7 @@ FULL = Options(
     seeds=[1, 2],
     lr=1e-3,
     number=3,
+    level=2,
     fused=True,
     label="none",
     anything=[1],
@@ -173,6 +175,7 @@ def test_missing_keys_take_defaults_and_ints_are_floats():
         ({"noise": {"std": []}}, r"wrong value for noise\.std.*float"),
         ({"extra_noise": {"std": "x"}}, r"wrong value for extra_noise\.std.*float"),
         ({"device": "cdua"}, r"unknown value of config\.toml \[device\].*did you mean cuda"),
+        ({"level": True}, r"unknown value of config\.toml \[level\].*one of 1, 2"),
         ({"betas": [0.9]}, r"wrong value for betas.*a list of 2"),
         ({"betas": [0.9, "x"]}, r"wrong value for betas\[1\].*float"),
         ({"seeds": [1, 2.5]}, r"wrong value for seeds\[1\].*int"),

@@ -1,0 +1,67 @@
+"""distmatch: one-step generators from diffusion models, by matching distributions under a chosen divergence.
+
+The names below load what they need on first use, so that importing the package takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from distmatch import divergences
+    from distmatch.api import distill, evaluate, load_teacher, train
+    from distmatch.base.errors import UserError
+    from distmatch.base.estimate import Estimate
+    from distmatch.data import Dataset, load_data
+    from distmatch.diffusion.mixture import GaussianMixture
+    from distmatch.divergences import Divergence, divergence
+    from distmatch.methods.student import Student
+
+_HOME = {
+    "Dataset": "distmatch.data",
+    "Divergence": "distmatch.divergences",
+    "Estimate": "distmatch.base.estimate",
+    "GaussianMixture": "distmatch.diffusion.mixture",
+    "Student": "distmatch.methods.student",
+    "UserError": "distmatch.base.errors",
+    "distill": "distmatch.api",
+    "divergence": "distmatch.divergences",
+    "evaluate": "distmatch.api",
+    "load_data": "distmatch.data",
+    "load_teacher": "distmatch.api",
+    "train": "distmatch.api",
+}
+
+__all__ = [
+    "Dataset",
+    "Divergence",
+    "Estimate",
+    "GaussianMixture",
+    "Student",
+    "UserError",
+    "__version__",
+    "distill",
+    "divergence",
+    "divergences",
+    "evaluate",
+    "load_data",
+    "load_teacher",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "divergences":
+        return importlib.import_module("distmatch.divergences")
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'distmatch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

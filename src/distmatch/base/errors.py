@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix: one message that says what, what was got, what was expected, what to do."""
+"""Errors that are the user's to fix: one message with what, got, expected and fix."""
 
 from __future__ import annotations
 

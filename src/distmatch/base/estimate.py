@@ -22,7 +22,9 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float | int | None]:
         """The JSON form ``{"value", "stderr", "n"}``; a value that is not finite becomes null."""
-        finite = {k: v if math.isfinite(v) else None for k, v in (("value", self.value), ("stderr", self.stderr))}
+        finite = {
+            k: v if math.isfinite(v) else None for k, v in (("value", self.value), ("stderr", self.stderr))
+        }
         return {"value": finite["value"], "stderr": finite["stderr"], "n": self.n}
 
     def __str__(self) -> str:

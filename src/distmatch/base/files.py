@@ -117,7 +117,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing", expected="a JSON file", fix="check the path") from error
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"cannot read {file} as JSON", got=str(error), fix="restore it from a copy") from error
+        raise UserError(
+            f"cannot read {file} as JSON", got=str(error), fix="restore it from a copy"
+        ) from error
 
 
 def save_tensors(
@@ -160,9 +162,7 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def load_into(
-    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str
-) -> None:
+def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Copies ``tensors`` into ``module``, all or nothing.
 
     Raises:

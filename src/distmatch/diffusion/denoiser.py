@@ -26,7 +26,7 @@ class Denoiser(Protocol):
     sigma_max: float
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Denoises ``x`` of shape (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none."""
+        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none."""
         ...
 
 

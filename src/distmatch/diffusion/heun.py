@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import generator as make_generator
+from distmatch.base.seeds import latents
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import karras_grid
 
@@ -35,12 +36,12 @@ def heun(denoiser: Denoiser, x: Tensor, grid: Tensor, condition: Tensor | None =
         UserError: The grid does not decrease or holds fewer than two levels.
     """
     levels = [float(v) for v in grid]
-    if len(levels) < 2 or any(b >= a for a, b in zip(levels, levels[1:], strict=False)) or levels[-1] < 0:
+    if len(levels) < 2 or any(b >= a for a, b in pairwise(levels)) or levels[-1] < 0:
         raise UserError("a sampling grid must decrease strictly and stay non-negative", got=levels[:6])
     dtype = x.dtype
     state = x.double()
     ones = torch.ones(len(x), device=x.device, dtype=dtype)
-    for now, after in zip(levels, levels[1:], strict=False):
+    for now, after in pairwise(levels):
         slope = (state - denoiser(state.to(dtype), ones * now, condition).double()) / now
         ahead = state + (after - now) * slope
         if after > 0:
@@ -80,7 +81,7 @@ def sample_teacher(
         (n, *shape) float32 on the CPU.
     """
     grid = karras_grid(steps, denoiser.sigma_min, denoiser.sigma_max)
-    noise = torch.randn(n, *denoiser.shape, generator=make_generator(seed, "latents"))
+    noise = latents(n, denoiser.shape, seed)
     out = []
     for start in range(0, n, batch):
         z = noise[start : start + batch].to(device)

@@ -80,7 +80,9 @@ class GaussianMixture(nn.Module):
             )
         labels = torch.zeros(len(w), dtype=torch.int64) if classes is None else torch.as_tensor(classes)
         if labels.shape != w.shape or labels.is_floating_point() or int(labels.min()) < 0:
-            raise UserError("classes must be one non-negative integer for each component", got=labels.tolist())
+            raise UserError(
+                "classes must be one non-negative integer for each component", got=labels.tolist()
+            )
         self.register_buffer("weights", w / w.sum())
         self.register_buffer("means", m)
         self.register_buffer("covariances", c)
@@ -111,7 +113,7 @@ class GaussianMixture(nn.Module):
     def _components(
         self, x: Tensor, sigma: Tensor | float, condition: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log p_k(x) + log w_k (B, K), rotated residuals (B, K, D), noised variances, eigenvectors."""
+        """Log p_k(x) + log w_k (B, K), rotated residuals (B, K, D), noised variances, eigenvectors."""
         if x.ndim != 2 or x.shape[1] != self.shape[0]:
             raise UserError("x has the wrong shape", got=tuple(x.shape), expected=f"(B, {self.shape[0]})")
         vectors = self._eigenvectors.to(x.dtype)

@@ -20,7 +20,7 @@ def adam(
 
 
 def rate(step: int, total: int, ramp: int, decay: Literal["constant", "cosine"]) -> float:
-    """The factor on the learning rate at ``step`` of ``total``: linear ramp, then constant or half a cosine."""
+    """Factor on the learning rate at ``step`` of ``total``: linear ramp, then constant or half a cosine."""
     factor = min(1.0, (step + 1) / ramp) if ramp > 0 else 1.0
     if decay == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
@@ -33,9 +33,7 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clipped_step(
-    optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float
-) -> Tensor:
+def clipped_step(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Clips the gradient (``max_norm`` 0: leaves it alone), steps, clears it; returns the norm before."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
     optimiser.step()

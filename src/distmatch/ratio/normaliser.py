@@ -1,10 +1,10 @@
 """Two-stage normalisation of the density ratio (f-distill, section 1.4), without cancelling the weight.
 
 Stage 1 uses that E_q[r] = 1 at every noise level: ratios are divided by a running mean of their noise bin.
-Bins hold equal *probability* of the distribution that noise levels are drawn from, so none stays empty. A bin
-whose mean rests on too few samples is pooled over all bins, and when even those are too few the ratio is left
-alone; dividing a ratio by the mean of one or two samples would make every weight equal and turn any divergence
-into reverse KL. Stage 2 divides the weights by their mean over the batch.
+Bins hold equal *probability* of the distribution that noise levels are drawn from, so none stays empty. A
+bin whose mean rests on too few samples is pooled over all bins, and when even those are too few the ratio is
+left alone: dividing a ratio by the mean of one or two samples would make every weight equal and turn any
+divergence into reverse KL. Stage 2 divides the weights by their mean over the batch.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class RatioNormaliser:
         self.count.mul_(cfg.memory).index_add_(0, index, torch.ones_like(raw, dtype=torch.float64))
         self.weight.mul_(cfg.memory)
         thin = self.count < cfg.min_count
-        log_mean = torch.where(thin, self._pooled_log_mean(), (self.total / self.count.clamp_min(1e-12)).log())
+        log_mean = torch.where(
+            thin, self._pooled_log_mean(), (self.total / self.count.clamp_min(1e-12)).log()
+        )
         shifted = raw - log_mean[index].float()
         clipped = shifted.clamp(-cfg.clip, cfg.clip)
         return NormalisedRatio(clipped, (shifted != clipped).float().mean(), thin.sum())

@@ -74,13 +74,14 @@ def render(run: Run) -> str:
     teacher_events = run.teacher.events if run.teacher else []
     return environment.get_template("template.html.j2").render(
         name=run.path.resolve().name,
-        lead=lead_options(run.config),
+        lead=lead_options(run.config, run.events),
         status=status(run.events),
         sentence=sentence,
         tiles=tiles,
         missing=missing(run),
         samples=samples_section(run.samples),
         rows=rows,
+        protocol=protocol(run.events),
         shown_models=[m for m in MODELS if m in run.metrics],
         charts=curve_charts(run.events),
         teacher_charts=curve_charts(teacher_events),
@@ -101,12 +102,19 @@ def render(run: Run) -> str:
     )
 
 
-def lead_options(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """The options that name a run, wherever in the tables of the config they stand."""
+def lead_options(config: dict[str, Any], events: list[Event]) -> list[tuple[str, str]]:
+    """What names a run: as its log says it was resolved, else as the config has it, in whatever table."""
     found: dict[str, str] = {}
-    for key, value in flat(config):
+    started = next((e for e in reversed(events) if e["event"] == "start"), {})
+    for key, value in flat(started) + flat(config):
         found.setdefault(key.split(".")[-1], value)
     return [(key, found[key]) for key in _LEAD_OPTIONS if key in found]
+
+
+def protocol(events: list[Event]) -> list[tuple[str, str]]:
+    """How the metrics were measured: what the last ``evaluate`` event says."""
+    last = next((e for e in reversed(events) if e["event"] == "evaluate"), {})
+    return flat({k: v for k, v in last.items() if k not in ("event", "step", "time")})
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -133,7 +141,8 @@ def status(events: list[Event]) -> str:
     at = "" if step is None else f" at step {step:,}"
     resumes = sum(e["event"] == "resume" for e in events)
     again = f", resumed {resumes} time{'s' if resumes != 1 else ''}" if resumes else ""
-    if any(e["event"] == "end" for e in events):
+    last = [e["event"] for e in events if e["event"] in ("start", "resume", "train", "end")]
+    if last and last[-1] == "end":
         return f"finished{at}{again}"
     return f"not finished{at}{again}: still running, or interrupted"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from distmatch.report.svg import ACCENT, INK, MUTED, RULE, SOFT, TIMES, to_svg
 
 _RAW_POINTS = 400  # more points than this a small panel cannot show
 _SHOWN_SAMPLES = 1000  # points in a scatter panel; more only hide each other
+_PNG_COLOUR = "#0b6e6e"  # the accent of the page, for pictures that stand alone
 
 
 def _panel(width: float = 330.0, height: float = 190.0) -> tuple[Figure, Axes]:
@@ -189,3 +191,20 @@ def scatter_panel(
     axes.set_xlim(low[0], high[0])
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     return to_svg(figure, alt)
+
+
+def scatter_png(x: np.ndarray) -> bytes:
+    """Vectors (N, D) as the bytes of a PNG picture: a scatter of two axes, or a histogram of one."""
+    origin, axes = plane(x)
+    points = ((x - origin) @ axes)[np.isfinite(x).all(axis=1)]
+    low, high = frame([points]) if len(points) else (np.zeros(2), np.ones(2))
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    panel = figure.add_subplot()
+    if points.shape[1] == 1:
+        panel.hist(points[:, 0], bins=60, range=(low[0], high[0]), color=_PNG_COLOUR)
+    else:
+        panel.plot(*points.T, "o", color=_PNG_COLOUR, markersize=2.4, markeredgewidth=0, alpha=0.6)
+        panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

@@ -126,10 +126,10 @@ def _moment(event: Event) -> float:
 
 
 def wall_seconds(events: Sequence[Event]) -> float:
-    """Seconds between the events of the log, without the pauses before a ``resume`` or a new ``start``."""
+    """Seconds that training took: without the pauses before it was resumed, and without evaluations."""
     total = 0.0
     for earlier, later in pairwise(events):
         gap = _moment(later) - _moment(earlier)
-        if later["event"] not in ("resume", "start") and math.isfinite(gap) and gap > 0:
+        if later["event"] in ("train", "warning", "checkpoint", "end") and math.isfinite(gap) and gap > 0:
             total += gap
     return total

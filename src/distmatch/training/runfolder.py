@@ -227,12 +227,12 @@ def _replace(folder: Path) -> RunFolder:
         os.replace(folder, aside)
         try:
             os.replace(fresh, folder)
-        except OSError:
+        except BaseException:
             os.replace(aside, folder)
             raise
         shutil.rmtree(aside, ignore_errors=True)
         return RunFolder(folder, run._lock)
-    except OSError:
+    except BaseException:
         if run is not None:
             run.release()
         raise

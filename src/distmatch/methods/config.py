@@ -53,7 +53,7 @@ class DistillConfig:
     """Weight of the approximate R1 penalty on the discriminator."""
     ratio_features: Literal["auto", "teacher", "fake", "own"] = "auto"
     """What the discriminator sees: features of the frozen teacher (only its head learns), features of the
-    fake score (which then learns from it, as in DMD2), or a small network of its own on the noised samples."""
+    fake score (which then learns from it, as in DMD2), or a small network of its own on noised samples."""
     ratio_bins: int = 10
     """Noise bins of the ratio normaliser, of equal probability."""
     ratio_memory: float = 0.95
@@ -131,7 +131,9 @@ METHODS = {
 }
 
 
-def resolve_method(name: str, divergence: str | None, config: DistillConfig) -> tuple[Method, str, DistillConfig]:
+def resolve_method(
+    name: str, divergence: str | None, config: DistillConfig
+) -> tuple[Method, str, DistillConfig]:
     """The method, the divergence's name and the config that a user's choice comes to.
 
     Args:

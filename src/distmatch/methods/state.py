@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distmatch.base.files import load_into
-from distmatch.distill.student import Student
+from distmatch.methods.student import Student
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA
 from distmatch.ratio.normaliser import RatioNormaliser

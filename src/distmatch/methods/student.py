@@ -107,7 +107,9 @@ class Student(nn.Module):
         """
         device = device_of(self)
         labels = checked_labels(labels, n, self.num_classes, seed)
-        noise = [latents(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}") for i in range(self.nfe)]
+        noise = [
+            latents(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}") for i in range(self.nfe)
+        ]
         out = []
         training = self.training
         self.eval()

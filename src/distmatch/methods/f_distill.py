@@ -26,16 +26,16 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras
-from distmatch.distill.config import DistillConfig, Method
-from distmatch.distill.objectives import (
+from distmatch.divergences import Divergence
+from distmatch.methods.config import DistillConfig, Method
+from distmatch.methods.objectives import (
     adversarial_critic,
     adversarial_student,
     approximate_r1,
     score_difference,
 )
-from distmatch.distill.state import DistillState
-from distmatch.distill.student import Student, student_levels
-from distmatch.divergences import Divergence
+from distmatch.methods.state import DistillState
+from distmatch.methods.student import Student, student_levels
 from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig, default_config
 from distmatch.nets.edm import EDMDenoiser, edm_loss
@@ -218,8 +218,10 @@ class FDistill:
         return x + expand(sigma, x) * noise
 
     def _generate(self, state: DistillState, n: int, labels: Tensor | None, grad: bool) -> Tensor:
-        """Student samples. Few-step students are run as at sampling time up to a random call (backward
-        simulation, DMD2), and only that call is differentiated."""
+        """Student samples; with several calls, by backward simulation (DMD2).
+
+        The student is run as at sampling time up to a random call, and only that call is differentiated.
+        """
         student = state.student
         last = 0
         if student.nfe > 1:
@@ -270,7 +272,7 @@ class FDistill:
             state.optimisers["student"], list(state.student.denoiser.parameters()), cfg.grad_clip
         )
         state.updates += 1
-        state.average.update(state.student.denoiser, ema_decay(state.updates, cfg.ema_half_life))
+        state.average.update(state.student.denoiser, ema_decay(state.updates, half_life=cfg.ema_half_life))
         return info
 
     def _predictions(

@@ -1,0 +1,5 @@
+"""`python -m distmatch`."""
+
+from distmatch.cli.main import entry
+
+entry()

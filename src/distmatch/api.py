@@ -1,0 +1,197 @@
+"""The Python interface: train, load_teacher, distill, evaluate."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.estimate import Estimate
+from distmatch.data import Dataset, Scaling, from_arrays, load_data
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.divergences import Divergence
+from distmatch.methods.config import DistillConfig
+from distmatch.methods.student import Student
+from distmatch.metrics import evaluate as _evaluate
+from distmatch.metrics.settings import FeatureChoice
+from distmatch.nets.edm import EDMDenoiser
+from distmatch.training import runs
+from distmatch.training.options import DistillOptions, NetOptions, RunOptions, TeacherConfig, TrainOptions
+from distmatch.training.runfolder import create
+
+Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
+
+
+def load_teacher(source: str | os.PathLike[str]) -> Denoiser:
+    """A teacher from a run folder or model folder, or an exact one: ``ring8``, ``grid25``, ``skewed2``.
+
+    Raises:
+        UserError: There is none, or the folder holds a student.
+    """
+    return runs.load_teacher(os.fspath(source))
+
+
+def train(
+    data: Data,
+    *,
+    steps: int = 3000,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> EDMDenoiser:
+    """Trains a diffusion teacher.
+
+    Args:
+        data: A :class:`Dataset`, samples (images N, C, H, W or N, H, W[, C]; vectors N, D), a name or a path.
+        steps: Training steps.
+        seed: Seed of everything random.
+        out: A run folder to write, as `distmatch train` does; None keeps everything in memory.
+        quiet: Whether to hide the progress bar.
+        **settings: Any field of :class:`RunOptions`, :class:`NetOptions` or :class:`TeacherConfig`.
+
+    Returns:
+        The teacher (the average of its weights), a Denoiser.
+
+    Raises:
+        UserError: Unknown settings, or data that cannot be used.
+    """
+    run, net, teacher = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig())
+    options = TrainOptions(data=_name_of(data), run=run, net=net, teacher=teacher)
+    job = runs.prepare_training(options, _dataset(data))
+    with_folder = create(out) if out is not None else None
+    try:
+        model, _, _ = runs.carry_out(job, with_folder, quiet=quiet)
+    finally:
+        if with_folder is not None:
+            with_folder.release()
+    return model
+
+
+def distill(
+    teacher: Denoiser | str | os.PathLike[str],
+    data: Data | None = None,
+    *,
+    divergence: str | Divergence | None = None,
+    method: str = "f-distill",
+    steps: int = 2000,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Student:
+    """Distils a teacher into a one-step (or few-step) student.
+
+    Args:
+        teacher: Any :class:`~distmatch.diffusion.denoiser.Denoiser`, or what :func:`load_teacher` takes.
+        data: Real samples for the density ratio and the adversarial term, as for :func:`train`. None takes
+            samples of an exact teacher, or the data a saved teacher was trained on.
+        divergence: A name such as ``"js"``, ``"kl"``, ``"alpha:0.5"``, or a :class:`Divergence`; None is the
+            method's own (JS for f-distill).
+        method: ``f-distill``, ``dmd2`` or ``diff-instruct``.
+        steps: Training steps.
+        seed: Seed of everything random.
+        out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
+        quiet: Whether to hide the progress bar.
+        **settings: Any field of :class:`RunOptions`, :class:`NetOptions` or :class:`DistillConfig`.
+
+    Returns:
+        The student (the average of its weights).
+
+    Raises:
+        UserError: Unknown settings, or parts that do not go together.
+    """
+    run, net, config = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), DistillConfig())
+    source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
+    measure = divergence if isinstance(divergence, Divergence) else None
+    options = DistillOptions(
+        data=_name_of(data) if data is not None else "",
+        teacher=source,
+        method=method,
+        divergence=measure.name if measure else divergence,  # type: ignore[arg-type]
+        run=run,
+        net=net,
+        distill=config,
+    )
+    given = None if source else teacher
+    if data is None and isinstance(given, GaussianMixture):
+        found: Dataset | None = _samples_of(given, seed)
+    else:
+        found = None if data is None else _dataset(data)
+    job = runs.prepare_distillation(options, given, found, measure)  # type: ignore[arg-type]
+    with_folder = create(out, inputs=[source] if source else []) if out is not None else None
+    try:
+        model, extra, _ = runs.carry_out(job, with_folder, quiet=quiet)
+    finally:
+        if with_folder is not None:
+            with_folder.release()
+    return runs.student_of(model, extra)
+
+
+def evaluate(
+    x: Tensor | np.ndarray,
+    reference: Data,
+    *,
+    labels: Tensor | None = None,
+    features: FeatureChoice = "auto",
+    n: int | None = None,
+    seed: int = 0,
+    mixture: GaussianMixture | None = None,
+) -> dict[str, Estimate]:
+    """Measures generated samples against real ones; see :func:`distmatch.metrics.evaluate`.
+
+    Args:
+        x: Samples in model space, as ``student.sample`` gives them.
+        reference: A :class:`Dataset`, a tensor in model space, a name or a path.
+        labels: The labels that were asked for.
+        features: ``auto``, ``classifier``, ``pixels``, or a function of samples.
+        n: Largest block size.
+        seed: Chooses the blocks.
+        mixture: The exact mixture behind the reference, for mode metrics.
+    """
+    real = reference if isinstance(reference, (Tensor, Dataset)) else _dataset(reference)
+    samples = torch.as_tensor(x)
+    return _evaluate(samples, real, labels=labels, features=features, n=n, seed=seed, mixture=mixture)
+
+
+def _dataset(data: Data) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, (str, os.PathLike)):
+        return load_data(data)
+    return from_arrays(data, None, name="array")
+
+
+def _name_of(data: Data) -> str:
+    if isinstance(data, Dataset):
+        return data.name
+    return os.fspath(data) if isinstance(data, (str, os.PathLike)) else "array"
+
+
+def _samples_of(mixture: GaussianMixture, seed: int, n: int = 20_000) -> Dataset:
+    """Real data for an exact teacher: its own samples, unscaled, as the teacher must match."""
+    x, component = mixture.sample_with_components(n, seed=seed)
+    labels = mixture.classes.cpu()[component.cpu()] if mixture.num_classes else None
+    return Dataset(x.cpu(), labels, (), "mixture", Scaling.identity(x.shape[1]))
+
+
+def _settings(given: dict[str, Any], *targets: Any) -> tuple[Any, ...]:
+    """Puts each keyword into the dataclass that has a field of that name."""
+    known = {f.name for target in targets for f in fields(target)}
+    for name in given:
+        if name not in known:
+            raise unknown_name("setting", name, sorted(known))
+    result = []
+    for target in targets:
+        own = {f.name for f in fields(target)}
+        try:
+            result.append(replace(target, **{k: v for k, v in given.items() if k in own}))
+        except TypeError as error:
+            raise UserError("a setting has the wrong type", got=str(error)) from error
+    return tuple(result)

@@ -1,0 +1,97 @@
+"""`distmatch demo`: the whole main job on scikit-learn's digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distmatch.cli.parse import Place, parse, print_json
+from distmatch.methods.config import DistillConfig
+from distmatch.training.options import DistillOptions, RunOptions, TeacherConfig, TrainOptions
+
+ABOUT = """Train a teacher on digits, distil it into a one-step student, measure both, write a report.
+
+example: distmatch demo
+         distmatch demo --fast --out runs/try"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Everything `distmatch demo` can be told."""
+
+    out: Path = Path("runs/demo")
+    """The run folder: the student's, with the teacher's inside as teacher/."""
+    fast: bool = False
+    """The same with fewer steps: under a minute, worse samples."""
+    divergence: str = "js"
+    """Divergence of the distillation."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    resume: bool = False
+    """Go on with an interrupted demo in --out."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+def recipe(options: DemoOptions) -> tuple[TrainOptions, DistillOptions]:
+    """The demo's two runs."""
+    teacher_steps, student_steps = (500, 400) if options.fast else (3000, 3000)
+    run = RunOptions(seed=options.seed, device=options.device, batch=256)
+    train = TrainOptions(
+        data="digits",
+        run=replace(run, steps=teacher_steps, checkpoint_every=500),
+        teacher=TeacherConfig(),
+    )
+    distill = DistillOptions(
+        data="digits",
+        teacher=str(options.out / "teacher"),
+        divergence=options.divergence,
+        run=replace(run, steps=student_steps, checkpoint_every=500),
+        distill=DistillConfig(student_sigma=2.5, noise_high=20.0),
+    )
+    return train, distill
+
+
+def run(argv: list[str]) -> None:
+    """Parses, runs the demo, prints the table and the path of the report."""
+    options = parse(DemoOptions, argv, verb="demo", about=ABOUT)
+    import numpy as np
+
+    from distmatch.cli.running import open_folder, run_or_resume
+    from distmatch.cli.table import metric_table
+    from distmatch.data import load_data
+    from distmatch.divergences import divergence
+    from distmatch.report import build_report, save_grid
+    from distmatch.training.assess import plain
+    from distmatch.training.evaluation import evaluate_models
+    from distmatch.training.models import open_model
+    from distmatch.training.runs import prepare_distillation, prepare_training
+
+    divergence(options.divergence)  # a wrong name is told before anything is trained
+    train, distill = recipe(options)
+    place = Place(out=options.out, resume="latest" if options.resume else None, overwrite=options.overwrite)
+    with open_folder(place) as folder:
+        inner = replace(place, out=options.out / "teacher", overwrite=False)
+        run_or_resume(lambda _: prepare_training(train), inner)
+        run_or_resume(lambda fresh: prepare_distillation(distill, fresh=fresh), place, folder)
+        models = {
+            "teacher": open_model(str(options.out / "teacher")),
+            "student": open_model(str(options.out)),
+        }
+        metrics = evaluate_models(
+            load_data("digits"), models, folder, seed=options.seed, device=options.device, spec="digits"
+        )
+        for name in ("reference", "teacher", "student"):
+            with np.load(folder.samples / f"{name}.npz", allow_pickle=False) as file:
+                by_class = np.argsort(file["labels"][:100], kind="stable")
+                save_grid(folder.samples / f"{name}.png", file["x"][by_class], 10)
+        report = build_report(folder.path)
+    if options.json:
+        print_json({"run": str(folder.path), "report": str(report), "metrics": plain(metrics)})
+        return
+    print(metric_table(metrics))
+    print(f"report: {report}")

@@ -1,0 +1,151 @@
+"""`distmatch doctor`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distmatch.cli.parse import parse, print_json
+
+ABOUT = """Check this machine and installation: versions, devices, data, places to write, speed.
+
+example: distmatch doctor --json"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Everything `distmatch doctor` can be told."""
+
+    seed: int = 0
+    """Seed of the test tensors."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: What was looked at.
+        ok: True, False, or None where it is optional and absent.
+        detail: What was found.
+        fix: What to do when it is not ok.
+    """
+
+    name: str
+    ok: bool | None
+    detail: str
+    fix: str = ""
+
+
+def run(argv: list[str]) -> None:
+    """Parses, checks, prints."""
+    options = parse(DoctorOptions, argv, verb="doctor", about=ABOUT)
+    from distmatch.training.environment import environment
+
+    env = environment()
+    env.pop("command", None)
+    checks = [
+        _attempt(check) for check in (_torch_check, _step_check(options.seed), _gloo, _cache, _data, _space)
+    ]
+    healthy = all(check.ok is not False for check in checks)
+    if options.json:
+        print_json({"ok": healthy, "checks": [vars(check) for check in checks], "environment": env})
+    else:
+        for key, value in env.items():
+            print(f"{key:12} {value}")
+        for check in checks:
+            mark = {True: "ok", False: "PROBLEM", None: "absent"}[check.ok]
+            print(f"{mark:8} {check.name}: {check.detail}")
+            if check.ok is False and check.fix:
+                print(f"         fix: {check.fix}")
+    if not healthy:
+        raise SystemExit(1)
+
+
+def _attempt(check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:  # a health check reports what breaks, whatever it is
+        return Check(
+            getattr(check, "__name__", "check").strip("_"), False, f"{type(error).__name__}: {error}"
+        )
+
+
+def _torch_check() -> Check:
+    import torch
+
+    found = "an accelerator" if torch.accelerator.is_available() else "no accelerator, the CPU is used"
+    return Check("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads, {found}")
+
+
+def _step_check(seed: int) -> Callable[[], Check]:
+    def training_step() -> Check:
+        from dataclasses import replace
+
+        from distmatch.training.options import TrainOptions
+        from distmatch.training.runs import prepare_training
+
+        options = TrainOptions()
+        job = prepare_training(replace(options, run=replace(options.run, seed=seed)))
+        job.step(job.state, job.batches(0))
+        began = time.perf_counter()
+        for step in range(1, 6):
+            info = job.step(job.state, job.batches(step))
+        loss = float(info["loss"])
+        milliseconds = 200 * (time.perf_counter() - began)
+        return Check("training step", 0 < loss < 10, f"{milliseconds:.0f} ms on digits, loss {loss:.2f}")
+
+    return training_step
+
+
+def _gloo() -> Check:
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        return Check("distributed", None, "torch was built without gloo")
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        dist.destroy_process_group()
+    return Check("distributed", True, "gloo starts")
+
+
+def _cache() -> Check:
+    from distmatch.metrics.classifier import cache_folder
+
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return Check(
+            "cache", None, f"{folder}: {error.strerror}; feature networks are trained anew each time"
+        )
+    return Check("cache", True, str(folder))
+
+
+def _data() -> Check:
+    folder = os.environ.get("DISTMATCH_DATA")
+    if not folder:
+        return Check("DISTMATCH_DATA", None, "not set: fashion_mnist and cifar10 cannot be named")
+    found = sorted(p.name for p in Path(folder).glob("*.npz"))
+    ok = bool(found)
+    return Check(
+        "DISTMATCH_DATA", ok, f"{folder}: {len(found)} archives", "point it at the folder of the archives"
+    )
+
+
+def _space() -> Check:
+    place: Any = Path.cwd()
+    with tempfile.TemporaryFile(dir=place):
+        pass
+    stat = os.statvfs(place)
+    free = stat.f_bavail * stat.f_frsize / 2**30
+    return Check("working folder", free > 0.5, f"{place}: writable, {free:.1f} GiB free", "free some space")

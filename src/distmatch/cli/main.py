@@ -1,0 +1,88 @@
+"""`distmatch VERB`: finds the verb, turns errors into messages and exit codes.
+
+Exit codes: 0 done, 2 the user's mistake, 1 anything else, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+import warnings
+
+from distmatch.base.errors import UserError, unknown_name
+
+VERBS = {
+    "demo": ("distmatch.cli.demo", "train, distil, measure and report on digits, in minutes"),
+    "train": ("distmatch.cli.train", "train a diffusion teacher"),
+    "distill": ("distmatch.cli.distill", "distil a teacher into a one-step student"),
+    "sample": ("distmatch.cli.sample", "draw samples from a teacher or a student"),
+    "evaluate": ("distmatch.cli.evaluate", "measure samples or a run against real data"),
+    "report": ("distmatch.cli.report", "write the HTML page of a run"),
+    "export": ("distmatch.cli.export", "write a model for use elsewhere"),
+    "doctor": ("distmatch.cli.doctor", "check this machine and installation"),
+}
+
+
+def usage() -> str:
+    """The help text of `distmatch` itself."""
+    lines = ["usage: distmatch VERB [options]", "", "Distil a diffusion model into a one-step generator.", ""]
+    lines += [f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()]
+    lines += ["", "  distmatch VERB --help shows the options of a verb, with an example.", "", "examples:"]
+    lines += ["  distmatch demo", "  distmatch train --data digits --out runs/teacher"]
+    lines += ["  distmatch distill --teacher runs/teacher --divergence js --out runs/js"]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command line; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from distmatch import __version__
+
+        print(f"distmatch {__version__}")
+        return 0
+    debug = "--debug" in argv
+    arguments = [a for a in argv[1:] if a != "--debug"]
+    warnings.showwarning = _show_warning
+    try:
+        if argv[0] not in VERBS:
+            raise unknown_name("verb", argv[0], VERBS)
+        module = importlib.import_module(VERBS[argv[0]][0])
+        module.run(arguments)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"distmatch {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"distmatch {argv[0]}: interrupted; a run goes on with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (for example `| head`): nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as stop:  # from the option parser, which has printed its message
+        return stop.code if isinstance(stop.code, int) else 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(
+            f"distmatch {argv[0]}: internal error: {type(error).__name__}: {error} (--debug shows where)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""Writing samples in the form that the file name asks for."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.base.files import atomic_folder, atomic_write
+from distmatch.report.figures import scatter_png
+from distmatch.report.grid import save_grid
+from distmatch.training.assess import npz_bytes
+
+
+def write_samples(path: Path, x: np.ndarray, labels: Tensor | None, overwrite: bool) -> None:
+    """Writes samples to an ``.npz``, a ``.png`` picture, or a folder of one file per image.
+
+    Args:
+        path: Where to; the suffix decides.
+        x: Images (N, H, W[, C]) uint8, or vectors (N, D) float32.
+        labels: (N,), or None.
+        overwrite: Whether an existing folder of ours may be replaced.
+
+    Raises:
+        UserError: Another suffix, or a folder asked for vectors.
+    """
+    suffix = path.suffix.lower()
+    images = x.ndim > 2
+    if suffix == ".npz":
+        atomic_write(path, npz_bytes(x, labels))
+    elif suffix == ".png" and images:
+        columns = max(1, int(np.ceil(np.sqrt(len(x)))))
+        save_grid(path, x, columns)
+    elif suffix == ".png":
+        atomic_write(path, scatter_png(x))
+    elif suffix == "" and images:
+        if path.exists() and not (overwrite and _holds_only_images(path)):
+            raise UserError(f"{path} holds something else and was left alone", fix="choose another --out")
+        with atomic_folder(path) as folder:
+            for i, image in enumerate(x):
+                place = folder if labels is None else folder / str(int(labels[i]))
+                place.mkdir(exist_ok=True)
+                buffer = io.BytesIO()
+                Image.fromarray(image).save(buffer, format="PNG")
+                (place / f"{i:06d}.png").write_bytes(buffer.getvalue())
+    else:
+        raise UserError(
+            "samples cannot be written in this form",
+            got=f"--out {path} for {'images' if images else 'vectors'}",
+            expected=".npz, .png, or for images a folder name without a suffix",
+        )
+
+
+def _holds_only_images(folder: Path) -> bool:
+    """Whether a folder can be replaced: nothing in it but PNG files."""
+    return folder.is_dir() and all(f.suffix == ".png" for f in folder.rglob("*") if f.is_file())

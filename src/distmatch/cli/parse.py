@@ -1,0 +1,116 @@
+"""Options from three places, the later ones winning: defaults, a config file, the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from distmatch.base.errors import UserError
+from distmatch.training.toml import dict_to_dataclass, read_toml
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run goes, and what to do with what is there."""
+
+    out: Path | None = None
+    """The run folder to write."""
+    config: Path | None = None
+    """Take options from this config.toml; those on the command line win."""
+    resume: str | None = None
+    """Go on in --out from its newest checkpoint; or from a step, or a checkpoint folder."""
+    overwrite: bool = False
+    """Replace an existing run folder."""
+    dry_run: bool = False
+    """Show the resolved options, sizes and an estimated time; write nothing."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+def parse(kind: type[T], argv: Sequence[str], *, verb: str, about: str, default: T | None = None) -> T:
+    """Parses the options of a verb into a dataclass."""
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type,misc]
+        args=list(argv),
+        prog=f"distmatch {verb}",
+        description=about,
+        default=default,
+    )
+
+
+def parse_run(kind: type[T], argv: Sequence[str], *, verb: str, about: str) -> tuple[T, Place]:
+    """Parses a verb that starts a run; `--config` and `--resume` supply defaults.
+
+    Args:
+        kind: The options' dataclass.
+        argv: The arguments after the verb.
+        verb: The verb, for messages; must match the ``verb`` of a config file.
+        about: Description and example.
+
+    Raises:
+        UserError: A config file that does not fit.
+    """
+    arguments = _with_resume_value(argv)
+    out, config, resume = (_value_of(arguments, f"--{name}") for name in ("out", "config", "resume"))
+    options = kind()
+    if config is not None:
+        options = options_from(kind, Path(config), verb)
+    elif resume is not None and out is not None and (Path(out) / "config.toml").exists():
+        options = options_from(kind, Path(out) / "config.toml", verb)
+    both = dataclasses.make_dataclass(
+        kind.__name__,
+        [("options", tyro.conf.OmitArgPrefixes[kind]), ("place", tyro.conf.OmitArgPrefixes[Place])],  # type: ignore[valid-type,misc]
+    )
+    parsed: Any = parse(both, arguments, verb=verb, about=about, default=both(options, Place()))
+    return parsed.options, parsed.place
+
+
+def options_from(kind: type[T], path: Path, verb: str) -> T:
+    """The options in a config file.
+
+    Raises:
+        UserError: The file is of another verb, or has unknown or wrong entries.
+    """
+    values = read_toml(path)
+    found = values.pop("verb", verb)
+    if found != verb:
+        raise UserError(
+            f"{path} is the config of another verb", got=found, expected=verb, fix=f"use distmatch {found}"
+        )
+    return dict_to_dataclass(kind, values, where=str(path))
+
+
+def checkpoint_choice(resume: str | None) -> str | int | None:
+    """What `--resume` names: ``latest``, a step, or a path."""
+    return int(resume) if resume is not None and resume.isdigit() else resume
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON object on stdout."""
+    print(json.dumps(value, allow_nan=False))
+
+
+def _with_resume_value(argv: Sequence[str]) -> list[str]:
+    """`--resume` without a value means the newest checkpoint."""
+    result: list[str] = []
+    for i, argument in enumerate(argv):
+        result.append(argument)
+        if argument == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
+            result.append("latest")
+    return result
+
+
+def _value_of(argv: Sequence[str], flag: str) -> str | None:
+    for i, argument in enumerate(argv):
+        if argument == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if argument.startswith(flag + "="):
+            return argument.split("=", 1)[1]
+    return None

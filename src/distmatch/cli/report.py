@@ -1,0 +1,38 @@
+"""`distmatch report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from distmatch.cli.parse import parse, print_json
+
+ABOUT = """Write report.html, one self-contained page, from the files of a run folder.
+
+example: distmatch report runs/demo"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Everything `distmatch report` can be told."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run folder."""
+    seed: int = 0
+    """Accepted by every verb; a report draws no random numbers."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+def run(argv: list[str]) -> None:
+    """Parses, builds the page, prints its path."""
+    options = parse(ReportOptions, argv, verb="report", about=ABOUT)
+    from distmatch.report import build_report
+
+    path = build_report(options.run)
+    if options.json:
+        print_json({"report": str(path)})
+    else:
+        print(f"report in {path}")

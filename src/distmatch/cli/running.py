@@ -1,0 +1,109 @@
+"""What `train` and `distill` have in common: dry runs, folders, the closing lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from distmatch.base.errors import UserError
+from distmatch.cli.parse import Place, checkpoint_choice, print_json
+from distmatch.training.checkpoint import list_checkpoints
+from distmatch.training.devices import pick_device
+from distmatch.training.runfolder import RunFolder, create
+from distmatch.training.runs import Job, carry_out
+from distmatch.training.toml import dataclass_to_dict, to_toml
+
+
+def open_folder(place: Place, inputs: tuple[str, ...] = ()) -> RunFolder:
+    """The run folder of `--out`, locked.
+
+    Raises:
+        UserError: No `--out`, or a folder that cannot be used.
+    """
+    if place.out is None:
+        raise UserError("no place was given for the run", expected="--out FOLDER, for example --out runs/one")
+    return create(
+        place.out,
+        resume=place.resume is not None,
+        overwrite=place.overwrite,
+        inputs=[path for path in inputs if path],
+    )
+
+
+def starts_afresh(place: Place) -> bool:
+    """Whether training begins at step 0: not resumed, or killed before its first checkpoint."""
+    return place.resume is None or place.out is None or not list_checkpoints(place.out / "checkpoints")
+
+
+def dry_run(job: Job, place: Place) -> None:
+    """Shows what a run would do, from three real steps, and writes nothing."""
+    parameters = job.parameters()
+    job.step(job.state, job.batches(0))
+    began = time.perf_counter()
+    for step in (1, 2, 3, 4, 5):
+        job.step(job.state, job.batches(step))
+    seconds = (time.perf_counter() - began) / 5
+    run = job.options.run
+    trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
+    memory = round((4 * sum(parameters.values()) + 12 * trained) / 2**20, 1)  # gradients and two Adam moments
+    timing = f"{seconds * run.steps:.0f} s ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
+    shown = {
+        "verb": job.verb,
+        "options": dataclass_to_dict(replace(job.options)),
+        "device": str(pick_device(run.device)),
+        "parameters": parameters,
+        "memory_mib": memory,
+        "seconds_per_step": round(seconds, 4),
+        "estimated_seconds": round(seconds * run.steps, 1),
+        **job.notes,
+    }
+    if place.json:
+        print_json(shown)
+        return
+    print(to_toml({"verb": job.verb, **dataclass_to_dict(job.options)}))
+    print("# not written: this is a dry run")
+    print(f"# device      {shown['device']}")
+    for name, count in parameters.items():
+        print(f"# parameters  {name}: {count:,}")
+    print(f"# memory      about {memory} MiB for weights, gradients and Adam, activations on top")
+    print(f"# time        about {timing}")
+    for message in job.warnings:
+        print(f"# warning     {message}")
+
+
+def execute(job: Job, folder: RunFolder, place: Place) -> dict[str, Any]:
+    """Carries a job out in its folder and says where the result is."""
+    for message in job.warnings:
+        print(f"warning: {message}", file=sys.stderr)
+    began = time.perf_counter()
+    resume = None if starts_afresh(place) else checkpoint_choice(place.resume)
+    _, _, history = carry_out(job, folder, resume=resume)
+    last = history[-1] if history else {}
+    return {
+        "run": str(folder.path),
+        "model": str(folder.model),
+        "steps": job.state.step,
+        "seconds": round(time.perf_counter() - began, 1),
+        "last": {k: v for k, v in last.items() if isinstance(v, (int, float))},
+    }
+
+
+def run_or_resume(prepare: Callable[[bool], Job], place: Place, folder: RunFolder | None = None) -> None:
+    """One stage of a larger job: carried out, or taken up where it was left.
+
+    Args:
+        prepare: Builds the job; told whether it starts at step 0.
+        place: The stage's folder. With ``resume``, a stage that was never begun is begun.
+        folder: The open run folder, when the caller holds it already.
+    """
+    if place.resume is not None and place.out is not None and not (place.out / "config.toml").exists():
+        place = replace(place, resume=None)
+    job = prepare(starts_afresh(place))
+    if folder is not None:
+        execute(job, folder, place)
+        return
+    with open_folder(place) as own:
+        execute(job, own, place)

@@ -1,0 +1,48 @@
+"""The metric table that verbs print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distmatch.base.estimate import Estimate
+
+_BETTER = {
+    "fd": "lower",
+    "kid": "lower",
+    "precision": "higher",
+    "recall": "higher",
+    "density": "higher",
+    "coverage": "higher",
+    "vendi": "higher",
+    "label_accuracy": "higher",
+    "modes": "higher",
+    "kl": "lower",
+    "reverse_kl": "lower",
+    "js": "lower",
+}
+
+
+def metric_table(metrics: dict[str, dict[str, Any]]) -> str:
+    """A plain-text table: one row for each metric, one column for each model, value ± standard error."""
+    models = list(metrics)
+    titles = ["floor (real)" if m == "reference" else m for m in models]
+    rows = [["metric", *titles, "better"]]
+    n = 0
+    for key, better in _BETTER.items():
+        cells = [metrics[m].get(key) for m in models]
+        if any(isinstance(c, Estimate) for c in cells):
+            rows.append([key, *(_cell(c) for c in cells), better])
+            n = max([n, *(c.n for c in cells if isinstance(c, Estimate) and key == "fd")])
+    for key, title in (("nfe", "network calls"), ("seconds_per_1000", "seconds per 1000")):
+        cells = [metrics[m].get(key) for m in models]
+        if any(c for c in cells):
+            rows.append([title, *(f"{c:.3g}" if c else "-" for c in cells), "lower"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    lines.append(f"blocks of {n} samples; the floor is real data against real data at the same size")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value.value:.4g} ± {value.stderr:.2g}" if isinstance(value, Estimate) else "-"

@@ -1,0 +1,1 @@
+"""Training: options, loop, checkpoints, run folders, teachers, and measuring what came out."""

@@ -1,0 +1,182 @@
+"""Measuring teacher and student on the same latents and labels, and writing what was found."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmatch.base.estimate import Estimate
+from distmatch.base.files import atomic_json, atomic_write
+from distmatch.base.seeds import generator
+from distmatch.data.dataset import Dataset
+from distmatch.data.scaling import Scaling
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.guidance import CallCounter, Guided
+from distmatch.diffusion.heun import sample_teacher
+from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.methods.student import Student
+from distmatch.metrics import evaluate, reference_floor, reference_labels
+from distmatch.metrics.features import Features
+from distmatch.training.log import EventLog
+from distmatch.training.progress import progress
+from distmatch.training.runfolder import RunFolder
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of one model and what they cost.
+
+    Attributes:
+        x: (n, *shape) float32 on the CPU, in model space.
+        labels: The labels asked for, (n,), or None.
+        nfe: Network calls for each sample, counted.
+        seconds_per_1000: Wall-clock seconds for 1000 samples.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+    nfe: int
+    seconds_per_1000: float
+
+
+class _CountingStudent:
+    """Counts the calls of a student's network while it samples."""
+
+    def __init__(self, student: Student) -> None:
+        self.calls = 0
+        self._handle = student.denoiser.register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def done(self) -> int:
+        self._handle.remove()
+        return self.calls
+
+
+def draw_student(
+    student: Student, n: int, labels: Tensor | None, seed: int, batch: int = 1024, quiet: bool = False
+) -> Drawn:
+    """Samples a student, counting calls and time."""
+    counter = _CountingStudent(student)
+    with progress(n, desc="student samples", enabled=not quiet) as bar:
+        began = time.perf_counter()
+        x = student.sample(n, seed=seed, labels=labels, batch=batch, on_batch=bar.update)
+        seconds = time.perf_counter() - began
+    batches = math.ceil(n / batch)
+    return Drawn(x, labels, counter.done() // batches, 1000 * seconds / n)
+
+
+def draw_teacher(
+    teacher: Denoiser,
+    n: int,
+    labels: Tensor | None,
+    seed: int,
+    *,
+    steps: int = 18,
+    guidance: float = 1.0,
+    batch: int = 1024,
+    device: torch.device | str = "cpu",
+    quiet: bool = False,
+) -> Drawn:
+    """Samples a teacher with Heun's method, counting calls and time."""
+    counter = CallCounter(Guided(teacher, guidance) if guidance != 1 else teacher)
+    with progress(n, desc="teacher samples", enabled=not quiet) as bar:
+        began = time.perf_counter()
+        x = sample_teacher(
+            counter, n, steps=steps, labels=labels, seed=seed, batch=batch, device=device, on_batch=bar.update
+        )
+        seconds = time.perf_counter() - began
+    batches = math.ceil(n / batch)
+    return Drawn(x, labels, counter.calls // batches, 1000 * seconds / n)
+
+
+def assess(
+    data: Dataset,
+    models: dict[str, Callable[[int, Tensor | None], Drawn]],
+    *,
+    conditional: bool,
+    features: str | Features = "auto",
+    n: int | None = None,
+    seed: int = 0,
+    mixture: GaussianMixture | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Drawn]]:
+    """Draws from each model with the same labels and latents, and measures all at the same N.
+
+    Args:
+        data: The real data.
+        models: ``teacher`` and ``student``: functions of (count, labels) that draw.
+        conditional: Whether the models take labels.
+        features: As in :func:`distmatch.metrics.evaluate`.
+        n: Samples in a block; two blocks are drawn from each model. None takes half the data, at most 5000.
+        seed: Chooses blocks and labels.
+        mixture: The exact mixture behind the data, for the mode metrics.
+
+    Returns:
+        The content of ``metrics.json`` as estimates, and the samples by model, the reference's included.
+    """
+    block = min(len(data) // 2, n or 5000)
+    labels = reference_labels(data, 2 * block, seed=seed) if conditional else None
+    common: dict[str, Any] = {"features": features, "n": block, "seed": seed, "mixture": mixture}
+    floor = reference_floor(data, stratified=labels is not None, **common)
+    result: dict[str, dict[str, Any]] = {"reference": {"nfe": 0, "seconds_per_1000": 0.0, **floor}}
+    drawn: dict[str, Drawn] = {"reference": _reference(data, labels, 2 * block, seed)}
+    for name, draw in models.items():
+        samples = draw(2 * block, labels)
+        drawn[name] = samples
+        measured = evaluate(samples.x, data, labels=labels, **common)
+        result[name] = {"nfe": samples.nfe, "seconds_per_1000": samples.seconds_per_1000, **measured}
+    return result, drawn
+
+
+def _reference(data: Dataset, labels: Tensor | None, n: int, seed: int) -> Drawn:
+    """Real samples with the same labels in the same order, to stand beside the models' in pictures."""
+    order = torch.randperm(len(data), generator=generator(seed, "assess/reference"))
+    if labels is not None and data.labels is not None:
+        chosen = torch.zeros(n, dtype=torch.int64)
+        for label in labels.unique():
+            where = (labels == label).nonzero()[:, 0]
+            pool = order[data.labels[order] == label]
+            chosen[where] = pool[torch.arange(len(where)) % len(pool)]
+        order = chosen
+    x, real = data.batch(order[:n])
+    return Drawn(x, real if labels is None else labels, 0, 0.0)
+
+
+def plain(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The JSON form of what :func:`assess` measured."""
+    return {
+        model: {k: v.to_dict() if isinstance(v, Estimate) else v for k, v in values.items()}
+        for model, values in metrics.items()
+    }
+
+
+def npz_bytes(x: np.ndarray, labels: Tensor | None) -> bytes:
+    """An ``.npz`` archive with ``x`` and, where there are any, ``labels``."""
+    arrays = {"x": x} if labels is None else {"x": x, "labels": labels.numpy()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def write_assessment(
+    folder: RunFolder,
+    metrics: dict[str, dict[str, Any]],
+    drawn: dict[str, Drawn],
+    scaling: Scaling,
+    settings: dict[str, Any],
+) -> None:
+    """Writes ``metrics.json``, the samples and an ``evaluate`` event to a run folder."""
+    for name, samples in drawn.items():
+        atomic_write(folder.samples / f"{name}.npz", npz_bytes(scaling.export(samples.x), samples.labels))
+    atomic_json(folder.metrics, plain(metrics))
+    with EventLog(folder.log) as log:
+        log.write("evaluate", None, **settings)

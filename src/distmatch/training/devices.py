@@ -1,0 +1,36 @@
+"""Where networks run, and how they are compiled."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distmatch.base.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` takes an accelerator when torch sees one.
+
+    Raises:
+        UserError: No such device here.
+    """
+    try:
+        if name == "auto":
+            found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            return found or torch.device("cpu")
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            "this device cannot be used",
+            got=repr(name),
+            expected="auto, cpu, or an accelerator that torch sees (cuda, cuda:0, mps)",
+            fix="run `distmatch doctor` to see what there is",
+        ) from error
+
+
+def compile_network(net: nn.Module) -> None:
+    """Compiles both entry points of a network in place; names in its state stay as they are."""
+    net.forward = torch.compile(net.forward)
+    net.with_features = torch.compile(net.with_features)  # type: ignore[assignment,arg-type]

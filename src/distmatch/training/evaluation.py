@@ -1,0 +1,77 @@
+"""Measuring the models of a run and writing the result into its folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.data import TOY_NAMES, Dataset, toy
+from distmatch.metrics import plan, resolve_features
+from distmatch.training.assess import Drawn, assess, write_assessment
+from distmatch.training.models import Model
+from distmatch.training.runfolder import RunFolder
+
+
+def evaluate_models(
+    data: Dataset,
+    models: dict[str, Model],
+    folder: RunFolder,
+    *,
+    features: str = "auto",
+    n: int | None = None,
+    steps: int = 18,
+    seed: int = 0,
+    device: str = "auto",
+    spec: str = "",
+    quiet: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Measures each model at the same N on the same latents and labels, and writes what was found.
+
+    Args:
+        data: The real data.
+        models: By role: ``teacher``, ``student``.
+        folder: Gets ``metrics.json``, ``samples/`` and an ``evaluate`` event.
+        features: As in :func:`distmatch.metrics.evaluate`.
+        n: Samples in a block; None takes half the data, at most 5000.
+        steps: Heun steps of a teacher.
+        seed: Seed of latents, labels and blocks.
+        device: Where to sample.
+        spec: Name of the data; an exact mixture's name adds the mode metrics.
+        quiet: Whether to hide progress bars.
+
+    Returns:
+        What ``metrics.json`` holds, with :class:`Estimate` values.
+
+    Raises:
+        UserError: The models do not fit the data.
+    """
+    counts = {model.num_classes for model in models.values()}
+    conditional = counts != {0}
+    if 0 in counts and conditional:
+        raise UserError("one model is class-conditional and the other is not", got=sorted(counts))
+    space = resolve_features(features, data)  # once: teacher, student and floor share one feature network
+
+    def drawer(model: Model) -> Any:
+        def draw(count: int, labels: Tensor | None) -> Drawn:
+            # A model's first calls pay for memory and threads; they are not part of its speed.
+            model.draw(
+                min(count, 64), None, seed, steps=2 if model.teacher else 18, device=device, quiet=True
+            )
+            return model.draw(count, labels, seed, steps=steps, device=device, quiet=quiet)
+
+        return draw
+
+    metrics, drawn = assess(
+        data,
+        {name: drawer(model) for name, model in models.items()},
+        conditional=conditional,
+        features=space,
+        n=n,
+        seed=seed,
+        mixture=toy(spec) if spec in TOY_NAMES else None,
+    )
+    settings = plan(data, features=space, n=n, seed=seed).to_dict()
+    write_assessment(folder, metrics, drawn, data.scaling, {**settings, "steps": steps})
+    return metrics

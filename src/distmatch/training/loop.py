@@ -1,0 +1,167 @@
+"""The one training loop: steps, log lines, checkpoints, interruption, and stopping at numbers gone bad."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from distmatch.base.errors import DivergedError
+from distmatch.data.batches import Batch
+from distmatch.training.checkpoint import save_checkpoint
+from distmatch.training.log import EventLog
+from distmatch.training.options import RunOptions
+from distmatch.training.progress import progress
+from distmatch.training.runfolder import RunFolder
+
+
+class State(Protocol):
+    """What a method carries from step to step, and what a checkpoint holds."""
+
+    step: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as a tree."""
+        ...
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Restores the state."""
+        ...
+
+
+@dataclass
+class Averages:
+    """Sums of what the steps report, kept as tensors so that a step never waits for the device."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, info: dict[str, Tensor]) -> None:
+        """Takes in one step. Values with several elements are not summed: the last one counts."""
+        for key, value in info.items():
+            known = key in self.sums and value.ndim == 0
+            self.sums[key] = self.sums[key] + value if known else value
+            self.counts[key] = self.counts.get(key, 0) + 1 if value.ndim == 0 else 1
+
+    def means(self, step: int, last: str) -> dict[str, Any]:
+        """Means since the last :meth:`clear`, as numbers and lists.
+
+        Raises:
+            DivergedError: One of them is not finite.
+        """
+        values = {key: (total / self.counts[key]).tolist() for key, total in self.sums.items()}
+        bad = [key for key, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+        if bad:
+            raise DivergedError(
+                f"training went wrong: {', '.join(bad)} became {values[bad[0]]} by step {step}",
+                expected="finite numbers",
+                fix=f"lower the learning rate and go on with --resume; {last}",
+            )
+        return values
+
+    def clear(self) -> None:
+        """Starts a new interval."""
+        self.sums.clear()
+        self.counts.clear()
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into a flag, so that a step is never cut in half; a second one interrupts."""
+    asked = False
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_loop(
+    step: Callable[[Any, Batch], dict[str, Tensor]],
+    state: State,
+    batches: Callable[[int], Batch],
+    options: RunOptions,
+    *,
+    folder: RunFolder | None = None,
+    desc: str = "train",
+    show: tuple[str, ...] = ("loss",),
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Runs ``step`` until ``state.step`` reaches ``options.steps``.
+
+    Args:
+        step: One training step; changes the state, returns tensors to log.
+        state: Where to go on from.
+        batches: Batch of a step number.
+        options: Steps, intervals, checkpoints kept.
+        folder: Where log and checkpoints go; None keeps nothing.
+        desc: Title of the progress bar.
+        show: Logged values that the bar shows.
+        quiet: Whether to hide the bar.
+
+    Returns:
+        The logged events, ``{"step": ..., **means}``.
+
+    Raises:
+        DivergedError: A logged value is not finite; the last checkpoint is good.
+        KeyboardInterrupt: Ctrl-C; a checkpoint of the last whole step was written first.
+    """
+    history: list[dict[str, Any]] = []
+    averages = Averages()
+    log = EventLog(folder.log) if folder else None
+    saved = state.step
+
+    def checkpoint() -> None:
+        nonlocal saved
+        if folder is None or log is None or state.step == saved:
+            return
+        averages.means(state.step, last_good())
+        save_checkpoint(folder.checkpoints, state.step, state.state_dict(), options.keep)
+        log.write("checkpoint", state.step)
+        saved = state.step
+
+    def last_good() -> str:
+        if folder is None:
+            return "no run folder was given, so nothing was saved"
+        return f"the last good checkpoint is step {saved}" if saved else "no checkpoint was written yet"
+
+    with (
+        deferred_interrupt() as interrupted,
+        progress(options.steps, initial=state.step, desc=desc, enabled=not quiet) as bar,
+    ):
+        while state.step < options.steps:
+            averages.add(step(state, batches(state.step)))
+            done = state.step
+            shown: dict[str, Any] = {}
+            if done % options.log_every == 0 or done == options.steps:
+                means = averages.means(done, last_good())
+                history.append({"step": done, **means})
+                if log:
+                    log.write("train", done, **means)
+                averages.clear()
+                shown = {key: means[key] for key in show if key in means}
+            if done % options.checkpoint_every == 0 or done == options.steps:
+                checkpoint()
+            bar.update(1, **shown)
+            if interrupted():
+                checkpoint()
+                raise KeyboardInterrupt
+    if log:
+        log.close()
+    return history

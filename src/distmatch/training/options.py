@@ -1,0 +1,159 @@
+"""The options of the verbs that train, as dataclasses. Imports no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from distmatch.base.errors import UserError
+from distmatch.methods.config import DistillConfig
+from distmatch.nets.config import NetConfig, default_config, kind_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetOptions:
+    """The network. Only what its kind has can be set; the rest stays at the default for the data."""
+
+    net: Literal["auto", "mlp", "unet", "dit"] = "auto"
+    """Kind of network; auto takes an MLP for vectors and 8x8 images, a UNet for other images."""
+    width: int | None = None
+    """Hidden units (mlp), channels at full resolution (unet), token size (dit)."""
+    depth: int | None = None
+    """Residual blocks (mlp) or transformer blocks (dit)."""
+    blocks: int | None = None
+    """Residual blocks per resolution (unet)."""
+    multipliers: tuple[int, ...] | None = None
+    """Channels of each resolution in units of width (unet)."""
+    attention: tuple[int, ...] | None = None
+    """Resolutions with self-attention, 0 the finest, -1 the coarsest (unet)."""
+    patch: int | None = None
+    """Side of a patch in pixels (dit)."""
+    heads: int | None = None
+    """Attention heads (dit)."""
+    dropout: float | None = None
+    """Dropout while training (mlp, unet)."""
+
+    def resolve(self, shape: Sequence[int]) -> NetConfig:
+        """The network's config for samples of this shape.
+
+        Raises:
+            UserError: An option was set that this kind of network does not have.
+        """
+        config = default_config(self.net, shape)
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "net"}
+        given = {name: value for name, value in given.items() if value is not None}
+        known = {f.name for f in fields(config)}
+        for name in given:
+            if name not in known:
+                raise UserError(
+                    f"--{name} does not apply to this network",
+                    got=f"a {kind_of(config)}",
+                    expected=f"one of {', '.join(sorted(known))}",
+                    fix=f"leave --{name} out or choose another --net",
+                )
+        changes: dict[str, Any] = given
+        return replace(config, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a training run is carried out."""
+
+    steps: int = 3000
+    """Training steps."""
+    batch: int = 256
+    """Samples a step."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the networks under bfloat16 autocast; weights and statistics stay in fp32."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    flip: bool = False
+    """Mirror images left-right at random."""
+    keep: int = 3
+    """Checkpoints kept."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    log_every: int = 50
+    """Steps between log lines."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "keep", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} must be at least 1", got=getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """How a diffusion teacher is trained: EDM loss and preconditioning."""
+
+    lr: float = 1e-3
+    """Learning rate."""
+    lr_decay: Literal["constant", "cosine"] = "cosine"
+    """Learning rate over the run, after the ramp."""
+    lr_rampup: int = 200
+    """Steps of linear learning-rate warm-up."""
+    beta2: float = 0.99
+    """Second Adam moment decay."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 leaves gradients alone."""
+    ema_half_life: float = 200.0
+    """Half-life of the weight average, in steps. The average is what is saved."""
+    label_dropout: float = 0.1
+    """Share of labels hidden in training, so that the teacher can be guided; 0 hides none."""
+    noise_mean: float = -1.2
+    """Mean of log sigma in training."""
+    noise_std: float = 1.2
+    """Spread of log sigma in training."""
+    sigma_data: float = 0.0
+    """Standard deviation of the data; 0 measures it."""
+    sigma_min: float = 0.002
+    """Smallest noise level of sampling."""
+    sigma_max: float = 80.0
+    """Largest noise level of sampling."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or not self.ema_half_life > 0 or not self.noise_std > 0:
+            raise UserError(
+                "--lr, --ema-half-life and --noise-std must be positive",
+                got=f"{self.lr}, {self.ema_half_life}, {self.noise_std}",
+            )
+        if not 0 <= self.label_dropout < 1:
+            raise UserError("--label-dropout must be in [0, 1)", got=self.label_dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Everything `distmatch train` can be told."""
+
+    data: str = "digits"
+    """digits, fashion_mnist, cifar10, ring8, grid25, skewed2, a .npz or .npy file, or a folder of images."""
+    labels: bool = True
+    """Use the labels, when there are any."""
+    run: RunOptions = field(default_factory=RunOptions)
+    net: NetOptions = field(default_factory=NetOptions)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """Everything `distmatch distill` can be told."""
+
+    data: str = ""
+    """The real data, as for train; empty takes the data the teacher was trained on."""
+    teacher: str = ""
+    """A teacher's run folder or model folder, or ring8, grid25, skewed2 for an exact teacher."""
+    method: str = "f-distill"
+    """f-distill, dmd2 or diff-instruct."""
+    divergence: str | None = None
+    """js, kl, reverse_kl, jeffreys, hellinger, alpha:0.5, ...; unset takes the method's own (js)."""
+    run: RunOptions = field(default_factory=RunOptions)
+    net: NetOptions = field(default_factory=NetOptions)
+    distill: DistillConfig = field(default_factory=DistillConfig)

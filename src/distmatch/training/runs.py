@@ -1,0 +1,339 @@
+"""Carrying out a run from its options: teacher or student, fresh or resumed, in a folder or in memory."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.base.files import atomic_json, atomic_write
+from distmatch.base.seeds import generator
+from distmatch.data import TOY_NAMES, Dataset, load_data, toy
+from distmatch.data.batches import Batch, Batches
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.divergences import Divergence, divergence
+from distmatch.methods.config import resolve_method
+from distmatch.methods.f_distill import FDistill
+from distmatch.methods.student import Student
+from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.saved import load_model, save_model
+from distmatch.training.checkpoint import load_checkpoint
+from distmatch.training.devices import compile_network, pick_device
+from distmatch.training.environment import environment, peak_memory
+from distmatch.training.log import EventLog
+from distmatch.training.loop import State, run_loop
+from distmatch.training.options import DistillOptions, RunOptions, TrainOptions
+from distmatch.training.runfolder import RunFolder
+from distmatch.training.teacher import TeacherTraining
+from distmatch.training.toml import dataclass_to_dict, to_toml
+
+
+@dataclass
+class Job:
+    """A run that is ready to start.
+
+    Attributes:
+        verb: ``train`` or ``distill``.
+        options: The resolved options.
+        state: State before the first step.
+        step: One training step.
+        batches: Batch of a step number.
+        networks: Networks by name, for counting parameters.
+        notes: What the start event of the log says besides.
+        warnings: What the user should know before it starts.
+        finish: Gives the model to save, and its description.
+        show: Logged values for the progress bar.
+    """
+
+    verb: str
+    options: TrainOptions | DistillOptions
+    state: State
+    step: Callable[[Any, Batch], dict[str, Tensor]]
+    batches: Callable[[int], Batch]
+    networks: dict[str, nn.Module]
+    notes: dict[str, Any]
+    warnings: list[str]
+    finish: Callable[[], tuple[EDMDenoiser, dict[str, Any]]]
+    show: tuple[str, ...]
+
+    def parameters(self) -> dict[str, int]:
+        """Parameter count of each network."""
+        return {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks.items()}
+
+
+def load_teacher(source: str | Path) -> Denoiser:
+    """A teacher from a run folder or model folder, or the exact one of a toy distribution.
+
+    Raises:
+        UserError: There is none, or it is a student.
+    """
+    if str(source) in TOY_NAMES:
+        return toy(str(source))
+    denoiser, info = load_model(source)
+    if info.get("kind") == "student":
+        raise UserError(f"{source} is a student, not a teacher", fix="pass the folder of a teacher")
+    return denoiser.requires_grad_(False)
+
+
+def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
+    """What a saved model keeps of its data: enough to give samples back in the user's units."""
+    return {
+        "spec": spec,
+        "name": data.name,
+        "scaling": data.scaling.to_dict(),
+        "class_names": list(data.class_names),
+        "samples": len(data),
+        "content_hash": data.content_hash,
+    }
+
+
+def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
+    """Builds everything a teacher's training needs; writes nothing.
+
+    Raises:
+        UserError: The options or the data cannot be used.
+    """
+    run = options.run
+    device = pick_device(run.device)
+    data = load_data(options.data, labels=options.labels) if data is None else data
+    method = TeacherTraining(
+        config=options.teacher,
+        net=options.net.resolve(data.shape),
+        shape=data.shape,
+        num_classes=data.num_classes,
+        sigma_data=data.std() or 1.0,
+        total_steps=run.steps,
+        device=device,
+        bf16=run.precision == "bf16",
+    )
+    state = method.init(run.seed)
+    if run.compile:
+        compile_network(state.denoiser.net)
+    extra = {"kind": "teacher", "data": describe_data(data, options.data), "seed": run.seed}
+    return Job(
+        verb="train",
+        options=options,
+        state=state,
+        step=method.step,
+        batches=Batches(data, run.batch, run.seed, _flips(run, data), device),
+        networks={"teacher": state.denoiser},
+        notes={"data": data.name, "samples": len(data), "sigma_data": state.denoiser.sigma_data},
+        warnings=[],
+        finish=lambda: (state.average.module, extra),  # type: ignore[return-value,arg-type]
+        show=("loss",),
+    )
+
+
+def prepare_distillation(
+    options: DistillOptions,
+    teacher: Denoiser | None = None,
+    data: Dataset | None = None,
+    measure: Divergence | None = None,
+    *,
+    fresh: bool = True,
+) -> Job:
+    """Builds everything a distillation needs; writes nothing.
+
+    Args:
+        options: The options.
+        teacher: Used instead of ``options.teacher``.
+        data: Used instead of ``options.data``.
+        measure: A divergence object to use instead of ``options.divergence``.
+        fresh: Whether the state will be trained from its start. A resumed run skips fitting the first
+            networks, as a checkpoint replaces them.
+
+    Raises:
+        UserError: Options, teacher and data do not go together.
+    """
+    run = options.run
+    device = pick_device(run.device)
+    name = measure.name if measure is not None else options.divergence
+    method, name, config = resolve_method(options.method, name, options.distill)
+    chosen = measure if measure is not None else divergence(name)
+    if teacher is None:
+        if not options.teacher:
+            raise UserError(
+                "no teacher was named",
+                expected=f"--teacher with a run folder, or one of {', '.join(TOY_NAMES)}",
+                fix="train one first: distmatch train --data digits --out runs/teacher",
+            )
+        teacher = load_teacher(options.teacher)
+    if isinstance(teacher, nn.Module):
+        teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    distiller = FDistill(
+        teacher=teacher,
+        method=method,
+        divergence=chosen,
+        config=config,
+        total_steps=run.steps,
+        device=device,
+        bf16=run.precision == "bf16",
+        net=None if isinstance(teacher, EDMDenoiser) else options.net.resolve(teacher.shape),
+    )
+    spec = options.data or _data_of(options.teacher)
+    if data is None and spec:
+        data = load_data(spec, labels=teacher.num_classes > 0)
+    if data is None and distiller.needs_ratio:
+        raise UserError(
+            f"{method.name} needs real data, for the density ratio or the adversarial term",
+            got="a teacher that does not say what it was trained on, and no --data",
+            fix="pass --data, or use --method diff-instruct, which needs none",
+        )
+    if data is not None:
+        _check_fit(teacher, data)
+    draw = _drawer(teacher, data, run.seed) if fresh else None
+    state = distiller.init(run.seed, draw)
+    if run.compile:
+        for net in (teacher, state.student.denoiser, state.fake):
+            if isinstance(net, EDMDenoiser):
+                compile_network(net.net)
+    batches: Callable[[int], Batch]
+    if data is not None:
+        batches = Batches(data, run.batch, run.seed, _flips(run, data), device)
+    else:
+        batches = _empty_batches(teacher, run, device)
+    bins = torch.linspace(0, 1, config.ratio_bins + 1, dtype=torch.float64)
+    thin = state.normaliser.thin_message(run.batch) if method.weighted else None
+    described = describe_data(data, spec) if data is not None else {}
+    extra = {
+        "kind": "student",
+        "levels": list(state.student.levels),
+        "method": method.name,
+        "divergence": chosen.name,
+        "teacher": options.teacher,
+        "guidance": config.guidance,
+        "seed": run.seed,
+        "data": described,
+    }
+    return Job(
+        verb="distill",
+        options=options,
+        state=state,
+        step=distiller.step,
+        batches=batches,
+        networks={"teacher": teacher, **state.modules()}
+        if isinstance(teacher, nn.Module)
+        else state.modules(),
+        notes={
+            "method": method.name,
+            "divergence": chosen.name,
+            "levels": list(state.student.levels),
+            "sigma_bins": distiller.noise.quantile(bins).tolist(),
+        },
+        warnings=[thin] if thin else [],
+        finish=lambda: (state.average.module, extra),  # type: ignore[return-value,arg-type]
+        show=("loss_fake", "ess", "clip_fraction"),
+    )
+
+
+def carry_out(
+    job: Job, folder: RunFolder | None = None, *, resume: str | int | None = None, quiet: bool = False
+) -> tuple[EDMDenoiser, dict[str, Any], list[dict[str, Any]]]:
+    """Runs a job to its end and saves the model.
+
+    Args:
+        job: From one of the ``prepare_`` functions.
+        folder: The run folder; None keeps everything in memory.
+        resume: ``latest``, a step, or a checkpoint's path; None starts afresh.
+        quiet: Whether to hide the progress bar.
+
+    Returns:
+        The averaged network, its description, and the logged history.
+    """
+    run = job.options.run
+    if folder is not None:
+        atomic_write(folder.config, to_toml({"verb": job.verb, **dataclass_to_dict(job.options)}))
+        atomic_json(folder.env, environment())
+        if resume is not None:
+            step, tree = load_checkpoint(folder.checkpoints, resume)
+            job.state.load_state_dict(tree)
+        with EventLog(folder.log) as log:
+            if resume is not None:
+                log.write("resume", step)
+            log.write("start", job.state.step, kind=job.verb, parameters=job.parameters(), **job.notes)
+            for message in job.warnings:
+                log.write("warning", job.state.step, message=message)
+    began, first = time.perf_counter(), job.state.step
+    history = run_loop(
+        job.step, job.state, job.batches, run, folder=folder, desc=job.verb, show=job.show, quiet=quiet
+    )
+    model, extra = job.finish()
+    if folder is not None:
+        save_model(folder.model, model, extra)
+        with EventLog(folder.log) as log:
+            seconds = time.perf_counter() - began
+            done = job.state.step
+            log.write("end", done, seconds=seconds, steps=done - first, memory=peak_memory())
+    return model, extra, history
+
+
+def student_of(model: EDMDenoiser, extra: dict[str, Any]) -> Student:
+    """The student of a finished distillation."""
+    info = {k: v for k, v in extra.items() if k not in ("kind", "levels")}
+    return Student(model, tuple(extra["levels"]), info)
+
+
+def _flips(run: RunOptions, data: Dataset) -> bool:
+    if run.flip and data.kind != "image":
+        raise UserError("--flip mirrors images", got=f"{data.name}, which holds vectors", fix="leave it out")
+    return run.flip
+
+
+def _data_of(teacher: str) -> str:
+    """What a saved teacher was trained on; a toy is its own data; '' when unknown."""
+    if not teacher or teacher in TOY_NAMES:
+        return teacher
+    _, info = load_model(teacher)
+    return str(info.get("data", {}).get("spec", ""))
+
+
+def _check_fit(teacher: Denoiser, data: Dataset) -> None:
+    if tuple(data.shape) != tuple(teacher.shape):
+        raise UserError(
+            "teacher and data do not have the same shape",
+            got=f"teacher {tuple(teacher.shape)}, data {tuple(data.shape)}",
+            fix="use the data that the teacher was trained on",
+        )
+    if teacher.num_classes and data.labels is None:
+        raise UserError(
+            "the teacher is class-conditional and the data have no labels",
+            got=f"{teacher.num_classes} classes and unlabelled {data.name}",
+            fix="give labelled data, or train the teacher with --no-labels",
+        )
+    if teacher.num_classes and data.num_classes > teacher.num_classes:
+        raise UserError(
+            "the data have classes that the teacher does not know",
+            got=f"{data.num_classes} classes in {data.name}",
+            expected=f"at most {teacher.num_classes}",
+        )
+
+
+def _drawer(teacher: Denoiser, data: Dataset | None, seed: int) -> Callable[[int], Tensor] | None:
+    """Clean samples to fit first networks on, for a teacher that is a formula."""
+    if isinstance(teacher, EDMDenoiser):
+        return None
+    gen = generator(seed, "fit-data")
+    if data is not None:
+        chosen = data
+        return lambda n: chosen.batch(torch.randint(len(chosen), (n,), generator=gen))[0]
+    return None
+
+
+def _empty_batches(teacher: Denoiser, run: RunOptions, device: torch.device) -> Callable[[int], Batch]:
+    """Batches for methods that need no data: only their size and labels are used."""
+
+    def batch(step: int) -> Batch:
+        labels = None
+        if teacher.num_classes:
+            gen = generator(run.seed, f"labels/{step}")
+            labels = torch.randint(teacher.num_classes, (run.batch,), generator=gen).to(device)
+        return Batch(torch.zeros(run.batch, *teacher.shape, device=device), labels)
+
+    return batch
