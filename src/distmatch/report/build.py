@@ -137,7 +137,7 @@ def status(events: list[Event]) -> str:
     if not events:
         return "not started, or its log is missing"
     done = [e for e in events if e["event"] in ("train", "end") and isinstance(e.get("step"), int)]
-    step = max((e["step"] for e in done), default=None)
+    step = done[-1]["step"] if done else None
     at = "" if step is None else f" at step {step:,}"
     resumes = sum(e["event"] == "resume" for e in events)
     again = f", resumed {resumes} time{'s' if resumes != 1 else ''}" if resumes else ""
