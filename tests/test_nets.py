@@ -21,7 +21,7 @@ from distmatch.nets.config import (
     from_dict,
     to_dict,
 )
-from distmatch.nets.dit import position_table
+from distmatch.nets.dit import DiTBlock, position_table
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.layers import SelfAttention, crop, fourier_features, pad_to_multiple
 from distmatch.nets.mlp import MLPBlock
@@ -205,6 +205,11 @@ def test_dit_patches_and_positions() -> None:
     gram = table @ table.T
     torch.testing.assert_close(gram.diagonal(), torch.full((12,), 8.0, dtype=torch.float64))
     assert (gram - torch.diag(torch.full((12,), torch.inf))).max() < 8 - 0.1
+
+
+def test_a_fresh_transformer_block_is_the_identity() -> None:
+    block, tokens = DiTBlock(8, 2), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(block(tokens, torch.ones(2, 8)), tokens)  # all gates are zero: "adaLN-zero"
 
 
 def test_unet_sees_shifted_images_alike() -> None:

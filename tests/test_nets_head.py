@@ -95,6 +95,17 @@ def test_ratio_head_trace_in_one_graph() -> None:
     torch.testing.assert_close(compiled(features(), sigma), head(features(), sigma))
 
 
+def test_ratio_net_sees_inputs_of_unit_variance() -> None:
+    net, seen = RatioNet((3,), 0, width=8, sigma_data=0.7), []
+    net.trunk.first.register_forward_hook(lambda layer, given, out: seen.append(given[0]))
+    x, sigma = (
+        torch.randn(4, 3, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.0, 0.1, 5.0, 60.0]),
+    )
+    net(x, sigma)
+    torch.testing.assert_close(seen[0], x / torch.hypot(sigma, torch.tensor(0.7))[:, None])
+
+
 def test_no_features_is_explained() -> None:
     for shapes in ([], [(3, 4)]):
         with pytest.raises(UserError, match="vectors or maps"):
