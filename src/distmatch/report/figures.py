@@ -49,7 +49,7 @@ def _log_axis(axes: Axes, which: str, most: int) -> None:
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     axis.set_major_locator(FixedLocator(_round_ticks(low, high, most)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}".replace("e-0", "e-")))
 
 
 def _finish_y(axes: Axes, values: np.ndarray) -> None:
