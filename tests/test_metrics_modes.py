@@ -54,6 +54,13 @@ def test_correlated_covariances_use_the_whole_matrix():
     assert mode_counts(across, tilted).high_quality.value == 0
 
 
+def test_responsibilities_by_hand():
+    two = mixture([0.7, 0.3], [[0.0], [1.0]], [[[1.0]], [[0.25]]])
+    first, second = 0.7 * math.exp(-(0.3**2) / 2), 0.3 / 0.5 * math.exp(-((0.7 / 0.5) ** 2) / 2)
+    expected = (first / (first + second) + 0.5) / 2  # one sample, half a sample added to each of two
+    assert float(mode_counts(torch.tensor([[0.3]]), two).histogram[0]) == pytest.approx(expected, rel=1e-6)
+
+
 def test_shares_of_a_mixture_are_its_weights_also_where_components_overlap():
     g = torch.Generator().manual_seed(0)
     close = mixture([0.7, 0.3], [[0.0], [1.0]], [[[1.0]], [[0.25]]])

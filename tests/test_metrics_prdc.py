@@ -7,7 +7,7 @@ import torch
 
 from distmatch.base.errors import UserError
 from distmatch.metrics import prdc
-from distmatch.metrics.prdc import prdc_replicates
+from distmatch.metrics.prdc import _squared_distances, prdc_replicates
 from distmatch.metrics.resampling import group_bounds, half_sample_stderr, half_samples
 
 
@@ -90,6 +90,19 @@ def test_a_copied_sample_is_inside_its_closed_ball_of_radius_zero():
     result = prdc(real, fake)
     assert result.precision == 1
     assert result.recall == 1 / 40  # all radii are zero: only the copied sample is reached
+
+
+def test_closed_balls_of_radius_zero_hold_their_centre_and_open_ones_do_not():
+    copies = normal(1, 3, 7).expand(40, 3)
+    assert values(copies, copies) == [1, 1, 0, 0]
+
+
+def test_distances_equal_the_direct_form_and_are_exactly_zero_between_equal_points():
+    x = normal(200, 50, 11).double() * 1000
+    direct = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square().float()
+    got = _squared_distances(x, x[torch.arange(200)])
+    assert (got.diagonal() == 0).all()
+    torch.testing.assert_close(got, direct, rtol=1e-6, atol=0)
 
 
 def test_duplicates_collapse_recall():

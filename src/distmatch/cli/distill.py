@@ -15,9 +15,10 @@ example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
 def run(argv: list[str]) -> None:
     """Parses, distils, prints where the student is."""
     options, place = parse_run(DistillOptions, argv, verb="distill", about=ABOUT)
-    from distmatch.cli.running import dry_run, execute, open_folder, starts_afresh
+    from distmatch.cli.running import check_place, dry_run, execute, open_folder, starts_afresh
     from distmatch.training.runs import prepare_distillation
 
+    check_place(place, (options.data, options.teacher))
     job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run)
     if place.dry_run:
         dry_run(job, place)

@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import Place, checkpoint_choice, print_json
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.devices import pick_device
-from distmatch.training.runfolder import RunFolder, create
+from distmatch.training.runfolder import RunFolder, check_usable, create
 from distmatch.training.runs import Job, carry_out
 from distmatch.training.toml import dataclass_to_dict, to_toml
 
@@ -23,19 +24,40 @@ def open_folder(place: Place, inputs: tuple[str, ...] = ()) -> RunFolder:
     Raises:
         UserError: No `--out`, or a folder that cannot be used.
     """
-    if place.out is None:
-        raise UserError("no place was given for the run", expected="--out FOLDER, for example --out runs/one")
     return create(
-        place.out,
+        _out(place),
         resume=place.resume is not None,
         overwrite=place.overwrite,
         inputs=[path for path in inputs if path],
     )
 
 
+def check_place(place: Place, inputs: tuple[str, ...] = ()) -> None:
+    """Tells at once what :func:`open_folder` would refuse; a dry run needs no place.
+
+    Raises:
+        UserError: No `--out`, or a folder that cannot be used.
+    """
+    if not place.dry_run:
+        check_usable(
+            _out(place),
+            resume=place.resume is not None,
+            overwrite=place.overwrite,
+            inputs=[path for path in inputs if path],
+        )
+
+
+def _out(place: Place) -> Path:
+    if place.out is None:
+        raise UserError("no place was given for the run", expected="--out FOLDER, for example --out runs/one")
+    return place.out
+
+
 def starts_afresh(place: Place) -> bool:
     """Whether training begins at step 0: not resumed, or killed before its first checkpoint."""
-    return place.resume is None or place.out is None or not list_checkpoints(place.out / "checkpoints")
+    if place.resume is None or place.out is None:
+        return True
+    return place.resume == "latest" and not list_checkpoints(place.out / "checkpoints")
 
 
 def dry_run(job: Job, place: Place) -> None:

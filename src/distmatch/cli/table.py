@@ -11,9 +11,9 @@ _BETTER = {
     "kid": "lower",
     "precision": "higher",
     "recall": "higher",
-    "density": "higher",
+    "density": "floor",
     "coverage": "higher",
-    "vendi": "higher",
+    "vendi": "floor",
     "label_accuracy": "higher",
     "modes": "higher",
     "kl": "lower",
@@ -23,7 +23,10 @@ _BETTER = {
 
 
 def metric_table(metrics: dict[str, dict[str, Any]]) -> str:
-    """A plain-text table: one row for each metric, one column for each model, value ± standard error."""
+    """A plain-text table: a row for each metric, a column for each model, value ± standard error.
+
+    Density and Vendi are best at the floor: more means concentrated or noisy samples.
+    """
     models = list(metrics)
     titles = ["floor (real)" if m == "reference" else m for m in models]
     rows = [["metric", *titles, "better"]]

@@ -14,9 +14,10 @@ example: distmatch train --data digits --steps 3000 --out runs/teacher
 def run(argv: list[str]) -> None:
     """Parses, trains, prints where the teacher is."""
     options, place = parse_run(TrainOptions, argv, verb="train", about=ABOUT)
-    from distmatch.cli.running import dry_run, execute, open_folder
+    from distmatch.cli.running import check_place, dry_run, execute, open_folder
     from distmatch.training.runs import prepare_training
 
+    check_place(place, (options.data,))
     job = prepare_training(options)
     if place.dry_run:
         dry_run(job, place)

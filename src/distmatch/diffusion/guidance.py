@@ -85,5 +85,6 @@ class CallCounter(_Wrapper):
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         """Calls the inner denoiser and counts it."""
-        self.calls += 2 if isinstance(self.inner, Guided) and condition is not None else 1
+        doubled = isinstance(self.inner, Guided) and self.inner.scale != 1 and condition is not None
+        self.calls += 2 if doubled else 1
         return self.inner(x, sigma, condition)

@@ -111,7 +111,9 @@ class FDistill:
             start = self._blank(seed)
             if draw is not None:
                 self._fit(start, draw, seed)
-        start = start.to(self.device).float().train()
+        # In eval mode: dropout would make samples of another distribution than those of the saved student,
+        # and draw from torch's global stream, which no checkpoint holds.
+        start = start.to(self.device).float().eval()
         start.requires_grad_(True)
         levels = student_levels(cfg.calls, cfg.student_sigma or self.teacher.sigma_max)
         student = Student(start, levels)
@@ -145,6 +147,7 @@ class FDistill:
             optimisers=optimisers,
             normaliser=normaliser,
             generator=generator(seed, "distill", self.device),
+            ratio_generator=generator(seed, "distill/ratio", self.device),
         )
 
     def _adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -213,8 +216,8 @@ class FDistill:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def _noised(self, state: DistillState, x: Tensor, sigma: Tensor) -> Tensor:
-        noise = torch.randn(x.shape, generator=state.generator, device=self.device, dtype=x.dtype)
+    def _noised(self, x: Tensor, sigma: Tensor, gen: torch.Generator) -> Tensor:
+        noise = torch.randn(x.shape, generator=gen, device=self.device, dtype=x.dtype)
         return x + expand(sigma, x) * noise
 
     def _generate(self, state: DistillState, n: int, labels: Tensor | None, grad: bool) -> Tensor:
@@ -242,7 +245,7 @@ class FDistill:
         adversarial = cfg.gan_weight > 0
         sigma = self.noise.sample(len(x0), state.generator)
         leaf = x0.detach().requires_grad_(adversarial)
-        x = self._noised(state, leaf, sigma)
+        x = self._noised(leaf, sigma, state.generator)
         with self._autocast(), torch.set_grad_enabled(adversarial):
             teacher, fake, logit = self._predictions(state, x, sigma, labels)
         info: Info = {}
@@ -306,7 +309,8 @@ class FDistill:
             info["loss_fake"] = loss.detach()
             if state.discriminator is not None:
                 fake_x = x0 + expand(sigma, x0) * noise
-                terms = self._ratio_loss(state, fake_x, self._noised(state, real, sigma), sigma, labels)
+                real_x = self._noised(real, sigma, state.ratio_generator)
+                terms = self._ratio_loss(state, fake_x, real_x, sigma, labels)
                 info["loss_ratio"] = terms.detach()
                 loss = loss + terms
         loss.backward()
@@ -322,7 +326,7 @@ class FDistill:
     ) -> Tensor:
         parts = [fake, real]
         if self.config.r1 > 0:
-            parts.append(self._noised(state, real, 0.1 * sigma))
+            parts.append(self._noised(real, 0.1 * sigma, state.ratio_generator))
         x, level = torch.cat(parts), sigma.repeat(len(parts))
         y = None if labels is None else labels.repeat(len(parts))
         head = state.discriminator

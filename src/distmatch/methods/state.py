@@ -27,6 +27,8 @@ class DistillState:
         optimisers: ``student``, ``fake`` and, with a discriminator, ``ratio``.
         normaliser: Running means of the ratio by noise bin.
         generator: The random stream of the steps.
+        ratio_generator: The stream of the discriminator's own noise. It is apart so that training a
+            discriminator changes nothing else: reverse KL with one and without one are the same to the bit.
         step: Steps done.
         updates: Student updates done.
     """
@@ -38,6 +40,7 @@ class DistillState:
     optimisers: dict[str, torch.optim.Optimizer]
     normaliser: RatioNormaliser
     generator: torch.Generator
+    ratio_generator: torch.Generator
     step: int = 0
     updates: int = 0
 
@@ -58,6 +61,7 @@ class DistillState:
             "optimisers": {name: opt.state_dict() for name, opt in self.optimisers.items()},
             "normaliser": self.normaliser.state_dict(),
             "generator": self.generator.get_state(),
+            "ratio_generator": self.ratio_generator.get_state(),
             "step": self.step,
             "updates": self.updates,
         }
@@ -74,4 +78,5 @@ class DistillState:
             optimiser.load_state_dict(tree["optimisers"][name])
         self.normaliser.load_state_dict(tree["normaliser"])
         self.generator.set_state(tree["generator"].cpu())
+        self.ratio_generator.set_state(tree["ratio_generator"].cpu())
         self.step, self.updates = tree["step"], tree["updates"]

@@ -6,15 +6,16 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from distmatch.base.errors import DivergedError
+from distmatch.base.errors import DivergedError, UserError
 from distmatch.data.batches import Batch
-from distmatch.training.checkpoint import save_checkpoint
+from distmatch.training.checkpoint import load_checkpoint, save_checkpoint
 from distmatch.training.log import EventLog
 from distmatch.training.options import RunOptions
 from distmatch.training.progress import progress
@@ -69,6 +70,43 @@ class Averages:
         """Starts a new interval."""
         self.sums.clear()
         self.counts.clear()
+
+
+def restore(state: State, folder: RunFolder, which: str | int) -> int:
+    """Puts a checkpoint back into a state.
+
+    Args:
+        state: A fresh state of the same options.
+        folder: The run folder.
+        which: ``latest``, a step, or the folder of a checkpoint.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        UserError: There is no such checkpoint, it is damaged, or it is of another run.
+    """
+    step, tree = load_checkpoint(folder.checkpoints, which)
+    try:
+        state.load_state_dict(tree)
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"the checkpoint of step {step} belongs to a run of another kind",
+            got=f"{type(error).__name__}: {error}",
+            expected="a checkpoint written by the same verb with the same options",
+            fix="resume with the options that wrote it; they are in config.toml beside its checkpoints folder",
+        ) from error
+    return int(step)
+
+
+def _not_finite(node: Any, path: str = "") -> str | None:
+    """Path of the first tensor in a tree that holds NaN or infinity, or None."""
+    if isinstance(node, Tensor):
+        return None if bool(torch.isfinite(node).all()) else path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return next((bad for key, value in items if (bad := _not_finite(value, f"{path}/{key}".lstrip("/")))), None)
 
 
 @contextmanager
@@ -132,7 +170,15 @@ def run_loop(
         if folder is None or log is None or state.step == saved:
             return
         averages.means(state.step, last_good())
-        save_checkpoint(folder.checkpoints, state.step, state.state_dict(), options.keep)
+        tree = state.state_dict()
+        # A finite loss does not vouch for the weights: it was taken before the step that changed them.
+        if bad := _not_finite(tree):
+            raise DivergedError(
+                f"training went wrong: {bad} is not finite after step {state.step}",
+                expected="finite numbers",
+                fix=f"lower the learning rate and go on with --resume; {last_good()}",
+            )
+        save_checkpoint(folder.checkpoints, state.step, tree, options.keep)
         log.write("checkpoint", state.step)
         saved = state.step
 
@@ -142,6 +188,7 @@ def run_loop(
         return f"the last good checkpoint is step {saved}" if saved else "no checkpoint was written yet"
 
     with (
+        log or nullcontext(),
         deferred_interrupt() as interrupted,
         progress(options.steps, initial=state.step, desc=desc, enabled=not quiet) as bar,
     ):
@@ -162,6 +209,4 @@ def run_loop(
             if interrupted():
                 checkpoint()
                 raise KeyboardInterrupt
-    if log:
-        log.close()
     return history

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -120,13 +121,23 @@ class TeacherConfig:
     """Largest noise level of sampling."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or not self.ema_half_life > 0 or not self.noise_std > 0:
+        for name in ("lr", "ema_half_life", "noise_std", "sigma_min"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} must be positive", got=getattr(self, name))
+        for name in ("lr_rampup", "weight_decay", "grad_clip", "sigma_data"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} must not be negative", got=getattr(self, name))
+        for name in ("label_dropout", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be in [0, 1)", got=getattr(self, name))
+        if not math.isfinite(self.noise_mean):
+            raise UserError("--noise-mean must be finite", got=self.noise_mean)
+        if not self.sigma_min < self.sigma_max < math.inf:
             raise UserError(
-                "--lr, --ema-half-life and --noise-std must be positive",
-                got=f"{self.lr}, {self.ema_half_life}, {self.noise_std}",
+                "--sigma-min must be below --sigma-max",
+                got=f"--sigma-min {self.sigma_min} and --sigma-max {self.sigma_max}",
+                expected="for example 0.002 and 80",
             )
-        if not 0 <= self.label_dropout < 1:
-            raise UserError("--label-dropout must be in [0, 1)", got=self.label_dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,6 +112,34 @@ def create(
         UserError: The folder is in use, not empty, not ours, or cannot be written, or the flags contradict.
     """
     folder = Path(path).resolve()
+    used = check_usable(folder, resume=resume, overwrite=overwrite, inputs=inputs)
+    if used and overwrite:
+        return guard(lambda: _replace(folder), folder)
+    run: RunFolder = guard(lambda: _open(folder), folder)
+    if not resume and (found := _content(folder)):  # another process was faster, and has finished already
+        run.release()
+        raise _occupied(folder, found)
+    return run
+
+
+def check_usable(
+    path: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> bool:
+    """Raises what :func:`create` would for what is there now, and touches nothing.
+
+    For callers with much to do before the folder is needed: a mistake is told at once.
+
+    Returns:
+        Whether there is something in the folder.
+
+    Raises:
+        UserError: The folder is not empty, not ours, or the flags contradict.
+    """
+    folder = Path(path).resolve()
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other", fix="give one of them")
     if folder.exists() and not folder.is_dir():
@@ -135,12 +163,7 @@ def create(
         )
     if used and overwrite:
         _refuse_needed(folder, [*map(Path, inputs), Path.cwd()])
-        return guard(lambda: _replace(folder), folder)
-    run: RunFolder = guard(lambda: _open(folder), folder)
-    if not resume and (used := _content(folder)):  # another process was faster, and has finished already
-        run.release()
-        raise _occupied(folder, used)
-    return run
+    return bool(used)
 
 
 def _content(folder: Path) -> list[str]:

@@ -24,11 +24,10 @@ from distmatch.methods.f_distill import FDistill
 from distmatch.methods.student import Student
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.saved import load_model, save_model
-from distmatch.training.checkpoint import load_checkpoint
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
-from distmatch.training.loop import State, run_loop
+from distmatch.training.loop import State, restore, run_loop
 from distmatch.training.options import DistillOptions, RunOptions, TrainOptions
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.teacher import TeacherTraining
@@ -249,11 +248,10 @@ def carry_out(
     """
     run = job.options.run
     if folder is not None:
+        if resume is not None:  # before anything is written: a checkpoint that does not fit changes nothing
+            step = restore(job.state, folder, resume)
         atomic_write(folder.config, to_toml({"verb": job.verb, **dataclass_to_dict(job.options)}))
         atomic_json(folder.env, environment())
-        if resume is not None:
-            step, tree = load_checkpoint(folder.checkpoints, resume)
-            job.state.load_state_dict(tree)
         with EventLog(folder.log) as log:
             if resume is not None:
                 log.write("resume", step)
