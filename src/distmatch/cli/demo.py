@@ -61,19 +61,22 @@ def run(argv: list[str]) -> None:
     options = parse(DemoOptions, argv, verb="demo", about=ABOUT)
     import numpy as np
 
-    from distmatch.cli.running import open_folder, run_or_resume
+    from distmatch.cli.running import check_place, open_folder, run_or_resume
     from distmatch.cli.table import metric_table
     from distmatch.data import load_data
-    from distmatch.divergences import divergence
     from distmatch.report import build_report, save_grid
     from distmatch.training.assess import plain
+    from distmatch.training.devices import pick_device
     from distmatch.training.evaluation import evaluate_models
     from distmatch.training.models import open_model
     from distmatch.training.runs import prepare_distillation, prepare_training
 
-    divergence(options.divergence)  # a wrong name is told before anything is trained
     train, distill = recipe(options)
     place = Place(out=options.out, resume="latest" if options.resume else None, overwrite=options.overwrite)
+    # What cannot work is told before anything is trained.
+    check_place(place)
+    pick_device(options.device)
+    prepare_distillation(replace(distill, teacher="ring8", data="ring8"), fresh=False)
     with open_folder(place) as folder:
         inner = replace(place, out=options.out / "teacher", overwrite=False)
         run_or_resume(lambda _: prepare_training(train), inner)

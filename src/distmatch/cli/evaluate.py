@@ -5,15 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import parse, print_json
-
-if TYPE_CHECKING:
-    pass
 
 ABOUT = """Measure samples, or the models of a run folder, against real data.
 
@@ -52,6 +49,18 @@ def run(argv: list[str]) -> None:
     if o.n is not None and o.n < 1:
         raise UserError("--n must be at least 1", got=o.n)
     folder = Path(o.what)
+    if not folder.exists():
+        raise UserError(
+            f"{o.what} does not exist",
+            expected="a sample file, a folder of images or a run folder",
+            fix="check the path",
+        )
+    if (folder / "model.safetensors").exists():
+        raise UserError(
+            f"{o.what} is a model folder",
+            expected="samples, or a run folder, which gets the metrics.json",
+            fix=f"draw samples first: distmatch sample {o.what} --n 5000 --out samples.npz",
+        )
     is_run = (folder / "model").is_dir() or (folder / "config.toml").exists()
     metrics = _run_folder(o) if is_run else _sample_file(o)
     from distmatch.cli.table import metric_table

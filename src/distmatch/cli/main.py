@@ -47,14 +47,10 @@ def main(argv: list[str]) -> int:
         return 0
     debug = "--debug" in argv
     arguments = [a for a in argv[1:] if a != "--debug"]
-    warnings.showwarning = _show_warning
     try:
-        if argv[0] not in VERBS:
-            raise unknown_name("verb", argv[0], VERBS)
-        module = importlib.import_module(VERBS[argv[0]][0])
-        module.run(arguments)
-        sys.stdout.flush()
-        return 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _carry_out(argv[0], arguments)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -77,6 +73,14 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _carry_out(verb: str, arguments: list[str]) -> int:
+    if verb not in VERBS:
+        raise unknown_name("verb", verb, VERBS)
+    importlib.import_module(VERBS[verb][0]).run(arguments)
+    sys.stdout.flush()
+    return 0
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -26,10 +26,11 @@ def write_samples(path: Path, x: np.ndarray, labels: Tensor | None, overwrite: b
         overwrite: Whether an existing folder of ours may be replaced.
 
     Raises:
-        UserError: Another suffix, or a folder asked for vectors.
+        UserError: See :func:`check_form`; or the place cannot be written.
     """
     suffix = path.suffix.lower()
     images = x.ndim > 2
+    check_form(path, images=images, overwrite=overwrite)
     if suffix == ".npz":
         atomic_write(path, npz_bytes(x, labels))
     elif suffix == ".png" and images:
@@ -37,9 +38,7 @@ def write_samples(path: Path, x: np.ndarray, labels: Tensor | None, overwrite: b
         save_grid(path, x, columns)
     elif suffix == ".png":
         atomic_write(path, scatter_png(x))
-    elif suffix == "" and images:
-        if path.exists() and not (overwrite and _holds_only_images(path)):
-            raise UserError(f"{path} holds something else and was left alone", fix="choose another --out")
+    else:
         with atomic_folder(path) as folder:
             for i, image in enumerate(x):
                 place = folder if labels is None else folder / str(int(labels[i]))
@@ -47,12 +46,32 @@ def write_samples(path: Path, x: np.ndarray, labels: Tensor | None, overwrite: b
                 buffer = io.BytesIO()
                 Image.fromarray(image).save(buffer, format="PNG")
                 (place / f"{i:06d}.png").write_bytes(buffer.getvalue())
-    else:
+
+
+def check_form(path: Path, *, images: bool, overwrite: bool) -> None:
+    """Tells whether samples can go to ``path``, before any are drawn.
+
+    Args:
+        path: The file or folder; its suffix decides.
+        images: Whether the samples are images.
+        overwrite: Whether an existing folder of ours may be replaced.
+
+    Raises:
+        UserError: Another suffix, a folder asked for vectors, or a folder that is not ours to replace.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".png") and not (suffix == "" and images):
         raise UserError(
             "samples cannot be written in this form",
             got=f"--out {path} for {'images' if images else 'vectors'}",
             expected=".npz, .png, or for images a folder name without a suffix",
+            fix="choose another --out",
         )
+    if path.is_dir() and (suffix != "" or not (overwrite and _holds_only_images(path))):
+        raise UserError(f"{path} holds something else and was left alone", fix="choose another --out")
+    parent = next((p for p in path.absolute().parents if p.exists()), path)
+    if not parent.is_dir():
+        raise UserError(f"{parent} is a file", got=f"--out {path}", fix="choose another --out")
 
 
 def _holds_only_images(folder: Path) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import tyro
 
 from distmatch.base.errors import UserError
+from distmatch.cli.refusal import refusal
 from distmatch.training.toml import dict_to_dataclass, read_toml
 
 T = TypeVar("T")
@@ -35,14 +38,26 @@ class Place:
 
 
 def parse(kind: type[T], argv: Sequence[str], *, verb: str, about: str, default: T | None = None) -> T:
-    """Parses the options of a verb into a dataclass."""
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type,misc]
-        args=list(argv),
-        prog=f"distmatch {verb}",
-        description=about,
-        default=default,
-    )
+    """Parses the options of a verb into a dataclass.
+
+    Raises:
+        UserError: Options that cannot be used.
+        SystemExit: After `--help`.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type,misc]
+                args=list(argv),
+                prog=f"distmatch {verb}",
+                description=about,
+                default=default,
+            )
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        raise refusal(stop, printed.getvalue(), verb) from None
 
 
 def parse_run(kind: type[T], argv: Sequence[str], *, verb: str, about: str) -> tuple[T, Place]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -50,9 +51,11 @@ def run(argv: list[str]) -> None:
     o = parse(SampleOptions, argv, verb="sample", about=ABOUT)
     if o.n < 1 or o.batch < 1:
         raise UserError("--n and --batch must be at least 1", got=f"{o.n} and {o.batch}")
+    if not math.isfinite(o.guidance):
+        raise UserError("--guidance must be finite", got=o.guidance)
     import torch
 
-    from distmatch.cli.output import write_samples
+    from distmatch.cli.output import check_form, write_samples
     from distmatch.training.models import open_model, refuse_existing
 
     refuse_existing(o.out, o.overwrite)
@@ -63,6 +66,7 @@ def run(argv: list[str]) -> None:
             got=f"--steps {o.steps} --guidance {o.guidance}",
             fix="leave them out, or distil with --calls and --guidance",
         )
+    check_form(o.out, images=len(model.shape) > 1, overwrite=o.overwrite)
     labels = None
     if o.classes:
         labels = torch.tensor(o.classes).repeat(-(-o.n // len(o.classes)))[: o.n]

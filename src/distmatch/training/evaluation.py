@@ -47,6 +47,19 @@ def evaluate_models(
     Raises:
         UserError: The models do not fit the data.
     """
+    for name, model in models.items():
+        if model.shape != tuple(data.shape):
+            raise UserError(
+                f"the {name} and the data do not have the same shape",
+                got=f"{name} {model.shape}, data {tuple(data.shape)}",
+                fix="measure against the kind of data that it was trained on",
+            )
+        if model.num_classes and data.labels is None:
+            raise UserError(
+                f"the {name} is class-conditional and the data have no labels",
+                got=f"{model.num_classes} classes and unlabelled {data.name}",
+                fix="give labelled data",
+            )
     counts = {model.num_classes for model in models.values()}
     conditional = counts != {0}
     if 0 in counts and conditional:

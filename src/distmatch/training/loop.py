@@ -96,7 +96,7 @@ def restore(state: State, folder: RunFolder, which: str | int) -> int:
             f"the checkpoint of step {step} belongs to a run of another kind",
             got=f"{type(error).__name__}: {error}",
             expected="a checkpoint written by the same verb with the same options",
-            fix="resume with the options that wrote it; they are in config.toml beside its checkpoints folder",
+            fix="resume with the options that wrote it: see the config.toml of its run",
         ) from error
     return int(step)
 
@@ -106,7 +106,9 @@ def _not_finite(node: Any, path: str = "") -> str | None:
     if isinstance(node, Tensor):
         return None if bool(torch.isfinite(node).all()) else path
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return next((bad for key, value in items if (bad := _not_finite(value, f"{path}/{key}".lstrip("/")))), None)
+    return next(
+        (bad for key, value in items if (bad := _not_finite(value, f"{path}/{key}".lstrip("/")))), None
+    )
 
 
 @contextmanager

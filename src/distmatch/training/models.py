@@ -49,6 +49,12 @@ class Model:
             return self.student.num_classes
         return self.teacher.num_classes if self.teacher is not None else 0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample in model space."""
+        denoiser = self.student.denoiser if self.student is not None else self.teacher
+        return tuple(denoiser.shape) if denoiser is not None else ()
+
     def draw(
         self,
         n: int,

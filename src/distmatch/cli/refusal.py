@@ -1,0 +1,61 @@
+"""What the option parser refused, said the way all our messages are: what, got, expected, fix."""
+
+from __future__ import annotations
+
+import re
+
+from distmatch.base.errors import UserError, unknown_name
+
+_BOX = " \t│╭╮╰╯|"
+_KINDS = {
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+}
+
+
+def refusal(stop: BaseException, printed: str, verb: str) -> UserError:
+    """The error behind a parser that gave up.
+
+    Args:
+        stop: The exit that the parser raised. A message of ours that was raised while options were built
+            stands in its context, and is taken as it is.
+        printed: What the parser wrote to stderr: boxes of lines, divided by rules.
+        verb: The verb whose `--help` is pointed to.
+    """
+    cause: BaseException | None = stop
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__context__
+    title, message, *rest = [*_sections(printed), "", ""]
+    see = f"`distmatch {verb} --help` shows all options"
+    if match := re.fullmatch(r"Error parsing (\S+): (.*)", message):
+        flag, reason = match.groups()
+        expected = next((text for start, text in _KINDS.items() if reason.startswith(start)), None)
+        got = reason.split(":", 1)[-1].strip() if expected else reason
+        return UserError(f"{flag} cannot have this value", got=got, expected=expected, fix=see)
+    if match := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", message):
+        value, flag, choices = match.groups()
+        return unknown_name(f"value of {flag}", value, re.findall(r"'([^']*)'", choices))
+    if match := re.fullmatch(r"Unrecognized options: (.*)", message):
+        meant = re.findall(r"(?<!\S)--[a-z][\w-]*", " ".join(t for t in rest if t.startswith("Perhaps you")))
+        near = list(dict.fromkeys(flag for flag in meant if not flag.startswith("--no-")))[:3]
+        fix = f"did you mean {' or '.join(near)}? {see}" if near else see
+        return UserError("unknown option", got=match[1], fix=fix)
+    return UserError(f"{title.lower() or 'wrong options'}: {message}" if message else title, fix=see)
+
+
+def _sections(printed: str) -> list[str]:
+    """The texts between the rules of a box, each on one line; the advice at the end is left out."""
+    sections: list[list[str]] = [[]]
+    for line in printed.splitlines():
+        text = line.strip(_BOX)
+        if text and not text.strip("─-"):
+            sections.append([])
+        elif "─" in text:  # the title stands in the upper edge of the box
+            sections[-1].append(text.strip("─ "))
+            sections.append([])
+        elif text:
+            sections[-1].append(text)
+    texts = [" ".join(lines) for lines in sections if lines]
+    return [text for text in texts if not text.startswith("For full helptext")]
