@@ -83,6 +83,13 @@ class GaussianMixture(nn.Module):
             raise UserError(
                 "classes must be one non-negative integer for each component", got=labels.tolist()
             )
+        if classes is not None and len(labels[w > 0].unique()) != int(labels.max()) + 1:
+            raise UserError(
+                "a class of the mixture has no component with a positive weight",
+                got=f"classes {labels.tolist()}, weights {w.tolist()}",
+                expected=f"each of 0 to {int(labels.max())} at least once",
+                fix="number the classes 0, 1, 2, ... without gaps",
+            )
         self.register_buffer("weights", w / w.sum())
         self.register_buffer("means", m)
         self.register_buffer("covariances", c)

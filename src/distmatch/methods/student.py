@@ -160,10 +160,11 @@ def checked_labels(labels: Tensor | None, n: int, num_classes: int, seed: int) -
     if num_classes == 0:
         raise UserError("this model is unconditional", got="labels", fix="leave the labels out")
     labels = labels.to(torch.int64)
-    if labels.shape != (n,) or int(labels.max()) >= num_classes or int(labels.min()) < -1:
+    values = f", values {int(labels.min())} to {int(labels.max())}" if labels.numel() else ""
+    if labels.shape != (n,) or bool(((labels >= num_classes) | (labels < -1)).any()):
         raise UserError(
             "labels do not fit",
-            got=f"shape {tuple(labels.shape)}, values {int(labels.min())} to {int(labels.max())}",
-            expected=f"shape ({n},), values 0 to {num_classes - 1}",
+            got=f"shape {tuple(labels.shape)}{values}",
+            expected=f"shape ({n},), values 0 to {num_classes - 1}, or -1 for no class",
         )
     return labels

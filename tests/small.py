@@ -1,0 +1,58 @@
+"""Small teachers and batches that several test files share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.divergences import Divergence, divergence
+from distmatch.methods.config import DistillConfig, resolve_method
+from distmatch.methods.f_distill import FDistill
+from distmatch.nets.build import build_net
+from distmatch.nets.config import MLPConfig
+from distmatch.nets.edm import EDMDenoiser
+
+
+def network_teacher(classes: int = 0, shape: tuple[int, ...] = (2,), dropout: float = 0.0) -> EDMDenoiser:
+    """A random, untrained network: the algebra of a step does not care whether its teacher is a good one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = build_net(MLPConfig(width=16, depth=2, dropout=dropout), shape, classes)
+        for parameter in net.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
+            nn.init.normal_(parameter, std=fan_in**-0.5)
+    denoiser = EDMDenoiser(net, shape=shape, num_classes=classes, sigma_data=0.7, sigma_max=20.0)
+    return denoiser.eval().requires_grad_(False)
+
+
+def distiller(
+    teacher: Denoiser,
+    which: str | Divergence | None = None,
+    method: str = "f-distill",
+    total_steps: int = 40,
+    **settings: Any,
+) -> FDistill:
+    """A method with quick settings; keywords are fields of the config."""
+    name = which.name if isinstance(which, Divergence) else which
+    config = DistillConfig(**{"critic_steps": 2, "lr_rampup": 0, "fit_steps": 20, **settings})
+    chosen, name, config = resolve_method(method, name, config)
+    return FDistill(
+        teacher=teacher,
+        method=chosen,
+        divergence=which if isinstance(which, Divergence) else divergence(name),
+        config=config,
+        total_steps=total_steps,
+        device=torch.device("cpu"),
+        net=MLPConfig(width=16, depth=2),
+    )
+
+
+def batch(step: int, classes: int = 0, n: int = 32, shape: tuple[int, ...] = (2,)) -> Batch:
+    """The real samples of a step."""
+    gen = torch.Generator().manual_seed(1000 + step)
+    x = 0.7 * torch.randn(n, *shape, generator=gen)
+    return Batch(x, torch.randint(classes, (n,), generator=gen) if classes else None)
