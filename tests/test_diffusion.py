@@ -177,7 +177,8 @@ def test_teacher_samples_do_not_depend_on_the_batch_and_follow_labels() -> None:
 
 
 def test_teacher_samples_have_the_moments_of_the_mixture() -> None:
-    x, n = sample_teacher(mixture(), 8000, steps=30, seed=0), 8000
+    n = 3000
+    x = sample_teacher(mixture(), n, steps=30, seed=0, batch=n)
     exact = mixture().sample(100_000, seed=1)
     # Five standard errors; the start at sigma 80 misses the true spread by 1e-4 of it.
     assert ((x.mean(0) - exact.mean(0)).abs() < 5 * exact.std(0) / math.sqrt(n)).all()

@@ -18,8 +18,9 @@ class DistillConfig:
 
     calls: int = 1
     """Network calls of the student: 1, or more with backward simulation."""
-    student_sigma: float = 0.0
-    """Noise level at which the student starts; 0 takes the teacher's sigma_max."""
+    student_sigma: float = 2.5
+    """Noise level at which the student starts; 0 takes the teacher's sigma_max. A copied teacher keeps more of
+    what it knows at a level where its predictions still vary."""
     critic_steps: int = 5
     """K: the student moves at every K-th step."""
     order: Literal["same-batch", "alternate"] = "same-batch"
@@ -27,9 +28,9 @@ class DistillConfig:
     alternate: every K-th step is the student's, the others the critic's (FastGen)."""
     warmup_steps: int = 0
     """Steps in which only the critic and the discriminator learn."""
-    lr: float = 1e-4
+    lr: float = 5e-4
     """Learning rate of the student."""
-    lr_critic: float = 2e-4
+    lr_critic: float = 1e-3
     """Learning rate of the fake score."""
     lr_ratio: float = 1e-3
     """Learning rate of the discriminator."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -142,6 +143,7 @@ def run_loop(
     desc: str = "train",
     show: tuple[str, ...] = ("loss",),
     quiet: bool = False,
+    advise: Callable[[dict[str, Any]], list[str]] = lambda means: [],
 ) -> list[dict[str, Any]]:
     """Runs ``step`` until ``state.step`` reaches ``options.steps``.
 
@@ -154,6 +156,7 @@ def run_loop(
         desc: Title of the progress bar.
         show: Logged values that the bar shows.
         quiet: Whether to hide the bar.
+        advise: Looks at the logged means and says what the user should know; each message is given once.
 
     Returns:
         The logged events, ``{"step": ..., **means}``.
@@ -166,6 +169,7 @@ def run_loop(
     averages = Averages()
     log = EventLog(folder.log) if folder else None
     saved = state.step
+    told: set[str] = set()
 
     def checkpoint() -> None:
         nonlocal saved
@@ -203,6 +207,12 @@ def run_loop(
                 history.append({"step": done, **means})
                 if log:
                     log.write("train", done, **means)
+                for message in advise(means):
+                    if message not in told:
+                        told.add(message)
+                        warnings.warn(message, stacklevel=2)
+                        if log:
+                            log.write("warning", done, message=message)
                 averages.clear()
                 shown = {key: means[key] for key in show if key in means}
             if done % options.checkpoint_every == 0 or done == options.steps:

@@ -49,6 +49,7 @@ class Job:
         warnings: What the user should know before it starts.
         finish: Gives the model to save, and its description.
         show: Logged values for the progress bar.
+        advise: What the user should know of logged values.
     """
 
     verb: str
@@ -61,6 +62,7 @@ class Job:
     warnings: list[str]
     finish: Callable[[], tuple[EDMDenoiser, dict[str, Any]]]
     show: tuple[str, ...]
+    advise: Callable[[dict[str, Any]], list[str]] = lambda means: []
 
     def parameters(self) -> dict[str, int]:
         """Parameter count of each network."""
@@ -229,6 +231,7 @@ def prepare_distillation(
         warnings=[thin] if thin else [],
         finish=lambda: (state.average.module, extra),  # type: ignore[return-value,arg-type]
         show=("loss_fake", "ess", "clip_fraction"),
+        advise=_advice,
     )
 
 
@@ -260,7 +263,15 @@ def carry_out(
                 log.write("warning", job.state.step, message=message)
     began, first = time.perf_counter(), job.state.step
     history = run_loop(
-        job.step, job.state, job.batches, run, folder=folder, desc=job.verb, show=job.show, quiet=quiet
+        job.step,
+        job.state,
+        job.batches,
+        run,
+        folder=folder,
+        desc=job.verb,
+        show=job.show,
+        quiet=quiet,
+        advise=job.advise,
     )
     model, extra = job.finish()
     if folder is not None:
@@ -276,6 +287,22 @@ def student_of(model: EDMDenoiser, extra: dict[str, Any]) -> Student:
     """The student of a finished distillation."""
     info = {k: v for k, v in extra.items() if k not in ("kind", "levels")}
     return Student(model, tuple(extra["levels"]), info)
+
+
+def _advice(means: dict[str, Any]) -> list[str]:
+    """What a distillation's diagnostics say, in words."""
+    advice = []
+    if means.get("clip_fraction", 0.0) > 0.15:
+        advice.append(
+            "more than 15% of the log ratios are clipped: the discriminator tells real from generated samples "
+            "too easily. Raise --noise-low, lower --lr-ratio, or raise --gan-weight."
+        )
+    if means.get("ess", 1.0) < 0.1:
+        advice.append(
+            "the weights leave less than 10% of the batch in effect. Use a larger --batch, a smaller "
+            "--ratio-clip, or a divergence with bounded weights such as js."
+        )
+    return advice
 
 
 def _flips(run: RunOptions, data: Dataset) -> bool:
