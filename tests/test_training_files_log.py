@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from distmatch.base import progress as progress_module
 from distmatch.base.errors import UserError
+from distmatch.base.progress import progress
 from distmatch.training import environment as environment_module
-from distmatch.training import progress as progress_module
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
-from distmatch.training.progress import progress
 
 # ---- event log
 

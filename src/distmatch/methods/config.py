@@ -19,8 +19,8 @@ class DistillConfig:
     calls: int = 1
     """Network calls of the student: 1, or more with backward simulation."""
     student_sigma: float = 2.5
-    """Noise level at which the student starts; 0 takes the teacher's sigma_max. A copied teacher keeps more of
-    what it knows at a level where its predictions still vary."""
+    """Noise level at which the student starts; 0 takes the teacher's sigma_max. A copied teacher keeps
+    more of what it knows at a level where its predictions still vary."""
     critic_steps: int = 5
     """K: the student moves at every K-th step."""
     order: Literal["same-batch", "alternate"] = "same-batch"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, expand
@@ -174,16 +175,20 @@ class FDistill:
         denoiser.to(self.device)
         gen = generator(seed, "fit", self.device)
         optimiser = adam(denoiser.parameters(), 1e-3, (0.9, 0.99))
-        for step in range(self.config.fit_steps):
-            set_rate(optimiser, 1e-3 * rate(step, self.config.fit_steps, 50, "cosine"))
-            x0 = draw(512).to(self.device)
-            sigma = self.noise.sample(len(x0), gen)
-            x = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=gen, device=self.device)
-            with torch.no_grad():
-                target = self.teacher(x, sigma)
-            scale = expand((sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data) ** 2, x)
-            (scale * (denoiser(x, sigma) - target) ** 2).mean().backward()
-            clipped_step(optimiser, list(denoiser.parameters()), 1.0)
+        total = self.config.fit_steps
+        with progress(total, desc="fit to teacher", delay=5.0) as bar:
+            for step in range(total):
+                set_rate(optimiser, 1e-3 * rate(step, total, 50, "cosine"))
+                x0 = draw(512).to(self.device)
+                sigma = self.noise.sample(len(x0), gen)
+                x = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=gen, device=self.device)
+                with torch.no_grad():
+                    target = self.teacher(x, sigma)
+                scale = expand((sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data) ** 2, x)
+                loss = (scale * (denoiser(x, sigma) - target) ** 2).mean()
+                loss.backward()
+                clipped_step(optimiser, list(denoiser.parameters()), 1.0)
+                bar.update(1, loss=loss.detach())
 
     # ------------------------------------------------------------------ step
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.base.progress import progress
 from distmatch.metrics.reference import Reference, stratified_order
 
 RECIPE = 1  # raise it when the network or its training changes: it is part of the cache key
@@ -92,14 +93,16 @@ def _train(reference: Reference, labels: Tensor) -> tuple[Classifier, int, int]:
     stream = seeds.generator(0, "classifier/batches")
     first, _ = _batch(reference, train[:10_000])
     scale = _VECTOR_NOISE * first.std(0) if first.ndim == 2 else torch.tensor(_IMAGE_NOISE)
-    for _ in range(steps):
-        x, y = _batch(reference, train[torch.randint(len(train), (_BATCH,), generator=stream)])
-        noise = scale * torch.randn(x.shape, generator=stream)
-        loss = nn.functional.cross_entropy(net(x + noise), y)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+    with progress(steps, desc="feature network", delay=5.0) as bar:
+        for _ in range(steps):
+            x, y = _batch(reference, train[torch.randint(len(train), (_BATCH,), generator=stream)])
+            noise = scale * torch.randn(x.shape, generator=stream)
+            loss = nn.functional.cross_entropy(net(x + noise), y)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            bar.update(1, loss=loss.detach())
     net.eval().requires_grad_(False)
     inner = torch.cat([net.body(part) for part in first.split(1024)])
     net.mean.copy_(inner.mean(0))

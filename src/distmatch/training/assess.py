@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import atomic_json, atomic_write
+from distmatch.base.progress import progress
 from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
 from distmatch.data.scaling import Scaling
@@ -26,7 +27,6 @@ from distmatch.methods.student import Student
 from distmatch.metrics import evaluate, reference_floor, reference_labels
 from distmatch.metrics.features import Features
 from distmatch.training.log import EventLog
-from distmatch.training.progress import progress
 from distmatch.training.runfolder import RunFolder
 
 

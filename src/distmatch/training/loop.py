@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import DivergedError, UserError
+from distmatch.base.progress import progress
 from distmatch.data.batches import Batch
 from distmatch.training.checkpoint import load_checkpoint, save_checkpoint
 from distmatch.training.log import EventLog
 from distmatch.training.options import RunOptions
-from distmatch.training.progress import progress
 from distmatch.training.runfolder import RunFolder
 
 

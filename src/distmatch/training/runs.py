@@ -294,8 +294,8 @@ def _advice(means: dict[str, Any]) -> list[str]:
     advice = []
     if means.get("clip_fraction", 0.0) > 0.15:
         advice.append(
-            "more than 15% of the log ratios are clipped: the discriminator tells real from generated samples "
-            "too easily. Raise --noise-low, lower --lr-ratio, or raise --gan-weight."
+            "more than 15% of the log ratios are clipped: the discriminator tells real from generated "
+            "samples too easily. Raise --noise-low, lower --lr-ratio, or raise --gan-weight."
         )
     if means.get("ess", 1.0) < 0.1:
         advice.append(

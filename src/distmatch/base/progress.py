@@ -14,7 +14,9 @@ _LINE_FRACTION = 0.1  # and whenever this part of the work was done
 _BAR_SECONDS = 0.1  # on a terminal: how often the values are read; reading one from a GPU waits for the GPU
 
 
-def progress(total: int, *, initial: int = 0, desc: str, enabled: bool = True) -> Progress:
+def progress(
+    total: int, *, initial: int = 0, desc: str, enabled: bool = True, delay: float = 0.0
+) -> Progress:
     """A context manager that shows how far a loop is.
 
     Args:
@@ -22,8 +24,9 @@ def progress(total: int, *, initial: int = 0, desc: str, enabled: bool = True) -
         initial: Number of steps done before, for example at a resume; they do not count for the ETA.
         desc: What is going on, in a word or two.
         enabled: False shows nothing.
+        delay: Seconds to wait before showing anything: what is done sooner needs no bar.
     """
-    return Progress(total, initial, desc, enabled)
+    return Progress(total, initial, desc, enabled, delay)
 
 
 class Progress:
@@ -34,9 +37,11 @@ class Progress:
         initial: Number of steps done before.
         desc: What is going on.
         enabled: False shows nothing.
+        delay: Seconds before anything is shown.
     """
 
-    def __init__(self, total: int, initial: int, desc: str, enabled: bool) -> None:
+    def __init__(self, total: int, initial: int, desc: str, enabled: bool, delay: float = 0.0) -> None:
+        self.delay = delay
         self.total, self.initial, self.step, self.desc = total, initial, initial, desc
         self._stream = sys.stderr
         self._start = self._shown_at = time.monotonic()
@@ -45,7 +50,9 @@ class Progress:
         self._bar: Any = None
         self._lines = enabled and not self._stream.isatty()
         if enabled and not self._lines:
-            self._bar = tqdm(total=total, initial=initial, desc=desc, file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=initial, desc=desc, file=self._stream, dynamic_ncols=True, delay=delay
+            )
 
     def update(self, n: int = 1, **shown: Any) -> None:
         """Counts ``n`` more steps.
@@ -63,7 +70,7 @@ class Progress:
                 self._shown_at = now
                 self._bar.set_postfix_str(self._text(", ", "="), refresh=False)
             self._bar.update(n)
-        elif self._lines:
+        elif self._lines and now - self._start >= self.delay:
             share = (self.step - self._shown_step) / max(self.total, 1)
             if share >= _LINE_FRACTION or now - self._shown_at >= _LINE_SECONDS:
                 self._line(now)
@@ -75,7 +82,9 @@ class Progress:
             self._bar.close()
             self._bar = None
         elif self._lines and self.step != self._shown_step:
-            self._line(time.monotonic())
+            now = time.monotonic()
+            if now - self._start >= self.delay:
+                self._line(now)
         self._lines = False
 
     def __enter__(self) -> Self:
