@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import SHORT, TINY, checkpoints, command, contents, done, weights
 from PIL import Image
 
+from command import SHORT, TINY, checkpoints, command, contents, done, weights
 from distmatch.cli import demo
 from distmatch.cli.main import VERBS
 
