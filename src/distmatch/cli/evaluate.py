@@ -23,7 +23,7 @@ example: distmatch evaluate runs/js
 class EvaluateOptions:
     """Everything `distmatch evaluate` can be told."""
 
-    what: Annotated[str, tyro.conf.Positional]
+    what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
     """A sample file or folder of images, or a run folder (whose metrics.json is then written)."""
     data: str = ""
     """The real data; empty takes those of the run."""

@@ -20,7 +20,7 @@ example: distmatch export runs/demo --to safetensors --out student"""
 class ExportOptions:
     """Everything `distmatch export` can be told."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder or a model folder."""
     out: Path
     """The folder to write."""

@@ -18,7 +18,7 @@ example: distmatch report runs/demo"""
 class ReportOptions:
     """Everything `distmatch report` can be told."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder."""
     seed: int = 0
     """Accepted by every verb; a report draws no random numbers."""

@@ -22,7 +22,7 @@ example: distmatch sample runs/demo --n 64 --out samples.png
 class SampleOptions:
     """Everything `distmatch sample` can be told."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a model folder, or ring8, grid25, skewed2."""
     n: int = 64
     """Number of samples."""

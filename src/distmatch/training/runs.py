@@ -189,6 +189,7 @@ def prepare_distillation(
         )
     if data is not None:
         _check_fit(teacher, data)
+        _flips(run, data)
     draw = _drawer(teacher, data, run.seed) if fresh else None
     state = distiller.init(run.seed, draw)
     if run.compile:
