@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -313,12 +314,67 @@ def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_write_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    refused(f"train {TINY} --out {tmp_path}/run", "cannot write", "Permission denied")
-    refused(f"sample t --steps 2 --out {tmp_path}/a.npz", "cannot write", "Permission denied")
-    tmp_path.chmod(0o700)
+@pytest.fixture
+def plain_user(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a copy of ``t``, a folder ``closed`` and a read-only one, and no rights of root.
+
+    Outside pytest's own folders, which nobody but their owner may enter.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        shutil.copytree(here / "t", place / "t")
+        for folder, mode in ((place / "closed", 0o000), (place / "shown", 0o555), (place, 0o755)):
+            folder.mkdir(exist_ok=True)
+            folder.chmod(mode)
+        monkeypatch.chdir(place)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            yield place
+        finally:
+            if root:
+                os.seteuid(0)
+            (place / "closed").chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"train {TINY} --out closed/run",
+        f"train {TINY} --out shown/run",
+        f"train {TINY} --data closed/x.npz --out shown/run",
+        "train --config closed/a.toml --out shown/run",
+        "distill --teacher closed/t --out shown/run",
+        "demo --out closed/run",
+        "sample t --n 2 --steps 2 --out closed/a.npz",
+        "sample t --n 2 --steps 2 --out shown/a.npz",
+        "sample t --n 2 --steps 2 --out shown/folder",
+        "sample closed/t --out a.npz",
+        "evaluate closed/t",
+        "report closed/t",
+        "export t --out closed/a",
+        "export t --out shown/a",
+    ],
+)
+def test_folders_that_one_may_not_enter_or_write(line: str, plain_user: Path) -> None:
+    answer = command(line)
+    assert answer.code == 2, answer.err
+    assert "Permission denied" in answer.err.splitlines()[-1]
+    assert contents(plain_user / "shown") == {}
+
+
+def test_what_does_not_fit_into_memory() -> None:
+    refused(f"train {TINY} --batch {10**15} --out new --dry-run", "does not fit into memory", "--batch")
+
+
+@pytest.mark.xfail(strict=True, reason="DistillConfig does not check these")
+@pytest.mark.parametrize(
+    "option",
+    ["--beta1 2", "--beta2 1", "--weight-decay -1", "--fit-steps -1", "--lr-rampup -1", "--guidance nan"],
+)
+def test_distillation_settings_that_cannot_be_used(option: str) -> None:
+    refused(f"distill --teacher t {option} --dry-run", option.split()[0])
 
 
 def _run(verb: str, out: Path, options: str = "") -> str:

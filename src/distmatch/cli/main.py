@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's mistake, 1 anything else, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -68,6 +69,9 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if theirs := _of_the_machine(error):
+            print(f"distmatch {argv[0]}: {theirs}", file=sys.stderr)
+            return 2
         print(
             f"distmatch {argv[0]}: internal error: {type(error).__name__}: {error} (--debug shows where)",
             file=sys.stderr,
@@ -81,6 +85,22 @@ def _carry_out(verb: str, arguments: list[str]) -> int:
     importlib.import_module(VERBS[verb][0]).run(arguments)
     sys.stdout.flush()
     return 0
+
+
+def _of_the_machine(error: Exception) -> UserError | None:
+    """The message for what the user's machine refuses wherever it is met: access, space, memory."""
+    refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+    if isinstance(error, OSError) and error.errno in refused:
+        place = f" {error.filename}" if error.filename else ""
+        fix = "check the path, its permissions and the free space"
+        return UserError(f"cannot use{place or ' a file'}", got=error.strerror, fix=fix)
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
+        got = str(error).splitlines()[0] if text else "more than there is"
+        return UserError(
+            "this does not fit into memory", got=got, fix="lower --batch or the size of the network"
+        )
+    return None
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,0 +1,84 @@
+"""Ctrl-C and kill -9: a run goes on from where it was, to the same weights bit for bit."""
+
+from __future__ import annotations
+
+import random
+import runpy
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from command import TINY, checkpoints, command, done, weights
+from distmatch.training.checkpoint import load_checkpoint
+
+# The full study with 20 kills of each verb is the program itself: python benchmarks/kill9.py
+KILL9 = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "kill9.py"))
+FREQUENT = "--batch 32 --log-every 1 --checkpoint-every 5"
+
+
+@pytest.mark.parametrize("verb", ["train", "distill"])
+def test_ctrl_c_leaves_a_run_that_goes_on(verb: str, tmp_path: Path) -> None:
+    """The signal arrives at an arbitrary step; the step is finished, saved and announced."""
+    steps = 300
+    start = f"train {TINY}" if verb == "train" else f"distill --teacher ring8 {TINY} --fit-steps 20"
+    line = f"{start} --batch 32 --log-every 1 --steps {steps}"
+    run = KILL9["Run"](line.split(), tmp_path / "run")
+    process = run.begin()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    text = errors.decode()
+    assert "interrupted" in text
+    assert "--resume" in text
+    assert "Traceback" not in text
+    step, _ = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert 0 < step < steps
+    assert [e["step"] for e in run.events() if e["event"] == "train"][-1] == step
+    assert checkpoints(tmp_path / "run") == [f"step-{step:06d}"]
+    assert not (tmp_path / "run" / "model").exists()
+
+    done(f"{verb} --out {tmp_path}/run --resume")
+    done(f"{line} --out {tmp_path}/whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one waits for the step to end; the second one interrupts even a step that never ends."""
+    from distmatch.training.teacher import TeacherTraining
+
+    def endless(*_: object) -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(TeacherTraining, "step", endless)
+    before = signal.getsignal(signal.SIGINT)
+    answer = command(f"train {TINY} {FREQUENT} --steps 9 --out {tmp_path}/run")
+    assert answer.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_kill_9_at_three_moments(tmp_path: Path) -> None:
+    start = f"distill --teacher skewed2 {TINY} --fit-steps 20 {FREQUENT} --steps 120"
+    *kills, equal = KILL9["study"](start.split(), tmp_path, 3, random.Random(4))
+    assert len(kills) == 3
+    assert all(kill.step - kill.checkpoint <= 6 for kill in kills)
+    assert equal is True
+
+
+def test_the_study_would_see_a_difference(tmp_path: Path) -> None:
+    """A resume that forgets the random stream ends elsewhere: the comparison above is not empty."""
+    line = f"train {TINY} {FREQUENT} --lr-decay constant"
+    done(f"{line} --steps 10 --out {tmp_path}/whole")
+    done(f"{line} --steps 5 --out {tmp_path}/run")
+    step, tree = load_checkpoint(tmp_path / "run" / "checkpoints")
+    tree["generator"] = load_checkpoint(tmp_path / "whole" / "checkpoints")[1]["generator"]
+    from distmatch.training.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path / "run" / "checkpoints", step, tree)
+    done(f"train --out {tmp_path}/run --resume --steps 10")
+    assert weights(tmp_path / "run") != weights(tmp_path / "whole")
