@@ -9,12 +9,16 @@ from torch import nn
 
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence, divergence
 from distmatch.methods.config import DistillConfig, resolve_method
 from distmatch.methods.f_distill import FDistill
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
+
+PAIR = GaussianMixture([0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], [0.1, 0.2], [0, 1], sigma_max=20.0)
+"""An exact teacher with two classes."""
 
 
 def network_teacher(classes: int = 0, shape: tuple[int, ...] = (2,), dropout: float = 0.0) -> EDMDenoiser:

@@ -1,0 +1,62 @@
+"""What a user may ask of a distillation, what it comes to, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from distmatch.base.errors import UserError
+from distmatch.divergences import divergence
+from distmatch.methods.config import METHODS, DistillConfig, resolve_method
+from small import PAIR, distiller, network_teacher
+
+
+def test_an_exact_teacher_starts_from_a_fitted_network() -> None:
+    method = distiller(PAIR, "js", fit_steps=150)
+    drawn, x0 = torch.Generator().manual_seed(0), PAIR.sample(2000, seed=5)
+    blank = method.init(0)
+    fitted = method.init(0, lambda n: x0[torch.randint(2000, (n,), generator=drawn)])
+    for sigma in (1.0, 4.0):
+        x = x0 + sigma * torch.randn(2000, 2, generator=drawn)
+        level = torch.full((2000,), sigma)
+        with torch.no_grad():
+            errors = [float((s.fake(x, level) - PAIR(x, level)).square().mean()) for s in (blank, fitted)]
+        assert errors[1] < 0.5 * errors[0], (sigma, errors)  # measured 0.4 and 0.2
+
+
+def test_presets_and_refusals() -> None:
+    config = DistillConfig(gan_weight=0.2)
+    assert resolve_method("f-distill", None, config) == (METHODS["f-distill"], "js", config)
+    assert resolve_method("F_Distill", "kl", config)[1] == "kl"
+    assert resolve_method("dmd2", None, config) == (METHODS["dmd2"], "reverse_kl", config)
+    assert resolve_method("dmd2", "rkl", config)[1] == "reverse_kl"
+    assert resolve_method("diff-instruct", None, config)[2].gan_weight == 0
+    with pytest.raises(UserError, match="did you mean f-distill"):
+        resolve_method("f-distil", None, config)
+    with pytest.raises(UserError, match="dmd2 minimises reverse KL"):
+        resolve_method("dmd2", "js", config)
+    with pytest.raises(UserError, match="no second derivative"):
+        distiller(network_teacher(), "tv")
+    with pytest.raises(UserError, match="cannot use features"):
+        distiller(PAIR, "js", ratio_features="teacher")
+    with pytest.raises(UserError, match="class-conditional"):
+        distiller(network_teacher(), "js", guidance=2.0)
+    with pytest.raises(UserError, match="0 < low < high"):
+        distiller(network_teacher(), "js", noise_low=30.0)
+    heavy_tailed = copy.copy(network_teacher())
+    heavy_tailed.gaussian_kernel = False
+    with pytest.raises(UserError, match="Gaussian noise kernel"):
+        distiller(heavy_tailed, "js")
+    assert not distiller(network_teacher(), method="diff-instruct").needs_ratio
+    assert distiller(network_teacher(), divergence("js")).needs_ratio
+
+
+WRONG = [{"calls": 0}, {"lr": 0.0}, {"critic_steps": 0}, {"gan_weight": -1.0}, {"grad_clip": -1.0}]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, {"order": "alternate", "critic_steps": 1}], ids=str)
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="--"):
+        DistillConfig(**wrong)  # type: ignore[arg-type]
