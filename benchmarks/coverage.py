@@ -2,10 +2,10 @@
 
     python benchmarks/coverage.py --out docs/coverage.md
 
-Every run is the same but for the divergence and the seed: the same network, steps, batch and ratio settings, and
-no adversarial term, so that the divergence alone decides. One row a divergence: mean over seeds ± standard
-error of the number of modes hit, KL(p||q) and KL(q||p) of the mode histogram, and the share of the samples
-within three sigma of a mode.
+Every run is the same but for the divergence and the seed: the same network, steps, batch and ratio settings,
+and no adversarial term, so that the divergence alone decides. One row a divergence: mean over seeds ± its
+standard error of the number of modes hit, KL(p||q) and KL(q||p) of the mode histogram, and the share of the
+samples within three sigma of a mode.
 """
 
 from __future__ import annotations

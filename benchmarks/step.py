@@ -3,9 +3,9 @@
     python benchmarks/step.py                     # MLP and UNet on this machine's default device
     python benchmarks/step.py --net unet --batch 64 --device cuda --precision bf16 --compile
 
-Both sides run in the same process, in turns: `rounds` times a whole cycle of K steps, then the bare calls of a
-cycle. The bare calls are forward and backward passes of student, teacher, fake score and discriminator on ready
-inputs, without optimisers, averages, noise, ratios or losses. The figure is the median over the rounds.
+Both sides run in the same process, in turns: `rounds` times a whole cycle of K steps, then the bare calls of
+a cycle. The bare calls are forward and backward passes of student, teacher, fake score and discriminator on
+ready inputs, without optimisers, averages, noise, ratios or losses. The figure is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -177,15 +177,18 @@ def main() -> None:
     """Prints the table."""
     options = tyro.cli(Options)
     device = pick_device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     print(f"{name}, torch {torch.__version__}, {options.precision}, compile={options.compile}")
     print("| case | batch | ms a step | ms bare calls | overhead | peak memory (ours / bare) |")
     print("|---|---|---|---|---|---|")
     for case in cases(options):
         r = measure(case, options)
-        print(
-            f"| {r['case']} | {r['batch']} | {r['step']:.2f} | {r['bare']:.2f} | {r['overhead']:.1%} | {r['memory']} |"
-        )
+        timing = f"{r['step']:.2f} | {r['bare']:.2f} | {r['overhead']:.1%}"
+        print(f"| {r['case']} | {r['batch']} | {timing} | {r['memory']} |")
 
 
 if __name__ == "__main__":
