@@ -48,7 +48,7 @@ class Kill:
         seconds: Time after the process began to train.
         step: Last step in the log.
         checkpoint: Step of the newest checkpoint with its proper name; 0 where there is none.
-        torn: Temporary folders and files left behind: the kill came while something was being written.
+        torn: Temporary folders and files it left behind: it came while something was being written.
     """
 
     seconds: float
@@ -101,6 +101,7 @@ class Run:
 
     def kill(self, seconds: float) -> Kill | None:
         """Starts or resumes the run and kills it after a time; None when it ended before that."""
+        before = self._leftovers()
         process = self.begin()
         time.sleep(seconds)
         process.kill()
@@ -112,8 +113,10 @@ class Run:
         steps = [int(str(e["step"])) for e in self.events() if e["event"] == "train"]
         proper = [p for p in (self.out / "checkpoints").glob("step-*") if p.is_dir()]
         newest = max((int(p.name.removeprefix("step-")) for p in proper), default=0)
-        torn = sum(p.name.endswith((".tmp", ".old")) for p in self.out.rglob(".*"))
-        return Kill(seconds, steps[-1] if steps else 0, newest, torn)
+        return Kill(seconds, steps[-1] if steps else 0, newest, len(self._leftovers() - before))
+
+    def _leftovers(self) -> set[Path]:
+        return {p for p in self.out.rglob(".*") if p.name.endswith((".tmp", ".old"))}
 
     def weights(self) -> bytes:
         """The finished model's file."""
