@@ -21,7 +21,7 @@ from distmatch.methods.student import Student
 from distmatch.metrics import evaluate as _evaluate
 from distmatch.metrics.settings import FeatureChoice
 from distmatch.nets.edm import EDMDenoiser
-from distmatch.training import runs
+from distmatch.training import prepare, runs
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.runfolder import create
 
@@ -34,7 +34,7 @@ def load_teacher(source: str | os.PathLike[str]) -> Denoiser:
     Raises:
         UserError: There is none, or the folder holds a student.
     """
-    return runs.load_teacher(os.fspath(source))
+    return prepare.load_teacher(os.fspath(source))
 
 
 def train(
@@ -64,7 +64,7 @@ def train(
     """
     run, net, teacher = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig())
     options = TrainOptions(data=_name_of(data), run=run, net=net, teacher=teacher)
-    job = runs.prepare_training(options, _dataset(data))
+    job = prepare.prepare_training(options, _dataset(data))
     with_folder = create(out) if out is not None else None
     try:
         model, _, _ = runs.carry_out(job, with_folder, quiet=quiet)
@@ -124,7 +124,7 @@ def distill(
         found: Dataset | None = _samples_of(given, seed)
     else:
         found = None if data is None else _dataset(data)
-    job = runs.prepare_distillation(options, given, found, measure)  # type: ignore[arg-type]
+    job = prepare.prepare_distillation(options, given, found, measure)  # type: ignore[arg-type]
     with_folder = create(out, inputs=[source] if source else []) if out is not None else None
     try:
         model, extra, _ = runs.carry_out(job, with_folder, quiet=quiet)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distmatch.cli.parse import Place, parse, print_json
+from distmatch.base.errors import UserError
+from distmatch.cli.parse import Place, options_from, parse, print_json
 from distmatch.methods.config import DistillConfig
 from distmatch.training.options import DistillOptions, RunOptions, TeacherConfig, TrainOptions
 
@@ -70,9 +71,11 @@ def run(argv: list[str]) -> None:
     from distmatch.training.devices import pick_device
     from distmatch.training.evaluation import evaluate_models
     from distmatch.training.models import open_model
-    from distmatch.training.runs import prepare_distillation, prepare_training
+    from distmatch.training.prepare import prepare_distillation, prepare_training
 
     train, distill = recipe(options)
+    if options.resume:
+        _same_demo(options, distill)
     place = Place(out=options.out, resume="latest" if options.resume else None, overwrite=options.overwrite)
     # What cannot work is told before anything is trained.
     check_place(place)
@@ -99,3 +102,16 @@ def run(argv: list[str]) -> None:
         return
     print(metric_table(metrics))
     print(f"report: {report}")
+
+
+def _same_demo(options: DemoOptions, distill: DistillOptions) -> None:
+    """Refuses to go on with a demo that was begun with other options."""
+    config = options.out / "config.toml"
+    if config.exists():
+        begun = options_from(DistillOptions, config, "distill")
+        if begun != distill:
+            raise UserError(
+                f"the demo in {options.out} was begun with other options",
+                got=f"--seed {begun.run.seed} --divergence {begun.divergence}, {begun.run.steps} steps",
+                fix="give the same options, or start afresh with --overwrite",
+            )

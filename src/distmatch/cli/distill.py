@@ -16,7 +16,7 @@ def run(argv: list[str]) -> None:
     """Parses, distils, prints where the student is."""
     options, place = parse_run(DistillOptions, argv, verb="distill", about=ABOUT)
     from distmatch.cli.running import check_place, dry_run, execute, open_folder, starts_afresh
-    from distmatch.training.runs import prepare_distillation
+    from distmatch.training.prepare import prepare_distillation
 
     check_place(place, (options.data, options.teacher))
     job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run)

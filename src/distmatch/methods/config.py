@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,14 +78,21 @@ class DistillConfig:
     """Regression steps that start student and critic off a teacher without a network (exact teachers)."""
 
     def __post_init__(self) -> None:
-        positive = ("calls", "critic_steps", "lr", "lr_critic", "lr_ratio", "ema_half_life", "ratio_clip")
-        for name in positive:
-            if not getattr(self, name) > 0:
+        positive = "calls critic_steps lr lr_critic lr_ratio ema_half_life ratio_clip noise_low noise_rho"
+        not_negative = (
+            "student_sigma warmup_steps lr_rampup gan_weight r1 grad_clip noise_high weight_decay fit_steps"
+        )
+        for name in positive.split():
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be positive", got=getattr(self, name))
-        not_negative = ("student_sigma", "warmup_steps", "gan_weight", "r1", "grad_clip", "noise_high")
-        for name in not_negative:
-            if not getattr(self, name) >= 0:
+        for name in not_negative.split():
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative", got=getattr(self, name))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must be in [0, 1)", got=getattr(self, name))
+        if not math.isfinite(self.guidance):
+            raise UserError("--guidance must be a finite number", got=self.guidance)
         if self.order == "alternate" and self.critic_steps < 2:
             raise UserError(
                 "with --order alternate a critic step must lie between student steps",
