@@ -17,7 +17,7 @@ def test_an_exact_teacher_starts_from_a_fitted_network() -> None:
     method = distiller(PAIR, "js", fit_steps=150)
     drawn, x0 = torch.Generator().manual_seed(0), PAIR.sample(2000, seed=5)
     blank = method.init(0)
-    fitted = method.init(0, lambda n: x0[torch.randint(2000, (n,), generator=drawn)])
+    fitted = method.init(0, lambda n: (x0[torch.randint(2000, (n,), generator=drawn)], None))
     for sigma in (1.0, 4.0):
         x = x0 + sigma * torch.randn(2000, 2, generator=drawn)
         level = torch.full((2000,), sigma)

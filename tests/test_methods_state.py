@@ -65,7 +65,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, calls
 def test_resuming_needs_no_second_fit_to_an_exact_teacher(features: str) -> None:
     method = distiller(PAIR, "js", ratio_features=features, fit_steps=3)
     x0 = PAIR.sample(600, seed=0)
-    whole = method.init(0, lambda n: x0[:n])
+    whole = method.init(0, lambda n: (x0[:n], None))
     advance(method, whole, 3)
     again = method.init(0)
     again.load_state_dict(copy.deepcopy(whole.state_dict()))

@@ -53,7 +53,7 @@ def recipe(options: DemoOptions) -> tuple[TrainOptions, DistillOptions]:
         divergence=options.divergence,
         run=replace(run, steps=student_steps, checkpoint_every=500),
         # Digits have 17 grey values: below sigma 0.1 real and generated are told apart by that alone.
-        distill=DistillConfig(noise_low=0.1, noise_high=20.0, gan_weight=1e-2, lr_decay="cosine"),
+        distill=DistillConfig(noise_low=0.1, noise_high=5.0, gan_weight=3e-2, lr_decay="cosine"),
     )
     return train, distill
 

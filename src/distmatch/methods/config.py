@@ -56,6 +56,9 @@ class DistillConfig:
     ratio_features: Literal["auto", "teacher", "fake", "own"] = "auto"
     """What the discriminator sees: features of the frozen teacher (only its head learns), features of the
     fake score (which then learns from it, as in DMD2), or a small network of its own on noised samples."""
+    joint_weight: float = 1e-2
+    """Weight of the discriminator's loss where it shares the fake score's network (--ratio-features fake);
+    larger values spoil the fake score."""
     ratio_bins: int = 10
     """Noise bins of the ratio normaliser, of equal probability."""
     ratio_memory: float = 0.95
@@ -78,11 +81,11 @@ class DistillConfig:
     """Regression steps that start student and critic off a teacher without a network (exact teachers)."""
 
     def __post_init__(self) -> None:
-        positive = "calls critic_steps lr lr_critic lr_ratio ema_half_life ratio_clip noise_low noise_rho"
+        positive = "calls critic_steps lr lr_critic lr_ratio ema_half_life joint_weight noise_low noise_rho"
         not_negative = (
             "student_sigma warmup_steps lr_rampup gan_weight r1 grad_clip noise_high weight_decay fit_steps"
         )
-        for name in positive.split():
+        for name in (*positive.split(), "ratio_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be positive", got=getattr(self, name))
         for name in not_negative.split():

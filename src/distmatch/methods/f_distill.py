@@ -12,7 +12,6 @@ student's side.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, expand
@@ -35,11 +33,11 @@ from distmatch.methods.objectives import (
     approximate_r1,
     score_difference,
 )
+from distmatch.methods.start import Draw, fit_to_teacher, starting_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, student_levels
-from distmatch.nets.build import build_net
-from distmatch.nets.config import NetConfig, default_config
-from distmatch.nets.edm import EDMDenoiser, edm_loss
+from distmatch.nets.config import NetConfig
+from distmatch.nets.edm import EDMDenoiser, weighted_error
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
 from distmatch.ratio.discriminator import build_discriminator, choose_source, denoise_with_logit
@@ -97,25 +95,18 @@ class FDistill:
 
     # ------------------------------------------------------------------ init
 
-    def init(self, seed: int, draw: Callable[[int], Tensor] | None = None) -> DistillState:
+    def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step: student and critic start as copies of the teacher.
 
         Args:
             seed: Seed of the run.
-            draw: Gives n clean real samples; needed only for a teacher without a network to copy, to which
-                student and critic are first fitted by regression.
+            draw: Gives n clean real samples and their labels; needed only for a teacher without a network to
+                copy, to which student and critic are first fitted by regression.
         """
         cfg = self.config
-        if isinstance(self.teacher, EDMDenoiser):
-            start = copy.deepcopy(self.teacher)
-        else:
-            start = self._blank(seed)
-            if draw is not None:
-                self._fit(start, draw, seed)
-        # In eval mode: dropout would make samples of another distribution than those of the saved student,
-        # and draw from torch's global stream, which no checkpoint holds.
-        start = start.to(self.device).float().eval()
-        start.requires_grad_(True)
+        start = starting_network(self.teacher, self.net, seed, self.device)
+        if draw is not None and not isinstance(self.teacher, EDMDenoiser):
+            fit_to_teacher(start, self.teacher, draw, self.noise, cfg.fit_steps, seed)
         levels = student_levels(cfg.calls, cfg.student_sigma or self.teacher.sigma_max)
         student = Student(start, levels)
         fake = copy.deepcopy(start)
@@ -154,41 +145,6 @@ class FDistill:
     def _adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         cfg = self.config
         return adam(module.parameters(), lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-
-    def _blank(self, seed: int) -> EDMDenoiser:
-        """A network of this teacher's shape, for teachers that are formulas."""
-        t = self.teacher
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(seed, "network"))
-            net = build_net(self.net or default_config("auto", t.shape), t.shape, t.num_classes)
-        return EDMDenoiser(
-            net,
-            shape=t.shape,
-            num_classes=t.num_classes,
-            sigma_data=t.sigma_data,
-            sigma_min=t.sigma_min,
-            sigma_max=t.sigma_max,
-        )
-
-    def _fit(self, denoiser: EDMDenoiser, draw: Callable[[int], Tensor], seed: int) -> None:
-        """Regresses a network on the teacher's own predictions (less noisy than denoising data)."""
-        denoiser.to(self.device)
-        gen = generator(seed, "fit", self.device)
-        optimiser = adam(denoiser.parameters(), 1e-3, (0.9, 0.99))
-        total = self.config.fit_steps
-        with progress(total, desc="fit to teacher", delay=5.0) as bar:
-            for step in range(total):
-                set_rate(optimiser, 1e-3 * rate(step, total, 50, "cosine"))
-                x0 = draw(512).to(self.device)
-                sigma = self.noise.sample(len(x0), gen)
-                x = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=gen, device=self.device)
-                with torch.no_grad():
-                    target = self.teacher(x, sigma)
-                scale = expand((sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data) ** 2, x)
-                loss = (scale * (denoiser(x, sigma) - target) ** 2).mean()
-                loss.backward()
-                clipped_step(optimiser, list(denoiser.parameters()), 1.0)
-                bar.update(1, loss=loss.detach())
 
     # ------------------------------------------------------------------ step
 
@@ -306,47 +262,46 @@ class FDistill:
     def _critic_step(self, state: DistillState, x0: Tensor, real: Tensor, labels: Tensor | None) -> Info:
         """The fake score learns to denoise student samples; the discriminator to tell them from real ones."""
         cfg = self.config
-        sigma = self.noise.sample(len(x0), state.generator)
-        noise = torch.randn(x0.shape, generator=state.generator, device=self.device)
+        n, head = len(x0), state.discriminator
+        sigma = self.noise.sample(n, state.generator)
+        parts = [self._noised(x0, sigma, state.generator)]
+        if head is not None:
+            parts.append(self._noised(real, sigma, state.ratio_generator))
+            if cfg.r1 > 0:
+                parts.append(self._noised(parts[1], 0.1 * sigma, state.ratio_generator))
+        x, levels = torch.cat(parts), sigma.repeat(len(parts))
+        y = None if labels is None else labels.repeat(len(parts))
         info: Info = {}
+        logit: Tensor | None = None
         with self._autocast():
-            loss = edm_loss(state.fake, x0, sigma, noise, labels).mean()
+            if head is not None and self._source == "fake":
+                prediction, logit = denoise_with_logit(state.fake, head, x, levels, y)
+            else:
+                prediction = state.fake(x[:n], sigma, labels)
+                if head is not None:
+                    logit = self._frozen_logit(head, x, levels, y)
+            loss = weighted_error(prediction[:n], x0, sigma, state.fake.sigma_data).mean()
             info["loss_fake"] = loss.detach()
-            if state.discriminator is not None:
-                fake_x = x0 + expand(sigma, x0) * noise
-                real_x = self._noised(real, sigma, state.ratio_generator)
-                terms = self._ratio_loss(state, fake_x, real_x, sigma, labels)
-                info["loss_ratio"] = terms.detach()
-                loss = loss + terms
+            if logit is not None:
+                logits = logit.chunk(len(parts))
+                ratio_loss = adversarial_critic(real=logits[1], fake=logits[0])
+                info["loss_ratio"] = ratio_loss.detach()
+                if cfg.r1 > 0:
+                    ratio_loss = ratio_loss + cfg.r1 * approximate_r1(logits[1], logits[2])
+                loss = loss + (cfg.joint_weight if self._source == "fake" else 1.0) * ratio_loss
         loss.backward()
         info["grad_norm_fake"] = clipped_step(
             state.optimisers["fake"], list(state.fake.parameters()), cfg.grad_clip
         )
-        if state.discriminator is not None:
-            clipped_step(state.optimisers["ratio"], list(state.discriminator.parameters()), cfg.grad_clip)
+        if head is not None:
+            clipped_step(state.optimisers["ratio"], list(head.parameters()), cfg.grad_clip)
         return info
 
-    def _ratio_loss(
-        self, state: DistillState, fake: Tensor, real: Tensor, sigma: Tensor, labels: Tensor | None
-    ) -> Tensor:
-        parts = [fake, real]
-        if self.config.r1 > 0:
-            parts.append(self._noised(real, 0.1 * sigma, state.ratio_generator))
-        x, level = torch.cat(parts), sigma.repeat(len(parts))
-        y = None if labels is None else labels.repeat(len(parts))
-        head = state.discriminator
-        if head is None:
-            raise RuntimeError("the ratio loss needs a discriminator")
+    def _frozen_logit(self, head: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """The discriminator's logit where nothing but itself learns from it."""
         if self._source == "own":
-            logit = head(x, level, y)
-        else:
-            frozen = self._source == "teacher"
-            source: Any = self.teacher if frozen else state.fake
-            with torch.no_grad() if frozen else nullcontext():
-                _, features = source.with_features(x, level, y)
-            logit = head(features, level, y)
-        logits = logit.chunk(len(parts))
-        loss = adversarial_critic(real=logits[1], fake=logits[0])
-        if self.config.r1 > 0:
-            loss = loss + self.config.r1 * approximate_r1(logits[1], logits[2])
-        return loss
+            return head(x, sigma, labels)
+        source: Any = self.teacher  # unguided: only its features are wanted
+        with torch.no_grad():
+            _, features = source.with_features(x, sigma, labels)
+        return head(features, sigma, labels)

@@ -110,10 +110,24 @@ def edm_loss(
     Returns:
         The loss (B,), averaged over the dimensions of a sample.
     """
-    level = expand(sigma, x0)
-    error = denoiser(x0 + level * noise, sigma, condition) - x0
-    weight = (sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data) ** 2
-    return weight * error.flatten(1).square().mean(dim=1)
+    prediction = denoiser(x0 + expand(sigma, x0) * noise, sigma, condition)
+    return weighted_error(prediction, x0, sigma, denoiser.sigma_data)
+
+
+def weighted_error(prediction: Tensor, target: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """The EDM-weighted square error of denoised samples, per sample.
+
+    Args:
+        prediction: D(x, sigma), (B, *shape).
+        target: What it should be, (B, *shape): clean samples, or another denoiser's prediction.
+        sigma: Noise levels (B,).
+        sigma_data: Standard deviation of the data.
+
+    Returns:
+        (B,), averaged over the dimensions of a sample.
+    """
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return weight * (prediction - target).flatten(1).square().mean(dim=1)
 
 
 def feature_shapes(denoiser: nn.Module, x: Tensor) -> list[tuple[int, ...]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
@@ -18,6 +18,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.methods.config import resolve_method
 from distmatch.methods.f_distill import FDistill
+from distmatch.methods.start import Draw
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.saved import load_model
 from distmatch.training.devices import compile_network, pick_device
@@ -244,15 +245,12 @@ def _check_fit(teacher: Denoiser, data: Dataset) -> None:
         )
 
 
-def _drawer(teacher: Denoiser, data: Dataset | None, seed: int) -> Callable[[int], Tensor] | None:
+def _drawer(teacher: Denoiser, data: Dataset | None, seed: int) -> Draw | None:
     """Clean samples to fit first networks on, for a teacher that is a formula."""
-    if isinstance(teacher, EDMDenoiser):
+    if data is None or isinstance(teacher, EDMDenoiser):
         return None
     gen = generator(seed, "fit-data")
-    if data is not None:
-        chosen = data
-        return lambda n: chosen.batch(torch.randint(len(chosen), (n,), generator=gen))[0]
-    return None
+    return lambda n: data.batch(torch.randint(len(data), (n,), generator=gen))
 
 
 def _empty_batches(teacher: Denoiser, run: RunOptions, device: torch.device) -> Callable[[int], Batch]:

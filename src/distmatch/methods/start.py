@@ -1,0 +1,84 @@
+"""The network that student and critic start from: the teacher's own, or one fitted to what it predicts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distmatch.base.progress import progress
+from distmatch.base.seeds import generator, stream_seed
+from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.noise import NoiseLevels
+from distmatch.nets.build import build_net
+from distmatch.nets.config import NetConfig, default_config
+from distmatch.nets.edm import EDMDenoiser, weighted_error
+from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+
+Draw = Callable[[int], tuple[Tensor, Tensor | None]]
+
+
+def starting_network(
+    teacher: Denoiser, net: NetConfig | None, seed: int, device: torch.device
+) -> EDMDenoiser:
+    """A trainable copy of the teacher's network, or a fresh one of its shape when it is a formula.
+
+    Args:
+        teacher: The teacher.
+        net: The fresh network's config; None chooses by shape.
+        seed: Seed of a fresh network.
+        device: Where it goes.
+    """
+    if isinstance(teacher, EDMDenoiser):
+        network = copy.deepcopy(teacher)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "network"))
+            fresh = build_net(
+                net or default_config("auto", teacher.shape), teacher.shape, teacher.num_classes
+            )
+        network = EDMDenoiser(
+            fresh,
+            shape=teacher.shape,
+            num_classes=teacher.num_classes,
+            sigma_data=teacher.sigma_data,
+            sigma_min=teacher.sigma_min,
+            sigma_max=teacher.sigma_max,
+        )
+    # In eval mode: dropout would make samples of another distribution than those of the saved student,
+    # and draw from torch's global stream, which no checkpoint holds.
+    return network.to(device).float().eval().requires_grad_(True)
+
+
+def fit_to_teacher(
+    network: EDMDenoiser, teacher: Denoiser, draw: Draw, noise: NoiseLevels, steps: int, seed: int
+) -> None:
+    """Regresses a network on the teacher's own predictions, which are less noisy targets than the data.
+
+    Args:
+        network: Changed in place.
+        teacher: What it shall predict like.
+        draw: Gives n clean samples and their labels.
+        noise: The levels at which they must agree.
+        steps: Optimiser steps of 512 samples.
+        seed: Seed of the noise.
+    """
+    device = next(network.parameters()).device
+    gen = generator(seed, "fit", device)
+    optimiser = adam(network.parameters(), 1e-3, (0.9, 0.99))
+    with progress(steps, desc="fit to teacher", delay=5.0) as bar:
+        for step in range(steps):
+            set_rate(optimiser, 1e-3 * rate(step, steps, 50, "cosine"))
+            x0, labels = draw(512)
+            x0 = x0.to(device)
+            labels = labels.to(device) if labels is not None and teacher.num_classes else None
+            sigma = noise.sample(len(x0), gen)
+            x = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=gen, device=device)
+            with torch.no_grad():
+                target = teacher(x, sigma, labels)
+            loss = weighted_error(network(x, sigma, labels), target, sigma, network.sigma_data).mean()
+            loss.backward()
+            clipped_step(optimiser, list(network.parameters()), 1.0)
+            bar.update(1, loss=loss.detach())
