@@ -7,6 +7,7 @@ import torch
 
 from distmatch.data.batches import Batch
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.methods import f_distill
 from small import distiller
 
 REAL = GaussianMixture([1.0], [[0.6]], [0.36], sigma_max=2.0)
@@ -38,3 +39,25 @@ def test_critic_and_discriminator_learn_the_exact_score_and_ratio(features: str)
         # Measured 0.05 to 0.16 of the ratio's spread, and at most 0.02; untrained: 1, and above 0.25.
         assert error < 0.3, (sigma, float(error))
         assert miss.square().mean().sqrt() < 0.05, sigma
+
+
+def test_r1_compares_real_samples_with_slightly_noisier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = distiller(REAL, "js", r1=0.5)
+    state = method.init(0)
+    seen: dict[str, tuple[torch.Tensor, ...]] = {}
+    state.discriminator.register_forward_hook(lambda _, args, out: seen.update(inputs=args, logit=(out,)))  # type: ignore[union-attr]
+
+    def spy(clean: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
+        seen["compared"] = clean, perturbed
+        return (clean - perturbed).square().mean()
+
+    monkeypatch.setattr(f_distill, "approximate_r1", spy)
+    real = REAL.sample(4000, seed=0)
+    method.step(state, Batch(real, None))
+    (x, sigma), (logit,) = seen["inputs"][:2], seen["logit"]
+    noised, perturbed = x[4000:8000], x[8000:]
+    assert torch.equal(seen["compared"][0], logit[4000:8000])
+    assert torch.equal(seen["compared"][1], logit[8000:])
+    for noise, share in ((noised - real, 1.0), (perturbed - noised, 0.1)):
+        unit = noise[:, 0] / (share * sigma[:4000])
+        assert float(unit.std()) == pytest.approx(1, abs=5 / 8000**0.5)
