@@ -42,7 +42,7 @@ def test_critic_and_discriminator_learn_the_exact_score_and_ratio(features: str)
 
 
 def test_r1_compares_real_samples_with_slightly_noisier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = distiller(REAL, "js", r1=0.5)
+    method = distiller(REAL, "js", r1=0.5, warmup_steps=10)
     state = method.init(0)
     seen: dict[str, tuple[torch.Tensor, ...]] = {}
     state.discriminator.register_forward_hook(lambda _, args, out: seen.update(inputs=args, logit=(out,)))  # type: ignore[union-attr]
@@ -53,7 +53,8 @@ def test_r1_compares_real_samples_with_slightly_noisier_ones(monkeypatch: pytest
 
     monkeypatch.setattr(f_distill, "approximate_r1", spy)
     real = REAL.sample(4000, seed=0)
-    method.step(state, Batch(real, None))
+    for _ in range(2):  # after the first step the logits are no longer all zero
+        method.step(state, Batch(real, None))
     (x, sigma), (logit,) = seen["inputs"][:2], seen["logit"]
     noised, perturbed = x[4000:8000], x[8000:]
     assert torch.equal(seen["compared"][0], logit[4000:8000])
