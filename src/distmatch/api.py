@@ -90,8 +90,9 @@ def distill(
 
     Args:
         teacher: Any :class:`~distmatch.diffusion.denoiser.Denoiser`, or what :func:`load_teacher` takes.
-        data: Real samples for the density ratio and the adversarial term, as for :func:`train`. None takes
-            samples of an exact teacher, or the data a saved teacher was trained on.
+        data: Real samples for the density ratio and the adversarial term, as for :func:`train`. Vectors for a
+            teacher that was not trained here are taken as they are, unscaled. None takes samples of an exact
+            teacher, or the data a saved teacher was trained on.
         divergence: A name such as ``"js"``, ``"kl"``, ``"alpha:0.5"``, or a :class:`Divergence`; None is the
             method's own (JS for f-distill).
         method: ``f-distill``, ``dmd2`` or ``diff-instruct``.
@@ -123,7 +124,10 @@ def distill(
     if data is None and isinstance(given, GaussianMixture):
         found: Dataset | None = _samples_of(given, seed)
     else:
-        found = None if data is None else _dataset(data)
+        # A teacher of ours was trained on scaled data; any other one is in the units of what it is given.
+        found = (
+            None if data is None else _dataset(data, scaled=bool(source) or isinstance(given, EDMDenoiser))
+        )
     job = prepare.prepare_distillation(options, given, found, measure)  # type: ignore[arg-type]
     with_folder = create(out, inputs=[source] if source else []) if out is not None else None
     try:
@@ -160,12 +164,16 @@ def evaluate(
     return _evaluate(samples, real, labels=labels, features=features, n=n, seed=seed, mixture=mixture)
 
 
-def _dataset(data: Data) -> Dataset:
+def _dataset(data: Data, *, scaled: bool = True) -> Dataset:
+    """A data set from anything that can be one; ``scaled`` False takes vectors as they are."""
     if isinstance(data, Dataset):
         return data
     if isinstance(data, (str, os.PathLike)):
         return load_data(data)
-    return from_arrays(data, None, name="array")
+    found = from_arrays(data, None, name="array")
+    if not scaled and found.kind == "vector":
+        return replace(found, scaling=Scaling.identity(found.shape[0]))
+    return found
 
 
 def _name_of(data: Data) -> str:

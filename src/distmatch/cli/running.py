@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,8 +97,6 @@ def dry_run(job: Job, place: Place) -> None:
 
 def execute(job: Job, folder: RunFolder, place: Place) -> dict[str, Any]:
     """Carries a job out in its folder and says where the result is."""
-    for message in job.warnings:
-        print(f"warning: {message}", file=sys.stderr)
     began = time.perf_counter()
     resume = None if starts_afresh(place) else checkpoint_choice(place.resume)
     _, _, history = carry_out(job, folder, resume=resume)

@@ -89,6 +89,10 @@ class FDistill:
         self.noise = Karras(cfg.noise_low, cfg.noise_high or self.teacher.sigma_max, cfg.noise_rho)
 
     @property
+    def _first_level(self) -> float:
+        return self.config.student_sigma or self.teacher.sigma_max
+
+    @property
     def needs_ratio(self) -> bool:
         """Whether a discriminator is trained (and real data are needed)."""
         return self.method.weighted or self.config.gan_weight > 0
@@ -106,8 +110,9 @@ class FDistill:
         cfg = self.config
         start = starting_network(self.teacher, self.net, seed, self.device)
         if draw is not None and not isinstance(self.teacher, EDMDenoiser):
-            fit_to_teacher(start, self.teacher, draw, self.noise, cfg.fit_steps, seed)
-        levels = student_levels(cfg.calls, cfg.student_sigma or self.teacher.sigma_max)
+            seen = Karras(self.noise.low, max(self.noise.high, self._first_level), self.noise.rho)
+            fit_to_teacher(start, self.teacher, draw, seen, cfg.fit_steps, seed)
+        levels = student_levels(cfg.calls, self._first_level)
         student = Student(start, levels)
         fake = copy.deepcopy(start)
         discriminator = None

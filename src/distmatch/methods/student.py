@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator as make_generator
 from distmatch.base.seeds import latents
+from distmatch.data.scaling import Scaling
 from distmatch.diffusion.noise import Karras
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.saved import load_model, save_model
@@ -121,6 +123,17 @@ class Student(nn.Module):
                 on_batch(len(out[-1]))
         self.train(training)
         return torch.cat(out) if out else torch.empty(0, *self.shape)
+
+    def export(self, x: Tensor) -> np.ndarray:
+        """Samples in the user's units: images (N, H, W[, C]) uint8, vectors (N, D) float32.
+
+        Raises:
+            UserError: The student does not know the scaling of its data.
+        """
+        scaling = self.info.get("data", {}).get("scaling")
+        if scaling is None:
+            raise UserError("this student was distilled without data", fix="use its samples as they are")
+        return Scaling.from_dict(scaling).export(x)
 
     def save_pretrained(self, folder: str) -> None:
         """Writes ``model.safetensors`` and ``config.json`` to ``folder``, atomically."""

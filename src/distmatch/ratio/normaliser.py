@@ -127,8 +127,10 @@ class RatioNormaliser:
             batch: Student samples in one update.
         """
         cfg = self.config
+        if batch < 2:
+            return "at batch 1 every weight is 1 after normalisation: any divergence acts as reverse KL."
         steady = batch / cfg.bins / (1 - cfg.memory)
-        if steady >= cfg.min_count:
+        if steady > 0.999 * cfg.min_count:
             return None
         whole = "all bins together" if steady * cfg.bins >= cfg.min_count else "nothing, as all are too few"
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,8 @@ def carry_out(
             log.write("start", job.state.step, kind=job.verb, parameters=job.parameters(), **job.notes)
             for message in job.warnings:
                 log.write("warning", job.state.step, message=message)
+    for message in job.warnings:
+        warnings.warn(message, stacklevel=2)
     began, first = time.perf_counter(), job.state.step
     history = run_loop(
         job.step,

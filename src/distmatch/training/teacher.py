@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +120,24 @@ class TeacherTraining:
             hidden = draw < cfg.label_dropout
             labels = torch.where(hidden, -1, labels)
         set_rate(state.optimiser, cfg.lr * rate(state.step, self.total_steps, cfg.lr_rampup, cfg.lr_decay))
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        with (
+            self._dropout_stream(state),
+            torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext(),
+        ):
             loss = edm_loss(state.denoiser, x0, sigma, noise, labels).mean()
         loss.backward()
         norm = clipped_step(state.optimiser, list(state.denoiser.parameters()), cfg.grad_clip)
         state.step += 1
         state.average.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
         return {"loss": loss.detach(), "grad_norm": norm}
+
+    @contextmanager
+    def _dropout_stream(self, state: TeacherState) -> Iterator[None]:
+        """Dropout draws from torch's global stream, which no checkpoint holds: here it is set by the step."""
+        if not getattr(self.net, "dropout", 0.0):
+            yield
+            return
+        accelerators = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices=accelerators, device_type=self.device.type):
+            torch.manual_seed(stream_seed(state.generator.initial_seed(), f"dropout/{state.step}"))
+            yield

@@ -1,0 +1,98 @@
+"""The Python interface: what goes in, what comes out, in whose units."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import distmatch as dm
+from distmatch.data.batches import Batches
+from distmatch.training.options import NetOptions, RunOptions, TrainOptions
+from distmatch.training.prepare import prepare_training
+
+TINY = {"width": 16, "depth": 1, "batch": 32, "quiet": True}
+
+
+class Shifted:
+    """The exact teacher of N(2, 0.5^2 I) in two dimensions, as a user would write it."""
+
+    shape, num_classes = (2,), 0
+    sigma_data, sigma_min, sigma_max = 0.5, 0.002, 80.0
+
+    def __call__(self, x, sigma, condition=None):
+        shrink = 0.25 / (0.25 + sigma[:, None] ** 2)
+        return 2 + shrink * (x - 2)
+
+
+def test_data_of_a_formula_teacher_are_taken_in_its_own_units():
+    data = 2 + 0.5 * torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    student = dm.distill(Shifted(), data, steps=5, fit_steps=600, **{**TINY, "width": 64})
+    x = student.sample(500)
+    assert float(x.mean()) == pytest.approx(2, abs=0.4)  # scaled data would have been centred on 0
+    np.testing.assert_array_equal(student.export(x), x.numpy())
+
+
+def test_samples_come_back_in_the_units_of_the_training_data():
+    table = np.random.default_rng(0).normal([100.0, -3.0], [20.0, 0.1], size=(400, 2)).astype("float32")
+    teacher = dm.train(table, steps=60, **TINY)
+    student = dm.distill(teacher, table, steps=5, **TINY)
+    values = student.export(student.sample(300))
+    assert values.dtype == np.float32
+    assert abs(values[:, 0].mean() - 100) < 40
+    assert abs(values[:, 1].mean() + 3) < 0.4
+
+
+def test_exported_digits_are_bytes():
+    teacher = dm.train("digits", steps=2, **TINY)
+    student = dm.distill(teacher, "digits", steps=2, **TINY)
+    images = student.export(student.sample(5))
+    assert images.dtype == np.uint8
+    assert images.shape == (5, 8, 8)
+
+
+def test_unknown_settings_are_answered_with_the_nearest():
+    with pytest.raises(dm.UserError, match="gan_weight"):
+        dm.distill("ring8", gan_wieght=1.0)
+
+
+def test_a_run_folder_can_be_written_from_python(tmp_path):
+    dm.train("digits", steps=2, out=tmp_path / "teacher", **TINY)
+    student = dm.distill(tmp_path / "teacher", steps=2, out=tmp_path / "student", **TINY)
+    again = dm.Student.from_pretrained(tmp_path / "student")
+    assert torch.equal(again.sample(4, seed=3), student.sample(4, seed=3))
+    with pytest.raises(dm.UserError, match="--overwrite"):
+        dm.train("digits", steps=2, out=tmp_path / "teacher", **TINY)
+
+
+def test_batch_one_is_warned_of():
+    with pytest.warns(UserWarning, match="batch 1 every weight is 1"):
+        dm.distill("skewed2", steps=1, fit_steps=1, **{**TINY, "batch": 1})
+
+
+def test_dropout_resumes_to_the_bit_and_leaves_the_global_stream_alone():
+    net = NetOptions(net="mlp", width=16, depth=1, dropout=0.3)
+    options = TrainOptions(net=net, run=RunOptions(steps=8, batch=16, device="cpu"))
+    data = dm.load_data("digits")
+
+    def advanced(state, method_step, steps):
+        batches = Batches(data, 16, 0)
+        for _ in range(steps):
+            torch.rand(3)  # whatever else draws from the global stream
+            method_step(state, batches(state.step))
+        return state
+
+    whole = prepare_training(options, data)
+    advanced(whole.state, whole.step, 3)
+    saved = copy.deepcopy(whole.state.state_dict())
+    resumed = prepare_training(options, data)
+    resumed.state.load_state_dict(saved)
+    before = torch.get_rng_state()
+    resumed.step(resumed.state, Batches(data, 16, 0)(3))
+    assert torch.equal(before, torch.get_rng_state())
+    advanced(resumed.state, resumed.step, 3)
+    advanced(whole.state, whole.step, 4)
+    for mine, other in zip(
+        whole.state.denoiser.parameters(), resumed.state.denoiser.parameters(), strict=True
+    ):
+        assert torch.equal(mine, other)
