@@ -11,6 +11,8 @@ ready inputs, without optimisers, averages, noise, ratios or losses. The figure 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -45,6 +47,8 @@ class Options:
     rounds: int = 15
     width: int = 64
     """Width of the UNet."""
+    only: Literal["", "ours", "bare"] = ""
+    """Run two cycles of one side alone and print the process's peak memory in MiB (used on CPUs)."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,14 @@ def timed(action: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def alone(case: Case, options: Options, side: str) -> float:
+    """Peak resident MiB of a fresh process that runs one side only."""
+    command = [sys.executable, __file__, "--net", case.name.split()[0], "--batch", str(case.batch)]
+    command += ["--device", options.device, "--precision", options.precision, "--width", str(options.width)]
+    answer = subprocess.run([*command, "--only", side], capture_output=True, text=True, check=True)
+    return float(answer.stdout.split()[-1])
+
+
 def measure(case: Case, options: Options) -> dict[str, Any]:
     """Times one case; returns medians in milliseconds and peak memory."""
     device = pick_device(options.device)
@@ -148,6 +160,10 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
         for _ in range(k):
             method.step(state, batch)
 
+    if options.only:
+        for _ in range(2):
+            (ours if options.only == "ours" else bare)()
+        return {"peak": peak_memory()["cpu"] or 0}
     for _ in range(3):
         ours()
         bare()
@@ -162,7 +178,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
             peaks.append(torch.cuda.max_memory_allocated(device) / 2**20)
         memory = f"{peaks[0]:.0f} / {peaks[1]:.0f} MiB"
     else:
-        memory = f"{(peak_memory()['cpu'] or 0) / 2**20:.0f} MiB resident"
+        memory = " / ".join(f"{alone(case, options, side):.0f}" for side in ("ours", "bare")) + " MiB"
     return {
         "case": case.name,
         "batch": case.batch,
@@ -176,6 +192,9 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
 def main() -> None:
     """Prints the table."""
     options = tyro.cli(Options)
+    if options.only:
+        print(measure(cases(options)[0], options)["peak"] / 2**20)
+        return
     device = pick_device(options.device)
     name = (
         torch.cuda.get_device_name(device)

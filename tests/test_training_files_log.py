@@ -192,7 +192,7 @@ def test_environment_is_json_and_says_what_a_rerun_needs(monkeypatch):
     got = json.loads(json.dumps(environment(), allow_nan=False))
     assert got["command"] == "distmatch distill --out 'a b'"
     assert got["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert got["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(got["packages"]["torch"])  # the build (+cpu) may be left out
     assert got["packages"]["numpy"] == np.__version__
     assert all(got["packages"][name] for name in ("distmatch", "scipy", "scikit-learn"))
     assert got["devices"][0]["torch_threads"] == torch.get_num_threads()
