@@ -251,7 +251,7 @@ def test_an_archive_that_promises_more_than_it_holds(tmp_path):
     for size in (slice(directory + 20, directory + 24), slice(directory + 24, directory + 28)):
         content[size] = (10**6).to_bytes(4, "little")
     (tmp_path / "d.npz").write_bytes(content)
-    with pytest.raises(UserError, match="EOFError|BadZipFile"):
+    with pytest.raises(UserError, match=r"EOFError|BadZipFile"):
         load_data(tmp_path / "d.npz")
 
 
