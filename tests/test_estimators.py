@@ -43,6 +43,8 @@ TEXTBOOK = {
     "neyman": lambda r: (1 - r) ** 2 / r,
     "le_cam": lambda r: (r - 1) ** 2 / (r + 1),
     "tv": lambda r: 0.5 * np.abs(r - 1),
+    "gjs:0.3": lambda r: 0.3 * r * np.log(r) - (0.3 * r + 0.7) * np.log(0.3 * r + 0.7),
+    "skew_kl:0.1": lambda r: r * np.log(r / (0.1 * r + 0.9)),
     "alpha:0.3": lambda r: (r**0.3 - 0.3 * r - 0.7) / (0.3 * -0.7),
 }
 
@@ -119,6 +121,7 @@ def test_self_normalised_takes_densities_up_to_constants(name):
     assert found.value == pytest.approx(exact(name), rel=1e-9)
     shifted = renyi_monte_carlo(2.0, LOG_P + 7.0, LOG_Q, method="self_normalised")
     assert shifted.value == pytest.approx(math.log(np.sum(P * P / Q)), rel=1e-9)
+    assert monte_carlo("renyi:2", LOG_P, LOG_Q) == renyi_monte_carlo(2.0, LOG_P, LOG_Q)
 
 
 # --- errors ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
-from distmatch.divergences import Divergence, divergence
+from distmatch.divergences import Divergence, Renyi, divergence, measure
 from distmatch.divergences.estimators.inputs import check_log_densities
 from distmatch.divergences.estimators.results import (
     WeightedEstimate,
@@ -29,7 +29,7 @@ _NEAR_ONE = 1e-6  # Renyi orders closer than this to 1 are KL: the difference is
 
 
 def monte_carlo(
-    which: str | Divergence, log_p: Tensor, log_q: Tensor, *, method: Method = "control_variate"
+    which: str | Divergence | Renyi, log_p: Tensor, log_q: Tensor, *, method: Method = "control_variate"
 ) -> WeightedEstimate:
     """D_f(p || q) = E_q[f(p/q)] from log p and log q at independent samples of q.
 
@@ -43,7 +43,7 @@ def monte_carlo(
     checked for the first two methods. :func:`monte_carlo_two_sided` counts that mass.
 
     Args:
-        which: A divergence or its name.
+        which: A divergence or its name; Renyi's goes to :func:`renyi_monte_carlo`.
         log_p: log p at the samples, (n,); -inf where p is zero.
         log_q: log q at the samples, (n,).
         method: As above.
@@ -56,7 +56,9 @@ def monte_carlo(
     Raises:
         UserError: The log-densities have holes, or there is no such divergence or method.
     """
-    measure = divergence(which)
+    chosen = measure(which)
+    if isinstance(chosen, Renyi):
+        return renyi_monte_carlo(chosen.order, log_p, log_q, method=method)
     log_r = check_log_densities(log_p, log_q)
     if method not in get_args(Method):
         raise unknown_name("method", method, get_args(Method))
@@ -67,7 +69,7 @@ def monte_carlo(
                 "p vanishes at every sample of q", expected="supports that overlap", fix="use method='plain'"
             )
         log_r = log_r - _log_mean_exp(log_r)
-    terms = _terms(measure, log_r)
+    terms = _terms(chosen, log_r)
     value = float(terms.mean())
     if not math.isfinite(value):
         return WeightedEstimate(math.inf, math.nan, len(terms), None, ess)
@@ -78,7 +80,7 @@ def monte_carlo(
         spread = terms - terms.mean()
     elif method == "self_normalised":
         # What one more sample does to mean f(w / mean w), by the delta method.
-        slope = float(_finite(measure.df(log_r) * (1.0 + excess)).mean())
+        slope = float(_finite(chosen.df(log_r) * (1.0 + excess)).mean())
         spread = terms - value - slope * excess
         mass = None if ess >= few(len(terms)) else _weights_warning(ess, len(terms))
     else:
@@ -112,11 +114,11 @@ def monte_carlo_two_sided(
     Raises:
         UserError: The log-densities have holes, or there is no such divergence.
     """
-    measure = divergence(which)
+    chosen = divergence(which)
     low = check_log_densities(*at_q, where="q")
     high = -check_log_densities(*at_p, where="p")
-    on_q = _terms(measure, low.clamp(max=0.0))
-    on_p = _terms(measure.dual(), high.clamp(max=0.0))
+    on_q = _terms(chosen, low.clamp(max=0.0))
+    on_p = _terms(chosen.dual(), high.clamp(max=0.0))
     n = min(len(on_q), len(on_p))
     value = float(on_q.mean()) + float(on_p.mean())
     if not math.isfinite(value):
@@ -181,18 +183,18 @@ def renyi_monte_carlo(
     )
 
 
-def _terms(measure: Divergence, log_r: Tensor) -> Tensor:
+def _terms(chosen: Divergence, log_r: Tensor) -> Tensor:
     """f(r) at each log-ratio, with the true limit, maybe +inf, where r = 0."""
     empty = log_r == -math.inf
-    terms = measure.f(torch.where(empty, torch.zeros_like(log_r), log_r))
-    return torch.where(empty, torch.full_like(terms, _at_zero(measure)), terms)
+    terms = chosen.f(torch.where(empty, torch.zeros_like(log_r), log_r))
+    return torch.where(empty, torch.full_like(terms, _at_zero(chosen)), terms)
 
 
-def _at_zero(measure: Divergence) -> float:
+def _at_zero(chosen: Divergence) -> float:
     """The limit f(0), +inf where f grows without end towards r = 0."""
-    far = measure.f(torch.tensor([-400.0, -800.0, -math.inf], dtype=torch.float64)).tolist()
+    far = chosen.f(torch.tensor([-400.0, -800.0, -math.inf], dtype=torch.float64)).tolist()
     # An unbounded generator grows at least like -log r, so its value doubles from r = e^-400 to e^-800.
-    if math.isinf(measure.upper_bound) and far[1] > 1.9 * far[0]:
+    if math.isinf(chosen.upper_bound) and far[1] > 1.9 * far[0]:
         return math.inf
     return far[2] if math.isfinite(far[2]) else far[1]
 

@@ -34,7 +34,7 @@ BOUNDS = (DONSKER_VARADHAN, NWJ, CHI_SQUARE)
 Pair = tuple[Tensor, Tensor]
 
 _LEAST = 30  # samples of p and of q: fewer cannot be split in three
-_SCALES = tuple(0.05 * i for i in range(26))  # 0 to 1.25
+_SCALES = (*(0.05 * i for i in range(26)), 1.5, 2.0, 3.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class VariationalEstimator:
     """A divergence from samples of p and q, as a lower bound by a critic trained for it.
 
     Half of the samples train the critic, a sixth decides when to stop and how far to trust it (its log-ratio
-    is scaled by the best factor between 0 and 1.25), and the last third, which neither training nor choice
+    is scaled by the best factor between 0 and 5), and the last third, which neither training nor choice
     has seen, gives the bound and its standard error. The three parts must be independent: samples that occur
     more than once make the bound too large.
 
@@ -102,6 +102,7 @@ class VariationalEstimator:
             how = replace(self.training, lr=0.2 * self.training.lr)
             ascend(critic, objective, train, validation, how, seeds.generator(seed, "critic/bound"))
         critic.scale = _best_scale(self._bound, critic.at(validation[0]), critic.at(validation[1]))
+        critic.eval().requires_grad_(False)
         return critic, *test
 
     def evaluate(self, critic: Critic, x_p: Tensor, x_q: Tensor) -> LowerBound:
