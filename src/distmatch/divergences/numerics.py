@@ -100,7 +100,7 @@ def log_blend(x: Tensor, b: float) -> Tensor:
     log_b, log_rest = math.log(b), math.log1p(-b)
     return torch.where(
         near,
-        torch.log1p(b * torch.expm1(inside)),
+        torch.log1p(b * expm1(inside)),
         torch.logaddexp(x + log_b, torch.full_like(x, log_rest)),
     )
 

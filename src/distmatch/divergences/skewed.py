@@ -126,7 +126,8 @@ def skew_kl(a: float) -> Divergence:
         return bounded_exp(log_blend(x, a)) * entropy_excess(-log_blend(-x, rest))
 
     def d2f(x: Tensor) -> Tensor:
-        return bounded_exp(-x - 2 * log_blend(x, a), rest**2)
+        exponent = -x - 2 * log_blend(x, a)
+        return rest**2 * torch.exp(exponent.clamp(max=log_max(x.dtype) - 1.0))  # twice it is still finite
 
     slope = _skew_kl_slope(a)
     return Divergence(
