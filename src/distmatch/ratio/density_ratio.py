@@ -147,7 +147,7 @@ def fit_ratio(
     """Fits r = p/q to samples of p and of q.
 
     * ``classifier``: the logit of a classifier, less the log prior; ``model`` (mlp, quadratic, linear),
-      ``calibration`` (platt, temperature, isotonic, none), ``steps`` of the network.
+      ``calibration`` (none, platt, temperature, isotonic), ``steps`` of the network.
     * ``telescoping``: a chain of classifiers between waypoints, for p and q that hardly overlap;
       ``bridges`` (chosen if not given) and the options of the classifier.
     * ``ulsif``: least squares on kernels; ``centres``, and ``widths`` and ``ridges`` to choose from by
@@ -202,8 +202,8 @@ def fit_ratio(
             got=", ".join(foreign),
             expected=f"one of {', '.join(_OPTIONS[method])}",
         )
-    if not 0 < held_out < 1:
-        raise UserError("held_out is a share", got=held_out, expected="a number between 0 and 1, such as 0.2")
+    if not 0 < held_out <= 0.5:
+        raise UserError("held_out is a share", got=held_out, expected="above 0 and at most 0.5")
     check_pair(x_p, x_q)
     stream = seeds.generator(seed, "ratio/split")
     fit_p, test_p = (x_p[i] for i in split(len(x_p), held_out, stream, x_p.device))

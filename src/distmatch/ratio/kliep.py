@@ -28,7 +28,7 @@ class KliepSettings:
         centres: Kernels, at most.
         widths: Kernel widths to choose from, in the unit of standardised samples; None takes multiples of the
             median distance.
-        folds: Parts of the samples of p for the likelihood cross-validation.
+        folds: Parts of the samples for the cross-validation.
     """
 
     centres: int = 100
@@ -37,11 +37,15 @@ class KliepSettings:
 
     def __post_init__(self) -> None:
         if self.folds < 2:
-            raise UserError("cross-validation needs two folds", got=self.folds, expected="2 or more")
+            raise UserError("cross-validation needs at least two folds", got=self.folds, expected="2 or more")
 
 
 def fit_kliep(p: Tensor, q: Tensor, settings: KliepSettings, seed: int) -> Fitted:
     """Fits KLIEP with the width of greatest cross-validated likelihood; memory grows with n times centres.
+
+    Both samples are divided into folds, and the score of a width is E_p[log r] - E_q[r] + 1 on the fold that
+    was left out, a lower bound of KL(p || q). Dividing p alone, as is usual, rewards ratios that grow without
+    bound where there is no sample of q.
 
     Args:
         p: Samples of p, (n, d) float64, standardised, in random order.
@@ -50,30 +54,42 @@ def fit_kliep(p: Tensor, q: Tensor, settings: KliepSettings, seed: int) -> Fitte
         seed: Seed of the choice of centres.
     """
     centres = choose_centres(p, settings.centres, seeds.generator(seed, "ratio/centres"))
-    fold = torch.arange(len(p), device=p.device) % min(settings.folds, len(p))
-    widths, scores = candidate_widths(settings.widths, p, q), []
-    for width in widths:
-        terms = scaled_log_kernels(p, q, centres, width)
-        score = torch.empty(len(p), dtype=p.dtype, device=p.device)
-        for k in range(int(fold.max()) + 1):
-            log_w, _ = mixture_weights(terms[fold != k], tolerance=3e-3)
-            score[fold == k] = torch.logsumexp(terms[fold == k] + log_w, 1)
-        scores.append(score)
-    best = max(scores, key=lambda score: score.sum().item())
-    # The widest that is not worse than the best by more than one standard error: narrow kernels that gain
-    # nothing on samples of p leave gaps between them, where the ratio of samples of q is far too small.
-    tied = [k for k, s in enumerate(scores) if (best - s).mean() <= (best - s).std() / math.sqrt(len(p))]
-    width = max(widths[k] for k in tied)
-    likelihood = scores[widths.index(width)].mean().item()
+    widths = candidate_widths(settings.widths, p, q)
+    scores = [_left_out_scores(p, q, centres, width, settings.folds) for width in widths]
+    best_p, best_q = max(scores, key=lambda parts: (parts[0].mean() + parts[1].mean()).item())
+    # The widest that is not worse than the best by more than one standard error: the smoother ratio.
+    tied = []
+    for width, (on_p, on_q) in zip(widths, scores, strict=True):
+        loss_p, loss_q = best_p - on_p, best_q - on_q
+        if loss_p.mean() + loss_q.mean() <= (loss_p.var() / len(p) + loss_q.var() / len(q)).sqrt():
+            tied.append((width, (on_p.mean() + on_q.mean()).item()))
+    width, bound = max(tied)
     log_w, gap = mixture_weights(scaled_log_kernels(p, q, centres, width), tolerance=1e-4)
     shift = log_w - log_mean_kernel(q, centres, width)
     chosen: dict[str, float | int | str] = {
         "width": width,
         "centres": len(centres),
-        "log_likelihood": likelihood,
+        "kl_bound": bound,
         "gap": gap,
     }
     return Fitted(lambda x: torch.logsumexp(log_kernel(x, centres, width) + shift, 1), chosen)
+
+
+def _left_out_scores(
+    p: Tensor, q: Tensor, centres: Tensor, width: float, folds: int
+) -> tuple[Tensor, Tensor]:
+    """Log r (n,) at samples of p and 1 - r (m,) at samples of q, each fitted without its own fold."""
+    fold_p = torch.arange(len(p), device=p.device) % folds
+    fold_q = torch.arange(len(q), device=q.device) % folds
+    kernels_p, kernels_q = log_kernel(p, centres, width), log_kernel(q, centres, width)
+    on_p, on_q = torch.empty_like(p[:, 0]), torch.empty_like(q[:, 0])
+    for k in range(folds):
+        rest = kernels_q[fold_q != k]
+        scale = torch.logsumexp(rest, 0) - math.log(len(rest))
+        log_w, _ = mixture_weights(kernels_p[fold_p != k] - scale, tolerance=3e-3)
+        on_p[fold_p == k] = torch.logsumexp(kernels_p[fold_p == k] + log_w - scale, 1)
+        on_q[fold_q == k] = 1.0 - torch.logsumexp(kernels_q[fold_q == k] + log_w - scale, 1).exp()
+    return on_p, on_q
 
 
 def log_mean_kernel(q: Tensor, centres: Tensor, width: float) -> Tensor:

@@ -59,7 +59,7 @@ class LeastSquaresSettings:
 
 
 def fit_least_squares(p: Tensor, q: Tensor, settings: LeastSquaresSettings, seed: int) -> Fitted:
-    """Fits the (relative) ratio with width and ridge of least leave-one-out loss.
+    """Fits the (relative) ratio with width and ridge chosen by leave-one-out loss.
 
     Args:
         p: Samples of p, (n, d) float64, standardised, in random order.
@@ -70,12 +70,17 @@ def fit_least_squares(p: Tensor, q: Tensor, settings: LeastSquaresSettings, seed
     a = settings.alpha
     centres = choose_centres(p, settings.centres, seeds.generator(seed, "ratio/centres"))
     ridges = positive(settings.ridges, "ridge")
-    best = (math.inf, math.nan, math.nan)
+    trials = []
     for width in candidate_widths(settings.widths, p, q):
         losses = leave_one_out(p, q, centres, width, ridges, a)
-        index = int(losses.argmin())
-        best = min(best, (losses[index].item(), width, ridges[index]))
-    loss, width, ridge = best
+        index = int(losses.mean(1).argmin())
+        trials.append((width, ridges[index], losses[index]))
+    best = min((losses for _, _, losses in trials), key=lambda losses: losses.mean().item())
+    # The widest that is not worse than the best by more than one standard error: the smoother ratio.
+    gaps = [losses - best for _, _, losses in trials]
+    tied = [t for t, gap in zip(trials, gaps, strict=True) if gap.mean() <= gap.std() / math.sqrt(len(gap))]
+    width, ridge, losses = max(tied, key=lambda trial: trial[0])
+    loss = losses.mean().item()
     theta = solve(p, q, centres, width, ridge, a)
     if not bool((theta > 0).any()):
         raise UserError(
@@ -126,7 +131,7 @@ def leave_one_out(
         a: Share of p in the denominator.
 
     Returns:
-        Mean loss over the folds, one per ridge, float64. There are min(n, m, 2000) folds.
+        The loss of every fold, (ridges, folds) float64. There are min(n, m, 2000) folds.
     """
     n, m = len(p), len(q)
     folds = min(n, m, _LEFT_OUT)
@@ -149,5 +154,5 @@ def leave_one_out(
         theta = inner + (spread * pull).sum(1)
         theta = theta.clamp_min(0.0)
         r_p, r_q = (theta * phi_p).sum(1), (theta * phi_q).sum(1)
-        losses.append((0.5 * a * r_p.square() + 0.5 * (1 - a) * r_q.square() - r_p).mean())
+        losses.append(0.5 * a * r_p.square() + 0.5 * (1 - a) * r_q.square() - r_p)
     return torch.stack(losses)

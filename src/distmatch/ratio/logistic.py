@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distmatch.base import seeds
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.ratio.calibration import calibrate
+from distmatch.ratio.calibration import CALIBRATIONS, calibrate
 from distmatch.ratio.samples import CHUNK, Fitted, LogRatio, in_chunks, split
 
 MODELS = ("mlp", "quadratic", "linear")
@@ -38,18 +38,20 @@ class ClassifierSettings:
 
     Attributes:
         model: One of :data:`MODELS`; ``mlp`` is the quadratic regression plus a network.
-        calibration: One of :data:`distmatch.ratio.calibration.CALIBRATIONS`; None calibrates the network
-            (``platt``), but not a regression, which is then fitted to all samples.
+        calibration: One of :data:`distmatch.ratio.calibration.CALIBRATIONS`. A fifth of the samples is set
+            aside for it; early stopping leaves so little to correct that the default is ``none``.
         steps: Optimiser steps of the network, at most.
     """
 
     model: str = "mlp"
-    calibration: str | None = None
+    calibration: str = "none"
     steps: int = 1000
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise unknown_name("classifier model", self.model, MODELS)
+        if self.calibration not in CALIBRATIONS:
+            raise unknown_name("calibration", self.calibration, CALIBRATIONS)
         if self.steps < 0:
             raise UserError("steps must not be negative", got=self.steps, expected="0 or more")
 
@@ -68,7 +70,7 @@ def fit_classifier(p: Tensor, q: Tensor, settings: ClassifierSettings, seed: int
     if len(q) != len(p):  # rows that are pairs, as the waypoints of a chain are, stay together
         parts_q = split(len(q), _CALIBRATION_SHARE, stream, q.device)
     train_p, held_p, train_q, held_q = p[parts_p[0]], p[parts_p[1]], q[parts_q[0]], q[parts_q[1]]
-    calibration = settings.calibration or ("platt" if settings.model == "mlp" else "none")
+    calibration = settings.calibration
     if settings.model != "mlp" and calibration == "none":
         train_p, train_q = p, q  # nothing is held out that needs to be
     raw = fit_regression(train_p, train_q, "linear" if settings.model == "linear" else "quadratic")
