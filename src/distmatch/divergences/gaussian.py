@@ -83,7 +83,8 @@ class Gaussian:
             raise UserError(
                 "positions do not fit the Gaussian", got=tuple(x.shape), expected=f"(M, {self.dimension})"
             )
-        factor = torch.linalg.cholesky(self.covariance)
-        white = torch.linalg.solve_triangular(factor, (points - self.mean).T, upper=False)
+        gap = points - self.mean
+        factor = torch.linalg.cholesky(self.covariance.to(gap.dtype))
+        white = torch.linalg.solve_triangular(factor, gap.T, upper=False)
         constant = 0.5 * self.dimension * math.log(2.0 * math.pi) + factor.diagonal().log().sum()
         return -0.5 * (white * white).sum(0) - constant
