@@ -54,7 +54,9 @@ def f_gan_bound(which: str | Divergence, log_r_p: Tensor, log_r_q: Tensor) -> Lo
     """
     measure = divergence(which)
     on_p, on_q = f_gan_terms(measure, *check_critic(log_r_p, log_r_q))
-    return _two_means(on_p, on_q, limit=len(on_q) if measure.name == "kl" else None)
+    # Both KL rest on samples of one side that look like the other.
+    limit = {"kl": len(on_q), "reverse_kl": len(on_p)}.get(measure.name)
+    return _two_means(on_p, on_q, limit)
 
 
 def classifier_bound(
@@ -171,4 +173,4 @@ def _two_means(on_p: Tensor, on_q: Tensor, limit: int | None) -> LowerBound:
 def _saturated(value: float, m: int) -> str | None:
     if value <= math.log(m):
         return None
-    return f"above log {m} = {math.log(m):.3g} a bound from {m} samples of q cannot be trusted"
+    return f"above log {m} = {math.log(m):.3g} a bound from {m} samples cannot be trusted"
