@@ -119,6 +119,34 @@ def test_least_squares_solves_its_normal_equations():
     torch.testing.assert_close(solve(p, q, p[:5], 1.0, 0.1, 0.2), best.clamp_min(0), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+def test_least_squares_agrees_with_densratio(alpha):
+    densratio = pytest.importorskip("densratio")  # same kernels, loss, ridge and clipping
+    p, q = draw(150, 2, 1), draw(120, 2, 2, 0.0, 1.0)
+    settings = {"sigma_range": [0.8], "lambda_range": [0.05], "kernel_num": 20, "verbose": False}
+    peer = densratio.densratio(p.numpy(), q.numpy(), method="RuLSIF", alpha=alpha, **settings)
+    centres = torch.as_tensor(peer.kernel_info.centers)
+    x = draw(50, 2, 3)
+    mine = log_kernel(x, centres, 0.8).exp() @ solve(p, q, centres, 0.8, 0.05, alpha)
+    torch.testing.assert_close(
+        mine, torch.as_tensor(peer.compute_density_ratio(x.numpy())), rtol=1e-6, atol=0
+    )
+
+
+def test_kliep_reaches_at_least_the_likelihood_of_densratio():
+    densratio = pytest.importorskip("densratio")  # projected gradient ascent; the problem is concave
+    p, q = draw(150, 2, 1), draw(120, 2, 2, 0.0, 1.0)
+    peer = densratio.densratio(
+        p.numpy(), q.numpy(), method="KLIEP", sigma=[0.8], kernel_num=20, verbose=False
+    )
+    centres = torch.as_tensor(peer.kernel_info.centers)
+    log_w, gap = mixture_weights(scaled_log_kernels(p, q, centres, 0.8), tolerance=1e-5, most=20_000)
+    mine = torch.logsumexp(scaled_log_kernels(p, q, centres, 0.8) + log_w, 1)
+    on_p, on_q = (torch.as_tensor(peer.compute_density_ratio(x.numpy())) for x in (p, q))
+    theirs = on_p / on_q.mean()  # the constraint E_q[r] = 1, exactly
+    assert mine.mean() >= theirs.log().mean() - gap
+
+
 def test_the_relative_ratio_is_converted_and_says_where_it_cannot_be():
     p, q = draw(1000, 1, 1), draw(1000, 1, 2, 0.0, 1.0)
     ratio = fit_ratio(p, q, "rulsif", alpha=0.4)
