@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distmatch.divergences import closed_forms
 from distmatch.divergences.alpha import alpha
 from distmatch.divergences.combined import mixture
 from distmatch.divergences.core import Divergence
@@ -19,6 +20,7 @@ __all__ = [
     "Divergence",
     "Renyi",
     "alpha",
+    "closed_forms",
     "custom",
     "divergence",
     "divergence_1d",

@@ -41,10 +41,10 @@ def contributions(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tenso
     return torch.where(either, lost + stray, both)
 
 
-def total(
+def partial(
     which: Divergence | Renyi, log_p: Tensor, log_q: Tensor, log_volume: Tensor | float = 0.0
-) -> Tensor:
-    """The divergence as a sum over the last dimension.
+) -> tuple[Tensor, Tensor | None]:
+    """What a set of places contributes to a divergence; :func:`combined` puts several sets together.
 
     Args:
         which: An f-divergence or a Renyi divergence.
@@ -53,18 +53,33 @@ def total(
         log_volume: Log of the volume each place stands for; 0 for a discrete distribution.
 
     Returns:
-        Values in nats, shape (...); inf where the divergence is.
+        The sum of :func:`contributions` to it (Renyi: to the alpha divergence of its order), and for Renyi
+        the log of the integral of p^a q^(1-a); shapes (...).
     """
-    if isinstance(which, Divergence):
-        volume = torch.as_tensor(log_volume, dtype=log_p.dtype, device=log_p.device).exp()
-        return (contributions(which, log_p, log_q) * volume).sum(-1)
-    value = total(which.alpha, log_p, log_q, log_volume)
-    if which.is_kl:
-        return value
+    divergence = which if isinstance(which, Divergence) else which.alpha
+    volume = torch.as_tensor(log_volume, dtype=log_p.dtype, device=log_p.device).exp()
+    value = (contributions(divergence, log_p, log_q) * volume).sum(-1)
+    if isinstance(which, Divergence) or which.is_kl:
+        return value, None
     a = which.order
-    nothing = (log_p == -math.inf) | ((log_q == -math.inf) if a < 1 else (log_p == log_q) & log_q.isinf())
+    no_p, no_q = log_p == -math.inf, log_q == -math.inf
+    nothing = no_p | (no_q if a < 1 else no_p & no_q)
     tilted = torch.where(nothing, torch.full_like(log_p, -math.inf), a * log_p + (1.0 - a) * log_q)
-    direct = torch.logsumexp(tilted + log_volume, -1) / (a - 1.0)
+    return value, torch.logsumexp(tilted + log_volume, -1)
+
+
+def combined(which: Divergence | Renyi, parts: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """The value of the divergence in nats from all its parts."""
+    value = torch.stack([v for v, _ in parts]).sum(0)
+    logs = [log for _, log in parts if log is not None]
+    if isinstance(which, Divergence) or not logs:
+        return value
+    direct = torch.logsumexp(torch.stack(logs), 0) / (which.order - 1.0)
     # Near 0 the mean of r^a is 1 with hardly a digit more, and A_a keeps them; far from it A_a has lost them.
-    small = (a * (a - 1.0) * value).abs() < 0.5
+    small = (which.order * (which.order - 1.0) * value).abs() < 0.5
     return torch.where(small, which.from_alpha(torch.where(small, value, torch.zeros_like(value))), direct)
+
+
+def total(which: Divergence | Renyi, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The divergence of discrete distributions with log-probabilities of shape (..., K); shape (...)."""
+    return combined(which, [partial(which, log_p, log_q)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.divergences.core import Divergence
 from distmatch.divergences.lookup import measure
-from distmatch.divergences.pointwise import total
+from distmatch.divergences.pointwise import combined, partial
 from distmatch.divergences.renyi import Renyi
 
 _NODES = 16
@@ -56,15 +56,27 @@ def _evaluate(log_density: LogDensity, x: Tensor, who: str) -> Tensor:
     return value.double()
 
 
-def _warn_unless_normalised(log_p: Tensor, log_q: Tensor, log_volume: Tensor) -> None:
-    for who, log_density in (("p", log_p), ("q", log_q)):
-        mass = float(torch.logsumexp(log_density.detach() + log_volume, -1).exp())
+def _integral(
+    which: str | Divergence | Renyi,
+    densities: tuple[LogDensity, LogDensity],
+    chunks: Iterable[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """The divergence over the chunks of (positions, log-volumes); warns unless both masses are 1."""
+    found = measure(which)
+    parts, masses = [], [0.0, 0.0]
+    for x, log_volume in chunks:
+        logs = [_evaluate(f, x, who) for f, who in zip(densities, ("log_p", "log_q"), strict=True)]
+        parts.append(partial(found, logs[0], logs[1], log_volume))
+        for k, log_density in enumerate(logs):
+            masses[k] += float((log_density.detach() + log_volume).exp().sum())
+    for who, mass in zip(("p", "q"), masses, strict=True):
         if abs(mass - 1.0) > 1e-3:
             warnings.warn(
                 f"{who} has mass {mass:.4g} on the region of the quadrature, not 1: the region is too small, "
                 "the panels are too wide, or the density is not normalised; the value is that much off.",
                 stacklevel=3,
             )
+    return combined(found, parts)
 
 
 def divergence_1d(
@@ -101,9 +113,7 @@ def divergence_1d(
         UserWarning: A density does not have mass 1 (within 0.001) on the interval.
     """
     x, log_volume = _rule(low, high, n, device)
-    teacher, student = _evaluate(log_p, x, "log_p"), _evaluate(log_q, x, "log_q")
-    _warn_unless_normalised(teacher, student, log_volume)
-    return total(measure(which), teacher, student, log_volume)
+    return _integral(which, (log_p, log_q), [(x, log_volume)])
 
 
 def divergence_2d(
@@ -117,7 +127,8 @@ def divergence_2d(
 ) -> Tensor:
     """D_f(p || q) over a rectangle, by ``n`` x ``n`` panels of 16 x 16 Gauss-Legendre points in float64.
 
-    The log-densities are called on at most 262,144 points at a time. As :func:`divergence_1d` otherwise.
+    Works in chunks of at most 262,144 points, so that memory stays bounded where no gradient is asked. As
+    :func:`divergence_1d` otherwise.
 
     Args:
         which: A name :func:`distmatch.divergences.measure` knows, or its object.
@@ -140,12 +151,8 @@ def divergence_2d(
     x, log_width = _rule(low[0], high[0], n, device)
     y, log_height = _rule(low[1], high[1], n, device)
     rows = max(1, _CHUNK // len(y))
-    teacher, student = [], []
-    for part in x.split(rows):
-        points = torch.cartesian_prod(part, y)
-        teacher.append(_evaluate(log_p, points, "log_p"))
-        student.append(_evaluate(log_q, points, "log_q"))
-    log_volume = (log_width[:, None] + log_height).flatten()
-    p, q = torch.cat(teacher), torch.cat(student)
-    _warn_unless_normalised(p, q, log_volume)
-    return total(measure(which), p, q, log_volume)
+    chunks = (
+        (torch.cartesian_prod(part, y), (log_part[:, None] + log_height).flatten())
+        for part, log_part in zip(x.split(rows), log_width.split(rows), strict=True)
+    )
+    return _integral(which, (log_p, log_q), chunks)
