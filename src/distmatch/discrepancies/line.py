@@ -22,7 +22,7 @@ def checked_order(p: float) -> float:
     return float(p)
 
 
-def _sorted(values: Tensor, want_order: bool) -> tuple[Tensor, Tensor | None]:
+def _sorted(values: Tensor, want_order: bool, *, runs: bool = False) -> tuple[Tensor, Tensor | None]:
     """Rows in ascending order and, where asked for or needed by autograd, the permutation."""
     graph = torch.is_grad_enabled() and values.requires_grad
     if values.device.type != "cpu":
@@ -34,7 +34,8 @@ def _sorted(values: Tensor, want_order: bool) -> tuple[Tensor, Tensor | None]:
         array = array.copy()
         array.sort(axis=1)
         return torch.from_numpy(array), None
-    order = torch.from_numpy(array.argsort(axis=1))
+    # The stable kind also profits from levels that come as two ascending runs.
+    order = torch.from_numpy(array.argsort(axis=1, kind="stable" if runs else None))
     return values.gather(1, order), order
 
 
@@ -49,10 +50,10 @@ def _merged(order: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 
     ``order`` (..., n + m) sorts the n cumulative weights of x followed by the m of y.
     """
-    of_x = (order < n).to(torch.int64)
-    before_x = of_x.cumsum(-1) - of_x
+    of_x = (order < n).long()
+    before_x = of_x.cumsum(-1).sub_(of_x)
     before_y = torch.arange(n + m, device=order.device) - before_x
-    return before_x.clamp_max(n - 1), before_y.clamp_max(m - 1)
+    return before_x.clamp_(max=n - 1), before_y.clamp_(max=m - 1)
 
 
 def _equal_weights(u: Tensor, v: Tensor, p: float) -> Tensor:
@@ -68,20 +69,20 @@ def _equal_weights(u: Tensor, v: Tensor, p: float) -> Tensor:
     ix, iy = _merged(order, n, m)
     moved = share > 0
     ix, iy, share = ix[moved], iy[moved], share[moved].to(u.dtype)
-    return _powers(u[:, ix] - v[:, iy], p) @ share
+    return _powers(u.index_select(1, ix) - v.index_select(1, iy), p) @ share
 
 
 def _any_weights(u: Tensor, v: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
     n, m = u.shape[1], v.shape[1]
     u, order_u = _sorted(u, True)
     v, order_v = _sorted(v, True)
-    levels = torch.cat([a[order_u].cumsum(1), b[order_v].cumsum(1)], 1).clamp_max(1.0)
-    levels, order = _sorted(levels, True)
+    levels, order = _sorted(torch.cat([a[order_u].cumsum(1), b[order_v].cumsum(1)], 1), True, runs=True)
     if order is None:
         raise RuntimeError("a sort lost its permutation")
     ix, iy = _merged(order, n, m)
-    share = torch.diff(levels, dim=1, prepend=torch.zeros_like(levels[:, :1]))
-    return (_powers(u.gather(1, ix) - v.gather(1, iy), p) * share).sum(1).to(u.dtype)
+    costs = _powers(u.gather(1, ix) - v.gather(1, iy), p).to(levels.dtype)
+    first = levels[:, 0] * costs[:, 0]
+    return (first + torch.linalg.vecdot(torch.diff(levels, dim=1), costs[:, 1:])).to(u.dtype)
 
 
 def line_costs(u: Tensor, v: Tensor, measures: Measures, p: float) -> Tensor:

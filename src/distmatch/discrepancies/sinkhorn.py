@@ -173,7 +173,7 @@ def sinkhorn_divergence(
         pulls = list(_cost_gradients(left, right, both)) if moments else []
         if debias:
             selves = [
-                solve_self(z, eps, spread=spread, tol=tol, max_iter=max_iter, moments=moments)
+                solve_self(z, eps, spread=spread, tol=tol, max_iter=max_iter, memory=memory, moments=moments)
                 for z in (left, right)
             ]
             total = total - (_dual(left, left, selves[0]) + _dual(right, right, selves[1])) / 2

@@ -128,38 +128,51 @@ def sweep_blocks(
     return Sweep(f, sums, barycentre, pulled)
 
 
-class KeptKernel:
-    """The kernel around reference potentials, b_j exp((f_i + g_j - C_ij) / eps), whose rows sum to one."""
+class Sweeper:
+    """Sweeps at one regularisation, by a kept kernel where there is room for it.
 
-    def __init__(self, x: Cloud, y: Cloud, f: Tensor, g: Tensor, eps: float) -> None:
-        self.x, self.y, self.f, self.g, self.eps = x, y, f, g, eps
+    The kept kernel is b_j exp((f_i + g_j - C_ij) / eps) around reference potentials, so its rows sum to one.
+    """
+
+    def __init__(self, x: Cloud, y: Cloud, eps: float, memory: int) -> None:
+        self.x, self.y, self.eps = x, y, eps
         n, m = x.points.shape[0], y.points.shape[0]
-        self.kernel = x.points.new_empty(n, m)
+        self.room = n * m * x.points.element_size() <= memory
         self.step = _rows_per_block(y)
-        bias = ((g - y.half_norm) / eps + y.log_weight).to(x.points.dtype)
-        shift = ((f - x.half_norm) / eps).to(x.points.dtype)
-        scaled = (y.points.T / eps).contiguous()
-        for low in range(0, n, self.step):
+        self.kernel: Tensor | None = None
+        self.f, self.g = torch.empty_like(x.half_norm), torch.empty_like(y.half_norm)
+
+    def settle(self, f: Tensor, g: Tensor, step: Tensor) -> None:
+        """Keeps the kernel at potentials that the last ``step`` changed little, unless there is one."""
+        if not self.room or self.kernel is not None or float(step.abs().max()) > _REACH * self.eps / 2:
+            return
+        x, y, self.f, self.g = self.x, self.y, f, g
+        kernel = x.points.new_empty(x.points.shape[0], y.points.shape[0])
+        bias = ((g - y.half_norm) / self.eps + y.log_weight).to(kernel.dtype)
+        shift = ((f - x.half_norm) / self.eps).to(kernel.dtype)
+        scaled = (y.points.T / self.eps).contiguous()
+        for low in range(0, x.points.shape[0], self.step):
             rows = slice(low, low + self.step)
-            block = torch.addmm(bias, x.points[rows], scaled, out=self.kernel[rows])
+            block = torch.addmm(bias, x.points[rows], scaled, out=kernel[rows])
             block.add_(shift[rows, None]).clamp_(min=_FLOOR[block.dtype]).exp_()
+        self.kernel = kernel
 
-    def reaches(self, g: Tensor) -> bool:
-        """Whether ``g`` is near enough to the reference."""
-        return float((g - self.g).abs().max()) <= _REACH * self.eps
-
-    def sweep(self, g: Tensor) -> Sweep:
-        """A sweep by two products with vectors, block after block."""
+    def sweep(self, g: Tensor, *, columns: bool = True) -> Sweep:
+        """A sweep: two products with vectors, or blocks where the kept kernel does not reach ``g``."""
+        if self.kernel is not None and float((g - self.g).abs().max()) > _REACH * self.eps:
+            self.kernel = None
+        if self.kernel is None:
+            return sweep_blocks(self.x, self.y, g, self.eps, columns=columns)
         scaling = ((g - self.g) / self.eps).exp()
         narrow = scaling.to(self.kernel.dtype)
-        mass = torch.empty_like(self.f)
-        columns = torch.zeros_like(self.g)
+        mass, sums = torch.empty_like(self.f), torch.zeros_like(g)
         for low in range(0, self.kernel.shape[0], self.step):
             rows = slice(low, low + self.step)
             block = self.kernel[rows]
             mass[rows] = (block @ narrow).double()
-            columns += (self.x.weight[rows] / mass[rows]).to(block.dtype) @ block
-        return Sweep(self.f - self.eps * mass.log(), columns * scaling)
+            if columns:
+                sums += (self.x.weight[rows] / mass[rows]).to(block.dtype) @ block
+        return Sweep(self.f - self.eps * mass.log(), sums * scaling)
 
 
 def _softmin_at(x: Cloud, y: Cloud, f: Tensor, where: Tensor, eps: float) -> Tensor:
@@ -211,21 +224,16 @@ def solve(
     g = torch.zeros_like(y.half_norm)
     for hot in cooling(spread, eps):
         g = g + _ascent(x, y, g, sweep_blocks(x, y, g, hot), hot)
-    keep = x.points.shape[0] * y.points.shape[0] * x.points.element_size() <= memory
     slack = 10 * torch.finfo(x.points.dtype).eps * (spread + eps)
-    kernel: KeptKernel | None = None
+    sweeper = Sweeper(x, y, eps, memory)
     mixing = Anderson(y.weight)
     best, best_g, best_step = -math.inf, g, torch.zeros_like(g)
     iterations = 0
     while iterations < max_iter:
         iterations += 1
-        if kernel is not None and kernel.reaches(g):
-            found = kernel.sweep(g)
-        else:
-            kernel, found = None, sweep_blocks(x, y, g, eps)
+        found = sweeper.sweep(g)
         step = _ascent(x, y, g, found, eps)
-        if keep and kernel is None and float(step.abs().max()) < _REACH * eps / 2:
-            kernel = KeptKernel(x, y, found.f, g, eps)
+        sweeper.settle(found.f, g, step)
         dual = float(x.weight @ found.f + y.weight @ g)
         error = float((found.columns - y.weight).abs().sum())
         if error <= tol:
@@ -237,13 +245,22 @@ def solve(
             continue
         best, best_g, best_step = dual, g, step
         g = mixing.next(g, step)
-    del kernel
+    sweeper.kernel = None
     last = sweep_blocks(x, y, g, eps, moments=moments)
     error = float((last.columns - y.weight).abs().sum())
     return Solution(last, g, iterations, error, error <= 2 * tol)
 
 
-def solve_self(x: Cloud, eps: float, *, spread: float, tol: float, max_iter: int, moments: bool) -> Solution:
+def solve_self(
+    x: Cloud,
+    eps: float,
+    *,
+    spread: float,
+    tol: float,
+    max_iter: int,
+    memory: int,
+    moments: bool,
+) -> Solution:
     """The one potential of a measure transported to itself.
 
     The plain map T has a derivative with eigenvalues in [-1, 0], so f + 2/3 (T f - f) at least divides the
@@ -255,18 +272,22 @@ def solve_self(x: Cloud, eps: float, *, spread: float, tol: float, max_iter: int
         spread: Cost from which the regularisation is cooled down.
         tol: L1 error of the marginal at which to stop.
         max_iter: Largest number of sweeps at ``eps``.
+        memory: Bytes that a kept kernel may take.
         moments: Whether the last sweep returns the barycentres.
     """
     f = torch.zeros_like(x.half_norm)
     for hot in cooling(spread, eps):
         f = f + _SELF_STEP * (sweep_blocks(x, x, f, hot, columns=False).f - f)
+    sweeper = Sweeper(x, x, eps, memory)
     error, iterations = math.inf, 0
     while iterations < max_iter and error > tol:
         iterations += 1
-        plain = sweep_blocks(x, x, f, eps, columns=False).f
+        plain = sweeper.sweep(f, columns=False).f
+        sweeper.settle(plain, f, plain - f)
         error = float(x.weight @ ((f - plain) / eps).exp().sub(1).abs())
         if error > tol:
             f = f + _SELF_STEP * (plain - f)
+    sweeper.kernel = None
     last = sweep_blocks(x, x, f, eps, moments=moments)
     error = float((last.columns - x.weight).abs().sum())
     return Solution(last, f, iterations, error, error <= 2 * tol)
