@@ -14,7 +14,11 @@ from distmatch.divergences import NAMES, Divergence, alpha, divergence
 
 LOG2 = math.log(2.0)
 ALPHAS = (-3.0, -0.5, -0.05, 1e-9, 0.3, 0.5, 0.95, 1 + 1e-9, 1.05, 1.5, 3.3)
-SHARES = tuple(f"{family}:{a}" for family in ("gjs", "skew_kl", "skew_reverse_kl") for a in (0.02, 0.4, 0.9))
+SHARES = tuple(
+    f"{family}:{a}"
+    for family in ("gjs", "skew_kl", "skew_reverse_kl")
+    for a in (1e-06, 0.02, 0.4, 0.9, 0.999)
+)
 SMOOTH = (*(n for n in NAMES if n != "tv"), *(f"alpha:{a!r}" for a in ALPHAS), *SHARES)
 
 
@@ -294,7 +298,8 @@ def test_names_aliases_and_spelling():
         ("gjs", "gjs:0.5"),
         ("skew_kl:1", "less than 1"),
         ("skew_kl:nan", "less than 1"),
-        ("skew_reverse_kl:-0.1", "0 or more"),
+        ("skew_reverse_kl:-0.1", "0, or more"),
+        ("gjs:1e-300", "more than 0"),
         ("renyi:0.5", "alpha"),
     ],
 )

@@ -91,13 +91,16 @@ def log_mean(log_r: Tensor) -> Tensor:
     return blend(log_r, lambda y: torch.log1p(0.5 * torch.expm1(y)), lambda y: -logsigmoid(-y) - LOG2)
 
 
-def log_blend(x: Tensor, b: float) -> Tensor:
-    """``log(b r + 1 - b)``, the log-ratio of the mixture b p + (1 - b) q to q, for 0 < b < 1."""
+def log_blend(x: Tensor, b: float, rest: float) -> Tensor:
+    """``log(b r + rest)``, the log-ratio of the mixture b p + rest q to q; both positive, with sum 1.
+
+    Both are taken because ``1 - b`` has lost the digits of a small ``rest``.
+    """
     with torch.no_grad():
         excess = b * torch.expm1(x.clamp(max=log_max(x.dtype) - 1.0))
         near = (excess > -0.5) & (excess < 1.0)  # where log1p(excess) keeps all digits
     inside = torch.where(near, x, torch.zeros_like(x))
-    log_b, log_rest = math.log(b), math.log1p(-b)
+    log_b, log_rest = math.log(b), math.log(rest)
     return torch.where(
         near,
         torch.log1p(b * expm1(inside)),

@@ -27,14 +27,16 @@ from distmatch.divergences.numerics import (
 )
 from distmatch.divergences.table import KL, REVERSE_KL
 
+_LEAST = 1e-12  # a share closer to 0 or 1 has lost the digits of its complement
+
 
 def _share(family: str, share: float, zero: bool) -> float:
-    if isinstance(share, (int, float)) and (0 < share < 1 or (zero and share == 0)):
+    if isinstance(share, (int, float)) and (_LEAST <= share <= 1 - _LEAST or (zero and share == 0)):
         return float(share)
     raise UserError(
         f"the number of {family} is a share of a mixture",
         got=share,
-        expected="0 or more, and less than 1" if zero else "more than 0 and less than 1",
+        expected=f"{'0, or ' if zero else ''}more than 0 (by {_LEAST:g}) and less than 1",
         fix=f"write for example {family}:0.1",
     )
 
@@ -62,11 +64,16 @@ def gjs(b: float) -> Divergence:
         UserError: ``b`` is not strictly between 0 and 1.
     """
     b = _share("gjs", b, zero=False)
-    rest = 1.0 - b
+    return _gjs(b, 1.0 - b)
+
+
+def _gjs(b: float, rest: float) -> Divergence:
+    """Takes both shares, so that swapping twice gives back exactly the same ``b``."""
+    log_scale = math.log(b) + math.log(rest)
 
     def f(x: Tensor) -> Tensor:
         x = _bounded(x)
-        to_q, to_p = log_blend(x, b), log_blend(-x, rest)  # log M/q, log M/p
+        to_q, to_p = log_blend(x, b, rest), log_blend(-x, rest, b)  # log M/q, log M/p
         return bounded_exp(to_q) * (b * entropy_excess(-to_p) + rest * entropy_excess(-to_q))
 
     def conjugate(t: Tensor) -> Tensor:
@@ -76,11 +83,11 @@ def gjs(b: float) -> Divergence:
     return Divergence(
         name=family_name("gjs", b),
         f=f,
-        df=lambda x: -b * log_blend(-x, rest),
-        d2f=lambda x: bounded_exp(-x - log_blend(x, b), b * rest),
-        weight=lambda x: b * rest * torch.exp(-log_blend(-x, rest)),
+        df=lambda x: -b * log_blend(-x, rest, b),
+        d2f=lambda x: bounded_exp(log_scale - x - log_blend(x, b, rest)),
+        weight=lambda x: b * rest * torch.exp(-log_blend(-x, rest, b)),
         conjugate=conjugate,
-        swapped=lambda: gjs(rest),
+        swapped=lambda: _gjs(rest, b),
         at_zero=-rest * math.log(rest),
         conjugate_domain=(-math.inf, -b * math.log(b)),
     )
@@ -92,7 +99,7 @@ def _skew_kl_slope(a: float) -> Function:
     end = exp_excess(torch.tensor(math.log(a), dtype=torch.float64)).item()  # f'(inf) = -log a - (1 - a)
 
     def slope(x: Tensor) -> Tensor:
-        y = -log_blend(-x.clamp(max=0.5), 1.0 - a)  # log p/M
+        y = -log_blend(-x.clamp(max=0.5), 1.0 - a, a)  # log p/M
         low = (1.0 - a) * y - a * exp_excess(y)
         high = end - exp_excess(-torch.nn.functional.softplus(log_odds - x.clamp(min=0.5)))
         return torch.where(x < 0.5, low, high)
@@ -123,11 +130,11 @@ def skew_kl(a: float) -> Divergence:
 
     def f(x: Tensor) -> Tensor:
         x = _bounded(x)
-        return bounded_exp(log_blend(x, a)) * entropy_excess(-log_blend(-x, rest))
+        return bounded_exp(log_blend(x, a, rest)) * entropy_excess(-log_blend(-x, rest, a))
 
     def d2f(x: Tensor) -> Tensor:
-        exponent = -x - 2 * log_blend(x, a)
-        return rest**2 * torch.exp(exponent.clamp(max=log_max(x.dtype) - 1.0))  # twice it is still finite
+        exponent = 2 * math.log(rest) - x - 2 * log_blend(x, a, rest)
+        return torch.exp(exponent.clamp(max=log_max(x.dtype) - 1.0))  # twice it is still finite
 
     slope = _skew_kl_slope(a)
     return Divergence(
@@ -135,7 +142,7 @@ def skew_kl(a: float) -> Divergence:
         f=f,
         df=slope,
         d2f=d2f,
-        weight=lambda x: rest**2 * torch.exp(-log_blend(-x, rest) - log_blend(x, a)),
+        weight=lambda x: rest**2 * torch.exp(-log_blend(-x, rest, a) - log_blend(x, a, rest)),
         conjugate=numeric_conjugate(f, slope, d2f),
         swapped=lambda: skew_reverse_kl(a),
         at_zero=rest,
@@ -171,10 +178,10 @@ def skew_reverse_kl(a: float) -> Divergence:
 
     return Divergence(
         name=name,
-        f=lambda x: exp_excess(log_blend(x, rest)),
-        df=lambda x: -rest * expm1(-log_blend(x, rest)),
-        d2f=lambda x: rest**2 * torch.exp(-2 * log_blend(x, rest)),
-        weight=lambda x: rest**2 * torch.exp(-2 * log_blend(-x, a)),
+        f=lambda x: exp_excess(log_blend(x, rest, a)),
+        df=lambda x: -rest * expm1(-log_blend(x, rest, a)),
+        d2f=lambda x: rest**2 * torch.exp(-2 * log_blend(x, rest, a)),
+        weight=lambda x: rest**2 * torch.exp(-2 * log_blend(-x, a, rest)),
         conjugate=conjugate,
         swapped=lambda: skew_kl(a),
         at_zero=-math.log(a) - rest,
