@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distmatch.base.errors import UserError
-from distmatch.base.estimate import Estimate
 from distmatch.discrepancies.measures import checked_measures
 from distmatch.discrepancies.sinkhorn_solver import Cloud, Solution, cloud, solve, solve_self
 
@@ -38,7 +37,8 @@ class SinkhornResult:
         marginal_error: The largest L1 error of a marginal; the error of ``value`` is of second order in it.
         f: Witness on ``x`` (n,) float64: how the value changes when mass is added there, up to a constant.
         g: Witness on ``y`` (m,) float64.
-        stderr: Standard error of ``value`` from the spread of the witnesses, NaN with one sample on a side.
+        stderr: First-order standard error of ``value`` for the laws that were sampled, from the spread of the
+            witnesses; NaN with one sample on a side. :func:`sinkhorn_estimate` says when it means something.
     """
 
     value: Tensor
@@ -49,24 +49,6 @@ class SinkhornResult:
     f: Tensor
     g: Tensor
     stderr: float
-
-    @property
-    def estimate(self) -> Estimate:
-        """The value as an estimate of the divergence between the two laws that were sampled.
-
-        The error bar is the first-order one (del Barrio et al. 2022): it holds where the laws differ clearly.
-        The value has a bias of order 1/n that grows as ``epsilon`` falls, which the bar does not hold.
-        """
-        value = float(self.value.detach())
-        warning = None
-        if not self.converged:
-            warning = (
-                f"Sinkhorn stopped after {self.iterations} iterations with a marginal error of "
-                f"{self.marginal_error:.1e}; raise max_iter or epsilon"
-            )
-        elif not value > 3 * self.stderr:
-            warning = "the value is within three standard errors of zero, where its error is not normal"
-        return Estimate(value, self.stderr, min(len(self.f), len(self.g)), warning)
 
 
 class _Envelope(torch.autograd.Function):
