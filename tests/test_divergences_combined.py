@@ -201,10 +201,15 @@ def test_a_custom_generator_finds_its_own_limits():
         assert ours.at_zero == pytest.approx(row.at_zero)
         assert ours.conjugate_domain[1] == pytest.approx(row.conjugate_domain[1])
         assert ours.upper_bound == pytest.approx(row.upper_bound)
-        assert ours.dual().upper_bound == pytest.approx(row.upper_bound)
+        assert ours.dual().at_zero == pytest.approx(row.dual().at_zero)
+        assert ours.dual().conjugate_domain[1] == pytest.approx(row.dual().conjugate_domain[1])
         assert ours.mode_seeking == row.mode_seeking
         t = torch.linspace(-80, min(row.conjugate_domain[1] - 0.01, 80.0), 50, dtype=torch.float64)
         torch.testing.assert_close(ours.conjugate(t), row.conjugate(t), rtol=1e-8, atol=1e-9)
+    with pytest.warns(UserWarning, match=r"f\(1\) = 5"):
+        raised = custom(lambda r: (r - 1) ** 2 / (r + 1) + 5)
+    assert (raised.at_zero, raised.conjugate_domain[1]) == pytest.approx((1.0, 1.0))
+    assert (raised.dual().at_zero, raised.dual().conjugate_domain[1]) == pytest.approx((1.0, 1.0))
     # Too slow to be seen: it must be told.
     slow = custom(lambda r: 1 - r**0.01, limits=(1.0, 0.0))
     assert slow.upper_bound == pytest.approx(1.0)

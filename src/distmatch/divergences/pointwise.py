@@ -62,8 +62,7 @@ def partial(
     if isinstance(which, Divergence) or which.is_kl:
         return value, None
     a = which.order
-    no_p, no_q = log_p == -math.inf, log_q == -math.inf
-    nothing = no_p | (no_q if a < 1 else no_p & no_q)
+    nothing = (log_p == -math.inf) & (log_q == -math.inf)  # where the sum below would be NaN
     tilted = torch.where(nothing, torch.full_like(log_p, -math.inf), a * log_p + (1.0 - a) * log_q)
     return value, torch.logsumexp(tilted + log_volume, -1)
 
