@@ -92,8 +92,8 @@ def custom(
             ``lambda r: r * r.log()`` is KL(p || q).
         name: Its name in messages and logs.
         limits: f(0) and lim f(r)/r for r to infinity, of the generator as you wrote it; inf where there is
-            none. None: read off far out, which takes a function that grows slower than a power 0.04 of r
-            (or 1/r) for unbounded.
+            none. None: read off far out; a limit approached slower than by a power 0.04 of r is then taken
+            for inf.
 
     Returns:
         The divergence.
