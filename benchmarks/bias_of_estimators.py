@@ -24,6 +24,7 @@ from torch import Tensor
 from distmatch.base.estimate import Estimate
 from distmatch.divergences import divergence, divergence_1d
 from distmatch.divergences.estimators import (
+    Training,
     VariationalEstimator,
     classifier_estimates,
     kl_estimate,
@@ -33,14 +34,15 @@ from distmatch.divergences.estimators import (
 )
 
 DIMENSIONS = (1, 2, 10, 50)
+TRAINING = Training(width=32, steps=150)  # of each critic
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What to run."""
 
-    repetitions: int = 10
-    n: int = 2000
+    repetitions: int = 5
+    n: int = 1000
     """Samples of p and of q."""
     out: Path | None = None
     """A Markdown file whose section "bias" is replaced."""
@@ -125,8 +127,11 @@ def estimates(pair: Pair, n: int, seed: int) -> dict[tuple[str, str], Estimate]:
         ("pearson", "chi_square"),
     ):
         label = "f-GAN bound" if bound == "js" else f"{bound} bound"
-        found[name, label] = VariationalEstimator(bound).fit(single_p, single_q, seed)
-    for name, bound in classifier_estimates(single_p, single_q, ["kl", "js", "pearson"], seed=seed).items():
+        found[name, label] = VariationalEstimator(bound, training=TRAINING).fit(single_p, single_q, seed)
+    classified = classifier_estimates(
+        single_p, single_q, ["kl", "js", "pearson"], seed=seed, training=TRAINING
+    )
+    for name, bound in classified.items():
         found[name, "classifier bound"] = bound
     return found
 

@@ -52,7 +52,7 @@ def test_the_error_is_the_spread_of_refits_to_halves():
         values.append([brute_force(first, second, rank) for rank in (k, 3 * k)])
     spread = np.std(np.array(values)[:, 0], ddof=1)
     full = [brute_force(x_p.numpy(), x_q.numpy(), rank) for rank in (k, 3 * k)]
-    bias = (full[1] - full[0]) / 2  # 3^(2/d) - 1 = 2 in the plane
+    bias = (full[1] - full[0]) / (math.sqrt(3) - 1)  # 3^(1/d) - 1 in the plane
     assert found.stderr == pytest.approx(math.hypot(spread, bias), rel=1e-9)
 
 

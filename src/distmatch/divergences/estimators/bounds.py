@@ -147,7 +147,7 @@ def chi_square_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
     if variance < 1e-20:
         return LowerBound(math.inf, math.nan, n, "the critic is constant on q: the supports may not overlap")
     gap = float(on_p.mean())
-    error2 = mean_error(on_p) ** 2 + mean_error(on_q) ** 2
+    error2 = float(on_p.var(correction=1)) / len(on_p) + variance / len(on_q)
     value = (gap * gap - error2) / variance
     # Influence of one sample on gap^2 / variance; the last part is what is left of gap^2 at gap = 0.
     from_p = 2.0 * gap / variance * on_p

@@ -67,6 +67,7 @@ class Critic(nn.Module):
         std = like.std(0)
         self.register_buffer("std", torch.where(std > 0, std, torch.ones_like(std)))
         self.scale = 1.0
+        self.capped = False  # whether held-out samples were too few for a larger scale
         self.to(device=like.device, dtype=like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

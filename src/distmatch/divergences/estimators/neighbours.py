@@ -33,7 +33,7 @@ def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Est
 
     The standard error joins two parts in quadrature: the spread over 40 random halves of both samples, and
     the bias as far as it shows when the 3k-th neighbours take the place of the k-th (it is taken to grow like
-    (k/n)^(2/d)). There is a warning, and no standard error: where that bias is significant and larger than
+    (k/n)^(1/d)). There is a warning, and no standard error: where that bias is significant and larger than
     that spread; where (k/n)^(2/d) > 0.2; where no sample of q lies among those of p, so that KL may be
     infinite; where more than 1 % of the samples coincide. Fewer samples that coincide have their neighbours
     counted from the first that lies elsewhere.
@@ -83,7 +83,7 @@ def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Est
         halves.append(torch.stack(kept).cpu())  # less a constant
     values = torch.stack(halves)
     stderr, drift_error = float(values[:, 0].std()), float((values[:, 1] - values[:, 0]).std())
-    bias = drift / (3.0 ** (2.0 / d) - 1.0)
+    bias = drift / (3.0 ** (1.0 / d) - 1.0)
     biased = abs(drift) > 2.0 * drift_error and abs(bias) > stderr
     warning = _warning(d, min(n, m), k, ties, rho, nu, bias if biased else None)
     return Estimate(value, math.nan if warning else math.hypot(stderr, bias), min(n, m), warning)

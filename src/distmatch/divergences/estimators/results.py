@@ -56,10 +56,26 @@ def effective_from_log(log_weights: Tensor) -> float:
 
 
 def mean_error(terms: Tensor) -> float:
-    """The standard error of the mean of independent ``terms``."""
+    """The standard error of the mean of independent ``terms``, widened for their skewness.
+
+    The plain s / sqrt(n) is too small where a long tail is poorly sampled. By the Edgeworth expansion (Hall,
+    The Bootstrap and Edgeworth Expansion, 1992, section 2.6) the 95 % interval then needs 1 + c g^2 / n times
+    the width, g the skewness, c = 1.08; c = 2 is taken, because the skewness of a sample is too low as well.
+    """
     if not bool(terms.isfinite().all()):
         return math.nan
-    return float(terms.std(correction=1)) / math.sqrt(len(terms))
+    n = len(terms)
+    return float(terms.std(correction=1)) / math.sqrt(n) * (1.0 + 2.0 * skewness(terms) ** 2 / n)
+
+
+def skewness(terms: Tensor) -> float:
+    """The third standardised moment; 0 for terms that are all equal."""
+    centred = terms - terms.mean()
+    size = centred.abs().max()
+    if not float(size) > 0.0:
+        return 0.0
+    unit = centred / size
+    return float(unit.pow(3).mean() / unit.square().mean().pow(1.5))
 
 
 def few(n: int) -> float:

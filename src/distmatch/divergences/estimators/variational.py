@@ -23,7 +23,7 @@ from distmatch.divergences.estimators.bounds import (
 )
 from distmatch.divergences.estimators.critic import Critic, Objective, Training, ascend, logistic, split
 from distmatch.divergences.estimators.inputs import check_samples
-from distmatch.divergences.estimators.results import LowerBound
+from distmatch.divergences.estimators.results import LowerBound, joined
 
 DONSKER_VARADHAN = "donsker_varadhan"
 NWJ = "nwj"
@@ -101,7 +101,7 @@ class VariationalEstimator:
             # From a trained classifier small steps are enough, and large ones can throw it away.
             how = replace(self.training, lr=0.2 * self.training.lr)
             ascend(critic, objective, train, validation, how, seeds.generator(seed, "critic/bound"))
-        critic.scale = _best_scale(self._bound, critic.at(validation[0]), critic.at(validation[1]))
+        _set_scale(critic, self._bound, critic.at(validation[0]), critic.at(validation[1]))
         critic.eval().requires_grad_(False)
         return critic, *test
 
@@ -113,7 +113,7 @@ class VariationalEstimator:
             x_p: Held-out samples of p, (n, d).
             x_q: Held-out samples of q, (m, d).
         """
-        return self._bound(critic.at(x_p), critic.at(x_q))
+        return _said(critic, self._bound(critic.at(x_p), critic.at(x_q)))
 
     def _bound(self, log_r_p: Tensor, log_r_q: Tensor) -> LowerBound:
         if self.bound == DONSKER_VARADHAN:
@@ -154,15 +154,30 @@ def _classifier(x_p: Tensor, x_q: Tensor, seed: int, how: Training) -> tuple[Cri
     return critic, train, validation, test
 
 
-def _best_scale(bound: Callable[[Tensor, Tensor], LowerBound], on_p: Tensor, on_q: Tensor) -> float:
-    """The factor of the log-ratios with the largest bound less its standard error.
+def _set_scale(
+    critic: Critic, bound: Callable[[Tensor, Tensor], LowerBound], on_p: Tensor, on_q: Tensor
+) -> None:
+    """Scales the log-ratios by the factor with the largest bound less its error among the reliable ones.
 
     Less its error, because a bound that rests on a few lucky samples is large only on those. With factor 0
-    both are 0, so there is always a finite one.
+    both are 0, so there is always one. Where a bound that is not reliable would be clearly larger, the
+    samples cannot show all that the critic sees, and ``critic.capped`` is set.
     """
-    found = [bound(scale * on_p, scale * on_q) for scale in _SCALES]
-    lower = [b.value - b.stderr if math.isfinite(b.value) else -math.inf for b in found]
-    return _SCALES[max(range(len(lower)), key=lower.__getitem__)]
+    found = [(bound(scale * on_p, scale * on_q), scale) for scale in _SCALES]
+    finite = [(b.value - b.stderr, b, scale) for b, scale in found if math.isfinite(b.value - b.stderr)]
+    _, best, critic.scale = max((f for f in finite if f[1].reliable), key=lambda f: f[0])
+    critic.capped = max(f[0] for f in finite) > best.value + best.stderr
+
+
+def _said(critic: Critic, found: LowerBound) -> LowerBound:
+    """Adds to a bound that its critic had to be held back."""
+    if not critic.capped:
+        return found
+    held = (
+        f"so few samples support only {critic.scale:.2g} times the critic's log-ratio: the divergence may be "
+        "far above this bound"
+    )
+    return replace(found, warning=joined(found.warning, held))
 
 
 def classifier_estimates(
@@ -198,6 +213,6 @@ def classifier_estimates(
     bounds = {}
     for measure in measures:
         bound = partial(f_gan_bound, measure)
-        scale = _best_scale(bound, chosen_p, chosen_q)
-        bounds[measure.name] = bound(scale * on_p, scale * on_q)
+        _set_scale(critic, bound, chosen_p, chosen_q)
+        bounds[measure.name] = _said(critic, bound(critic.scale * on_p, critic.scale * on_q))
     return bounds
