@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.spatial import KDTree
 from sklearn.linear_model import LogisticRegression
 
 from distmatch.base.errors import UserError
@@ -13,6 +14,7 @@ from distmatch.ratio.kernels import log_kernel
 from distmatch.ratio.kliep import mixture_weights, scaled_log_kernels
 from distmatch.ratio.least_squares import leave_one_out, solve
 from distmatch.ratio.logistic import fit_regression
+from distmatch.ratio.neighbours import fit_neighbours
 from distmatch.ratio.samples import LOG_LIMIT
 
 SHIFT, SCALE = 0.7, 0.8
@@ -31,6 +33,11 @@ def truth(x, shift=SHIFT, scale=SCALE):
 
 def error(ratio, x):
     return (ratio.log_ratio(x) - truth(x)).square().mean().sqrt().item()
+
+
+def quick(method, steps=60):
+    """Options that keep the network of a method short."""
+    return {"steps": steps} if method in ("classifier", "telescoping") else {}
 
 
 # Root mean square errors of log r at fresh samples of p and of q. The bounds are about 1.3 times the
@@ -53,8 +60,7 @@ BOUNDS = {
 
 @pytest.mark.parametrize(("method", "d"), BOUNDS)
 def test_every_method_recovers_the_ratio_of_two_gaussians(method, d):
-    steps = {"steps": 200} if method in ("classifier", "telescoping") else {}
-    ratio = fit_ratio(draw(1500, d, 1), draw(1000, d, 2, 0.0, 1.0), method, seed=1, **steps)
+    ratio = fit_ratio(draw(1500, d, 1), draw(1000, d, 2, 0.0, 1.0), method, seed=1, **quick(method, 200))
     on_p, on_q = BOUNDS[method, d]
     assert error(ratio, draw(2000, d, 3)) < on_p
     assert error(ratio, draw(2000, d, 4, 0.0, 1.0)) < on_q
@@ -189,6 +195,14 @@ def test_kliep_reaches_its_optimum_and_its_constraint():
     assert mass.item() == pytest.approx(1.0, rel=1e-9)
 
 
+def test_neighbours_equal_their_definition():
+    p, q, x = draw(60, 3, 1), draw(40, 3, 2, 0.0, 1.0), draw(25, 3, 3)
+    to_p, to_q = (torch.as_tensor(KDTree(y.numpy()).query(x.numpy(), k=4)[0][:, 3]) for y in (p, q))
+    expected = 3 * (to_q.log() - to_p.log()) + math.log(40 / 60)
+    fitted = fit_neighbours(p, q, 4)
+    torch.testing.assert_close(fitted.log_r(x), expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["platt", "temperature", "isotonic"])
 def test_calibration_undoes_a_distortion(kind):
     p, q = draw(4000, 1, 1), draw(2000, 1, 2, 0.0, 1.0)
@@ -225,11 +239,11 @@ def test_telescoping_beats_one_classifier_on_distributions_far_apart():
 
 
 def test_telescoping_spans_scales_a_million_times_apart():
-    p, q = draw(8000, 1, 1, 0.0, 1e-6), draw(8000, 1, 2, 0.0, 1.0)
+    p, q = draw(4000, 1, 1, 0.0, 1e-6), draw(4000, 1, 2, 0.0, 1.0)
     chain = fit_ratio(p, q, "telescoping", model="quadratic")
     assert chain.chosen["bridges"] > 10
     kl = chain.log_ratio(draw(1000, 1, 3, 0.0, 1e-6)).mean()  # log 1e6 - 1/2
-    assert kl.item() == pytest.approx(math.log(1e6) - 0.5, abs=1.0)  # spread over seeds 0.3
+    assert kl.item() == pytest.approx(math.log(1e6) - 0.5, abs=1.5)  # spread over seeds 0.4
 
 
 def test_a_chain_of_one_bridge_is_the_classifier():
@@ -243,13 +257,13 @@ def test_a_chain_of_one_bridge_is_the_classifier():
 def test_equal_distributions_have_ratio_one():
     p, q = draw(1500, 2, 1), draw(1500, 2, 2)
     for method in METHODS:
-        log_r = fit_ratio(p, q, method).log_ratio(draw(500, 2, 3))
+        log_r = fit_ratio(p, q, method, **quick(method)).log_ratio(draw(500, 2, 3))
         assert log_r.square().mean().sqrt() < 0.35, method
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_with_respect_to_the_points(method):
-    ratio = fit_ratio(draw(200, 2, 1), draw(200, 2, 2, 0.0, 1.0), method)
+    ratio = fit_ratio(draw(200, 2, 1), draw(200, 2, 2, 0.0, 1.0), method, **quick(method))
     x = draw(5, 2, 3).requires_grad_(True)
     assert torch.autograd.gradcheck(ratio.log_ratio, (x,))
     assert torch.autograd.gradcheck(ratio.ratio, (x,))
@@ -258,7 +272,7 @@ def test_gradients_with_respect_to_the_points(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_ratio_in_the_dtype_of_the_points(method):
     p, q = draw(120, 2, 1), draw(100, 2, 2, 0.0, 1.0)
-    first, second = fit_ratio(p, q, method, seed=3), fit_ratio(p, q, method, seed=3)
+    first, second = (fit_ratio(p, q, method, seed=3, **quick(method)) for _ in range(2))
     x = draw(20, 2, 3)
     assert torch.equal(first.log_ratio(x), second.log_ratio(x))
     assert first.log_ratio(x).dtype == torch.float64
@@ -325,7 +339,8 @@ def test_fitting_leaves_the_global_random_numbers_alone():
 
 def test_what_cannot_be_trusted_says_so():
     p, q = draw(100, 9, 1), draw(100, 9, 2, 0.0, 1.0)
-    assert any("9 dimensions" in w for w in fit_ratio(p, q, "knn").warnings)
+    for method in ("knn", "kliep", "ulsif", "rulsif"):
+        assert any("9 dimensions" in w for w in fit_ratio(p, q, method).warnings)
     twice = torch.cat([p[:, :2], p[:, :2]])
     assert any("equal" in w for w in fit_ratio(twice, q[:, :2], "knn").warnings)
     flat = p.clone()
@@ -394,6 +409,6 @@ def test_bad_points_are_refused(x):
 def test_supports_that_do_not_overlap_give_finite_ratios_and_a_warning(method):
     g = torch.Generator().manual_seed(0)
     p, q = torch.rand(200, 2, generator=g) + 5.0, torch.rand(200, 2, generator=g)
-    ratio = fit_ratio(p, q, method, **({"steps": 40} if method in ("classifier", "telescoping") else {}))
+    ratio = fit_ratio(p, q, method, **quick(method))
     assert ratio.log_ratio(torch.cat([p, q])).isfinite().all()
     assert not ratio.reliable, ratio

@@ -17,7 +17,7 @@ from torch import Tensor
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
 from distmatch.ratio.kernels import candidate_widths, choose_centres, log_kernel
-from distmatch.ratio.samples import CHUNK, Fitted
+from distmatch.ratio.samples import CHUNK, Fitted, high_dimension
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ def fit_kliep(p: Tensor, q: Tensor, settings: KliepSettings, seed: int) -> Fitte
         "kl_bound": bound,
         "gap": gap,
     }
-    return Fitted(lambda x: torch.logsumexp(log_kernel(x, centres, width) + shift, 1), chosen)
+    return Fitted(
+        lambda x: torch.logsumexp(log_kernel(x, centres, width) + shift, 1),
+        chosen,
+        high_dimension("kernels", p.shape[1]),
+    )
 
 
 def _left_out_scores(

@@ -28,7 +28,7 @@ from distmatch.ratio.kernels import (
     positive,
     second_moment,
 )
-from distmatch.ratio.samples import Fitted
+from distmatch.ratio.samples import Fitted, high_dimension
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LEFT_OUT = 2000  # pairs that are left out, one pair at a time; the others take part in every fit
@@ -97,7 +97,12 @@ def fit_least_squares(p: Tensor, q: Tensor, settings: LeastSquaresSettings, seed
         "centres": len(used),
         "loss": loss,
     }
-    return Fitted(lambda x: torch.logsumexp(log_kernel(x, used, width) + log_theta, 1), chosen, relative=a)
+    return Fitted(
+        lambda x: torch.logsumexp(log_kernel(x, used, width) + log_theta, 1),
+        chosen,
+        high_dimension("kernels", p.shape[1]),
+        relative=a,
+    )
 
 
 def solve(p: Tensor, q: Tensor, centres: Tensor, width: float, ridge: float, a: float) -> Tensor:

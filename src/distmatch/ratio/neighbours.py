@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from distmatch.base.errors import UserError
-from distmatch.ratio.samples import Fitted
+from distmatch.ratio.samples import Fitted, high_dimension
 
 _CANDIDATES = (3, 5, 10, 20, 40, 80, 160)
 _TRIALS = 2000  # points on each side that k is chosen on
-_HIGH = 8  # beyond this many dimensions all neighbours are about equally far
 _PAIRS = 2**22  # distances held at once
 _TINY = 1e-150  # square distances below this count as this: equal points
 
@@ -37,12 +36,7 @@ def fit_neighbours(p: Tensor, q: Tensor, neighbours: int | None) -> Fitted:
     ks = [k for k in _CANDIDATES if k <= most] if neighbours is None else [neighbours]
     loss = _left_out_losses(p, q, ks)
     best = ks[int(loss.argmin())]
-    warnings = []
-    if d > _HIGH:
-        warnings.append(
-            f"nearest neighbours in {d} dimensions say little about densities: log-ratios are shrunk "
-            "towards 0 by an unknown amount"
-        )
+    warnings = list(high_dimension("nearest neighbours", d))
     if bool((_distances(p[:_TRIALS], p, 2)[:, 1] <= _TINY).any()):
         warnings.append("some samples are equal: the distances, and so the ratio, vanish at them")
     return Fitted(

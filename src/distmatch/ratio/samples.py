@@ -22,6 +22,8 @@ SMALLEST = 10
 CHUNK = 4096
 """Points that are evaluated together, so that memory does not grow with their number."""
 
+_HIGH = 8  # dimensions
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -152,6 +154,13 @@ def split(n: int, share: float, generator: torch.Generator, device: torch.device
     order = torch.randperm(n, generator=generator).to(device)
     held = min(max(2, round(share * n)), n - 2)
     return order[held:], order[:held]
+
+
+def high_dimension(what: str, d: int) -> tuple[str, ...]:
+    """A warning about methods that compare distances, where all distances are about equal."""
+    if d <= _HIGH:
+        return ()
+    return (f"{what} in {d} dimensions say little about densities: log-ratios are far too near 0",)
 
 
 def in_chunks(function: LogRatio, x: Tensor) -> Tensor:
