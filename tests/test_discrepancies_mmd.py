@@ -90,6 +90,22 @@ def test_unbiased_biased_and_their_difference():
     assert mmd(x, x, kernel, estimator="biased").value == pytest.approx(0, abs=1e-15)
 
 
+def test_linear_and_block_are_means_over_disjoint_parts():
+    x, y, kernel = samples(45, 2, 0), samples(44, 2, 1, 0.3), gaussian(1.0)
+    k = lambda a, b: float(kernel(a[None], b[None]))  # noqa: E731
+    terms = [
+        k(x[i], x[i + 1]) + k(y[i], y[i + 1]) - k(x[i], y[i + 1]) - k(x[i + 1], y[i]) for i in range(0, 44, 2)
+    ]
+    linear = mmd(x, y, kernel, estimator="linear")
+    assert linear.value == pytest.approx(np.mean(terms), rel=1e-9)
+    assert linear.stderr == pytest.approx(np.std(terms, ddof=1) / 22**0.5, rel=1e-9)
+    blocks = [float(brute(kernel, x[i : i + 4], y[i : i + 4], "unbiased")) for i in range(0, 44, 4)]
+    block = mmd(x[:44], y, kernel, estimator="block", block=4)
+    assert block.value == pytest.approx(np.mean(blocks), rel=1e-9)
+    assert "11 terms" in block.warning
+    assert mmd(x, y, kernel, estimator="block").reliable
+
+
 def test_half_of_the_biased_form_is_that_of_geomloss():
     geomloss = pytest.importorskip("geomloss")
     x, y = samples(60, 3, 0), samples(50, 3, 1, 0.4)

@@ -124,8 +124,8 @@ def _by_counting(x: Tensor, y: Tensor) -> ProductSums:
     up_to_x = values.cumsum(0)
     up_to_y = torch.zeros_like(values).index_add(0, by_y, values[by_y].cumsum(0))
     below = _below(values, by_y)
-    # Those above i in both orders: all, less those up to i in either.
-    above = total - up_to_x - up_to_y + below + values
+    # Those above i in both orders: all, less those up to i in either. (i itself adds nothing to its own sum.)
+    above = total - up_to_x - up_to_y + below
     count, of_x, of_y, of_xy = (2 * (below + above) - total).unbind(1)
     a = x * (2 * up_to_x[:, 0] - total[0]) + total[1] - 2 * up_to_x[:, 1]
     b = y * (2 * up_to_y[:, 0] - total[0]) + total[2] - 2 * up_to_y[:, 2]
