@@ -179,6 +179,22 @@ def test_float32_keeps_its_precision_and_survives_an_outlier(memory):
     assert float(wide.value) == pytest.approx(1000**2 / 2 / 200, rel=0.05)
 
 
+def test_a_step_is_exact_where_a_column_underflows():
+    """One point 2000 eps away from all others: its mass is exp(-2000), but its potential is computed."""
+    x, y = normal(6, 2), normal(8, 2, seed=1)
+    y[3] = torch.tensor([20.0, 0.0])
+    left, right = (
+        sinkhorn_solver.cloud(z, torch.full((len(z),), 1 / len(z), dtype=z.dtype), torch.zeros(2))
+        for z in (x, y)
+    )
+    g = torch.zeros(8, dtype=torch.float64)
+    found = sinkhorn_solver.sweep_blocks(left, right, g, 0.1)
+    step = sinkhorn_solver._ascent(left, right, g, found, 0.1)
+    cost = torch.cdist(x, y).square() / 2
+    exact = -0.1 * torch.logsumexp((found.f[:, None] - cost) / 0.1 - math.log(6), 0)
+    torch.testing.assert_close(g + step, exact)
+
+
 def test_sinkhorn_says_when_it_has_not_converged(pair):
     x, y, a, b = pair
     early = sinkhorn_divergence(x, y, a=a, b=b, epsilon=1e-3, max_iter=3)
