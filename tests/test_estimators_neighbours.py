@@ -29,13 +29,14 @@ def test_the_value_is_the_published_formula(d, k):
 
 
 def test_tree_and_distance_matrix_agree(monkeypatch):
-    x_p, x_q = draw(150, 3), draw(200, 3, seed=1)
+    x_p, x_q = draw(600, 2), draw(700, 2, seed=1)
     tree = kl_neighbours(x_p, x_q)
     monkeypatch.setattr(neighbours, "_TREE_DIMENSIONS", 0)
     monkeypatch.setattr(neighbours, "_CHUNK", 999)  # a few rows at a time
     matrix = kl_neighbours(x_p, x_q)
     assert matrix.value == pytest.approx(tree.value, rel=1e-12)
     assert matrix.stderr == pytest.approx(tree.stderr, rel=1e-9)
+    assert tree.reliable
 
 
 def test_the_error_is_the_spread_of_refits_to_halves():
@@ -50,10 +51,12 @@ def test_the_error_is_the_spread_of_refits_to_halves():
         kept_q = torch.randperm(m, generator=stream) >= m // 2
         first, second = x_p[kept_p].numpy(), x_q[kept_q].numpy()
         values.append([brute_force(first, second, rank) for rank in (k, 3 * k)])
-    spread = np.std(np.array(values)[:, 0], ddof=1)
+    values = np.array(values)
+    spread, drift_error = values[:, 0].std(ddof=1), (values[:, 1] - values[:, 0]).std(ddof=1)
     full = [brute_force(x_p.numpy(), x_q.numpy(), rank) for rank in (k, 3 * k)]
-    bias = (full[1] - full[0]) / (math.sqrt(3) - 1)  # 3^(1/d) - 1 in the plane
-    assert found.stderr == pytest.approx(math.hypot(spread, bias), rel=1e-9)
+    growth = math.sqrt(3) - 1  # 3^(1/d) - 1 in the plane
+    expected = math.hypot(spread, (full[1] - full[0]) / growth, drift_error / growth)
+    assert found.stderr == pytest.approx(expected, rel=1e-9)
 
 
 def test_two_normals_on_a_line():

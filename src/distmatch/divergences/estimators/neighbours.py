@@ -20,7 +20,7 @@ _HALVES = 40
 _EXTRA = 30  # neighbours beyond twice those needed that are kept, so that half of them can be left out
 _TREE_DIMENSIONS = 8  # beyond it a tree is no faster than all distances
 _CHUNK = 4_000_000  # distances computed at once
-_LOCAL = 0.2  # (k/n)^(2/d) above this: the k nearest are not near
+_LOCAL = 0.02  # (k/n)^(2/d) above this: the k nearest are not near
 _TIES = 0.01  # share of samples that coincide with another, above which there is no density
 
 
@@ -29,14 +29,15 @@ def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Est
 
     The mean over samples of p of d log(nu / rho) + log(m / (n - 1)), where rho and nu are the distances to
     the k-th nearest other sample of p and to the k-th nearest sample of q. It needs no density, but its bias
-    shrinks only like n^(-1/d) or so: for d beyond about 10 no sample is large enough.
+    shrinks only like n^(-1/d) or so: in three dimensions it takes thousands of samples, beyond about five
+    there are never enough.
 
-    The standard error joins two parts in quadrature: the spread over 40 random halves of both samples, and
-    the bias as far as it shows when the 3k-th neighbours take the place of the k-th (it is taken to grow like
-    (k/n)^(1/d)). There is a warning, and no standard error: where that bias is significant and larger than
-    that spread; where (k/n)^(2/d) > 0.2; where no sample of q lies among those of p, so that KL may be
-    infinite; where more than 1 % of the samples coincide. Fewer samples that coincide have their neighbours
-    counted from the first that lies elsewhere.
+    The standard error joins three parts in quadrature: the spread over 40 random halves of both samples, the
+    bias as it shows when the 3k-th neighbours take the place of the k-th (it is taken to grow like
+    (k/n)^(1/d)), and the error of that bias. There is a warning, and no standard error: where that bias is
+    significant and larger than that spread; where (k/n)^(2/d) > 0.02; where no sample of q lies among those
+    of p, so that KL may be infinite; where more than 1 % of the samples coincide. Fewer samples that coincide
+    have their neighbours counted from the first that lies elsewhere.
 
     Args:
         x_p: Samples of p, (n,) or (n, *shape), at least 8 k.
@@ -83,10 +84,11 @@ def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Est
         halves.append(torch.stack(kept).cpu())  # less a constant
     values = torch.stack(halves)
     stderr, drift_error = float(values[:, 0].std()), float((values[:, 1] - values[:, 0]).std())
-    bias = drift / (3.0 ** (1.0 / d) - 1.0)
+    growth = 3.0 ** (1.0 / d) - 1.0  # of the bias, from k to 3k
+    bias, bias_error = drift / growth, drift_error / growth
     biased = abs(drift) > 2.0 * drift_error and abs(bias) > stderr
     warning = _warning(d, min(n, m), k, ties, rho, nu, bias if biased else None)
-    return Estimate(value, math.nan if warning else math.hypot(stderr, bias), min(n, m), warning)
+    return Estimate(value, math.nan if warning else math.hypot(stderr, bias, bias_error), min(n, m), warning)
 
 
 def _warning(d: int, n: int, k: int, ties: float, rho: Tensor, nu: Tensor, bias: float | None) -> str | None:
