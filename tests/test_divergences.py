@@ -14,7 +14,12 @@ from distmatch.divergences import NAMES, Divergence, alpha, divergence
 
 LOG2 = math.log(2.0)
 ALPHAS = (-3.0, -0.5, -0.05, 1e-9, 0.3, 0.5, 0.95, 1 + 1e-9, 1.05, 1.5, 3.3)
-SMOOTH = (*(n for n in NAMES if n != "tv"), *(f"alpha:{a!r}" for a in ALPHAS))
+SHARES = tuple(
+    f"{family}:{a}"
+    for family in ("gjs", "skew_kl", "skew_reverse_kl")
+    for a in (1e-06, 0.02, 0.4, 0.9, 0.999)
+)
+SMOOTH = (*(n for n in NAMES if n != "tv"), *(f"alpha:{a!r}" for a in ALPHAS), *SHARES)
 
 
 def textbook(name: str, m):
@@ -24,6 +29,14 @@ def textbook(name: str, m):
         if m is mpmath:
             a = mpmath.mpf(a)
         return (lambda r: (r**a - a * r + a - 1) / (a * (a - 1))), 0
+    if name in SHARES:
+        family, _, number = name.partition(":")
+        a = mpmath.mpf(float(number)) if m is mpmath else float(number)
+        return {
+            "gjs": (lambda r: a * r * m.log(r) - (a * r + 1 - a) * m.log(a * r + 1 - a), 0),
+            "skew_kl": (lambda r: r * m.log(r / (a * r + 1 - a)), 1 - a),
+            "skew_reverse_kl": (lambda r: -m.log((1 - a) * r + a), -(1 - a)),
+        }[family]
     return {
         "reverse_kl": (lambda r: -m.log(r), -1),
         "kl": (lambda r: r * m.log(r), 1),
@@ -102,7 +115,8 @@ def test_values_and_gradients_keep_their_digits_from_minus_80_to_80(name, dtype)
 
 
 @pytest.mark.parametrize(
-    "name", [*NAMES, "alpha:0", "alpha:-0.05", "alpha:1.05", "alpha:300", "alpha:-300", "alpha:1e-300"]
+    "name",
+    [*NAMES, "alpha:0", "alpha:-0.05", "alpha:1.05", "alpha:300", "alpha:-300", "alpha:1e-300", *SHARES],
 )
 def test_far_outside_everything_stays_finite_and_nan_stays_nan(name):
     d = divergence(name)
@@ -169,6 +183,7 @@ def test_conjugate_outside_its_domain_and_its_gradient_is_the_maximiser(name):
         ("softened_kl", -LOG2, LOG2 - 1),
         ("tv", -0.5, -0.5),
         ("alpha:3", -0.5, -1 / 3),
+        ("skew_reverse_kl:0.4", -0.9, math.log(0.4) + 0.6),
     ],
 )
 def test_conjugate_is_constant_below_the_slope_at_zero(name, kink, floor):
@@ -179,7 +194,9 @@ def test_conjugate_is_constant_below_the_slope_at_zero(name, kink, floor):
     assert gradient[1:].abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", ["neyman", "le_cam", "softened_reverse_kl", "tv", "alpha:-0.5", "alpha:-3"])
+@pytest.mark.parametrize(
+    "name", ["neyman", "le_cam", "softened_reverse_kl", "tv", "alpha:-0.5", "alpha:-3", "skew_kl:0.4"]
+)
 def test_conjugate_reaches_its_limit_at_the_end_of_the_domain(name):
     d = divergence(name)
     high = d.conjugate_domain[1]
@@ -276,6 +293,14 @@ def test_names_aliases_and_spelling():
         ("alpha:half", "alpha:0.5"),
         ("alpha:nan", "finite"),
         ("alpha:inf", "finite"),
+        ("gjs:1", "less than 1"),
+        ("gjs:0", "more than 0"),
+        ("gjs", "gjs:0.5"),
+        ("skew_kl:1", "less than 1"),
+        ("skew_kl:nan", "less than 1"),
+        ("skew_reverse_kl:-0.1", "0, or more"),
+        ("gjs:1e-300", "more than 0"),
+        ("renyi:0.5", "alpha"),
     ],
 )
 def test_a_bad_name_is_a_user_error_that_says_what_to_write(bad, says):

@@ -13,6 +13,7 @@ PACKAGE = Path(distmatch.__file__).parent
 ROOMS = [
     "base",
     "divergences",
+    "discrepancies",
     "diffusion",
     "nets",
     "data",

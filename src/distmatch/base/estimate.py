@@ -14,20 +14,34 @@ class Estimate:
         value: The estimate, in the unit of the metric.
         stderr: Its standard error (one sigma), NaN where none can be given.
         n: The number of samples behind it.
+        warning: Why the value is not to be trusted, as a sentence; None when nothing speaks against it.
     """
 
     value: float
     stderr: float
     n: int
+    warning: str | None = None
 
-    def to_dict(self) -> dict[str, float | int | None]:
-        """The JSON form ``{"value", "stderr", "n"}``; a value that is not finite becomes null."""
+    @property
+    def reliable(self) -> bool:
+        """Whether there is a value and nothing is known to speak against it."""
+        return self.warning is None and not math.isnan(self.value)
+
+    def to_dict(self) -> dict[str, float | int | str | None]:
+        """The JSON form ``{"value", "stderr", "n"}``, with ``"warning"`` only where there is one.
+
+        A number that is not finite becomes null.
+        """
         finite = {
             k: v if math.isfinite(v) else None for k, v in (("value", self.value), ("stderr", self.stderr))
         }
-        return {"value": finite["value"], "stderr": finite["stderr"], "n": self.n}
+        result: dict[str, float | int | str | None] = {**finite, "n": self.n}
+        if self.warning is not None:
+            result["warning"] = self.warning
+        return result
 
     def __str__(self) -> str:
+        mark = "" if self.warning is None else f" (unreliable: {self.warning})"
         if not math.isfinite(self.stderr):
-            return f"{self.value:.4g} (n={self.n})"
-        return f"{self.value:.4g} ± {self.stderr:.2g} (n={self.n})"
+            return f"{self.value:.4g} (n={self.n}){mark}"
+        return f"{self.value:.4g} ± {self.stderr:.2g} (n={self.n}){mark}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.divergences.core import BETWEEN, MODE_COVERING, MODE_SEEKING, Divergence
+from distmatch.divergences.core import Divergence
 from distmatch.divergences.numerics import (
     blend,
     bounded_exp,
@@ -18,6 +18,7 @@ from distmatch.divergences.numerics import (
     exp_curvature,
     exp_excess,
     expm1,
+    family_name,
     log_max,
     power,
 )
@@ -27,11 +28,6 @@ from distmatch.divergences.table import KL, REVERSE_KL
 _LIMIT_ZONE = 0.1
 # Closer than this it is the limit itself: 1 / a would overflow, and the difference is far below rounding.
 _AT_LIMIT = 1e-12
-
-
-def _name(a: float) -> str:
-    short = f"{a:g}"
-    return f"alpha:{short if float(short) == a else repr(a)}"
 
 
 def _generator(a: float) -> Callable[[Tensor], Tensor]:
@@ -105,18 +101,16 @@ def alpha(a: float) -> Divergence:
 
     if min(abs(a), abs(1.0 - a)) < _AT_LIMIT:
         limit = REVERSE_KL if a < 0.5 else KL
-        return dataclasses.replace(limit, name=_name(a), swapped=swapped)
-    between = 0.0 < a < 1.0
+        return dataclasses.replace(limit, name=family_name("alpha", a), swapped=swapped)
     return Divergence(
-        name=_name(a),
+        name=family_name("alpha", a),
         f=_generator(a),
         df=lambda x: expm1((a - 1.0) * x, 1.0 / (a - 1.0)),
         d2f=lambda x: power(x, a - 2.0),
         weight=lambda x: power(x, a),
         conjugate=_conjugate(a),
         swapped=swapped,
-        mode_seeking=BETWEEN if between else (MODE_SEEKING if a < 0 else MODE_COVERING),
-        upper_bound=1.0 / (a * (1.0 - a)) if between else math.inf,
+        at_zero=1.0 / a if a > 0 else math.inf,
         conjugate_domain=(-math.inf, 1.0 / (1.0 - a) if a < 1 else math.inf),
         conjugate_limit=-1.0 / a if a < 0 else math.inf,
     )

@@ -14,6 +14,7 @@ Conventions, for every divergence in this package:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.divergences.numerics import expm1, narrow
 
 Function = Callable[[Tensor], Tensor]
 
@@ -79,10 +81,9 @@ class Divergence:
         weight: log r -> h(r) = r^2 f''(r).
         conjugate: t -> f*(t) = sup_u (u t - f(u)) over u >= 0; +inf above the domain, constant below f'(0).
         swapped: Gives the divergence with its arguments exchanged; :meth:`dual` calls it.
-        mode_seeking: Whether its gradient drops modes (``"mode-seeking"``), keeps them (``"mode-covering"``),
-            or lies ``"in between"``.
-        upper_bound: The largest value D_f can take, f(0) + lim f(r)/r; inf when unbounded.
-        conjugate_domain: (low, high): f* is finite for low < t < high.
+        at_zero: f(0), what a unit of student mass costs where the teacher has none; inf when unbounded.
+        conjugate_domain: (low, high): f* is finite for low < t < high. high is f'(inf) = lim f(r)/r, what a
+            unit of teacher mass costs where the student has none.
         conjugate_limit: f*(high).
         differentiable: False when h vanishes almost everywhere, so that the divergence has a value but
             can not drive distillation.
@@ -95,8 +96,7 @@ class Divergence:
     weight: Function = field(repr=False)
     conjugate: Function = field(repr=False)
     swapped: Callable[[], Divergence] = field(repr=False)
-    mode_seeking: str
-    upper_bound: float = math.inf
+    at_zero: float
     conjugate_domain: tuple[float, float] = (-math.inf, math.inf)
     conjugate_limit: float = math.inf
     differentiable: bool = True
@@ -113,6 +113,55 @@ class Divergence:
         Its generator is r f(1/r) and its weight r h(1/r) (Csiszar's dual).
         """
         return self.swapped()
+
+    def shifted(self, c: float) -> Divergence:
+        """The same divergence with the generator f(r) + c (r - 1).
+
+        Values of D_f, f'' and the weight stay; f' gains c, and the conjugate becomes f*(t - c) + c. With c =
+        1 the KL divergence gets its textbook generator r log r. Means of f over samples change: they are
+        unbiased for every c, but never negative only for c = 0.
+
+        Args:
+            c: Any finite number.
+
+        Returns:
+            The divergence, under the same name.
+
+        Raises:
+            UserError: ``c`` is not a finite number.
+        """
+        if not math.isfinite(c):
+            raise UserError("the shift of a generator must be finite", got=c, expected="a number such as 1.0")
+        if c == 0:
+            return self
+        f, df, conjugate = self.f, self.df, self.conjugate
+        return dataclasses.replace(
+            self,
+            f=lambda x: narrow(f(x) + expm1(x, c), x.dtype),
+            df=lambda x: narrow(df(x) + c, x.dtype),
+            conjugate=lambda t: conjugate(t - c) + c,
+            swapped=lambda: self.dual().shifted(-c),
+            at_zero=self.at_zero - c,
+            conjugate_domain=(self.conjugate_domain[0], self.conjugate_domain[1] + c),
+            conjugate_limit=self.conjugate_limit + c,
+        )
+
+    @property
+    def upper_bound(self) -> float:
+        """The largest value D_f can take, f(0) + f'(inf), reached by disjoint distributions; may be inf."""
+        return self.at_zero + self.conjugate_domain[1]
+
+    @property
+    def mode_seeking(self) -> str:
+        """What the student does with a mode of the teacher that it can not afford.
+
+        ``"mode-covering"`` when missing teacher mass costs infinitely much (f'(inf) = inf),
+        ``"mode-seeking"`` when only misplaced student mass does (f(0) = inf), ``"in between"`` when
+        neither does: the bounded divergences.
+        """
+        if math.isinf(self.conjugate_domain[1]):
+            return MODE_COVERING
+        return MODE_SEEKING if math.isinf(self.at_zero) else BETWEEN
 
     def __str__(self) -> str:
         return self.name

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.divergences.core import BETWEEN, MODE_COVERING, MODE_SEEKING, Divergence
+from distmatch.divergences.core import Divergence
 from distmatch.divergences.numerics import narrow, numeric_conjugate
 
 _GRID = 8.0  # f is checked for |log r| up to this: the range in which ratios are kept in distillation
-_REACHES = (60.0, 40.0, 20.0, _GRID)  # how far the conjugate is searched, if f' is still finite there
+_REACHES = (700.0, 350.0, 60.0, 30.0, 15.0, _GRID)  # how far f is followed, if it is still finite there
 
 
 def _derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -59,31 +59,41 @@ def _warn_if_not_convex(log_r: Tensor, value: Tensor, slope: Tensor, weight: Ten
         )
 
 
-def _mode_seeking(log_r: Tensor, weight: Tensor) -> str:
-    """By the slope of log h over two decades, which is ``a`` for the alpha family."""
-    inner = (log_r.abs() <= 2.0) & (weight > 0)
-    if int(inner.sum()) < 2:
-        return BETWEEN
-    x, y = log_r[inner], weight[inner].log()
-    slope = float((y[-1] - y[0]) / (x[-1] - x[0]))
-    return MODE_SEEKING if slope < 0.01 else MODE_COVERING if slope > 0.99 else BETWEEN
+def _limit(f: Callable[[Tensor], Tensor], sign: float) -> float:
+    """The limit of f(r) for log r to sign * inf: its value far out where it has settled, else inf."""
+    for reach in _REACHES:
+        half, full = f(torch.tensor([0.5 * sign * reach, sign * reach], dtype=torch.float64).exp()).tolist()
+        if math.isfinite(half) and math.isfinite(full):
+            return full if abs(full - half) <= 1e-6 * max(1.0, abs(full)) else math.inf
+    return math.inf
+
+
+def _reach(slope: Callable[[Tensor], Tensor]) -> float:
+    """The largest distance at which f' is finite on both sides, as a range for the conjugate's search."""
+    for reach in _REACHES:
+        if bool(slope(torch.tensor([-reach, reach], dtype=torch.float64)).isfinite().all()):
+            return reach
+    return _GRID
 
 
 def custom(
-    f: Callable[[Tensor], Tensor], name: str = "custom", *, upper_bound: float = math.inf
+    f: Callable[[Tensor], Tensor], name: str = "custom", *, limits: tuple[float, float] | None = None
 ) -> Divergence:
     """A divergence from a generator of your own.
 
     Everything is computed in float64 from r = exp(log r); f', f'' and h = r^2 f'' by automatic
-    differentiation, the conjugate by bisection over |log r| <= 60. The generator is centred
-    (f'(1) (r - 1) is subtracted), which changes no divergence. Far from r = 1 the digits are those of your
+    differentiation, the conjugate by Newton's method inside a bracket, as far out as f' is finite in float64
+    (at most |log r| <= 700). The generator is centred (f'(1) (r - 1) is subtracted), which changes no
+    divergence. Far from r = 1 the digits are those of your
     formula: f'' of ``log(r + 1) - log(r)``, say, is rounding error beyond r = 1e8.
 
     Args:
         f: The generator as an elementwise torch function of r > 0, convex, with f(1) = 0. For example
             ``lambda r: r * r.log()`` is KL(p || q).
         name: Its name in messages and logs.
-        upper_bound: The largest value the divergence can take, if you know it.
+        limits: f(0) and lim f(r)/r for r to infinity, of the generator as you wrote it; inf where there is
+            none. None: read off far out; a limit approached slower than by a power 0.04 of r is then taken
+            for inf.
 
     Returns:
         The divergence.
@@ -109,23 +119,33 @@ def custom(
     def of_log_ratio(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda log_r: narrow(function(log_r.double().clamp(-700.0, 700.0).exp()), log_r.dtype)
 
+    at_zero, at_infinity = limits or (_limit(f, -1.0), _limit(lambda r: f(r) / r, 1.0))
+
     def swapped() -> Divergence:
-        return custom(lambda r: r * (f(1.0 / r) - offset), f"{name}_dual", upper_bound=upper_bound)
+        ends = (at_infinity, at_zero - offset)
+        return custom(lambda r: r * (f(1.0 / r) - offset), f"{name}_dual", limits=ends)
 
     centred = of_log_ratio(lambda r: f(r) - offset - tilt * (r - 1.0))
     centred_slope = of_log_ratio(lambda r: first(r) - tilt)
-    ends = {x: centred_slope(torch.tensor([-x, x], dtype=torch.float64)) for x in _REACHES}
-    reach = next((x for x in _REACHES if bool(torch.isfinite(ends[x]).all())), _GRID)
+    curvature = of_log_ratio(second)
+    reach = _reach(lambda x: first(x.exp()))
+    search = numeric_conjugate(centred, centred_slope, curvature, reach)
+    searched = float(centred_slope(torch.tensor([reach], dtype=torch.float64)))
+
+    def conjugate(t: Tensor) -> Tensor:
+        # Beyond the searched range the supremum is out of sight: larger than anything that can be told.
+        unseen = (t > searched) if math.isinf(at_infinity) else torch.zeros_like(t, dtype=torch.bool)
+        return torch.where(unseen, torch.full_like(t, math.inf), search(t))
+
     return Divergence(
         name=name,
         f=centred,
         df=centred_slope,
-        d2f=of_log_ratio(second),
+        d2f=curvature,
         weight=of_log_ratio(lambda r: r * r * second(r)),
-        conjugate=numeric_conjugate(centred, centred_slope, reach),
-        conjugate_domain=(-math.inf, float(ends[reach][1])),
+        conjugate=conjugate,
+        conjugate_domain=(-math.inf, at_infinity - tilt),
+        at_zero=at_zero - offset + tilt,
         swapped=swapped,
-        mode_seeking=_mode_seeking(grid, weight),
-        upper_bound=upper_bound,
         differentiable=bool((weight.abs() > 1e-12).any()),
     )

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+Function = Callable[[Tensor], Tensor]
+
 LOG2 = math.log(2.0)
 _NEAR = 0.5
 # 1/k! for k = 2..16: the remainder for |x| <= 0.5 is below float64 rounding.
@@ -89,16 +91,64 @@ def log_mean(log_r: Tensor) -> Tensor:
     return blend(log_r, lambda y: torch.log1p(0.5 * torch.expm1(y)), lambda y: -logsigmoid(-y) - LOG2)
 
 
-def numeric_conjugate(
-    f: Callable[[Tensor], Tensor], df: Callable[[Tensor], Tensor], reach: float
-) -> Callable[[Tensor], Tensor]:
-    """The convex conjugate ``sup_u (u t - f(u))`` by bisection of f'(u) = t in log u, in float64.
+def log_blend(x: Tensor, b: float, rest: float) -> Tensor:
+    """``log(b r + rest)``, the log-ratio of the mixture b p + rest q to q; both positive, with sum 1.
+
+    Both are taken because ``1 - b`` has lost the digits of a small ``rest``.
+    """
+    with torch.no_grad():
+        excess = b * torch.expm1(x.clamp(max=log_max(x.dtype) - 1.0))
+        near = (excess > -0.5) & (excess < 1.0)  # where log1p(excess) keeps all digits
+    inside = torch.where(near, x, torch.zeros_like(x))
+    log_b, log_rest = math.log(b), math.log(rest)
+    return torch.where(
+        near,
+        torch.log1p(b * expm1(inside)),
+        torch.logaddexp(x + log_b, torch.full_like(x, log_rest)),
+    )
+
+
+def family_name(family: str, order: float) -> str:
+    """The name of a member, for example ``alpha:0.5``; it reads back as exactly the same number."""
+    short = f"{order:g}"
+    return f"{family}:{short if float(short) == order else repr(order)}"
+
+
+def _maximiser(df: Function, d2f: Function, target: Tensor, reach: float) -> Tensor:
+    """The log u in [-reach, reach] where f'(u) meets ``target``, by Newton steps inside a shrinking bracket.
+
+    A step that leaves the bracket, or does not halve the one before, is replaced by a bisection: the search
+    can not fail, at a kink or a pole it is merely as slow as bisection.
+    """
+    low, high = torch.full_like(target, -reach), torch.full_like(target, reach)
+    below_all, above_all = df(low) >= target, df(high) <= target
+    x, step = torch.zeros_like(target), torch.full_like(target, 2.0 * reach)
+    done = below_all | above_all | target.isnan()
+    for _ in range(200):
+        gap = df(x) - target
+        low, high = torch.where(gap < 0, x, low), torch.where(gap >= 0, x, high)
+        newton = x - gap / (d2f(x) * torch.exp(x))  # df'/d(log u) = u f''(u)
+        trusted = (newton >= low) & (newton <= high) & ((newton - x).abs() < 0.5 * step.abs())
+        following = torch.where(trusted, newton, 0.5 * (low + high))
+        step = torch.where(done, torch.zeros_like(x), following - x)
+        x = torch.where(done, x, following)
+        # A Newton step this small leaves an error of its square; at the next one rounding would take over.
+        done = done | (step.abs() <= 1e-13 * x.abs().clamp(min=1.0))
+        if bool(done.all()):
+            break
+    x = torch.where(below_all, torch.full_like(x, -reach), x)
+    return torch.where(above_all, torch.full_like(x, reach), x)
+
+
+def numeric_conjugate(f: Function, df: Function, d2f: Function, reach: float = 700.0) -> Function:
+    """The convex conjugate ``sup_u (u t - f(u))`` by safeguarded Newton search of f'(u) = t, in float64.
 
     By the envelope theorem the gradient of the result is the maximiser u itself: the search needs no graph.
 
     Args:
         f: The generator as a function of log u.
         df: f' as a function of log u, non-decreasing.
+        d2f: f'' as a function of log u.
         reach: The search covers |log u| <= reach.
 
     Returns:
@@ -107,16 +157,9 @@ def numeric_conjugate(
 
     def conjugate(t: Tensor) -> Tensor:
         with torch.no_grad():
-            target = t.detach().double()
-            low = torch.full_like(target, -reach)
-            high = torch.full_like(target, reach)
-            for _ in range(64):
-                middle = 0.5 * (low + high)
-                below = df(middle) < target
-                low = torch.where(below, middle, low)
-                high = torch.where(below, high, middle)
-            value = f(high)
-        return narrow(torch.exp(high) * t.double() - value, t.dtype)
+            best = _maximiser(df, d2f, t.detach().double(), reach)
+            value = f(best)
+        return narrow(torch.exp(best) * t.double() - value, t.dtype)
 
     return conjugate
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from distmatch.divergences.core import BETWEEN, MODE_COVERING, MODE_SEEKING, Divergence
+from distmatch.divergences.core import Divergence
 from distmatch.divergences.numerics import (
     LOG2,
     blend,
@@ -38,7 +38,7 @@ REVERSE_KL: Divergence = Divergence(
     conjugate=lambda t: -torch.log1p(-t),
     conjugate_domain=(-math.inf, 1.0),
     swapped=lambda: KL,
-    mode_seeking=MODE_SEEKING,
+    at_zero=math.inf,
 )
 
 # KL(p || q): f = r log r, h = r.
@@ -50,7 +50,7 @@ KL: Divergence = Divergence(
     weight=lambda x: power(x, 1),
     conjugate=expm1,
     swapped=lambda: REVERSE_KL,
-    mode_seeking=MODE_COVERING,
+    at_zero=1.0,
 )
 
 
@@ -72,8 +72,7 @@ JS: Divergence = Divergence(
     conjugate=lambda t: -0.5 * torch.log1p(-torch.expm1(2 * t)),
     conjugate_domain=(-math.inf, 0.5 * LOG2),
     swapped=lambda: JS,
-    mode_seeking=BETWEEN,
-    upper_bound=LOG2,
+    at_zero=0.5 * LOG2,
 )
 
 
@@ -87,16 +86,20 @@ def _jeffreys_slope(x: Tensor) -> Tensor:
     return x - expm1(-x)
 
 
+def _jeffreys_curvature(x: Tensor) -> Tensor:
+    return bounded_exp(-logsigmoid(x) - x)  # (1 + 1/r) / r
+
+
 # KL(p || q) + KL(q || p): f = (r - 1) log r, h = 1 + r.
 JEFFREYS: Divergence = Divergence(
     name="jeffreys",
     f=_jeffreys,
     df=_jeffreys_slope,
-    d2f=lambda x: bounded_exp(-logsigmoid(x) - x),  # (1 + 1/r) / r
+    d2f=_jeffreys_curvature,
     weight=lambda x: 1.0 + power(x, 1),
-    conjugate=numeric_conjugate(_jeffreys, _jeffreys_slope, reach=700.0),
+    conjugate=numeric_conjugate(_jeffreys, _jeffreys_slope, _jeffreys_curvature),
     swapped=lambda: JEFFREYS,
-    mode_seeking=MODE_COVERING,
+    at_zero=math.inf,
 )
 
 # int (sqrt p - sqrt q)^2: f = (sqrt r - 1)^2, h = sqrt(r) / 2.
@@ -109,8 +112,7 @@ HELLINGER: Divergence = Divergence(
     conjugate=lambda t: t / (1.0 - t),
     conjugate_domain=(-math.inf, 1.0),
     swapped=lambda: HELLINGER,
-    mode_seeking=BETWEEN,
-    upper_bound=2.0,
+    at_zero=1.0,
 )
 
 
@@ -129,18 +131,24 @@ def _softened_reverse_kl_slope(x: Tensor) -> Tensor:
     )
 
 
+def _softened_reverse_kl_curvature(x: Tensor) -> Tensor:
+    return bounded_exp(logsigmoid(-x) - 2 * x)
+
+
 # 2 KL(m || p): f = (r + 1) log((r + 1) / (2 r)), h = 1 / (1 + r).
 SOFTENED_REVERSE_KL: Divergence = Divergence(
     name="softened_reverse_kl",
     f=_softened_reverse_kl,
     df=_softened_reverse_kl_slope,
-    d2f=lambda x: bounded_exp(logsigmoid(-x) - 2 * x),
+    d2f=_softened_reverse_kl_curvature,
     weight=lambda x: torch.exp(logsigmoid(-x)),
-    conjugate=numeric_conjugate(_softened_reverse_kl, _softened_reverse_kl_slope, reach=700.0),
+    conjugate=numeric_conjugate(
+        _softened_reverse_kl, _softened_reverse_kl_slope, _softened_reverse_kl_curvature
+    ),
     conjugate_domain=(-math.inf, 1.0 - LOG2),
     conjugate_limit=LOG2,
     swapped=lambda: SOFTENED_KL,
-    mode_seeking=MODE_SEEKING,
+    at_zero=math.inf,
 )
 
 
@@ -158,7 +166,7 @@ SOFTENED_KL: Divergence = Divergence(
     weight=lambda x: bounded_exp(x + logsigmoid(x)),
     conjugate=_softened_kl_conjugate,
     swapped=lambda: SOFTENED_REVERSE_KL,
-    mode_seeking=MODE_COVERING,
+    at_zero=1.0 - LOG2,
 )
 
 
@@ -176,7 +184,7 @@ PEARSON: Divergence = Divergence(
     weight=lambda x: power(x, 2, 2.0),
     conjugate=_pearson_conjugate,
     swapped=lambda: NEYMAN,
-    mode_seeking=MODE_COVERING,
+    at_zero=1.0,
 )
 
 # int (p - q)^2 / p: f = (1 - r)^2 / r, h = 2 / r.
@@ -190,7 +198,7 @@ NEYMAN: Divergence = Divergence(
     conjugate_domain=(-math.inf, 1.0),
     conjugate_limit=2.0,
     swapped=lambda: PEARSON,
-    mode_seeking=MODE_SEEKING,
+    at_zero=math.inf,
 )
 
 
@@ -218,8 +226,7 @@ LE_CAM: Divergence = Divergence(
     conjugate_domain=(-math.inf, 1.0),
     conjugate_limit=3.0,
     swapped=lambda: LE_CAM,
-    mode_seeking=BETWEEN,
-    upper_bound=2.0,
+    at_zero=1.0,
 )
 
 # int |p - q| / 2: f = |r - 1| / 2. f'' is a spike at r = 1, so h = 0 almost everywhere: a value, no gradient.
@@ -233,8 +240,7 @@ TV: Divergence = Divergence(
     conjugate_domain=(-math.inf, 0.5),
     conjugate_limit=0.5,
     swapped=lambda: TV,
-    mode_seeking=BETWEEN,
-    upper_bound=1.0,
+    at_zero=0.5,
     differentiable=False,
 )
 

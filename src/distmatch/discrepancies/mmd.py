@@ -1,0 +1,206 @@
+r"""Maximum mean discrepancy, squared: MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) (Gretton et al. 2012)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.estimate import Estimate
+from distmatch.discrepancies.chunks import rows_per_chunk
+from distmatch.discrepancies.kernels import Kernel, resolve_kernel
+from distmatch.discrepancies.permutation import (
+    TestResult,
+    checked_resamples,
+    quadratic_forms,
+    random_splits,
+    resamples_per_pass,
+    result_of,
+)
+from distmatch.discrepancies.samples import checked_pair
+from distmatch.discrepancies.sums import across, total_across, total_within, two_sample, within
+
+ESTIMATORS = ("unbiased", "biased", "linear", "block")
+"""What ``estimator`` may be."""
+
+_LEAST_TERMS = 20
+
+
+def _centred(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    if kernel.of_products:
+        return x, y
+    # Distances do not change, but inner products lose fewer digits.
+    centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
+    return x - centre, y - centre
+
+
+def _prepared(x: Tensor, y: Tensor, kernel: str | Kernel) -> tuple[Tensor, Tensor, Kernel]:
+    x, y = checked_pair(x, y)
+    kernel = resolve_kernel(kernel, x, y)
+    return *_centred(kernel, x, y), kernel
+
+
+def _linear_terms(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
+    pairs = min(len(x), len(y)) // 2
+    x1, x2, y1, y2 = x[: 2 * pairs : 2], x[1 : 2 * pairs : 2], y[: 2 * pairs : 2], y[1 : 2 * pairs : 2]
+    return kernel.paired(x1, x2) + kernel.paired(y1, y2) - kernel.paired(x1, y2) - kernel.paired(x2, y1)
+
+
+def _block_terms(kernel: Kernel, x: Tensor, y: Tensor, block: int | None) -> Tensor:
+    n = min(len(x), len(y))
+    size = max(2, min(math.isqrt(n), n // _LEAST_TERMS)) if block is None else block
+    if size != int(size) or not 2 <= size <= n:
+        raise UserError(
+            "the block size does not fit the samples", got=size, expected=f"a whole number from 2 to {n}"
+        )
+    groups = n // int(size)
+    x, y = (z[: groups * (len(z) // groups)].unflatten(0, (groups, -1)) for z in (x, y))
+    m, n = x.shape[1], y.shape[1]
+    terms = []
+    for a, b in zip(
+        x.split(rows_per_chunk(m * n, x.device)), y.split(rows_per_chunk(m * n, x.device)), strict=True
+    ):
+        xx, yy = kernel(a, a), kernel(b, b)
+        own_x, own_y = (k.diagonal(dim1=1, dim2=2).sum(1) for k in (xx, yy))
+        inner = (xx.sum((1, 2)) - own_x) / (m * (m - 1)) + (yy.sum((1, 2)) - own_y) / (n * (n - 1))
+        terms.append(inner - 2 * kernel(a, b).mean((1, 2)))
+    return torch.cat(terms)
+
+
+def _terms(estimator: str, kernel: Kernel, x: Tensor, y: Tensor, block: int | None) -> Tensor:
+    return (
+        _linear_terms(kernel, x, y) if estimator == "linear" else _block_terms(kernel, x, y, block)
+    ).double()
+
+
+def mmd_loss(
+    x: Tensor,
+    y: Tensor,
+    kernel: str | Kernel = "gaussian",
+    *,
+    estimator: str = "unbiased",
+    block: int | None = None,
+) -> Tensor:
+    """MMD^2 as a number to minimise, differentiable in both samples in bounded memory.
+
+    Args:
+        x: Samples (m, d), m >= 2.
+        y: Samples (n, d), n >= 2.
+        kernel: A :class:`Kernel` or one of ``KERNELS``; a name takes its bandwidth from the median heuristic,
+            through which no gradient runs.
+        estimator: As in :func:`mmd`.
+        block: As in :func:`mmd`.
+
+    Returns:
+        () in the precision of the samples. The unbiased, linear and block forms can be negative.
+
+    Raises:
+        UserError: Bad samples, or an unknown kernel or estimator.
+    """
+    x, y, kernel = _prepared(x, y, kernel)
+    m, n = len(x), len(y)
+    if estimator in ("linear", "block"):
+        return _terms(estimator, kernel, x, y, block).mean().to(x.dtype)
+    cross = 2 * total_across(kernel, x, y) / (m * n)
+    inner_x, inner_y = total_within(kernel, x), total_within(kernel, y)
+    if estimator == "unbiased":
+        return (inner_x / (m * (m - 1)) + inner_y / (n * (n - 1)) - cross).to(x.dtype)
+    if estimator == "biased":
+        own_x, own_y = (kernel.paired(z, z).double().sum() for z in (x, y))
+        return ((inner_x + own_x) / m**2 + (inner_y + own_y) / n**2 - cross).to(x.dtype)
+    raise unknown_name("estimator", estimator, ESTIMATORS)
+
+
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    kernel: str | Kernel = "gaussian",
+    *,
+    estimator: str = "unbiased",
+    block: int | None = None,
+) -> Estimate:
+    """An estimate of MMD^2 with its standard error. Memory is bounded whatever n is.
+
+    Args:
+        x: Samples (m, d), m >= 2.
+        y: Samples (n, d), n >= 2.
+        kernel: A :class:`Kernel` or one of ``KERNELS``; a name takes its bandwidth from the median heuristic.
+        estimator: ``"unbiased"``: the U-statistic over all pairs, O(mn). ``"biased"``: the V-statistic, with
+            the pairs of a sample with itself; never negative, too large by about
+            (E k(x, x) - E k(x, x'))/m + (E k(y, y) - E k(y, y'))/n, so it claims no error bar. ``"linear"``:
+            the mean over disjoint pairs, O(n), noisy. ``"block"``: the mean of the U-statistics of disjoint
+            blocks (Zaremba et al. 2013), O(n b). The last two assume that the samples are in random order.
+        block: Samples per block; by default the square root of the smaller number of samples n, at most n /
+            20.
+
+    Returns:
+        The estimate of MMD^2 (not of its root); ``n`` is the smaller number of samples.
+
+    Raises:
+        UserError: Bad samples, or an unknown kernel or estimator.
+    """
+    if estimator not in ESTIMATORS:
+        raise unknown_name("estimator", estimator, ESTIMATORS)
+    with torch.no_grad():
+        x, y, kernel = _prepared(x, y, kernel)
+        count = min(len(x), len(y))
+        if estimator == "biased":
+            return Estimate(float(mmd_loss(x, y, kernel, estimator=estimator)), math.nan, count)
+        if estimator == "unbiased":
+            sums = within(kernel, x), within(kernel, y), across(kernel, x, y)
+            return Estimate(*two_sample(*sums), count)
+        terms = _terms(estimator, kernel, x, y, block)
+        stderr = float(terms.std() / math.sqrt(len(terms))) if len(terms) > 1 else math.nan
+        few = f"an error bar from {len(terms)} terms is rough, it takes {_LEAST_TERMS} or more"
+        return Estimate(float(terms.mean()), stderr, count, few if len(terms) < _LEAST_TERMS else None)
+
+
+def mmd_test(
+    x: Tensor,
+    y: Tensor,
+    kernel: str | Kernel = "gaussian",
+    *,
+    permutations: int = 999,
+    generator: torch.Generator | None = None,
+) -> TestResult:
+    """The permutation test of "x and y have the same law" with the biased MMD^2 as statistic.
+
+    The level is exact for every sample size, as the bandwidth depends on the pooled sample only. The kernel
+    matrix is computed once, in chunks of rows, for all permutations.
+
+    Args:
+        x: Samples (m, d), m >= 2.
+        y: Samples (n, d), n >= 2.
+        kernel: As in :func:`mmd`. With ``"energy"`` this is the energy test.
+        permutations: Number of random relabellings.
+        generator: Draws the relabellings.
+
+    Raises:
+        UserError: Bad samples, an unknown kernel, or no permutations.
+    """
+    resamples = checked_resamples(permutations)
+    with torch.no_grad():
+        x, y = (z.double() for z in checked_pair(x, y))
+        pooled = torch.cat([x, y])
+        if not isinstance(kernel, Kernel):
+            where = generator.device if generator is not None else x.device
+            shuffled = torch.randperm(len(pooled), generator=generator, device=where).to(x.device)
+            kernel = resolve_kernel(kernel, pooled[shuffled])
+        x, y = _centred(kernel, x, y)
+        scaled = kernel.scaled(torch.cat([x, y]))
+
+        def rows(low: int, high: int) -> Tensor:
+            return kernel.of_scaled(scaled[low:high], scaled)
+
+        observed = x.new_full((len(scaled), 1), 1 / len(x))
+        observed[len(x) :] = -1 / len(y)
+        forms, left = [], resamples
+        while left > 0:
+            count = min(left, resamples_per_pass(len(scaled)))
+            splits = random_splits(len(x), len(y), count, generator, x.device)
+            forms.append(quadratic_forms(rows, torch.cat([observed, splits], 1)))
+            left -= count
+        null = torch.cat([f[1:] for f in forms])
+        return result_of(forms[0][0], null, min(len(x), len(y)), rows(0, 1).abs().max())

@@ -1,0 +1,176 @@
+"""Variational lower bounds of divergences, from the values of a critic at held-out samples.
+
+Every bound holds for every critic; a better critic makes it tighter. The samples must not have been used to
+train or choose the critic: on those the same formulas are no bounds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distmatch.divergences import Divergence, divergence
+from distmatch.divergences.estimators.inputs import check_critic
+from distmatch.divergences.estimators.results import (
+    LowerBound,
+    effective_from_log,
+    few,
+    few_warning,
+    joined,
+    mean_error,
+)
+
+
+def f_gan_terms(measure: Divergence, log_r_p: Tensor, log_r_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms of the f-GAN bound for the critic T = f'(r): their means add up to it. Differentiable.
+
+    D_f >= E_p[T] - E_q[f*(T)] (Nguyen, Wainwright, Jordan 2010; Nowozin, Cseke, Tomioka 2016). At T = f'(r)
+    the second term is f*(f'(r)) = r f'(r) - f(r) = -g'(1/r), g the generator of the dual: a form without
+    cancellation, in which every log-ratio is inside the domain.
+
+    Args:
+        measure: The divergence.
+        log_r_p: The critic's log p/q at samples of p.
+        log_r_q: The same at samples of q.
+    """
+    return measure.df(log_r_p), measure.dual().df(-log_r_q)
+
+
+def f_gan_bound(which: str | Divergence, log_r_p: Tensor, log_r_q: Tensor) -> LowerBound:
+    """The f-GAN lower bound of any divergence, from a critic that guesses log p/q.
+
+    For ``"kl"`` it is the NWJ bound with critic 1 + log r. For ``"js"`` it is log 2 less the mean logistic
+    loss of the classifier with logit log r, for ``"tv"`` the accuracy of that classifier times two less one.
+
+    Args:
+        which: The divergence or its name.
+        log_r_p: The critic's log p/q at held-out samples of p, (n,).
+        log_r_q: The same at held-out samples of q, (m,).
+
+    Raises:
+        UserError: The values are not finite, or there is no such divergence.
+    """
+    measure = divergence(which)
+    on_p, on_q = f_gan_terms(measure, *check_critic(log_r_p, log_r_q))
+    # Both KL rest on samples of one side that look like the other.
+    limit = {"kl": len(on_q), "reverse_kl": len(on_p)}.get(measure.name)
+    return _two_means(on_p, on_q, limit)
+
+
+def classifier_bound(
+    which: str | Divergence, logit_p: Tensor, logit_q: Tensor, *, prior_log_odds: float = 0.0
+) -> LowerBound:
+    """The same bound from the logits of a classifier that tells p (positive) from q (negative).
+
+    Args:
+        which: The divergence or its name.
+        logit_p: Logits at held-out samples of p, (n,).
+        logit_q: Logits at held-out samples of q, (m,).
+        prior_log_odds: log(n_p / n_q) of the samples it was trained on; 0 for balanced training. Subtracted.
+
+    Raises:
+        UserError: The logits are not finite, or there is no such divergence.
+    """
+    return f_gan_bound(which, logit_p - prior_log_odds, logit_q - prior_log_odds)
+
+
+def nwj_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
+    """KL(p || q) >= E_p[T] - E_q[e^(T - 1)] (Nguyen, Wainwright, Jordan 2010); best at T = 1 + log p/q.
+
+    Args:
+        critic_p: T at held-out samples of p, (n,).
+        critic_q: T at held-out samples of q, (m,).
+
+    Raises:
+        UserError: The values are not finite.
+    """
+    return f_gan_bound("kl", critic_p - 1.0, critic_q - 1.0)
+
+
+def donsker_varadhan_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
+    """KL(p || q) >= E_p[T] - log E_q[e^T] (Donsker, Varadhan 1983); best at T = log p/q + any constant.
+
+    Never below the NWJ bound of the same critic. The mean under q rests on samples of q that look like p. No
+    bound that holds with high confidence exceeds log m by much (McAllester, Stratos 2020), so beyond it, or
+    where few samples carry that mean, there is a warning. The logarithm of a mean makes the estimate too high
+    by about half its squared error.
+
+    Args:
+        critic_p: T at held-out samples of p, (n,).
+        critic_q: T at held-out samples of q, (m,).
+
+    Raises:
+        UserError: The values are not finite.
+    """
+    on_p, log_w = check_critic(critic_p, critic_q)
+    m = len(log_w)
+    log_mean = torch.logsumexp(log_w, 0) - math.log(m)
+    value = float(on_p.mean() - log_mean)
+    ess = effective_from_log(log_w)
+    warning = _saturated(value, m)
+    if ess < few(m):
+        warning = joined(
+            warning,
+            f"e^T rests on about {ess:.0f} of {m} samples of q: the bound is near its ceiling log {m} = "
+            f"{math.log(m):.3g}, and the divergence may be far above it",
+        )
+    stderr = math.hypot(mean_error(on_p), mean_error(torch.exp(log_w - log_mean)))
+    return LowerBound(value, stderr, min(len(on_p), m), warning)
+
+
+def chi_square_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
+    """Pearson's chi-square >= (E_p[T] - E_q[T])^2 / Var_q(T) (Hammersley, Chapman, Robbins); best at T = p/q.
+
+    The square of the difference is corrected for its own variance, so the value can be below zero.
+
+    Args:
+        critic_p: T at held-out samples of p, (n,); any scale and shift give the same bound.
+        critic_q: T at held-out samples of q, (m,).
+
+    Returns:
+        The bound; exactly 0 for a critic that is constant.
+
+    Raises:
+        UserError: The values are not finite.
+    """
+    on_p, on_q = check_critic(critic_p, critic_q)
+    n = min(len(on_p), len(on_q))
+    centre = on_q.mean()
+    scale = torch.maximum((on_p - centre).abs().max(), (on_q - centre).abs().max())
+    if float(scale) == 0.0:
+        return LowerBound(0.0, 0.0, n)
+    # In this unit squares neither overflow nor vanish.
+    on_p, on_q = (on_p - centre) / scale, (on_q - centre) / scale
+    variance = float(on_q.var(correction=1))
+    if variance < 1e-20:
+        return LowerBound(math.inf, math.nan, n, "the critic is constant on q: the supports may not overlap")
+    gap = float(on_p.mean())
+    error2 = float(on_p.var(correction=1)) / len(on_p) + variance / len(on_q)
+    value = (gap * gap - error2) / variance
+    # Influence of one sample on gap^2 / variance; the last part is what is left of gap^2 at gap = 0.
+    from_p = 2.0 * gap / variance * on_p
+    from_q = -2.0 * gap / variance * on_q - value / variance * on_q.square()
+    stderr = math.sqrt(mean_error(from_p) ** 2 + mean_error(from_q) ** 2 + 2.0 * (error2 / variance) ** 2)
+    warning = few_warning(from_q - from_q.mean()) if stderr > 0.01 * abs(value) else None
+    return LowerBound(value, stderr, n, warning)
+
+
+def _two_means(on_p: Tensor, on_q: Tensor, limit: int | None) -> LowerBound:
+    value = float(on_p.mean()) + float(on_q.mean())
+    n = min(len(on_p), len(on_q))
+    if not math.isfinite(value):
+        return LowerBound(-math.inf, math.nan, n, "the critic is so far off that the bound overflows")
+    warning = _saturated(value, limit) if limit is not None else None
+    for terms in (on_p, on_q):
+        # A side that hardly adds to the error may well rest on few samples.
+        if mean_error(terms) > 0.01 * abs(value):
+            warning = joined(warning, few_warning(terms - terms.mean()))
+    return LowerBound(value, math.hypot(mean_error(on_p), mean_error(on_q)), n, warning)
+
+
+def _saturated(value: float, m: int) -> str | None:
+    if value <= math.log(m):
+        return None
+    return f"above log {m} = {math.log(m):.3g} a bound from {m} samples cannot be trusted"

@@ -1,0 +1,239 @@
+"""Monte Carlo: a divergence from both log-densities at samples of q, or of q and p."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.estimate import Estimate
+from distmatch.divergences import Divergence, Renyi, divergence, measure
+from distmatch.divergences.estimators.inputs import check_log_densities
+from distmatch.divergences.estimators.results import (
+    WeightedEstimate,
+    effective_from_log,
+    few,
+    few_warning,
+    joined,
+    mass_warning,
+    mean_error,
+)
+
+Method = Literal["plain", "control_variate", "self_normalised"]
+
+_LOG_MAX = 700.0  # exp of it is finite in float64
+_NEAR_ONE = 1e-6  # Renyi orders closer than this to 1 are KL: the difference is of this order
+
+
+def monte_carlo(
+    which: str | Divergence | Renyi, log_p: Tensor, log_q: Tensor, *, method: Method = "control_variate"
+) -> WeightedEstimate:
+    """D_f(p || q) = E_q[f(p/q)] from log p and log q at independent samples of q.
+
+    * ``"plain"``: the mean of the centred f(r). Unbiased and never negative.
+    * ``"control_variate"``: the mean of f(r) - c (r - 1), whose second term has mean zero under q, with c the
+      regression coefficient of f(r) on r. Never a larger variance for large n; a bias of order 1/n.
+    * ``"self_normalised"``: for densities known up to constants: r is divided by its mean. A bias of order
+      1/n, and finite variance only where Pearson's chi-square is finite.
+
+    Samples of q cannot see mass of p where q is zero; the mean of r then falls short of 1, which is
+    checked for the first two methods. :func:`monte_carlo_two_sided` counts that mass.
+
+    Args:
+        which: A divergence or its name; Renyi's goes to :func:`renyi_monte_carlo`.
+        log_p: log p at the samples, (n,); -inf where p is zero.
+        log_q: log q at the samples, (n,).
+        method: As above.
+
+    Returns:
+        The value in nats, +inf where q has mass outside p and the divergence is infinite then; its standard
+        error; the effective sample size of the weights p/q; a warning where few samples carry the mean, or
+        where the mean of p/q is not 1.
+
+    Raises:
+        UserError: The log-densities have holes, or there is no such divergence or method.
+    """
+    chosen = measure(which)
+    if isinstance(chosen, Renyi):
+        return renyi_monte_carlo(chosen.order, log_p, log_q, method=method)
+    log_r = check_log_densities(log_p, log_q)
+    if method not in get_args(Method):
+        raise unknown_name("method", method, get_args(Method))
+    ess = effective_from_log(log_r) if bool((log_r > -math.inf).any()) else 0.0
+    if method == "self_normalised":
+        if ess == 0.0:
+            raise UserError(
+                "p vanishes at every sample of q", expected="supports that overlap", fix="use method='plain'"
+            )
+        log_r = log_r - _log_mean_exp(log_r)
+    terms = _terms(chosen, log_r)
+    value = float(terms.mean())
+    if not math.isfinite(value):
+        return WeightedEstimate(math.inf, math.nan, len(terms), None, ess)
+    excess = torch.expm1(log_r.clamp(max=_LOG_MAX))
+    mass = mass_warning(excess)
+    if method == "control_variate":
+        terms = _regressed(terms, excess)
+        spread = (terms - terms.mean()) * _leverage(excess)
+    elif method == "self_normalised":
+        # What one more sample does to mean f(w / mean w), by the delta method.
+        slope = float(_finite(chosen.df(log_r) * (1.0 + excess)).mean())
+        spread = terms - value - slope * excess
+        mass = None if ess >= few(len(terms)) else _weights_warning(ess, len(terms))
+    else:
+        spread = terms
+    value = float(terms.mean())
+    warning = joined(mass, few_warning(spread))
+    return WeightedEstimate(value, mean_error(spread), len(terms), warning, ess)
+
+
+def monte_carlo_two_sided(
+    which: str | Divergence,
+    at_q: tuple[Tensor, Tensor],
+    at_p: tuple[Tensor, Tensor],
+) -> Estimate:
+    """D_f(p || q) from the log-densities at samples of q and at samples of p.
+
+    The part where p <= q is a mean of f(r) over samples of q, and the part where p > q a mean of the dual
+    generator at 1/r over samples of p: D_f = E_q[f(r); r <= 1] + E_p[f(r)/r; r > 1]. No term is
+    larger than f(0) or lim f(r)/r, so bounded divergences have bounded terms, and mass of one distribution
+    outside the other is counted. Unbiased and never negative.
+
+    Args:
+        which: A divergence or its name.
+        at_q: (log p, log q), each (n,), at samples of q.
+        at_p: (log p, log q), each (m,), at samples of p.
+
+    Returns:
+        The value in nats, +inf where mass outside the other support makes it infinite; n is the smaller
+        number of samples.
+
+    Raises:
+        UserError: The log-densities have holes, or there is no such divergence.
+    """
+    chosen = divergence(which)
+    low = check_log_densities(*at_q, where="q")
+    high = -check_log_densities(*at_p, where="p")
+    on_q = _terms(chosen, low.clamp(max=0.0))
+    on_p = _terms(chosen.dual(), high.clamp(max=0.0))
+    n = min(len(on_q), len(on_p))
+    value = float(on_q.mean()) + float(on_p.mean())
+    if not math.isfinite(value):
+        return Estimate(math.inf, math.nan, n)
+    # Each side counts by its part of the error: terms that hardly add to the value do no harm.
+    parts = ((mean_error(t), t) for t in (on_q, on_p))
+    warning = joined(*(few_warning(t) for error, t in parts if error > 0.01 * value))
+    return Estimate(value, math.hypot(mean_error(on_q), mean_error(on_p)), n, warning)
+
+
+def renyi_monte_carlo(
+    order: float, log_p: Tensor, log_q: Tensor, *, method: Method = "control_variate"
+) -> WeightedEstimate:
+    """Renyi's divergence log E_q[r^a] / (a - 1) of order a > 0, from log-densities at samples of q.
+
+    With A_a the alpha divergence it is log(1 + a (a - 1) A_a) / (a - 1); order 1 is KL(p || q). The methods
+    are those of :func:`monte_carlo`; each has a bias of order 1/n here, because of the logarithm.
+
+    Args:
+        order: The order a, positive.
+        log_p: log p at the samples, (n,).
+        log_q: log q at the samples, (n,).
+        method: As for :func:`monte_carlo`.
+
+    Raises:
+        UserError: The order is not positive and finite, the log-densities have holes, p vanishes at every
+            sample, or there is no such method.
+    """
+    if not (math.isfinite(order) and order > 0):
+        raise UserError("the order of a Renyi divergence must be positive", got=order, expected="e.g. 0.5")
+    if abs(order - 1.0) < _NEAR_ONE:
+        return monte_carlo("kl", log_p, log_q, method=method)
+    log_r = check_log_densities(log_p, log_q)
+    if method not in get_args(Method):
+        raise unknown_name("method", method, get_args(Method))
+    if bool((log_r == -math.inf).all()):
+        raise UserError("p vanishes at every sample of q", expected="supports that overlap")
+    ess = effective_from_log(log_r)
+    if method == "self_normalised":
+        log_r = log_r - _log_mean_exp(log_r)
+    top = float((order * log_r).max())
+    powers = torch.exp(order * log_r - top)
+    excess = torch.expm1(log_r.clamp(max=_LOG_MAX))
+    terms = powers
+    if method == "control_variate":
+        terms = _regressed(powers, excess)
+        if float(terms.mean()) <= 0.0:  # a correction larger than what it corrects: leave it out
+            terms = powers
+    mean = float(terms.mean())
+    spread = terms / mean - 1.0
+    if method == "control_variate":
+        spread = spread * _leverage(excess)
+    mass = mass_warning(excess)
+    if method == "self_normalised":
+        spread = spread - order * excess
+        mass = None if ess >= few(len(terms)) else _weights_warning(ess, len(terms))
+    scale = 1.0 / (order - 1.0)
+    return WeightedEstimate(
+        value=scale * (math.log(mean) + top),
+        stderr=abs(scale) * mean_error(spread),
+        n=len(terms),
+        warning=joined(mass, few_warning(spread if method != "plain" else terms)),
+        ess=ess,
+    )
+
+
+def _terms(chosen: Divergence, log_r: Tensor) -> Tensor:
+    """f(r) at each log-ratio, with the true limit, maybe +inf, where r = 0."""
+    empty = log_r == -math.inf
+    terms = chosen.f(torch.where(empty, torch.zeros_like(log_r), log_r))
+    return torch.where(empty, torch.full_like(terms, _at_zero(chosen)), terms)
+
+
+def _at_zero(chosen: Divergence) -> float:
+    """The limit f(0), +inf where f grows without end towards r = 0."""
+    far = chosen.f(torch.tensor([-400.0, -800.0, -math.inf], dtype=torch.float64)).tolist()
+    # An unbounded generator grows at least like -log r, so its value doubles from r = e^-400 to e^-800.
+    if math.isinf(chosen.upper_bound) and far[1] > 1.9 * far[0]:
+        return math.inf
+    return far[2] if math.isfinite(far[2]) else far[1]
+
+
+def _log_mean_exp(x: Tensor) -> Tensor:
+    return torch.logsumexp(x, 0) - math.log(len(x))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.nan_to_num(x, nan=0.0)
+
+
+def _regressed(terms: Tensor, control: Tensor) -> Tensor:
+    """``terms`` less their regression on ``control``, which is known to have mean zero."""
+    scale = control.abs().max().clamp(min=torch.finfo(control.dtype).tiny)
+    unit = control / scale  # so that its square does not overflow
+    centred = unit - unit.mean()
+    variance = centred.square().mean()
+    if float(variance) < 1e-24:  # r is constant up to rounding: nothing to regress on
+        return terms
+    return terms - ((terms - terms.mean()) * centred).mean() / variance * unit
+
+
+def _leverage(control: Tensor) -> Tensor:
+    """By how much the residual of each sample is too small because the regression was fitted to it.
+
+    With it the error of the intercept is that of the jackknife (MacKinnon and White 1985, "HC3").
+    """
+    scale = control.abs().max().clamp(min=torch.finfo(control.dtype).tiny)
+    centred = (control - control.mean()) / scale
+    total = centred.square().sum()
+    if float(total) < 1e-24 * len(control):
+        return torch.ones_like(control)
+    own = 1.0 / len(control) + centred.square() / total
+    moved = 1.0 - len(control) * (control.mean() / scale) * centred / total
+    return moved / (1.0 - own).clamp(min=0.02)
+
+
+def _weights_warning(ess: float, n: int) -> str:
+    return f"the effective sample size is {ess:.0f} of {n}: q has too few samples where p is"

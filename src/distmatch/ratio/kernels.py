@@ -1,0 +1,79 @@
+"""Gaussian kernels around samples of p: what uLSIF, RuLSIF and KLIEP build a ratio from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.ratio.samples import CHUNK
+
+_WIDTHS = (0.1, 0.2, 0.35, 0.6, 1.0, 1.7, 3.0)  # in units of the median distance
+_MEDIAN_OF = 1000  # points
+
+
+def square_distances(x: Tensor, centres: Tensor) -> Tensor:
+    """Squared distances (N, b), by the product form: its rounding does not matter to a kernel."""
+    norms = x.square().sum(1)[:, None] + centres.square().sum(1)
+    return (norms - 2.0 * x @ centres.T).clamp_min(0.0)
+
+
+def log_kernel(x: Tensor, centres: Tensor, width: float) -> Tensor:
+    """Log of the unnormalised Gaussian kernels, (N, b)."""
+    return square_distances(x, centres) * (-0.5 / width**2)
+
+
+def choose_centres(p: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """At most ``count`` samples of p, drawn without replacement."""
+    if count < 1:
+        raise UserError("a kernel ratio needs centres", got=count, expected="at least 1")
+    return p[torch.randperm(len(p), generator=generator)[:count].to(p.device)]
+
+
+def candidate_widths(widths: Sequence[float] | None, p: Tensor, q: Tensor) -> list[float]:
+    """The widths to choose from: the given ones, or multiples of the median distance within both samples.
+
+    Given widths are in the unit of standardised samples.
+
+    Raises:
+        UserError: A given width is not a positive number, or there is none.
+    """
+    if widths is not None:
+        return positive(widths, "width")
+    pooled = torch.cat([p[:_MEDIAN_OF], q[:_MEDIAN_OF]])
+    distances = square_distances(pooled, pooled).flatten()
+    positive_ones = distances[distances > 1e-12]
+    median = math.sqrt(positive_ones.median().item())
+    return [median * factor for factor in _WIDTHS]
+
+
+def positive(values: Sequence[float], name: str) -> list[float]:
+    """The values as floats.
+
+    Raises:
+        UserError: One is not a positive finite number, or there is none.
+    """
+    found = [float(v) for v in values]
+    if not found or not all(math.isfinite(v) and v > 0 for v in found):
+        raise UserError(
+            f"every {name} must be a positive number", got=found, expected="for example [0.5, 1.0]"
+        )
+    return found
+
+
+def second_moment(x: Tensor, centres: Tensor, width: float) -> Tensor:
+    """Mean of phi phi^T over ``x``, (b, b)."""
+    total = torch.zeros(len(centres), len(centres), dtype=x.dtype, device=x.device)
+    for part in x.split(CHUNK):
+        phi = log_kernel(part, centres, width).exp()
+        total += phi.T @ phi
+    return total / len(x)
+
+
+def first_moment(x: Tensor, centres: Tensor, width: float) -> Tensor:
+    """Mean of phi over ``x``, (b,)."""
+    parts = [log_kernel(part, centres, width).exp().sum(0) for part in x.split(CHUNK)]
+    return torch.stack(parts).sum(0) / len(x)
