@@ -1,4 +1,4 @@
-"""The main job end to end from a clean state: `distmatch demo --fast`, its run folder and its metrics.json."""
+"""The main job end to end, from a clean state: `distmatch demo --fast`, its files and its metrics."""
 
 import json
 import math
