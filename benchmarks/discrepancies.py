@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -157,8 +156,6 @@ def sliced_races(options: Options) -> Iterator[Race]:
 
 
 def dcov_races(options: Options) -> Iterator[Race]:
-    # This folder's coverage.py would hide the package of that name from what dcor imports.
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
     import dcor
 
     for n in options.sizes:

@@ -1,6 +1,6 @@
 """Which divergences find all modes? Exact teachers, exact score and exact ratio of the student, five seeds.
 
-    python benchmarks/coverage.py --out docs/coverage.md
+    python benchmarks/mode_coverage.py --out docs/coverage.md
 
 The student is a mixture of isotropic Gaussians with learned means and widths and equal weights, sampled by
 x0 = mean_k + width_k z. So its noised density, score and ratio to the teacher are closed forms: no critic and
