@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from distmatch.base.errors import UserError
 from distmatch.report import build_report
 
 SIGMA_EDGES = np.geomspace(0.02, 80, 11).round(4).tolist()
@@ -235,6 +236,21 @@ def test_every_number_of_the_table_is_that_of_the_metrics_file(demo: Path, built
     shown = parsed.text
     for number in ("0.613", "0.0211", "29.1×", "35"):
         assert number in shown
+
+
+def test_the_warning_of_an_estimate_stands_below_the_table(tmp_path: Path, built: tuple[str, Page]) -> None:
+    assert "abbr" not in [tag for tag, _ in built[1].tags]
+    metrics = demo_metrics()
+    metrics["student"]["recall"]["warning"] = "about 9 of 800 samples carry it & more"
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    _, parsed = page(tmp_path)
+    cells = {(a["data-model"], a["data-metric"]): text for a, text in parsed.cells if "data-metric" in a}
+    assert [where for where, text in cells.items() if "*" in text] == [("student", "recall")]
+    assert "* Recall, student about 9 of 800 samples carry it & more" in " ".join(parsed.text.split())
+    metrics["student"]["recall"]["warning"] = 3
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match=r"student\.recall\.warning is broken"):
+        build_report(tmp_path)
 
 
 def test_page_is_whole_and_can_be_read_without_eyes(built: tuple[str, Page]) -> None:

@@ -12,11 +12,13 @@ import tyro
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import parse, print_json
 
-ABOUT = """Measure samples, or the models of a run folder, against real data.
+ABOUT = """Measure samples, or the models of a run folder, against real data; or two sets by divergences.
 
 example: distmatch evaluate runs/js
          distmatch evaluate samples.npz --data digits
-         distmatch evaluate samples.npz --data real.npz --features pixels --json"""
+         distmatch evaluate samples.npz --data real.npz --features pixels --json
+         distmatch evaluate real.npz samples.npz --divergences all
+         distmatch evaluate teacher.npz student.npz --divergences js,renyi:2,mmd:laplace"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class EvaluateOptions:
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
     """A sample file or folder of images, or a run folder (whose metrics.json is then written)."""
+    against: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = ""
+    """With --divergences: the samples that play q; WHAT then plays p, the target (real data or teacher)."""
+    divergences: str = ""
+    """Divergences and discrepancies between two sets: all, or names with commas (kl,gjs:0.3,renyi:2,mmd)."""
     data: str = ""
     """The real data; empty takes those of the run."""
     teacher: str = ""
@@ -32,7 +38,8 @@ class EvaluateOptions:
     features: str = "auto"
     """classifier, pixels, or auto: classifier where there are labels."""
     n: int | None = None
-    """Samples in a block, the same for all; unset takes half the data, at most 5000."""
+    """Samples in a block, the same for all; unset takes half the data, at most 5000. With --divergences the
+    most of each set, at most 20,000."""
     steps: int = 18
     """Heun steps of the teacher (18 are 35 network calls)."""
     seed: int = 0
@@ -48,6 +55,9 @@ def run(argv: list[str]) -> None:
     o = parse(EvaluateOptions, argv, verb="evaluate", about=ABOUT)
     if o.n is not None and o.n < 1:
         raise UserError("--n must be at least 1", got=o.n)
+    if o.against or o.divergences:
+        _two_sets(o)
+        return
     folder = Path(o.what)
     if not folder.exists():
         raise UserError(
@@ -55,14 +65,13 @@ def run(argv: list[str]) -> None:
             expected="a sample file, a folder of images or a run folder",
             fix="check the path",
         )
-    if (folder / "model.safetensors").exists():
+    if _is_model(folder):
         raise UserError(
             f"{o.what} is a model folder",
             expected="samples, or a run folder, which gets the metrics.json",
             fix=f"draw samples first: distmatch sample {o.what} --n 5000 --out samples.npz",
         )
-    is_run = (folder / "model").is_dir() or (folder / "config.toml").exists()
-    metrics = _run_folder(o) if is_run else _sample_file(o)
+    metrics = _run_folder(o) if _is_run(folder) else _sample_file(o)
     from distmatch.cli.table import metric_table
     from distmatch.training.assess import plain
 
@@ -70,6 +79,51 @@ def run(argv: list[str]) -> None:
         print_json(plain(metrics))
     else:
         print(metric_table(metrics))
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists()
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "model").is_dir() or (folder / "config.toml").exists()
+
+
+def _two_sets(o: EvaluateOptions) -> None:
+    """Divergences between two sets of samples."""
+    if not o.divergences:
+        raise UserError(
+            "two sets of samples, but nothing to compare them by",
+            got=f"{o.what} and {o.against}",
+            expected="--divergences, or one set and --data",
+            fix=f"distmatch evaluate {o.what} {o.against} --divergences all",
+        )
+    if not o.against:
+        raise UserError(
+            "divergences are between two sets of samples",
+            got=f"{o.what} alone",
+            expected="distmatch evaluate A B --divergences all, where A plays p, the target, and B plays q",
+            fix="name the other file",
+        )
+    for flag, value in (("--data", o.data), ("--teacher", o.teacher)):
+        if value:
+            raise UserError(
+                f"{flag} has no part in --divergences", got=value, expected="two sets of samples alone"
+            )
+    for source in (o.what, o.against):
+        if _is_model(Path(source)) or _is_run(Path(source)):
+            raise UserError(
+                f"{source} is a model, and divergences are taken between samples",
+                expected="a sample file, a folder of images, or the name of a data set",
+                fix=f"draw samples first: distmatch sample {source} --n 5000 --out samples.npz",
+            )
+    from distmatch.cli.divergences import between, divergence_table
+
+    found = between(o.what, o.against, o.divergences, o.features, o.n, o.seed, o.device)
+    if o.json:
+        print_json({"p": o.what, "q": o.against, "features": o.features, "seed": o.seed, **found.to_dict()})
+    else:
+        print(divergence_table(o.what, o.against, found))
 
 
 def _sample_file(o: EvaluateOptions) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """How good a generator is: estimates with standard errors, a model and fresh data under one protocol."""
 
+from distmatch.metrics.between import Comparison, compare_datasets, compare_samples
+from distmatch.metrics.distances import Measured
 from distmatch.metrics.evaluate import evaluate, reference_floor
 from distmatch.metrics.features import Features, classifier_features, pixels, resolve_features
 from distmatch.metrics.frechet import frechet_distance
@@ -12,10 +14,14 @@ from distmatch.metrics.vendi import vendi_score
 
 __all__ = [
     "PRDC",
+    "Comparison",
     "EvaluationSettings",
     "Features",
+    "Measured",
     "ModeReport",
     "classifier_features",
+    "compare_datasets",
+    "compare_samples",
     "evaluate",
     "frechet_distance",
     "kernel_distance",

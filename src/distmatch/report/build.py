@@ -16,7 +16,7 @@ from distmatch.base.files import atomic_write
 from distmatch.report.log import Event, scalar_keys, wall_seconds
 from distmatch.report.run import MODELS, ModelMetrics, Run, read_run
 from distmatch.report.samples import samples_section
-from distmatch.report.table import digits, error_digits, headline, show_sigmas, speed_up, table
+from distmatch.report.table import digits, doubts, error_digits, headline, show_sigmas, speed_up, table
 from distmatch.report.training import curve_charts, noise_charts
 
 _LEAD_OPTIONS = ("divergence", "method", "data", "steps", "seed")
@@ -81,6 +81,7 @@ def render(run: Run) -> str:
         missing=missing(run),
         samples=samples_section(run.samples),
         rows=rows,
+        doubts=doubts(rows),
         protocol=protocol(run.events),
         shown_models=[m for m in MODELS if m in run.metrics],
         charts=curve_charts(run.events),

@@ -156,7 +156,10 @@ def read_metrics(path: Path) -> dict[str, ModelMetrics]:
                     for k in ("value", "stderr", "n")
                 ]
                 n = int(numbers[2]) if math.isfinite(numbers[2]) else 0
-                estimates[key] = Estimate(numbers[0], numbers[1], n)
+                warning = entry.get("warning")
+                if warning is not None and not isinstance(warning, str):
+                    raise _broken(path, f"{model}.{key}.warning", warning, "a sentence or null")
+                estimates[key] = Estimate(numbers[0], numbers[1], n, warning)
         nfe, seconds = (
             _optional_number(path, f"{model}.{k}", block.get(k)) for k in ("nfe", "seconds_per_1000")
         )

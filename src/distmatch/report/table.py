@@ -168,6 +168,16 @@ def table(metrics: dict[str, ModelMetrics]) -> list[Row]:
     return rows
 
 
+def doubts(rows: list[Row]) -> list[tuple[str, str]]:
+    """What estimates in the table say against themselves: whose they are, and the warning."""
+    return [
+        (f"{row.metric.title}, {model}", cell.warning)
+        for row in rows
+        for model, cell in zip(MODELS, row.cells, strict=True)
+        if cell is not None and cell.warning is not None
+    ]
+
+
 @dataclass(frozen=True)
 class Tile:
     """A number of the headline: its name, itself, and where it comes from."""

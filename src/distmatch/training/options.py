@@ -164,7 +164,7 @@ class DistillOptions:
     method: str = "f-distill"
     """f-distill, dmd2 or diff-instruct."""
     divergence: str | None = None
-    """js, kl, reverse_kl, jeffreys, hellinger, alpha:0.5, ...; unset takes the method's own (js)."""
+    """js, kl, reverse_kl, alpha:0.5, gjs:0.3, skew_kl:0.1, ...; unset takes the method's own (js)."""
     run: RunOptions = field(default_factory=RunOptions)
     net: NetOptions = field(default_factory=NetOptions)
     distill: DistillConfig = field(default_factory=DistillConfig)

@@ -1,0 +1,100 @@
+"""Divergences between two sets of samples: what `distmatch evaluate A B --divergences` loads and prints."""
+
+from __future__ import annotations
+
+import math
+
+from distmatch.base.seeds import stream_seed
+from distmatch.data import TOY_NAMES, Dataset, load_data, toy, toy_dataset
+from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.divergences.estimators import LowerBound
+from distmatch.metrics import Comparison, Measured, compare_datasets
+from distmatch.metrics.names import checked_names
+from distmatch.training.devices import pick_device
+
+
+def between(a: str, b: str, which: str, features: str, n: int | None, seed: int, device: str) -> Comparison:
+    """Compares two sets of samples by name or path.
+
+    Args:
+        a: Plays p.
+        b: Plays q.
+        which: Names with commas, or ``all``.
+        features: ``auto``, ``pixels`` or ``classifier``.
+        n: Most samples of each.
+        seed: Of everything that is drawn, the samples of a toy included.
+        device: ``auto`` or the name of one.
+
+    Raises:
+        UserError: Something that holds no samples, or what cannot be compared.
+    """
+    checked_names(which)  # before anything is read
+    where = pick_device(device)
+    where = where if where.type == "cuda" else pick_device("cpu")  # tests sum in float64
+    p = _samples(a, seed, "p", labels=features == "classifier")
+    q = _samples(b, seed, "q", labels=False)
+    mixture_p, mixture_q = (_mixture(source) for source in (a, b))
+    return compare_datasets(
+        p,
+        q,
+        which,
+        features=features,
+        n=n,
+        seed=seed,
+        device=where,
+        score_p=mixture_p.to(where).score if mixture_p is not None else None,
+        score_q=mixture_q.to(where).score if mixture_q is not None else None,
+        quiet=False,
+    )
+
+
+def _mixture(source: str) -> GaussianMixture | None:
+    return toy(source) if source in TOY_NAMES else None
+
+
+def _samples(source: str, seed: int, side: str, *, labels: bool) -> Dataset:
+    if source in TOY_NAMES:  # fresh ones: the other set may be drawn from the same toy under the same seed
+        return toy_dataset(source, seed=stream_seed(seed, f"evaluate/toy/{side}"))
+    return load_data(source, labels=labels)
+
+
+def divergence_table(a: str, b: str, found: Comparison) -> str:
+    """A plain-text table: a row for each divergence, value ± standard error, warnings below.
+
+    Args:
+        a: What plays p.
+        b: What plays q.
+        found: What was measured between them.
+    """
+    rows = [["", "value", "at most", "p-value", "n", "how"]]
+    remarks: list[str] = []
+    for name, row in found.measured.items():
+        value = _value(row)
+        if row.estimate.warning is not None:
+            remarks.append(f"[{len(remarks) + 1}] {name}: {row.estimate.warning}")
+            value += f" [{len(remarks)}]"
+        largest = f"{row.largest:.3g}" if math.isfinite(row.largest) else ""
+        chance = f"{row.test.p_value:.2g}" if row.test is not None else ""
+        rows.append([name, value, largest, chance, str(row.estimate.n), f"{row.estimator}; {row.meaning}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    lines.insert(0, f"p = {a}, q = {b}")
+    lines += remarks
+    if any(isinstance(row.estimate, LowerBound) for row in found.measured.values()):
+        lines.append(">= is a lower bound, up to its error: the divergence may be far above it")
+    tests = [row.test for row in found.measured.values() if row.test is not None]
+    if tests:
+        most = max(test.n for test in tests)
+        lines.append(
+            f"p-values of equal p and q, from {tests[0].resamples} resamples of at most {most} samples a set"
+        )
+    lines += [f"note: {note}" for note in found.notes]
+    lines += [f"not computed: {name} {why}" for name, why in found.not_computed.items()]
+    return "\n".join(lines)
+
+
+def _value(row: Measured) -> str:
+    estimate = row.estimate
+    error = f" ± {estimate.stderr:.2g}" if math.isfinite(estimate.stderr) else ""
+    return f"{'>= ' if isinstance(estimate, LowerBound) else ''}{estimate.value:.4g}{error}"

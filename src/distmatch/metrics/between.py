@@ -1,0 +1,259 @@
+"""Two sets of samples against each other: every divergence and discrepancy that samples alone can give.
+
+The first set stands for p, what the second, q, should match: data and samples, or teacher and student.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.base import seeds
+from distmatch.base.errors import UserError
+from distmatch.base.progress import progress
+from distmatch.data.dataset import Dataset
+from distmatch.discrepancies import KERNELS
+from distmatch.divergences import Divergence, Renyi, measure
+from distmatch.divergences.estimators import LowerBound, classifier_estimates
+from distmatch.metrics.distances import DISTANCES, NEIGHBOURS, Measured, Score, mmd_of, stein
+from distmatch.metrics.features import resolve_features
+from distmatch.metrics.names import ALL, EVERYTHING, STEIN, checked_names, why_not
+from distmatch.metrics.settings import FeatureChoice
+
+MOST = 20_000
+"""The most samples taken of a set; what costs more than n log n takes fewer, as its ``n`` says."""
+LEAST = 8 * NEIGHBOURS
+"""The fewest samples of a set: what nearest neighbours need, and the classifier nearly."""
+_MANY_DIMENSIONS = 32
+_UNEVEN = 100.0  # a column so much wider than another rules every distance
+_COPIES = 0.01  # of the samples: fewer can be chance where they are rounded
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found between p and q.
+
+    Attributes:
+        measured: By name.
+        not_computed: Why a name has no value here.
+        notes: What to bear in mind about the samples as they are.
+    """
+
+    measured: dict[str, Measured]
+    not_computed: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form ``{"estimates", "not_computed", "notes"}``."""
+        return {
+            "estimates": {name: row.to_dict() for name, row in self.measured.items()},
+            "not_computed": self.not_computed,
+            "notes": list(self.notes),
+        }
+
+
+def compare_samples(
+    x_p: Tensor,
+    x_q: Tensor,
+    which: str = ALL,
+    *,
+    seed: int = 0,
+    score_p: Score | None = None,
+    score_q: Score | None = None,
+    quiet: bool = True,
+) -> Comparison:
+    """Measures how far two sets of independent samples are apart.
+
+    All f-divergences are lower bounds from one classifier (:func:`classifier_estimates`), so they are nats
+    that p and q are apart at least. The discrepancies are in the units of the samples.
+
+    Args:
+        x_p: Samples of p, (n, *shape), at least 40, floating.
+        x_q: Samples of q, (m, *shape), at least 40, on the same device.
+        which: As for :func:`checked_names`.
+        seed: Fixes the order of the samples and everything else that is drawn.
+        score_p: The score of p, where it is known; adds ``kernel_stein`` of the samples of q.
+        score_q: The score of q, which is used for ``kernel_stein`` of the samples of p when p's is not known.
+        quiet: Whether to hide the progress bar.
+
+    Raises:
+        UserError: Unknown names, samples that cannot be compared, or nothing that could be computed.
+    """
+    names = checked_names(which)
+    x_p, x_q = _checked(x_p, x_q)
+    p, q = (
+        x[torch.randperm(len(x), generator=seeds.generator(seed, f"between/{side}")).to(x.device)][:MOST]
+        for side, x in (("p", x_p), ("q", x_q))
+    )
+    computable = DISTANCES | {f"mmd:{kernel}": partial(mmd_of, kernel) for kernel in KERNELS}
+    if score_p is not None:
+        computable[STEIN] = lambda p, q, seed: stein(q, score_p, seed, "samples of q, score of p")
+    elif score_q is not None:
+        computable[STEIN] = lambda p, q, seed: stein(p, score_q, seed, "samples of p, score of q")
+    everything = set(EVERYTHING) <= set(names)
+    absent = {n: why for n in names if (why := why_not(n, p.shape[1], n in computable, everything))}
+    bounded = [measure(n) for n in names if n not in computable and n not in absent]
+    rest = [n for n in names if n in computable and n not in absent]
+    if not bounded and not rest:
+        reasons = "; ".join(f"{name}: {why}" for name, why in absent.items())
+        raise UserError("nothing of this can be computed here", got=reasons, fix="name others, or all")
+    found: dict[str, Measured] = {}
+    with progress(len(rest) + bool(bounded), desc="divergences", enabled=not quiet, delay=1.0) as bar:
+        if bounded:
+            found |= _bounds(bounded, p, q, seed)
+            bar.update(done="classifier")
+        for name in rest:
+            found[name] = computable[name](p, q, seed)
+            bar.update(done=name)
+    return Comparison({name: found[name] for name in names if name in found}, absent, _copies(p, q))
+
+
+def compare_datasets(
+    p: Dataset,
+    q: Dataset,
+    which: str = ALL,
+    *,
+    features: FeatureChoice = "auto",
+    n: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    score_p: Score | None = None,
+    score_q: Score | None = None,
+    quiet: bool = True,
+) -> Comparison:
+    """Measures how far two data sets are apart: vectors in their own units, images in [-1, 1].
+
+    Args:
+        p: What q should match.
+        q: The other set, of the same shape.
+        which: As for :func:`checked_names`.
+        features: ``"auto"`` and ``"pixels"`` take the samples themselves (images of more than 1024 numbers
+            are halved by averaging), ``"classifier"`` the inner layer of a classifier of p's labels. For
+            f-divergences the latter give lower bounds as well, as no function of samples can add to them.
+        n: Most samples of each set; 20,000 by default.
+        seed: As for :func:`compare_samples`.
+        device: Where to compute.
+        score_p: As for :func:`compare_samples`; used with the samples themselves only.
+        score_q: Likewise.
+        quiet: Whether to hide the progress bar.
+
+    Raises:
+        UserError: As for :func:`compare_samples`, or p has no labels to train a classifier on.
+    """
+    checked_names(which)
+    if (p.kind, p.shape) != (q.kind, q.shape):
+        raise UserError(
+            "the two sets hold samples of different shapes",
+            got=f"{p.kind}s {p.shape} and {q.kind}s {q.shape}",
+            expected="the same shape",
+        )
+    space = resolve_features("pixels" if features == "auto" else features, p)
+    raw = p.kind == "vector" and space.name == "pixels"
+    sides = []
+    for side, data in (("p", p), ("q", q)):
+        order = torch.randperm(len(data), generator=seeds.generator(seed, f"between/{side}/chosen"))
+        part = data.raw[order[: min(n or MOST, MOST)]]
+        if not raw:  # features are made for the range of the model, p's where it is a fitted one
+            part = (p if p.kind == "vector" else data).scaling.to_model(part)
+        sides.append(space(part.to(device)))
+    if not raw:
+        score_p = score_q = None  # those of the samples, not of what is made of them
+    found = compare_samples(
+        sides[0], sides[1], which, seed=seed, score_p=score_p, score_q=score_q, quiet=quiet
+    )
+    notes = _about_space(space.name, p.kind, sides[0]) + found.notes
+    return Comparison(found.measured, found.not_computed, notes)
+
+
+def _checked(x_p: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
+    for name, x in (("p", x_p), ("q", x_q)):
+        if x.ndim < 1 or len(x) < LEAST:
+            raise UserError(
+                f"too few samples of {name} to compare",
+                got=len(x) if x.ndim else 0,
+                expected=f"at least {LEAST} of each",
+                fix="hand in more samples: a number you can rely on takes a thousand or more",
+            )
+        if not x.is_floating_point() or not bool(x.isfinite().all()):
+            raise UserError(
+                f"the samples of {name} are not finite numbers",
+                got=x.dtype if not x.is_floating_point() else "NaN or infinite values",
+                expected="finite floats",
+            )
+    if x_p.shape[1:] != x_q.shape[1:]:
+        raise UserError(
+            "the two sets hold samples of different shapes",
+            got=f"{tuple(x_p.shape[1:])} and {tuple(x_q.shape[1:])}",
+            expected="the same shape",
+        )
+    dtype = torch.promote_types(torch.promote_types(x_p.dtype, x_q.dtype), torch.float32)
+    return x_p.reshape(len(x_p), -1).to(dtype), x_q.reshape(len(x_q), -1).to(dtype)
+
+
+def _bounds(which: list[Divergence | Renyi], p: Tensor, q: Tensor, seed: int) -> dict[str, Measured]:
+    """Lower bounds from one classifier; those of Renyi divergences by way of alpha divergences."""
+    needed = {m.name: m for m in (m.alpha if isinstance(m, Renyi) else m for m in which)}
+    found = classifier_estimates(p, q, needed.values(), seed=seed)
+    result = {}
+    for chosen in which:
+        by_way = chosen.alpha if isinstance(chosen, Renyi) else chosen
+        bound = found[by_way.name]
+        if isinstance(chosen, Renyi):
+            value = torch.tensor(bound.value, dtype=torch.float64)
+            slope = float(chosen.slope(value))
+            bound = LowerBound(float(chosen.from_alpha(value)), slope * bound.stderr, bound.n, bound.warning)
+        largest = math.inf if isinstance(chosen, Renyi) else by_way.upper_bound
+        result[chosen.name] = Measured(bound, "classifier", "lower bound, nats", largest)
+    return result
+
+
+def _copies(p: Tensor, q: Tensor) -> tuple[str, ...]:
+    """What there is to say against samples as independent draws."""
+    own_p, own_q = torch.unique(p, dim=0), torch.unique(q, dim=0)
+    notes = []
+    for side, x, own in (("p", p, own_p), ("q", q, own_q)):
+        share = 1 - len(own) / len(x)
+        if share > _COPIES:
+            notes.append(
+                f"{share:.0%} of the samples of {side} repeat others: bounds and errors take them for "
+                "independent draws and are too optimistic"
+            )
+    shared = len(own_p) + len(own_q) - len(torch.unique(torch.cat([own_p, own_q]), dim=0))
+    if shared > _COPIES * min(len(own_p), len(own_q)):
+        notes.append(
+            f"{shared} samples are in both sets, which are not independent then: all values are too small"
+        )
+    return tuple(notes)
+
+
+def _about_space(space: str, kind: str, x: Tensor) -> tuple[str, ...]:
+    d = x.shape[1]
+    if space == "classifier":
+        return (
+            "the samples are seen through a classifier of p's labels, trained on p itself: a difference that "
+            "it ignores does not show, and p-values are approximate",
+        )
+    notes = []
+    if kind == "image" and d > _MANY_DIMENSIONS:
+        notes.append(
+            f"{d} pixel values a sample: this compares pixels, not what the pictures show; where p has "
+            "labels, the classifier features compare what tells pictures apart"
+        )
+    elif d > _MANY_DIMENSIONS:
+        notes.append(
+            f"{d} numbers a sample: in so many dimensions a lower bound may be far below the divergence, and "
+            "a distance sees little of a difference in few of them"
+        )
+    spread = x.std(0)
+    spread = spread[spread > 0]
+    if kind == "vector" and len(spread) and float(spread.max() / spread.min()) > _UNEVEN:
+        notes.append(
+            f"the widest column of p has {float(spread.max() / spread.min()):.0f} times the spread of the "
+            "narrowest and rules every distance: divide each column by its spread if that is not meant"
+        )
+    return tuple(notes)
