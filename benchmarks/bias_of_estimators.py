@@ -41,7 +41,7 @@ TRAINING = Training(width=32, steps=150)  # of each critic
 class Options:
     """What to run."""
 
-    repetitions: int = 5
+    repetitions: int = 20
     n: int = 1000
     """Samples of p and of q."""
     out: Path | None = None

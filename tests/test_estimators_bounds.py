@@ -22,7 +22,9 @@ from distmatch.divergences.estimators import (
     monte_carlo,
     nwj_bound,
 )
-from distmatch.divergences.estimators.critic import split
+from distmatch.divergences.estimators.critic import Critic, ascend, logistic, split
+from distmatch.divergences.estimators.tails import both_tails, unseen
+from distmatch.divergences.estimators.variational import _blindness
 
 # Atoms repeated as often as p says, and q uniform: means over samples are expectations.
 COUNTS = torch.tensor([1, 2, 3, 3, 4, 5, 6, 1, 2, 3])
@@ -88,7 +90,11 @@ def test_nwj_and_donsker_varadhan_are_their_formulas():
     # The error of DV is that of two independent means, by the delta method, each widened for its skewness.
     relative = np.exp(on_q) / np.exp(on_q).mean()
     parts = (x.std(ddof=1) / math.sqrt(len(x)) * (1 + 2 * skew(x) ** 2 / len(x)) for x in (on_p, relative))
-    expected = math.hypot(*parts)
+    tails = (
+        *both_tails(torch.as_tensor(on_p - on_p.mean()), lambda x: x),
+        *both_tails(torch.as_tensor(np.log(relative)), lambda x: x.exp() - 1),
+    )
+    expected = math.hypot(*parts, *(t.amount for t in tails))
     assert dv.stderr == pytest.approx(expected, rel=1e-9)
 
 
@@ -98,6 +104,26 @@ def test_the_chi_square_bound_is_the_corrected_quotient():
     gap2 = (on_p.mean() - on_q.mean()) ** 2 - on_p.var(ddof=1) / 30 - on_q.var(ddof=1) / 10
     found = chi_square_bound(critic[AT_P], critic)
     assert found.value == pytest.approx(gap2 / on_q.var(ddof=1), rel=1e-9)
+    # What one sample does to gap^2 / variance, and what is left of gap^2 at gap = 0.
+    value, variance = found.value, on_q.var(ddof=1)
+    gap = on_p.mean() - on_q.mean()
+
+    def from_p(x):
+        return 2 * gap / variance * (x - on_p.mean())
+
+    def from_q(x):
+        y = x - on_q.mean()
+        return -2 * gap / variance * y - value / variance * (y**2 - variance)
+
+    def error(values, influence):
+        terms = influence(values)
+        tails = (unseen(values, influence), unseen(-values, lambda x: influence(-x)))
+        plain = float(terms.std()) / math.sqrt(len(terms)) * (1 + 2 * skew(terms.numpy()) ** 2 / len(terms))
+        return math.hypot(plain, *(t.amount for t in tails))
+
+    square = 2 * ((on_p.var(ddof=1) / 30 + on_q.var(ddof=1) / 10) / variance) ** 2
+    expected = math.sqrt(error(critic[AT_P], from_p) ** 2 + error(critic, from_q) ** 2 + square)
+    assert found.stderr == pytest.approx(expected, rel=1e-6)
     moved = chi_square_bound(5 - 1e9 * critic[AT_P], 5 - 1e9 * critic)
     assert (moved.value, moved.stderr) == (pytest.approx(found.value), pytest.approx(found.stderr))
     assert chi_square_bound(torch.ones(5), torch.ones(5)).value == 0.0
@@ -184,6 +210,40 @@ def test_a_trained_critic_comes_close_to_the_truth(bound):
 def test_equal_distributions_show_no_divergence():
     found = VariationalEstimator("kl", training=QUICK).fit(draw(900, 5), draw(900, 5, seed=1))
     assert abs(found.value) <= 3 * found.stderr + 1e-12
+
+
+@pytest.mark.parametrize("bound", ["js", "donsker_varadhan", "chi_square"])
+def test_a_critic_that_cannot_see_says_so(bound):
+    """Fifty dimensions, spread 1.15 times as wide: JS is 0.1, and 400 training samples show nothing of it."""
+    x_p, x_q = 1.15 * draw(800, 50), draw(800, 50, seed=1)
+    found = VariationalEstimator(bound, training=QUICK).fit(x_p, x_q)
+    assert found.value < 3 * found.stderr + 1e-12
+    assert "says nothing" in found.warning
+    assert "says nothing" in classifier_estimates(x_p, x_q, ["js"], training=QUICK)["js"].warning
+    seen = VariationalEstimator(bound, training=QUICK).fit(x_p + 0.3, x_q)  # a shift is seen
+    assert seen.value > 0.1
+    assert "says nothing" not in (seen.warning or "")
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_equal_distributions_in_few_dimensions_are_no_cause_for_warning(d):
+    for seed in range(3):
+        x_p, x_q = draw(900, d, seed=seed), draw(900, d, seed=10 + seed)
+        found = VariationalEstimator("js", training=QUICK).fit(x_p, x_q, seed)
+        assert found.reliable, found
+        assert abs(found.value) <= 3 * found.stderr + 1e-12
+
+
+def test_a_critic_that_has_learnt_its_samples_by_heart_says_so():
+    """Twenty dimensions, alike: without early stopping it fits 250 samples, others show nothing."""
+    train = draw(250, 20, seed=5), draw(250, 20, seed=6)
+    others = draw(100, 20, seed=7), draw(100, 20, seed=8)
+    critic = Critic(torch.cat(train), width=16, seed=0)
+    assert _blindness(critic, train, others) is None
+    how = Training(width=16, steps=100, lr=0.02)
+    ascend(critic, logistic, train, train, how, torch.Generator().manual_seed(0))
+    assert "by heart" in _blindness(critic, train, others)
+    assert _blindness(critic, train, train) is None
 
 
 def test_one_classifier_bounds_every_divergence():

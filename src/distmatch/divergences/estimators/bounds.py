@@ -17,10 +17,9 @@ from distmatch.divergences.estimators.results import (
     LowerBound,
     effective_from_log,
     few,
-    few_warning,
     joined,
-    mean_error,
 )
+from distmatch.divergences.estimators.tails import both_tails, judged, unseen
 
 
 def f_gan_terms(measure: Divergence, log_r_p: Tensor, log_r_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,10 +52,23 @@ def f_gan_bound(which: str | Divergence, log_r_p: Tensor, log_r_q: Tensor) -> Lo
         UserError: The values are not finite, or there is no such divergence.
     """
     measure = divergence(which)
-    on_p, on_q = f_gan_terms(measure, *check_critic(log_r_p, log_r_q))
+    log_r_p, log_r_q = check_critic(log_r_p, log_r_q)
+    on_p, on_q = f_gan_terms(measure, log_r_p, log_r_q)
     # Both KL rest on samples of one side that look like the other.
     limit = {"kl": len(on_q), "reverse_kl": len(on_p)}.get(measure.name)
-    return _two_means(on_p, on_q, limit)
+    value = float(on_p.mean()) + float(on_q.mean())
+    n = min(len(on_p), len(on_q))
+    if not math.isfinite(value):
+        return LowerBound(-math.inf, math.nan, n, "the critic is so far off that the bound overflows")
+    mean_p, mean_q = float(on_p.mean()), float(on_q.mean())
+    sides = (
+        judged(on_p - mean_p, *both_tails(log_r_p, lambda x: measure.df(x) - mean_p)),
+        judged(on_q - mean_q, *both_tails(log_r_q, lambda x: measure.dual().df(-x) - mean_q)),
+    )
+    # A side that hardly adds to the error may well rest on few samples.
+    warnings = (warning for error, warning in sides if error > 0.01 * abs(value))
+    warning = joined(_saturated(value, limit) if limit is not None else None, *warnings)
+    return LowerBound(value, math.hypot(*(error for error, _ in sides)), n, warning)
 
 
 def classifier_bound(
@@ -109,15 +121,17 @@ def donsker_varadhan_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
     log_mean = torch.logsumexp(log_w, 0) - math.log(m)
     value = float(on_p.mean() - log_mean)
     ess = effective_from_log(log_w)
-    warning = _saturated(value, m)
+    error_p, warning_p = judged(on_p - on_p.mean(), *both_tails(on_p - on_p.mean(), lambda x: x))
+    relative = log_w - log_mean
+    error_q, warning_q = judged(torch.expm1(relative), *both_tails(relative, torch.expm1))
+    warning = joined(_saturated(value, m), warning_p, warning_q)
     if ess < few(m):
         warning = joined(
-            warning,
+            _saturated(value, m),
             f"e^T rests on about {ess:.0f} of {m} samples of q: the bound is near its ceiling log {m} = "
             f"{math.log(m):.3g}, and the divergence may be far above it",
         )
-    stderr = math.hypot(mean_error(on_p), mean_error(torch.exp(log_w - log_mean)))
-    return LowerBound(value, stderr, min(len(on_p), m), warning)
+    return LowerBound(value, math.hypot(error_p, error_q), min(len(on_p), m), warning)
 
 
 def chi_square_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
@@ -149,25 +163,19 @@ def chi_square_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
     gap = float(on_p.mean())
     error2 = float(on_p.var(correction=1)) / len(on_p) + variance / len(on_q)
     value = (gap * gap - error2) / variance
+
     # Influence of one sample on gap^2 / variance; the last part is what is left of gap^2 at gap = 0.
-    from_p = 2.0 * gap / variance * on_p
-    from_q = -2.0 * gap / variance * on_q - value / variance * on_q.square()
-    stderr = math.sqrt(mean_error(from_p) ** 2 + mean_error(from_q) ** 2 + 2.0 * (error2 / variance) ** 2)
-    warning = few_warning(from_q - from_q.mean()) if stderr > 0.01 * abs(value) else None
+    def from_p(x: Tensor) -> Tensor:
+        return 2.0 * gap / variance * (x - gap)
+
+    def from_q(x: Tensor) -> Tensor:
+        return -2.0 * gap / variance * x - value / variance * (x.square() - variance)
+
+    error_p, warning_p = judged(from_p(on_p), unseen(on_p, from_p), unseen(-on_p, lambda x: from_p(-x)))
+    error_q, warning_q = judged(from_q(on_q), unseen(on_q, from_q), unseen(-on_q, lambda x: from_q(-x)))
+    stderr = math.sqrt(error_p**2 + error_q**2 + 2.0 * (error2 / variance) ** 2)
+    warning = joined(warning_p, warning_q) if stderr > 0.01 * abs(value) else None
     return LowerBound(value, stderr, n, warning)
-
-
-def _two_means(on_p: Tensor, on_q: Tensor, limit: int | None) -> LowerBound:
-    value = float(on_p.mean()) + float(on_q.mean())
-    n = min(len(on_p), len(on_q))
-    if not math.isfinite(value):
-        return LowerBound(-math.inf, math.nan, n, "the critic is so far off that the bound overflows")
-    warning = _saturated(value, limit) if limit is not None else None
-    for terms in (on_p, on_q):
-        # A side that hardly adds to the error may well rest on few samples.
-        if mean_error(terms) > 0.01 * abs(value):
-            warning = joined(warning, few_warning(terms - terms.mean()))
-    return LowerBound(value, math.hypot(mean_error(on_p), mean_error(on_q)), n, warning)
 
 
 def _saturated(value: float, m: int) -> str | None:

@@ -68,6 +68,7 @@ class Critic(nn.Module):
         self.register_buffer("std", torch.where(std > 0, std, torch.ones_like(std)))
         self.scale = 1.0
         self.capped = False  # whether held-out samples were too few for a larger scale
+        self.blind: str | None = None  # why it may have missed what there is to see
         self.to(device=like.device, dtype=like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

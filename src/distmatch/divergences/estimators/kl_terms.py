@@ -29,6 +29,7 @@ from distmatch.base.errors import unknown_name
 from distmatch.base.estimate import Estimate
 from distmatch.divergences.estimators.inputs import check_log_densities
 from distmatch.divergences.estimators.results import few_warning, joined, mass_warning, mean_error
+from distmatch.divergences.estimators.tails import both_tails, judged
 from distmatch.divergences.numerics import exp_excess
 
 Term = Literal["k1", "k2", "k3"]
@@ -83,9 +84,10 @@ def kl_estimate(log_p: Tensor, log_q: Tensor, term: Term = "k3") -> Estimate:
         return Estimate(value, mean_error(terms), len(terms), few_warning(terms))
     if term == "k3":
         # k3 is k1 + (r - 1): where no sample shows the tail of r, it is too low by 1 and looks calm.
-        excess = torch.expm1((log_p - log_q).detach().double().clamp(max=700.0))
-        warning = joined(mass_warning(excess), few_warning(terms))
-        return Estimate(value, mean_error(terms), len(terms), warning)
+        log_r = (log_p - log_q).detach().double()
+        excess = torch.expm1(log_r.clamp(max=700.0))
+        stderr, warning = judged(terms, *both_tails(log_r, lambda x: exp_excess(x) - value))
+        return Estimate(value, stderr, len(terms), joined(mass_warning(excess), warning))
     difference = terms - kl_terms(log_p.detach().double(), log_q.detach().double(), "k1")
     bias, error = float(difference.mean()), mean_error(difference)
     warning = f"k2 is biased here: it differs from k1 by {bias:.2g} ± {error:.1g}"

@@ -16,11 +16,10 @@ from distmatch.divergences.estimators.results import (
     WeightedEstimate,
     effective_from_log,
     few,
-    few_warning,
     joined,
     mass_warning,
-    mean_error,
 )
+from distmatch.divergences.estimators.tails import both_tails, judged, unseen
 
 Method = Literal["plain", "control_variate", "self_normalised"]
 
@@ -75,19 +74,21 @@ def monte_carlo(
         return WeightedEstimate(math.inf, math.nan, len(terms), None, ess)
     excess = torch.expm1(log_r.clamp(max=_LOG_MAX))
     mass = mass_warning(excess)
+    slope = 0.0  # the part of r - 1 that is taken off the terms
+    spread = terms
     if method == "control_variate":
-        terms = _regressed(terms, excess)
+        slope = _slope(terms, excess)
+        terms = terms - slope * excess
         spread = (terms - terms.mean()) * _leverage(excess)
     elif method == "self_normalised":
         # What one more sample does to mean f(w / mean w), by the delta method.
         slope = float(_finite(chosen.df(log_r) * (1.0 + excess)).mean())
         spread = terms - value - slope * excess
         mass = None if ess >= few(len(terms)) else _weights_warning(ess, len(terms))
-    else:
-        spread = terms
     value = float(terms.mean())
-    warning = joined(mass, few_warning(spread))
-    return WeightedEstimate(value, mean_error(spread), len(terms), warning, ess)
+    tails = both_tails(log_r, lambda x: chosen.f(x) - slope * torch.expm1(x) - value)
+    stderr, warning = judged(spread, *tails)
+    return WeightedEstimate(value, stderr, len(terms), joined(mass, warning), ess)
 
 
 def monte_carlo_two_sided(
@@ -115,18 +116,26 @@ def monte_carlo_two_sided(
         UserError: The log-densities have holes, or there is no such divergence.
     """
     chosen = divergence(which)
-    low = check_log_densities(*at_q, where="q")
-    high = -check_log_densities(*at_p, where="p")
-    on_q = _terms(chosen, low.clamp(max=0.0))
-    on_p = _terms(chosen.dual(), high.clamp(max=0.0))
+    sides = (
+        (chosen, check_log_densities(*at_q, where="q")),
+        (chosen.dual(), -check_log_densities(*at_p, where="p")),
+    )
+    on_q, on_p = (_terms(of, log_ratio.clamp(max=0.0)) for of, log_ratio in sides)
     n = min(len(on_q), len(on_p))
     value = float(on_q.mean()) + float(on_p.mean())
     if not math.isfinite(value):
         return Estimate(math.inf, math.nan, n)
+    errors = [_side_error(*side) for side in sides]
     # Each side counts by its part of the error: terms that hardly add to the value do no harm.
-    parts = ((mean_error(t), t) for t in (on_q, on_p))
-    warning = joined(*(few_warning(t) for error, t in parts if error > 0.01 * value))
-    return Estimate(value, math.hypot(mean_error(on_q), mean_error(on_p)), n, warning)
+    warning = joined(*(warning for error, warning in errors if error > 0.01 * value))
+    return Estimate(value, math.hypot(*(error for error, _ in errors)), n, warning)
+
+
+def _side_error(of: Divergence, log_ratio: Tensor) -> tuple[float, str | None]:
+    """Standard error and warning for the mean of the generator ``of`` where its argument is at most 1."""
+    low = log_ratio.clamp(-_LOG_MAX, 0.0)
+    tail = unseen((-low).exp(), lambda inverse: _terms(of, -inverse.log()))
+    return judged(_terms(of, log_ratio.clamp(max=0.0)), tail)
 
 
 def renyi_monte_carlo(
@@ -162,25 +171,26 @@ def renyi_monte_carlo(
     top = float((order * log_r).max())
     powers = torch.exp(order * log_r - top)
     excess = torch.expm1(log_r.clamp(max=_LOG_MAX))
-    terms = powers
-    if method == "control_variate":
-        terms = _regressed(powers, excess)
-        if float(terms.mean()) <= 0.0:  # a correction larger than what it corrects: leave it out
-            terms = powers
-    mean = float(terms.mean())
-    spread = terms / mean - 1.0
+    slope = _slope(powers, excess) if method == "control_variate" else 0.0
+    mean = float((powers - slope * excess).mean())
+    if mean <= 0.0:  # a correction larger than what it corrects: leave it out
+        slope, mean = 0.0, float(powers.mean())
+    spread = (powers - slope * excess) / mean - 1.0
     if method == "control_variate":
         spread = spread * _leverage(excess)
     mass = mass_warning(excess)
     if method == "self_normalised":
+        slope = order * mean
         spread = spread - order * excess
-        mass = None if ess >= few(len(terms)) else _weights_warning(ess, len(terms))
+        mass = None if ess >= few(len(powers)) else _weights_warning(ess, len(powers))
+    tails = both_tails(log_r, lambda x: (torch.exp(order * x - top) - slope * torch.expm1(x)) / mean - 1.0)
+    stderr, warning = judged(spread, *tails)
     scale = 1.0 / (order - 1.0)
     return WeightedEstimate(
         value=scale * (math.log(mean) + top),
-        stderr=abs(scale) * mean_error(spread),
-        n=len(terms),
-        warning=joined(mass, few_warning(spread if method != "plain" else terms)),
+        stderr=abs(scale) * stderr,
+        n=len(powers),
+        warning=joined(mass, warning),
         ess=ess,
     )
 
@@ -209,15 +219,14 @@ def _finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x, nan=0.0)
 
 
-def _regressed(terms: Tensor, control: Tensor) -> Tensor:
-    """``terms`` less their regression on ``control``, which is known to have mean zero."""
+def _slope(terms: Tensor, control: Tensor) -> float:
+    """The coefficient of the regression of ``terms`` on ``control``, which is known to have mean zero."""
     scale = control.abs().max().clamp(min=torch.finfo(control.dtype).tiny)
-    unit = control / scale  # so that its square does not overflow
-    centred = unit - unit.mean()
+    centred = (control - control.mean()) / scale  # so that its square does not overflow
     variance = centred.square().mean()
     if float(variance) < 1e-24:  # r is constant up to rounding: nothing to regress on
-        return terms
-    return terms - ((terms - terms.mean()) * centred).mean() / variance * unit
+        return 0.0
+    return float(((terms - terms.mean()) * centred).mean() / variance / scale)
 
 
 def _leverage(control: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ _EXTRA = 30  # neighbours beyond twice those needed that are kept, so that half 
 _TREE_DIMENSIONS = 8  # beyond it a tree is no faster than all distances
 _CHUNK = 4_000_000  # distances computed at once
 _LOCAL = 0.02  # (k/n)^(2/d) above this: the k nearest are not near
+_RING = 15  # neighbours by which a sample of p is judged to be among the samples of q or beyond them
+_CHANCE = 0.0008  # how often one that is among them is taken to be beyond
+_BEYOND = 0.01  # share of samples beyond, above which what they add is not known
 _TIES = 0.01  # share of samples that coincide with another, above which there is no density
 
 
@@ -35,9 +38,10 @@ def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Est
     The standard error joins three parts in quadrature: the spread over 40 random halves of both samples, the
     bias as it shows when the 3k-th neighbours take the place of the k-th (it is taken to grow like
     (k/n)^(1/d)), and the error of that bias. There is a warning, and no standard error: where that bias is
-    significant and larger than that spread; where (k/n)^(2/d) > 0.02; where no sample of q lies among those
-    of p, so that KL may be infinite; where more than 1 % of the samples coincide. Fewer samples that coincide
-    have their neighbours counted from the first that lies elsewhere.
+    significant and larger than that spread; where (k/n)^(2/d) > 0.02; where more than 1 % of the samples of p
+    lie beyond those of q, as in heavier tails; where no sample of q lies among those of p, so that KL may be
+    infinite; where more than 1 % of the samples coincide. Fewer samples that coincide have their neighbours
+    counted from the first that lies elsewhere.
 
     Args:
         x_p: Samples of p, (n,) or (n, *shape), at least 8 k.
@@ -93,6 +97,7 @@ def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Est
 
 def _warning(d: int, n: int, k: int, ties: float, rho: Tensor, nu: Tensor, bias: float | None) -> str | None:
     far = (k / n) ** (2.0 / d)
+    beyond = _share_beyond(nu, d)
     return joined(
         f"{ties:.0%} of the samples coincide with others: there is no density to compare"
         if ties > _TIES
@@ -100,11 +105,26 @@ def _warning(d: int, n: int, k: int, ties: float, rho: Tensor, nu: Tensor, bias:
         f"{n} samples are too few for nearest neighbours in {d} dimensions: the bias is not known"
         if far > _LOCAL
         else None,
+        f"{beyond:.1%} of the samples of p lie beyond those of q: how much they add is not known"
+        if beyond > _BEYOND
+        else None,
         "no sample of q lies among the samples of p: KL may be infinite"
         if bool((nu[:, 0] > rho[:, -1]).all())
         else None,
         f"biased by about {bias:.2g}, as three times as many neighbours show" if bias is not None else None,
     )
+
+
+def _share_beyond(nu: Tensor, d: int) -> float:
+    """The share of samples of p that have all their nearest samples of q at about one distance.
+
+    Where q has a density, the volumes within the distances to its w nearest samples are those of uniform
+    draws, so (nu_1 / nu_w)^d is the least of w - 1 of them, above u with probability (1 - u)^(w - 1). Beyond
+    the last samples of q even the nearest one is far, and it is near 1.
+    """
+    ring = min(_RING, nu.shape[1])
+    bound = 1.0 - _CHANCE ** (1.0 / (ring - 1))
+    return float(((nu[:, 0] / nu[:, ring - 1]) ** d > bound).double().mean())
 
 
 def _kth_of_others(distances: Tensor, gone: Tensor, k: int) -> Tensor:

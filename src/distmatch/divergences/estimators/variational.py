@@ -34,6 +34,11 @@ BOUNDS = (DONSKER_VARADHAN, NWJ, CHI_SQUARE)
 Pair = tuple[Tensor, Tensor]
 
 _LEAST = 30  # samples of p and of q: fewer cannot be split in three
+_CLEAR = (
+    4.0  # standard errors by which training samples must show something before it counts as learnt by heart
+)
+_LASTING = 1 / 3  # and the part of it that other samples must fall short of
+_NEAR = 3.0  # a bound within this many standard errors of 0 is near 0
 _SCALES = (*(0.05 * i for i in range(26)), 1.5, 2.0, 3.0, 5.0)
 
 
@@ -151,7 +156,24 @@ def _classifier(x_p: Tensor, x_q: Tensor, seed: int, how: Training) -> tuple[Cri
     train, validation, test = zip(split(first, stream), split(second, stream), strict=True)
     critic = Critic(torch.cat(train), how.width, seed)
     ascend(critic, logistic, train, validation, how, seeds.generator(seed, "critic/batches"))
+    critic.blind = _blindness(critic, train, validation)
     return critic, train, validation, test
+
+
+def _blindness(critic: Critic, train: Pair, validation: Pair) -> str | None:
+    """Why a bound near 0 would not mean that p and q are alike, or None."""
+    n, d = min(len(x) for x in train), train[0].shape[1]
+    seen, held_out = (f_gan_bound("js", critic.at(p), critic.at(q)) for p, q in (train, validation))
+    if held_out.value > _NEAR * held_out.stderr:
+        return None
+    if d * (d + 3) // 2 > n:  # the coefficients of a quadratic critic, which a change of spread needs
+        return f"{n} training samples are too few to see every difference in {d} dimensions"
+    if seen.value > _CLEAR * seen.stderr and held_out.value < _LASTING * seen.value:
+        return (
+            f"the critic has learnt its {n} training samples by heart (JS {seen.value:.2g} there, "
+            f"{held_out.value:.2g} on others)"
+        )
+    return None
 
 
 def _set_scale(
@@ -170,14 +192,15 @@ def _set_scale(
 
 
 def _said(critic: Critic, found: LowerBound) -> LowerBound:
-    """Adds to a bound that its critic had to be held back."""
-    if not critic.capped:
-        return found
+    """Adds to a bound that its critic had to be held back, or has seen next to nothing."""
     held = (
         f"so few samples support only {critic.scale:.2g} times the critic's log-ratio: the divergence may be "
         "far above this bound"
     )
-    return replace(found, warning=joined(found.warning, held))
+    nothing = f"{critic.blind}: a bound near 0 says nothing about the divergence"
+    near_zero = critic.blind is not None and not found.value > _NEAR * found.stderr
+    warning = joined(found.warning, held if critic.capped else None, nothing if near_zero else None)
+    return replace(found, warning=warning)
 
 
 def classifier_estimates(
