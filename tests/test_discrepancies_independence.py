@@ -58,9 +58,12 @@ def test_both_forms_are_those_of_dcor(d, e, elements, monkeypatch):
         assert float(distance_covariance_loss(x, y, estimator=estimator)) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("n", [4, 5, 16, 17, 33, 300])
+@pytest.mark.parametrize("n", [4, 5, 32, 33, 64, 300, 1500])
 @pytest.mark.parametrize("decimals", [12, 0])
-def test_counting_gives_what_the_matrices_give(n, decimals):
+@pytest.mark.parametrize("children", [256, 3])
+def test_the_table_gives_what_the_matrices_give(n, decimals, children, monkeypatch):
+    # At most 3 children to a block make the 47 blocks of n = 1500 four levels deep.
+    monkeypatch.setattr(products, "_CHILDREN", children)
     x, y = (v.round(decimals=decimals) for v in normals(n, 0.5, n))
     sums = products.product_sums(x[:, None], y[:, None])
     a, b = (x[:, None] - x).abs(), (y[:, None] - y).abs()
@@ -98,7 +101,8 @@ def test_intervals_cover_the_normal_closed_form(rho):
 @pytest.mark.parametrize("d", [1, 2])
 def test_gradients(d, estimator, monkeypatch):
     monkeypatch.setattr(chunks, "_CPU_ELEMENTS", 20)
-    monkeypatch.setattr(products, "_BASE", 4)
+    monkeypatch.setattr(products, "_LEAST_ROW", 2)
+    monkeypatch.setattr(products, "_CHILDREN", 2)
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randn(9, d, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda a, b: distance_covariance_loss(a, b, estimator=estimator), (x, y))

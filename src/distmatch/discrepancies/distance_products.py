@@ -1,16 +1,17 @@
 r"""The sums that distance covariance is made of: \|x_i - x_j\|, and \|x_i - x_j\| \|y_i - y_j\|, over j.
 
-For one-dimensional variables in O(n log n) by counting concordant pairs, otherwise in chunks of rows.
+For one-dimensional variables in O(n log n), by cumulative sums in both orders, otherwise in chunks of rows.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distmatch.discrepancies.chunks import in_chunks
+from distmatch.discrepancies.chunks import in_chunks, recomputed, rows_per_chunk
 from distmatch.discrepancies.kernels import root, squared_distances
 
 
@@ -19,7 +20,9 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     return (x - y.T).abs() if x.shape[1] == 1 else root(squared_distances(x, y))
 
 
-_BASE = 16
+_LEAST_ROW, _MOST_ROW = 32, 64
+_CHILDREN = 256
+_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def product_sums(x: Tensor, y: Tensor) -> ProductSums:
     """The sums for paired samples (n, d) and (n, e), differentiable in bounded memory."""
     x, y = centred(x), centred(y)
     if x.shape[1] == 1 and y.shape[1] == 1:
-        return _by_counting(x.squeeze(1).double(), y.squeeze(1).double())
+        return _in_one_dimension(x.squeeze(1).double(), y.squeeze(1).double())
 
     def of_rows(low: int, high: int, x: Tensor, y: Tensor) -> Tensor:
         a, b = distances(x[low:high], x), distances(y[low:high], y)
@@ -69,65 +72,84 @@ def times_distances(x: Tensor, weights: Tensor) -> Tensor:
         return torch.empty_like(points).scatter_(0, order, points * mass - moment)
 
 
-def _below(values: Tensor, by_y: Tensor) -> Tensor:
-    """Sums of the columns of ``values`` (n, 4) over the rows that come before in both orders, (n, 4).
+def _signed_within(size: int, key: Tensor, values: Tensor) -> Tensor:
+    """The sums over j of sign(i - j) sign(key_i - key_j) values_j, among each ``size`` samples, (n, 4)."""
+    before = torch.ones(size, size, dtype=key.dtype, device=key.device).tril(-1)
+    order = before - before.T
+
+    def of_groups(key: Tensor, values: Tensor) -> Tensor:
+        signs = (key[:, :, None] - key[:, None]).sign_().mul_(order[: key.shape[1], : key.shape[1]])
+        return (signs @ values).flatten(0, 1)
+
+    whole = len(key) // size * size
+    # An eighth of the usual chunk, so that it stays in the cache from one step to the next.
+    step = rows_per_chunk(_CHUNKS * size**2, key.device)
+    keys, groups = key[:whole].view(-1, size), values[:whole].view(-1, size, values.shape[1])
+    sums = [recomputed(of_groups, k, v) for k, v in zip(keys.split(step), groups.split(step), strict=True)]
+    if whole < len(key):
+        sums.append(of_groups(key[None, whole:], values[None, whole:]))
+    return torch.cat(sums)
+
+
+def _signed_along(cells: Tensor, dim: int) -> Tensor:
+    """The sums over the cells before less those over the cells after."""
+    return cells.cumsum(dim).mul_(2).sub_(cells).sub_(cells.sum(dim, keepdim=True))
+
+
+def _signed_between(values: Tensor, position: Tensor, block: int, child: int, row: int) -> Tensor:
+    """The signed sums over the samples in the same block of x and another child of it, (n, 4).
 
     Args:
-        values: One row per sample, in the order of x.
-        by_y: The rows in the order of y.
+        values: One row per sample, (n, 4), block by block, in the order of y within.
+        position: The place of each in the order of x, (n,).
+        block: Samples of a block.
+        child: Samples of a child; it divides ``block``.
+        row: Samples in a row of the table of a block; it divides ``block``.
     """
-    n, width = values.shape
-    size = max(_BASE, 1 << max(n - 1, 1).bit_length())
-    place = torch.cat([by_y, torch.arange(n, size, device=values.device)])
-    rank = torch.empty_like(place).scatter_(0, place, torch.arange(size, device=values.device))
-    padded = torch.nn.functional.pad(values, (0, 0, 0, size - n))
-    own, sums, block = padded.index_select(0, place), torch.zeros_like(padded), size
-    while block > _BASE:
-        # Halve each block of x: its right half collects from its left half, all in the order of y.
-        half = block // 2
-        in_right = (place & half) != 0
-        left, right = (side.nonzero().view(-1, half) for side in (~in_right, in_right))
-        order = torch.cat([left, right], 1).flatten()
-        place, own, sums = place[order], own.index_select(0, order), sums.index_select(0, order)
-        so_far = own.view(-1, 2, half, width)[:, 0].cumsum(1)
-        so_far = torch.nn.functional.pad(so_far, (0, 0, 1, 0)).flatten(0, 1)
-        steps = torch.arange(half, device=values.device)
-        lefts = (
-            (right & (block - 1))
-            - steps
-            + torch.arange(len(right), device=values.device)[:, None] * (half + 1)
-        )
-        collected = so_far.index_select(0, lefts.flatten()).view(-1, half, width)
-        sums = sums.view(-1, 2, half, width)
-        sums = torch.stack([sums[:, 0], sums[:, 1] + collected], 1).view(-1, width)
-        block = half
-    rank = rank.view(-1, block)
-    earlier = torch.ones(block, block, dtype=torch.bool, device=values.device).tril(-1)
-    before = ((rank[:, None, :] < rank[:, :, None]) & earlier).to(values.dtype)
-    within_block = (before @ padded.view(-1, block, width)).flatten(0, 1)
-    return within_block.index_add(0, place, sums)[:n]
+    n, children = len(values), block // child
+    blocks, rows = -(-n // block), -(-min(n, block) // row)
+    place = torch.arange(n, device=values.device)
+    column = position // child
+    cell = (place // block * rows + place % block // row) * children + column % children
+    table = values.new_zeros(blocks * rows * children, 4).index_add(0, cell, values)
+    table = _signed_along(_signed_along(table.view(blocks, rows, children, 4), 1), 2).view(-1, 4)
+    return table.index_select(0, cell) + _signed_within(row, column.to(values.dtype), values)
 
 
-def _by_counting(x: Tensor, y: Tensor) -> ProductSums:
+def _distance_sums(z: Tensor) -> Tensor:
+    """The sums over j of |z_i - z_j| for sorted samples, (n,)."""
+    n, up_to = len(z), z.cumsum(0)
+    return z * torch.arange(2 - n, n + 2, 2, device=z.device) + up_to[-1] - 2 * up_to
+
+
+def _in_one_dimension(x: Tensor, y: Tensor) -> ProductSums:
     r"""The sums for one-dimensional samples, O(n log n).
 
-    \|dx\| \|dy\| is dx dy for concordant pairs and -dx dy for the others, and dx dy is linear in
-    (1, x, y, xy) of j. So it takes the sums of these four over the j below i in both orders (Huo and Szekely
-    2016; here by a wavelet tree, which keeps every level a few vector operations). Ties contribute nothing
-    either way.
+    \|dx\| \|dy\| is sign(dx) sign(dy) dx dy, and dx dy is linear in (1, x, y, xy) of j (Huo and Szekely
+    2016), so it takes the sums of these four, each with the two signs. x is cut into blocks, these into
+    children, and so on down to a few samples, whose signs are written out. For the pairs from different
+    children of a block the samples are laid out in a table, children by rows of adjacent ranks in y, where
+    cumulative sums give those of the pairs that differ in row; the signs within a row are written out. Ties
+    contribute nothing either way.
     """
-    order = x.detach().argsort()
-    x, y = x[order], y[order]
-    by_y = y.detach().argsort()
+    n = len(x)
+    x, order = x.sort()
+    y = y[order]
+    sorted_y, by_y = y.sort()
+    rank = torch.empty_like(y).scatter_(0, by_y, torch.arange(n, dtype=y.dtype, device=y.device))
     values = torch.stack([torch.ones_like(x), x, y, x * y], 1)
-    total = values.sum(0)
-    up_to_x = values.cumsum(0)
-    up_to_y = torch.zeros_like(values).index_add(0, by_y, values[by_y].cumsum(0))
-    below = _below(values, by_y)
-    # Those above i in both orders: all, less those up to i in either. (i itself adds nothing to its own sum.)
-    above = total - up_to_x - up_to_y + below
-    count, of_x, of_y, of_xy = (2 * (below + above) - total).unbind(1)
-    a = x * (2 * up_to_x[:, 0] - total[0]) + total[1] - 2 * up_to_x[:, 1]
-    b = y * (2 * up_to_y[:, 0] - total[0]) + total[2] - 2 * up_to_y[:, 2]
-    sums = torch.stack([a, b, x * y * count - x * of_y - y * of_x + of_xy])
+    row = min(max(_LEAST_ROW, 2 * math.isqrt(n) // 3), _MOST_ROW)
+    signed = _signed_within(row, rank, values)
+    levels = math.ceil(math.log(max(n / row, 1), _CHILDREN))
+    children = math.ceil((n / row) ** (1 / max(levels, 1)))
+    for level in range(levels):
+        child = row * children**level
+        block = child * children
+        position = by_y[(by_y // block).sort(stable=True).indices] if block < n else by_y
+        between = _signed_between(values[position], position, block, child, row)
+        signed = signed.index_add(0, position, between)
+    count, of_x, of_y, of_xy = signed.unbind(1)
+    a, products = _distance_sums(x), x * (y * count - of_y) - y * of_x + of_xy
+    b = torch.zeros_like(y).index_add(0, by_y, _distance_sums(sorted_y))
+    sums = torch.stack([a, b, products])
     return ProductSums(*torch.zeros_like(sums).index_add(1, order, sums))
