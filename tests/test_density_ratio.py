@@ -254,6 +254,12 @@ def test_a_chain_of_one_bridge_is_the_classifier():
     torch.testing.assert_close(chain.log_ratio(x), one.log_ratio(x), rtol=1e-8, atol=1e-8)
 
 
+def test_the_mass_tests_are_taken_on_the_samples_held_out():
+    ratio = fit_ratio(draw(500, 1, 1), draw(300, 1, 2, 0.0, 1.0), "knn", held_out=0.2)
+    assert (ratio.mass.q.n, ratio.mass.p.n) == (60, 100)
+    assert ratio.mass.balance.n == 160
+
+
 def test_equal_distributions_have_ratio_one():
     p, q = draw(1500, 2, 1), draw(1500, 2, 2)
     for method in METHODS:

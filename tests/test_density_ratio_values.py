@@ -7,6 +7,7 @@ import torch
 
 from distmatch.base.errors import UserError
 from distmatch.divergences import divergence, divergence_1d
+from distmatch.nets.head import RatioNet
 from distmatch.ratio import MassTests, divergence_from_ratio, fit_ratio, mass_tests
 from distmatch.ratio.diagnostics import mean_estimate
 
@@ -66,6 +67,55 @@ def test_masses_that_cannot_be_measured_say_so():
     assert not mass.p.reliable
     assert mass.balance.value == pytest.approx(0.0, abs=0.01)
     assert "neither" in mass.failures()[0]
+
+
+def test_the_samples_a_mass_needs_are_counted_from_the_other_side():
+    """exp(KL + spread of log r under p): 4 + 4 is more than log 1000 = 6.9, 4 + 1 is less."""
+    on_q = torch.linspace(-0.1, 0.1, 1000)
+    wide, narrow = (4.0 + spread * torch.tensor([-1.0, 1.0]).repeat(500) for spread in (4.0, 1.0))
+    assert "about 2987 would" in mass_tests(wide, on_q).q.warning  # exp of 4 + 4 sqrt(1000 / 999)
+    assert mass_tests(narrow, on_q).q.reliable
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_balance_that_rests_on_one_sample_says_so(side):
+    one = torch.full((1000,), -20.0)
+    one[0] = 20.0
+    usual = torch.linspace(-1, 1, 1000)
+    on_p, on_q = (-one, usual) if side else (usual, one)
+    assert "a few samples" in mass_tests(on_p, on_q).balance.warning
+    assert mass_tests(usual, usual).balance.reliable
+
+
+def test_logits_of_the_distillers_discriminator_can_be_tested():
+    """A RatioNet, trained for a moment at one noise level: its logit is log p_t/q_t."""
+    g = torch.Generator().manual_seed(0)
+    sigma = torch.full((2000,), 0.4)
+
+    def noised(n, shift, scale):
+        return shift + scale * torch.randn(n, 2, generator=g) + 0.4 * torch.randn(n, 2, generator=g)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = RatioNet((2,), 0, width=32, depth=1)
+    fresh_p, fresh_q = noised(2000, SHIFT, SCALE), noised(2000, 0.0, 1.0)
+    untrained = mass_tests(net(fresh_p, sigma), net(fresh_q, sigma))  # its logits are 0: r = 1 passes
+    assert (untrained.q.value, untrained.p.value, untrained.balance.value) == (1.0, 1.0, 0.0)
+    optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 100)  # ends at 0: little noise is left
+    for _ in range(100):
+        on_p, on_q = net(noised(256, SHIFT, SCALE), sigma[:256]), net(noised(256, 0.0, 1.0), sigma[:256])
+        loss = torch.nn.functional.softplus(-on_p).mean() + torch.nn.functional.softplus(on_q).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    logits = net(fresh_p, sigma), net(fresh_q, sigma)
+    assert mass_tests(*logits).passed
+    assert mass_tests(*logits).q.stderr > 0
+    upside_down, scaled = mass_tests(*(-x for x in logits)), mass_tests(*(x + 0.4 for x in logits))
+    assert not upside_down.passed
+    assert len(scaled.failures()) == 3
 
 
 @pytest.mark.parametrize(
@@ -161,6 +211,13 @@ def test_a_divergence_beyond_the_log_of_the_sample_size_is_not_trusted():
     bounded = divergence_from_ratio("js", ratio, x_q, x_p)
     assert "reach" not in (bounded.warning or "")  # it does warn of skewness: nearly all values are log 2
     assert bounded.value == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_a_ratio_whose_mean_is_not_one_is_not_exact():
+    x_q = draw(4000, 1, 0.0, 1.0)
+    assert divergence_from_ratio("js", log_r, x_q).reliable
+    found = divergence_from_ratio("js", lambda x: log_r(x) + 0.3, x_q)
+    assert "instead of 1" in found.warning
 
 
 def test_warnings_of_the_ratio_go_with_the_value():

@@ -24,6 +24,7 @@ from distmatch.divergences.estimators import (
     monte_carlo_two_sided,
     renyi_monte_carlo,
 )
+from distmatch.divergences.estimators.results import mass_warning, mean_error
 from distmatch.divergences.estimators.tails import both_tails
 
 COUNTS = np.array([1, 2, 3, 3, 4, 5, 6, 1, 2, 3])
@@ -156,8 +157,10 @@ def test_the_control_variate_is_the_regression_on_r():
     def residual(x):
         return torch.as_tensor(TEXTBOOK["js"](x.exp().numpy())) - slope * torch.expm1(x) - value
 
-    expected = math.hypot(jackknife(left_out), *(t.amount for t in both_tails(log_p - log_q, residual)))
-    assert found.stderr == pytest.approx(expected, rel=0.005)  # the jackknife is n/(n-1) apart
+    tails = both_tails(log_p - log_q, residual)
+    # Leaving one out of a regression has a closed form, so that only n / (n - 1) lies between the two.
+    expected = math.hypot(300 / 299 * jackknife(left_out), *(t.amount for t in tails))
+    assert found.stderr == pytest.approx(expected, rel=1e-6)
     assert found.stderr < monte_carlo("js", log_p, log_q, method="plain").stderr
 
 
@@ -165,6 +168,34 @@ def jackknife(left_out):
     """The jackknife's standard error, widened for skewness."""
     n = len(left_out)
     return (1 + 2 * scipy.stats.skew(left_out) ** 2 / n) * math.sqrt((n - 1) * left_out.var())
+
+
+def test_the_control_variate_of_renyi_is_that_of_its_power():
+    x = draw(200)
+    log_p, log_q = normal(x, 0.5), normal(x)
+    r = np.exp((log_p - log_q).numpy())
+    design = np.stack([np.ones(200), r - 1], 1)
+
+    def fit(keep):
+        return np.linalg.lstsq(design[keep], r[keep] ** 3, rcond=None)[0]
+
+    index = np.arange(200)
+    mean, slope = fit(index >= 0)
+    left_out = np.array([fit(index != i)[0] for i in index])
+    found = renyi_monte_carlo(3.0, log_p, log_q, method="control_variate")
+    assert found.value == pytest.approx(math.log(mean) / 2, rel=1e-9)
+    tails = both_tails(log_p - log_q, lambda x: (torch.exp(3 * x) - slope * torch.expm1(x)) / mean - 1)
+    expected = math.hypot(200 / 199 * jackknife(left_out) / mean, *(t.amount for t in tails)) / 2
+    assert found.stderr == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_mean_of_the_ratio_that_is_not_one_is_noticed_beyond_five_errors():
+    excess = torch.linspace(-1, 1, 1001, dtype=torch.float64)
+    error = mean_error(excess)
+    assert mass_warning(excess) is None
+    assert mass_warning(excess + 4.9 * error) is None
+    assert "not 1" in mass_warning(excess + 6 * error)
+    assert "not 1" in mass_warning(excess - 6 * error)
 
 
 def influence(name, w, ws, value):

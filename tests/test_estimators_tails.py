@@ -150,6 +150,25 @@ def test_two_sides_show_what_one_does_not():
     assert warned(kl, 0.0, WIDE) == warned(kl, 5.0) == 0.0
 
 
+def test_the_error_of_two_sides_is_that_of_both_with_what_is_unseen():
+    """KL: r log r - r + 1 under q where r < 1, and log r - 1 + 1/r under p where r > 1."""
+    z, x_q = torch.randn(2, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at_q, at_p = log_densities(x_q, 1.0, 1.2), log_densities(1.0 + 1.2 * z, 1.0, 1.2)
+    found = monte_carlo_two_sided("kl", at_q, at_p)
+    inverse = torch.exp(at_q[1] - at_q[0]).clamp(min=1.0)
+    ratio = torch.exp(at_p[0] - at_p[1]).clamp(min=1.0)
+
+    def low(s):
+        return -torch.log(s) / s - 1 / s + 1
+
+    def high(r):
+        return torch.log(r) - 1 + 1 / r
+
+    parts = ((low(inverse), unseen(inverse, low)), (high(ratio), unseen(ratio, high)))
+    expected = math.hypot(*(e for terms, tail in parts for e in (mean_error(terms), tail.amount)))
+    assert found.stderr == pytest.approx(expected, rel=1e-9)
+
+
 def test_neighbours_notice_samples_of_p_beyond_those_of_q():
     def knn(x_p, x_q, *_):
         return kl_neighbours(x_p, x_q)

@@ -49,8 +49,9 @@ def monte_carlo(
 
     Returns:
         The value in nats, +inf where q has mass outside p and the divergence is infinite then; its standard
-        error; the effective sample size of the weights p/q; a warning where few samples carry the mean, or
-        where the mean of p/q is not 1.
+        error, which includes what lies beyond the largest and the smallest p/q seen; the effective sample
+        size of the weights p/q; a warning where few samples carry the mean, where their tail has no variance
+        or adds more than the error, or where the mean of p/q is not 1.
 
     Raises:
         UserError: The log-densities have holes, or there is no such divergence or method.

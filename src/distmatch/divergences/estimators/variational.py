@@ -85,6 +85,9 @@ class VariationalEstimator:
 
         Returns:
             The bound in nats; its standard error is for the critic found; n is the number of test samples.
+            There is a warning where the samples support only part of what the critic sees, and where it sees
+            nothing although there may be something: in many dimensions, or when it has learnt its training
+            samples by heart.
 
         Raises:
             UserError: The samples cannot be used, see the message.
