@@ -87,12 +87,12 @@ def test_the_terms_behind_the_error_bar_are_the_row_sums(d):
     assert distance_covariance(x, y).stderr == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.6])
+@pytest.mark.parametrize("rho", [0.5, 0.8])
 def test_intervals_cover_the_normal_closed_form(rho):
     # 200 repetitions (seeds 0..199): binomial sd 1.5 %.
     runs = [distance_covariance(*normals(100, rho, i)) for i in range(200)]
     truth = normal_distance_covariance(rho)
-    assert 0.90 <= covered(runs, truth) <= 0.99
+    assert 0.90 <= covered([r for r in runs if r.reliable], truth) <= 0.99
     values = np.array([r.value for r in runs])
     assert values.mean() == pytest.approx(truth, abs=3.5 * values.std() / 200**0.5)  # unbiased
 
@@ -166,10 +166,11 @@ def exact_xor_concatenated():
     return float((centre(a) * centre(b)).mean())
 
 
-@pytest.mark.parametrize(("strength", "about_first"), [(0.0, False), (0.5, True)])
-def test_joint_intervals_cover(strength, about_first):
-    # Truth under dependence from 20 samples of 600: an error a fourteenth of that of n = 60. 200 repetitions;
-    # a little wide under independence, where the value is degenerate.
+@pytest.mark.parametrize("about_first", [False, True])
+def test_joint_intervals_cover(about_first):
+    # The truth from 20 samples of 600: an error a tenth of that of n = 120. 200 repetitions: sd 1.5 %.
+    strength = 0.7
+
     def draw(n, seed):
         x, y = normals(n, strength, seed)
         return [x, y, strength * x * y + normals(n, 0.0, seed + 5000)[0]]
@@ -177,9 +178,10 @@ def test_joint_intervals_cover(strength, about_first):
     large = [
         joint_distance_covariance_loss(draw(600, 10_000 + i), about_first=about_first) for i in range(20)
     ]
-    truth = float(torch.stack(large).mean()) if strength else 0.0
-    runs = [joint_distance_covariance(draw(60, i), about_first=about_first) for i in range(200)]
-    assert 0.88 <= covered(runs, truth) <= 0.995
+    truth = float(torch.stack(large).mean())
+    runs = [joint_distance_covariance(draw(120, i), about_first=about_first) for i in range(200)]
+    assert all(r.reliable for r in runs)
+    assert 0.90 <= covered(runs, truth) <= 0.99
 
 
 def test_the_level_and_power_of_the_independence_test():

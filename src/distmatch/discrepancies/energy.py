@@ -13,11 +13,12 @@ from torch import Tensor
 
 from distmatch.base.errors import unknown_name
 from distmatch.base.estimate import Estimate
+from distmatch.discrepancies.bars import squared_distance_sum
 from distmatch.discrepancies.kernels import energy
 from distmatch.discrepancies.mmd import mmd, mmd_loss, mmd_test
 from distmatch.discrepancies.permutation import TestResult
 from distmatch.discrepancies.samples import checked_pair
-from distmatch.discrepancies.sums import PairSums, two_sample
+from distmatch.discrepancies.sums import PairSums, degenerate_across, degenerate_within, two_sample
 
 ESTIMATORS = ("unbiased", "biased")
 
@@ -42,8 +43,14 @@ def _in_one_dimension(x: Tensor, y: Tensor) -> tuple[PairSums, PairSums, PairSum
     """The sums of -|x_i - y_j| within x, within y and across."""
     centre = torch.cat([x, y]).detach().mean()
     x, y = (x.squeeze(1).double() - centre), (y.squeeze(1).double() - centre)
-    of_x, of_y = (PairSums(-r, -r, within=True) for z in (x, y) for r in [distance_rows(z, z)])
-    return of_x, of_y, PairSums(-distance_rows(x, y), -distance_rows(y, x), within=False)
+
+    def within(z: Tensor) -> PairSums:
+        rows = distance_rows(z, z)
+        return PairSums(-rows, -rows, degenerate_within(squared_distance_sum(z, z), rows), within=True)
+
+    rows, columns = distance_rows(x, y), distance_rows(y, x)
+    degenerate = degenerate_across(squared_distance_sum(x, y), rows, columns)
+    return within(x), within(y), PairSums(-rows, -columns, degenerate, within=False)
 
 
 def energy_distance_loss(
@@ -88,7 +95,8 @@ def energy_distance(x: Tensor, y: Tensor, *, exponent: float = 1.0, estimator: s
             large by about E|X - X'|/m + E|Y - Y'|/n, so it claims no error bar.
 
     Returns:
-        The estimate, in the unit of the samples to the power e; ``n`` is the smaller number of samples.
+        The estimate, in the unit of the samples to the power e; ``n`` is the smaller number of samples. The
+        unbiased form warns where it is too close to zero for an honest interval.
 
     Raises:
         UserError: Bad samples, exponent or estimator.
@@ -101,7 +109,7 @@ def energy_distance(x: Tensor, y: Tensor, *, exponent: float = 1.0, estimator: s
         x, y = checked_pair(x, y)
         if x.shape[1] > 1 or exponent != 1:
             return mmd(x, y, kernel)
-        return Estimate(*two_sample(*_in_one_dimension(x, y)), min(len(x), len(y)))
+        return two_sample(*_in_one_dimension(x, y), "energy_test")
 
 
 def energy_test(

@@ -3,44 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
+from distmatch.discrepancies.bars import centred_square, near_zero
 from distmatch.discrepancies.chunks import in_chunks
-from distmatch.discrepancies.distance_covariance import checked_list
+from distmatch.discrepancies.distance_covariance import checked_list, distance_variance
 from distmatch.discrepancies.distance_products import centred, distances
 
 
-def _row_sums(
-    variables: list[Tensor],
-    margins: list[Tensor],
-    weights: Tensor,
-    c: float,
-    about_first: bool,
-    self_pairs: bool,
-) -> Tensor:
-    """The sums over j of w_j prod_k (U^k_ij + c), (n,), U^k_ij = margin_i + margin_j - distance.
+def _product(centred_rows: list[Tensor], c: float) -> Tensor:
+    """prod_k (U^k + c)."""
+    product = centred_rows[0] + c
+    for u in centred_rows[1:]:
+        product = product * (u + c)
+    return product
 
-    With ``about_first`` the c of the first factor is missing; without ``self_pairs`` U_ii = 0.
+
+def _interactions(centred_rows: list[Tensor], c: float, about_first: bool) -> Tensor:
+    """The terms of prod_k (U^k + c) with two factors U and more; with ``about_first`` those that hold U^1.
+
+    The other terms add up to a constant, as each centred matrix adds up to zero.
     """
+    first, others = centred_rows[0], _product(centred_rows[1:], c)
+    power = c ** (len(centred_rows) - 1)
+    if about_first:
+        return first * (others - power)
+    return (first + c) * others - power * torch.stack(centred_rows).sum(0) - c * power
+
+
+def _row_sums(
+    entries: Callable[[list[Tensor]], Tensor], variables: list[Tensor], margins: list[Tensor], weights: Tensor
+) -> Tensor:
+    """The sums over j != i of w_j times the entry of the U^k_ij = margin_i + margin_j - distance, (n,)."""
 
     def of_rows(low: int, high: int, *tensors: Tensor) -> Tensor:
         points, own, w = tensors[: len(variables)], tensors[len(variables) : -1], tensors[-1]
         apart = torch.ones(high - low, len(w), dtype=torch.bool, device=w.device)
-        if not self_pairs:
-            apart.diagonal(low).zero_()
-        product: Tensor | None = None
-        for k, (x, margin) in enumerate(zip(points, own, strict=True)):
-            u = (margin[low:high, None] + margin - distances(x[low:high], x)) * apart
-            factor = u if k == 0 and about_first else u + c
-            product = factor if product is None else product * factor
-        if product is None:
-            raise UserError("too few variables", got=0)
-        return (product * w).sum(1).double()
+        apart.diagonal(low).zero_()
+        centred_rows = [
+            margin[low:high, None] + margin - distances(x[low:high], x)
+            for x, margin in zip(points, own, strict=True)
+        ]
+        return (entries(centred_rows) * apart * w).sum(1).double()
 
     return in_chunks(of_rows, *variables, *margins, weights)
 
@@ -51,25 +60,48 @@ def _margins(x: Tensor, weights: Tensor, shrink: float) -> Tensor:
     return rows - shrink * rows.dot(weights) / 2
 
 
-def _unbiased(variables: list[Tensor], c: float, about_first: bool) -> Tensor:
-    n, first = len(variables[0]), variables[0]
-    weights = first.new_full((n,), 1 / (n - 2))
+def _sums(variables: list[Tensor], weights: Tensor, c: float, about_first: bool) -> Tensor:
+    """The weighted row sums of the interactions, (n,), with the unbiased centring for weights 1 / (n - 2)."""
+    n = len(weights)
     margins = [_margins(x, weights, (n - 2) / (n - 1)) for x in variables]
-    sums = _row_sums(variables, margins, torch.ones_like(weights), c, about_first, self_pairs=False)
-    constant = 0.0 if about_first else c ** len(variables) * n / (n - 3)
-    return sums.sum() / (n * (n - 3)) - constant
+    return _row_sums(lambda us: _interactions(us, c, about_first), variables, margins, weights)
 
 
-def _influences(variables: list[Tensor], c: float, about_first: bool) -> Tensor:
-    """How the statistic changes with the weight of each sample, (n,), about its mean."""
+def _unbiased(variables: list[Tensor], c: float, about_first: bool) -> Tensor:
+    n = len(variables[0])
+    weights = variables[0].new_full((n,), 1 / (n - 2))
+    return _sums(variables, weights, c, about_first).sum() * (n - 2) / (n * (n - 3))
+
+
+def _jackknife(variables: list[Tensor], c: float, about_first: bool) -> float:
+    """The variance by the jackknife, from how the statistic changes with the weight of each sample."""
     n = len(variables[0])
     variables = [x.detach().double() for x in variables]
     with torch.enable_grad():
-        weights = torch.full_like(variables[0][:, 0], 1 / n).requires_grad_()
-        margins = [_margins(x, weights, 1.0) for x in variables]
-        sums = _row_sums(variables, margins, weights, c, about_first, self_pairs=True)
+        weights = variables[0].new_full((n,), 1 / (n - 2)).requires_grad_()
+        sums = _sums(variables, weights, c, about_first)
         (gradient,) = torch.autograd.grad(sums.dot(weights), weights)
-    return gradient - gradient.mean()
+    return float(gradient.var()) * ((n - 1) * (n - 2)) ** 2 / (n * (n - 3) ** 4)
+
+
+def _degenerate(variables: list[Tensor], c: float, about_first: bool) -> float:
+    """The variance of the degenerate part, which is all there is without dependence.
+
+    The statistic is then a mean of products of independent centred matrices with mean squares v_k: those of
+    two factors and more of prod_k (U^k + c), or U^1 times the rest of the product, which may be dependent.
+    """
+    n, ones = len(variables[0]), torch.ones_like(variables[0][:, 0])
+    v = [float(distance_variance(x, _margins(x, ones, 0.0).double())) for x in variables]
+    if about_first:
+        others = variables[1:]
+        margins = [_margins(x, ones / (n - 2), (n - 2) / (n - 1)) for x in others]
+        rows = _row_sums(lambda us: _product(us, c), others, margins, ones)
+        squares = _row_sums(lambda us: _product(us, c).square(), others, margins, ones)
+        mean_square = v[0] * float(centred_square(squares.sum(), rows))
+    else:
+        d = len(v)
+        mean_square = math.prod(s + c**2 for s in v) - c ** (2 * d) - c ** (2 * d - 2) * sum(v)
+    return 2 * mean_square / (n * (n - 3))
 
 
 def _prepared(variables: Sequence[Tensor], c: float) -> list[Tensor]:
@@ -114,7 +146,8 @@ def joint_distance_covariance(
             among themselves.
 
     Returns:
-        The estimate with its standard error; it can be negative. The pairwise terms are unbiased; those of
+        The estimate with its standard error; it can be negative, and warns where it is too close to zero for
+        an honest interval. The pairwise terms are unbiased; those of
         three and more variables are too small by a relative error of order 1/n.
 
     Raises:
@@ -123,5 +156,8 @@ def joint_distance_covariance(
     with torch.no_grad():
         points = _prepared(variables, c)
         n = len(points[0])
-        stderr = math.sqrt(float(_influences(points, c, about_first).square().sum())) / n
-        return Estimate(float(_unbiased(points, c, about_first)), stderr, n)
+        jackknife, degenerate = (f(points, c, about_first) for f in (_jackknife, _degenerate))
+        which = "the first" if about_first else "each"
+        test = f"distance_covariance_test of {which} variable with all others"
+        value = float(_unbiased(points, c, about_first))
+        return near_zero(value, jackknife, degenerate, n, test)

@@ -136,7 +136,8 @@ def mmd(
             20.
 
     Returns:
-        The estimate of MMD^2 (not of its root); ``n`` is the smaller number of samples.
+        The estimate of MMD^2 (not of its root); ``n`` is the smaller number of samples. The unbiased form
+        warns where it is too close to zero for an honest interval; :func:`mmd_test` decides there.
 
     Raises:
         UserError: Bad samples, or an unknown kernel or estimator.
@@ -149,8 +150,8 @@ def mmd(
         if estimator == "biased":
             return Estimate(float(mmd_loss(x, y, kernel, estimator=estimator)), math.nan, count)
         if estimator == "unbiased":
-            sums = within(kernel, x), within(kernel, y), across(kernel, x, y)
-            return Estimate(*two_sample(*sums), count)
+            test = "energy_test" if kernel.name == "energy" else "mmd_test"
+            return two_sample(within(kernel, x), within(kernel, y), across(kernel, x, y), test)
         terms = _terms(estimator, kernel, x, y, block)
         stderr = float(terms.std() / math.sqrt(len(terms))) if len(terms) > 1 else math.nan
         few = f"an error bar from {len(terms)} terms is rough, it takes {_LEAST_TERMS} or more"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
+from distmatch.discrepancies.bars import centred_square, near_zero
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.kernels import median_bandwidth, squared_distances
 from distmatch.discrepancies.permutation import (
@@ -122,6 +123,9 @@ def kernel_stein(
         estimator: ``"unbiased"``: the U-statistic, which can be negative. ``"biased"``: the V-statistic,
             never negative, too large by about E u(x, x) / n, so it claims no error bar.
 
+    Returns:
+        The estimate; the unbiased form warns where it is too close to zero for an honest interval.
+
     Raises:
         UserError: Bad samples, scores, bandwidth or names.
     """
@@ -137,10 +141,12 @@ def kernel_stein(
         def of_rows(low: int, high: int, x: Tensor, score: Tensor) -> Tensor:
             u = _stein_rows(x, score, low, high, kernel, s, exponent)
             u.diagonal(low).zero_()
-            return u.sum(1).double()
+            return torch.stack([u.sum(1).double(), torch.linalg.vector_norm(u, dim=1).double().square()])
 
-        means = in_chunks(of_rows, x, score) / (n - 1)
-        return Estimate(float(means.mean()), 2 * float(means.std()) / math.sqrt(n), n)
+        rows, squares = in_chunks(of_rows, x, score)
+        means, pairs = rows / (n - 1), n * (n - 1)
+        degenerate = 2 * float(centred_square(squares.sum(), rows)) / pairs
+        return near_zero(float(means.mean()), 4 * float(means.var()) / n, degenerate, n, "kernel_stein_test")
 
 
 def kernel_stein_test(

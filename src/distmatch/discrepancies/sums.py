@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from distmatch.base.estimate import Estimate
+from distmatch.discrepancies.bars import centred_square, near_zero
 from distmatch.discrepancies.chunks import recomputed, rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel
 
@@ -19,11 +20,13 @@ class PairSums:
     Attributes:
         rows: Sums over the columns, (n,).
         columns: Sums over the rows, (m,).
+        degenerate: Variance of the degenerate part of the mean entry, (); NaN where four samples are missing.
         within: The matrix is of one sample with itself, and the diagonal is left out.
     """
 
     rows: Tensor
     columns: Tensor
+    degenerate: Tensor
     within: bool
 
     @property
@@ -47,9 +50,37 @@ class PairSums:
         return self.columns / (self.pairs / len(self.columns))
 
 
+def degenerate_within(squares: Tensor, rows: Tensor) -> Tensor:
+    """The variance of the degenerate part of a mean over the pairs of one sample, ().
+
+    Args:
+        squares: Sum of the squared entries off the diagonal, ().
+        rows: Sums of the rows, (n,).
+    """
+    return 2 * centred_square(squares, rows) / (len(rows) * (len(rows) - 1))
+
+
+def degenerate_across(squares: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The variance of the degenerate part of a mean over the pairs of two samples, ().
+
+    Args:
+        squares: Sum of the squared entries, ().
+        rows: Sums of the rows, (m,).
+        columns: Sums of the columns, (n,).
+    """
+    m, n = len(rows), len(columns)
+    centred = squares - rows.dot(rows) / n - columns.dot(columns) / m + rows.sum() ** 2 / (m * n)
+    return centred.clamp_min(0) / ((m - 1) * (n - 1) * m * n)
+
+
 def _chunks(n: int, columns: int, device: torch.device) -> list[tuple[int, int]]:
     step = rows_per_chunk(columns, device)
     return [(low, min(low + step, n)) for low in range(0, n, step)]
+
+
+def _square_sum(block: Tensor) -> Tensor:
+    # Row by row in the precision of the block, then in float64: accurate without a copy.
+    return torch.linalg.vector_norm(block, dim=1).double().square().sum()
 
 
 def across(kernel: Kernel, x: Tensor, y: Tensor) -> PairSums:
@@ -57,12 +88,13 @@ def across(kernel: Kernel, x: Tensor, y: Tensor) -> PairSums:
     with torch.no_grad():
         x, y = kernel.scaled(x), kernel.scaled(y)
         rows = torch.empty(len(x), dtype=torch.float64, device=x.device)
-        columns = rows.new_zeros(len(y))
+        columns, squares = rows.new_zeros(len(y)), rows.new_zeros(())
         for low, high in _chunks(len(x), len(y), x.device):
             block = kernel.of_scaled(x[low:high], y)
             rows[low:high] = block.sum(1)
             columns += block.sum(0)
-        return PairSums(rows, columns, within=False)
+            squares += _square_sum(block)
+        return PairSums(rows, columns, degenerate_across(squares, rows, columns), within=False)
 
 
 def within(kernel: Kernel, x: Tensor) -> PairSums:
@@ -70,6 +102,7 @@ def within(kernel: Kernel, x: Tensor) -> PairSums:
     with torch.no_grad():
         x = kernel.scaled(x)
         rows = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        squares = rows.new_zeros(())
         low = 0
         while low < len(x):
             high = min(low + rows_per_chunk(len(x) - low, x.device), len(x))
@@ -77,8 +110,9 @@ def within(kernel: Kernel, x: Tensor) -> PairSums:
             block.diagonal().zero_()
             rows[low:high] += block.sum(1)
             rows[high:] += block[:, high - low :].sum(0)
+            squares += 2 * _square_sum(block) - _square_sum(block[:, : high - low])
             low = high
-        return PairSums(rows, rows, within=True)
+        return PairSums(rows, rows, degenerate_within(squares, rows), within=True)
 
 
 def total_across(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
@@ -108,13 +142,25 @@ def total_within(kernel: Kernel, x: Tensor) -> Tensor:
     return total
 
 
-def two_sample(xx: PairSums, yy: PairSums, xy: PairSums) -> tuple[float, float]:
-    r"""The U-statistic mean k(x, x') + mean k(y, y') - 2 mean k(x, y) and its standard error.
+def two_sample_variances(xx: PairSums, yy: PairSums, xy: PairSums) -> tuple[float, float]:
+    """Two variances of the U-statistic mean k(x, x') + mean k(y, y') - 2 mean k(x, y).
 
-    The error is the jackknife's, from how the row means vary. Where both samples have the same law the row
-    means vary by their own noise alone, which gives twice the variance: the interval is then a little wide
-    (it holds the truth about 97 % of the time), and that makes up for the skewness of the null law.
+    Returns:
+        The jackknife's, from how the row means vary, and that of the degenerate part.
     """
     of_x = (xx.row_means - xy.row_means).var() / len(xx.rows)
     of_y = (yy.row_means - xy.column_means).var() / len(yy.rows)
-    return float(xx.mean + yy.mean - 2 * xy.mean), 2 * math.sqrt(float(of_x + of_y))
+    return 4 * float(of_x + of_y), float(xx.degenerate + yy.degenerate + 4 * xy.degenerate)
+
+
+def two_sample(xx: PairSums, yy: PairSums, xy: PairSums, test: str) -> Estimate:
+    """The U-statistic mean k(x, x') + mean k(y, y') - 2 mean k(x, y) with its error bar.
+
+    Args:
+        xx: Sums of k within x.
+        yy: Sums of k within y.
+        xy: Sums of k across.
+        test: Name of the function that decides near zero.
+    """
+    value = float(xx.mean + yy.mean - 2 * xy.mean)
+    return near_zero(value, *two_sample_variances(xx, yy, xy), min(len(xx.rows), len(yy.rows)), test)
