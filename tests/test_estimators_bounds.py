@@ -159,6 +159,25 @@ def test_kl_above_log_n_is_not_a_confident_number(bound):
     assert near.reliable
 
 
+def test_the_ceiling_of_a_kl_is_the_log_of_the_samples_it_rests_on():
+    """KL(p || q) rests on samples of q that look like p, KL(q || p) on samples of p that look like q."""
+    level, nothing = (
+        torch.full((50,), 4.0),
+        torch.full((1000,), -20.0),
+    )  # the bound is 5: log 50 < 5 < log 1000
+    assert f_gan_bound("kl", level, nothing).warning is None
+    assert "above log 50" in f_gan_bound("kl", level.repeat(20), nothing[:50]).warning
+    assert f_gan_bound("reverse_kl", -nothing, -level).warning is None
+    assert "above log 50" in f_gan_bound("reverse_kl", -nothing[:50], -level.repeat(20)).warning
+
+
+def test_a_mean_of_exponentials_that_rests_on_three_samples_says_so():
+    on_q = torch.zeros(1000)
+    on_q[:3] = 12.0
+    assert "about 3 of 1000" in donsker_varadhan_bound(torch.zeros(1000), on_q).warning
+    assert donsker_varadhan_bound(torch.zeros(1000), torch.zeros(1000)).reliable
+
+
 def test_bounds_are_labelled():
     found = f_gan_bound("js", LOG_R[AT_P], LOG_R)
     assert isinstance(found, LowerBound)

@@ -59,6 +59,13 @@ def test_the_error_is_the_spread_of_refits_to_halves():
     assert found.stderr == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_kth_of_those_left_is_counted_without_those_gone():
+    distances = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(4, 1)
+    gone = torch.tensor([[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
+    # The last has too few left: the largest that is known stands for it.
+    assert neighbours._kth_of_others(distances, gone, 2).tolist() == [2.0, 4.0, 2.0, 4.0]
+
+
 def test_two_normals_on_a_line():
     found = kl_neighbours(draw(2000, seed=2) + 1.0, draw(2000, seed=3))
     assert found.reliable
