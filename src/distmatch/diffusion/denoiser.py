@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from distmatch.base.errors import UserError
+
 
 @runtime_checkable
 class Denoiser(Protocol):
@@ -17,6 +19,8 @@ class Denoiser(Protocol):
         sigma_data: Standard deviation of the data.
         sigma_min: Smallest noise level it is meant for.
         sigma_max: Largest noise level; sampling starts there.
+        gaussian_kernel: Optional, True when absent: whether the noise is Gaussian, so that (D - x) / sigma^2
+            is the score of a density. Read it with :func:`has_score`.
     """
 
     shape: tuple[int, ...]
@@ -49,3 +53,23 @@ def expand(sigma: Tensor, x: Tensor) -> Tensor:
 def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
     """The score (D(x) - x) / sigma^2 of the noised distribution."""
     return (denoiser(x, sigma, condition) - x) / expand(sigma, x) ** 2
+
+
+def has_score(denoiser: Denoiser) -> bool:
+    """Whether (D(x) - x) / sigma^2 is a score: False for a teacher whose noise is not Gaussian (PFGM++)."""
+    return bool(getattr(denoiser, "gaussian_kernel", True))
+
+
+def require_score(denoiser: Denoiser, purpose: str) -> None:
+    """Refuses a teacher without a score for a ``purpose`` that needs one.
+
+    Raises:
+        UserError: :func:`has_score` is False.
+    """
+    if not has_score(denoiser):
+        raise UserError(
+            f"{purpose} needs the score of the noised data, which this teacher does not have",
+            got="a teacher whose noise is not Gaussian (gaussian_kernel is False)",
+            expected="(D(x) - x) / sigma^2 to be the gradient of a log density",
+            fix="use a deterministic solver, or a teacher trained with Gaussian noise",
+        )
