@@ -80,10 +80,9 @@ class DiscretePath(NoisePath):
 
     def nearest(self, rho: Time) -> tuple[Tensor, Tensor]:
         """The time, int64, and noise-to-signal ratio of the level nearest to ``rho``, in the logarithm."""
-        target = torch.as_tensor(rho, dtype=torch.float64)
-        log_levels = self.levels.to(target.device).log()
-        index = torch.bucketize(target.log(), (log_levels[1:] + log_levels[:-1]) / 2)
-        return index, log_levels.exp()[index]
+        t = self.t_of_rho(rho).clamp(0, len(self.levels) - 1)
+        index = t.round().long()
+        return index, self.rho(index)
 
 
 def discrete_path(alphas_cumprod: Tensor | Sequence[float], *, name: str = "discrete") -> DiscretePath:
@@ -109,13 +108,21 @@ def discrete_path(alphas_cumprod: Tensor | Sequence[float], *, name: str = "disc
             fix="it is (1 - betas).cumprod(0); leave out a last level of pure noise",
         )
     log_rho = 0.5 * (torch.log1p(-squares) - squares.log())
+    tables = {log_rho.device: log_rho}
     options = {"alphas_cumprod": tuple(squares.tolist())}
-    curve, inverse = partial(_curve, log_rho), partial(_inverse, log_rho)
+    curve, inverse = partial(_curve, tables), partial(_inverse, tables)
     return DiscretePath(name, 0.0, len(squares) - 1.0, curve, inverse, options, log_rho.exp())
 
 
-def _curve(log_rho: Tensor, t: Tensor) -> Coefficients:
-    knots = log_rho.to(t.device)
+def _on(tables: dict[torch.device, Tensor], device: torch.device) -> Tensor:
+    """The table on ``device``, copied there once."""
+    if device not in tables:
+        tables[device] = next(iter(tables.values())).to(device)
+    return tables[device]
+
+
+def _curve(tables: dict[torch.device, Tensor], t: Tensor) -> Coefficients:
+    knots = _on(tables, t.device)
     cell = t.floor().clamp(0, len(knots) - 2).long()
     slope = knots.diff()[cell]
     rho = (knots[cell] + slope * (t - cell)).exp()
@@ -124,8 +131,8 @@ def _curve(log_rho: Tensor, t: Tensor) -> Coefficients:
     return Coefficients(alpha, sigma, -alpha * sigma**2 * slope, sigma * alpha**2 * slope)
 
 
-def _inverse(log_rho: Tensor, rho: Tensor) -> Tensor:
-    knots = log_rho.to(rho.device)
+def _inverse(tables: dict[torch.device, Tensor], rho: Tensor) -> Tensor:
+    knots = _on(tables, rho.device)
     target = rho.log()
     cell = (torch.bucketize(target, knots, right=True) - 1).clamp(0, len(knots) - 2)
     return cell + (target - knots[cell]) / knots.diff()[cell]

@@ -97,7 +97,9 @@ def _float64(t: Time) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)
 
 
-def check_prior(path: NoisePath, sigma_data: float, *, at_least: float = 10.0) -> None:
+def check_prior(
+    path: NoisePath, sigma_data: float, *, rho_max: float | None = None, at_least: float = 10.0
+) -> None:
     """Refuses a path whose last noise still shows the data.
 
     A sampler starts from N(0, rho_max^2), but data with standard deviation ``sigma_data`` are at
@@ -107,16 +109,17 @@ def check_prior(path: NoisePath, sigma_data: float, *, at_least: float = 10.0) -
     Args:
         path: The path.
         sigma_data: Standard deviation of the data.
+        rho_max: Where sampling starts; by default at the end of the path.
         at_least: Smallest acceptable ``rho_max / sigma_data``.
 
     Raises:
         UserError: It does not reach its prior.
     """
-    if not path.rho_max >= at_least * sigma_data:
+    end = path.rho_max if rho_max is None else rho_max
+    if not end >= at_least * sigma_data:
         raise UserError(
             f"the {path.name} path does not reach its prior: noise must drown the data at its end",
-            got=f"a noise-to-signal ratio of {path.rho_max:.4g} at t={path.t_max:g}, "
-            f"for data of standard deviation {sigma_data:.4g}",
+            got=f"a noise-to-signal ratio of {end:.4g} for data of standard deviation {sigma_data:.4g}",
             expected=f"at least {at_least * sigma_data:.4g}",
             fix="let the path end later or noisier (t_max, sigma_max, beta_max), or scale the data down",
         )
