@@ -57,19 +57,18 @@ def path_of(
 
 
 def _curve(alpha: Curve, sigma: Curve, t: Tensor) -> Coefficients:
-    with torch.enable_grad():
-        time = t.detach().requires_grad_()
-        a, s = alpha(time), sigma(time)
-        slopes = [_slope(value, time) for value in (a, s)]
-    return Coefficients(a.detach(), s.detach(), *slopes)
+    (d_alpha, a), (d_sigma, s) = (_with_slope(curve, t) for curve in (alpha, sigma))
+    return Coefficients(a, s, d_alpha, d_sigma)
 
 
-def _slope(value: Tensor, time: Tensor) -> Tensor:
-    """The time derivative; a function that does not look at its argument has none, 0."""
-    if not value.requires_grad:
-        return torch.zeros_like(time)
-    (slope,) = torch.autograd.grad(value.sum(), time, allow_unused=True)
-    return torch.zeros_like(time) if slope is None else slope
+def _with_slope(curve: Curve, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivative and the value; works inside other transforms, as a likelihood's Jacobian is."""
+
+    def summed(time: Tensor) -> tuple[Tensor, Tensor]:
+        value = curve(time)
+        return value.sum(), value
+
+    return torch.func.grad(summed, has_aux=True)(t)
 
 
 def _inverse(alpha: Curve, sigma: Curve, t_min: float, t_max: float, rho: Tensor) -> Tensor:
