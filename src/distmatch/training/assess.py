@@ -21,8 +21,8 @@ from distmatch.data.dataset import Dataset
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import CallCounter, Guided
-from distmatch.diffusion.heun import sample_teacher
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.diffusion.solvers import sample_teacher
 from distmatch.methods.student import Student
 from distmatch.metrics import evaluate, reference_floor, reference_labels
 from distmatch.metrics.features import Features
