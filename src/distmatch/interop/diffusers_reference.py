@@ -11,7 +11,7 @@ from torch import Tensor
 from distmatch.diffusion.denoiser import expand
 from distmatch.interop.conversion import Points
 from distmatch.interop.diffusers_net import DiffusersNet
-from distmatch.interop.diffusers_schedule import EDM, FLOW
+from distmatch.interop.diffusers_schedule import EDM, FLOW, ends_in_noise
 from distmatch.interop.optional import import_diffusers
 
 
@@ -57,7 +57,7 @@ class DiffusersReference:
             self.scheduler.config, clip_sample=False, thresholding=False
         )
         squares = ddim.alphas_cumprod
-        steps = len(squares) - int(float(squares[-1]) <= 2.0**-24)
+        steps = len(squares) - int(ends_in_noise(ddim))
         t = torch.randint(steps, (len(clean),), generator=gen)
         t[0], t[-1] = 0, steps - 1
         noised = ddim.add_noise(clean, noise, t)

@@ -84,14 +84,20 @@ def _edm(config: Any) -> Schedule:
     return Schedule("edm", None, signs[config.prediction_type], None, float(config.sigma_data), ends)
 
 
+def ends_in_noise(scheduler: Any) -> bool:
+    """Whether the last level of a discrete scheduler is pure noise (zero terminal signal)."""
+    flag = bool(getattr(scheduler.config, "rescale_betas_zero_snr", False))
+    return flag or float(scheduler.alphas_cumprod[-1]) == 0.0
+
+
 def _discrete(scheduler: Any, config: Any) -> Schedule:
     kind = config.prediction_type
     if kind not in _PREDICTIONS:
         raise unknown_name("prediction_type", kind, _PREDICTIONS)
     # In the precision of diffusers: these are the levels that the network was trained at.
     squares = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
-    if float(squares[-1]) <= 2.0**-24:
-        # A last level of pure noise (zero terminal signal) has no place in a frame that divides by alpha.
+    if ends_in_noise(scheduler):
+        # A last level of pure noise has no place in a frame that divides by alpha.
         squares = squares[:-1]
         if kind == "epsilon":
             raise UserError(

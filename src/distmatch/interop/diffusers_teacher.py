@@ -131,8 +131,7 @@ def check_teacher(
     Raises:
         UserError: It is no teacher of diffusers, or too far off.
     """
-    source = getattr(teacher, "source", None)
-    net = teacher.net
+    source, net = getattr(teacher, "source", None), getattr(teacher, "net", None)
     if not isinstance(source, DiffusersSource) or not isinstance(net, DiffusersNet):
         raise UserError(
             "only a teacher of diffusers can be compared with diffusers", got=type(teacher).__name__
