@@ -251,8 +251,9 @@ def test_mistakes_are_explained() -> None:
         as_denoiser(net, "vp", shape=(2,), levels="round")
     with pytest.raises(UserError, match="levels of its own"):
         as_denoiser(net, "vp", shape=(2,), levels="snap")
-    with pytest.raises(UserError, match="reverse_time"):
-        as_denoiser(net, DISCRETE, shape=(2,), reverse_time=True)
+    for path in (DISCRETE, "edm"):
+        with pytest.raises(UserError, match="reverse_time means 1 - t"):
+            as_denoiser(net, path, shape=(2,), reverse_time=True)
     with pytest.raises(UserError, match=r"not of the shape.*\(3, 2\)"):
         as_denoiser(net, shape=(5,))(y, one)
     with pytest.raises(UserError, match="also returns a variance"):

@@ -197,6 +197,7 @@ def test_names_options_and_copies() -> None:
 @pytest.mark.parametrize("path", CLOSED, ids=named)
 def test_usual_paths_reach_their_prior(path: NoisePath) -> None:
     check_prior(path, 0.5)
+    check_prior(path, path.rho_max / 10.1)
     with pytest.raises(UserError, match="does not reach its prior"):
         check_prior(path, path.rho_max / 9.9)
 

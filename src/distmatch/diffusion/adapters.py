@@ -85,8 +85,12 @@ class PredictionDenoiser(nn.Module):
                 got=f"the {self.path.name} path, which is continuous",
                 fix="use discrete_path(alphas_cumprod), or levels='interpolate'",
             )
-        if reverse_time and isinstance(self.path, DiscretePath):
-            raise UserError("discrete times run from data to noise", fix="leave out reverse_time")
+        if reverse_time and not 0 <= self.path.t_min < self.path.t_max <= 1:
+            raise UserError(
+                "reverse_time means 1 - t, so it needs a path whose times lie between 0 and 1",
+                got=f"the {self.path.name} path, from {self.path.t_min:g} to {self.path.t_max:g}",
+                fix="leave it out, and say how the network counts with time=lambda t: ...",
+            )
         self.time, self.levels, self.null_class, self.reverse_time = time, levels, null_class, reverse_time
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
