@@ -172,6 +172,18 @@ def test_discrete_teachers_are_told_their_own_times() -> None:
     assert net.told[1].tolist() == [7, 4, 0, 999]
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.001, 1000.0])
+def test_beyond_the_ends_of_a_path_the_level_is_still_the_one_asked_for(sigma: float) -> None:
+    y, level = points(3), torch.full((3,), sigma, dtype=torch.float64)
+    for path in (path_of(torch.ones_like, torch.exp, -3.0, 5.0), DISCRETE, vp(t_min=0.01)):
+        denoiser = as_denoiser(lambda x, t: torch.ones_like(x), path, "eps", shape=(2,))
+        torch.testing.assert_close(denoiser(y, level), y - sigma, rtol=1e-12, atol=1e-12)
+    if sigma == 0:
+        for prediction in ("v", "flow", "score"):  # the flow has infinite coefficients there
+            denoiser = as_denoiser(lambda x, t: torch.ones_like(x), "vp", prediction, shape=(2,))
+            torch.testing.assert_close(denoiser(y, level), y, rtol=1e-12, atol=1e-12)
+
+
 def test_labels_follow_the_network() -> None:
     net = Recorder()
     y, sigma, labels = points(3), torch.ones(3), torch.tensor([2, -1, 0])
