@@ -125,6 +125,17 @@ def test_all_predictions_are_finite_and_right_at_pure_noise(path: NoisePath) -> 
         )
 
 
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
+def test_predictions_are_continuous_where_levels_are_limited(path: NoisePath) -> None:
+    model, x = OnPath(mixture(), path, sigma_limit=2.0), points() * path.sigma(path.t_of_rho(2.0))
+    below, above = (model.predict("x0", x, path.t_of_rho(2 * (1 + shift))) for shift in (-1e-9, 1e-9))
+    torch.testing.assert_close(below, above, rtol=0, atol=1e-7)
+    # Beyond the limit, the noise is scaled to it.
+    t = path.t_of_rho(8.0)
+    there = mixture()(x * 2 / path.sigma(t), 2.0)
+    torch.testing.assert_close(model.predict("x0", x, t), there, rtol=0, atol=1e-12)
+
+
 def test_networks_that_count_time_in_their_own_way() -> None:
     y, sigma = points(), torch.logspace(-1, 1, 64, dtype=torch.float64)
     truth = mixture()(y, sigma)
