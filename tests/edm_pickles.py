@@ -64,7 +64,7 @@ def stand_in(module, class_name="Layer", arguments=(), **attributes):
     for name, value in module.named_parameters(recurse=False):
         out.register_parameter(name, value)
     for name, value in module.named_buffers(recurse=False):
-        out.register_buffer(name, value)
+        out.register_buffer(name, value, persistent=name not in module._non_persistent_buffers_set)
     if isinstance(module, Conv) and module.resample_filter is None:
         out.register_buffer("resample_filter", None)
     for name, child in module.named_children():

@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusers_models import diffusers, dit, unet, vae
@@ -256,7 +257,9 @@ def test_folders_are_loaded(tmp_path):
     assert is_diffusers_folder(folder)
     x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 30.0])
     expected = teacher_from(unet(), schedule("ddim sample"))(x, sigma)
+    before = torch.get_rng_state()
     whole = load_diffusers(folder)
+    assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(whole(x, sigma), expected)
     assert whole.conversion.relative < 1e-5
     assert "largest difference" in str(whole.conversion)
@@ -273,8 +276,10 @@ def test_folders_are_loaded(tmp_path):
     half = tmp_path / "half"
     saved_pipeline(half)
     (half / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    unet().save_pretrained(half / "unet", variant="fp16")
-    assert torch.equal(load_diffusers(half)(x, sigma), expected)
+    unet().half().save_pretrained(half / "unet", variant="fp16")
+    loaded = load_diffusers(half)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.allclose(loaded(x, sigma), expected, atol=1e-2)  # its weights were rounded to float16
 
 
 def test_latent_folders_bring_their_autoencoder(tmp_path):
@@ -349,6 +354,15 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot load"):
+        load_diffusers(folder)
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    missing = tensors.pop("conv_in.weight")
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=r"conv_in\.weight"):
+        load_diffusers(folder)
+    save_file({**tensors, "conv_in.weight": missing, "conv_on.weight": missing.clone()}, weights)
+    with pytest.raises(UserError, match=r"conv_on\.weight"):
         load_diffusers(folder)
     weights.write_bytes(whole)
     plan = folder / "scheduler" / "scheduler_config.json"

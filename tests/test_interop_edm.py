@@ -149,8 +149,10 @@ def teacher_and_pickle(folder, case):
 @pytest.mark.parametrize("case", EDM_CASES)
 def test_pickles_round_trip_to_safetensors(case, tmp_path):
     teacher, path = teacher_and_pickle(tmp_path, case)
+    before = torch.get_rng_state()
     read = convert_edm(path, tmp_path / "out")
     back, extra = load_denoiser(tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), before)
     assert extra["kind"] == "teacher"
     assert extra["converted_from"] == path.name
     x, sigma = torch.randn(3, 3, 8, 8), torch.tensor([0.03, 1.0, 60.0])

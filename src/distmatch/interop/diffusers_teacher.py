@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.files import read_json
 from distmatch.diffusion.adapters import PredictionFeatureDenoiser
@@ -256,17 +258,30 @@ def _load(package: Any, folder: Path, known: Sequence[str]) -> Any:
         middle[0].split("-")[0] if middle and "diffusion_pytorch_model.safetensors" not in safe else None
     )
     try:
-        return (
-            getattr(package, name)
-            .from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, variant=variant
+        # It fills the network with random numbers first; those of the caller stay as they were.
+        with torch.random.fork_rng(devices=[]):
+            model, found = getattr(package, name).from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                variant=variant,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
             )
-            .float()
-        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(
             f"diffusers cannot load {folder}", got=error, fix="it may be cut off: copy it again"
         ) from error
+    # diffusers would leave missing tensors at random values, with a warning.
+    for what in ("missing_keys", "unexpected_keys"):
+        if found[what]:
+            raise UserError(
+                f"the weights in {folder} are not those of its {_CONFIG}",
+                got=f"{len(found[what])} {what.replace('_', ' ')}, such as {sorted(found[what])[0]}",
+                fix="copy the folder again, with the config that was saved beside the weights",
+            )
+    return model
 
 
 def _scheduler(package: Any, folder: Path) -> Any:

@@ -85,11 +85,16 @@ class MPBlock(nn.Module):
         encoder: Whether it stands in the encoder: there the input is changed and normalised first.
     """
 
+    kernel: Tensor
+
     def __init__(self, stage: Stage, embedding: int, config: EDM2Config, *, encoder: bool) -> None:
         super().__init__()
         inputs, outputs = stage.inputs, stage.outputs
         self.config, self.encoder, self.resample = config, encoder, stage.resample
-        self.kernel_taps = config.resample_filter
+        self.kernel_pad = (len(config.resample_filter) - 1) // 2
+        if stage.resample != "same":
+            # Not a part of the checkpoint: it follows from the config.
+            self.register_buffer("kernel", smoothing(config.resample_filter), persistent=False)
         self.heads = outputs // config.channels_per_head if stage.attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPLayer(outputs if encoder else inputs, outputs, 3)
@@ -103,8 +108,7 @@ class MPBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Maps (B, inputs, H, W) and (B, E) to (B, outputs, H', W')."""
         if self.resample != "same":
-            kernel = smoothing(self.kernel_taps).to(x.device)
-            x = (halve if self.resample == "down" else double)(x, kernel, (len(self.kernel_taps) - 1) // 2)
+            x = (halve if self.resample == "down" else double)(x, self.kernel, self.kernel_pad)
         if self.encoder:
             x = unit(x if self.conv_skip is None else self.conv_skip(x), 1)
         inner = self.conv_res0(mp_silu(x))

@@ -78,12 +78,13 @@ class Negated(nn.Module):
 
 
 def build_edm(config: AnyConfig, preconditioning: Preconditioning) -> Teacher:
-    """The denoiser of a config, with fresh weights.
+    """The denoiser of a config, with fresh weights; torch's global random stream stays where it was.
 
     Raises:
         UserError: An unknown kind of preconditioning.
     """
-    net: nn.Module = EDM2UNet(config) if isinstance(config, EDM2Config) else EDMUNet(config)
+    with torch.random.fork_rng(devices=[]):
+        net: nn.Module = EDM2UNet(config) if isinstance(config, EDM2Config) else EDMUNet(config)
     p = preconditioning
     shape = (config.channels, config.resolution, config.resolution)
     common: dict[str, Any] = {

@@ -112,7 +112,7 @@ class _Inert(pickle.Unpickler):
         full = f"{module}.{name}"
         if full in _REBUILDERS:
             return _REBUILDERS[full]
-        if module == "torch" and name in _DTYPES:
+        if module in ("torch", "torch.cuda") and name in _DTYPES:
             return _DTYPES[name]
         if module == "torch" and name in _DTYPE_NAMES:
             return _DTYPE_NAMES[name]
@@ -274,9 +274,10 @@ def state_of(module: Any) -> Mapping[str, Any]:
 def named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a recorded module under the names that its ``state_dict`` would give them."""
     state = state_of(module)
+    passing = state.get("_non_persistent_buffers_set") or ()
     for kind in ("_parameters", "_buffers"):
         for name, value in dict(state.get(kind) or {}).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name not in passing:
                 yield prefix + str(name), value
     for name, child in dict(state.get("_modules") or {}).items():
         if child is not None:

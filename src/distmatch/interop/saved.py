@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from distmatch.base.errors import UserError
@@ -229,7 +230,8 @@ def _built(config: Mapping[str, Any], known: tuple[str, ...]) -> Any:
     name = config.get("_class_name")
     if name not in known:
         raise UserError("a class of diffusers that is not read", got=name, expected=", ".join(known))
-    return getattr(import_diffusers(), str(name)).from_config(dict(config))
+    with torch.random.fork_rng(devices=[]):  # loading a model draws no random number
+        return getattr(import_diffusers(), str(name)).from_config(dict(config))
 
 
 def _decoder(folder: Path, latents: Mapping[str, Any], shape: tuple[int, ...]) -> VAEDecoder:
