@@ -18,7 +18,7 @@ from distmatch.diffusion.guidance import CallCounter, Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import noise_path
-from distmatch.diffusion.solvers import TABLEAUX, Run, find_solver, grid, solve
+from distmatch.diffusion.solvers import TABLEAUX, PredictorCorrector, Run, Solver, find_solver, grid, solve
 from distmatch.diffusion.solvers.multistep import adams_weights
 
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.0], [0.8]], [0.04, 0.09])
@@ -373,3 +373,14 @@ def test_the_state_is_kept_in_float64_between_calls() -> None:
     y = torch.linspace(1, 2, 50)[:, None]
     end = solve(Still(), y, grid("log", 20_000, 0.5, 1.0, to_zero=False), "ddim").y
     torch.testing.assert_close(end, y / 2, rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", [*DETERMINISTIC, *STOCHASTIC, PredictorCorrector(norm="batch")])
+def test_no_step_waits_for_the_device(name: str | Solver) -> None:
+    # Tensors on the meta device have no values: reading one, as .item() or a branch does, raises.
+    y = torch.empty(4, 2, device="meta")
+    noise = SampleNoise(0, torch.arange(4), (2,), "meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        y.sum().item()
+    done = solve(Normal(), y, grid("karras", 6, 0.1, 5.0), name, noise=noise, path="vp")
+    assert done.y.device.type == "meta"
