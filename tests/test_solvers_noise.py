@@ -65,7 +65,9 @@ def test_the_noise_of_a_sample_knows_nothing_of_its_batch() -> None:
     whole = SampleNoise(7, torch.arange(101), (3, 5)).normal(2)
     for chosen in ([0], [100, 3, 3, 57], list(range(40, 77))):
         assert torch.equal(SampleNoise(7, chosen, (3, 5)).normal(2), whole[chosen])
-    assert torch.equal(SampleNoise(7, [5], (3, 5)).after(4).normal(2), SampleNoise(7, [5], (3, 5)).normal(6))
+    assert torch.equal(
+        SampleNoise(7, [5], (3, 5)).after(1).after(3).normal(2), SampleNoise(7, [5], (3, 5)).normal(6)
+    )
     assert torch.equal(
         SampleNoise(7, [5], (3, 5)).normal(2)[0, 0], SampleNoise(7, [5], (1, 5)).normal(2)[0, 0]
     )
