@@ -161,12 +161,12 @@ def test_heavy_and_light_tails_are_found() -> None:
 
 def test_the_spread_is_the_ratio_of_standard_deviations() -> None:
     scores = []
-    for seed in range(200):
+    for seed in range(100):
         a, b = normal(300, 2, seed), normal(200, 2, seed + 1000)
         pair = tail_check(a, b, radius="norm").spread
         scores.append(pair.value / pair.stderr)
-    assert abs(np.mean(scores)) < 0.3
-    assert np.std(scores) == pytest.approx(1, abs=0.25)
+    assert abs(np.mean(scores)) < 0.4
+    assert np.std(scores) == pytest.approx(1, abs=0.28)
 
 
 @pytest.mark.parametrize("index", [0.5, 0.0, -0.3, -1.0])

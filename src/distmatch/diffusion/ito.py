@@ -115,7 +115,7 @@ class LogDensity:
 
 def trajectory_log_density(
     denoiser: Denoiser,
-    states: Sequence[Tensor],
+    states: Sequence[Tensor] | Tensor,
     sigmas: Sequence[float] | Tensor,
     *,
     condition: Tensor | None = None,
@@ -129,8 +129,10 @@ def trajectory_log_density(
 
     Args:
         denoiser: The model whose density is asked for.
-        states: Positions (B, *shape) at each level.
-        sigmas: The levels, strictly decreasing; the last may be 0.
+        states: Positions (B, *shape) at each level, for example the ``trajectory`` of a
+            :class:`~distmatch.diffusion.solvers.solve.Solution`.
+        sigmas: The levels, positive and strictly decreasing. The last step of a sampler, to 0, has no place
+            here: it is no move of the flow, and the data may have no density.
         condition: Labels (B,), -1 for none.
         noise_ratio: See :func:`ito_increment`; the same for all moves.
         prior: Log-density at the first level; by default N(0, sigma^2 + sigma_data^2).
@@ -146,10 +148,11 @@ def trajectory_log_density(
     """
     levels = [float(v) for v in sigmas]
     falling = all(a > b for a, b in pairwise(levels))
-    if len(levels) != len(states) or len(levels) < 2 or not falling or levels[-1] < 0:
+    if len(levels) != len(states) or len(levels) < 2 or not falling or not levels[-1] > 0:
         raise UserError(
-            "a trajectory needs one state for each of two or more decreasing levels",
-            got=f"{len(states)} states and levels {levels[:6]}",
+            "a trajectory needs one state for each of two or more positive, decreasing levels",
+            got=f"{len(states)} states and levels from {levels[:3]} to {levels[-3:]}",
+            fix="leave out the last state where its level is 0",
         )
     require_score(denoiser, "a density along a trajectory")
     kind, count = parse_trace(trace)
