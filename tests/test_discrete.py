@@ -148,17 +148,19 @@ def test_a_network_shows_its_shapes_and_starts_uniform():
     assert MarginalNet(config)(torch.full((1, 7), 5)).item() == 0
 
 
+@torch.no_grad()
 def test_a_network_reads_all_visible_tokens_and_their_places():
-    net = TokenNet(TokenNetConfig(vocabulary=5, length=9, width=16, depth=2, heads=2))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(std=0.3, generator=rng(1))
-    tokens = torch.full((1, 9), 5)
+    net = TokenNet(TokenNetConfig(vocabulary=5, length=21, width=16, depth=2, heads=2))
+    for parameter in net.parameters():
+        parameter.normal_(std=0.3, generator=rng(1))
+    tokens = torch.full((1, 21), 5)
     far, moved = tokens.clone(), tokens.clone()
-    far[0, 8], moved[0, 7] = 2, 2
-    first = [net(x)[0, 0] for x in (tokens, far, moved)]
-    assert float((first[0] - first[1]).abs().max()) > 1e-3  # beyond any convolution
-    assert float((first[1] - first[2]).abs().max()) > 1e-3
+    far[0, 20], moved[0, 18] = 2, 2
+    nothing, one, other = (net(x)[0] for x in (tokens, far, moved))
+    # Position 10 is out of reach of the convolutions, of these tokens and of the ends alike.
+    assert float((nothing[10] - one[10]).abs().max()) > 1e-3
+    assert float((one[10] - other[10]).abs().max()) > 1e-3
+    assert float((nothing[10] - nothing[11]).abs().max()) > 1e-2
 
 
 def test_random_turns_are_uniform_over_permutations():

@@ -59,10 +59,10 @@ def test_the_loss_is_its_definition():
                 log_c = model.log_marginal(after) - model.log_marginal(seen[shown])
                 steps.append(weight * float(log_c) ** 2)
                 seen[tuple(sorted((*shown, i)))] = after
-    loss = consistency_loss(Scaled(2.0), model, x.expand(40_000, -1), generator=rng(1))
+    loss = consistency_loss(Scaled(2.0), model, x.expand(20_000, -1), generator=rng(1))
     error = float(loss.std()) / math.sqrt(len(loss))
     assert abs(float(loss.mean()) - sum(steps)) < 4 * error
-    assert error < 0.02 * sum(steps)
+    assert error < 0.03 * sum(steps)
 
 
 def test_a_wrong_constant_is_seen_by_the_normalisation_alone():
@@ -99,7 +99,7 @@ def test_a_law_violates_no_inequality_and_a_wrong_one_does():
 @pytest.mark.parametrize("block", [1, 3, L])
 def test_gibbs_sweeps_keep_the_law(block):
     model = table()
-    x = model.sample(20_000, rng(2))
+    x = model.sample(12_000, rng(2))
     for sweep in range(2):
         x = gibbs_block(model, x, block, generator=rng(10 + sweep))
     counts = torch.bincount(model.code(x), minlength=V**L)
@@ -151,7 +151,18 @@ def test_reinforce_has_the_gradient_of_the_kl(contrast):
     assert (scale > 1) == (contrast > 1)
     assert torch.allclose(estimated * scale, true, atol=1e-12)
     assert -float(gap.mean()) <= float(log_f.logsumexp(0))
-    assert -float(gap.mean()) == pytest.approx(float(log_f.logsumexp(0) - kl), abs=1e-12)
+    assert -float(gap.mean()) == pytest.approx(float(log_f.logsumexp(0) - kl.detach()), abs=1e-12)
+
+
+def test_reinforce_does_not_see_the_scale_of_the_energy():
+    # What the baseline is for: without it a constant in log f adds noise to the gradient of a finite batch.
+    model = Softmax()
+    x = torch.tensor([[0, 1], [1, 1], [0, 1]])
+    gradients = [
+        torch.autograd.grad(reinforce_loss(model, lambda t, c=c: t[:, 0] + c, x)[0], model.logits)[0]
+        for c in (0.0, 50.0)
+    ]
+    assert torch.allclose(*gradients, atol=1e-12)
 
 
 def test_gradients_of_the_consistency_agree_with_finite_differences():

@@ -74,7 +74,7 @@ def score_entropy(log_score: Tensor, x: Tensor, hidden: Tensor, total: Tensor) -
 def discrete_loss(
     model: Conditionals,
     x: Tensor,
-    loss: str = "lambda-dce",
+    loss: str = "k-dce",
     *,
     generator: torch.Generator,
     schedule: str | MaskSchedule = "log-linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,9 +53,6 @@ class _Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        for layer in (self.near, self.out, self.down):  # each branch starts as nothing
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, h: Tensor) -> Tensor:
         """Maps (B, L, width) to (B, L, width)."""
@@ -122,7 +120,7 @@ class MarginalNet(nn.Module):
         self.trunk = _Trunk(config)
         self.last = nn.Linear(config.width, 1)
         nn.init.zeros_(self.last.weight)
-        nn.init.constant_(self.last.bias, -torch.tensor(float(config.vocabulary)).log().item())
+        nn.init.constant_(self.last.bias, -math.log(config.vocabulary))
 
     def log_marginal(self, tokens: Tensor) -> Tensor:
         """The log-probability of the visible tokens, (B,) in nats."""
