@@ -308,6 +308,25 @@ def test_damage_and_wrong_files_are_refused(tmp_path):
         read_pickle(cut)
 
 
+def test_a_damaged_pickle_gives_a_message_and_nothing_else(tmp_path):
+    """Random bytes are changed outside of the tensors' numbers: a message, or a teacher, never a crash."""
+    _, path = teacher_and_pickle(tmp_path, "edm")
+    raw = path.read_bytes()
+    gen = np.random.default_rng(0)
+    words = [raw.find(word) for word in (b"_init_kwargs", b"_modules", b"persistence", b"sigma_data", b"ema")]
+    messages = 0
+    for _ in range(60):
+        bad = bytearray(raw)
+        for at in gen.choice(words, 2) + gen.integers(-40, 200, 2):
+            bad[min(max(0, at), len(bad) - 1)] = gen.integers(256)
+        (tmp_path / "bad.pkl").write_bytes(bad)
+        try:
+            read_edm(tmp_path / "bad.pkl")
+        except UserError:
+            messages += 1
+    assert messages > 20
+
+
 def test_networks_that_are_not_read_say_so(tmp_path):
     teacher, _ = teacher_and_pickle(tmp_path, "adm")
     arguments = {**SMALL, "model_channels": 64, "model_type": "DhariwalUNet"}

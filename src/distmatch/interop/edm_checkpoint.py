@@ -135,7 +135,19 @@ def read_edm(path: str | os.PathLike[str]) -> tuple[Teacher, dict[str, Any]]:
             got=sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__,
             expected="a dictionary with the network under 'ema'",
         )
-    name, state = found
+    try:
+        teacher = _rebuilt(*found, str(path))
+        return teacher, {"class": found[0], **_encoding(content)}
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{path} does not describe its network as EDM does", got=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _rebuilt(name: str, state: Mapping[str, Any], source: str) -> Teacher:
+    """The denoiser that a recorded outer network describes, float32, in eval mode."""
     config, preconditioning, inner = _understood(name, state)
     tensors = {
         key: value.float() if value.is_floating_point() else value
@@ -145,8 +157,8 @@ def read_edm(path: str | os.PathLike[str]) -> tuple[Teacher, dict[str, Any]]:
     teacher = build_edm(config, preconditioning)
     net = network_of(teacher)
     if net is not None:
-        load_into(net, tensors, str(path))
-    return teacher.eval(), {"class": name, **_encoding(content)}
+        load_into(net, tensors, source)
+    return teacher.eval()
 
 
 def _understood(name: str, state: Mapping[str, Any]) -> tuple[AnyConfig, Preconditioning, Any]:
