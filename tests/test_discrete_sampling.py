@@ -209,6 +209,7 @@ def test_a_schedule_object_is_taken_too():
         ({"given": torch.full((3, L), V)}, "1 or 2"),
         ({"sampler": "forward", "turns": forward_turns(2, L)}, "any-order"),
         ({"turns": forward_turns(2, L - 1)}, "turns"),
+        ({"turns": forward_turns(2, L) - 1}, "numbers from 0"),
         ({"sampler": "tweedie", "steps": 4, "schedule": "linear"}, "log-linear"),
     ],
 )

@@ -74,9 +74,9 @@ def test_every_loss_descends(loss):
 @torch.no_grad()
 def test_marginals_learn_from_conditionals_in_the_second_stage():
     model = table(vocabulary=2)
-    training = MarginalTraining(BITS, 100, QUICK, conditionals=model)
+    training = MarginalTraining(BITS, 150, QUICK, conditionals=model)
     with torch.enable_grad():
-        state, info = fit(training, 100, lambda i: model.sample(128, rng(i)))
+        state, info = fit(training, 150, lambda i: model.sample(128, rng(i)))
     net = state.average["marginals"]
     assert float(info["loss"]) < 0.05
     p = model.log_p.exp()

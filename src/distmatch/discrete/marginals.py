@@ -72,7 +72,8 @@ def reinforce_loss(
         log Z from below.
     """
     log_p = marginals.log_marginal(x)
-    gap = (log_p - log_f(x)).detach()
+    with torch.no_grad():
+        gap = log_p - log_f(x)
     advantage = (gap - gap.mean()) / gap.std().clamp_min(1.0)
     return (advantage * log_p).mean(), gap
 

@@ -130,8 +130,12 @@ def sample_tokens(
             plan = forward_turns(n, length)
         else:
             plan = random_turns(n, length, random)
-        if plan.shape != start.shape:
-            raise UserError("the turns do not fit", got=tuple(plan.shape), expected=tuple(start.shape))
+        if plan.shape != start.shape or int(plan.min()) < 0:
+            raise UserError(
+                "the turns do not fit",
+                got=f"shape {tuple(plan.shape)}",
+                expected=f"numbers from 0 of shape {tuple(start.shape)}",
+            )
         count = int(plan.max()) + 1
     plan = plan.masked_fill(start != hidden_symbol, -1)
     return _reveal(model, start, plan, count, u, choice, cached, batch)

@@ -39,7 +39,7 @@ class TokenTrainingConfig:
             conditionals supplies instead of the data.
         block: Tokens that a Gibbs sweep draws anew.
         consistency: For energies: weight of the consistency loss beside the KL.
-        chains: For energies: persistent Gibbs chains, the batch.
+        chains: Persistent Gibbs chains, which start at random symbols; for energies they are the batch.
     """
 
     loss: str = "k-dce"
@@ -217,8 +217,11 @@ class MarginalTraining(_Training):
         cfg = self.config
         count = min(round(cfg.on_policy * len(x)), len(state.chains))
         if count:
-            state.chains = gibbs_block(self.conditionals, state.chains, cfg.block, generator=state.generator)
-            x = torch.cat([x[count:], state.chains[:count]])
+            # The chains take turns: no more of them are swept than the batch has use for.
+            next_ones, rest = state.chains[:count], state.chains[count:]
+            drawn = gibbs_block(self.conditionals, next_ones, cfg.block, generator=state.generator)
+            state.chains = torch.cat([rest, drawn])
+            x = torch.cat([x[count:], drawn])
         model: Any = state.model["marginals"]
         loss = consistency_loss(model, _Fixed(self.conditionals), x, generator=state.generator).mean()
         return {"loss": loss.detach(), "grad_norm": self._descend(state, loss)}
