@@ -178,7 +178,8 @@ def main() -> None:
     start = time.process_time()
     lines = [*text(options), "", *digits(options)]
     minutes = (time.process_time() - start) / 60
-    command = f"--text-steps {options.text_steps} --digit-steps {options.digit_steps} --seed {options.seed}"
+    command = f"--data {options.data.name} --text-steps {options.text_steps}"
+    command += f" --digit-steps {options.digit_steps} --seed {options.seed}"
     lines += ["", f"`python benchmarks/discrete_text.py {command}`: {minutes:.1f} minutes of one core."]
     content = "\n".join(lines)
     print(content)
