@@ -56,8 +56,17 @@ def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition: Tensor | None
 
 
 def has_score(denoiser: Denoiser) -> bool:
-    """Whether (D(x) - x) / sigma^2 is a score: False for a teacher whose noise is not Gaussian (PFGM++)."""
-    return bool(getattr(denoiser, "gaussian_kernel", True))
+    """Whether (D(x) - x) / sigma^2 is a score: False for a teacher whose noise is not Gaussian (PFGM++).
+
+    A wrapper that does not say so itself is looked through, by its attribute ``inner``.
+    """
+    inner: object | None = denoiser
+    while inner is not None:
+        flag = getattr(inner, "gaussian_kernel", None)
+        if flag is not None:
+            return bool(flag)
+        inner = getattr(inner, "inner", None)
+    return True
 
 
 def require_score(denoiser: Denoiser, purpose: str) -> None:
@@ -72,4 +81,34 @@ def require_score(denoiser: Denoiser, purpose: str) -> None:
             got="a teacher whose noise is not Gaussian (gaussian_kernel is False)",
             expected="(D(x) - x) / sigma^2 to be the gradient of a log density",
             fix="use a deterministic solver, or a teacher trained with Gaussian noise",
+        )
+
+
+def is_diffused(denoiser: Denoiser) -> bool:
+    """Whether the scores at all levels are those of one law, noised: False for a guided teacher.
+
+    Its scores tilt each noised law by itself, and the noised tilted law is another one. Wrappers that do not
+    say so by an attribute ``diffused`` are looked through.
+    """
+    inner: object | None = denoiser
+    while inner is not None:
+        flag = getattr(inner, "diffused", None)
+        if flag is not None:
+            return bool(flag)
+        inner = getattr(inner, "inner", None)
+    return True
+
+
+def require_diffused(denoiser: Denoiser, purpose: str) -> None:
+    """Refuses a guided teacher for a ``purpose`` that follows one density through the levels.
+
+    Raises:
+        UserError: :func:`is_diffused` is False.
+    """
+    if not is_diffused(denoiser):
+        raise UserError(
+            f"{purpose} needs scores that belong to one density at all levels",
+            got="a guided teacher, whose scores are tilted at each level by themselves",
+            fix="take the teacher without guidance; log_likelihood(prior='sampler') gives the density of "
+            "guided samples",
         )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.denoiser import Denoiser, expand, require_score
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras
 from distmatch.divergences import Divergence
@@ -82,8 +82,7 @@ class FDistill:
                 f"{self.divergence.name} has no second derivative, so its weight is zero almost everywhere",
                 fix="choose another divergence; le_cam and js are bounded too",
             )
-        if not getattr(self.teacher, "gaussian_kernel", True):
-            raise UserError("score differences need a teacher with a Gaussian noise kernel")
+        require_score(self.teacher, "a score difference")
         self._guided = Guided(self.teacher, cfg.guidance) if cfg.guidance != 1 else self.teacher
         self._source = choose_source(cfg.ratio_features, self.teacher)
         self.noise = Karras(cfg.noise_low, cfg.noise_high or self.teacher.sigma_max, cfg.noise_rho)

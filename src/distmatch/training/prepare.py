@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
@@ -22,7 +22,8 @@ from distmatch.methods.start import Draw
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.saved import load_model
 from distmatch.training.devices import compile_network, pick_device
-from distmatch.training.options import DistillOptions, RunOptions, TrainOptions
+from distmatch.training.noisy_data import with_frozen_noise
+from distmatch.training.options import DistillOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.runs import Job
 from distmatch.training.teacher import TeacherTraining
 
@@ -62,12 +63,13 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     run = options.run
     device = pick_device(run.device)
     data = load_data(options.data, labels=options.labels) if data is None else data
+    sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
     method = TeacherTraining(
         config=options.teacher,
         net=options.net.resolve(data.shape),
         shape=data.shape,
         num_classes=data.num_classes,
-        sigma_data=data.std() or 1.0,
+        sigma_data=sigma_data,
         total_steps=run.steps,
         device=device,
         bf16=run.precision == "bf16",
@@ -81,13 +83,29 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
         options=options,
         state=state,
         step=method.step,
-        batches=Batches(data, run.batch, run.seed, _flips(run, data), device),
+        batches=Batches(noisy, run.batch, run.seed, _flips(run, data), device, levels),
         networks={"teacher": state.denoiser},
-        notes={"data": data.name, "samples": len(data), "sigma_data": state.denoiser.sigma_data},
+        notes={
+            "data": data.name,
+            "samples": len(data),
+            "sigma_data": state.denoiser.sigma_data,
+            "path": method.objective.path.name,
+            "prediction": method.objective.prediction,
+        },
         warnings=[],
         finish=lambda: (state.average.module, extra),  # type: ignore[return-value,arg-type]
         show=("loss",),
     )
+
+
+def _training_data(config: TeacherConfig, data: Dataset, seed: int) -> tuple[float, Dataset, Tensor | None]:
+    """Standard deviation of the clean data, what is trained on, and the noise level of each sample in it."""
+    noise = config.ambient_noise
+    if noise == 0:
+        return data.std() or 1.0, data, None
+    if config.ambient_given:
+        return max(data.std() ** 2 - noise**2, 0.0) ** 0.5 or 1.0, data, torch.full((len(data),), noise)
+    return data.std() or 1.0, *with_frozen_noise(data, noise, config.ambient_clean, seed)
 
 
 def prepare_distillation(

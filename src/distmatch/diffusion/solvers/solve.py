@@ -11,9 +11,10 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import latents
 from distmatch.diffusion.denoiser import Denoiser, require_score
-from distmatch.diffusion.guidance import CallCounter
+from distmatch.diffusion.guidance import CallCounter, at_step
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath, noise_path
+from distmatch.diffusion.pfgm import start_noise
 from distmatch.diffusion.solvers.grids import checked_levels
 from distmatch.diffusion.solvers.grids import grid as make_grid
 from distmatch.diffusion.solvers.names import find_solver
@@ -81,9 +82,15 @@ def solve(
     work = torch.float32 if y.device.type == "mps" else torch.float64
     level_dtype = y.dtype if y.dtype in (torch.float32, torch.float64) else torch.float32
 
+    model: Denoiser = counter
+
+    def begin(k: int) -> None:
+        nonlocal model
+        model = at_step(counter, levels[k], levels[k + 1])
+
     def denoise(state: Tensor, level: float) -> Tensor:
         sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
-        return counter(state.to(y.dtype), sigma, condition).to(work)
+        return model(state.to(y.dtype), sigma, condition).to(work)
 
     def normal(step: int, draw: int) -> Tensor:
         if noise is None:
@@ -107,6 +114,7 @@ def solve(
         path=None if own_path is None else noise_path(own_path),
         sigma_min=denoiser.sigma_min,
         watched=trajectory or on_step is not None,
+        begin=begin,
     )
     end = chosen.integrate(run, y.to(work), visit).to(y.dtype)
     return Solution(end, counter.calls - calls_before, torch.stack(states) if trajectory else None)
@@ -184,14 +192,14 @@ def sample_teacher(
     chosen = find_solver(solver)
     levels = make_grid("karras", steps, denoiser.sigma_min, denoiser.sigma_max) if grid is None else grid
     first = checked_levels(levels, stochastic=True)[0]
-    start_noise = latents(n, denoiser.shape, seed)
+    latent = start_noise(denoiser, latents(n, denoiser.shape, seed), seed)
     out = []
     for start in range(0, n, batch):
-        z = start_noise[start : start + batch].to(device)
+        z = latent[start : start + batch].to(device)
         y = None if labels is None else labels[start : start + batch].to(device)
         indices = torch.arange(start, start + len(z))
         noise = SampleNoise(seed, indices, tuple(denoiser.shape), device) if chosen.stochastic else None
         out.append(solve(denoiser, z * first, levels, chosen, condition=y, noise=noise).y.cpu())
         if on_batch is not None:
             on_batch(len(z))
-    return torch.cat(out) if out else start_noise
+    return torch.cat(out) if out else latent
