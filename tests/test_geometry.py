@@ -12,7 +12,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import expand
 from distmatch.diffusion.geometry.dimension import flipd, flow_dimension, flow_jacobian, rank_gap
 from distmatch.diffusion.geometry.fields import curl_share, gauge_residual
-from distmatch.diffusion.geometry.fokker_planck import potential_residual, score_residual
+from distmatch.diffusion.geometry.fokker_planck import ScoreResidual, potential_residual, score_residual
 from distmatch.diffusion.geometry.singular import nll_ladder
 from distmatch.diffusion.likelihood import log_likelihood
 from distmatch.diffusion.mixture import GaussianMixture
@@ -196,7 +196,7 @@ def test_the_potential_residual_takes_probes_and_gradients() -> None:
     assert float(wrong.grad) == pytest.approx(float(ahead - behind) / (2 * eps), rel=1e-6)
     probed = torch.stack(
         [
-            potential_residual(PAIR.log_prob, x, sigma, trace="rademacher:1", seed=s)  # type: ignore[arg-type]
+            potential_residual(PAIR.log_prob, x, sigma, trace="rademacher:3", seed=s)  # type: ignore[arg-type]
             for s in range(100)
         ]
     )
@@ -213,6 +213,13 @@ def test_the_score_residual_of_a_mixture_is_zero() -> None:
     slope = (PAIR.score(y, sigma + step, labels) - PAIR.score(y, sigma - step, labels)) / (2 * step)
     torch.testing.assert_close(exact.rate, slope, rtol=1e-6, atol=1e-6)
     assert exact.relative().value < 1e-9
+
+
+def test_equal_probes_give_the_size_of_the_residual() -> None:
+    row = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64)
+    for k in (2, 5):
+        found = ScoreResidual(row.expand(k, 8, 2), torch.full((8, 2), 5.0).double(), exact=False)
+        assert found.relative().value == pytest.approx(5 / math.sqrt(50))
 
 
 class Blurred(GaussianMixture):

@@ -140,6 +140,21 @@ def test_the_null_law_is_beta_binomial() -> None:
     assert stats.chi2(keep.sum() - 1).sf(chi) > 1e-3
 
 
+def test_the_p_value_is_that_of_counting_orders() -> None:
+    ours, theirs = normal(24, 1, 3) + 0.4, normal(20, 1, 4)
+    n, m = len(theirs), len(ours)
+    for row in tail_check(ours, theirs, radius="norm", shares=[0.9, 0.5, 0.1]).exceedances:
+        k, count = round(row.real * n), round(row.generated * m)
+        # In how many of the orders of n + m values do j of ours lie above the k-th largest of theirs.
+        law = [
+            math.comb(j + k - 1, j) * math.comb(n - k + m - j, m - j) / math.comb(n + m, m)
+            for j in range(m + 1)
+        ]
+        assert sum(law) == pytest.approx(1)
+        tail = min(sum(law[: count + 1]), sum(law[count:]))
+        assert row.p_value == pytest.approx(min(1, 2 * tail), rel=1e-9)
+
+
 def test_heavy_and_light_tails_are_found() -> None:
     real = normal(2000, 4, 0)
     g = np.random.default_rng(0)
@@ -169,7 +184,7 @@ def test_the_spread_is_the_ratio_of_standard_deviations() -> None:
     assert np.std(scores) == pytest.approx(1, abs=0.28)
 
 
-@pytest.mark.parametrize("index", [0.5, 0.0, -0.3, -1.0])
+@pytest.mark.parametrize("index", [1.0, 0.0, -0.3, -1.0])
 def test_the_tail_index_and_its_error(index: float) -> None:
     g = np.random.default_rng(1)
     values, errors = [], []
@@ -180,7 +195,7 @@ def test_the_tail_index_and_its_error(index: float) -> None:
         errors.append(estimate.stderr)
     # The bias at a share of 1 % is below two standard errors; 300 draws give the spread to 4 %.
     assert abs(np.mean(values) - index) < 0.15
-    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.25)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.2)
 
 
 def test_tail_mistakes_are_explained() -> None:
