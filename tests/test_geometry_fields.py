@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import expand
+from distmatch.diffusion.denoiser import expand, score
 from distmatch.diffusion.geometry.fields import curl_share, gauge_residual
 from distmatch.diffusion.geometry.fokker_planck import ScoreResidual, potential_residual, score_residual
 from distmatch.diffusion.likelihood import log_likelihood
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.nets.build import build_net
+from distmatch.nets.config import DiTConfig
+from distmatch.nets.edm import EDMDenoiser
 
 PAIR = GaussianMixture([0.3, 0.7], [[-1.0, 0.0], [0.8, 0.5]], [[0.2, 0.05], [0.4, 0.3]], [0, 1])
 
@@ -133,6 +136,22 @@ def test_the_score_residual_of_a_wrong_model_is_not_zero_and_probes_agree() -> N
     assert null.relative().value < max(4 * null.relative().stderr, 0.3 * raw)
     with pytest.raises(UserError, match="one probe"):
         score_residual(PAIR, y, sigma, trace="rademacher")
+
+
+def test_networks_with_attention_have_second_derivatives() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = build_net(DiTConfig(width=16, depth=1, heads=2), (1, 4, 4), 3).double()
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        y = torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    denoiser = EDMDenoiser(net, shape=(1, 4, 4), num_classes=3, sigma_data=0.5).eval()
+    sigma, labels = torch.tensor([0.3, 0.5, 2.0], dtype=torch.float64), torch.tensor([0, -1, 2])
+    found = score_residual(denoiser, y, sigma, condition=labels, trace="rademacher:2")
+    step = 1e-5
+    with torch.no_grad():
+        ahead, behind = (score(denoiser, y, sigma + s, labels) for s in (step, -step))
+    torch.testing.assert_close(found.rate, ((ahead - behind) / (2 * step)).flatten(1), rtol=1e-5, atol=1e-5)
 
 
 # Gauge freedom.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
@@ -58,7 +59,7 @@ def potential_residual(
         (B,).
     """
     kind, count = parse_trace(trace)
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         place = x if x.requires_grad else x.detach().requires_grad_()
         time = t if t.requires_grad else t.detach().requires_grad_()
         value = potential(place, time)
@@ -140,7 +141,7 @@ def score_residual(
         )
     require_score(denoiser, "the Fokker-Planck residual")
     refuse_random_layers(denoiser)
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         place, level = y.detach().requires_grad_(), sigma.detach().requires_grad_()
         wide = level.reshape(-1, *([1] * (y.ndim - 1)))
         score = (denoiser(place, level, condition) - place) / wide**2
