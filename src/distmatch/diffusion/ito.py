@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, expand, require_score
+from distmatch.diffusion.denoiser import Denoiser, expand, require_diffused, require_score
 from distmatch.diffusion.geometry.jacobian import denoise_with_trace, draw_probes, parse_trace
 from distmatch.diffusion.priors import Prior, gaussian_prior
 
@@ -155,6 +155,7 @@ def trajectory_log_density(
             fix="leave out the last state where its level is 0",
         )
     require_score(denoiser, "a density along a trajectory")
+    require_diffused(denoiser, "a density along a trajectory")
     kind, count = parse_trace(trace)
     first = states[0]
     density = prior or gaussian_prior(levels[0] ** 2 + denoiser.sigma_data**2)

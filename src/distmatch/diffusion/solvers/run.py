@@ -24,6 +24,7 @@ class Run:
         path: The path whose time some solvers need; None where none was given.
         sigma_min: Smallest noise level that the model is meant for.
         watched: Whether somebody looks at the state between the levels.
+        begin: Told the number of each step before it starts; a guided model decides there whether it guides.
     """
 
     levels: tuple[float, ...]
@@ -32,6 +33,7 @@ class Run:
     path: NoisePath | None = None
     sigma_min: float = 0.0
     watched: bool = False
+    begin: Callable[[int], None] = lambda k: None
 
     @property
     def steps(self) -> int:
@@ -72,5 +74,6 @@ class Solver:
         """Goes down all levels; ``visit(k, y)`` sees the state after step k and may replace it."""
         step = self.stepper(run)
         for k in range(run.steps):
+            run.begin(k)
             y = visit(k, step(k, y))
         return y
