@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.kinetic import kinetic_path
 from distmatch.diffusion.path_core import NoisePath
 from distmatch.diffusion.paths import PATHS, noise_path
+
+KINETIC = "kinetic-optimal"  # made for a data set, so not among the paths that a name alone gives
 
 
 def parse_path(text: str, *, sigma_data: float, sigma_min: float, sigma_max: float) -> NoisePath:
@@ -26,6 +29,8 @@ def parse_path(text: str, *, sigma_data: float, sigma_min: float, sigma_max: flo
         UserError: An unknown name or option, or an option that is no number.
     """
     name, _, rest = text.partition(":")
+    if name == KINETIC:
+        raise UserError("this path is made from data", fix="use kinetic_path_of(data)")
     if name not in PATHS:
         raise unknown_name("noise path", name, PATHS)
     options: dict[str, float] = {}
@@ -53,13 +58,14 @@ def path_to_dict(path: NoisePath) -> dict[str, Any]:
     Raises:
         UserError: It was made from functions, which a file cannot hold.
     """
-    if path.name not in PATHS:
+    if path.name not in (*PATHS, KINETIC):
         raise UserError(
             f"the {path.name} path cannot be saved",
-            expected=f"one of {', '.join(PATHS)}",
+            expected=f"one of {', '.join(PATHS)}, {KINETIC}",
             fix="save the denoiser with a path that has a name",
         )
-    return {"name": path.name, "options": dict(path.options)}
+    options = {key: list(v) if isinstance(v, tuple) else v for key, v in path.options.items()}
+    return {"name": path.name, "options": options}
 
 
 def path_from_dict(values: Mapping[str, Any]) -> NoisePath:
@@ -68,4 +74,6 @@ def path_from_dict(values: Mapping[str, Any]) -> NoisePath:
     Raises:
         UserError: An unknown name or option.
     """
+    if values["name"] == KINETIC:
+        return kinetic_path(**values["options"])
     return noise_path(str(values["name"]), **values["options"])
