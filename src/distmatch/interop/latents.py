@@ -42,18 +42,23 @@ def decoder_of(denoiser: Denoiser) -> Decoder | None:
     return None
 
 
-def decode_samples(denoiser: Denoiser, z: Tensor, batch: int = 16) -> Tensor:
+def decode_samples(
+    denoiser: Denoiser, z: Tensor, batch: int = 16, *, device: torch.device | str | None = None
+) -> Tensor:
     """The last step of sampling: samples of ``denoiser`` as images, or unchanged where there is no decoder.
 
     Args:
         denoiser: What they were drawn from.
         z: Samples in model space, (B, *denoiser.shape).
         batch: Samples at a time.
+        device: Where to compute, by default where they are; the images come back to where they are.
     """
     decoder = decoder_of(denoiser)
-    if decoder is None or not len(z):
+    if decoder is None:
         return z
-    return torch.cat([decoder.decode(part) for part in z.split(batch)])
+    if not len(z):
+        return z.new_empty(0, *decoder.shape)
+    return torch.cat([decoder.decode(part.to(device or z.device)).to(z.device) for part in z.split(batch)])
 
 
 class VAEDecoder:

@@ -33,11 +33,11 @@ from distmatch.methods.objectives import (
     approximate_r1,
     score_difference,
 )
-from distmatch.methods.start import Draw, fit_to_teacher, starting_network
+from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, student_levels
 from distmatch.nets.config import NetConfig
-from distmatch.nets.edm import EDMDenoiser, weighted_error
+from distmatch.nets.edm import weighted_error
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
 from distmatch.ratio.discriminator import build_discriminator, choose_source, denoise_with_logit
@@ -108,7 +108,7 @@ class FDistill:
         """
         cfg = self.config
         start = starting_network(self.teacher, self.net, seed, self.device)
-        if draw is not None and not isinstance(self.teacher, EDMDenoiser):
+        if draw is not None and not has_network(self.teacher):
             seen = Karras(self.noise.low, max(self.noise.high, self._first_level), self.noise.rho)
             fit_to_teacher(start, self.teacher, draw, seen, cfg.fit_steps, seed)
         levels = student_levels(cfg.calls, self._first_level)

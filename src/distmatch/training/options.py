@@ -202,7 +202,7 @@ class DistillOptions:
     data: str = ""
     """The real data, as for train; empty takes the data the teacher was trained on."""
     teacher: str = ""
-    """A teacher's run folder or model folder, or ring8, grid25, skewed2 for an exact teacher."""
+    """A run or model folder, a folder of diffusers, a .pkl of EDM; or ring8, grid25, skewed2 (exact)."""
     method: str = "f-distill"
     """f-distill, dmd2 or diff-instruct."""
     divergence: str | None = None

@@ -164,6 +164,7 @@ def sample_teacher(
     steps: int = 18,
     solver: str | Solver = "heun",
     grid: Tensor | Sequence[float] | None = None,
+    path: NoisePath | str | None = None,
     labels: Tensor | None = None,
     seed: int = 0,
     batch: int = 1024,
@@ -180,6 +181,7 @@ def sample_teacher(
         steps: Steps of the default grid; 18 Heun steps are 35 network calls.
         solver: A solver or its name.
         grid: Decreasing levels in place of the default ones.
+        path: As for :func:`solve`.
         labels: Optional (n,) int64 classes.
         seed: Seed of all noise.
         batch: Samples at a time.
@@ -199,7 +201,7 @@ def sample_teacher(
         y = None if labels is None else labels[start : start + batch].to(device)
         indices = torch.arange(start, start + len(z))
         noise = SampleNoise(seed, indices, tuple(denoiser.shape), device) if chosen.stochastic else None
-        out.append(solve(denoiser, z * first, levels, chosen, condition=y, noise=noise).y.cpu())
+        out.append(solve(denoiser, z * first, levels, chosen, condition=y, noise=noise, path=path).y.cpu())
         if on_batch is not None:
             on_batch(len(z))
     return torch.cat(out) if out else latent
