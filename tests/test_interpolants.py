@@ -143,7 +143,7 @@ def test_noise_of_both_signs_tames_the_ends() -> None:
 @pytest.mark.parametrize("diffusion", [0.0, 0.1, 1.0])
 def test_ode_and_sdes_have_the_same_laws(diffusion: float, forwards: bool) -> None:
     interpolant = Interpolant("linear", "brownian")
-    exact, n = Exact(interpolant), 10000
+    exact, n = Exact(interpolant), 4000
     ends = [0.02, 0.98] if forwards else [0.98, 0.02]
     times = torch.linspace(*ends, 201, dtype=F64)
     first, last = (exact.law(torch.tensor([t], dtype=F64)) for t in ends)
@@ -152,7 +152,7 @@ def test_ode_and_sdes_have_the_same_laws(diffusion: float, forwards: bool) -> No
     y = transport(
         exact.velocity, x, times, interpolant=interpolant, noise=exact.noise, diffusion=diffusion, draws=draws
     )
-    # 4 standard errors of 10000 samples, and the 0.01 that Euler's 200 steps are wrong by at most.
+    # 4 standard errors of 4000 samples, and the 0.01 that Euler's 200 steps are wrong by at most.
     torch.testing.assert_close(y.mean(0), last[0][0], rtol=0, atol=4 * math.sqrt(0.5 / n) + 0.003)
     torch.testing.assert_close(torch.cov(y.T), last[1][0], rtol=0, atol=4 * math.sqrt(0.5 / n) + 0.01)
     if diffusion:  # the noise moved them: not the ODE's map
