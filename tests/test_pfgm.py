@@ -26,6 +26,13 @@ from small import distiller, network_teacher
 POINTS = torch.tensor([[-1.0, 0.2], [0.5, 0.8], [0.9, -0.7]], dtype=torch.float64)
 
 
+class Quiet:
+    """A wrapper that says nothing of the noise of what it wraps."""
+
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+
+
 def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -157,6 +164,9 @@ def test_what_needs_a_score_is_refused() -> None:
     teacher = EDMDenoiser(plain.net, shape=(2,), num_classes=0, pfgm_dims=128.0, **ends)
     assert has_score(plain)
     assert not has_score(CallCounter(teacher))
+    assert not has_score(Quiet(teacher))  # type: ignore[arg-type]
+    assert has_score(Quiet(plain))  # type: ignore[arg-type]
+    assert pfgm_dims(Quiet(teacher)) == 128.0  # type: ignore[arg-type]
     for model in (teacher, StudentTTeacher(POINTS, 8.0)):
         with pytest.raises(UserError, match="score difference needs the score"):
             distiller(model)

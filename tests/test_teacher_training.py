@@ -27,6 +27,8 @@ from distmatch.training.checkpoint import pack, unpack
 from distmatch.training.objective import build_objective
 from distmatch.training.options import TeacherConfig
 from distmatch.training.teacher import TeacherState, TeacherTraining
+from small import batch as small_batch
+from small import distiller
 
 GAUSSIAN = GaussianMixture([1.0], [[0.4, -0.3]], [[0.49, 0.09]])
 SIGMA_DATA = 0.54
@@ -225,6 +227,17 @@ def test_saved_models_keep_path_and_prediction(tmp_path) -> None:
     save_model(tmp_path / "model", run(training(), 1).denoiser)
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert not {"path", "prediction", "pfgm_dims"} & config.keys()
+
+
+def test_a_student_of_such_a_teacher_has_its_parametrisation() -> None:
+    teacher = run(training(path="condot"), 3).average.module
+    method = distiller(teacher, "js")
+    state = method.init(0)
+    assert isinstance(state.student.denoiser, PathDenoiser)
+    assert state.student.denoiser.path == teacher.path
+    for step in range(2):
+        info = method.step(state, small_batch(step))
+    assert all(bool(torch.isfinite(value).all()) for value in info.values())
 
 
 def test_paths_as_text_and_json() -> None:

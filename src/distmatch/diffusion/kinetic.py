@@ -94,7 +94,7 @@ def kinetic_path_of(
 
 def least_energy(losses: Sequence[float] | Tensor) -> float:
     """The energy ``2 - 2 cos(Chi)`` of :func:`kinetic_path`, a dimension, in units of sigma_data^2."""
-    return 2 - 2 * math.cos(float(_Table(torch.as_tensor(losses, dtype=torch.float64).flatten()).chi[-1]))
+    return 2 - 2 * math.cos(_Table(torch.as_tensor(losses, dtype=torch.float64).flatten()).whole)
 
 
 def kinetic_energy(
@@ -215,10 +215,14 @@ class _Table:
         self.speed = (1 - losses.clamp(0, 1)).sqrt().clamp_min(_FLOOR)
         pieces = self.step * (self.speed[1:] + self.speed[:-1]) / 2
         self.chi = torch.cat([pieces.new_zeros(1), pieces.cumsum(0)])
+        self.whole = float(self.chi[-1])
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def to(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Speed and chi on the device of ``like``."""
-        return self.speed.to(like.device), self.chi.to(like.device)
+        """Speed and chi on the device of ``like``, copied there once: a copy waits for the device."""
+        if like.device not in self._copies:
+            self._copies[like.device] = (self.speed.to(like.device), self.chi.to(like.device))
+        return self._copies[like.device]
 
     def forward(self, psi: Tensor) -> Tensor:
         """The value of chi at an angle."""
@@ -240,7 +244,7 @@ class _Table:
 
 
 def _curve(table: _Table, sigma_data: float, t: Tensor) -> Coefficients:
-    whole = float(table.chi[-1])
+    whole = table.whole
     real, imaginary = 1 - t * (2 * math.sin(whole / 2) ** 2), t * math.sin(whole)
     radius = torch.hypot(real, imaginary)
     psi, speed = table.backward(torch.atan2(imaginary, real))
@@ -257,6 +261,6 @@ def _curve(table: _Table, sigma_data: float, t: Tensor) -> Coefficients:
 
 
 def _inverse(table: _Table, sigma_data: float, rho: Tensor) -> Tensor:
-    whole = float(table.chi[-1])
+    whole = table.whole
     chi = table.forward(torch.atan(rho / sigma_data))
     return chi.sin() / (chi.sin() + (whole - chi).clamp_min(0).sin())
