@@ -164,6 +164,7 @@ def prepare_distillation(
             fix="pass --data, or use --method diff-instruct, which needs none",
         )
     described = {} if data is None else describe_data(data, spec)
+    conversion = _conversion(teacher, known)
     if data is not None:
         data = _fitting(teacher, data, run, device)
     draw = _drawer(teacher, data, run.seed) if fresh else None
@@ -188,7 +189,7 @@ def prepare_distillation(
         "guidance": config.guidance,
         "seed": run.seed,
         "data": described,
-        **_conversion(teacher, known),
+        **{f"teacher_{key}": text for key, text in conversion.items()},
     }
     return Job(
         verb="distill",
@@ -204,7 +205,7 @@ def prepare_distillation(
             "divergence": chosen.name,
             "levels": list(state.student.levels),
             "sigma_bins": distiller.noise.quantile(bins).tolist(),
-            **_conversion(teacher, known),
+            **conversion,
         },
         warnings=[thin] if thin else [],
         finish=lambda: (state.average.module, extra),  # type: ignore[return-value,arg-type]
