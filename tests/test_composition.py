@@ -111,6 +111,22 @@ def test_the_move_changes_all_log_densities_alike(m: int) -> None:
     assert float((change - change[0]).abs().max()) < 1e-11
 
 
+def test_a_model_can_be_made_to_gain_more_up_to_a_unit_of_noise() -> None:
+    scores, z = three_scores(3)
+    h, extra = 0.3, 0.01 * randn_like_rows(3)
+    base = equal_density_move(scores, z, h)
+    move = equal_density_move(scores, z, h, extra=extra)
+    change = (scores * move).sum(-1) - 0.5 * h * scores.square().sum(-1) - h * extra
+    assert float((change - change[0]).abs().max()) < 1e-11
+    far = equal_density_move(scores, z, h, extra=1e9 * extra)
+    length = (far - base).norm(dim=1)
+    torch.testing.assert_close(length, torch.full_like(length, math.sqrt(h)))
+
+
+def randn_like_rows(m: int) -> Tensor:
+    return torch.randn(m, 50, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
 def test_the_mean_of_three_models_is_their_circumcentre() -> None:
     scores, _ = three_scores(3)
     centre = equal_density_move(scores, torch.zeros(50, 5, dtype=torch.float64), 1.0)
@@ -138,12 +154,13 @@ def test_models_that_agree_leave_the_noise_whole() -> None:
 
 
 def and_gaps(first: GaussianMixture, second: GaussianMixture, curvature: bool, start: Tensor) -> list[float]:
-    """Median |log q_1 - log q_2| of the samples of AND for 50, 200 and 800 steps from 20 to 0.1."""
+    """Median |log q_1 - log q_2| of the samples of AND for 30, 120 and 480 steps from 20 to 0.1."""
     models, gaps = [first, second], []
     prior = [lambda v, c, q=q: q.log_prob(v, 20.0) for q in models]
-    for steps in (50, 200, 800):
+    for steps in (30, 120, 480):
         levels, noise = grid("log", steps, 0.1, 20.0, to_zero=False), noise_for(len(start))
         done = superpose(models, start, levels, noise, "and", prior=prior, curvature=curvature)
+        assert float((done.log_q[0] - done.log_q[1]).abs().median()) < (1e-9 if curvature else 0.2)
         gap = first.log_prob(done.y, 0.1) - second.log_prob(done.y, 0.1)
         if not curvature:  # the published form keeps the difference that the start has
             gap -= first.log_prob(start, 20.0) - second.log_prob(start, 20.0)
@@ -162,7 +179,7 @@ def test_and_keeps_the_densities_equal_and_the_published_form_does_not() -> None
     exact, published = (and_gaps(first, second, c, y) for c in (True, False))
     for coarse, fine in pairwise(exact):
         assert coarse / fine > 1.6, exact
-    assert exact[-1] < 0.04
+    assert exact[-1] < 0.06
     assert published[-1] > 0.7 * published[0]
     assert published[-1] > 0.15
     # Models with the same Hessian lose nothing: there the published form converges as well.

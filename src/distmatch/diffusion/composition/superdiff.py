@@ -101,17 +101,18 @@ def superpose(
         h = (now - after) * (now + after)
         z = noise.normal(k).double() if after > 0 else torch.zeros_like(state)
         lost = None
+        if mode == "and" and curvature and after > 0:
+            scores, curve = models.scores_and_curvature(state, now, y.dtype)
+        else:
+            scores, curve = models.scores(state, now, y.dtype), None
         if mode == "or":
-            scores = models.scores(state, now, y.dtype)
             weights = (temperature * log_q + offsets).softmax(0)
             moved = state + h * over_models(weights, scores) + math.sqrt(h) * z
         else:
-            scores, curve = models.scores_and_curvature(state, now, y.dtype)
             span = DifferenceSpan.of(scores, _rounding(state, scores, now, y.dtype))
-            extra = None
-            if curvature and after > 0:
+            if curve is not None:
                 lost = curve(span.axes.reshape(-1, *state.shape))
-                extra = 0.5 * lost - log_q / h
+            extra = None if lost is None else 0.5 * lost - log_q / h
             moved = state + equal_density_move(scores, z, h, span=span, extra=extra)
         if after > 0:
             # The noise that was projected away is missing from Ito's term: tr(P H) where the whole noise has
