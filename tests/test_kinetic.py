@@ -136,6 +136,8 @@ def test_losses_from_a_teacher_and_from_data() -> None:
     # Points are known by heart: no error where they are far apart, never more than that of a Gaussian.
     points = losses_of_data(torch.tensor([[-1.0], [1.0]]), 1.0, angles=65, samples=2048)
     assert abs(float(points[0])) < 0.05
+    halved = losses_of_data(torch.tensor([[-0.5], [0.5]]), 0.5, angles=65, samples=2048)
+    torch.testing.assert_close(halved, points, rtol=0, atol=1e-9)  # units do not matter
     assert float(points.max()) < 1.01
     kept = 1 - points / (1 + torch.linspace(0, math.pi / 2, 65, dtype=torch.float64).tan() ** -2)
     assert bool((kept.diff() < 0.01).all())  # lambda falls with the noise

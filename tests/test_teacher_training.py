@@ -12,12 +12,15 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
+from distmatch.diffusion.denoising import denoising_loss
+from distmatch.diffusion.kinetic import kinetic_path
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.path_levels import PathLevels
 from distmatch.diffusion.path_specs import parse_path, path_from_dict, path_to_dict
 from distmatch.diffusion.paths import noise_path
 from distmatch.diffusion.predictions import convert
 from distmatch.diffusion.weighting import edm_weight, min_snr_weight, target_weight
+from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import edm_loss
 from distmatch.nets.path_denoiser import PathDenoiser, target_scale
@@ -227,6 +230,18 @@ def test_saved_models_keep_path_and_prediction(tmp_path) -> None:
     save_model(tmp_path / "model", run(training(), 1).denoiser)
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert not {"path", "prediction", "pfgm_dims"} & config.keys()
+
+
+@pytest.mark.parametrize("name", ["vp", "sub-vp", "cosine", "condot", "trigflow", "kinetic-optimal"])
+def test_no_loss_waits_for_the_device(name: str) -> None:
+    # Tensors on the meta device have no values: reading one, as .item() or a branch does, raises.
+    path = kinetic_path([0.8, 0.1, 0.4], 0.5) if name == "kinetic-optimal" else noise_path(name)
+    objective = build_objective(TeacherConfig(path=name, prediction="flow"), 0.5, path)
+    denoiser = objective.denoiser(build_net(NET, (2,), 0), (2,), 0).to("meta")
+    x0, noise, sigma = (torch.empty(*shape, device="meta") for shape in ((4, 2), (4, 2), (4,)))
+    loss = denoising_loss(denoiser, x0, sigma, noise, objective.weight(sigma), data_noise=sigma)
+    assert loss.device.type == "meta"
+    loss.mean().backward()
 
 
 def test_a_student_of_such_a_teacher_has_its_parametrisation() -> None:
