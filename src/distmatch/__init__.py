@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from distmatch.base.errors import UserError
     from distmatch.base.estimate import Estimate
     from distmatch.data import Dataset, load_data
+    from distmatch.diffusion.adapters import as_denoiser
     from distmatch.diffusion.mixture import GaussianMixture
     from distmatch.divergences import Divergence, divergence
     from distmatch.methods.student import Student
@@ -27,6 +28,7 @@ _HOME = {
     "GaussianMixture": "distmatch.diffusion.mixture",
     "Student": "distmatch.methods.student",
     "UserError": "distmatch.base.errors",
+    "as_denoiser": "distmatch.diffusion.adapters",
     "distill": "distmatch.api",
     "divergence": "distmatch.divergences",
     "evaluate": "distmatch.api",
@@ -43,6 +45,7 @@ __all__ = [
     "Student",
     "UserError",
     "__version__",
+    "as_denoiser",
     "distill",
     "divergence",
     "divergences",

@@ -17,24 +17,29 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence
 from distmatch.methods.config import DistillConfig
-from distmatch.methods.student import Student
+from distmatch.methods.start import Network, has_network
+from distmatch.methods.student import Student, student_from
 from distmatch.metrics import evaluate as _evaluate
 from distmatch.metrics.settings import FeatureChoice
-from distmatch.nets.edm import EDMDenoiser
-from distmatch.training import prepare, runs
+from distmatch.training import prepare, runs, teachers
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.runfolder import create
 
 Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
 
 
-def load_teacher(source: str | os.PathLike[str]) -> Denoiser:
-    """A teacher from a run folder or model folder, or an exact one: ``ring8``, ``grid25``, ``skewed2``.
+def load_teacher(source: str | os.PathLike[str], **options: Any) -> Denoiser:
+    """A teacher, frozen, on the CPU.
+
+    Args:
+        source: A run folder or model folder; a folder of diffusers; a network pickle of EDM or EDM2, which is
+            read without running it; or the name of an exact teacher: ``ring8``, ``grid25``, ``skewed2``.
+        options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`.
 
     Raises:
         UserError: There is none, or the folder holds a student.
     """
-    return prepare.load_teacher(os.fspath(source))
+    return teachers.load_teacher(source, **options)
 
 
 def train(
@@ -45,7 +50,7 @@ def train(
     out: str | os.PathLike[str] | None = None,
     quiet: bool = False,
     **settings: Any,
-) -> EDMDenoiser:
+) -> Network:
     """Trains a diffusion teacher.
 
     Args:
@@ -120,22 +125,20 @@ def distill(
         net=net,
         distill=config,
     )
-    given = None if source else teacher
-    if data is None and isinstance(given, GaussianMixture):
-        found: Dataset | None = _samples_of(given, seed)
+    given = None if isinstance(teacher, (str, os.PathLike)) else teacher
+    if data is not None:
+        # A saved teacher was trained on scaled data; any other one is in the units of what it is given.
+        found: Dataset | None = _dataset(data, scaled=given is None or has_network(given))
     else:
-        # A teacher of ours was trained on scaled data; any other one is in the units of what it is given.
-        found = (
-            None if data is None else _dataset(data, scaled=bool(source) or isinstance(given, EDMDenoiser))
-        )
-    job = prepare.prepare_distillation(options, given, found, measure)  # type: ignore[arg-type]
+        found = _samples_of(given, seed) if isinstance(given, GaussianMixture) else None
+    job = prepare.prepare_distillation(options, given, found, measure)
     with_folder = create(out, inputs=[source] if source else []) if out is not None else None
     try:
         model, extra, _ = runs.carry_out(job, with_folder, quiet=quiet)
     finally:
         if with_folder is not None:
             with_folder.release()
-    return runs.student_of(model, extra)
+    return student_from(model, extra)
 
 
 def evaluate(

@@ -15,11 +15,13 @@ example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
 def run(argv: list[str]) -> None:
     """Parses, distils, prints where the student is."""
     options, place = parse_run(DistillOptions, argv, verb="distill", about=ABOUT)
+    from distmatch.cli.output import tell_conversion
     from distmatch.cli.running import check_place, dry_run, execute, open_folder, starts_afresh
     from distmatch.training.prepare import prepare_distillation
 
     check_place(place, (options.data, options.teacher))
     job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run)
+    tell_conversion(options.teacher, str(job.notes.get("conversion", "")))
     if place.dry_run:
         dry_run(job, place)
         return

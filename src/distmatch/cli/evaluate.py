@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -40,8 +40,14 @@ class EvaluateOptions:
     n: int | None = None
     """Samples in a block, the same for all; unset takes half the data, at most 5000. With --divergences the
     most of each set, at most 20,000."""
+    solver: str = "heun"
+    """How the teacher is sampled; docs/solvers.md lists the names."""
     steps: int = 18
-    """Heun steps of the teacher (18 are 35 network calls)."""
+    """Steps of the teacher's solver; 18 of Heun's are 35 network calls."""
+    grid: Literal["karras", "log", "uniform", "power", "log-snr", "time"] = "karras"
+    """How the noise levels of the teacher lie."""
+    guidance: float = 1.0
+    """Guidance scale of the teacher; 1 is none."""
     seed: int = 0
     """Seed of latents, labels and blocks."""
     device: str = "auto"
@@ -159,12 +165,15 @@ def _sample_file(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
 
 def _run_folder(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """Metrics of a run's models; written to the run folder too."""
+    from distmatch.cli.output import tell_conversion
     from distmatch.data import load_data
     from distmatch.training.evaluation import evaluate_models
     from distmatch.training.models import open_model
     from distmatch.training.runfolder import RunFolder
+    from distmatch.training.sampling import Sampling
 
     model = open_model(o.what)
+    tell_conversion(o.what, model.conversion)
     spec = o.data or model.data
     if not spec:
         raise UserError(f"{o.what} does not say what it was trained on", fix="pass --data")
@@ -174,6 +183,7 @@ def _run_folder(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if model.student is not None and teacher:
         try:
             models = {"teacher": open_model(teacher), **models}
+            tell_conversion(teacher, models["teacher"].conversion)
         except UserError as error:
             if o.teacher:
                 raise
@@ -184,7 +194,7 @@ def _run_folder(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
         RunFolder(Path(o.what)),
         features=o.features,
         n=o.n,
-        steps=o.steps,
+        sampling=Sampling(solver=o.solver, steps=o.steps, grid=o.grid, guidance=o.guidance),
         seed=o.seed,
         device=o.device,
         spec=spec,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,12 @@ def write_samples(path: Path, x: np.ndarray, labels: Tensor | None, overwrite: b
                 buffer = io.BytesIO()
                 Image.fromarray(image).save(buffer, format="PNG")
                 (place / f"{i:06d}.png").write_bytes(buffer.getvalue())
+
+
+def tell_conversion(name: str, conversion: str) -> None:
+    """Says on stderr how far a model from elsewhere is from its original; nothing for another."""
+    if conversion:
+        print(f"{name}: {conversion}", file=sys.stderr)
 
 
 def check_form(path: Path, *, images: bool, overwrite: bool) -> None:

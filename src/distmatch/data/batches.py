@@ -19,10 +19,12 @@ class Batch(NamedTuple):
     Attributes:
         x: Clean samples in model space, (B, *shape) float32.
         labels: (B,) int64, or None.
+        noise: Standard deviation of the noise in each sample, (B,) float32, for data that are not clean.
     """
 
     x: Tensor
     labels: Tensor | None
+    noise: Tensor | None = None
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Batches:
         seed: Seed of order and flips.
         flip: Whether images are mirrored left-right with probability one half.
         device: Where the batches go.
+        noise: Standard deviation of the noise in each sample of ``data``, (N,), for data that are not clean.
     """
 
     data: Dataset
@@ -42,6 +45,7 @@ class Batches:
     seed: int
     flip: bool = False
     device: torch.device | str = "cpu"
+    noise: Tensor | None = None
     _order: BatchOrder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,5 +56,7 @@ class Batches:
         mask = None
         if self.flip and self.data.kind == "image":
             mask = torch.rand(self.size, generator=generator(self.seed, f"flip/{step}")) < 0.5
-        x, labels = self.data.batch(self._order.indices(step), flip=mask)
-        return Batch(x.to(self.device), None if labels is None else labels.to(self.device))
+        indices = self._order.indices(step)
+        x, labels = self.data.batch(indices, flip=mask)
+        noise = None if self.noise is None else self.noise[indices].to(self.device)
+        return Batch(x.to(self.device), None if labels is None else labels.to(self.device), noise)

@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from distmatch.base.errors import UserError
+
 
 @runtime_checkable
 class Denoiser(Protocol):
@@ -17,6 +19,8 @@ class Denoiser(Protocol):
         sigma_data: Standard deviation of the data.
         sigma_min: Smallest noise level it is meant for.
         sigma_max: Largest noise level; sampling starts there.
+        gaussian_kernel: Optional, True when absent: whether the noise is Gaussian, so that (D - x) / sigma^2
+            is the score of a density. Read it with :func:`has_score`.
     """
 
     shape: tuple[int, ...]
@@ -49,3 +53,62 @@ def expand(sigma: Tensor, x: Tensor) -> Tensor:
 def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
     """The score (D(x) - x) / sigma^2 of the noised distribution."""
     return (denoiser(x, sigma, condition) - x) / expand(sigma, x) ** 2
+
+
+def has_score(denoiser: Denoiser) -> bool:
+    """Whether (D(x) - x) / sigma^2 is a score: False for a teacher whose noise is not Gaussian (PFGM++).
+
+    A wrapper that does not say so itself is looked through, by its attribute ``inner``.
+    """
+    inner: object | None = denoiser
+    while inner is not None:
+        flag = getattr(inner, "gaussian_kernel", None)
+        if flag is not None:
+            return bool(flag)
+        inner = getattr(inner, "inner", None)
+    return True
+
+
+def require_score(denoiser: Denoiser, purpose: str) -> None:
+    """Refuses a teacher without a score for a ``purpose`` that needs one.
+
+    Raises:
+        UserError: :func:`has_score` is False.
+    """
+    if not has_score(denoiser):
+        raise UserError(
+            f"{purpose} needs the score of the noised data, which this teacher does not have",
+            got="a teacher whose noise is not Gaussian (gaussian_kernel is False)",
+            expected="(D(x) - x) / sigma^2 to be the gradient of a log density",
+            fix="use a deterministic solver, or a teacher trained with Gaussian noise",
+        )
+
+
+def is_diffused(denoiser: Denoiser) -> bool:
+    """Whether the scores at all levels are those of one law, noised: False for a guided teacher.
+
+    Its scores tilt each noised law by itself, and the noised tilted law is another one. Wrappers that do not
+    say so by an attribute ``diffused`` are looked through.
+    """
+    inner: object | None = denoiser
+    while inner is not None:
+        flag = getattr(inner, "diffused", None)
+        if flag is not None:
+            return bool(flag)
+        inner = getattr(inner, "inner", None)
+    return True
+
+
+def require_diffused(denoiser: Denoiser, purpose: str) -> None:
+    """Refuses a guided teacher for a ``purpose`` that follows one density through the levels.
+
+    Raises:
+        UserError: :func:`is_diffused` is False.
+    """
+    if not is_diffused(denoiser):
+        raise UserError(
+            f"{purpose} needs scores that belong to one density at all levels",
+            got="a guided teacher, whose scores are tilted at each level by themselves",
+            fix="take the teacher without guidance; log_likelihood(prior='sampler') gives the density of "
+            "guided samples",
+        )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator as make_generator
+from distmatch.diffusion.mixture_posterior import gaussian_flow, kalman_update
 
 ArrayLike = Tensor | Sequence[float] | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]]
 
@@ -167,6 +168,76 @@ class GaussianMixture(nn.Module):
         centred = means - mean[:, None]
         between = torch.einsum("bk,bkd,bke->bde", responsibility, centred, centred)
         return torch.einsum("bk,bkdf->bdf", responsibility, within) + between
+
+    def divergence_of_score(
+        self, x: Tensor, sigma: Tensor | float = 0.0, condition: Tensor | None = None
+    ) -> Tensor:
+        """The trace of the Hessian of :meth:`log_prob`, (B,), exact at every level including 0."""
+        log_p, rotated, variance, vectors = self._components(x, sigma, condition)
+        share = log_p.softmax(1)
+        pull = torch.einsum("kde,bke->bkd", vectors, rotated / variance)
+        mean = torch.einsum("bk,bkd->bd", share, pull)
+        spread = (share * (pull - mean[:, None]).square().sum(-1)).sum(1)
+        return spread - (share * variance.reciprocal().sum(-1)).sum(1)
+
+    def condition_on(
+        self, matrix: ArrayLike, value: Tensor | Sequence[float], noise: ArrayLike | float
+    ) -> GaussianMixture:
+        """The exact teacher of an inverse problem: x0 given ``value = matrix x0 + N(0, noise)``.
+
+        Args:
+            matrix: The linear measurement (M, D).
+            value: What was measured (M,).
+            noise: Covariance (M, M) of its noise, or one variance for all; 0 is an exact measurement.
+
+        Returns:
+            A mixture of the same components, classes and levels.
+
+        Raises:
+            UserError: Shapes disagree, the noise is no covariance, or an exact measurement is degenerate.
+        """
+        a, y, r = (torch.as_tensor(v, dtype=torch.float64).to(self.means) for v in (matrix, value, noise))
+        if r.ndim == 0:
+            r = r * torch.eye(len(y), dtype=r.dtype, device=r.device)
+        if a.ndim != 2 or a.shape[1] != self.shape[0] or y.shape != a.shape[:1] or r.shape != 2 * y.shape:
+            raise UserError(
+                "the parts of a measurement do not fit together",
+                got=f"matrix {tuple(a.shape)}, value {tuple(y.shape)}, noise {tuple(r.shape)}",
+                expected=f"(M, {self.shape[0]}), (M,) and (M, M) or a number",
+            )
+        if not torch.allclose(r, r.mT) or float(torch.linalg.eigvalsh(r).min()) < -1e-10:
+            raise UserError("the noise of a measurement must be a covariance matrix", got=r.tolist())
+        w, m, c = kalman_update(self.weights.log(), self.means, self.covariances, a, y, r)
+        # A class that the measurement rules out beyond float64 keeps a weight that is nothing.
+        w = torch.where(self.weights > 0, w.clamp_min(1e-300), w)
+        classes = self.classes if self.num_classes else None
+        ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        return GaussianMixture(w, m, c, classes, **ends).to(self.means.device)
+
+    def exact_map(self, x: Tensor, sigma_from: Tensor | float, sigma_to: Tensor | float) -> Tensor:
+        """Where the probability flow takes ``x`` (B, D), for one component: the ideal one-step generator.
+
+        Args:
+            x: Samples at level ``sigma_from``.
+            sigma_from: Level of ``x``, (B,) or one for all.
+            sigma_to: Level to go to, (B,) or one for all, up or down; 0 for clean samples.
+
+        Raises:
+            UserError: The mixture has several components: their flow has no closed form.
+        """
+        if len(self.weights) != 1:
+            raise UserError(
+                "only a single Gaussian has its probability flow in closed form",
+                got=f"{len(self.weights)} components",
+                fix="integrate the flow with a solver",
+            )
+        start, end = (
+            torch.as_tensor(s, dtype=x.dtype, device=x.device).expand(len(x)) for s in (sigma_from, sigma_to)
+        )
+        mean, values, vectors = (
+            v.to(x.dtype)[0] for v in (self.means, self._eigenvalues, self._eigenvectors)
+        )
+        return gaussian_flow(x, mean, values, vectors, start, end)
 
     def sample_with_components(
         self,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.denoiser import Denoiser, expand, require_score
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras
 from distmatch.divergences import Divergence
@@ -33,11 +33,11 @@ from distmatch.methods.objectives import (
     approximate_r1,
     score_difference,
 )
-from distmatch.methods.start import Draw, fit_to_teacher, starting_network
+from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, student_levels
 from distmatch.nets.config import NetConfig
-from distmatch.nets.edm import EDMDenoiser, weighted_error
+from distmatch.nets.edm import weighted_error
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
 from distmatch.ratio.discriminator import build_discriminator, choose_source, denoise_with_logit
@@ -82,8 +82,7 @@ class FDistill:
                 f"{self.divergence.name} has no second derivative, so its weight is zero almost everywhere",
                 fix="choose another divergence; le_cam and js are bounded too",
             )
-        if not getattr(self.teacher, "gaussian_kernel", True):
-            raise UserError("score differences need a teacher with a Gaussian noise kernel")
+        require_score(self.teacher, "a score difference")
         self._guided = Guided(self.teacher, cfg.guidance) if cfg.guidance != 1 else self.teacher
         self._source = choose_source(cfg.ratio_features, self.teacher)
         self.noise = Karras(cfg.noise_low, cfg.noise_high or self.teacher.sigma_max, cfg.noise_rho)
@@ -109,7 +108,7 @@ class FDistill:
         """
         cfg = self.config
         start = starting_network(self.teacher, self.net, seed, self.device)
-        if draw is not None and not isinstance(self.teacher, EDMDenoiser):
+        if draw is not None and not has_network(self.teacher):
             seen = Karras(self.noise.low, max(self.noise.high, self._first_level), self.noise.rho)
             fit_to_teacher(start, self.teacher, draw, seen, cfg.fit_steps, seed)
         levels = student_levels(cfg.calls, self._first_level)

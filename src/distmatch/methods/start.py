@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
+from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import NoiseLevels
+from distmatch.interop import is_external
 from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig, default_config
 from distmatch.nets.edm import EDMDenoiser, weighted_error
@@ -19,11 +22,19 @@ from distmatch.nets.optim import adam, clipped_step, rate, set_rate
 
 Draw = Callable[[int], tuple[Tensor, Tensor | None]]
 
+Network = EDMDenoiser | PredictionDenoiser
+"""A denoiser that can be trained and saved: with a network of ours, or with one that came with a teacher."""
 
-def starting_network(
-    teacher: Denoiser, net: NetConfig | None, seed: int, device: torch.device
-) -> EDMDenoiser:
-    """A trainable copy of the teacher's network, or a fresh one of its shape when it is a formula.
+
+def has_network(teacher: Denoiser) -> TypeGuard[Network]:
+    """Whether a teacher has a network that student and critic can start from, and that can be saved."""
+    return isinstance(teacher, EDMDenoiser) or is_external(teacher)
+
+
+def starting_network(teacher: Denoiser, net: NetConfig | None, seed: int, device: torch.device) -> Network:
+    """A trainable copy of the teacher, or a fresh network of its shape for one without network to copy.
+
+    The autoencoder of a teacher on latents is shared, not copied, and is not trained.
 
     Args:
         teacher: The teacher.
@@ -31,8 +42,8 @@ def starting_network(
         seed: Seed of a fresh network.
         device: Where it goes.
     """
-    if isinstance(teacher, EDMDenoiser):
-        network = copy.deepcopy(teacher)
+    if has_network(teacher):
+        network: Network = copy.deepcopy(teacher)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "network"))
@@ -53,7 +64,7 @@ def starting_network(
 
 
 def fit_to_teacher(
-    network: EDMDenoiser, teacher: Denoiser, draw: Draw, noise: NoiseLevels, steps: int, seed: int
+    network: Network, teacher: Denoiser, draw: Draw, noise: NoiseLevels, steps: int, seed: int
 ) -> None:
     """Regresses a network on the teacher's own predictions, which are less noisy targets than the data.
 

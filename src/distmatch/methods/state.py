@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from distmatch.base.files import load_into
+from distmatch.methods.start import Network
 from distmatch.methods.student import Student
-from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA
 from distmatch.ratio.normaliser import RatioNormaliser
 
@@ -35,7 +35,7 @@ class DistillState:
 
     student: Student
     average: EMA
-    fake: EDMDenoiser
+    fake: Network
     discriminator: nn.Module | None
     optimisers: dict[str, torch.optim.Optimizer]
     normaliser: RatioNormaliser

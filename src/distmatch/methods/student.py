@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from distmatch.base.seeds import generator as make_generator
 from distmatch.base.seeds import latents
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.noise import Karras
-from distmatch.nets.edm import EDMDenoiser
-from distmatch.nets.saved import load_model, save_model
+from distmatch.interop import decode_samples, load_denoiser, save_denoiser
+from distmatch.methods.start import Network
 
 
 def student_levels(calls: int, sigma: float) -> tuple[float, ...]:
@@ -40,7 +40,7 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, denoiser: EDMDenoiser, levels: tuple[float, ...], info: dict[str, Any] | None = None
+        self, denoiser: Network, levels: tuple[float, ...], info: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -90,6 +90,7 @@ class Student(nn.Module):
         seed: int = 0,
         labels: Tensor | None = None,
         batch: int = 1024,
+        decode: bool = True,
         on_batch: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Draws samples.
@@ -99,6 +100,7 @@ class Student(nn.Module):
             seed: Seed of the latents; sample i depends on the seed and i, not on ``batch``.
             labels: Classes (n,) int64. A class-conditional student draws them evenly when they are missing.
             batch: Samples at a time.
+            decode: Whether the latents of a student that works on them become images.
             on_batch: Called with the number of samples after each batch.
 
         Returns:
@@ -122,7 +124,8 @@ class Student(nn.Module):
             if on_batch is not None:
                 on_batch(len(out[-1]))
         self.train(training)
-        return torch.cat(out) if out else torch.empty(0, *self.shape)
+        x = torch.cat(out) if out else torch.empty(0, *self.shape)
+        return decode_samples(self.denoiser, x, device=device) if decode else x
 
     def export(self, x: Tensor) -> np.ndarray:
         """Samples in the user's units: images (N, H, W[, C]) uint8, vectors (N, D) float32.
@@ -137,7 +140,7 @@ class Student(nn.Module):
 
     def save_pretrained(self, folder: str) -> None:
         """Writes ``model.safetensors`` and ``config.json`` to ``folder``, atomically."""
-        save_model(folder, self.denoiser, {"kind": "student", "levels": list(self.levels), **self.info})
+        save_denoiser(folder, self.denoiser, {"kind": "student", "levels": list(self.levels), **self.info})
 
     @classmethod
     def from_pretrained(cls, folder: str) -> Student:
@@ -146,13 +149,18 @@ class Student(nn.Module):
         Raises:
             UserError: The folder holds no student, or a damaged one.
         """
-        denoiser, info = load_model(folder)
-        info = dict(info)
-        if info.pop("kind", None) != "student":
+        denoiser, info = load_denoiser(folder)
+        if info.get("kind") != "student":
             raise UserError(
                 f"{folder} holds a teacher, not a student", fix="pass the folder of a distillation run"
             )
-        return cls(denoiser, tuple(float(v) for v in info.pop("levels")), info)
+        return student_from(denoiser, info)
+
+
+def student_from(denoiser: Network, info: Mapping[str, Any]) -> Student:
+    """The student of a saved model's denoiser and description."""
+    own = {key: value for key, value in info.items() if key not in ("kind", "levels")}
+    return Student(denoiser, tuple(float(v) for v in info["levels"]), own)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.denoising import denoising_loss
+from distmatch.diffusion.weighting import edm_weight
 from distmatch.nets.layers import at_least_float32, noise_coordinate
 
 
@@ -27,9 +29,12 @@ class EDMDenoiser(nn.Module):
         sigma_data: Standard deviation of the data.
         sigma_min: Smallest noise level it is meant for.
         sigma_max: Largest noise level; sampling starts there.
+        pfgm_dims: Extra dimensions D of the Student-t noise that it was trained with (PFGM++); 0 is
+            Gaussian noise.
 
     Raises:
-        UserError: Not ``0 < sigma_min < sigma_max``, or ``sigma_data`` is not positive.
+        UserError: Not ``0 < sigma_min < sigma_max``, ``sigma_data`` is not positive, or ``pfgm_dims`` is
+            negative.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class EDMDenoiser(nn.Module):
         sigma_data: float = 0.5,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
+        pfgm_dims: float = 0.0,
     ) -> None:
         super().__init__()
         if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
@@ -56,6 +62,16 @@ class EDMDenoiser(nn.Module):
         self.sigma_data = float(sigma_data)
         self.sigma_min = float(sigma_min)
         self.sigma_max = float(sigma_max)
+        if not 0 <= pfgm_dims < float("inf"):
+            raise UserError(
+                "the extra dimensions of PFGM++ must be positive, or 0 for Gaussian noise", got=pfgm_dims
+            )
+        self.pfgm_dims = float(pfgm_dims)
+
+    @property
+    def gaussian_kernel(self) -> bool:
+        """Whether it was trained with Gaussian noise, so that ``(D - x) / sigma^2`` is a score."""
+        return self.pfgm_dims == 0
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
@@ -87,9 +103,12 @@ class EDMDenoiser(nn.Module):
         sigma = sigma.to(dtype).reshape(-1).expand(x.shape[0])
         level = expand(sigma, x)
         variance = level**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = level * self.sigma_data * variance.rsqrt()
+        c_skip, c_out = self._scales(level, variance)
         return x.to(dtype) * variance.rsqrt(), noise_coordinate(sigma), c_skip, c_out
+
+    def _scales(self, level: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """c_skip and c_out at ``level``, with ``variance = level^2 + sigma_data^2``, all (B, 1, ...)."""
+        return self.sigma_data**2 / variance, level * self.sigma_data * variance.rsqrt()
 
 
 def edm_loss(
@@ -110,8 +129,8 @@ def edm_loss(
     Returns:
         The loss (B,), averaged over the dimensions of a sample.
     """
-    prediction = denoiser(x0 + expand(sigma, x0) * noise, sigma, condition)
-    return weighted_error(prediction, x0, sigma, denoiser.sigma_data)
+    weight = edm_weight(sigma, denoiser.sigma_data)
+    return denoising_loss(denoiser, x0, sigma, noise, weight, condition)
 
 
 def weighted_error(prediction: Tensor, target: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
@@ -126,8 +145,7 @@ def weighted_error(prediction: Tensor, target: Tensor, sigma: Tensor, sigma_data
     Returns:
         (B,), averaged over the dimensions of a sample.
     """
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * (prediction - target).flatten(1).square().mean(dim=1)
+    return edm_weight(sigma, sigma_data) * (prediction - target).flatten(1).square().mean(dim=1)
 
 
 def feature_shapes(denoiser: nn.Module, x: Tensor) -> list[tuple[int, ...]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +64,40 @@ def fourier_features(c_noise: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+@dataclass(frozen=True)
+class Perturbation:
+    """Noise on a condition's embedding of size d (CEP, Chen et al. 2024), its norm the same for every d.
+
+    Attributes:
+        scale: gamma. Uniform noise lies within ``gamma / sqrt(d)`` and has norm ``gamma / sqrt(3)``; normal
+            noise has standard deviation ``gamma / sqrt(d)`` and norm gamma.
+        kind: ``"uniform"`` or ``"gaussian"``.
+    """
+
+    scale: float
+    kind: Literal["uniform", "gaussian"] = "uniform"
+
+    def like(self, embedding: Tensor) -> Tensor:
+        """Noise for ``embedding`` (B, d)."""
+        size = self.scale / math.sqrt(embedding.shape[1])
+        if self.kind == "gaussian":
+            return size * torch.randn_like(embedding)
+        return size * (2 * torch.rand_like(embedding) - 1)
+
+
 class Conditioning(nn.Module):
     """Embeds noise level and class label into one vector.
 
     Args:
         num_classes: Number of classes; the label table has one row more, for "no condition".
         width: Size of the vector.
+
+    Attributes:
+        perturbation: Noise on the label's embedding while training, from torch's global stream; None for
+            none. "No condition" stays as it is.
     """
+
+    perturbation: Perturbation | None = None
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -85,7 +113,11 @@ class Conditioning(nn.Module):
         else:
             labels = torch.where(labels < 0, self.num_classes, labels)
         noise = self.noise(fourier_features(c_noise).to(self.noise.weight.dtype))
-        return F.silu(self.mix(F.silu(noise + self.label(labels))))
+        label = self.label(labels)
+        if self.training and self.perturbation is not None:
+            named = (labels < self.num_classes)[:, None]
+            label = torch.where(named, label + self.perturbation.like(label), label)
+        return F.silu(self.mix(F.silu(noise + label)))
 
 
 class SelfAttention(nn.Module):

@@ -11,9 +11,11 @@ import torch
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_folder, atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.diffusion.path_specs import path_from_dict, path_to_dict
 from distmatch.nets.build import build_net
 from distmatch.nets.config import from_dict, to_dict
 from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.path_denoiser import PathDenoiser
 
 FORMAT = "distmatch-model"
 VERSION = 1
@@ -52,6 +54,7 @@ def save_model(
         "sigma_data": denoiser.sigma_data,
         "sigma_min": denoiser.sigma_min,
         "sigma_max": denoiser.sigma_max,
+        **_parametrisation(denoiser),
         "extra": dict(extra or {}),
     }
     with atomic_folder(folder) as temporary:
@@ -97,6 +100,16 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
     return denoiser.eval(), dict(config.get("extra") or {})
 
 
+def _parametrisation(denoiser: EDMDenoiser) -> dict[str, Any]:
+    """What a config says of a denoiser that is not EDM's with Gaussian noise; for that one, nothing."""
+    said: dict[str, Any] = {}
+    if isinstance(denoiser, PathDenoiser):
+        said = {"path": path_to_dict(denoiser.path), "prediction": denoiser.prediction}
+    if denoiser.pfgm_dims:
+        said["pfgm_dims"] = denoiser.pfgm_dims
+    return said
+
+
 def _model_folder(path: Path) -> Path:
     if path.is_file():
         if path.suffix.lower() in _PICKLES:
@@ -128,7 +141,11 @@ def _described(source: Path, config: dict[str, Any]) -> EDMDenoiser:
         net_config = from_dict(config["net"])
         with torch.device("meta"):
             net = build_net(net_config, shape, num_classes)
-        return EDMDenoiser(net, shape=shape, num_classes=num_classes, **sigmas)
+        options: dict[str, Any] = {"pfgm_dims": float(config.get("pfgm_dims", 0.0)), **sigmas}
+        if "prediction" in config:
+            path, prediction = path_from_dict(config["path"]), config["prediction"]
+            return PathDenoiser(net, path, prediction, shape=shape, num_classes=num_classes, **options)
+        return EDMDenoiser(net, shape=shape, num_classes=num_classes, **options)
     except UserError as error:
         raise UserError(f"{source} describes no model that can be built", got=str(error)) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:

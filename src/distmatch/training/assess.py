@@ -20,14 +20,18 @@ from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.guidance import CallCounter, Guided
-from distmatch.diffusion.heun import sample_teacher
+from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.diffusion.solvers import sample_teacher
+from distmatch.interop import decode_samples
 from distmatch.methods.student import Student
 from distmatch.metrics import evaluate, reference_floor, reference_labels
 from distmatch.metrics.features import Features
 from distmatch.training.log import EventLog
 from distmatch.training.runfolder import RunFolder
+from distmatch.training.sampling import Sampling
+
+HEUN = Sampling()
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,49 @@ def draw_teacher(
     n: int,
     labels: Tensor | None,
     seed: int,
+    sampling: Sampling = HEUN,
     *,
-    steps: int = 18,
-    guidance: float = 1.0,
     batch: int = 1024,
     device: torch.device | str = "cpu",
     quiet: bool = False,
 ) -> Drawn:
-    """Samples a teacher with Heun's method, counting calls and time."""
-    counter = CallCounter(Guided(teacher, guidance) if guidance != 1 else teacher)
+    """Samples a teacher, by default with Heun's method, counting calls and time.
+
+    Args:
+        teacher: The teacher; the samples of one that works on latents are decoded.
+        n: Number of samples.
+        labels: Their classes (n,), or None.
+        seed: Seed of all noise.
+        sampling: Solver, grid and guidance.
+        batch: Samples at a time.
+        device: Where to compute.
+        quiet: Whether to hide the progress bar.
+
+    Raises:
+        UserError: Settings that do not go together, or not with this teacher.
+    """
+    sampling.check(teacher)
+    counter = CallCounter(sampling.around(teacher))
     with progress(n, desc="teacher samples", enabled=not quiet) as bar:
         began = time.perf_counter()
-        x = sample_teacher(
-            counter, n, steps=steps, labels=labels, seed=seed, batch=batch, device=device, on_batch=bar.update
+        z = sample_teacher(
+            counter,
+            n,
+            solver=sampling.solver,
+            grid=sampling.levels(teacher),
+            path=sampling.path_for(teacher),
+            labels=labels,
+            seed=seed,
+            batch=batch,
+            device=device,
+            on_batch=bar.update,
         )
+        with torch.no_grad():
+            x = decode_samples(teacher, z, device=device)
         seconds = time.perf_counter() - began
-    batches = math.ceil(n / batch)
-    return Drawn(x, labels, counter.calls // batches, 1000 * seconds / n)
+    # A solver that chooses its own steps may take more of them for one batch than for another.
+    calls = round(counter.calls / math.ceil(n / batch))
+    return Drawn(x, labels, calls, 1000 * seconds / n)
 
 
 def assess(

@@ -31,6 +31,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def compile_network(net: nn.Module) -> None:
-    """Compiles both entry points of a network in place; names in its state stay as they are."""
+    """Compiles the entry points of a network in place; names in its state stay as they are."""
     net.forward = torch.compile(net.forward)
-    net.with_features = torch.compile(net.with_features)  # type: ignore[assignment,arg-type]
+    if hasattr(net, "with_features"):
+        net.with_features = torch.compile(net.with_features)  # type: ignore[assignment,arg-type]

@@ -9,9 +9,10 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, Dataset, toy
 from distmatch.metrics import plan, resolve_features
-from distmatch.training.assess import Drawn, assess, write_assessment
+from distmatch.training.assess import HEUN, Drawn, assess, write_assessment
 from distmatch.training.models import Model
 from distmatch.training.runfolder import RunFolder
+from distmatch.training.sampling import Sampling
 
 
 def evaluate_models(
@@ -21,7 +22,7 @@ def evaluate_models(
     *,
     features: str = "auto",
     n: int | None = None,
-    steps: int = 18,
+    sampling: Sampling = HEUN,
     seed: int = 0,
     device: str = "auto",
     spec: str = "",
@@ -35,7 +36,7 @@ def evaluate_models(
         folder: Gets ``metrics.json``, ``samples/`` and an ``evaluate`` event.
         features: As in :func:`distmatch.metrics.evaluate`.
         n: Samples in a block; None takes half the data, at most 5000.
-        steps: Heun steps of a teacher.
+        sampling: How a teacher is sampled.
         seed: Seed of latents, labels and blocks.
         device: Where to sample.
         spec: Name of the data; an exact mixture's name adds the mode metrics.
@@ -48,6 +49,8 @@ def evaluate_models(
         UserError: The models do not fit the data.
     """
     for name, model in models.items():
+        if model.teacher is not None:
+            sampling.check(model.teacher)
         if model.shape != tuple(data.shape):
             raise UserError(
                 f"the {name} and the data do not have the same shape",
@@ -69,10 +72,8 @@ def evaluate_models(
     def drawer(model: Model) -> Any:
         def draw(count: int, labels: Tensor | None) -> Drawn:
             # A model's first calls pay for memory and threads; they are not part of its speed.
-            model.draw(
-                min(count, 64), None, seed, steps=2 if model.teacher else 18, device=device, quiet=True
-            )
-            return model.draw(count, labels, seed, steps=steps, device=device, quiet=quiet)
+            model.draw(min(count, 64), None, seed, Sampling(steps=2), device=device, quiet=True)
+            return model.draw(count, labels, seed, sampling, device=device, quiet=quiet)
 
         return draw
 
@@ -86,5 +87,5 @@ def evaluate_models(
         mixture=toy(spec) if spec in TOY_NAMES else None,
     )
     settings = plan(data, features=space, n=n, seed=seed).to_dict()
-    write_assessment(folder, metrics, drawn, data.scaling, {**settings, "steps": steps})
+    write_assessment(folder, metrics, drawn, data.scaling, {**settings, **sampling.to_dict()})
     return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,10 +12,12 @@ from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, Scaling, toy
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
-from distmatch.methods.student import Student, checked_labels
-from distmatch.nets.saved import load_model
-from distmatch.training.assess import Drawn, draw_student, draw_teacher
+from distmatch.interop import decoder_of
+from distmatch.methods.student import Student, checked_labels, student_from
+from distmatch.training.assess import HEUN, Drawn, draw_student, draw_teacher
 from distmatch.training.devices import pick_device
+from distmatch.training.sampling import Sampling
+from distmatch.training.teachers import open_denoiser
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Model:
         scaling: Gives samples back in the user's units.
         data: Name or path of the data it was trained on; '' when unknown.
         class_names: Names of its classes, or ().
+        conversion: Of a model from elsewhere, how far it is from its original; '' otherwise.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Model:
     scaling: Scaling
     data: str
     class_names: tuple[str, ...]
+    conversion: str = ""
 
     @property
     def kind(self) -> str:
@@ -51,42 +56,32 @@ class Model:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample in model space."""
-        denoiser = self.student.denoiser if self.student is not None else self.teacher
-        return tuple(denoiser.shape) if denoiser is not None else ()
+        """Shape of one sample; that of a decoded one where the model works on latents."""
+        denoiser: Any = self.student.denoiser if self.student is not None else self.teacher
+        return tuple((decoder_of(denoiser) or denoiser).shape)
 
     def draw(
         self,
         n: int,
         labels: Tensor | None,
         seed: int,
+        sampling: Sampling = HEUN,
         *,
-        steps: int = 18,
-        guidance: float = 1.0,
         batch: int = 1024,
         device: str = "auto",
         quiet: bool = False,
     ) -> Drawn:
-        """Draws ``n`` samples; ``steps`` and ``guidance`` are for teachers."""
+        """Draws ``n`` samples; ``sampling`` is for teachers."""
         where = pick_device(device)
         labels = checked_labels(labels, n, self.num_classes, seed)
         if self.student is not None:
             return draw_student(self.student.to(where), n, labels, seed, batch, quiet)
         if self.teacher is None:
             raise RuntimeError("a model is a student or a teacher")
-        if isinstance(self.teacher, nn.Module):
-            self.teacher.to(where)
-        return draw_teacher(
-            self.teacher,
-            n,
-            labels,
-            seed,
-            steps=steps,
-            guidance=guidance,
-            batch=batch,
-            device=where,
-            quiet=quiet,
-        )
+        for model in (self.teacher, sampling.reference):
+            if isinstance(model, nn.Module):
+                model.to(where)
+        return draw_teacher(self.teacher, n, labels, seed, sampling, batch=batch, device=where, quiet=quiet)
 
 
 def open_model(source: str) -> Model:
@@ -98,17 +93,25 @@ def open_model(source: str) -> Model:
     if source in TOY_NAMES:
         mixture: GaussianMixture = toy(source)
         return Model(source, None, mixture, Scaling.identity(mixture.shape[0]), source, ())
-    denoiser, info = load_model(source)
+    denoiser, info = open_denoiser(source)
     data = info.get("data") or {}
+    shape = (decoder_of(denoiser) or denoiser).shape
     if "scaling" in data:
         scaling = Scaling.from_dict(data["scaling"])
-    elif len(denoiser.shape) == 1:
-        scaling = Scaling.identity(denoiser.shape[0])
+    elif len(shape) == 1:
+        scaling = Scaling.identity(shape[0])
     else:
         scaling = Scaling.for_images(-1.0, 1.0, "model space")
-    student = Student.from_pretrained(source) if info.get("kind") == "student" else None
-    names = tuple(data.get("class_names", ()))
-    return Model(source, student, None if student else denoiser, scaling, str(data.get("spec", "")), names)
+    student = student_from(denoiser, info) if info.get("kind") == "student" else None
+    return Model(
+        source,
+        student,
+        None if student else denoiser,
+        scaling,
+        str(data.get("spec", "")),
+        tuple(data.get("class_names", ())),
+        str(info.get("conversion", "")),
+    )
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:

@@ -91,7 +91,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """How a diffusion teacher is trained: EDM loss and preconditioning."""
+    """How a diffusion teacher is trained; by default with the loss and the preconditioning of EDM."""
 
     lr: float = 1e-3
     """Learning rate."""
@@ -119,19 +119,61 @@ class TeacherConfig:
     """Smallest noise level of sampling."""
     sigma_max: float = 80.0
     """Largest noise level of sampling."""
+    path: str = "edm"
+    """edm, vp, sub-vp, ve, cosine, condot, trigflow or kinetic-optimal; vp:beta_max=12 sets its options."""
+    prediction: Literal["auto", "f", "x0", "eps", "v", "flow", "score"] = "auto"
+    """What the network predicts; f is that of EDM. auto takes what is usual on the path."""
+    noise_distribution: Literal["auto", "log-normal", "uniform", "logit-normal"] = "auto"
+    """Levels in training: log-normal in sigma, or uniform or logit-normal in the time of the path."""
+    logit_mean: float = 0.0
+    """Mean of the logit of time, for logit-normal; above 0 favours noise."""
+    logit_std: float = 1.0
+    """Spread of the logit of time, for logit-normal."""
+    weighting: Literal["auto", "edm", "target", "min-snr", "x0"] = "auto"
+    """Weight of the levels: EDM's, none on the prediction (target), min-SNR, none on x0."""
+    min_snr_gamma: float = 5.0
+    """Largest weight of min-SNR."""
+    learned_uncertainty: bool = False
+    """Balance the levels by a learned log-variance, as EDM2 does."""
+    condition_noise: float = 0.0
+    """Noise on the embedding of the label in training (gamma of CEP, usually 1); 0 is none."""
+    condition_noise_kind: Literal["uniform", "gaussian"] = "uniform"
+    """Distribution of this noise."""
+    pfgm_dims: float = 0.0
+    """Extra dimensions D of PFGM++, for example 2048; 0 is Gaussian noise."""
+    instance_noise: float = 0.0
+    """Noise on the data, fresh in each step: the teacher learns the data blurred by it."""
+    ambient_noise: float = 0.0
+    """Noise frozen in the data, from which the clean distribution is learned; 0 for clean data."""
+    ambient_clean: float = 0.1
+    """Share of the samples that stay clean of it."""
+    ambient_given: bool = False
+    """All data carry this noise already, in model units: add none."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "ema_half_life", "noise_std", "sigma_min"):
+        for name in ("lr", "ema_half_life", "noise_std", "sigma_min", "logit_std", "min_snr_gamma"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be positive", got=getattr(self, name))
-        for name in ("lr_rampup", "weight_decay", "grad_clip", "sigma_data"):
+        for name in (
+            *("lr_rampup", "weight_decay", "grad_clip", "sigma_data", "condition_noise"),
+            *("pfgm_dims", "instance_noise", "ambient_noise"),
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative", got=getattr(self, name))
         for name in ("label_dropout", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be in [0, 1)", got=getattr(self, name))
-        if not math.isfinite(self.noise_mean):
-            raise UserError("--noise-mean must be finite", got=self.noise_mean)
+        for name in ("noise_mean", "logit_mean"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"--{name.replace('_', '-')} must be finite", got=getattr(self, name))
+        if not 0 <= self.ambient_clean <= 1:
+            raise UserError("--ambient-clean must be in [0, 1]", got=self.ambient_clean)
+        if self.ambient_noise > 0 and (self.pfgm_dims > 0 or self.instance_noise > 0):
+            raise UserError(
+                "--ambient-noise does not go together with --pfgm-dims or --instance-noise",
+                expected="one kind of noise in the data, and Gaussian noise on top of it",
+                fix="leave one of them out",
+            )
         if not self.sigma_min < self.sigma_max < math.inf:
             raise UserError(
                 "--sigma-min must be below --sigma-max",
@@ -160,7 +202,7 @@ class DistillOptions:
     data: str = ""
     """The real data, as for train; empty takes the data the teacher was trained on."""
     teacher: str = ""
-    """A teacher's run folder or model folder, or ring8, grid25, skewed2 for an exact teacher."""
+    """A run or model folder, a folder of diffusers, a .pkl of EDM; or ring8, grid25, skewed2 (exact)."""
     method: str = "f-distill"
     """f-distill, dmd2 or diff-instruct."""
     divergence: str | None = None

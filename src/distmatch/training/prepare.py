@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
-from distmatch.data import TOY_NAMES, Dataset, load_data, toy
+from distmatch.data import TOY_NAMES, Dataset, load_data
 from distmatch.data.batches import Batch, Batches
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.kinetic import kinetic_path_of
+from distmatch.diffusion.path_core import NoisePath
+from distmatch.diffusion.path_specs import KINETIC
 from distmatch.divergences import Divergence, divergence
+from distmatch.interop import decoder_of
 from distmatch.methods.config import resolve_method
 from distmatch.methods.f_distill import FDistill
-from distmatch.methods.start import Draw
-from distmatch.nets.edm import EDMDenoiser
-from distmatch.nets.saved import load_model
+from distmatch.methods.start import Draw, has_network
 from distmatch.training.devices import compile_network, pick_device
-from distmatch.training.options import DistillOptions, RunOptions, TrainOptions
+from distmatch.training.latent_data import as_latents
+from distmatch.training.noisy_data import with_frozen_noise
+from distmatch.training.options import DistillOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.runs import Job
 from distmatch.training.teacher import TeacherTraining
-
-
-def load_teacher(source: str | Path) -> Denoiser:
-    """A teacher from a run folder or model folder, or the exact one of a toy distribution.
-
-    Raises:
-        UserError: There is none, or it is a student.
-    """
-    if str(source) in TOY_NAMES:
-        return toy(str(source))
-    denoiser, info = load_model(source)
-    if info.get("kind") == "student":
-        raise UserError(f"{source} is a student, not a teacher", fix="pass the folder of a teacher")
-    return denoiser.requires_grad_(False)
+from distmatch.training.teachers import open_teacher
 
 
 def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
@@ -62,15 +52,17 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     run = options.run
     device = pick_device(run.device)
     data = load_data(options.data, labels=options.labels) if data is None else data
+    sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
     method = TeacherTraining(
         config=options.teacher,
         net=options.net.resolve(data.shape),
         shape=data.shape,
         num_classes=data.num_classes,
-        sigma_data=data.std() or 1.0,
+        sigma_data=sigma_data,
         total_steps=run.steps,
         device=device,
         bf16=run.precision == "bf16",
+        path=_fitted_path(options.teacher, noisy, run.seed),
     )
     state = method.init(run.seed)
     if run.compile:
@@ -81,13 +73,38 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
         options=options,
         state=state,
         step=method.step,
-        batches=Batches(data, run.batch, run.seed, _flips(run, data), device),
+        batches=Batches(noisy, run.batch, run.seed, _flips(run, data), device, levels),
         networks={"teacher": state.denoiser},
-        notes={"data": data.name, "samples": len(data), "sigma_data": state.denoiser.sigma_data},
+        notes={
+            "data": data.name,
+            "samples": len(data),
+            "sigma_data": state.denoiser.sigma_data,
+            "path": method.objective.path.name,
+            "prediction": method.objective.prediction,
+        },
         warnings=[],
         finish=lambda: (state.average.module, extra),  # type: ignore[return-value,arg-type]
         show=("loss",),
     )
+
+
+def _training_data(config: TeacherConfig, data: Dataset, seed: int) -> tuple[float, Dataset, Tensor | None]:
+    """Standard deviation of the clean data, what is trained on, and the noise level of each sample in it."""
+    noise = config.ambient_noise
+    if noise == 0:
+        return data.std() or 1.0, data, None
+    if config.ambient_given:
+        return max(data.std() ** 2 - noise**2, 0.0) ** 0.5 or 1.0, data, torch.full((len(data),), noise)
+    return data.std() or 1.0, *with_frozen_noise(data, noise, config.ambient_clean, seed)
+
+
+def _fitted_path(config: TeacherConfig, data: Dataset, seed: int) -> NoisePath | None:
+    """The path that is made for the data, when the options ask for it."""
+    if config.path != KINETIC:
+        return None
+    chosen = torch.randperm(len(data), generator=generator(seed, "path samples"))[:4096]
+    low, high = config.sigma_min, config.sigma_max
+    return kinetic_path_of(data.batch(chosen)[0], rho_min=low, rho_max=high, seed=seed)
 
 
 def prepare_distillation(
@@ -116,6 +133,7 @@ def prepare_distillation(
     name = measure.name if measure is not None else options.divergence
     method, name, config = resolve_method(options.method, name, options.distill)
     chosen = measure if measure is not None else divergence(name)
+    known: dict[str, Any] = {}
     if teacher is None:
         if not options.teacher:
             raise UserError(
@@ -123,7 +141,7 @@ def prepare_distillation(
                 expected=f"--teacher with a run folder, or one of {', '.join(TOY_NAMES)}",
                 fix="train one first: distmatch train --data digits --out runs/teacher",
             )
-        teacher = load_teacher(options.teacher)
+        teacher, known = open_teacher(options.teacher)
     if isinstance(teacher, nn.Module):
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     distiller = FDistill(
@@ -134,9 +152,9 @@ def prepare_distillation(
         total_steps=run.steps,
         device=device,
         bf16=run.precision == "bf16",
-        net=None if isinstance(teacher, EDMDenoiser) else options.net.resolve(teacher.shape),
+        net=None if has_network(teacher) else options.net.resolve(teacher.shape),
     )
-    spec = options.data or _data_of(options.teacher)
+    spec = options.data or str((known.get("data") or {}).get("spec", ""))
     if data is None and spec:
         data = load_data(spec, labels=teacher.num_classes > 0)
     if data is None and distiller.needs_ratio:
@@ -145,14 +163,15 @@ def prepare_distillation(
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data, or use --method diff-instruct, which needs none",
         )
+    described = {} if data is None else describe_data(data, spec)
+    conversion = _conversion(teacher, known)
     if data is not None:
-        _check_fit(teacher, data)
-        _flips(run, data)
+        data = _fitting(teacher, data, run, device)
     draw = _drawer(teacher, data, run.seed) if fresh else None
     state = distiller.init(run.seed, draw)
     if run.compile:
         for net in (teacher, state.student.denoiser, state.fake):
-            if isinstance(net, EDMDenoiser):
+            if has_network(net) and isinstance(net.net, nn.Module):
                 compile_network(net.net)
     batches: Callable[[int], Batch]
     if data is not None:
@@ -161,7 +180,6 @@ def prepare_distillation(
         batches = _empty_batches(teacher, run, device)
     bins = torch.linspace(0, 1, config.ratio_bins + 1, dtype=torch.float64)
     thin = state.normaliser.thin_message(run.batch) if method.weighted else None
-    described = describe_data(data, spec) if data is not None else {}
     extra = {
         "kind": "student",
         "levels": list(state.student.levels),
@@ -171,6 +189,7 @@ def prepare_distillation(
         "guidance": config.guidance,
         "seed": run.seed,
         "data": described,
+        **{f"teacher_{key}": text for key, text in conversion.items()},
     }
     return Job(
         verb="distill",
@@ -186,6 +205,7 @@ def prepare_distillation(
             "divergence": chosen.name,
             "levels": list(state.student.levels),
             "sigma_bins": distiller.noise.quantile(bins).tolist(),
+            **conversion,
         },
         warnings=[thin] if thin else [],
         finish=lambda: (state.average.module, extra),  # type: ignore[return-value,arg-type]
@@ -216,12 +236,23 @@ def _flips(run: RunOptions, data: Dataset) -> bool:
     return run.flip
 
 
-def _data_of(teacher: str) -> str:
-    """What a saved teacher was trained on; a toy is its own data; '' when unknown."""
-    if not teacher or teacher in TOY_NAMES:
-        return teacher
-    _, info = load_model(teacher)
-    return str(info.get("data", {}).get("spec", ""))
+def _conversion(teacher: Denoiser, known: dict[str, Any]) -> dict[str, str]:
+    """How far a teacher from elsewhere is from its original; nothing for another."""
+    found = known.get("conversion") or getattr(teacher, "conversion", None)
+    return {"conversion": str(found)} if found else {}
+
+
+def _fitting(teacher: Denoiser, data: Dataset, run: RunOptions, device: torch.device) -> Dataset:
+    """The data as the teacher has them, once it is known that they fit."""
+    if run.flip and decoder_of(teacher) is not None:
+        raise UserError(
+            "--flip mirrors images, and this teacher works on latents, which cannot be mirrored",
+            fix="leave it out, or add the mirrored images to the data",
+        )
+    _flips(run, data)
+    data = as_latents(data, teacher, run.seed, device)
+    _check_fit(teacher, data)
+    return data
 
 
 def _check_fit(teacher: Denoiser, data: Dataset) -> None:
@@ -247,7 +278,7 @@ def _check_fit(teacher: Denoiser, data: Dataset) -> None:
 
 def _drawer(teacher: Denoiser, data: Dataset | None, seed: int) -> Draw | None:
     """Clean samples to fit first networks on, for a teacher that is a formula."""
-    if data is None or isinstance(teacher, EDMDenoiser):
+    if data is None or has_network(teacher):
         return None
     gen = generator(seed, "fit-data")
     return lambda n: data.batch(torch.randint(len(data), (n,), generator=gen))

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from distmatch.base.files import atomic_json, atomic_write
 from distmatch.data.batches import Batch
-from distmatch.methods.student import Student
-from distmatch.nets.edm import EDMDenoiser
-from distmatch.nets.saved import save_model
+from distmatch.interop import save_denoiser
+from distmatch.methods.start import Network
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
 from distmatch.training.loop import State, restore, run_loop
@@ -49,7 +48,7 @@ class Job:
     networks: dict[str, nn.Module]
     notes: dict[str, Any]
     warnings: list[str]
-    finish: Callable[[], tuple[EDMDenoiser, dict[str, Any]]]
+    finish: Callable[[], tuple[Network, dict[str, Any]]]
     show: tuple[str, ...]
     advise: Callable[[dict[str, Any]], list[str]] = lambda means: []
 
@@ -60,7 +59,7 @@ class Job:
 
 def carry_out(
     job: Job, folder: RunFolder | None = None, *, resume: str | int | None = None, quiet: bool = False
-) -> tuple[EDMDenoiser, dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Network, dict[str, Any], list[dict[str, Any]]]:
     """Runs a job to its end and saves the model.
 
     Args:
@@ -100,15 +99,9 @@ def carry_out(
     )
     model, extra = job.finish()
     if folder is not None:
-        save_model(folder.model, model, extra)
+        save_denoiser(folder.model, model, extra)
         with EventLog(folder.log) as log:
             seconds = time.perf_counter() - began
             done = job.state.step
             log.write("end", done, seconds=seconds, steps=done - first, memory=peak_memory())
     return model, extra, history
-
-
-def student_of(model: EDMDenoiser, extra: dict[str, Any]) -> Student:
-    """The student of a finished distillation."""
-    info = {k: v for k, v in extra.items() if k not in ("kind", "levels")}
-    return Student(model, tuple(extra["levels"]), info)

@@ -1,24 +1,31 @@
-"""Training a diffusion teacher: the EDM loss with label dropout and a weight average."""
+"""Training a diffusion teacher: one x0 loss with a weight, label dropout and a weight average."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from distmatch.base.errors import UserError
 from distmatch.base.files import load_into
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
-from distmatch.diffusion.noise import LogNormal
+from distmatch.diffusion.denoising import denoising_loss
+from distmatch.diffusion.path_core import NoisePath
+from distmatch.diffusion.pfgm import student_t
 from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig
-from distmatch.nets.edm import EDMDenoiser, edm_loss
+from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA, ema_decay
+from distmatch.nets.layers import Conditioning, Perturbation
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+from distmatch.nets.uncertainty import LearnedUncertainty, balanced
+from distmatch.training.objective import Objective, build_objective
 from distmatch.training.options import TeacherConfig
 
 
@@ -31,6 +38,7 @@ class TeacherState:
         average: Its moving average; what is sampled and saved.
         optimiser: Its optimiser.
         generator: The random stream of the steps.
+        uncertainty: The log-variance that balances the levels, when it is learned.
         step: Steps done.
     """
 
@@ -38,17 +46,21 @@ class TeacherState:
     average: EMA
     optimiser: torch.optim.Optimizer
     generator: torch.Generator
+    uncertainty: LearnedUncertainty | None = None
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """A tree of tensors, numbers and strings."""
-        return {
+        tree = {
             "denoiser": self.denoiser.state_dict(),
             "average": self.average.module.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
         }
+        if self.uncertainty is not None:
+            tree["uncertainty"] = self.uncertainty.state_dict()
+        return tree
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Restores a state of the same configuration.
@@ -58,9 +70,16 @@ class TeacherState:
         """
         load_into(self.denoiser, tree.get("denoiser", {}), "the checkpoint")
         load_into(self.average.module, tree.get("average", {}), "the checkpoint")
+        if self.uncertainty is not None:
+            load_into(self.uncertainty, tree.get("uncertainty", {}), "the checkpoint")
         self.optimiser.load_state_dict(tree["optimiser"])
         self.generator.set_state(tree["generator"].cpu())
         self.step = tree["step"]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        extra = [] if self.uncertainty is None else list(self.uncertainty.parameters())
+        return [*self.denoiser.parameters(), *extra]
 
 
 @dataclass
@@ -76,6 +95,10 @@ class TeacherTraining:
         total_steps: Length of the run, for the learning-rate schedule.
         device: Where the network lives.
         bf16: Whether the network runs under bfloat16 autocast.
+        path: A noise path to use instead of the one that the config names.
+
+    Raises:
+        UserError: The choices in the config do not go together.
     """
 
     config: TeacherConfig
@@ -86,6 +109,18 @@ class TeacherTraining:
     total_steps: int
     device: torch.device
     bf16: bool = False
+    path: NoisePath | None = None
+    objective: Objective = field(init=False)
+
+    def __post_init__(self) -> None:
+        cfg = self.config
+        if cfg.condition_noise > 0 and self.num_classes == 0:
+            raise UserError(
+                "--condition-noise perturbs labels, and there are none",
+                fix="leave it out, or train on labelled data",
+            )
+        sigma_data = math.hypot(cfg.sigma_data or self.sigma_data, cfg.instance_noise)
+        self.objective = build_objective(cfg, sigma_data, self.path)
 
     def init(self, seed: int) -> TeacherState:
         """The state before the first step."""
@@ -93,27 +128,39 @@ class TeacherTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "network"))
             net = build_net(self.net, self.shape, self.num_classes)
-        denoiser = EDMDenoiser(
-            net,
-            shape=self.shape,
-            num_classes=self.num_classes,
-            sigma_data=cfg.sigma_data or self.sigma_data,
-            sigma_min=cfg.sigma_min,
-            sigma_max=cfg.sigma_max,
-        ).to(self.device)
+        if cfg.condition_noise > 0:
+            for part in net.modules():
+                if isinstance(part, Conditioning):
+                    part.perturbation = Perturbation(cfg.condition_noise, cfg.condition_noise_kind)
+        denoiser = self.objective.denoiser(net, self.shape, self.num_classes).to(self.device)
+        optimiser = adam(denoiser.parameters(), cfg.lr, (0.9, cfg.beta2), cfg.weight_decay)
+        uncertainty = None
+        if cfg.learned_uncertainty:
+            uncertainty = LearnedUncertainty().to(self.device)
+            optimiser.add_param_group({"params": list(uncertainty.parameters()), "weight_decay": 0.0})
         return TeacherState(
             denoiser=denoiser,
             average=EMA(denoiser),
-            optimiser=adam(denoiser.parameters(), cfg.lr, (0.9, cfg.beta2), cfg.weight_decay),
+            optimiser=optimiser,
             generator=generator(seed, "teacher", self.device),
+            uncertainty=uncertainty,
         )
 
     def step(self, state: TeacherState, batch: Batch) -> dict[str, Tensor]:
-        """One step on a batch of clean samples; changes ``state``, returns loss and gradient norm."""
+        """One step on a batch of samples; changes ``state``, returns loss and gradient norm."""
         cfg = self.config
         x0 = batch.x
-        sigma = LogNormal(cfg.noise_mean, cfg.noise_std).sample(len(x0), state.generator)
+        sigma = self.objective.levels.sample(len(x0), state.generator)
+        if batch.noise is not None:
+            sigma = torch.maximum(sigma, batch.noise)
+        if cfg.instance_noise > 0:
+            x0 = x0 + cfg.instance_noise * torch.randn(
+                x0.shape, generator=state.generator, device=self.device
+            )
         noise = torch.randn(x0.shape, generator=state.generator, device=self.device)
+        if cfg.pfgm_dims > 0:
+            noise = student_t(noise, cfg.pfgm_dims, state.generator)
+        weight = self.objective.weight(sigma)
         labels = batch.labels if self.num_classes else None
         if labels is not None and cfg.label_dropout > 0:
             draw = torch.rand(len(x0), generator=state.generator, device=self.device)
@@ -124,17 +171,18 @@ class TeacherTraining:
             self._dropout_stream(state),
             torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext(),
         ):
-            loss = edm_loss(state.denoiser, x0, sigma, noise, labels).mean()
-        loss.backward()
-        norm = clipped_step(state.optimiser, list(state.denoiser.parameters()), cfg.grad_clip)
+            losses = denoising_loss(state.denoiser, x0, sigma, noise, weight, labels, data_noise=batch.noise)
+        total = losses if state.uncertainty is None else balanced(losses, state.uncertainty(sigma))
+        total.mean().backward()
+        norm = clipped_step(state.optimiser, state.parameters(), cfg.grad_clip)
         state.step += 1
         state.average.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
-        return {"loss": loss.detach(), "grad_norm": norm}
+        return {"loss": losses.detach().mean(), "grad_norm": norm}
 
     @contextmanager
     def _dropout_stream(self, state: TeacherState) -> Iterator[None]:
-        """Dropout draws from torch's global stream, which no checkpoint holds: here it is set by the step."""
-        if not getattr(self.net, "dropout", 0.0):
+        """Layers draw from torch's global stream, which no checkpoint holds: here it is set by the step."""
+        if not (getattr(self.net, "dropout", 0.0) or self.config.condition_noise):
             yield
             return
         accelerators = [] if self.device.type == "cpu" else [self.device]

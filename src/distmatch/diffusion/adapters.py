@@ -1,0 +1,278 @@
+"""Any network as a denoiser, whatever it predicts on whatever path; and any denoiser seen on a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.denoiser import Denoiser, expand, require_score
+from distmatch.diffusion.path_core import NoisePath, Time, check_prior
+from distmatch.diffusion.paths import DiscretePath, noise_path
+from distmatch.diffusion.predictions import Coefficients, check_prediction, convert
+
+_PURE_NOISE = 1e5  # a path that goes beyond this ratio ends in pure noise: samplers start below it, at _START
+_START = 1000.0
+_FINEST = 0.002  # where samplers stop on a path that begins without noise
+_TINY = 1e-12  # rates of change may be infinite without noise
+
+
+class PredictionDenoiser(nn.Module):
+    """The denoiser around ``net(x_t, t)`` or ``net(x_t, t, labels)``.
+
+    A sample y at level sigma in the frame of the denoisers is ``x_t = alpha(t) y`` on the path, at the time
+    with ``sigma(t) / alpha(t) = sigma``. What the network predicts there is turned into x0. Beyond the
+    ends of its path, the network is told the end.
+
+    Args:
+        net: The network. It is given ``x_t`` in the dtype of its parameters, ``t`` as a vector (B,) in the
+            same dtype but at least float32 (int64 when ``levels`` is "snap"), and labels if it has classes.
+        path: A path or its name.
+        prediction: What it predicts: "x0", "eps", "v", "flow" or "score".
+        shape: Shape of one sample.
+        num_classes: Number of classes; 0 when the network takes no labels.
+        sigma_data: Standard deviation of the data.
+        sigma_min: Smallest noise level; by default that of the path.
+        sigma_max: Largest noise level; by default that of the path, or 1000 when it ends in pure noise.
+        time: How the network counts time, ``t -> its argument``: ``lambda t: 999 * t``, for example.
+        levels: "interpolate" tells a discrete-time network times between its own, "snap" the nearest of its
+            own as an integer.
+        null_class: The label that stands for "no condition" in this network. None: it knows -1 itself and
+            takes ``labels=None``, as the networks here do.
+        reverse_time: The network's time runs from noise at 0 to data at 1, so it is told ``1 - t`` and its
+            flow points the other way. Much flow-matching code counts so.
+
+    Raises:
+        UserError: An unknown name, levels outside the path, a path that does not reach its prior, snapping
+            without levels to snap to.
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        path: str | NoisePath,
+        prediction: str,
+        *,
+        shape: Sequence[int],
+        num_classes: int = 0,
+        sigma_data: float = 0.5,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        time: Callable[[Tensor], Tensor] | None = None,
+        levels: Literal["interpolate", "snap"] = "interpolate",
+        null_class: int | None = None,
+        reverse_time: bool = False,
+    ) -> None:
+        super().__init__()
+        check_prediction(prediction)
+        self.net = net
+        self.path = noise_path(path)
+        self.prediction = prediction
+        self.shape = tuple(shape)
+        self.num_classes = num_classes
+        self.sigma_data = float(sigma_data)
+        self.sigma_min, self.sigma_max = _range(self.path, sigma_min, sigma_max)
+        check_prior(self.path, self.sigma_data, rho_max=self.sigma_max)
+        if levels not in ("interpolate", "snap"):
+            raise unknown_name("way to treat levels", levels, ["interpolate", "snap"])
+        if levels == "snap" and not isinstance(self.path, DiscretePath):
+            raise UserError(
+                "snapping needs a path with levels of its own",
+                got=f"the {self.path.name} path, which is continuous",
+                fix="use discrete_path(alphas_cumprod), or levels='interpolate'",
+            )
+        if reverse_time and not 0 <= self.path.t_min < self.path.t_max <= 1:
+            raise UserError(
+                "reverse_time means 1 - t, so it needs a path whose times lie between 0 and 1",
+                got=f"the {self.path.name} path, from {self.path.t_min:g} to {self.path.t_max:g}",
+                fix="leave it out, and say how the network counts with time=lambda t: ...",
+            )
+        self.time, self.levels, self.null_class, self.reverse_time = time, levels, null_class, reverse_time
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
+
+        Returns:
+            (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network.
+        """
+        noised, coefficients, arguments = self._inputs(x, sigma, condition)
+        return self._clean(self.net(*arguments), noised, coefficients)
+
+    def _inputs(
+        self, x: Tensor, sigma: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Coefficients, list[Any]]:
+        if tuple(x.shape[1:]) != self.shape:
+            raise UserError(
+                "these samples are not of the shape that the model takes",
+                got=f"a batch of shape {tuple(x.shape)}",
+                expected=f"(batch, {', '.join(map(str, self.shape))})",
+            )
+        x = x if x.dtype == torch.float64 else x.float()
+        level = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1).expand(len(x))
+        t = self.path.t_of_rho(level.clamp_min(_TINY))
+        c = self.path.coefficients(t)
+        # Beyond the ends of a path without closed form, time stops and the level is still what it is.
+        c = replace(c, sigma=c.alpha * level)
+        noised = expand(c.alpha, x).to(x.dtype) * x
+        dtype = self._dtype(x)
+        arguments: list[Any] = [noised.to(dtype), self._times(t, level, dtype)]
+        if self.num_classes > 0:
+            arguments.append(self._labels(condition, x))
+        return noised, c, arguments
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of the network, or of ``x`` when it has no parameters."""
+        if isinstance(self.net, nn.Module):
+            for parameter in self.net.parameters():
+                if parameter.is_floating_point():
+                    return parameter.dtype
+        return x.dtype
+
+    def _times(self, t: Tensor, level: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.levels == "snap" and isinstance(self.path, DiscretePath):
+            told = self.path.nearest(level)[0]
+        else:
+            told = t.clamp(self.path.t_min, self.path.t_max)
+            told = 1 - told if self.reverse_time else told
+            told = told.to(torch.promote_types(dtype, torch.float32))
+        return told if self.time is None else self.time(told)
+
+    def _labels(self, condition: Tensor | None, x: Tensor) -> Tensor | None:
+        if self.null_class is None:
+            return condition
+        if condition is None:
+            return torch.full((len(x),), self.null_class, dtype=torch.int64, device=x.device)
+        return torch.where(condition < 0, self.null_class, condition)
+
+    def _clean(self, value: Tensor, noised: Tensor, coefficients: Coefficients) -> Tensor:
+        if value.shape != noised.shape:
+            raise UserError(
+                "the network does not return something like its input",
+                got=f"{tuple(value.shape)} for {tuple(noised.shape)}",
+                fix="if it also returns a variance, wrap it so that it returns the prediction alone",
+            )
+        value = value.to(noised.dtype)
+        if self.reverse_time and self.prediction == "flow":
+            value = -value
+        return convert(value, self.prediction, "x0", noised, coefficients)
+
+
+class PredictionFeatureDenoiser(PredictionDenoiser):
+    """The same around a network that lends its features: ``net.with_features(x_t, t, labels)``."""
+
+    def with_features(
+        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The denoised ``x`` and the features of the network, in its own dtype."""
+        noised, coefficients, arguments = self._inputs(x, sigma, condition)
+        value, features = self.net.with_features(*arguments)  # type: ignore[attr-defined]
+        return self._clean(value, noised, coefficients), features
+
+
+def as_denoiser(
+    module: Callable[..., Tensor],
+    path: str | NoisePath = "vp",
+    prediction: str = "eps",
+    *,
+    shape: Sequence[int],
+    **options: Any,
+) -> PredictionDenoiser:
+    """Makes a teacher of your own network.
+
+    Args:
+        module: ``net(x_t, t)``, or ``net(x_t, t, labels)`` with ``num_classes``.
+        path: The noise path that it was trained on, or its name.
+        prediction: What it predicts: "x0", "eps", "v", "flow" or "score".
+        shape: Shape of one sample.
+        options: The other arguments of :class:`PredictionDenoiser`.
+
+    Returns:
+        A denoiser; one that lends features when the network does.
+    """
+    lends = hasattr(module, "with_features")
+    kind = PredictionFeatureDenoiser if lends else PredictionDenoiser
+    return kind(module, path, prediction, shape=shape, **options)
+
+
+class OnPath:
+    """A denoiser seen on a path: every prediction at ``x_t`` and ``t``.
+
+    Args:
+        denoiser: The denoiser.
+        path: A path or its name; it need not be the one that the denoiser was trained on.
+        sigma_limit: Levels beyond it, pure noise among them, are asked at it, with the noise scaled to it.
+            By default the ``sigma_max`` of the denoiser, which knows nothing beyond it. The error is of the
+            order of (standard deviation of the data)^2 / sigma_limit.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, path: str | NoisePath, *, sigma_limit: float | None = None
+    ) -> None:
+        self.denoiser = denoiser
+        self.path = noise_path(path)
+        self.sigma_limit = denoiser.sigma_max if sigma_limit is None else sigma_limit
+
+    def predict(self, prediction: str, x: Tensor, t: Time, condition: Tensor | None = None) -> Tensor:
+        """A prediction at ``x`` (B, *shape) and times ``t``, (B,) or one for all.
+
+        Finite at pure noise (alpha = 0), whatever is asked.
+
+        Raises:
+            UserError: An unknown prediction, or the score of a teacher that has none.
+        """
+        check_prediction(prediction)
+        if prediction == "score":
+            require_score(self.denoiser, "a score")
+        c = self._coefficients(x, t)
+        rho = c.sigma / c.alpha
+        scale = torch.where(rho <= self.sigma_limit, 1 / c.alpha, self.sigma_limit / c.sigma)
+        level = rho.clamp(max=self.sigma_limit).to(x.dtype)
+        clean = self.denoiser(x * expand(scale, x).to(x.dtype), level, condition)
+        return convert(clean, "x0", prediction, x, c)
+
+    def velocity(self, x: Tensor, t: Time, condition: Tensor | None = None) -> Tensor:
+        """The velocity dx/dt of the probability flow, E[alpha' x0 + sigma' eps | x]."""
+        return self.predict("flow", x, t, condition)
+
+    def score(self, x: Tensor, t: Time, condition: Tensor | None = None) -> Tensor:
+        """The gradient of the log density of ``x_t``."""
+        return self.predict("score", x, t, condition)
+
+    def to_frame(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """``(y, sigma)`` of the denoisers from ``x_t`` and ``t``: both are divided by alpha."""
+        c = self._coefficients(x, t)
+        return x / c.over(x).alpha, c.sigma / c.alpha
+
+    def from_frame(self, y: Tensor, sigma: Time) -> tuple[Tensor, Tensor]:
+        """``(x_t, t)`` from y and sigma (B,), or one sigma for all."""
+        level = torch.as_tensor(sigma, dtype=torch.float64, device=y.device).reshape(-1).expand(len(y))
+        t = self.path.t_of_rho(level)
+        return y * self.path.coefficients(t).over(y).alpha, t
+
+    def _coefficients(self, x: Tensor, t: Time) -> Coefficients:
+        times = torch.as_tensor(t, dtype=torch.float64, device=x.device).reshape(-1).expand(len(x))
+        return self.path.coefficients(times)
+
+
+def _range(path: NoisePath, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+    """The levels of a denoiser on ``path``."""
+    low, high = path.rho_min, path.rho_max
+    if sigma_min is None:
+        sigma_min = low if low > 0 else _FINEST
+    if sigma_max is None:
+        sigma_max = high if high < _PURE_NOISE else _START
+    slack = 1 + 1e-6  # the user may have rounded
+    if not (
+        0 < sigma_min < sigma_max < float("inf") and low <= sigma_min * slack and sigma_max <= high * slack
+    ):
+        raise UserError(
+            f"noise levels outside the {path.name} path",
+            got=f"sigma_min={sigma_min:g}, sigma_max={sigma_max:g}",
+            expected=f"0 < sigma_min < sigma_max, within {low:.6g} and {high:.6g}",
+            fix="leave them out, or give the path other ends",
+        )
+    return sigma_min, sigma_max

@@ -1,0 +1,1 @@
+"""Several diffusion models together: mixtures, equal densities, products, annealing, tilting."""

@@ -1,0 +1,128 @@
+"""Linear inverse problems: a denoiser for x0 given a measurement value = A x0 + N(0, noise_std^2).
+
+With J = dD/dy, the data given y have mean D and covariance C = sigma^2 J (Tweedie). Taking them as Gaussian,
+
+    D' = D + J^T A^T (A J A^T + noise_std^2 / sigma^2)^(-1) (value - A D)
+
+is the posterior mean given y and the measurement; for Gaussian data it is exact (Boys et al. 2023, "Tweedie
+moment projected diffusions"). ``covariance="isotropic"`` has sigma_data^2 / (sigma^2 + sigma_data^2) times
+the identity for J in the inverse, which is the pseudoinverse guidance of Song et al. (2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.control.linear import LinearMap
+from distmatch.diffusion.denoiser import Denoiser, expand, require_score
+from distmatch.diffusion.geometry.jacobian import denoise_for_gradient, pull_back, refuse_random_layers
+from distmatch.diffusion.guidance import Calls, Wrapper, cost_of
+
+
+class LinearPosterior(Wrapper):
+    """The denoiser of samples that agree with a linear measurement. It goes with any solver.
+
+    Args:
+        inner: The model, differentiable with respect to its input.
+        operator: A.
+        value: What was measured, (*out_shape), or (B, *out_shape) for the B samples of each call.
+        noise_std: Standard deviation of the measurement's noise; 0 is an exact measurement.
+        covariance: ``"tweedie"`` uses the model's own Jacobian, by conjugate gradients with one VJP an
+            iteration; ``"isotropic"`` a multiple of the identity, with one VJP in all.
+        iterations: Conjugate-gradient iterations; M measurements need at most M. By default M, but at most
+            32.
+
+    Raises:
+        UserError: The measurement does not fit the model, or the model has no score.
+    """
+
+    def __init__(
+        self,
+        inner: Denoiser,
+        operator: LinearMap,
+        value: Tensor,
+        noise_std: float = 0.0,
+        *,
+        covariance: Literal["tweedie", "isotropic"] = "tweedie",
+        iterations: int | None = None,
+    ) -> None:
+        require_score(inner, "a posterior given a measurement")
+        refuse_random_layers(inner)
+        super().__init__(inner)
+        operator.check_value(value)
+        if tuple(operator.shape) != tuple(inner.shape):
+            raise UserError(
+                "this measurement is of other samples than the model's",
+                got=tuple(operator.shape),
+                expected=tuple(inner.shape),
+            )
+        if not 0 <= noise_std < math.inf:
+            raise UserError("the noise of a measurement is a number from 0 on", got=noise_std)
+        if covariance not in ("tweedie", "isotropic"):
+            raise UserError("unknown covariance", got=repr(covariance), expected='"tweedie" or "isotropic"')
+        if iterations is not None and iterations < 1:
+            raise UserError("conjugate gradients need at least one iteration", got=iterations)
+        self.operator, self.value, self.noise_std = operator, value, noise_std
+        self.covariance = covariance
+        self.iterations = iterations or min(math.prod(operator.out_shape), 32)
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The corrected prediction, (B, *shape)."""
+        if tuple(self.value.shape) not in (self.operator.out_shape, (len(x), *self.operator.out_shape)):
+            raise UserError(
+                "there must be one measured value for all samples, or one for each",
+                got=f"{tuple(self.value.shape)} for {len(x)} samples",
+            )
+        out, leaf = denoise_for_gradient(self.inner, x, sigma, condition)
+        clean = out.detach()
+        surprise = self.value.to(clean) - self.operator.apply(clean)
+        level = sigma.to(clean).reshape(-1).expand(len(x))
+        relative = expand(self.noise_std**2 / level**2, surprise)
+        share = expand(self.sigma_data**2 / (level**2 + self.sigma_data**2), clean)
+
+        def seen(v: Tensor) -> Tensor:
+            back = self.operator.transpose(v)
+            spread = share * back if self.covariance == "isotropic" else pull_back(out, leaf, back[None])[0]
+            return self.operator.apply(spread) + relative * v
+
+        u = conjugate_gradients(seen, surprise, self.iterations)
+        return clean + pull_back(out, leaf, self.operator.transpose(u)[None], keep=False)[0]
+
+    def cost(self, sigma: Tensor, condition: Tensor | None = None) -> Calls:
+        """One call of the model, and a backward pass for each iteration and the correction."""
+        passes = 1 + (self.iterations if self.covariance == "tweedie" else 0)
+        return cost_of(self.inner, sigma, condition) + Calls(backward=passes)
+
+
+def conjugate_gradients(matrix: Callable[[Tensor], Tensor], right: Tensor, iterations: int) -> Tensor:
+    """Solves matrix u = right for each sample, (B, ...), the matrix symmetric and positive semi-definite.
+
+    A sample that has converged to rounding, or meets a direction without curvature, keeps its solution. The
+    number of iterations is fixed, so that nothing waits for the device.
+    """
+    u = torch.zeros_like(right)
+    rest, direction = right, right
+    size = _dot(rest, rest)
+    least = torch.finfo(right.dtype).eps ** 2 * size
+    for _ in range(iterations):
+        image = matrix(direction)
+        curvature = _dot(direction, image)
+        going = (size > least) & (curvature > 0)
+        step = torch.where(going, size / torch.where(going, curvature, 1), 0)
+        u = u + step * direction
+        rest = rest - step * image
+        smaller = _dot(rest, rest)
+        direction = rest + torch.where(going, smaller / torch.where(going, size, 1), 0) * direction
+        size = torch.where(going, smaller, 0)
+    return u
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of samples, (B, 1, ...)."""
+    return expand((a * b).flatten(1).sum(1), a)

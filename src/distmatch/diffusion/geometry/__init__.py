@@ -1,0 +1,1 @@
+"""Local geometry of a denoiser: Jacobians, flows, dimension, conservativity, agreement, tails."""

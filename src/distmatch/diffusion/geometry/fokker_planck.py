@@ -1,0 +1,164 @@
+"""Whether a model's densities at different noise levels belong to one diffusion: the Fokker-Planck residual.
+
+For dx = f(t) x dt + g(t) dw, the true phi = log p_t has
+
+    R = d_t phi + d f + f x . grad phi - g^2/2 (lap phi + |grad phi|^2) = 0
+
+(as in Lai et al. 2023 and arXiv 2311.15996). In the frame y = x0 + sigma eps with time sigma, f = 0 and
+g^2 = 2 sigma. A score alone fixes phi up to c(t), so its residual is the gradient of R.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distmatch.base.errors import UserError
+from distmatch.base.estimate import Estimate
+from distmatch.diffusion.denoiser import Denoiser, require_score
+from distmatch.diffusion.geometry.jacobian import draw_probes, parse_trace, refuse_random_layers
+from distmatch.diffusion.geometry.summary import ratio_of
+
+Drift = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def exploding(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """No drift and g^2 = 2 sigma: the frame y = x0 + sigma eps, with sigma as time."""
+    return torch.zeros_like(sigma), 2 * sigma
+
+
+def potential_residual(
+    potential: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    t: Tensor,
+    *,
+    process: Drift = exploding,
+    trace: str = "exact",
+    seed: int = 0,
+    create_graph: bool = False,
+) -> Tensor:
+    """R at each point, in nats for each unit of time.
+
+    A c(t) that is added to the potential adds c'(t) to R: it sees the normaliser too.
+
+    Args:
+        potential: phi(x, t) in nats, (B, *shape) and (B,) to (B,), twice differentiable.
+        x: Positions (B, *shape).
+        t: Times (B,).
+        process: t (B,) to f and g^2, each (B,); by default t is sigma and data have the noise sigma eps.
+        trace: How to take the Laplacian: ``"exact"``, ``"rademacher:m"`` or ``"gaussian:m"``.
+        seed: Seed of the probes.
+        create_graph: Whether the result can be differentiated, to train with it.
+
+    Returns:
+        (B,).
+    """
+    kind, count = parse_trace(trace)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        place = x if x.requires_grad else x.detach().requires_grad_()
+        time = t if t.requires_grad else t.detach().requires_grad_()
+        value = potential(place, time)
+        slope, rate = torch.autograd.grad(value.sum(), (place, time), create_graph=True)
+        flat = slope.flatten(1)
+        if count:
+            rows = draw_probes(kind, count, len(x), tuple(x.shape[1:]), seed=seed, like=x)
+        else:
+            eye = torch.eye(flat.shape[1], dtype=x.dtype, device=x.device)
+            rows = eye.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
+        curvature = torch.zeros_like(value)
+        for e in rows:
+            (pulled,) = torch.autograd.grad((slope * e).sum(), place, create_graph=True)
+            curvature = curvature + (pulled * e).flatten(1).sum(1) / max(count, 1)
+        f, g2 = process(time)
+        drift = f * (flat.shape[1] + (place * slope).flatten(1).sum(1))
+        residual = rate + drift - 0.5 * g2 * (curvature + flat.square().sum(1))
+    return residual if create_graph else residual.detach()
+
+
+@dataclass(frozen=True)
+class ScoreResidual:
+    """d_sigma s - grad[sigma (div s + |s|^2)].
+
+    Attributes:
+        residual: (K, B, D): one unbiased value for each probe; one value (K = 1) when exact.
+        rate: d_sigma s, (B, D), to compare with.
+        exact: Whether ``residual`` has no probe noise.
+    """
+
+    residual: Tensor
+    rate: Tensor
+    exact: bool
+
+    def relative(self) -> Estimate:
+        """sqrt(E|residual|^2 / E|rate|^2): 0 for a true score, of order 1 for an unrelated family.
+
+        Probe noise is left out by multiplying different probes; without it a small value can come out as 0.
+        """
+        if self.exact:
+            squares = self.residual[0].square().sum(-1)
+        else:
+            k = len(self.residual)
+            together = self.residual.sum(0).square() - self.residual.square().sum(0)
+            squares = together.sum(-1) / (k * (k - 1))
+        size = self.rate.square().sum(-1)
+        square = ratio_of(squares, size)
+        value = math.sqrt(max(square.value, 0.0))
+        stderr = square.stderr / (2 * value) if value > 0 else math.sqrt(square.stderr)
+        return Estimate(value, stderr, square.n)
+
+
+def score_residual(
+    denoiser: Denoiser,
+    y: Tensor,
+    sigma: Tensor,
+    *,
+    condition: Tensor | None = None,
+    trace: str = "exact",
+    seed: int = 0,
+) -> ScoreResidual:
+    """The residual of the score (D - y) / sigma^2 of a denoiser.
+
+    Args:
+        denoiser: The model, twice differentiable in ``y`` and once in ``sigma``.
+        y: Positions (B, *shape).
+        sigma: Levels (B,).
+        condition: Labels (B,), -1 for none.
+        trace: ``"exact"`` (D backward passes) or ``"rademacher:m"`` or ``"gaussian:m"`` with m of 2 or more.
+        seed: Seed of the probes.
+
+    Raises:
+        UserError: One probe, or a model without a score.
+    """
+    kind, count = parse_trace(trace)
+    if count == 1:
+        raise UserError(
+            "one probe cannot tell its own noise from the residual", got=trace, expected=f"{kind}:2 or more"
+        )
+    require_score(denoiser, "the Fokker-Planck residual")
+    refuse_random_layers(denoiser)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        place, level = y.detach().requires_grad_(), sigma.detach().requires_grad_()
+        wide = level.reshape(-1, *([1] * (y.ndim - 1)))
+        score = (denoiser(place, level, condition) - place) / wide**2
+        dummy = torch.zeros_like(score, requires_grad=True)
+        (along,) = torch.autograd.grad((score * dummy).sum(), level, create_graph=True)
+        (rate,) = torch.autograd.grad(along.sum(), dummy, retain_graph=True)
+        if count:
+            rows = draw_probes(kind, count, len(y), tuple(y.shape[1:]), seed=seed, like=y)
+        else:
+            eye = torch.eye(y[0].numel(), dtype=y.dtype, device=y.device)
+            rows = eye.reshape(-1, 1, *y.shape[1:]).expand(-1, *y.shape)
+        (pull,) = torch.autograd.grad((wide * score**2).sum(), place, retain_graph=True)
+        bends = []
+        for e in rows:
+            (pulled,) = torch.autograd.grad((score * e).sum(), place, create_graph=True)
+            (bend,) = torch.autograd.grad((wide * pulled * e).sum(), place, retain_graph=True)
+            bends.append(bend)
+    bend = torch.stack(bends) if count else torch.stack(bends).sum(0, keepdim=True)
+    residual = (rate - pull - bend).detach().double()
+    return ScoreResidual(residual.flatten(2), rate.detach().double().flatten(1), not count)

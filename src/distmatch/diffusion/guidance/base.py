@@ -1,0 +1,179 @@
+"""Guidance in general: a prediction, a corrected prediction, and at which levels the second one is used."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, expand, is_diffused
+from distmatch.diffusion.geometry.jacobian import refuse_random_layers
+from distmatch.diffusion.guidance.wrapper import Calls, Wrapper, at_step, cost_of
+
+Features = list[Tensor]
+Pass = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Features]]
+"""One network pass: (x, sigma, condition) to the prediction and the features, none where not asked for."""
+
+Where = bool | Tensor
+"""Which samples of a batch are guided: all, none, or a mask (B,)."""
+
+
+class Guidance(Wrapper):
+    """A denoiser that corrects the prediction of ``inner``. Subclasses say how, and for which samples.
+
+    Samples that are not guided keep the prediction of ``inner`` bit for bit. In a solver the interval is
+    decided once a step, by the higher one of its two levels, which is where a sampler's step starts; so a
+    second evaluation does as the first, a step outside costs what ``inner`` costs, and going back up meets
+    the decisions of the way down. In a call by itself each sample's own level decides.
+
+    Args:
+        inner: The denoiser to guide.
+        interval: (low, high): guide where low < sigma <= high only. None guides everywhere.
+
+    Raises:
+        UserError: Not ``0 <= low < high``.
+    """
+
+    def __init__(self, inner: Denoiser, interval: tuple[float, float] | None = None) -> None:
+        super().__init__(inner)
+        self.interval = None if interval is None else checked_interval(interval)
+        self._outside = False  # in a step outside the interval
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the correction is none at every level: ``inner`` is called alone."""
+        return False
+
+    @property
+    def diffused(self) -> bool:
+        """Whether the scores at all levels are those of one noised density; guided ones are not."""
+        return self.neutral and is_diffused(self.inner)
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The guided prediction, (B, *shape); samples with nothing to guide them are not guided."""
+
+        def plain(x: Tensor, sigma: Tensor, condition: Tensor | None) -> tuple[Tensor, Features]:
+            return self.inner(x, sigma, condition), []
+
+        return self._run(plain, x, sigma, condition)[0]
+
+    def with_features(
+        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None
+    ) -> tuple[Tensor, Features]:
+        """The guided prediction and the features of the main pass, not of the reference.
+
+        Raises:
+            UserError: The inner denoiser lends none.
+        """
+        if not isinstance(self.inner, FeatureDenoiser):
+            raise UserError("this teacher does not lend features", fix="use --ratio-features own")
+        return self._run(self.inner.with_features, x, sigma, condition)
+
+    def _run(
+        self, forward: Pass, x: Tensor, sigma: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Features]:
+        where = self._where(sigma, condition)
+        if where is False:
+            return forward(x, sigma, self._main_condition(condition))
+        main, guided, features = self._guided(forward, x, sigma, condition)
+        if isinstance(where, Tensor):
+            guided = torch.where(expand(where, x), guided, main)
+        return guided, features
+
+    def _guided(
+        self, forward: Pass, x: Tensor, sigma: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor, Features]:
+        """Prediction of ``inner``, guided prediction, features."""
+        main, features = forward(x, sigma, self._main_condition(condition))
+        return main, self._corrected(main, x, sigma, condition), features
+
+    def _corrected(self, main: Tensor, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
+        """The guided prediction of all samples."""
+        raise NotImplementedError
+
+    def _main_condition(self, condition: Tensor | None) -> Tensor | None:
+        """What ``inner`` is told."""
+        return condition
+
+    def _guidable(self, condition: Tensor | None) -> Where:
+        """Which samples have something to be guided by."""
+        return condition is not None
+
+    def _where(self, sigma: Tensor, condition: Tensor | None) -> Where:
+        guidable = False if self.neutral or self._outside else self._guidable(condition)
+        if guidable is False or self.interval is None:
+            return guidable
+        inside = (sigma > self.interval[0]) & (sigma <= self.interval[1])
+        if inside.device.type == "cpu":  # elsewhere a look at the values would wait for the device
+            if not bool(inside.any()):
+                return False
+            if bool(inside.all()):
+                return guidable
+        return inside & guidable
+
+    def cost(self, sigma: Tensor, condition: Tensor | None = None) -> Calls:
+        """What a call costs for each sample."""
+        inner = cost_of(self.inner, sigma, self._main_condition(condition))
+        if self._where(sigma, condition) is False:
+            return inner
+        return self._cost(inner, sigma, condition)
+
+    def _cost(self, inner: Calls, sigma: Tensor, condition: Tensor | None) -> Calls:
+        """The cost of a guided call, where that of the inner denoiser is ``inner``."""
+        raise NotImplementedError
+
+    def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
+        """The guided or the plain denoiser, as the interval has it for the higher level of the step."""
+        changed = copy.copy(self)
+        changed.inner = at_step(self.inner, sigma_from, sigma_to)
+        if self.interval is not None:
+            changed._outside = not self.interval[0] < max(sigma_from, sigma_to) <= self.interval[1]
+            changed.interval = None
+        return changed
+
+
+def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    """The interval as two numbers.
+
+    Raises:
+        UserError: Not ``0 <= low < high``.
+    """
+    low, high = (float(level) for level in interval)
+    if not 0 <= low < high:
+        raise UserError(
+            "a guidance interval must satisfy 0 <= low < high, in noise levels sigma",
+            got=f"low={low:g}, high={high:g}",
+            fix="give the lower level first; high may be inf",
+        )
+    return low, high
+
+
+def refuse_training_mode(classifier: object) -> None:
+    """Refuses a classifier whose answer changes from call to call or with the batch.
+
+    Raises:
+        UserError: It holds dropout or batch normalisation in training mode.
+    """
+    try:
+        refuse_random_layers(classifier)
+    except UserError as error:
+        raise UserError(
+            "the classifier of a guidance must be a fixed function",
+            got="dropout or batch normalisation in training mode",
+            fix="call .eval() on it",
+        ) from error
+
+
+def checked_scale(scale: float) -> float:
+    """The scale as a number.
+
+    Raises:
+        UserError: It is not finite.
+    """
+    if not math.isfinite(scale):
+        raise UserError("a guidance scale must be a finite number", got=scale)
+    return float(scale)

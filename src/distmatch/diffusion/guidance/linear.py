@@ -1,0 +1,154 @@
+"""Guidance by a second prediction: classifier-free guidance and autoguidance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.denoiser import Denoiser, has_score
+from distmatch.diffusion.guidance.base import Features, Guidance, Pass, Where, checked_scale
+from distmatch.diffusion.guidance.wrapper import Calls, at_step, cost_of
+
+
+class Guided(Guidance):
+    """D_ref + scale (D_main - D_ref). Scale 1 is no guidance and makes no second call.
+
+    Classifier-free guidance (Ho and Salimans 2022, whose w is ``scale - 1``) takes the same model without
+    the class as reference, in one batch of twice the size. Autoguidance (Karras et al. 2024, "Guiding a
+    diffusion model with a bad version of itself") takes a weaker model with the same class.
+
+    Everything a network may predict is affine in D with the same coefficients for both, so that guiding
+    eps, v, flow or score by this formula is the same thing.
+
+    Args:
+        inner: The main model. Without a reference it must be class-conditional and know "no class".
+        scale: Guidance scale w, any finite number; below 0 it leads away from the class.
+        reference: Another model in place of the main one without its class. One with the same classes is
+            told the same ones; one without classes is a separate unconditional model.
+        interval: (low, high): guide where low < sigma <= high only (Kynkaanniemi et al. 2024).
+
+    Raises:
+        UserError: No classes and no reference, models that do not fit together, a bad scale or interval.
+    """
+
+    def __init__(
+        self,
+        inner: Denoiser,
+        scale: float,
+        *,
+        reference: Denoiser | None = None,
+        interval: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(inner, interval)
+        self.scale = checked_scale(scale)
+        self.reference = reference
+        if reference is not None:
+            check_pair(inner, reference)
+        elif inner.num_classes == 0:
+            raise UserError(
+                "guidance needs a class-conditional teacher",
+                got="an unconditional one",
+                fix="train the teacher on labelled data, or leave --guidance at 1; a weaker model as "
+                "reference can guide an unconditional one",
+            )
+
+    @property
+    def neutral(self) -> bool:
+        """At scale 1."""
+        return self.scale == 1
+
+    def _guidable(self, condition: Tensor | None) -> Where:
+        if self.reference is None:
+            return condition is not None
+        if self.reference.num_classes == self.num_classes:
+            return True
+        # Without a class, two unconditional models differ by their faults only.
+        return False if condition is None else condition >= 0
+
+    def _guided(
+        self, forward: Pass, x: Tensor, sigma: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor, Features]:
+        if self.reference is not None or condition is None:
+            return super()._guided(forward, x, sigma, condition)
+        none = torch.full_like(condition, -1)
+        both, features = forward(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([condition, none]))
+        main, reference = both.chunk(2)
+        return main, self._mix(main, reference), [f[: len(x)] for f in features]
+
+    def _corrected(self, main: Tensor, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
+        if self.reference is None:
+            return main
+        told = condition if self.reference.num_classes else None
+        return self._mix(main, self.reference(x, sigma, told))
+
+    def _mix(self, main: Tensor, reference: Tensor) -> Tensor:
+        return reference + self.scale * (main - reference)
+
+    def _cost(self, inner: Calls, sigma: Tensor, condition: Tensor | None) -> Calls:
+        if self.reference is None:
+            return inner + inner.as_reference
+        told = condition if self.reference.num_classes else None
+        return inner + cost_of(self.reference, sigma, told).as_reference
+
+    def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
+        """The guided or the plain denoiser, as the interval has it; the reference in this step likewise."""
+        changed = super().for_step(sigma_from, sigma_to)
+        if isinstance(changed, Guided) and changed.reference is not None:
+            changed.reference = at_step(changed.reference, sigma_from, sigma_to)
+        return changed
+
+
+def guided(
+    denoiser: Denoiser,
+    scale: float,
+    *,
+    interval: tuple[float, float] | None = None,
+    reference: Denoiser | None = None,
+) -> Denoiser:
+    """The denoiser with the guidance that was asked for, or itself at scale 1.
+
+    Args:
+        denoiser: The teacher.
+        scale: Guidance scale; 1 is none.
+        interval: (low, high): guide where low < sigma <= high only.
+        reference: A weaker model for autoguidance; None is classifier-free guidance.
+
+    Raises:
+        UserError: As :class:`Guided`; or an interval or a reference at scale 1, where they do nothing.
+    """
+    if checked_scale(scale) != 1:
+        return Guided(denoiser, scale, reference=reference, interval=interval)
+    if interval is not None or reference is not None:
+        raise UserError(
+            "a guidance interval or reference does nothing at guidance scale 1",
+            fix="give a scale too, for example --guidance 2",
+        )
+    return denoiser
+
+
+def check_pair(main: Denoiser, reference: Denoiser) -> None:
+    """Refuses a reference whose predictions cannot be compared with those of the main model.
+
+    Raises:
+        UserError: Other samples, other classes or another kind of noise.
+    """
+    if tuple(main.shape) != tuple(reference.shape):
+        raise UserError(
+            "the reference of a guidance is a model of other samples",
+            got=f"shape {tuple(reference.shape)}",
+            expected=f"{tuple(main.shape)}, that of the main model",
+        )
+    if reference.num_classes not in (0, main.num_classes):
+        raise UserError(
+            "the reference of a guidance has other classes than the main model",
+            got=f"{reference.num_classes} classes",
+            expected=f"{main.num_classes}, or none",
+            fix="guide by a model trained with the same labels, or by an unconditional one",
+        )
+    if has_score(main) != has_score(reference):
+        raise UserError(
+            "main model and reference were trained with different kinds of noise",
+            got="one Gaussian, one not (gaussian_kernel)",
+            fix="take both from the same family",
+        )

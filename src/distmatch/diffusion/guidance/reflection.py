@@ -1,0 +1,132 @@
+"""Weak-to-strong reflection (W2SD): denoise with a strong model, go back with a weak one, then step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.guidance.linear import check_pair
+from distmatch.diffusion.guidance.wrapper import CallCounter, at_step
+from distmatch.diffusion.noise_streams import SampleNoise
+from distmatch.diffusion.paths import NoisePath
+from distmatch.diffusion.solvers.grids import checked_levels
+from distmatch.diffusion.solvers.run import Solver
+from distmatch.diffusion.solvers.solve import Solution, solve
+
+Predict = Callable[[Tensor, float], Tensor]
+"""(y, sigma) to D."""
+
+
+def reflect(
+    strong: Predict, weak: Predict, y: Tensor, now: float, after: float, *, weak_level: float | None = None
+) -> Tensor:
+    """The state at level ``now`` after a step down with the strong and a step up with the weak model.
+
+    Both are DDIM (Euler) steps, so the result is ``y + (now - after) (eps_weak - eps_strong)``, to first
+    order ``y + now (now - after) (score_strong - score_weak)``.
+
+    Args:
+        strong: The strong model.
+        weak: The weak model.
+        y: State (B, *shape).
+        now: Its level.
+        after: Level to go to and come back from.
+        weak_level: The level that the weak model is told; ``now`` where it is None, as the authors have it.
+            ``after`` is the true level of what it sees.
+    """
+    level = now if weak_level is None else weak_level
+    ahead = y + (after - now) / now * (y - strong(y, now))
+    return ahead + (now - after) / level * (ahead - weak(ahead, level))
+
+
+@torch.no_grad()
+def solve_reflected(
+    strong: Denoiser,
+    weak: Denoiser,
+    y: Tensor,
+    grid: Tensor | Sequence[float],
+    solver: str | Solver = "ddim",
+    *,
+    condition: Tensor | None = None,
+    noise: SampleNoise | None = None,
+    path: NoisePath | str | None = None,
+    trajectory: bool = False,
+    weak_at: Literal["start", "end"] = "start",
+) -> Solution:
+    """A solve in which each step but the last starts from the reflected state (Bai et al. 2025, W2SD).
+
+    On a fine grid it is autoguidance of scale 2, the extrapolation ``2 D_strong - D_weak``, at three calls a
+    step for two. Guided denoisers of two scales are a pair too.
+
+    Args:
+        strong: The strong model, which makes the steps.
+        weak: The weak one, of the same samples.
+        y: State at level ``grid[0]``, (B, *shape).
+        grid: Strictly decreasing levels; the last may be 0.
+        solver: Solver of the steps. Its memory, if it has one, is of reflected states.
+        condition: Labels (B,), -1 for none; the weak model is told them too if it has classes.
+        noise: The noise of stochastic solvers.
+        path: As for :func:`~distmatch.diffusion.solvers.solve`.
+        trajectory: Keep the states, each but the first and the last as it was reflected.
+        weak_at: Which level of a step the weak model is told: the one it starts from, as in the authors'
+            code, or the one it ends at, which is that of the state.
+
+    Returns:
+        The end and its cost; calls of both models count.
+
+    Raises:
+        UserError: Models that do not fit together, an increasing grid, or what a solve refuses.
+    """
+    check_pair(strong, weak)
+    if weak_at not in ("start", "end"):
+        raise unknown_name("level for the weak model", weak_at, ["start", "end"])
+    levels = checked_levels(grid, stochastic=False)
+    if levels[0] < levels[-1]:
+        raise UserError("a reflection goes from noise to samples", got="an increasing grid", fix="reverse it")
+    if tuple(y.shape[1:]) != tuple(strong.shape):
+        raise UserError(
+            "the start of a solve has the wrong shape", got=tuple(y.shape), expected=f"(B, *{strong.shape})"
+        )
+    counted = [CallCounter(strong), CallCounter(weak)]
+    told = [condition, condition if weak.num_classes else None]
+
+    def reflected(k: int, state: Tensor) -> Tensor:
+        now, after = levels[k], levels[k + 1]
+        models = [_predictor(m, c, y.dtype, now, after) for m, c in zip(counted, told, strict=True)]
+        level = now if weak_at == "start" else after
+        return reflect(models[0], models[1], state, now, after, weak_level=level)
+
+    last = len(levels) - 2
+
+    def on_step(k: int, state: Tensor) -> Tensor | None:
+        return reflected(k + 1, state) if k + 1 < last else None
+
+    work = torch.float32 if y.device.type == "mps" else torch.float64
+    start = reflected(0, y.to(work)).to(y.dtype) if last > 0 else y
+    done = solve(
+        counted[0], start, levels, solver,
+        condition=condition, noise=noise, path=path, trajectory=trajectory, on_step=on_step,
+    )  # fmt: skip
+    states = done.trajectory
+    if states is not None:
+        states = torch.cat([y[None], states[1:]])
+    return Solution(done.y, sum(counter.calls for counter in counted), states)
+
+
+def _predictor(
+    model: Denoiser, condition: Tensor | None, dtype: torch.dtype, now: float, after: float
+) -> Predict:
+    """The model in one step, called with a level for the whole batch, in the dtype of the state."""
+    chosen = at_step(model, now, after)
+    level_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+    def predict(y: Tensor, level: float) -> Tensor:
+        sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
+        return chosen(y.to(dtype), sigma, condition).to(y.dtype)
+
+    return predict

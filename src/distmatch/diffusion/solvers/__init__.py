@@ -1,0 +1,43 @@
+"""Samplers for any denoiser on any grid of noise levels: ``solve`` and what it takes."""
+
+from distmatch.diffusion.solvers.adaptive import RK45
+from distmatch.diffusion.solvers.grids import GRIDS, grid, snap_grid
+from distmatch.diffusion.solvers.momentum import GHVB, HeavyBall
+from distmatch.diffusion.solvers.multistep import IPNDM, Adams, DPMpp
+from distmatch.diffusion.solvers.names import SOLVERS, find_solver
+from distmatch.diffusion.solvers.onestep import DDIM, TABLEAUX, Heun, RhoRK
+from distmatch.diffusion.solvers.run import Run, Solver
+from distmatch.diffusion.solvers.solve import Solution, sample_teacher, solve
+from distmatch.diffusion.solvers.stochastic import (
+    DPMppSDE,
+    EulerMaruyama,
+    PredictorCorrector,
+    ReverseDiffusion,
+)
+
+__all__ = [
+    "DDIM",
+    "GHVB",
+    "GRIDS",
+    "IPNDM",
+    "RK45",
+    "SOLVERS",
+    "TABLEAUX",
+    "Adams",
+    "DPMpp",
+    "DPMppSDE",
+    "EulerMaruyama",
+    "HeavyBall",
+    "Heun",
+    "PredictorCorrector",
+    "ReverseDiffusion",
+    "RhoRK",
+    "Run",
+    "Solution",
+    "Solver",
+    "find_solver",
+    "grid",
+    "sample_teacher",
+    "snap_grid",
+    "solve",
+]

@@ -1,0 +1,165 @@
+"""Grids of noise levels, and what makes a grid one that a solver can follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.discrete_paths import DiscretePath
+from distmatch.diffusion.noise import karras_grid
+from distmatch.diffusion.paths import NoisePath, noise_path
+
+GRIDS = ("karras", "log", "uniform", "power", "log-snr", "time")
+
+
+def grid(
+    kind: str,
+    steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    *,
+    path: NoisePath | str | None = None,
+    to_zero: bool = True,
+    rho: float = 7.0,
+    kappa: float = 2.0,
+) -> Tensor:
+    """Decreasing noise levels for ``steps`` steps.
+
+    Args:
+        kind: How the levels lie. ``"karras"``: sigma^(1/rho) even (EDM eq. 5). ``"log"``: log sigma even.
+            ``"uniform"``: sigma even. On a path with time t: ``"time"``: t even; ``"power"``: t^(1/kappa)
+            even (DEIS); ``"log-snr"``: log(alpha^2 / sigma^2) even, which is ``"log"`` on every path, since
+            sigma here is the ratio of noise to signal.
+        steps: Number of steps.
+        sigma_min: Smallest positive level.
+        sigma_max: First level.
+        path: The path whose time ``"time"`` and ``"power"`` need, or its name.
+        to_zero: End with a step from ``sigma_min`` to 0, which is then one of the ``steps``; otherwise the
+            last level is ``sigma_min``.
+        rho: Curvature of ``"karras"``.
+        kappa: Power of ``"power"``; 1 is ``"time"``.
+
+    Returns:
+        (steps + 1,) float64 on the CPU.
+
+    Raises:
+        UserError: Fewer than one step, levels out of order, an unknown kind, no path where one is needed.
+    """
+    if kind not in GRIDS:
+        raise unknown_name("grid", kind, GRIDS)
+    count = steps if to_zero else steps + 1
+    if steps < 1:
+        raise UserError("a sampling grid needs at least one step", got=steps)
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise UserError(
+            "noise levels must satisfy 0 < sigma_min < sigma_max",
+            got=f"sigma_min={sigma_min}, sigma_max={sigma_max}",
+        )
+    u = torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
+    if kind == "karras":
+        levels = karras_grid(count, sigma_min, sigma_max, rho)[:-1]
+    elif kind in ("log", "log-snr"):
+        levels = torch.exp(math.log(sigma_max) + u * math.log(sigma_min / sigma_max))
+    elif kind == "uniform":
+        levels = sigma_max + u * (sigma_min - sigma_max)
+    else:
+        levels = _even_in_time(kind, u, sigma_min, sigma_max, path, kappa)
+    # Through powers and back the ends are off by rounding; they are what the user gave.
+    levels[0] = sigma_max
+    if count > 1:
+        levels[-1] = sigma_min
+    return torch.cat([levels, torch.zeros(int(to_zero), dtype=torch.float64)])
+
+
+def _even_in_time(
+    kind: str, u: Tensor, low: float, high: float, path: NoisePath | str | None, kappa: float
+) -> Tensor:
+    if path is None:
+        raise UserError(f"the grid {kind!r} is made in a path's time", got="no path", fix='pass path="vp"')
+    if not kappa > 0:
+        raise UserError("the power of a grid must be positive", got=kappa, expected="kappa > 0")
+    p = noise_path(path)
+    power = 1 / kappa if kind == "power" else 1.0
+    start, end = p.t_of_rho(torch.tensor([high, low], dtype=torch.float64)) ** power
+    return p.rho((start + u * (end - start)) ** (1 / power))
+
+
+def snap_grid(levels: Tensor, path: NoisePath) -> Tensor:
+    """Moves levels to those that a discrete-time teacher knows, and drops what became equal.
+
+    Args:
+        levels: A grid; a last level of 0 stays.
+        path: A discrete path.
+
+    Returns:
+        float64, at most as long as ``levels``.
+
+    Raises:
+        UserError: The path has no levels of its own, or fewer than two levels are left.
+    """
+    if not isinstance(path, DiscretePath):
+        raise UserError(
+            "only a discrete path has levels to snap to",
+            got=path.name,
+            fix="use discrete_path(alphas_cumprod)",
+        )
+    index, _ = path.nearest(levels[levels > 0].double())
+    snapped = path.levels[torch.unique_consecutive(index)]
+    out = torch.cat([snapped, levels[levels <= 0].double()])
+    if len(out) < 2:
+        raise UserError("all levels snap to the same one", got=levels.tolist()[:6], fix="use fewer steps")
+    return out
+
+
+def checked_levels(levels: Tensor | Sequence[float], *, stochastic: bool) -> tuple[float, ...]:
+    """The levels of a grid as numbers, once they are known to be usable.
+
+    Args:
+        levels: Strictly decreasing, the last may be 0; or strictly increasing from above 0 (inversion).
+        stochastic: Whether the solver draws noise; then the grid must decrease.
+
+    Raises:
+        UserError: With what is wrong with the grid and the way out.
+    """
+    values = torch.as_tensor(levels, dtype=torch.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise UserError(
+            "a sampling grid needs at least two levels in a row",
+            got=f"shape {tuple(values.shape)}",
+            expected="for example [80, 5, 0.5, 0]",
+            fix='use grid("karras", steps, sigma_min, sigma_max)',
+        )
+    numbers = tuple(values.tolist())
+    if not all(math.isfinite(v) for v in numbers):
+        raise UserError("a sampling grid holds a level that is not finite", got=numbers[:6])
+    if any(a == b for a, b in pairwise(numbers)):
+        raise UserError(
+            "a sampling grid repeats a level, and a step of no length leads nowhere",
+            got=next(a for a, b in pairwise(numbers) if a == b),
+            fix="drop the repeated level; snap_grid does so for discrete-time teachers",
+        )
+    down, up = all(b < a for a, b in pairwise(numbers)), all(b > a for a, b in pairwise(numbers))
+    if min(numbers) < 0 or not (down or up):
+        raise UserError(
+            "a sampling grid must decrease strictly and stay non-negative, or increase strictly to invert",
+            got=list(numbers[:6]),
+        )
+    if up and stochastic:
+        raise UserError(
+            "a solver that draws noise cannot go from data to noise",
+            got=f"an increasing grid, {numbers[0]:g} to {numbers[-1]:g}",
+            expected="a decreasing grid",
+            fix='invert with "heun" or another deterministic solver; to noise a sample, add sigma eps',
+        )
+    if up and numbers[0] == 0:
+        raise UserError(
+            "an inversion cannot start at level 0, where the slope (y - D) / sigma has no value",
+            got=0.0,
+            fix="start at the sigma_min of the teacher",
+        )
+    return numbers

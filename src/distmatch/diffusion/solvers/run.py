@@ -1,0 +1,79 @@
+"""What a solver is handed and what it is: one run down (or up) a grid of noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distmatch.diffusion.paths import NoisePath
+
+Stepper = Callable[[int, Tensor], Tensor]
+"""Takes the number k of the step and the state at level k; returns the state at level k + 1."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One solve: the model at hand and where it goes. Levels are numbers, so that no step waits for a device.
+
+    Attributes:
+        levels: Noise levels from start to end, strictly monotone; only the last may be 0.
+        denoise: ``(y, level) -> x0_hat`` in the dtype of the state.
+        normal: ``(step, draw) -> z``, unit normal noise like the state.
+        path: The path whose time some solvers need; None where none was given.
+        sigma_min: Smallest noise level that the model is meant for.
+        watched: Whether somebody looks at the state between the levels.
+        begin: Told the number of each step before it starts; a guided model decides there whether it guides.
+    """
+
+    levels: tuple[float, ...]
+    denoise: Callable[[Tensor, float], Tensor]
+    normal: Callable[[int, int], Tensor]
+    path: NoisePath | None = None
+    sigma_min: float = 0.0
+    watched: bool = False
+    begin: Callable[[int], None] = lambda k: None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.levels) - 1
+
+    def eps(self, y: Tensor, level: float) -> Tensor:
+        """The predicted noise (y - D) / level, which is dy/dsigma."""
+        return (y - self.denoise(y, level)) / level
+
+
+class Solver:
+    """A way to step along a grid. Subclasses are frozen dataclasses of options.
+
+    All of them take the last step to level 0, if there is one, as y = D(y, sigma): there every formula here
+    either becomes that or divides by 0.
+    """
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise, and so needs a score and a decreasing grid."""
+        return False
+
+    @property
+    def least_steps(self) -> int:
+        """The fewest steps in which it is more than a solver of lower order."""
+        return 1
+
+    def calls(self, levels: tuple[float, ...]) -> int | None:
+        """Network calls for a grid; None where they depend on the model."""
+        return len(levels) - 1
+
+    def stepper(self, run: Run) -> Stepper:
+        """Computes the coefficients of the whole grid and returns the step."""
+        raise NotImplementedError
+
+    def integrate(self, run: Run, y: Tensor, visit: Stepper) -> Tensor:
+        """Goes down all levels; ``visit(k, y)`` sees the state after step k and may replace it."""
+        step = self.stepper(run)
+        for k in range(run.steps):
+            run.begin(k)
+            y = visit(k, step(k, y))
+        return y

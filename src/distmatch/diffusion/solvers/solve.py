@@ -1,0 +1,207 @@
+"""Running a solver: from noise to samples, part of the way, or back from samples to noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.base.seeds import latents
+from distmatch.diffusion.denoiser import Denoiser, require_score
+from distmatch.diffusion.guidance import CallCounter, at_step
+from distmatch.diffusion.noise_streams import SampleNoise
+from distmatch.diffusion.paths import NoisePath, noise_path
+from distmatch.diffusion.pfgm import start_noise
+from distmatch.diffusion.solvers.grids import checked_levels
+from distmatch.diffusion.solvers.grids import grid as make_grid
+from distmatch.diffusion.solvers.names import find_solver
+from distmatch.diffusion.solvers.run import Run, Solver
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve returns.
+
+    Attributes:
+        y: State at the last level, (B, *shape), in the dtype of the start; the sample where that is 0.
+        calls: Network calls for each sample, counted; a guided call counts as two.
+        trajectory: (levels, B, *shape), the states at all levels, where they were asked for.
+    """
+
+    y: Tensor
+    calls: int
+    trajectory: Tensor | None = None
+
+
+@torch.no_grad()
+def solve(
+    denoiser: Denoiser,
+    y: Tensor,
+    grid: Tensor | Sequence[float],
+    solver: str | Solver = "heun",
+    *,
+    condition: Tensor | None = None,
+    noise: SampleNoise | None = None,
+    path: NoisePath | str | None = None,
+    trajectory: bool = False,
+    on_step: Callable[[int, Tensor], Tensor | None] | None = None,
+) -> Solution:
+    """Takes ``y = x0 + sigma eps`` from level ``grid[0]`` to level ``grid[-1]``.
+
+    The state is kept in float64 between calls (float32 on devices without it); the model is called in the
+    dtype of ``y``. Memory does not grow with the number of steps unless ``trajectory`` is set.
+
+    Args:
+        denoiser: The model.
+        y: State at level ``grid[0]``, (B, *shape), in this frame: x_t / alpha_t for a state x_t on a path.
+        grid: Levels, strictly decreasing (the last may be 0), or strictly increasing to go from samples to
+            noise, which deterministic solvers can.
+        solver: A solver, or its name with options after colons, see :func:`find_solver`.
+        condition: Labels (B,), -1 for none.
+        noise: The noise of stochastic solvers.
+        path: A path or its name, for solvers that work in a path's time; without it the denoiser's own
+            ``path``, if it has one.
+        trajectory: Keep the states at all levels.
+        on_step: Called after each step with its number and the state in the dtype of the work; a tensor that
+            it returns is the state to go on with.
+
+    Returns:
+        The state at the last level and what it cost.
+
+    Raises:
+        UserError: Grid, solver, noise and model do not go together; the message says why.
+    """
+    chosen = find_solver(solver)
+    levels = checked_levels(grid, stochastic=chosen.stochastic)
+    _check(denoiser, y, chosen, solver, levels, noise)
+    counter = denoiser if isinstance(denoiser, CallCounter) else CallCounter(denoiser)
+    calls_before = counter.calls
+    work = torch.float32 if y.device.type == "mps" else torch.float64
+    level_dtype = y.dtype if y.dtype in (torch.float32, torch.float64) else torch.float32
+
+    model: Denoiser = counter
+
+    def begin(k: int) -> None:
+        nonlocal model
+        model = at_step(counter, levels[k], levels[k + 1])
+
+    def denoise(state: Tensor, level: float) -> Tensor:
+        sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
+        return model(state.to(y.dtype), sigma, condition).to(work)
+
+    def normal(step: int, draw: int) -> Tensor:
+        if noise is None:
+            raise UserError("a deterministic solver asked for noise", fix="set `stochastic` in your solver")
+        return noise.normal(step, draw).to(work)
+
+    states = [y] if trajectory else []
+
+    def visit(k: int, state: Tensor) -> Tensor:
+        replaced = None if on_step is None else on_step(k, state)
+        state = state if replaced is None else replaced
+        if trajectory:
+            states.append(state.to(y.dtype))
+        return state
+
+    own_path = getattr(denoiser, "path", None) if path is None else path
+    run = Run(
+        levels,
+        denoise,
+        normal,
+        path=None if own_path is None else noise_path(own_path),
+        sigma_min=denoiser.sigma_min,
+        watched=trajectory or on_step is not None,
+        begin=begin,
+    )
+    end = chosen.integrate(run, y.to(work), visit).to(y.dtype)
+    return Solution(end, counter.calls - calls_before, torch.stack(states) if trajectory else None)
+
+
+def _check(
+    denoiser: Denoiser,
+    y: Tensor,
+    chosen: Solver,
+    asked: str | Solver,
+    levels: tuple[float, ...],
+    noise: SampleNoise | None,
+) -> None:
+    """Refuses what does not go together."""
+    if not y.is_floating_point() or tuple(y.shape[1:]) != tuple(denoiser.shape):
+        raise UserError(
+            "the start of a solve has the wrong shape or dtype",
+            got=f"{tuple(y.shape)}, {y.dtype}",
+            expected=f"(B, {', '.join(map(str, denoiser.shape))}), floating point",
+        )
+    if len(levels) - 1 < chosen.least_steps:
+        raise UserError(
+            f"the solver {asked} needs at least {chosen.least_steps} steps",
+            got=f"{len(levels) - 1}: with fewer it never reaches its order",
+            fix='use a longer grid, or "ddim" or "heun", which need one step',
+        )
+    if not chosen.stochastic:
+        return
+    require_score(denoiser, f"the solver {asked}, which adds Gaussian noise,")
+    if noise is None:
+        raise UserError(
+            f"the solver {asked} draws noise and was given none",
+            fix="pass noise=SampleNoise(seed, torch.arange(len(y)), denoiser.shape, y.device)",
+        )
+    if len(noise) != len(y) or tuple(noise.shape) != tuple(denoiser.shape):
+        raise UserError(
+            "the noise is not for this batch",
+            got=f"{len(noise)} samples of shape {tuple(noise.shape)}",
+            expected=f"{len(y)} of shape {tuple(denoiser.shape)}",
+        )
+
+
+def sample_teacher(
+    denoiser: Denoiser,
+    n: int,
+    *,
+    steps: int = 18,
+    solver: str | Solver = "heun",
+    grid: Tensor | Sequence[float] | None = None,
+    path: NoisePath | str | None = None,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    batch: int = 1024,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draws samples from a teacher, by default with Heun's method on the EDM grid.
+
+    Start noise and noise on the way of sample i depend on the seed and i alone, not on ``batch``.
+
+    Args:
+        denoiser: The teacher.
+        n: Number of samples.
+        steps: Steps of the default grid; 18 Heun steps are 35 network calls.
+        solver: A solver or its name.
+        grid: Decreasing levels in place of the default ones.
+        path: As for :func:`solve`.
+        labels: Optional (n,) int64 classes.
+        seed: Seed of all noise.
+        batch: Samples at a time.
+        device: Where to compute.
+        on_batch: Called with the number of samples after each batch, for a progress bar.
+
+    Returns:
+        (n, *shape) float32 on the CPU.
+    """
+    chosen = find_solver(solver)
+    levels = make_grid("karras", steps, denoiser.sigma_min, denoiser.sigma_max) if grid is None else grid
+    first = checked_levels(levels, stochastic=True)[0]
+    latent = start_noise(denoiser, latents(n, denoiser.shape, seed), seed)
+    out = []
+    for start in range(0, n, batch):
+        z = latent[start : start + batch].to(device)
+        y = None if labels is None else labels[start : start + batch].to(device)
+        indices = torch.arange(start, start + len(z))
+        noise = SampleNoise(seed, indices, tuple(denoiser.shape), device) if chosen.stochastic else None
+        out.append(solve(denoiser, z * first, levels, chosen, condition=y, noise=noise, path=path).y.cpu())
+        if on_batch is not None:
+            on_batch(len(z))
+    return torch.cat(out) if out else latent

@@ -1,0 +1,87 @@
+"""A token network on disk: ``model.safetensors`` and ``config.json``, never a pickle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmatch.base.errors import UserError
+from distmatch.base.files import atomic_folder, atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.discrete.network import MarginalNet, TokenNet, TokenNetConfig
+
+FORMAT = "distmatch-discrete"
+VERSION = 1
+_TENSORS, _CONFIG = "model.safetensors", "config.json"
+_KINDS: dict[str, type[TokenNet] | type[MarginalNet]] = {"conditionals": TokenNet, "marginals": MarginalNet}
+
+
+def save_discrete(
+    folder: str | os.PathLike[str], model: TokenNet | MarginalNet, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a network so that a crash leaves the old one or the new one.
+
+    Args:
+        folder: The model folder; an earlier model in it is replaced.
+        model: What to save.
+        extra: More values to keep, as JSON: the alphabet, where it came from.
+
+    Raises:
+        UserError: The folder holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (
+        folder.is_dir() and {f.name for f in folder.iterdir()} <= {_TENSORS, _CONFIG}
+    ):
+        raise UserError(
+            f"{folder} already exists and is not a model folder",
+            expected="a new folder, or one that holds only a saved model",
+            fix="choose another place",
+        )
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": "conditionals" if isinstance(model, TokenNet) else "marginals",
+        "net": asdict(model.config),
+        "extra": dict(extra or {}),
+    }
+    with atomic_folder(folder) as temporary:
+        save_tensors(temporary / _TENSORS, model.state_dict())
+        atomic_json(temporary / _CONFIG, config)
+
+
+def load_discrete(folder: str | os.PathLike[str]) -> tuple[TokenNet | MarginalNet, dict[str, Any]]:
+    """Reads what :func:`save_discrete` wrote, on the CPU, in eval mode. No random number is drawn.
+
+    Returns:
+        The network, and the extra values that were saved with it.
+
+    Raises:
+        UserError: Nothing is there, it is not a token network of ours, it is damaged, or it is a pickle.
+    """
+    folder = Path(folder)
+    config = read_json(folder / _CONFIG)
+    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
+        raise UserError(
+            f"{folder / _CONFIG} does not describe a token network of this version of distmatch",
+            expected=f"format {FORMAT!r}, version {VERSION}",
+            fix="give the folder that save_discrete wrote",
+        )
+    tensors = load_tensors(folder / _TENSORS)
+    try:
+        net, kind = TokenNetConfig(**config["net"]), _KINDS[config["kind"]]
+        with torch.device("meta"):
+            model = kind(net)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / _CONFIG} describes no network that can be built",
+            got=f"{type(error).__name__}: {error}",
+            fix="restore it from a copy",
+        ) from error
+    model.to_empty(device="cpu")
+    load_into(model, tensors, str(folder / _TENSORS))
+    return model.eval(), dict(config.get("extra") or {})

@@ -1,0 +1,155 @@
+"""A network of diffusers called in our way: ``net(x, t, labels)``, with its inner activations on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.nets.layers import feature_blocks
+
+UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
+MODELS = (UNET, DIT)
+
+
+class DiffusersNet(nn.Module):
+    """``net(x, t, labels)`` around a ``UNet2DModel`` or ``DiTTransformer2DModel``; -1 and None are no label.
+
+    Args:
+        model: The network of diffusers.
+        sign: Factor of the output; -1 turns the "v" of EDM schedulers into the usual network output.
+        null_class: The label that stands for "no condition". None: a transformer's own, and none for a U-Net.
+        features: Names of the modules whose output ``with_features`` lends. None: the middle of a U-Net, or
+            the blocks at 1/2 and 3/4 of the depth of a transformer.
+
+    Raises:
+        UserError: Another kind of network, or a module that it does not have.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        sign: float = 1.0,
+        null_class: int | None = None,
+        features: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind = type(model).__name__
+        if self.kind not in MODELS:
+            raise UserError(
+                "this network of diffusers is not read as a teacher",
+                got=self.kind,
+                expected=" or ".join(MODELS),
+                fix="networks that read text or video are not supported; wrap yours with dm.as_denoiser",
+            )
+        self.model = model
+        self.sign = float(sign)
+        self.channels = int(model.config.in_channels)
+        outputs = int(model.config.out_channels or self.channels)
+        if outputs not in (self.channels, 2 * self.channels):
+            raise UserError(
+                "the network does not return something like its input",
+                got=f"{outputs} channels for {self.channels}",
+                expected=f"{self.channels}, or {2 * self.channels} with a variance, which is not used",
+            )
+        count, own = _classes(model)
+        self.takes_labels = count > 0
+        self.null_class = own if null_class is None else null_class
+        rows = count + (own is not None)
+        if null_class is not None and not 0 <= null_class < rows:
+            raise UserError(
+                "null_class is no class of this network", got=null_class, expected=f"0 to {rows - 1}"
+            )
+        # A last class that means "none" is not one that samples can be asked for.
+        self.num_classes = count - 1 if null_class is not None and null_class == count - 1 else count
+        self.features = tuple(default_features(model) if features is None else features)
+        for name in self.features:
+            self._part(name)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The prediction (B, C, H, W) for ``x`` (B, C, H, W) at times ``t`` (B,), with ``labels`` (B,)."""
+        arguments = {"class_labels": self._labels(labels, x)} if self.takes_labels else {}
+        out = self.model(x.to(self.model.dtype), t, return_dict=False, **arguments)[0][:, : self.channels]
+        return out if self.sign == 1 else self.sign * out
+
+    def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor:
+        """Labels with the class that stands for none where there is no condition."""
+        if self.null_class is not None:
+            if labels is None:
+                return torch.full((len(x),), self.null_class, device=x.device)
+            return torch.where(labels < 0, self.null_class, labels)
+        # On an accelerator the check would wait for the device; there the embedding itself refuses -1.
+        if labels is None or (labels.device.type == "cpu" and bool((labels < 0).any())):
+            raise UserError(
+                "this teacher has no class that stands for none",
+                got="samples without a condition",
+                fix="give every sample a label and leave guidance at 1, or name the class with null_class",
+            )
+        return labels
+
+    def with_features(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The prediction and the outputs of the named modules, tokens as maps (B, C, H, W)."""
+        kept: dict[str, Tensor] = {}
+        with self._listening(kept):
+            out = self.forward(x, t, labels)
+        height, width = x.shape[-2:]
+        return out, [_as_map(kept[name], height, width) for name in self.features]
+
+    @contextmanager
+    def _listening(self, kept: dict[str, Tensor]) -> Iterator[None]:
+        """Keeps what the named modules return while it lasts."""
+
+        def listener(name: str) -> Any:
+            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                kept[name] = output[0] if isinstance(output, tuple) else output
+
+            return keep
+
+        hooks = [self._part(name).register_forward_hook(listener(name)) for name in self.features]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _part(self, name: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError as error:
+            names = [n for n, _ in self.model.named_modules() if n and n.count(".") <= 1]
+            raise unknown_name("module of the teacher's network", name, names) from error
+
+
+def _classes(model: Any) -> tuple[int, int | None]:
+    """The number of classes of a network, and the label that stands for none if it is known to have one."""
+    config = model.config
+    if type(model).__name__ == DIT:
+        # One row more than classes is trained with labels left out (Peebles & Xie 2023).
+        return int(config.num_embeds_ada_norm), int(config.num_embeds_ada_norm)
+    if config.class_embed_type is not None:
+        raise UserError(
+            "conditions other than classes are not read", got=f"class_embed_type {config.class_embed_type!r}"
+        )
+    return int(config.num_class_embeds or 0), None
+
+
+def default_features(model: Any) -> list[str]:
+    """The modules of a network of diffusers whose output is lent as features."""
+    if type(model).__name__ == DIT:
+        return [f"transformer_blocks.{index}" for index in feature_blocks(len(model.transformer_blocks))]
+    return ["mid_block"] if model.mid_block is not None else [f"down_blocks.{len(model.down_blocks) - 1}"]
+
+
+def _as_map(feature: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (B, N, C) of an image of ``height`` x ``width`` pixels as (B, C, H', W'); maps stay."""
+    if feature.ndim != 3:
+        return feature
+    patch = round((height * width / feature.shape[1]) ** 0.5)
+    return feature.transpose(1, 2).unflatten(2, (height // patch, width // patch))

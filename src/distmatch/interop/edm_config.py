@@ -1,0 +1,267 @@
+"""What the networks of EDM and EDM2 look like, as plain data, with the names that their checkpoints use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from distmatch.base.errors import UserError, unknown_name
+
+SONG, ADM, EDM2 = "song", "adm", "edm2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMConfig:
+    """A U-Net of EDM (Karras et al. 2022): DDPM++ or NCSN++ (``song``), or that of ADM (``adm``).
+
+    Attributes:
+        architecture: ``"song"`` (Song et al. 2021) or ``"adm"`` (Dhariwal & Nichol 2021).
+        resolution: Height and width of an image; names of the layers depend on it.
+        channels: Channels of an image.
+        num_classes: Number of classes; 0 when unconditional.
+        model_channels: Channels in units of which the levels are given.
+        channel_mult: Channels of each level in units of ``model_channels``, finest first.
+        channel_mult_emb: Size of the conditioning vector, in the same units.
+        num_blocks: Residual blocks per level.
+        attn_resolutions: Heights at which blocks have attention.
+        dropout: Dropout in the blocks, in training mode only.
+        embedding: Of the noise level: ``"positional"`` (DDPM++, ADM) or ``"fourier"`` (NCSN++).
+        channel_mult_noise: Size of that embedding: 1, or 2 for NCSN++.
+        residual_encoder: Whether each level also sees the image itself, made smaller (NCSN++).
+        resample_filter: Taps of the filter for halving and doubling: 1,1 or (NCSN++) 1,3,3,1.
+    """
+
+    architecture: str
+    resolution: int
+    channels: int
+    num_classes: int = 0
+    model_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult_emb: int = 4
+    num_blocks: int = 4
+    attn_resolutions: tuple[int, ...] = (16,)
+    dropout: float = 0.1
+    embedding: str = "positional"
+    channel_mult_noise: int = 1
+    residual_encoder: bool = False
+    resample_filter: tuple[int, ...] = (1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM2Config:
+    """The magnitude-preserving U-Net of EDM2 (Karras et al. 2024, figure 21).
+
+    Attributes:
+        resolution: Height and width of an image or latent.
+        channels: Its channels.
+        num_classes: Number of classes; 0 when unconditional.
+        model_channels: Channels in units of which the levels are given.
+        channel_mult: Channels of each level, finest first.
+        channel_mult_noise: Size of the noise embedding; None: that of the finest level.
+        channel_mult_emb: Size of the conditioning vector; None: the largest of the levels.
+        num_blocks: Residual blocks per level.
+        attn_resolutions: Heights at which blocks have attention.
+        label_balance: Share of the class in the sum with the noise level.
+        concat_balance: Share of the skip connection in a concatenation.
+        res_balance: Share of the residual branch in a block.
+        attn_balance: Share of the attention branch in a block.
+        clip_act: Activations are kept within plus and minus this; None: not at all.
+        channels_per_head: Channels of one attention head.
+        dropout: Dropout in the blocks, in training mode only.
+        resample_filter: Taps of the filter for halving and doubling.
+    """
+
+    resolution: int
+    channels: int
+    num_classes: int = 0
+    model_channels: int = 192
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    channel_mult_noise: int | None = None
+    channel_mult_emb: int | None = None
+    num_blocks: int = 3
+    attn_resolutions: tuple[int, ...] = (16, 8)
+    label_balance: float = 0.5
+    concat_balance: float = 0.5
+    res_balance: float = 0.3
+    attn_balance: float = 0.3
+    clip_act: float | None = 256.0
+    channels_per_head: int = 64
+    dropout: float = 0.0
+    resample_filter: tuple[int, ...] = (1, 1)
+
+    @property
+    def architecture(self) -> str:
+        """``"edm2"``."""
+        return EDM2
+
+
+AnyConfig: TypeAlias = EDMConfig | EDM2Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of an encoder or decoder.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        inputs: Channels in; in the decoder with the skip connection that is joined before it.
+        outputs: Channels out.
+        attention: Whether it has attention.
+        resample: ``"same"``, ``"down"`` or ``"up"``.
+        joins: Whether a skip connection is joined before it.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    attention: bool = False
+    resample: str = "same"
+    joins: bool = False
+
+
+def plan(config: AnyConfig) -> tuple[list[Stage], list[Stage]]:
+    """The stages of encoder and decoder. The first of the encoder is a plain convolution from the image.
+
+    The three architectures differ in two details only: DDPM++ starts with ``model_channels`` whatever the
+    first level has, and in its decoder only the last block of a level attends.
+    """
+    song = config.architecture == SONG
+    levels = [config.model_channels * multiplier for multiplier in config.channel_mult]
+    first = config.model_channels if song else levels[0]
+    image = config.channels + (1 if isinstance(config, EDM2Config) else 0)
+    encoder, kept = [], []
+    width = image
+    for level, outputs in enumerate(levels):
+        height = config.resolution >> level
+        if level == 0:
+            encoder.append(Stage(f"{height}x{height}_conv", image, first))
+            width = first
+        else:
+            encoder.append(Stage(f"{height}x{height}_down", width, width, resample="down"))
+        kept.append(width)
+        for index in range(config.num_blocks):
+            attends = height in config.attn_resolutions
+            encoder.append(Stage(f"{height}x{height}_block{index}", width, outputs, attends))
+            width = outputs
+            kept.append(width)
+    decoder = []
+    for level in reversed(range(len(levels))):
+        height, outputs = config.resolution >> level, levels[level]
+        if level == len(levels) - 1:
+            decoder.append(Stage(f"{height}x{height}_in0", width, width, attention=True))
+            decoder.append(Stage(f"{height}x{height}_in1", width, width))
+        else:
+            decoder.append(Stage(f"{height}x{height}_up", width, width, resample="up"))
+        for index in range(config.num_blocks + 1):
+            attends = height in config.attn_resolutions and (not song or index == config.num_blocks)
+            inputs = width + kept.pop()
+            decoder.append(Stage(f"{height}x{height}_block{index}", inputs, outputs, attends, joins=True))
+            width = outputs
+    return encoder, decoder
+
+
+# Names that the checkpoints use for what is called otherwise here, and what they say that needs no field.
+_RENAMED = {
+    "img_resolution": "resolution",
+    "img_channels": "channels",
+    "in_channels": "channels",
+    "label_dim": "num_classes",
+    "embedding_type": "embedding",
+}
+_IGNORED = frozenset(
+    {
+        "use_fp16",
+        "model_type",
+        "out_channels",
+        "augment_dim",
+        "label_dropout",
+        "logvar_channels",
+        "sigma_data",
+    }
+    | {"sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "decoder_type"}
+)
+
+
+def from_arguments(architecture: str, arguments: Mapping[str, Any]) -> AnyConfig:
+    """The config for the arguments that a checkpoint's network was built with.
+
+    Args:
+        architecture: ``"song"``, ``"adm"`` or ``"edm2"``.
+        arguments: By the names of the checkpoint.
+
+    Raises:
+        UserError: It uses an option that no published network has, or one that is not known.
+    """
+    given = dict(arguments)
+    encoder = given.pop("encoder_type", "standard")
+    if encoder not in ("standard", "residual") or given.get("decoder_type", "standard") != "standard":
+        raise UserError(
+            "this variant of the U-Net is not read",
+            got=f"encoder {encoder!r}, decoder {given.get('decoder_type', 'standard')!r}",
+            expected="a standard or residual encoder and a standard decoder, as DDPM++ and NCSN++ have",
+        )
+    fields: dict[str, Any] = {}
+    if encoder == "residual":
+        fields["residual_encoder"] = True
+    for name, value in given.items():
+        if name not in _IGNORED:
+            fields[_RENAMED.get(name, name)] = tuple(value) if isinstance(value, (list, tuple)) else value
+    if architecture == ADM:
+        # What ADM takes where DDPM++ takes something else.
+        defaults = {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3}
+        fields = {**defaults, "attn_resolutions": (32, 16, 8), **fields}
+    return config_from({"architecture": architecture, **fields})
+
+
+def config_from(values: Mapping[str, Any]) -> AnyConfig:
+    """The config that :func:`config_dict` described.
+
+    Raises:
+        UserError: Unknown architecture or field, a field missing or out of range.
+    """
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    architecture = fields.get("architecture")
+    if architecture not in (SONG, ADM, EDM2):
+        raise unknown_name("architecture", architecture, (SONG, ADM, EDM2))
+    cls: type[EDMConfig] | type[EDM2Config] = EDMConfig
+    if architecture == EDM2:
+        cls = EDM2Config
+        del fields["architecture"]
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in known:
+            raise unknown_name(f"option of the {architecture} network", name, known)
+    try:
+        config = cls(**fields)
+        _check(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"these are not the options of a network of kind {architecture}", got=error
+        ) from error
+    return config
+
+
+def _check(config: AnyConfig) -> None:
+    sizes: Sequence[Any] = (config.resolution, config.channels, config.model_channels, *config.channel_mult)
+    if not config.channel_mult or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"sizes {tuple(sizes)} instead of positive whole numbers")
+    if type(config.num_classes) is not int or config.num_classes < 0 or config.num_blocks < 1:
+        raise ValueError(f"{config.num_classes} classes, {config.num_blocks} blocks")
+    if config.resolution % (1 << (len(config.channel_mult) - 1)):
+        raise ValueError(f"{config.resolution} pixels cannot be halved {len(config.channel_mult) - 1} times")
+    taps = config.resample_filter
+    if len(taps) < 2 or len(taps) % 2:
+        raise ValueError(f"a resampling filter of {len(taps)} taps instead of an even number")
+    if isinstance(config, EDMConfig) and config.embedding not in ("positional", "fourier"):
+        raise ValueError(f"noise embedding {config.embedding!r}")
+
+
+def config_dict(config: AnyConfig) -> dict[str, Any]:
+    """The JSON form of a config; tuples become lists."""
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    return {"architecture": config.architecture, **fields}

@@ -1,0 +1,244 @@
+"""Models with networks from elsewhere on disk, and one pair of functions for every kind of model.
+
+A saved model is a folder with ``model.safetensors`` and ``config.json``, as those of our own networks; one
+that works on latents has its autoencoder beside them, as diffusers writes it, in ``vae/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distmatch.base.errors import UserError
+from distmatch.base.files import atomic_folder, atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.interop.diffusers_net import MODELS, DiffusersNet
+from distmatch.interop.diffusers_schedule import SCHEDULERS
+from distmatch.interop.diffusers_teacher import (
+    DiffusersSource,
+    is_diffusers_folder,
+    load_autoencoder,
+    load_diffusers,
+    teacher_from,
+)
+from distmatch.interop.edm_checkpoint import (
+    Preconditioning,
+    build_edm,
+    is_network_pickle,
+    network_of,
+    read_edm,
+)
+from distmatch.interop.edm_config import config_dict, config_from
+from distmatch.interop.latents import VAEDecoder
+from distmatch.interop.optional import import_diffusers
+from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.saved import load_model, save_model
+
+FORMAT = "distmatch-external-model"
+VERSION = 1
+_TENSORS, _CONFIG, _VAE = "model.safetensors", "config.json", "vae"
+
+
+def is_external(denoiser: object) -> bool:
+    """Whether a denoiser's network comes from elsewhere, so that :func:`save_denoiser` writes this format."""
+    return isinstance(denoiser, nn.Module) and (
+        network_of(denoiser) is not None or isinstance(getattr(denoiser, "net", None), DiffusersNet)
+    )
+
+
+def save_denoiser(
+    folder: str | os.PathLike[str], denoiser: nn.Module, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Writes any trainable denoiser so that a crash leaves the old model or the new one.
+
+    Args:
+        folder: The model folder; an earlier model in it is replaced.
+        denoiser: A denoiser with a network of ours, of EDM, or of diffusers; a teacher or a student of it.
+        extra: More values to keep, as JSON.
+
+    Raises:
+        UserError: The folder holds something else or cannot be written, or the denoiser cannot be saved.
+    """
+    if not is_external(denoiser):
+        if not isinstance(denoiser, EDMDenoiser):
+            raise UserError("a denoiser of this kind cannot be saved", got=type(denoiser).__name__)
+        save_model(folder, denoiser, extra)
+        return
+    folder = Path(folder)
+    known = {_TENSORS, _CONFIG, _VAE}
+    if folder.exists() and not (folder.is_dir() and {f.name for f in folder.iterdir()} <= known):
+        raise UserError(
+            f"{folder} already exists and is not a model folder",
+            expected="a new folder, or one that holds only a saved model",
+            fix="choose another place",
+        )
+    net, described = _described(denoiser)
+    decoder = getattr(denoiser, "decoder", None)
+    config = {"format": FORMAT, "version": VERSION, **described, "extra": dict(extra or {})}
+    with atomic_folder(folder) as temporary:
+        save_tensors(temporary / _TENSORS, net.state_dict())
+        if isinstance(decoder, VAEDecoder):
+            decoder.vae.save_pretrained(temporary / _VAE, safe_serialization=True)
+            config["latents"] = decoder.to_dict()
+        atomic_json(temporary / _CONFIG, config)
+
+
+def load_denoiser(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+    """Reads what :func:`save_denoiser` wrote, on the CPU, in eval mode.
+
+    Args:
+        folder: A model folder, or a run folder, which holds one as ``model/``.
+
+    Returns:
+        The denoiser, and the extra values that were saved with it.
+
+    Raises:
+        UserError: Nothing is there, it is no model of ours, it is damaged, or a package is missing.
+    """
+    found = _external_folder(Path(folder))
+    return load_model(folder) if found is None else _load(found)
+
+
+def load_external(source: str | os.PathLike[str], **options: Any) -> Denoiser | None:
+    """A teacher from elsewhere, or None when ``source`` is none.
+
+    Args:
+        source: A folder of diffusers, a folder that :func:`save_denoiser` wrote (or a run with one), or a
+            network pickle of EDM or EDM2, which is read without running it.
+        options: For a folder of diffusers, those of :func:`load_diffusers`.
+
+    Raises:
+        UserError: It is one and cannot be used.
+    """
+    path = Path(source)
+    if is_network_pickle(path):
+        return read_edm(path)[0]
+    found = _external_folder(path)
+    if found is not None:
+        return _load(found)[0]
+    if path.is_dir() and is_diffusers_folder(path):
+        return load_diffusers(path, **options)
+    return None
+
+
+def convert_edm(
+    pickle: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    vae: str | os.PathLike[str] | None = None,
+) -> Denoiser:
+    """Turns a network pickle of EDM or EDM2 into a folder of safetensors.
+
+    Args:
+        pickle: The ``.pkl``; nothing in it is run.
+        folder: The model folder to write.
+        vae: Folder of diffusers with the autoencoder that EDM2's latents are from, sd-vae-ft-mse.
+
+    Returns:
+        The denoiser that was written.
+
+    Raises:
+        UserError: The pickle cannot be read, the folder cannot be written.
+    """
+    teacher, info = read_edm(pickle)
+    if vae is not None:
+        latents = info.get("latents")
+        if latents is None:
+            raise UserError("this network works on pixels and needs no autoencoder", fix="leave out vae")
+        teacher.decoder = _decoder(Path(vae), latents, teacher.shape)  # type: ignore[assignment]
+    save_denoiser(folder, teacher, {"kind": "teacher", "converted_from": Path(pickle).name, **info})
+    return teacher
+
+
+def _described(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The network whose tensors are kept, and how to build it again."""
+    net = network_of(denoiser)
+    if net is not None:
+        how = getattr(denoiser, "preconditioning", None) or Preconditioning()
+        if isinstance(denoiser, EDMDenoiser):
+            ends = {key: getattr(denoiser, key) for key in ("sigma_data", "sigma_min", "sigma_max")}
+            how = dataclasses.replace(how, kind="edm", **ends)
+        return net, {
+            "kind": "edm",
+            "network": config_dict(net.config),
+            "preconditioning": dataclasses.asdict(how),
+        }
+    wrapped, source = denoiser.net, getattr(denoiser, "source", None)
+    if not isinstance(wrapped, DiffusersNet) or not isinstance(source, DiffusersSource):
+        raise UserError("this denoiser does not say how it was made", fix="make it with load_diffusers")
+    return wrapped.model, {
+        "kind": "diffusers",
+        "network": json.loads(wrapped.model.to_json_string()),
+        "scheduler": json.loads(source.scheduler.to_json_string()),
+        "options": source.options,
+    }
+
+
+def _external_folder(path: Path) -> Path | None:
+    """The model folder in this format at ``path`` or in its ``model/``; None when there is none."""
+    for candidate in (path, path / "model"):
+        if (candidate / _CONFIG).is_file():
+            config = read_json(candidate / _CONFIG)
+            return candidate if isinstance(config, dict) and config.get("format") == FORMAT else None
+    return None
+
+
+def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    config = read_json(folder / _CONFIG)
+    if config.get("version") != VERSION:
+        raise UserError(
+            f"{folder} was written in another version of the format",
+            got=config.get("version"),
+            expected=VERSION,
+            fix="use the release of distmatch that wrote it, or a newer one",
+        )
+    tensors = load_tensors(folder / _TENSORS)
+    try:
+        if config["kind"] == "edm":
+            how = Preconditioning(**config["preconditioning"])
+            denoiser: Any = build_edm(config_from(config["network"]), how)
+            target: Any = network_of(denoiser)
+        else:
+            denoiser = teacher_from(
+                _built(config["network"], MODELS),
+                _built(config["scheduler"], SCHEDULERS),
+                **config["options"],
+            )
+            target = denoiser.net.model
+        latents = config.get("latents")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / _CONFIG} is damaged",
+            got=f"{type(error).__name__}: {error}",
+            fix="restore it from a copy",
+        ) from error
+    load_into(target, tensors, str(folder / _TENSORS))
+    if latents is not None:
+        denoiser.decoder = _decoder(folder / _VAE, latents, denoiser.shape)
+    return denoiser.eval(), dict(config.get("extra") or {})
+
+
+def _built(config: Mapping[str, Any], known: tuple[str, ...]) -> Any:
+    """An object of diffusers with the config it was saved with."""
+    name = config.get("_class_name")
+    if name not in known:
+        raise UserError("a class of diffusers that is not read", got=name, expected=", ".join(known))
+    with torch.random.fork_rng(devices=[]):  # loading a model draws no random number
+        return getattr(import_diffusers(), str(name)).from_config(dict(config))
+
+
+def _decoder(folder: Path, latents: Mapping[str, Any], shape: tuple[int, ...]) -> VAEDecoder:
+    return VAEDecoder(
+        load_autoencoder(folder),
+        latents["scale"],
+        latents["shift"],
+        (shape[1], shape[2]),
+        unit_pixels=latents["pixels"] == "0 to 1",
+    )

@@ -1,0 +1,29 @@
+"""The learned log-variance of EDM2 (Karras et al. 2024, "Analyzing and improving", eq. 21)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from distmatch.nets.layers import fourier_features, noise_coordinate, zeroed
+
+
+class LearnedUncertainty(nn.Module):
+    """u(sigma), trained with ``loss exp(-u) + u``: it comes to log E[loss] at each level.
+
+    All levels then pull on the network with the same force, whatever the weighting of the loss. It
+    starts at 0, where nothing is changed, and is of no use after training.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = zeroed(nn.Linear(64, 1))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """The log-variance at levels ``sigma`` (B,), (B,) float32."""
+        features = fourier_features(noise_coordinate(sigma.float()))
+        return self.last(features.to(self.last.weight.dtype))[:, 0].float()
+
+
+def balanced(loss: Tensor, log_variance: Tensor) -> Tensor:
+    """``loss exp(-u) + u``, (B,): at its smallest, 1 + log loss, where u is the log of the expected loss."""
+    return loss * (-log_variance).exp() + log_variance

@@ -1,0 +1,51 @@
+"""Images as the latents of a teacher that works on them."""
+
+from __future__ import annotations
+
+import torch
+
+from distmatch.base.errors import UserError
+from distmatch.base.progress import progress
+from distmatch.base.seeds import generator
+from distmatch.data import Dataset, Scaling
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.interop import decoder_of
+
+_BATCH = 32
+
+
+@torch.no_grad()
+def as_latents(data: Dataset, teacher: Denoiser, seed: int, device: torch.device) -> Dataset:
+    """The data in the space in which the teacher works: encoded once, or as they are.
+
+    Latents are drawn from the encoder's Gaussian, as they were when such teachers were trained.
+
+    Args:
+        data: Images, or anything for a teacher without autoencoder.
+        teacher: The teacher.
+        seed: Seed of these draws.
+        device: Where to encode.
+
+    Raises:
+        UserError: The images are not of the size that the autoencoder works on.
+    """
+    decoder = decoder_of(teacher)
+    if decoder is None or tuple(data.shape) == tuple(teacher.shape):
+        return data
+    if tuple(data.shape) != tuple(decoder.shape):
+        raise UserError(
+            "the teacher's autoencoder and the data do not have the same shape",
+            got=f"autoencoder {tuple(decoder.shape)}, data {tuple(data.shape)}",
+            expected=f"images {tuple(decoder.shape)}, or latents {tuple(teacher.shape)}",
+            fix="resize the images to the teacher's size",
+        )
+    gen = generator(seed, "encode")
+    latents = torch.empty(len(data), *teacher.shape)
+    with progress(len(data), desc="encode", delay=5.0) as bar:
+        for rows in torch.arange(len(data)).split(_BATCH):
+            x, _ = data.batch(rows)
+            noise = torch.randn(len(rows), *teacher.shape, generator=gen)
+            latents[rows] = decoder.encode(x.to(device), noise.to(device)).cpu()
+            bar.update(len(rows))
+    scaling = Scaling.for_images(-1.0, 1.0, "latents, as they are")
+    return Dataset(latents, data.labels, data.class_names, f"latents of {data.name}", scaling)

@@ -1,0 +1,117 @@
+"""From a teacher's options to its loss: what the network predicts, at which levels, with which weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.diffusion.noise import LogNormal
+from distmatch.diffusion.path_core import NoisePath, check_prior
+from distmatch.diffusion.path_levels import PathLevels
+from distmatch.diffusion.path_specs import parse_path
+from distmatch.diffusion.weighting import edm_weight, min_snr_weight, target_weight
+from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.path_denoiser import PathDenoiser
+from distmatch.training.options import TeacherConfig
+
+_USUAL = {"edm": "f", "trigflow": "f", "cosine": "v"}
+_FLOWS = ("condot", "rectified-flow", "flow-matching", "kinetic-optimal")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The settled choices behind a teacher's loss.
+
+    Attributes:
+        path: The noise path.
+        prediction: "f" (EDM's network), or one of the predictions on the path.
+        levels: Distribution of the noise levels.
+        weighting: "edm", "target", "min-snr" or "x0".
+        gamma: That of min-SNR.
+        sigma_data: Standard deviation of the data.
+        sigma_min: Smallest level of the teacher.
+        sigma_max: Largest level of the teacher.
+        pfgm_dims: Extra dimensions of PFGM++; 0 for Gaussian noise.
+    """
+
+    path: NoisePath
+    prediction: str
+    levels: LogNormal | PathLevels
+    weighting: str
+    gamma: float
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
+    pfgm_dims: float = 0.0
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """The weight of the x0 error at levels ``sigma`` (B,)."""
+        match self.weighting:
+            case "edm":
+                return edm_weight(sigma, self.sigma_data)
+            case "min-snr":
+                return min_snr_weight(sigma, self.gamma)
+            case "x0":
+                return torch.ones_like(sigma)
+        # Unweighted, the score's loss grows as 1 / sigma^4: all of it comes from the smallest levels. As
+        # in Song et al. (2021) it is taken times sigma^2, which is the loss of the noise.
+        target = "eps" if self.prediction == "score" else self.prediction
+        return target_weight(target, self.path, sigma)
+
+    def denoiser(self, net: nn.Module, shape: tuple[int, ...], num_classes: int) -> EDMDenoiser:
+        """The denoiser around a fresh network."""
+        common: dict[str, Any] = {
+            "shape": shape,
+            "num_classes": num_classes,
+            "sigma_data": self.sigma_data,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "pfgm_dims": self.pfgm_dims,
+        }
+        if self.prediction == "f":
+            return EDMDenoiser(net, **common)
+        return PathDenoiser(net, self.path, self.prediction, **common)
+
+
+def build_objective(config: TeacherConfig, sigma_data: float, path: NoisePath | None = None) -> Objective:
+    """Settles what the options leave open.
+
+    On EDM's path, and where the network predicts EDM's F, the teacher is that of EDM. Elsewhere the network
+    predicts what is usual on the path, levels are drawn uniformly in its time, and the loss is that of the
+    prediction, unweighted.
+
+    Args:
+        config: The options.
+        sigma_data: Standard deviation of the data.
+        path: Used instead of the path that the options name.
+
+    Raises:
+        UserError: An unknown path, one that does not reach its prior, or choices that do not go together.
+    """
+    if path is None:
+        ends = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max}
+        path = parse_path(config.path, sigma_data=sigma_data, **ends)
+    low, high = max(config.sigma_min, path.rho_min), min(config.sigma_max, path.rho_max)
+    if path.name != "edm":
+        check_prior(path, sigma_data, rho_max=high)
+    prediction: str = config.prediction
+    if prediction == "auto":
+        prediction = "flow" if path.name in _FLOWS else _USUAL.get(path.name, "eps")
+    weighting = config.weighting
+    if weighting == "auto":
+        weighting = "edm" if prediction == "f" else "target"
+    if weighting == "target" and prediction == "f":
+        weighting = "edm"  # F is scaled so that its unweighted loss is this one
+    spacing = config.noise_distribution
+    if spacing == "auto":
+        spacing = "log-normal" if path.name == "edm" else "uniform"
+    levels: LogNormal | PathLevels
+    if spacing == "log-normal":
+        levels = LogNormal(config.noise_mean, config.noise_std)
+    else:
+        levels = PathLevels(path, low, high, spacing, config.logit_mean, config.logit_std)
+    gamma, dims = config.min_snr_gamma, config.pfgm_dims
+    return Objective(path, prediction, levels, weighting, gamma, sigma_data, low, high, dims)

@@ -1,0 +1,70 @@
+"""Teachers by name: our own runs, exact mixtures, folders of diffusers, network pickles of EDM."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from distmatch.base.errors import UserError
+from distmatch.data import TOY_NAMES, toy
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.interop import load_denoiser, load_diffusers, read_edm
+from distmatch.interop.diffusers_teacher import is_diffusers_folder
+from distmatch.interop.edm_checkpoint import is_network_pickle
+
+_UNCOMPARED = "not compared with its original, whose code is not run"
+
+
+def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model on disk, on the CPU, in eval mode, and what is known of it.
+
+    Args:
+        source: A run folder, a model folder, a folder of diffusers, or a network pickle of EDM or EDM2, which
+            is read without running it.
+        options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`.
+
+    Returns:
+        The denoiser and its description. ``kind`` is ``teacher`` or ``student``; of a model from elsewhere,
+        ``conversion`` says how far it is from its original.
+
+    Raises:
+        UserError: There is none that can be used.
+    """
+    path = Path(source)
+    if path.is_dir() and is_diffusers_folder(path):
+        teacher = load_diffusers(path, **options)
+        compared = getattr(teacher, "conversion", None)
+        return teacher, {"kind": "teacher", "conversion": str(compared) if compared else "not compared"}
+    if options:
+        raise UserError(
+            "these options are for folders of diffusers",
+            got=f"{', '.join(options)} for {source}",
+            fix="leave them out: other models say all there is to know",
+        )
+    if is_network_pickle(path):
+        teacher, info = read_edm(path)
+        return teacher, {"kind": "teacher", "conversion": _UNCOMPARED, **info}
+    return load_denoiser(path)
+
+
+def open_teacher(source: str | os.PathLike[str], **options: Any) -> tuple[Denoiser, dict[str, Any]]:
+    """A teacher from anything that :func:`open_denoiser` reads, or the exact one of a toy distribution.
+
+    Returns:
+        The frozen teacher and its description.
+
+    Raises:
+        UserError: There is none, or it is a student.
+    """
+    if str(source) in TOY_NAMES:
+        return toy(str(source)), {"kind": "teacher", "data": {"spec": str(source)}}
+    denoiser, info = open_denoiser(source, **options)
+    if info.get("kind") == "student":
+        raise UserError(f"{source} is a student, not a teacher", fix="pass the folder of a teacher")
+    return denoiser.requires_grad_(False), info
+
+
+def load_teacher(source: str | os.PathLike[str], **options: Any) -> Denoiser:
+    """The teacher of :func:`open_teacher`, alone."""
+    return open_teacher(source, **options)[0]

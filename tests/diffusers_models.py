@@ -1,0 +1,42 @@
+"""Tiny random networks of diffusers, built in code: no test reads the network."""
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers")
+
+SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+SMALL |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "attention_head_dim": 8}
+SMALL |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+
+
+def unet(seed=0, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return diffusers.UNet2DModel(**{**SMALL, **options}).eval()
+
+
+def dit(seed=0, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = diffusers.DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, num_layers=4, sample_size=8, **options
+        )
+        # Some layers start at zero, which would hide the classes.
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def vae(seed=0, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=16,
+            **options,
+        ).eval()

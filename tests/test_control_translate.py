@@ -1,0 +1,210 @@
+"""Codes of samples, translation, retrieval. Seeds are fixed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.control.neighbour_sets import NeighbourConditioned, SetEmbedding
+from distmatch.diffusion.control.retrieval import NeighbourDenoiser, NeighbourStore
+from distmatch.diffusion.control.translate import decode, encode, translate
+from distmatch.diffusion.guidance import Guided
+from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.diffusion.noise_streams import SampleNoise
+from distmatch.diffusion.solvers import grid, solve
+from distmatch.nets.config import MLPConfig
+from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.mlp import MLP
+
+CATS = GaussianMixture([0.5, 0.5], [[-2.0, 1.0], [-2.0, -1.0]], [0.1, 0.1])
+DOGS = GaussianMixture([0.5, 0.5], [[2.0, 1.0], [2.0, -1.0]], [0.1, 0.1])
+LEVELS = grid("karras", 40, 0.01, 20.0)
+
+
+def noise_for(n: int) -> SampleNoise:
+    return SampleNoise(0, torch.arange(n), (2,))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("eta", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_code_gives_its_sample_back(eta: float, dtype: torch.dtype) -> None:
+    x = CATS.sample(100, seed=1).to(dtype)
+    code = encode(CATS, x, LEVELS, noise_for(100), eta=eta)
+    assert float((decode(CATS, code, dtype=dtype) - x).abs().max()) < 1e-5
+    assert code.noises.shape == (40, 100, 2)
+
+
+def test_a_code_is_the_noise_of_the_sampler() -> None:
+    """Decoding is DDIM with the codes for noise: with real noise in their place it is the solver."""
+    n = 30
+    code = encode(CATS, CATS.sample(n).double(), LEVELS, noise_for(n), eta=0.5)
+    noises = torch.stack([noise_for(n).normal(k) for k in range(40)])
+    noises[-1] = 0
+    mine = decode(CATS, type(code)(code.start, noises, code.levels, 0.5), dtype=torch.float64)
+    theirs = solve(CATS, code.start, LEVELS, "ddim:0.5", noise=noise_for(n)).y
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_codes_are_normal_for_the_models_own_samples_and_not_for_others() -> None:
+    """Over fine steps the codes of on-model samples are unit normal; samples far off need longer ones."""
+    n, levels = 400, grid("log", 300, 0.05, 20.0)
+    own, far = CATS.sample(n).double(), DOGS.sample(n).double() + 3
+    codes = [encode(CATS, x, levels, noise_for(n), eta=1.0).noises[:-1] for x in (own, far)]
+    sizes = [float(c.square().mean()) for c in codes]
+    assert abs(sizes[0] - 1) < 0.02
+    assert sizes[1] > 1.05
+
+
+def test_translation_takes_a_sample_to_the_other_domain_and_keeps_what_they_share() -> None:
+    """From left to right; up stays up and down stays down, which independent samples would not."""
+    n = 300
+    x = CATS.sample(n, seed=2).double()
+    moved = translate(CATS, DOGS, x, LEVELS, noise_for(n), eta=0.1)
+    assert float((moved[:, 0] > 1).double().mean()) > 0.99
+    assert float((moved[:, 1].sign() == x[:, 1].sign()).double().mean()) > 0.9
+    torch.testing.assert_close(translate(CATS, CATS, x, LEVELS, noise_for(n)), x, rtol=0, atol=1e-9)
+
+
+def test_wrong_codes_are_refused() -> None:
+    x, noise = torch.zeros(3, 2), noise_for(3)
+    with pytest.raises(UserError, match="above 0"):
+        encode(CATS, x, LEVELS, noise, eta=0.0)
+    with pytest.raises(UserError, match="ends at level 0"):
+        encode(CATS, x, LEVELS[:-1], noise)
+    with pytest.raises(UserError, match="samples of this model"):
+        encode(CATS, torch.zeros(3, 5), LEVELS, noise)
+    with pytest.raises(UserError, match="not for this batch"):
+        encode(CATS, x, LEVELS, noise_for(4))
+    other = GaussianMixture([1.0], [[0.0, 0.0, 0.0]], [1.0])
+    with pytest.raises(UserError, match="one shape"):
+        translate(CATS, other, x, LEVELS, noise)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_store_finds_the_nearest_whatever_the_chunks(metric: str) -> None:
+    rows, queries = randn(57, 4), randn(23, 4, seed=1)
+    store = NeighbourStore(rows, metric)  # type: ignore[arg-type]
+    found = store.search(queries, 5)
+    apart = torch.stack([(queries[:, None] - rows).norm(dim=2)])[0]
+    if metric == "cosine":
+        apart = 1 - torch.nn.functional.cosine_similarity(queries[:, None], rows[None], dim=2)
+    distances, indices = apart.sort(dim=1)
+    assert torch.equal(found.indices, indices[:, :5])
+    torch.testing.assert_close(found.distances, distances[:, :5])
+    for chunk in (3, 10):
+        assert torch.equal(store.search(queries, 5, chunk=chunk).indices, found.indices)
+
+
+def test_a_row_is_not_its_own_neighbour_but_its_double_is() -> None:
+    rows = randn(40, 3)
+    rows[7] = rows[21]
+    store, every = NeighbourStore(rows), torch.arange(40)
+    alone = store.neighbours_of_rows(every, 4, chunk=9)
+    assert not bool((alone.indices == every[:, None]).any())
+    assert int(alone.indices[7, 0]) == 21
+    assert float(alone.distances[7, 0]) == 0
+    assert bool((store.search(rows, 2).indices == every[:, None]).any(1).all())
+    free = store.search(rows[:1], 39, exclude=torch.tensor([-1]))
+    assert 0 in free.indices
+    equal = NeighbourStore(torch.ones(6, 2)).search(torch.ones(1, 2), 4, chunk=2)
+    assert equal.indices.tolist() == [[0, 1, 2, 3]]
+
+
+def test_wrong_searches_are_refused() -> None:
+    store = NeighbourStore(randn(5, 3))
+    with pytest.raises(UserError, match="different length"):
+        store.search(randn(2, 4), 1)
+    with pytest.raises(UserError, match="that many"):
+        store.neighbours_of_rows(torch.arange(5), 5)
+    with pytest.raises(UserError, match="finite"):
+        NeighbourStore(torch.full((2, 2), math.nan))
+    with pytest.raises(UserError, match="rows of the store"):
+        NeighbourDenoiser(randn(5, 3), torch.tensor([[5]]))
+
+
+VALUES = randn(30, 2, seed=3)
+NEAR = NeighbourStore(VALUES).neighbours_of_rows(torch.arange(30), 4).indices
+
+
+def test_the_denoiser_of_neighbours_is_that_of_their_mixture() -> None:
+    teacher = NeighbourDenoiser(VALUES, NEAR, bandwidth=0.3)
+    y, sigma = 2 * randn(6, 2, seed=4), torch.linspace(0.1, 3, 6, dtype=torch.float64)
+    for q in (0, 17):
+        mixture = GaussianMixture([0.25] * 4, VALUES[NEAR[q]], [0.09] * 4)
+        query = torch.full((6,), q)
+        torch.testing.assert_close(teacher(y, sigma, query), mixture(y, sigma), rtol=1e-9, atol=1e-9)
+        shuffled = NeighbourDenoiser(VALUES, NEAR.flip(1), bandwidth=0.3)
+        torch.testing.assert_close(shuffled(y, sigma, query), teacher(y, sigma, query))
+    whole = GaussianMixture([1 / 30] * 30, VALUES, [0.09] * 30)
+    torch.testing.assert_close(teacher(y, sigma), whole(y, sigma), rtol=1e-9, atol=1e-9)
+    empty = torch.full((6,), -1)
+    torch.testing.assert_close(teacher(y, sigma, empty), teacher(y, sigma), rtol=0, atol=0)
+    guided = Guided(teacher, 1.5)(y, sigma, torch.full((6,), 17))
+    expected = 1.5 * teacher(y, sigma, torch.full((6,), 17)) - 0.5 * teacher(y, sigma)
+    torch.testing.assert_close(guided, expected)
+
+
+def test_samples_of_a_neighbourhood_are_near_it() -> None:
+    teacher, queries = NeighbourDenoiser(VALUES, NEAR), torch.arange(30)
+    y = 80 * randn(30, 2)
+    x = solve(teacher, y, grid("karras", 25, 0.002, 80.0), "heun", condition=queries).y
+    apart = (x[:, None] - VALUES[NEAR]).norm(dim=2).amin(1)
+    assert float(apart.max()) < 0.02
+
+
+def small_net() -> NeighbourConditioned:
+    torch.manual_seed(0)
+    inner = MLP(MLPConfig(width=64, depth=2), (2 + 6,), 0)
+    return NeighbourConditioned(inner, SetEmbedding(2, 32, 6), VALUES.float(), NEAR)
+
+
+def test_a_set_has_no_order_and_the_empty_set_is_its_own() -> None:
+    net = small_net()
+    torch.nn.init.normal_(net.net.last.weight)
+    x, c, labels = torch.randn(5, 2), torch.zeros(5), torch.tensor([3, 3, -1, 8, -1])
+    out = net(x, c, labels)
+    net.use_neighbours(NEAR.flip(1))
+    torch.testing.assert_close(net(x, c, labels), out)
+    torch.testing.assert_close(net(x, c, None)[2::2], out[2::2])
+    assert float((net(x, c, None) - out).detach()[[0, 1, 3]].abs().min()) > 0
+    members = torch.randn(2, 3, 2)
+    some = torch.tensor([[True, True, False], [True, True, True]])
+    torch.testing.assert_close(net.sets(members, some)[0], net.sets(members[:1, :2])[0])
+    assert net.with_features(x, c, labels)[0].shape == (5, 2)
+    pictures = NeighbourConditioned(torch.nn.Identity(), SetEmbedding(2, 8, 4), VALUES.float(), NEAR)
+    wide = pictures._widened(torch.zeros(2, 3, 5, 5), torch.tensor([1, -1]))
+    assert wide.shape == (2, 7, 5, 5)
+    with pytest.raises(UserError, match="rows of the store"):
+        net.use_neighbours(torch.tensor([[30]]))
+
+
+def test_a_network_learns_from_the_neighbours() -> None:
+    """Trained on kernels at the rows, the net with its sets comes near the exact denoiser of sets at level 1,
+    much nearer than the best that ignores them."""
+    net = small_net()
+    model = EDMDenoiser(net, shape=(2,), num_classes=30, sigma_data=1.0)
+    exact = NeighbourDenoiser(VALUES.float(), NEAR, bandwidth=0.1)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    gen = torch.Generator().manual_seed(1)
+    sigma = torch.ones(256)
+    for _ in range(250):
+        labels = torch.randint(30, (256,), generator=gen)
+        member = NEAR[labels, torch.randint(4, (256,), generator=gen)]
+        clean = VALUES.float()[member] + 0.1 * torch.randn(256, 2, generator=gen)
+        y = clean + torch.randn(256, 2, generator=gen)
+        loss = (model(y, sigma, labels) - clean).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        learned = (model(y, sigma, labels) - exact(y, sigma, labels)).square().mean()
+        ignorant = (exact(y, sigma) - exact(y, sigma, labels)).square().mean()
+    assert float(learned) < 0.15 * float(ignorant)
