@@ -71,7 +71,7 @@ def distance_covariance_loss(x: Tensor, y: Tensor, *, estimator: str = "unbiased
     if estimator not in ESTIMATORS:
         raise unknown_name("estimator", estimator, ESTIMATORS)
     x, y = _paired(x, y)
-    return _value(product_sums(x, y), estimator).to(x.dtype)
+    return _value(product_sums(x, y, in_order=False), estimator).to(x.dtype)
 
 
 def _terms(x: Tensor, y: Tensor, sums: ProductSums) -> Tensor:
@@ -185,7 +185,7 @@ def distance_covariance_test(
             order = torch.randperm(n, generator=generator, device=where).to(y.device)
             # Shuffling changes the sum of products only, not what the centring subtracts from each variable.
             if a is None or b is None:
-                products = product_sums(x, y[order]).ab
+                products = product_sums(x, y[order], in_order=False).ab
             else:
                 products = (a * b[order][:, order]).sum(1)
             null.append(_unbiased(ProductSums(sums.a, sums.b[order], products)))

@@ -22,7 +22,7 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
 
 _LEAST_ROW, _MOST_ROW = 32, 64
 _CHILDREN = 256
-_CHUNKS = 8
+_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,18 @@ def centred(x: Tensor) -> Tensor:
     return x - x.detach().mean(0)
 
 
-def product_sums(x: Tensor, y: Tensor) -> ProductSums:
-    """The sums for paired samples (n, d) and (n, e), differentiable in bounded memory."""
+def product_sums(x: Tensor, y: Tensor, in_order: bool = True) -> ProductSums:
+    """The sums for paired samples (n, d) and (n, e), differentiable in bounded memory.
+
+    Args:
+        x: Samples (n, d).
+        y: Samples (n, e).
+        in_order: The sums come in the order of the samples; otherwise in any, the same for all three.
+    """
     x, y = centred(x), centred(y)
     if x.shape[1] == 1 and y.shape[1] == 1:
-        return _in_one_dimension(x.squeeze(1).double(), y.squeeze(1).double())
+        sums, order = _in_one_dimension(x.squeeze(1).double(), y.squeeze(1).double())
+        return ProductSums(*(torch.zeros_like(sums).index_add(1, order, sums) if in_order else sums))
 
     def of_rows(low: int, high: int, x: Tensor, y: Tensor) -> Tensor:
         a, b = distances(x[low:high], x), distances(y[low:high], y)
@@ -72,17 +79,22 @@ def times_distances(x: Tensor, weights: Tensor) -> Tensor:
         return torch.empty_like(points).scatter_(0, order, points * mass - moment)
 
 
-def _signed_within(size: int, key: Tensor, values: Tensor) -> Tensor:
-    """The sums over j of sign(i - j) sign(key_i - key_j) values_j, among each ``size`` samples, (n, 4)."""
-    before = torch.ones(size, size, dtype=key.dtype, device=key.device).tril(-1)
-    order = before - before.T
+def _signed_within(order: Tensor, key: Tensor, values: Tensor) -> Tensor:
+    """The sums over j of sign(i - j) sign(key_i - key_j) values_j, in groups of consecutive samples, (n, 4).
+
+    Args:
+        order: sign(i - j), as large as a group.
+        key: What the other sign is of, (n,).
+        values: The four, (n, 4).
+    """
+    size = len(order)
 
     def of_groups(key: Tensor, values: Tensor) -> Tensor:
         signs = (key[:, :, None] - key[:, None]).sign_().mul_(order[: key.shape[1], : key.shape[1]])
         return (signs @ values).flatten(0, 1)
 
     whole = len(key) // size * size
-    # An eighth of the usual chunk, so that it stays in the cache from one step to the next.
+    # A sixteenth of the usual chunk, so that it stays in the cache from one step to the next.
     step = rows_per_chunk(_CHUNKS * size**2, key.device)
     keys, groups = key[:whole].view(-1, size), values[:whole].view(-1, size, values.shape[1])
     sums = [recomputed(of_groups, k, v) for k, v in zip(keys.split(step), groups.split(step), strict=True)]
@@ -96,7 +108,7 @@ def _signed_along(cells: Tensor, dim: int) -> Tensor:
     return cells.cumsum(dim).mul_(2).sub_(cells).sub_(cells.sum(dim, keepdim=True))
 
 
-def _signed_between(values: Tensor, position: Tensor, block: int, child: int, row: int) -> Tensor:
+def _signed_between(values: Tensor, position: Tensor, block: int, child: int, order: Tensor) -> Tensor:
     """The signed sums over the samples in the same block of x and another child of it, (n, 4).
 
     Args:
@@ -104,16 +116,15 @@ def _signed_between(values: Tensor, position: Tensor, block: int, child: int, ro
         position: The place of each in the order of x, (n,).
         block: Samples of a block.
         child: Samples of a child; it divides ``block``.
-        row: Samples in a row of the table of a block; it divides ``block``.
+        order: As in :func:`_signed_within`, as large as a row of the table of a block; a row divides it.
     """
-    n, children = len(values), block // child
-    blocks, rows = -(-n // block), -(-min(n, block) // row)
-    place = torch.arange(n, device=values.device)
+    n, row, children = len(values), len(order), block // child
+    rows, blocks = block // row, -(-n // block)
     column = position // child
-    cell = (place // block * rows + place % block // row) * children + column % children
+    cell = torch.arange(n, device=values.device) // row * children + column % children
     table = values.new_zeros(blocks * rows * children, 4).index_add(0, cell, values)
     table = _signed_along(_signed_along(table.view(blocks, rows, children, 4), 1), 2).view(-1, 4)
-    return table.index_select(0, cell) + _signed_within(row, column.to(values.dtype), values)
+    return table.index_select(0, cell) + _signed_within(order, column.to(values.dtype), values)
 
 
 def _distance_sums(z: Tensor) -> Tensor:
@@ -122,8 +133,8 @@ def _distance_sums(z: Tensor) -> Tensor:
     return z * torch.arange(2 - n, n + 2, 2, device=z.device) + up_to[-1] - 2 * up_to
 
 
-def _in_one_dimension(x: Tensor, y: Tensor) -> ProductSums:
-    r"""The sums for one-dimensional samples, O(n log n).
+def _in_one_dimension(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The three sums for one-dimensional samples in the order of x, (3, n), and that order; O(n log n).
 
     \|dx\| \|dy\| is sign(dx) sign(dy) dx dy, and dx dy is linear in (1, x, y, xy) of j (Huo and Szekely
     2016), so it takes the sums of these four, each with the two signs. x is cut into blocks, these into
@@ -136,20 +147,20 @@ def _in_one_dimension(x: Tensor, y: Tensor) -> ProductSums:
     x, order = x.sort()
     y = y[order]
     sorted_y, by_y = y.sort()
-    rank = torch.empty_like(y).scatter_(0, by_y, torch.arange(n, dtype=y.dtype, device=y.device))
+    rank = torch.empty_like(by_y).scatter_(0, by_y, torch.arange(n, device=y.device))
     values = torch.stack([torch.ones_like(x), x, y, x * y], 1)
     row = min(max(_LEAST_ROW, 2 * math.isqrt(n) // 3), _MOST_ROW)
-    signed = _signed_within(row, rank, values)
+    before = torch.ones(row, row, dtype=y.dtype, device=y.device).tril(-1)
+    signs = before - before.T
+    signed = _signed_within(signs, rank.to(y.dtype), values)
     levels = math.ceil(math.log(max(n / row, 1), _CHILDREN))
     children = math.ceil((n / row) ** (1 / max(levels, 1)))
     for level in range(levels):
         child = row * children**level
         block = child * children
         position = by_y[(by_y // block).sort(stable=True).indices] if block < n else by_y
-        between = _signed_between(values[position], position, block, child, row)
+        between = _signed_between(values[position], position, block, child, signs)
         signed = signed.index_add(0, position, between)
     count, of_x, of_y, of_xy = signed.unbind(1)
-    a, products = _distance_sums(x), x * (y * count - of_y) - y * of_x + of_xy
-    b = torch.zeros_like(y).index_add(0, by_y, _distance_sums(sorted_y))
-    sums = torch.stack([a, b, products])
-    return ProductSums(*torch.zeros_like(sums).index_add(1, order, sums))
+    products = x * (y * count - of_y) - y * of_x + of_xy
+    return torch.stack([_distance_sums(x), _distance_sums(sorted_y)[rank], products]), order
