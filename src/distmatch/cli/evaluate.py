@@ -54,6 +54,8 @@ def run(argv: list[str]) -> None:
     o = parse(EvaluateOptions, argv, verb="evaluate", about=ABOUT)
     if o.n is not None and o.n < 1:
         raise UserError("--n must be at least 1", got=o.n)
+    from distmatch.training.teachers import is_from_elsewhere
+
     folder = Path(o.what)
     if not folder.exists():
         raise UserError(
@@ -61,9 +63,9 @@ def run(argv: list[str]) -> None:
             expected="a sample file, a folder of images or a run folder",
             fix="check the path",
         )
-    if (folder / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists() or is_from_elsewhere(folder):
         raise UserError(
-            f"{o.what} is a model folder",
+            f"{o.what} is a model folder, or a model from elsewhere",
             expected="samples, or a run folder, which gets the metrics.json",
             fix=f"draw samples first: distmatch sample {o.what} --n 5000 --out samples.npz",
         )
