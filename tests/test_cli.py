@@ -303,7 +303,7 @@ def test_a_demo_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest
     import distmatch.training.runs as runs
 
     done(f"demo --fast --out {tmp_path}/whole")
-    save, saved = runs.save_model, []
+    save, saved = runs.save_denoiser, []
 
     def interrupted(*args: object) -> None:
         saved.append(args)
@@ -311,10 +311,10 @@ def test_a_demo_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         save(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runs, "save_model", interrupted)
+    monkeypatch.setattr(runs, "save_denoiser", interrupted)
     assert command(f"demo --fast --out {tmp_path}/cut").code == 130
     assert not (tmp_path / "cut" / "model").exists()
-    monkeypatch.setattr(runs, "save_model", save)
+    monkeypatch.setattr(runs, "save_denoiser", save)
     done(f"demo --fast --out {tmp_path}/cut --resume")
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert weights(tmp_path / "cut/teacher") == weights(tmp_path / "whole/teacher")

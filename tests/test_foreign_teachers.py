@@ -176,6 +176,8 @@ def test_students_share_the_autoencoder_and_copy_the_network() -> None:
         ("sample classes --n 2 --steps 2 --guidance 2 --out x.npz", ("null_class",)),
         ("export edm.pkl --null-class 3 --out x", ("folders of diffusers", "null_class")),
         ("export of_plain --vae latent/vae --out x", ("folders of diffusers",)),
+        ("evaluate plain", ("is a model folder", "distmatch sample plain")),
+        ("evaluate edm.pkl --data digits", ("a model from elsewhere",)),
         ("export edm.pkl --vae latent/vae --out x", ("pixels",)),
     ],
 )

@@ -46,7 +46,7 @@ def test_presets_and_refusals() -> None:
     with pytest.raises(UserError, match="0 < low < high"):
         distiller(network_teacher(), "js", noise_low=30.0)
     heavy_tailed = copy.copy(network_teacher())
-    heavy_tailed.gaussian_kernel = False
+    heavy_tailed.pfgm_dims = 128.0
     with pytest.raises(UserError, match="Gaussian noise kernel"):
         distiller(heavy_tailed, "js")
     assert not distiller(network_teacher(), method="diff-instruct").needs_ratio

@@ -73,7 +73,7 @@ def run(argv: list[str]) -> None:
         )
     if _is_model(folder):
         raise UserError(
-            f"{o.what} is a model folder",
+            f"{o.what} is a model folder, or a model from elsewhere",
             expected="samples, or a run folder, which gets the metrics.json",
             fix=f"draw samples first: distmatch sample {o.what} --n 5000 --out samples.npz",
         )
@@ -88,7 +88,9 @@ def run(argv: list[str]) -> None:
 
 
 def _is_model(folder: Path) -> bool:
-    return (folder / "model.safetensors").exists()
+    from distmatch.training.teachers import is_from_elsewhere
+
+    return (folder / "model.safetensors").exists() or is_from_elsewhere(folder)
 
 
 def _is_run(folder: Path) -> bool:

@@ -16,6 +16,12 @@ from distmatch.interop.edm_checkpoint import is_network_pickle
 _UNCOMPARED = "not compared with its original, whose code is not run"
 
 
+def is_from_elsewhere(source: str | os.PathLike[str]) -> bool:
+    """Whether a path names a folder of diffusers or a network pickle."""
+    path = Path(source)
+    return is_network_pickle(path) or (path.is_dir() and is_diffusers_folder(path))
+
+
 def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, dict[str, Any]]:
     """A model on disk, on the CPU, in eval mode, and what is known of it.
 
