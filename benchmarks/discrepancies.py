@@ -292,15 +292,17 @@ def main(options: Options) -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds} rounds\n"
     )
+    # First of all: the peak of a fresh process begins at that of the one that started it.
+    for line in memory_rows() if "memory" in options.parts else ():
+        print(line, flush=True)
     if any(part in RACES for part in options.parts):
-        print("| quantity | contender | seconds | relative error | time over ours |\n|---|---|---|---|---|")
+        print("\n| quantity | contender | seconds | relative error | time over ours |\n|---|---|---|---|---|")
     for part in options.parts:
         for race in RACES[part](options) if part in RACES else ():
             for line in run(race, options.rounds):
                 print(line, flush=True)
-    for part, rows in (("memory", memory_rows), ("coverage", coverage_rows)):
-        for line in rows() if part in options.parts else ():
-            print(line, flush=True)
+    for line in coverage_rows() if "coverage" in options.parts else ():
+        print(line, flush=True)
     print(f"\nThis process peaked at {(peak_memory()['cpu'] or 0) / 2**30:.1f} GiB.")
     print("Repeat: `python benchmarks/discrepancies.py " + " ".join(sys.argv[1:]) + "`")
 
