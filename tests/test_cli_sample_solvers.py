@@ -12,6 +12,7 @@ import torch
 from command import SHORT, TINY, command, done
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.diffusion.paths import noise_path
 from distmatch.diffusion.solvers import grid, sample_teacher
 from distmatch.training.assess import draw_teacher
 from distmatch.training.sampling import Sampling
@@ -102,6 +103,7 @@ def test_the_path_is_the_teachers_own_unless_another_is_named() -> None:
     settings = Sampling()
     assert settings.path_for(load_teacher("noise")).name == "vp"
     assert settings.path_for(GaussianMixture([1.0], [[0.0]], [1.0])).name == "vp"
+    assert Sampling(path="vp:beta_max=12").path_for(load_teacher("t")) == noise_path("vp", beta_max=12.0)
 
 
 def test_drawing_is_what_the_parts_give() -> None:
@@ -132,6 +134,8 @@ def test_evaluation_counts_the_calls_of_another_solver() -> None:
         ("sample t --solver dpm", ("unknown solver", "dpm")),
         ("sample t --grid linear", ("--grid", "linear")),
         ("sample t --path straight", ("unknown", "straight")),
+        ("sample t --path vp", ("does nothing", "--grid time")),
+        ("sample t --solver tab --path vp:beta=3", ("vp", "beta")),
         ("sample t --solver dpmpp-2m --steps 1", ("at least 2 steps", "--steps 2")),
         ("sample t --steps 0", ("at least one step",)),
         ("sample t --guidance nan", ("guidance", "nan")),

@@ -12,6 +12,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.composition.models import over_models
 from distmatch.diffusion.composition.superdiff import equal_density_move, superpose
+from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers import EulerMaruyama, grid, solve
@@ -231,12 +232,18 @@ def test_what_does_not_go_together_is_refused() -> None:
         superpose([LEFT, other], y, levels, noise)
     with pytest.raises(UserError, match="needs the score"):
         superpose([LEFT, Heavy([1.0], [[0.0, 0.0]], [1.0])], y, levels, noise)
+    # Its densities at the levels are not one density, noised: log q would count what is not there.
+    with pytest.raises(UserError, match="one density at all levels"):
+        superpose([LEFT, Guided(LEFT, 2.0, reference=RIGHT)], y, levels, noise)
     with pytest.raises(UserError, match="at least one model"):
         superpose([], y, levels, noise)
     with pytest.raises(UserError, match="unknown superposition"):
         superpose(HALVES, y, levels, noise, "xor")
     with pytest.raises(UserError, match="one log weight"):
         superpose(HALVES, y, levels, noise, log_weights=[0.0])
+    for weights in ([-math.inf, -math.inf], [0.0, math.inf]):
+        with pytest.raises(UserError, match="some model must have a weight"):
+            superpose(HALVES, y, levels, noise, log_weights=weights)
     with pytest.raises(UserError, match="no weights"):
         superpose(HALVES, y, levels, noise, "and", log_weights=[0.0, 0.0])
     with pytest.raises(UserError, match="without classes"):

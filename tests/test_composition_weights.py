@@ -20,6 +20,7 @@ from distmatch.diffusion.composition.resampling import (
     systematic_indices,
 )
 from distmatch.diffusion.composition.targets import Target, annealed, annealed_prior, geometric, product
+from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers import grid, solve
@@ -219,6 +220,8 @@ def test_wrong_targets_and_options_are_refused() -> None:
     wide = GaussianMixture([1.0], [[0.0]], [900.0], sigma_max=20.0)
     with pytest.raises(UserError, match="no density at this level"):
         annealed_prior(geometric(wide, FIRST, 3.0), 20.0, noise_for(4))
+    with pytest.raises(UserError, match="one density at all levels"):
+        feynman_kac(annealed(Guided(FIRST, 2.0, reference=SECOND), 2.0), LEVELS, noise_for(4))
     options: list[tuple[dict[str, object], str]] = [
         ({"populations": 3}, "divide"),
         ({"noise_scale": -1.0}, "noise scale"),

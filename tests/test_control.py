@@ -15,6 +15,7 @@ from distmatch.diffusion.control.forward_model import ObservationGuided, quantil
 from distmatch.diffusion.control.inpainting import Replacement, paste
 from distmatch.diffusion.control.inverse import LinearPosterior, conjugate_gradients
 from distmatch.diffusion.control.linear import linear_map, observed
+from distmatch.diffusion.denoiser import is_diffused
 from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -262,6 +263,14 @@ def test_measurements_that_do_not_fit_are_refused() -> None:
         Replacement(linear_map(torch.ones(1, 2), (2,)), f64([1.0]), [1.0, 0.0], noise)
     with pytest.raises(UserError, match="value does not fit"):
         Replacement(KNOWN, f64([1.0, 2.0]), [1.0, 0.0], noise)
+
+
+def test_guidance_by_an_observation_is_no_noised_density() -> None:
+    def guided(scale: float) -> CallCounter:
+        return CallCounter(ObservationGuided(PAIR, lambda x: x[:, :1], f64([1.0]), scale))
+
+    assert is_diffused(guided(0.0))
+    assert not is_diffused(guided(1.0))
 
 
 def test_wrong_guidance_is_refused() -> None:

@@ -23,6 +23,7 @@ from distmatch.diffusion.guidance import (
 from distmatch.diffusion.ito import trajectory_log_density
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.paths import noise_path
+from distmatch.diffusion.pfgm import StudentTTeacher
 from distmatch.diffusion.predictions import PREDICTIONS, convert
 from distmatch.diffusion.solvers import grid, solve
 
@@ -167,6 +168,9 @@ def test_wrappers_pass_on_what_a_denoiser_is() -> None:
         ClassifierGuided(electric, logits, 1.0)
     with pytest.raises(UserError, match="different kinds of noise"):
         Guided(electric, 2.0, reference=GaussianMixture([1.0], [[0.0, 0.0]], [1.0]))
+    few, many = (StudentTTeacher(torch.eye(2), dims) for dims in (128.0, 2048.0))
+    with pytest.raises(UserError, match="128 and 2048 extra dimensions"):
+        Guided(few, 2.0, reference=CallCounter(many))
 
 
 def test_guided_scores_are_not_those_of_one_density() -> None:

@@ -297,6 +297,11 @@ def test_what_is_usual_on_a_path() -> None:
         ({"ambient_clean": 1.5}, "ambient-clean"),
         ({"logit_std": 0.0}, "logit-std"),
         ({"pfgm_dims": -1.0}, "pfgm-dims"),
+        ({"noise_mean": 0.0, "path": "vp"}, "noise-mean does nothing"),
+        ({"logit_std": 2.0}, "logit-std does nothing"),
+        ({"min_snr_gamma": 2.0}, "goes with --weighting min-snr"),
+        ({"ambient_given": True}, "goes with --ambient-noise"),
+        ({"ambient_clean": 0.5}, "ambient-clean does nothing"),
     ],
 )
 def test_impossible_choices_are_refused(options: dict[str, object], message: str) -> None:

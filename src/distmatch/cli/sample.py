@@ -41,7 +41,8 @@ class SampleOptions:
     grid: Literal["karras", "log", "uniform", "power", "log-snr", "time"] = "karras"
     """How the noise levels lie."""
     path: str = ""
-    """Noise path for what works in its time (tab, grids power and time); empty: the teacher's own, or vp."""
+    """Noise path for what works in its time (tab, grids power and time), vp:beta_max=12 too; empty: the
+    teacher's own, or vp."""
     guidance: float = 1.0
     """Guidance scale of a teacher; 1 is none."""
     guidance_interval: tuple[float, float] | None = None

@@ -137,6 +137,8 @@ def log_likelihood(
     low = denoiser.sigma_min if sigma is None else sigma
     high = denoiser.sigma_max if sigma_max is None else sigma_max
     _check(denoiser, x, condition, low, high)
+    if batch < 1:
+        raise UserError("there must be at least one sample at a time", got=f"batch={batch}")
     refuse_random_layers(denoiser)
     kind, count = parse_trace(trace)
     method = FlowSolver.parse(solver)
@@ -251,6 +253,8 @@ def _check(denoiser: Denoiser, x: Tensor, condition: Tensor | None, low: float, 
         raise UserError("a likelihood needs float32 or float64 samples", got=x.dtype, fix="call .float()")
     if condition is not None and condition.shape != (len(x),):
         raise UserError("there must be one label a sample", got=tuple(condition.shape), expected=(len(x),))
+    if not bool(x.isfinite().all()):
+        raise UserError("these samples are not all finite", fix="leave out those with NaN or infinity")
     if not 0 < low < high < math.inf:
         raise UserError(
             "noise levels must satisfy 0 < sigma < sigma_max", got=f"sigma={low}, sigma_max={high}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.errors import UserError
 from distmatch.diffusion.noise import LogNormal
 from distmatch.diffusion.path_core import NoisePath, check_prior
 from distmatch.diffusion.path_levels import PathLevels
@@ -108,6 +109,7 @@ def build_objective(config: TeacherConfig, sigma_data: float, path: NoisePath | 
     spacing = config.noise_distribution
     if spacing == "auto":
         spacing = "log-normal" if path.name == "edm" else "uniform"
+    _refuse_idle(config, spacing, weighting)
     levels: LogNormal | PathLevels
     if spacing == "log-normal":
         levels = LogNormal(config.noise_mean, config.noise_std)
@@ -115,3 +117,31 @@ def build_objective(config: TeacherConfig, sigma_data: float, path: NoisePath | 
         levels = PathLevels(path, low, high, spacing, config.logit_mean, config.logit_std)
     gamma, dims = config.min_snr_gamma, config.pfgm_dims
     return Objective(path, prediction, levels, weighting, gamma, sigma_data, low, high, dims)
+
+
+def _refuse_idle(config: TeacherConfig, spacing: str, weighting: str) -> None:
+    """Refuses options that were set and would do nothing.
+
+    Raises:
+        UserError: With the option and what it needs.
+    """
+    needs = {
+        ("noise_mean", "noise_std"): (spacing == "log-normal", "--noise-distribution log-normal"),
+        ("logit_mean", "logit_std"): (spacing == "logit-normal", "--noise-distribution logit-normal"),
+        ("min_snr_gamma",): (weighting == "min-snr", "--weighting min-snr"),
+        ("ambient_given",): (config.ambient_noise > 0, "--ambient-noise"),
+        ("ambient_clean",): (
+            config.ambient_noise > 0 and not config.ambient_given,
+            "--ambient-noise, and data to which it is added here",
+        ),
+    }
+    defaults = {f.name: f.default for f in fields(config)}
+    for names, (used, need) in needs.items():
+        for name in names:
+            if not used and getattr(config, name) != defaults[name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')} does nothing here",
+                    got=getattr(config, name),
+                    expected=f"it goes with {need}",
+                    fix="leave it out, or give that too",
+                )

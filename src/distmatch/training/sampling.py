@@ -11,6 +11,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import guided
+from distmatch.diffusion.path_specs import parse_path
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.solvers import find_solver, grid, snap_grid
 
@@ -23,8 +24,8 @@ class Sampling:
         solver: Name of a solver, with options after colons.
         steps: Steps of the grid.
         grid: Kind of grid.
-        path: Name of the noise path for solvers and grids that work in its time; '' takes the teacher's own,
-            or that of DEIS, ``vp``, for a teacher without one.
+        path: Name of the noise path for solvers and grids that work in its time, with options after a colon;
+            '' takes the teacher's own, or that of DEIS, ``vp``, for a teacher without one.
         guidance: Guidance scale; 1 is none.
         interval: Guide where low < sigma <= high only; None guides everywhere.
         reference: A weaker teacher to guide by, instead of the teacher without its class.
@@ -42,9 +43,12 @@ class Sampling:
         """The path for what works in a path's time.
 
         Raises:
-            UserError: An unknown name.
+            UserError: An unknown name or option.
         """
-        return noise_path(self.path or getattr(teacher, "path", None) or "vp")
+        if self.path:
+            ends = {"sigma_min": teacher.sigma_min, "sigma_max": teacher.sigma_max}
+            return parse_path(self.path, sigma_data=teacher.sigma_data, **ends)
+        return noise_path(getattr(teacher, "path", None) or "vp")
 
     def levels(self, teacher: Denoiser) -> Tensor:
         """The noise levels for a teacher, (steps + 1,) or fewer, float64, from its ``sigma_max`` to 0.
@@ -81,6 +85,12 @@ class Sampling:
         """
         chosen, levels = find_solver(self.solver), self.levels(teacher)
         self.around(teacher)
+        if self.path and not chosen.needs_path and self.grid not in ("time", "power"):
+            raise UserError(
+                "a noise path does nothing for a solver and a grid that do not work in its time",
+                got=f"--path {self.path} with --solver {self.solver} and --grid {self.grid}",
+                fix="leave --path out, or take --solver tab, or --grid time or power",
+            )
         if len(levels) - 1 < chosen.least_steps:
             raise UserError(
                 f"the solver {self.solver} needs at least {chosen.least_steps} steps",

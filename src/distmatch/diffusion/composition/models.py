@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, require_score
+from distmatch.diffusion.denoiser import Denoiser, require_diffused, require_score
 from distmatch.diffusion.geometry.jacobian import denoise_for_gradient, pull_back
 from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -26,7 +26,7 @@ class Models:
         purpose: What they are for, for messages.
 
     Raises:
-        UserError: Shapes differ, a model has no score, or conditions do not fit.
+        UserError: Shapes differ, a model has no score or is guided, or conditions do not fit.
     """
 
     def __init__(self, denoisers: Sequence[Denoiser], conditions: Conditions, purpose: str) -> None:
@@ -34,6 +34,7 @@ class Models:
             raise UserError(f"{purpose} needs at least one model", got="none")
         for denoiser in denoisers:
             require_score(denoiser, purpose)
+            require_diffused(denoiser, purpose)
         shapes = [tuple(d.shape) for d in denoisers]
         if len(set(shapes)) > 1:
             raise UserError(

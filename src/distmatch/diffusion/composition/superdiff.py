@@ -237,6 +237,12 @@ def _offsets(
         raise UserError(
             "there must be one log weight for each model", got=values.tolist(), expected=(len(models),)
         )
+    if not -math.inf < float(values.max()) < math.inf:
+        raise UserError(
+            "some model must have a weight, and none an infinite one",
+            got=values.tolist(),
+            fix="give logarithms of mixture weights; -inf leaves a model out",
+        )
     return values.to(device=like.device, dtype=torch.float64)[:, None]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, expand, require_score
+from distmatch.diffusion.denoiser import Denoiser, expand, is_diffused, require_score
 from distmatch.diffusion.geometry.jacobian import denoise_for_gradient, refuse_random_layers
 from distmatch.diffusion.guidance import Calls, Wrapper, cost_of
 
@@ -85,6 +85,11 @@ class ObservationGuided(Wrapper):
         if not 0 <= scale < math.inf:
             raise UserError("the scale of a guidance by observations is a number from 0 on", got=scale)
         self.forward_model, self.observed, self.scale, self.loss = forward_model, observed, scale, loss
+
+    @property
+    def diffused(self) -> bool:
+        """Whether the scores at all levels are those of one noised density: only at scale 0."""
+        return self.scale == 0 and is_diffused(self.inner)
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         """The guided prediction, (B, *shape)."""

@@ -24,6 +24,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers.grids import checked_levels
+from distmatch.diffusion.solvers.solve import check_labels
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def encode(
         )
     if len(noise) != len(x) or tuple(noise.shape) != tuple(denoiser.shape):
         raise UserError("the noise is not for this batch", got=f"{len(noise)} samples of {noise.shape}")
+    check_labels(condition, len(x))
     clean = x.double()
     start = y = clean + levels[0] * noise.normal(0, 1).double()
     noises = []
@@ -136,6 +138,7 @@ def decode(
             got=tuple(denoiser.shape),
             expected=tuple(code.start.shape[1:]),
         )
+    check_labels(condition, len(code.start))
     y = code.start
     for (now, after), e in zip(pairwise(code.levels), code.noises, strict=True):
         guess = _denoise(denoiser, y, now, dtype, condition)

@@ -9,6 +9,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.guidance.base import Features, Guidance, Pass, Where, checked_scale
 from distmatch.diffusion.guidance.wrapper import Calls, at_step, cost_of
+from distmatch.diffusion.pfgm import pfgm_dims
 
 
 class Guided(Guidance):
@@ -151,4 +152,10 @@ def check_pair(main: Denoiser, reference: Denoiser) -> None:
             "main model and reference were trained with different kinds of noise",
             got="one Gaussian, one not (gaussian_kernel)",
             fix="take both from the same family",
+        )
+    if pfgm_dims(main) != pfgm_dims(reference):
+        raise UserError(
+            "main model and reference were trained with different noises of PFGM++",
+            got=f"{pfgm_dims(main):g} and {pfgm_dims(reference):g} extra dimensions",
+            fix="take two models with the same number",
         )

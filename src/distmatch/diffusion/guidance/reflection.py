@@ -16,7 +16,7 @@ from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath
 from distmatch.diffusion.solvers.grids import checked_levels
 from distmatch.diffusion.solvers.run import Solver
-from distmatch.diffusion.solvers.solve import Solution, solve
+from distmatch.diffusion.solvers.solve import Solution, check_labels, solve
 
 Predict = Callable[[Tensor, float], Tensor]
 """(y, sigma) to D."""
@@ -92,6 +92,7 @@ def solve_reflected(
         raise UserError(
             "the start of a solve has the wrong shape", got=tuple(y.shape), expected=f"(B, *{strong.shape})"
         )
+    check_labels(condition, len(y))
     counted = [CallCounter(strong), CallCounter(weak)]
     told = [condition, condition if weak.num_classes else None]
 

@@ -60,6 +60,8 @@ def grid(
             "noise levels must satisfy 0 < sigma_min < sigma_max",
             got=f"sigma_min={sigma_min}, sigma_max={sigma_max}",
         )
+    if not rho > 0:
+        raise UserError("the curvature of a grid must be positive", got=rho, expected="rho > 0")
     u = torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
     if kind == "karras":
         levels = karras_grid(count, sigma_min, sigma_max, rho)[:-1]

@@ -72,6 +72,11 @@ class Adams(Solver):
         """One more than the degree."""
         return self.degree + 1
 
+    @property
+    def needs_path(self) -> bool:
+        """For tAB."""
+        return self.variable == "t"
+
     def stepper(self, run: Run) -> LinearMultistep:
         """One call a step."""
         path = run.path if self.variable == "t" else None

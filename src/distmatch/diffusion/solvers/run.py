@@ -62,6 +62,11 @@ class Solver:
         """The fewest steps in which it is more than a solver of lower order."""
         return 1
 
+    @property
+    def needs_path(self) -> bool:
+        """Whether it works in the time of a path."""
+        return False
+
     def calls(self, levels: tuple[float, ...]) -> int | None:
         """Network calls for a grid; None where they depend on the model."""
         return len(levels) - 1

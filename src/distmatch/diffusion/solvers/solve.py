@@ -77,6 +77,7 @@ def solve(
     chosen = find_solver(solver)
     levels = checked_levels(grid, stochastic=chosen.stochastic)
     _check(denoiser, y, chosen, solver, levels, noise)
+    check_labels(condition, len(y))
     counter = denoiser if isinstance(denoiser, CallCounter) else CallCounter(denoiser)
     calls_before = counter.calls
     work = torch.float32 if y.device.type == "mps" else torch.float64
@@ -118,6 +119,22 @@ def solve(
     )
     end = chosen.integrate(run, y.to(work), visit).to(y.dtype)
     return Solution(end, counter.calls - calls_before, torch.stack(states) if trajectory else None)
+
+
+def check_labels(condition: Tensor | None, n: int) -> None:
+    """Refuses a condition that is not one whole number for each of ``n`` samples.
+
+    Raises:
+        UserError: With what it is.
+    """
+    if condition is None:
+        return
+    if condition.shape != (n,) or condition.is_floating_point() or condition.dtype == torch.bool:
+        raise UserError(
+            "there must be one label a sample",
+            got=f"{tuple(condition.shape)}, {condition.dtype}",
+            expected=f"({n},), torch.int64",
+        )
 
 
 def _check(
@@ -190,7 +207,15 @@ def sample_teacher(
 
     Returns:
         (n, *shape) float32 on the CPU.
+
+    Raises:
+        UserError: A negative number of samples, an empty batch, or what :func:`solve` refuses.
     """
+    if n < 0 or batch < 1:
+        raise UserError(
+            "there must be 0 samples or more, and at least 1 at a time", got=f"n={n}, batch={batch}"
+        )
+    check_labels(labels, n)
     chosen = find_solver(solver)
     levels = make_grid("karras", steps, denoiser.sigma_min, denoiser.sigma_max) if grid is None else grid
     first = checked_levels(levels, stochastic=True)[0]

@@ -158,6 +158,11 @@ class PredictorCorrector(_Stochastic):
         """Those of the predictor."""
         return self.predictor.least_steps
 
+    @property
+    def needs_path(self) -> bool:
+        """Where the predictor does."""
+        return self.predictor.needs_path
+
     def calls(self, levels: tuple[float, ...]) -> int | None:
         """Those of the predictor, and one for each correction."""
         predictor = self.predictor.calls(levels)
