@@ -17,6 +17,7 @@ from distmatch.diffusion.geometry.agreement import (
     nearest_cosine,
     sample_cosine,
 )
+from distmatch.diffusion.geometry.jacobian import denoiser_jacobian
 from distmatch.diffusion.geometry.summary import ratio_of
 from distmatch.diffusion.geometry.tails import tail_check, tail_index
 from distmatch.diffusion.mixture import GaussianMixture
@@ -31,6 +32,37 @@ def fitted(x: Tensor) -> GaussianMixture:
 
 def memorised(x: Tensor) -> GaussianMixture:
     return GaussianMixture(torch.full((len(x),), 1 / len(x)).double(), x, torch.zeros(len(x)))
+
+
+# One denoiser.
+
+
+class BiasFree(torch.nn.Module):
+    """A noise-blind network of ReLUs without biases."""
+
+    shape, num_classes, sigma_data, sigma_min, sigma_max = (6,), 0, 1.0, 0.01, 80.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(6, 32), (32, 32), (32, 6)]
+        layers = [m for a, b in sizes for m in (torch.nn.Linear(a, b, bias=False), torch.nn.ReLU())]
+        self.net = torch.nn.Sequential(*layers[:-1]).double()
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.net(x)
+
+
+def test_a_network_without_biases_is_its_jacobian() -> None:
+    # Homogeneous of degree one: D(c y) = c D(y), so D(y) = J(y) y; one bias breaks it.
+    torch.manual_seed(0)
+    model, y = BiasFree(), torch.randn(8, 6, generator=torch.Generator().manual_seed(1)).double()
+    level = torch.ones(8).double()
+    torch.testing.assert_close(model(3.0 * y, level), 3.0 * model(y, level), rtol=1e-12, atol=1e-12)
+    out, jacobian = denoiser_jacobian(model, y, level)
+    torch.testing.assert_close(torch.einsum("bij,bj->bi", jacobian, y), out, rtol=1e-12, atol=1e-12)
+    model.net[0] = torch.nn.Linear(6, 32).double()
+    out, jacobian = denoiser_jacobian(model, y, level)
+    assert float((torch.einsum("bij,bj->bi", jacobian, y) - out).detach().norm()) > 1e-2
 
 
 # Two denoisers.

@@ -28,8 +28,8 @@ NCSNPP = {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": 
 NCSNPP |= {"resample_filter": [1, 3, 3, 1]}
 
 # Sum, sum of squares and two pixels of the output for the weights of `fill`, in float64. The first three were
-# computed with NVIDIA Modulus 0.5.0 (Apache-2.0), whose attention is float32; the last with the authors' network,
-# set up for the comparison alone.
+# computed with NVIDIA Modulus 0.5.0 (Apache-2.0), whose attention is float32; the last with that of the
+# authors, set up for the comparison alone.
 OUTPUTS = {
     "ddpmpp": ("song", {"model_channels": 16}, [10.495033515, 4.676388091, -0.069667482, 0.151565180]),
     "ncsnpp": (

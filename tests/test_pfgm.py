@@ -20,6 +20,7 @@ from distmatch.diffusion.solvers import sample_teacher
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.training.options import TeacherConfig
+from distmatch.training.sampling import Sampling
 from distmatch.training.teacher import TeacherTraining
 from small import distiller, network_teacher
 
@@ -137,6 +138,8 @@ def test_the_start_of_a_sample_does_not_depend_on_the_batch() -> None:
     plain = GaussianMixture([1.0], [[0.0, 0.0]], [1.0])
     assert torch.equal(start_noise(plain, latents(20, (2,), 7), 7), latents(20, (2,), 7))
     assert pfgm_dims(CallCounter(teacher)) == 3.0
+    with pytest.raises(UserError, match="the solver ddim:1, which adds Gaussian noise"):
+        Sampling(solver="ddim:1").check(teacher)
 
 
 def test_training_draws_this_noise_and_the_teacher_says_so() -> None:

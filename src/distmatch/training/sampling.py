@@ -9,11 +9,14 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import PredictionDenoiser
-from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.path_specs import parse_path
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.solvers import find_solver, grid, snap_grid
+
+MOST_STEPS = 100_000
+"""More steps than this are a slip of the keyboard, and their coefficients alone would take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +86,12 @@ class Sampling:
         Raises:
             UserError: Settings that do not go together, or not with this teacher.
         """
+        if self.steps > MOST_STEPS:
+            raise UserError("too many steps", got=self.steps, expected=f"at most {MOST_STEPS}")
         chosen, levels = find_solver(self.solver), self.levels(teacher)
         self.around(teacher)
+        if chosen.stochastic:
+            require_score(teacher, f"the solver {self.solver}, which adds Gaussian noise,")
         if self.path and not chosen.needs_path and self.grid not in ("time", "power"):
             raise UserError(
                 "a noise path does nothing for a solver and a grid that do not work in its time",
