@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,24 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _os_error(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_model_folder(folder: Path, known: Iterable[str]) -> None:
+    """Lets a model be written to a new folder, or over an earlier one.
+
+    Args:
+        folder: Where it is to go.
+        known: The names that a saved model consists of.
+
+    Raises:
+        UserError: The folder holds something else.
+    """
+    if folder.exists() and not (folder.is_dir() and {f.name for f in folder.iterdir()} <= set(known)):
+        raise UserError(
+            f"{folder} already exists and is not a model folder",
+            expected="a new folder, or one that holds only a saved model",
+            fix="choose another place",
+        )
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from distmatch.base.errors import UserError
-from distmatch.base.files import atomic_folder, atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.base.files import (
+    atomic_folder,
+    atomic_json,
+    check_model_folder,
+    load_into,
+    load_tensors,
+    read_json,
+    save_tensors,
+)
 from distmatch.discrete.network import MarginalNet, TokenNet, TokenNetConfig
 
 FORMAT = "distmatch-discrete"
@@ -34,14 +42,7 @@ def save_discrete(
         UserError: The folder holds something else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not (
-        folder.is_dir() and {f.name for f in folder.iterdir()} <= {_TENSORS, _CONFIG}
-    ):
-        raise UserError(
-            f"{folder} already exists and is not a model folder",
-            expected="a new folder, or one that holds only a saved model",
-            fix="choose another place",
-        )
+    check_model_folder(folder, (_TENSORS, _CONFIG))
     config = {
         "format": FORMAT,
         "version": VERSION,

@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.files import atomic_folder, atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.base.files import (
+    atomic_folder,
+    atomic_json,
+    check_model_folder,
+    load_into,
+    load_tensors,
+    read_json,
+    save_tensors,
+)
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop.diffusers_net import MODELS, DiffusersNet
 from distmatch.interop.diffusers_schedule import SCHEDULERS
@@ -72,13 +80,7 @@ def save_denoiser(
         save_model(folder, denoiser, extra)
         return
     folder = Path(folder)
-    known = {_TENSORS, _CONFIG, _VAE}
-    if folder.exists() and not (folder.is_dir() and {f.name for f in folder.iterdir()} <= known):
-        raise UserError(
-            f"{folder} already exists and is not a model folder",
-            expected="a new folder, or one that holds only a saved model",
-            fix="choose another place",
-        )
+    check_model_folder(folder, (_TENSORS, _CONFIG, _VAE))
     net, described = _described(denoiser)
     decoder = getattr(denoiser, "decoder", None)
     config = {"format": FORMAT, "version": VERSION, **described, "extra": dict(extra or {})}

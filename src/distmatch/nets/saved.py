@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from distmatch.base.errors import UserError
-from distmatch.base.files import atomic_folder, atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.base.files import (
+    atomic_folder,
+    atomic_json,
+    check_model_folder,
+    load_into,
+    load_tensors,
+    read_json,
+    save_tensors,
+)
 from distmatch.diffusion.path_specs import path_from_dict, path_to_dict
 from distmatch.nets.build import build_net
 from distmatch.nets.config import from_dict, to_dict
@@ -37,14 +45,7 @@ def save_model(
         UserError: The folder holds something else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not (
-        folder.is_dir() and {f.name for f in folder.iterdir()} <= {_TENSORS, _CONFIG}
-    ):
-        raise UserError(
-            f"{folder} already exists and is not a model folder",
-            expected="a new folder, or one that holds only a saved model",
-            fix="choose another place",
-        )
+    check_model_folder(folder, (_TENSORS, _CONFIG))
     config = {
         "format": FORMAT,
         "version": VERSION,
