@@ -8,6 +8,8 @@ stratified by label differ less than independent samples do, so a ``kid`` below 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,33 @@ from distmatch.metrics.settings import GROUPS, K_COVERAGE, K_PRECISION, FeatureC
 from distmatch.metrics.vendi import vendi_replicates
 
 _NAMES = ("fd", "kid", "precision", "recall", "density", "coverage", "vendi")
+_HALVED = ("precision", "recall", "density", "coverage")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Estimates, and the values on parts of the samples that their errors come from.
+
+    Attributes:
+        estimates: As :func:`evaluate` gives them.
+        replicates: By metric (2 blocks, R): the value on the whole block, then those on parts of it. Two
+            models that were asked for the same labels from the same latents have the same samples left out
+            in the same column, so that differences of replicates give the error of the difference.
+    """
+
+    estimates: dict[str, Estimate]
+    replicates: dict[str, Tensor]
+
+
+def replicate_stderr(name: str, replicates: Tensor) -> float:
+    """The standard error of a metric, or of any linear combination of models' values of it.
+
+    Args:
+        name: The metric, which says how the samples were left out.
+        replicates: (2, R) as in :class:`Evaluation`, or a linear combination of such tables.
+    """
+    rule = half_sample_stderr if name in _HALVED else jackknife_stderr
+    return float(rule(replicates.T).square().sum().sqrt()) / len(replicates)
 
 
 def evaluate(
@@ -64,6 +93,21 @@ def evaluate(
     Raises:
         UserError: Too few samples, another shape than the reference, or values that are not finite.
     """
+    chosen = {"labels": labels, "features": features, "n": n, "seed": seed, "mixture": mixture}
+    return evaluate_replicates(x, reference, **chosen).estimates  # type: ignore[arg-type]
+
+
+def evaluate_replicates(
+    x: Tensor,
+    reference: Reference | Tensor,
+    *,
+    labels: Tensor | None = None,
+    features: FeatureChoice = "auto",
+    n: int | None = None,
+    seed: int = 0,
+    mixture: Mixture | None = None,
+) -> Evaluation:
+    """:func:`evaluate` with the replicates, for models that are to be compared with each other."""
     _check(x, reference, labels)
     space = resolve_features(features, None if isinstance(reference, Tensor) else reference)
     size = plan(reference, len(x), features=space, n=n, seed=seed).n
@@ -74,13 +118,15 @@ def evaluate(
     generated = space(chosen).to(_device(x)).split(size)
     samples = _reference_samples(reference, size, seed, stratified=labels is not None).to(x.device)
     real = space(samples).to(_device(x)).split(size)
-    result = _combine([_measure(g, r) for g, r in zip(generated, real, strict=True)], size)
+    blocks = [_replicates(g, r) for g, r in zip(generated, real, strict=True)]
+    result = _combine([_summary(block) for block in blocks], size)
     if labels is not None and space.classify is not None:
         asked = labels[order]
         right = (space.predict(chosen).cpu() == asked)[asked >= 0]
         if len(right):
             result["label_accuracy"] = smoothed_share(float(right.sum()), len(right))
-    return result | _mode_estimates(chosen, mixture)
+    replicates = {name: torch.stack([block[name] for block in blocks]).cpu() for name in _NAMES}
+    return Evaluation(result | _mode_estimates(chosen, mixture), replicates)
 
 
 def reference_floor(
@@ -129,8 +175,8 @@ def _device(x: Tensor) -> torch.device:
     return x.device if x.device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
-def _measure(generated: Tensor, real: Tensor, *, both_ways: bool = False) -> tuple[Tensor, Tensor]:
-    """All metrics of one pair of blocks and their standard errors, (7,) each, in the order of the names."""
+def _replicates(generated: Tensor, real: Tensor, *, both_ways: bool = False) -> dict[str, Tensor]:
+    """All metrics of one pair of blocks: (R,) each, the value on all samples first."""
 
     def shares(x: Tensor, y: Tensor) -> Tensor:
         return prdc_replicates(y, x, halves=True, k_precision=K_PRECISION, k_coverage=K_COVERAGE)
@@ -140,11 +186,20 @@ def _measure(generated: Tensor, real: Tensor, *, both_ways: bool = False) -> tup
         counted = (counted + shares(real, generated)) / 2
         diversity = (diversity + vendi_replicates(real, GROUPS)) / 2
     smooth = [frechet_replicates(generated, real, GROUPS), kid_replicates(generated, real, GROUPS), diversity]
-    errors = [jackknife_stderr(r)[None] for r in smooth]
-    return (
-        torch.cat([smooth[0][:1], smooth[1][:1], counted[0], smooth[2][:1]]),
-        torch.cat([errors[0], errors[1], half_sample_stderr(counted), errors[2]]),
-    )
+    return dict(zip(("fd", "kid", "vendi", *_HALVED), [*smooth, *counted.unbind(1)], strict=True))
+
+
+def _summary(replicates: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The values of one pair of blocks and their standard errors, (7,) each, in the order of the names."""
+    errors = [
+        half_sample_stderr(replicates[k]) if k in _HALVED else jackknife_stderr(replicates[k]) for k in _NAMES
+    ]
+    return torch.stack([replicates[k][0] for k in _NAMES]), torch.stack(errors)
+
+
+def _measure(generated: Tensor, real: Tensor, *, both_ways: bool = False) -> tuple[Tensor, Tensor]:
+    """Values and standard errors of one pair of blocks."""
+    return _summary(_replicates(generated, real, both_ways=both_ways))
 
 
 def _combine(pairs: list[tuple[Tensor, Tensor]], size: int) -> dict[str, Estimate]:
