@@ -32,6 +32,9 @@ class EDMDenoiser(nn.Module):
         pfgm_dims: Extra dimensions D of the Student-t noise that it was trained with (PFGM++); 0 is
             Gaussian noise.
 
+    Attributes:
+        jumps: Whether the network knows the level to jump to; :func:`distmatch.nets.jump.as_jump` teaches it.
+
     Raises:
         UserError: Not ``0 < sigma_min < sigma_max``, ``sigma_data`` is not positive, or ``pfgm_dims`` is
             negative.
@@ -67,19 +70,28 @@ class EDMDenoiser(nn.Module):
                 "the extra dimensions of PFGM++ must be positive, or 0 for Gaussian noise", got=pfgm_dims
             )
         self.pfgm_dims = float(pfgm_dims)
+        self.jumps = False
 
     @property
     def gaussian_kernel(self) -> bool:
         """Whether it was trained with Gaussian noise, so that ``(D - x) / sigma^2`` is a score."""
         return self.pfgm_dims == 0
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None, to: Tensor | None = None
+    ) -> Tensor:
         """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
+
+        Args:
+            x: Noised samples.
+            sigma: Their levels.
+            condition: Their labels.
+            to: Of a network that jumps, the levels that it jumps to, (B,) in [0, sigma]; None is 0, the data.
 
         Returns:
             (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network.
         """
-        inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma)
+        inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma, to)
         return c_skip * x + c_out * self.net(inputs, c_noise, condition).to(inputs.dtype)
 
     def with_features(
@@ -90,7 +102,23 @@ class EDMDenoiser(nn.Module):
         out, features = self.net.with_features(inputs, c_noise, condition)  # type: ignore[operator]
         return c_skip * x + c_out * out.to(inputs.dtype), features
 
-    def _preconditioned(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def jump(self, x: Tensor, sigma: Tensor, to: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Takes ``x`` from ``sigma`` to ``to``: ``to/sigma x + (1 - to/sigma) D(x, sigma, condition, to)``.
+
+        A step to its own level changes nothing, whatever the network says (CTM, Kim et al. 2024, eq. 5).
+
+        Args:
+            x: Noised samples (B, *shape).
+            sigma: Their levels (B,), positive.
+            to: The levels to go to (B,), in [0, sigma].
+            condition: Their labels.
+        """
+        kept = expand(to / sigma, x)
+        return kept * x + (1 - kept) * self(x, sigma, condition, to)
+
+    def _preconditioned(
+        self, x: Tensor, sigma: Tensor, to: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if tuple(x.shape[1:]) != self.shape:
             raise UserError(
                 "these samples are not of the shape that the model takes",
@@ -104,7 +132,20 @@ class EDMDenoiser(nn.Module):
         level = expand(sigma, x)
         variance = level**2 + self.sigma_data**2
         c_skip, c_out = self._scales(level, variance)
-        return x.to(dtype) * variance.rsqrt(), noise_coordinate(sigma), c_skip, c_out
+        return x.to(dtype) * variance.rsqrt(), self._coordinates(sigma, to), c_skip, c_out
+
+    def _coordinates(self, sigma: Tensor, to: Tensor | None) -> Tensor:
+        """What the network is told of the levels: (B,), or (B, 2) when it jumps."""
+        if not self.jumps:
+            if to is not None:
+                raise UserError(
+                    "this network knows one noise level and cannot jump to another",
+                    fix="turn it into one that does with distmatch.nets.jump.as_jump",
+                )
+            return noise_coordinate(sigma)
+        to = torch.zeros_like(sigma) if to is None else to.to(sigma.dtype).reshape(-1).expand(sigma.shape)
+        # Smooth in the level, and finite at 0: below sigma_min there is nothing more to tell apart.
+        return torch.stack([noise_coordinate(sigma), noise_coordinate((to**2 + self.sigma_min**2).sqrt())], 1)
 
     def _scales(self, level: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out at ``level``, with ``variance = level^2 + sigma_data^2``, all (B, 1, ...)."""

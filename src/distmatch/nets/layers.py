@@ -86,13 +86,14 @@ class Perturbation:
 
 
 class Conditioning(nn.Module):
-    """Embeds noise level and class label into one vector.
+    """Embeds noise level and class label into one vector, and the level to jump to where it knows one.
 
     Args:
         num_classes: Number of classes; the label table has one row more, for "no condition".
         width: Size of the vector.
 
     Attributes:
+        to_level: Embeds the level to jump to; None in a network of one level.
         perturbation: Noise on the label's embedding while training, from torch's global stream; None for
             none. "No condition" stays as it is.
     """
@@ -105,14 +106,29 @@ class Conditioning(nn.Module):
         self.noise = nn.Linear(2 * _FREQUENCIES, width)
         self.label = nn.Embedding(num_classes + 1, width)
         self.mix = nn.Linear(width, width)
+        self.to_level: nn.Linear | None = None
+
+    def add_second_level(self) -> None:
+        """Gives it a second noise coordinate, which counts for nothing until it is trained."""
+        weight = self.noise.weight
+        layer = nn.Linear(2 * _FREQUENCIES, weight.shape[0], bias=False, device=weight.device)
+        self.to_level = zeroed(layer).to(weight.dtype).requires_grad_(weight.requires_grad)
 
     def forward(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns (B, width); ``labels`` (B,) int64 with -1 for none, or None for none at all."""
+        """Returns (B, width).
+
+        Args:
+            c_noise: Noise coordinates (B,), or (B, 2) with that of the level to jump to.
+            labels: (B,) int64 with -1 for none, or None for none at all.
+        """
         if labels is None:
-            labels = torch.full(c_noise.shape, self.num_classes, device=c_noise.device)
+            labels = torch.full(c_noise.shape[:1], self.num_classes, device=c_noise.device)
         else:
             labels = torch.where(labels < 0, self.num_classes, labels)
-        noise = self.noise(fourier_features(c_noise).to(self.noise.weight.dtype))
+        level = c_noise if self.to_level is None else c_noise[:, 0]
+        noise = self.noise(fourier_features(level).to(self.noise.weight.dtype))
+        if self.to_level is not None:
+            noise = noise + self.to_level(fourier_features(c_noise[:, 1]).to(self.to_level.weight.dtype))
         label = self.label(labels)
         if self.training and self.perturbation is not None:
             named = (labels < self.num_classes)[:, None]

@@ -23,6 +23,7 @@ from distmatch.diffusion.path_specs import path_from_dict, path_to_dict
 from distmatch.nets.build import build_net
 from distmatch.nets.config import from_dict, to_dict
 from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.path_denoiser import PathDenoiser
 
 FORMAT = "distmatch-model"
@@ -108,6 +109,8 @@ def _parametrisation(denoiser: EDMDenoiser) -> dict[str, Any]:
         said = {"path": path_to_dict(denoiser.path), "prediction": denoiser.prediction}
     if denoiser.pfgm_dims:
         said["pfgm_dims"] = denoiser.pfgm_dims
+    if denoiser.jumps:
+        said["jumps"] = True
     return said
 
 
@@ -137,16 +140,8 @@ def _model_folder(path: Path) -> Path:
 def _described(source: Path, config: dict[str, Any]) -> EDMDenoiser:
     """The denoiser that a config describes, on the meta device: it has shapes and no memory yet."""
     try:
-        shape, num_classes = tuple(config["shape"]), config["num_classes"]
-        sigmas = {name: float(config[name]) for name in ("sigma_data", "sigma_min", "sigma_max")}
-        net_config = from_dict(config["net"])
-        with torch.device("meta"):
-            net = build_net(net_config, shape, num_classes)
-        options: dict[str, Any] = {"pfgm_dims": float(config.get("pfgm_dims", 0.0)), **sigmas}
-        if "prediction" in config:
-            path, prediction = path_from_dict(config["path"]), config["prediction"]
-            return PathDenoiser(net, path, prediction, shape=shape, num_classes=num_classes, **options)
-        return EDMDenoiser(net, shape=shape, num_classes=num_classes, **options)
+        denoiser = _one_level(config)
+        return taught_to_jump(denoiser) if config.get("jumps", False) else denoiser
     except UserError as error:
         raise UserError(f"{source} describes no model that can be built", got=str(error)) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -156,3 +151,17 @@ def _described(source: Path, config: dict[str, Any]) -> EDMDenoiser:
             expected="the fields net, shape, num_classes, sigma_data, sigma_min, sigma_max",
             fix="restore it from a copy",
         ) from error
+
+
+def _one_level(config: dict[str, Any]) -> EDMDenoiser:
+    """The denoiser of a config, its network of one noise level."""
+    shape, num_classes = tuple(config["shape"]), config["num_classes"]
+    sigmas = {name: float(config[name]) for name in ("sigma_data", "sigma_min", "sigma_max")}
+    net_config = from_dict(config["net"])
+    with torch.device("meta"):
+        net = build_net(net_config, shape, num_classes)
+    options: dict[str, Any] = {"pfgm_dims": float(config.get("pfgm_dims", 0.0)), **sigmas}
+    if "prediction" in config:
+        path, prediction = path_from_dict(config["path"]), config["prediction"]
+        return PathDenoiser(net, path, prediction, shape=shape, num_classes=num_classes, **options)
+    return EDMDenoiser(net, shape=shape, num_classes=num_classes, **options)

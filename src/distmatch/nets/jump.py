@@ -1,0 +1,48 @@
+"""Networks of two noise levels: from x at one to x at another, in one call (CTM, MeanFlow, IMM).
+
+Such a denoiser is called as ``D(x, sigma, labels, to)``. It is not the posterior mean but what
+:meth:`~distmatch.nets.edm.EDMDenoiser.jump` needs to arrive at ``to``; at ``to = sigma`` it is the posterior
+mean, and without ``to`` it goes all the way to the data, as a student does.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from distmatch.base.errors import UserError
+from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.layers import Conditioning
+
+
+def as_jump(denoiser: nn.Module) -> EDMDenoiser:
+    """A copy that also takes the level to jump to; until it is trained, that level changes nothing.
+
+    Args:
+        denoiser: A denoiser with a network of ours; one that jumps already is copied as it is.
+
+    Raises:
+        UserError: Its network comes from elsewhere and has no place for a second level.
+    """
+    if not isinstance(denoiser, EDMDenoiser) or not _conditionings(denoiser):
+        raise UserError(
+            "this network has no place for a second noise level, which a jump from level to level needs",
+            got="a network from elsewhere",
+            expected="an mlp, unet or dit of distmatch",
+            fix="choose a method of one noise level, such as consistency or scm",
+        )
+    return taught_to_jump(copy.deepcopy(denoiser))
+
+
+def taught_to_jump(denoiser: EDMDenoiser) -> EDMDenoiser:
+    """The denoiser itself, its network given a second level. Its weights start at zero."""
+    if not denoiser.jumps:
+        for conditioning in _conditionings(denoiser):
+            conditioning.add_second_level()
+        denoiser.jumps = True
+    return denoiser
+
+
+def _conditionings(denoiser: EDMDenoiser) -> list[Conditioning]:
+    return [part for part in denoiser.net.modules() if isinstance(part, Conditioning)]
