@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence, divergence
-from distmatch.methods.config import DistillConfig, resolve_method
-from distmatch.methods.f_distill import FDistill
+from distmatch.methods.build import build_method
+from distmatch.methods.config import DistillConfig
+from distmatch.methods.matching.config import MatchingConfig
+from distmatch.methods.setup import Setup
+from distmatch.methods.table import find_method, resolve_method, with_defaults
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -39,19 +43,25 @@ def distiller(
     method: str = "f-distill",
     total_steps: int = 40,
     **settings: Any,
-) -> FDistill:
-    """A method with quick settings; keywords are fields of the config."""
+) -> Any:
+    """A method with quick settings; keywords are fields of the config or of the matching settings."""
     name = which.name if isinstance(which, Divergence) else which
-    config = DistillConfig(**{"critic_steps": 2, "lr_rampup": 0, "fit_steps": 20, **settings})
+    config, matching = with_defaults(find_method(method), DistillConfig(), MatchingConfig())
+    own = {key: value for key, value in settings.items() if hasattr(matching, key)}
+    shared = {key: value for key, value in settings.items() if key not in own}
+    config = replace(config, **{"critic_steps": 2, "lr_rampup": 0, "fit_steps": 20, **shared})
     chosen, name, config = resolve_method(method, name, config)
-    return FDistill(
-        teacher=teacher,
-        method=chosen,
-        divergence=which if isinstance(which, Divergence) else divergence(name),
-        config=config,
-        total_steps=total_steps,
-        device=torch.device("cpu"),
-        net=MLPConfig(width=16, depth=2),
+    return build_method(
+        Setup(
+            teacher=teacher,
+            method=chosen,
+            divergence=which if isinstance(which, Divergence) else divergence(name),
+            config=config,
+            total_steps=total_steps,
+            device=torch.device("cpu"),
+            net=MLPConfig(width=16, depth=2),
+            matching=replace(matching, **own),
+        )
     )
 
 

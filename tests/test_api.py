@@ -9,7 +9,7 @@ import torch
 import distmatch as dm
 from distmatch.data.batches import Batches
 from distmatch.training.options import NetOptions, RunOptions, TrainOptions
-from distmatch.training.prepare import prepare_training
+from distmatch.training.prepare_teacher import prepare_training
 
 TINY = {"width": 16, "depth": 1, "batch": 32, "quiet": True}
 

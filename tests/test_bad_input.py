@@ -19,7 +19,7 @@ import torch
 
 from command import SHORT, TINY, checkpoints, command, contents, done, weights
 from distmatch.base.files import load_tensors
-from distmatch.methods.f_distill import FDistill
+from distmatch.methods.matching.loop import Matching
 from distmatch.training.checkpoint import load_checkpoint
 from distmatch.training.teacher import TeacherTraining
 
@@ -448,8 +448,8 @@ def _failing(real: Callable[..., Any], spared: int) -> Callable[..., Any]:
     ("verb", "method", "term"),
     [
         ("train", TeacherTraining, "loss"),
-        ("distill", FDistill, "loss_gan"),
-        ("distill", FDistill, "loss_fake"),
+        ("distill", Matching, "loss_gan"),
+        ("distill", Matching, "loss_fake"),
     ],
 )
 def test_a_loss_that_becomes_nan_stops_the_run_and_is_named(

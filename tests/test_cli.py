@@ -18,6 +18,7 @@ from PIL import Image
 from command import SHORT, TINY, checkpoints, command, contents, done, weights
 from distmatch.cli import demo
 from distmatch.cli.main import VERBS
+from distmatch.methods.student import Student
 
 METRICS = {"fd", "kid", "precision", "recall", "density", "coverage", "vendi"}
 MODES = {"modes", "kl", "reverse_kl", "js"}
@@ -300,21 +301,15 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny_demo")
 def test_a_demo_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import distmatch.training.runs as runs
-
     done(f"demo --fast --out {tmp_path}/whole")
-    save, saved = runs.save_denoiser, []
 
-    def interrupted(*args: object) -> None:
-        saved.append(args)
-        if len(saved) == 2:  # the student is trained and not yet saved
-            raise KeyboardInterrupt
-        save(*args)  # type: ignore[arg-type]
+    def interrupted(*_: object) -> None:  # the student is trained and not yet saved
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save_denoiser", interrupted)
-    assert command(f"demo --fast --out {tmp_path}/cut").code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "save_pretrained", interrupted)
+        assert command(f"demo --fast --out {tmp_path}/cut").code == 130
     assert not (tmp_path / "cut" / "model").exists()
-    monkeypatch.setattr(runs, "save_denoiser", save)
     done(f"demo --fast --out {tmp_path}/cut --resume")
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert weights(tmp_path / "cut/teacher") == weights(tmp_path / "whole/teacher")

@@ -25,7 +25,7 @@ from distmatch.diffusion.path_specs import parse_path, path_from_dict, path_to_d
 from distmatch.diffusion.paths import NoisePath, condot, path_of
 from distmatch.nets.saved import load_model, save_model
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
-from distmatch.training.prepare import prepare_training
+from distmatch.training.prepare_teacher import prepare_training
 
 MODE = math.sqrt(0.95)
 PAIR = GaussianMixture([0.5, 0.5], [[-MODE], [MODE]], [0.05, 0.05], sigma_min=1e-4, sigma_max=1e4)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
 from distmatch.divergences import NAMES
-from distmatch.methods.f_distill import FDistill
-from distmatch.methods.objectives import adversarial_student, score_difference
+from distmatch.methods.matching.loop import Matching
+from distmatch.methods.matching.networks import predictions
+from distmatch.methods.matching.objectives import adversarial_student, score_difference
 from distmatch.methods.state import DistillState
 from distmatch.ratio.normaliser import RatioNormaliser, batch_normalised
 from small import PAIR, batch, distiller, network_teacher
@@ -26,7 +27,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def run(method: FDistill, steps: int, seed: int = 0) -> DistillState:
+def run(method: Matching, steps: int, seed: int = 0) -> DistillState:
     state = method.init(seed)
     for step in range(steps):
         method.step(state, batch(step, method.teacher.num_classes))
@@ -97,10 +98,11 @@ def test_a_critic_equal_to_the_teacher_is_a_fixed_point(scaling: str) -> None:
 
 
 def student_step(
-    method: FDistill, state: DistillState, labels: Tensor | None, n: int = 32
+    method: Matching, state: DistillState, labels: Tensor | None, n: int = 32
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One student step; its samples, the gradient that reached them, and a recomputation of that gradient."""
-    x0 = method._generate(state, n, labels, True)
+    x, call = method._simulate(state, n, labels)
+    x0 = method._call(state, x, call, labels, True)
     x0.retain_grad()
     again = torch.Generator()
     again.set_state(state.generator.get_state())
@@ -114,16 +116,16 @@ def student_step(
     normaliser = RatioNormaliser(state.normaliser.config)
     if state.discriminator is not None:
         leaf = x.clone().requires_grad_()
-        if method._source == "own":
+        if method.source == "own":
             logit = state.discriminator(leaf, sigma, labels)
         else:
-            lender = method.teacher if method._source == "teacher" else state.fake
+            lender = method.teacher if method.source == "teacher" else state.fake
             logit = state.discriminator(lender.with_features(leaf, sigma, labels)[1], sigma, labels)
         log_r = normaliser.update(logit, method.noise.cdf(sigma)).log_r
-        parts["weight"] = batch_normalised(method.divergence.weight(log_r))
+        parts["weight"] = batch_normalised(method.setup.divergence.weight(log_r))
         (pull,) = torch.autograd.grad(method.config.gan_weight * adversarial_student(logit), leaf)
         parts["pull"] = pull
-    method._student_step(state, x0, labels)
+    method._push(state, x0, x, call, labels, method._field(state, x0, labels).gradient)
     return x0, x0.grad, parts  # type: ignore[return-value]
 
 
@@ -232,7 +234,7 @@ def test_the_teacher_is_guided_and_the_critic_is_not(features: str) -> None:
         torch.arange(16) % 2,
     )
     with torch.no_grad():
-        mine, fake, logit = method._predictions(state, x, sigma, y)
+        mine, fake, logit = predictions(method, state, x, sigma, y)
         plain, none = teacher(x, sigma, y), teacher(x, sigma, torch.full_like(y, -1))
         rounding = {"rtol": 1e-5, "atol": 1e-6}  # two batches against one of twice the size
         torch.testing.assert_close(mine, none + 2.5 * (plain - none), **rounding)

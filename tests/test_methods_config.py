@@ -9,7 +9,8 @@ import torch
 
 from distmatch.base.errors import UserError
 from distmatch.divergences import divergence
-from distmatch.methods.config import METHODS, DistillConfig, resolve_method
+from distmatch.methods.config import DistillConfig
+from distmatch.methods.table import METHODS, resolve_method
 from small import PAIR, distiller, network_teacher
 
 

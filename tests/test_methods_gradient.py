@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import NAMES, Divergence, custom, divergence, divergence_1d
-from distmatch.methods.objectives import (
+from distmatch.methods.matching.objectives import (
     adversarial_critic,
     adversarial_student,
     approximate_r1,

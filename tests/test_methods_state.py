@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.methods.f_distill import FDistill
+from distmatch.methods.matching.loop import Matching
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, student_levels
 from distmatch.training.checkpoint import load_checkpoint, pack, save_checkpoint
 from small import PAIR, batch, distiller, network_teacher
 
 
-def advance(method: FDistill, state: DistillState, steps: int) -> None:
+def advance(method: Matching, state: DistillState, steps: int) -> None:
     for _ in range(steps):
         method.step(state, batch(state.step, method.teacher.num_classes))
 
@@ -40,7 +40,7 @@ def assert_equal(one: DistillState, two: DistillState) -> None:
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, calls: int, classes: int) -> None:
     settings = {"calls": calls, "gan_weight": 0.1, "r1": 0.5, "lr_decay": "cosine", "weight_decay": 0.01}
 
-    def method() -> FDistill:
+    def method() -> Matching:
         return distiller(network_teacher(classes), "kl", **settings)
 
     whole = method().init(0)
@@ -98,7 +98,7 @@ def test_backward_simulation_trains_every_call_about_equally_often() -> None:
         state.step = step
         called: list[int] = []
         state.student.call = lambda x, i, y=None, called=called: called.append(i) or x  # type: ignore[method-assign,assignment]
-        method._generate(state, 1, None, False)
+        method._call(state, *method._simulate(state, 1, None), None, False)
         assert called == list(range(len(called)))  # every call before the trained one is run
         seen[called[-1]] += 1
     assert (seen - 150).abs().max() < 5 * (600 * 0.25 * 0.75) ** 0.5
@@ -115,7 +115,7 @@ def test_backward_simulation_gives_what_sampling_gives_with_a_gradient_through_t
         inputs: list[tuple[Tensor, int]] = []
         call = Student.call.__get__(state.student)
         state.student.call = lambda x, i, y=None, f=call, s=inputs: s.append((x, i)) or f(x, i, y)  # type: ignore[method-assign,assignment]
-        x0 = method._generate(state, 16, labels, True)
+        x0 = method._call(state, *method._simulate(state, 16, labels), labels, True)
         del state.student.call
         last = inputs[-1][1]
         noise = [torch.randn(16, 2, generator=again) for _ in range(last + 1)]

@@ -8,7 +8,8 @@ import torch
 from distmatch.data import load_data
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions, TrainOptions
-from distmatch.training.prepare import prepare_distillation, prepare_training
+from distmatch.training.prepare import prepare_distillation
+from distmatch.training.prepare_teacher import prepare_training
 
 NET = NetOptions(net="mlp", width=16, depth=1)
 

@@ -18,7 +18,7 @@ from distmatch.nets.edm import edm_loss
 from distmatch.nets.layers import Conditioning, Perturbation
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.options import RunOptions, TeacherConfig, TrainOptions
-from distmatch.training.prepare import prepare_training
+from distmatch.training.prepare_teacher import prepare_training
 from distmatch.training.teacher import TeacherTraining
 
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.0, 0.2], [0.6, -0.4]], [[0.04, 0.3], [0.2, 0.05]])

@@ -16,13 +16,19 @@ from distmatch.data import Dataset, Scaling, from_arrays, load_data
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence
-from distmatch.methods.config import DistillConfig
 from distmatch.methods.start import Network, has_network
-from distmatch.methods.student import Student, student_from
+from distmatch.methods.student import Student
 from distmatch.metrics import evaluate as _evaluate
 from distmatch.metrics.settings import FeatureChoice
-from distmatch.training import prepare, runs, teachers
-from distmatch.training.options import DistillOptions, NetOptions, RunOptions, TeacherConfig, TrainOptions
+from distmatch.training import prepare, prepare_teacher, runs, teachers
+from distmatch.training.options import (
+    GROUPS,
+    DistillOptions,
+    NetOptions,
+    RunOptions,
+    TeacherConfig,
+    TrainOptions,
+)
 from distmatch.training.runfolder import create
 
 Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
@@ -69,10 +75,10 @@ def train(
     """
     run, net, teacher = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig())
     options = TrainOptions(data=_name_of(data), run=run, net=net, teacher=teacher)
-    job = prepare.prepare_training(options, _dataset(data))
+    job = prepare_teacher.prepare_training(options, _dataset(data))
     with_folder = create(out) if out is not None else None
     try:
-        model, _, _ = runs.carry_out(job, with_folder, quiet=quiet)
+        model, _ = runs.carry_out(job, with_folder, quiet=quiet)
     finally:
         if with_folder is not None:
             with_folder.release()
@@ -100,12 +106,13 @@ def distill(
             teacher, or the data a saved teacher was trained on.
         divergence: A name such as ``"js"``, ``"kl"``, ``"alpha:0.5"``, or a :class:`Divergence`; None is the
             method's own (JS for f-distill).
-        method: ``f-distill``, ``dmd2`` or ``diff-instruct``.
+        method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``.
         steps: Training steps.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
         quiet: Whether to hide the progress bar.
-        **settings: Any field of :class:`RunOptions`, :class:`NetOptions` or :class:`DistillConfig`.
+        **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, or of the groups of settings in
+            :class:`DistillOptions`; what is left out has the method's own default.
 
     Returns:
         The student (the average of its weights).
@@ -113,7 +120,11 @@ def distill(
     Raises:
         UserError: Unknown settings, or parts that do not go together.
     """
-    run, net, config = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), DistillConfig())
+    own = DistillOptions.of(method)
+    groups = {name: getattr(own, name) for name in GROUPS}
+    run, net, *chosen = _settings(
+        settings, RunOptions(steps=steps, seed=seed), NetOptions(), *groups.values()
+    )
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
     measure = divergence if isinstance(divergence, Divergence) else None
     options = DistillOptions(
@@ -123,7 +134,7 @@ def distill(
         divergence=measure.name if measure else divergence,  # type: ignore[arg-type]
         run=run,
         net=net,
-        distill=config,
+        **dict(zip(groups, chosen, strict=True)),
     )
     given = None if isinstance(teacher, (str, os.PathLike)) else teacher
     if data is not None:
@@ -134,11 +145,11 @@ def distill(
     job = prepare.prepare_distillation(options, given, found, measure)
     with_folder = create(out, inputs=[source] if source else []) if out is not None else None
     try:
-        model, extra, _ = runs.carry_out(job, with_folder, quiet=quiet)
+        model, _ = runs.carry_out(job, with_folder, quiet=quiet)
     finally:
         if with_folder is not None:
             with_folder.release()
-    return student_from(model, extra)
+    return model
 
 
 def evaluate(

@@ -71,7 +71,8 @@ def run(argv: list[str]) -> None:
     from distmatch.training.devices import pick_device
     from distmatch.training.evaluation import evaluate_models
     from distmatch.training.models import open_model
-    from distmatch.training.prepare import prepare_distillation, prepare_training
+    from distmatch.training.prepare import prepare_distillation
+    from distmatch.training.prepare_teacher import prepare_training
 
     train, distill = recipe(options)
     if options.resume:

@@ -12,9 +12,13 @@ example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
          distmatch distill --teacher runs/teacher --method dmd2 --calls 2 --out runs/two"""
 
 
+def _options_of(method: str | None) -> DistillOptions:
+    return DistillOptions() if method is None else DistillOptions.of(method)
+
+
 def run(argv: list[str]) -> None:
     """Parses, distils, prints where the student is."""
-    options, place = parse_run(DistillOptions, argv, verb="distill", about=ABOUT)
+    options, place = parse_run(DistillOptions, argv, verb="distill", about=ABOUT, defaults=_options_of)
     from distmatch.cli.output import tell_conversion
     from distmatch.cli.running import check_place, dry_run, execute, open_folder, starts_afresh
     from distmatch.training.prepare import prepare_distillation

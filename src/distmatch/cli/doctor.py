@@ -90,7 +90,7 @@ def _step_check(seed: int) -> Callable[[], Check]:
         from dataclasses import replace
 
         from distmatch.training.options import TrainOptions
-        from distmatch.training.prepare import prepare_training
+        from distmatch.training.prepare_teacher import prepare_training
 
         options = TrainOptions()
         job = prepare_training(replace(options, run=replace(options.run, seed=seed)))

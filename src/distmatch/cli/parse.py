@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import tyro
 
 from distmatch.base.errors import UserError
 from distmatch.cli.refusal import refusal
-from distmatch.training.toml import dict_to_dataclass, read_toml
+from distmatch.training.toml import dataclass_to_dict, dict_to_dataclass, read_toml
 
 T = TypeVar("T")
 
@@ -60,7 +60,14 @@ def parse(kind: type[T], argv: Sequence[str], *, verb: str, about: str, default:
         raise refusal(stop, printed.getvalue(), verb) from None
 
 
-def parse_run(kind: type[T], argv: Sequence[str], *, verb: str, about: str) -> tuple[T, Place]:
+def parse_run(
+    kind: type[T],
+    argv: Sequence[str],
+    *,
+    verb: str,
+    about: str,
+    defaults: Callable[[str | None], T] | None = None,
+) -> tuple[T, Place]:
     """Parses a verb that starts a run; `--config` and `--resume` supply defaults.
 
     Args:
@@ -68,17 +75,18 @@ def parse_run(kind: type[T], argv: Sequence[str], *, verb: str, about: str) -> t
         argv: The arguments after the verb.
         verb: The verb, for messages; must match the ``verb`` of a config file.
         about: Description and example.
+        defaults: The options of a method (None: none was named), for a verb whose defaults depend on it.
 
     Raises:
         UserError: A config file that does not fit.
     """
     arguments = _with_resume_value(argv)
     out, config, resume = (_value_of(arguments, f"--{name}") for name in ("out", "config", "resume"))
-    options = kind()
-    if config is not None:
-        options = options_from(kind, Path(config), verb)
-    elif resume is not None and out is not None and (Path(out) / "config.toml").exists():
-        options = options_from(kind, Path(out) / "config.toml", verb)
+    named = _value_of(arguments, "--method")
+    options = kind() if defaults is None else defaults(named)
+    file = Path(config) if config is not None else Path(out) / "config.toml" if resume and out else None
+    if file is not None and (config is not None or file.exists()):
+        options = options_from(kind, file, verb, named=named, defaults=defaults)
     both = dataclasses.make_dataclass(
         kind.__name__,
         [("options", tyro.conf.OmitArgPrefixes[kind]), ("place", tyro.conf.OmitArgPrefixes[Place])],  # type: ignore[valid-type,misc]
@@ -87,8 +95,22 @@ def parse_run(kind: type[T], argv: Sequence[str], *, verb: str, about: str) -> t
     return parsed.options, parsed.place
 
 
-def options_from(kind: type[T], path: Path, verb: str) -> T:
+def options_from(
+    kind: type[T],
+    path: Path,
+    verb: str,
+    *,
+    named: str | None = None,
+    defaults: Callable[[str | None], T] | None = None,
+) -> T:
     """The options in a config file.
+
+    Args:
+        kind: The options' dataclass.
+        path: The file.
+        verb: The verb it must be of.
+        named: A method that is named elsewhere, and so wins over the file's.
+        defaults: As for :func:`parse_run`.
 
     Raises:
         UserError: The file is of another verb, or has unknown or wrong entries.
@@ -99,7 +121,20 @@ def options_from(kind: type[T], path: Path, verb: str) -> T:
         raise UserError(
             f"{path} is the config of another verb", got=found, expected=verb, fix=f"use distmatch {found}"
         )
-    return dict_to_dataclass(kind, values, where=str(path))
+    options = dict_to_dataclass(kind, values, where=str(path))  # checks every key
+    if defaults is None:
+        return options
+    method = named if named is not None else values.get("method")
+    return dict_to_dataclass(kind, _merged(dataclass_to_dict(defaults(method)), values), where=str(path))
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts, those of ``above`` winning key by key."""
+    result = dict(below)
+    for key, value in above.items():
+        known = result.get(key)
+        result[key] = _merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return result
 
 
 def checkpoint_choice(resume: str | None) -> str | int | None:

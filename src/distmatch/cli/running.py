@@ -99,7 +99,7 @@ def execute(job: Job, folder: RunFolder, place: Place) -> dict[str, Any]:
     """Carries a job out in its folder and says where the result is."""
     began = time.perf_counter()
     resume = None if starts_afresh(place) else checkpoint_choice(place.resume)
-    _, _, history = carry_out(job, folder, resume=resume)
+    _, history = carry_out(job, folder, resume=resume)
     last = history[-1] if history else {}
     return {
         "run": str(folder.path),

@@ -15,7 +15,7 @@ def run(argv: list[str]) -> None:
     """Parses, trains, prints where the teacher is."""
     options, place = parse_run(TrainOptions, argv, verb="train", about=ABOUT)
     from distmatch.cli.running import check_place, dry_run, execute, open_folder
-    from distmatch.training.prepare import prepare_training
+    from distmatch.training.prepare_teacher import prepare_training
 
     check_place(place, (options.data,))
     job = prepare_training(options)

@@ -1,18 +1,17 @@
-"""What a distillation run can be told. Imports no torch, so that the command line answers at once."""
+"""Settings that several methods share. Imports no torch, so that the command line answers at once."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Settings of f-distill and its special cases.
+    """Settings that several methods share; a method may have other defaults (`methods/table.py`).
 
     The defaults are for laptop-size problems; `docs/f-distill.md` lists the published ones.
     """
@@ -79,9 +78,12 @@ class DistillConfig:
     """Classifier-free guidance scale of the teacher; 1 is none."""
     fit_steps: int = 2000
     """Regression steps that start student and critic off a teacher without a network (exact teachers)."""
+    accumulate: int = 1
+    """Parts in which networks see a batch, to save memory. The update is that of the whole batch, its
+    ratio statistics included."""
 
     def __post_init__(self) -> None:
-        positive = "calls critic_steps lr lr_critic lr_ratio ema_half_life joint_weight noise_low noise_rho"
+        positive = "calls accumulate critic_steps lr lr_critic lr_ratio ema_half_life joint_weight noise_low noise_rho"
         not_negative = (
             "student_sigma warmup_steps lr_rampup gan_weight r1 grad_clip noise_high weight_decay fit_steps"
         )
@@ -102,72 +104,3 @@ class DistillConfig:
                 got=f"--critic-steps {self.critic_steps}",
                 expected="2 or more",
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A named method.
-
-    Attributes:
-        name: What the user types.
-        weighted: Whether the score difference is weighted by the divergence (needs the density ratio).
-        adversarial: Whether the adversarial term is part of it.
-        summary: One line for help texts.
-    """
-
-    name: str
-    weighted: bool
-    adversarial: bool
-    summary: str
-
-
-METHODS = {
-    "f-distill": Method(
-        name="f-distill",
-        weighted=True,
-        adversarial=True,
-        summary="any f-divergence: score difference weighted by h(r), plus an adversarial term",
-    ),
-    "dmd2": Method(
-        name="dmd2",
-        weighted=False,
-        adversarial=True,
-        summary="reverse KL: unweighted score difference plus an adversarial term",
-    ),
-    "diff-instruct": Method(
-        name="diff-instruct",
-        weighted=False,
-        adversarial=False,
-        summary="reverse KL: unweighted score difference alone; needs no data",
-    ),
-}
-
-
-def resolve_method(
-    name: str, divergence: str | None, config: DistillConfig
-) -> tuple[Method, str, DistillConfig]:
-    """The method, the divergence's name and the config that a user's choice comes to.
-
-    Args:
-        name: Method name.
-        divergence: Divergence name, or None for the method's own.
-        config: The settings.
-
-    Raises:
-        UserError: Unknown method, or a divergence that the method does not have.
-    """
-    key = name.strip().lower().replace("_", "-")
-    if key not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    method = METHODS[key]
-    if not method.weighted:
-        if divergence not in (None, "reverse_kl", "rkl"):
-            raise UserError(
-                f"{key} minimises reverse KL",
-                got=f"--divergence {divergence}",
-                fix="use --method f-distill for any other divergence",
-            )
-        divergence = "reverse_kl"
-    if not method.adversarial:
-        config = dataclasses.replace(config, gan_weight=0.0)
-    return method, divergence or "js", config

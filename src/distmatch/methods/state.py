@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distmatch.base.files import load_into
 from distmatch.methods.start import Network
@@ -22,25 +22,29 @@ class DistillState:
     Attributes:
         student: The generator being trained.
         average: Moving average of its network; what is sampled and saved.
-        fake: The fake score (critic), which tracks the student's distribution.
-        discriminator: Gives log r; None when the method needs no ratio and no adversarial term.
-        optimisers: ``student``, ``fake`` and, with a discriminator, ``ratio``.
-        normaliser: Running means of the ratio by noise bin.
+        optimisers: ``student`` and, where there are such networks, ``fake``, ``ratio`` and some of ``extra``.
         generator: The random stream of the steps.
         ratio_generator: The stream of the discriminator's own noise. It is apart so that training a
             discriminator changes nothing else: reverse KL with one and without one are the same to the bit.
+        fake: The fake score (critic), which tracks the student's distribution; None without one.
+        discriminator: Gives log r; None when the method needs no ratio and no adversarial term.
+        normaliser: Running means of the ratio by noise bin; None without a ratio.
+        extra: Further networks of a method, by name: target averages, recorded teachers.
+        memory: Further tensors of a method, by name; what a step replaces is kept here.
         step: Steps done.
         updates: Student updates done.
     """
 
     student: Student
     average: EMA
-    fake: Network
-    discriminator: nn.Module | None
     optimisers: dict[str, torch.optim.Optimizer]
-    normaliser: RatioNormaliser
     generator: torch.Generator
     ratio_generator: torch.Generator
+    fake: Network | None = None
+    discriminator: nn.Module | None = None
+    normaliser: RatioNormaliser | None = None
+    extra: dict[str, nn.Module] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     updates: int = 0
 
@@ -51,6 +55,7 @@ class DistillState:
             "average": self.average.module,
             "fake": self.fake,
             "ratio": self.discriminator,
+            **self.extra,
         }
         return {name: module for name, module in named.items() if module is not None}
 
@@ -59,7 +64,8 @@ class DistillState:
         return {
             "modules": {name: module.state_dict() for name, module in self.modules().items()},
             "optimisers": {name: opt.state_dict() for name, opt in self.optimisers.items()},
-            "normaliser": self.normaliser.state_dict(),
+            "normaliser": self.normaliser.state_dict() if self.normaliser is not None else {},
+            "memory": dict(self.memory),
             "generator": self.generator.get_state(),
             "ratio_generator": self.ratio_generator.get_state(),
             "step": self.step,
@@ -76,7 +82,10 @@ class DistillState:
             load_into(module, tree["modules"].get(name, {}), f"network '{name}' of the checkpoint")
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(tree["optimisers"][name])
-        self.normaliser.load_state_dict(tree["normaliser"])
+        if self.normaliser is not None:
+            self.normaliser.load_state_dict(tree["normaliser"])
+        device = self.generator.device
+        self.memory = {name: tensor.to(device) for name, tensor in tree.get("memory", {}).items()}
         self.generator.set_state(tree["generator"].cpu())
         self.ratio_generator.set_state(tree["ratio_generator"].cpu())
         self.step, self.updates = tree["step"], tree["updates"]

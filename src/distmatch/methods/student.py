@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -138,12 +139,12 @@ class Student(nn.Module):
             raise UserError("this student was distilled without data", fix="use its samples as they are")
         return Scaling.from_dict(scaling).export(x)
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``model.safetensors`` and ``config.json`` to ``folder``, atomically."""
         save_denoiser(folder, self.denoiser, {"kind": "student", "levels": list(self.levels), **self.info})
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> Student:
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Student:
         """Reads what :meth:`save_pretrained` wrote, or the ``model/`` of a run folder.
 
         Raises:

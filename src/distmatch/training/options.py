@@ -9,6 +9,11 @@ from typing import Any, Literal
 
 from distmatch.base.errors import UserError
 from distmatch.methods.config import DistillConfig
+from distmatch.methods.consistency.config import ConsistencyConfig
+from distmatch.methods.kernel.config import KernelConfig
+from distmatch.methods.matching.config import MatchingConfig
+from distmatch.methods.table import find_method, with_defaults
+from distmatch.methods.transport.config import TransportConfig
 from distmatch.nets.config import NetConfig, default_config, kind_of
 
 
@@ -204,9 +209,37 @@ class DistillOptions:
     teacher: str = ""
     """A run or model folder, a folder of diffusers, a .pkl of EDM; or ring8, grid25, skewed2 (exact)."""
     method: str = "f-distill"
-    """f-distill, dmd2 or diff-instruct."""
+    """f-distill, dmd2, sid, uni-instruct, rcm, ... (docs/methods.md); it decides the defaults below."""
     divergence: str | None = None
     """js, kl, reverse_kl, alpha:0.5, gjs:0.3, skew_kl:0.1, ...; unset takes the method's own (js)."""
     run: RunOptions = field(default_factory=RunOptions)
     net: NetOptions = field(default_factory=NetOptions)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+
+    @classmethod
+    def of(cls, method: str, **changes: Any) -> DistillOptions:
+        """The options of a method with its own defaults.
+
+        Args:
+            method: Its name.
+            changes: Other fields.
+
+        Raises:
+            UserError: There is no such method.
+        """
+        groups = [f.name for f in fields(cls) if f.name in GROUPS]
+        plain = cls(method=method)
+        own = with_defaults(find_method(method), *(getattr(plain, name) for name in groups))
+        return replace(plain, **{**dict(zip(groups, own, strict=True)), **changes})
+
+    def settings(self) -> dict[str, Any]:
+        """The groups of settings that belong to families of methods, by name."""
+        return {name: getattr(self, name) for name in GROUPS if name != "distill"}
+
+
+GROUPS = ("distill", "matching", "consistency", "kernel", "transport")
+"""The fields of :class:`DistillOptions` that hold settings of methods."""

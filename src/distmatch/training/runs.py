@@ -6,20 +6,32 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from distmatch.base.files import atomic_json, atomic_write
 from distmatch.data.batches import Batch
-from distmatch.interop import save_denoiser
-from distmatch.methods.start import Network
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
 from distmatch.training.loop import State, restore, run_loop
 from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.toml import dataclass_to_dict, to_toml
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run ends with.
+
+    Attributes:
+        model: The averaged teacher, or the student.
+        save: Writes it to a model folder, atomically.
+    """
+
+    model: Any
+    save: Callable[[Path], None]
 
 
 @dataclass
@@ -35,7 +47,7 @@ class Job:
         networks: Networks by name, for counting parameters.
         notes: What the start event of the log says besides.
         warnings: What the user should know before it starts.
-        finish: Gives the model to save, and its description.
+        finish: Gives the trained model and the way to save it.
         show: Logged values for the progress bar.
         advise: What the user should know of logged values.
     """
@@ -48,7 +60,7 @@ class Job:
     networks: dict[str, nn.Module]
     notes: dict[str, Any]
     warnings: list[str]
-    finish: Callable[[], tuple[Network, dict[str, Any]]]
+    finish: Callable[[], Finished]
     show: tuple[str, ...]
     advise: Callable[[dict[str, Any]], list[str]] = lambda means: []
 
@@ -59,7 +71,7 @@ class Job:
 
 def carry_out(
     job: Job, folder: RunFolder | None = None, *, resume: str | int | None = None, quiet: bool = False
-) -> tuple[Network, dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Any, list[dict[str, Any]]]:
     """Runs a job to its end and saves the model.
 
     Args:
@@ -69,7 +81,7 @@ def carry_out(
         quiet: Whether to hide the progress bar.
 
     Returns:
-        The averaged network, its description, and the logged history.
+        The averaged teacher or the student, and the logged history.
     """
     run = job.options.run
     if folder is not None:
@@ -97,11 +109,11 @@ def carry_out(
         quiet=quiet,
         advise=job.advise,
     )
-    model, extra = job.finish()
+    finished = job.finish()
     if folder is not None:
-        save_denoiser(folder.model, model, extra)
+        finished.save(folder.model)
         with EventLog(folder.log) as log:
             seconds = time.perf_counter() - began
             done = job.state.step
             log.write("end", done, seconds=seconds, steps=done - first, memory=peak_memory())
-    return model, extra, history
+    return finished.model, history

@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distmatch.diffusion.denoiser import expand
+from distmatch.methods.matching.view import CriticView
+from distmatch.methods.state import DistillState
+from distmatch.nets.edm import weighted_error
 
 
 def score_difference(
@@ -60,3 +63,10 @@ def adversarial_critic(real: Tensor, fake: Tensor) -> Tensor:
 def approximate_r1(clean: Tensor, perturbed: Tensor) -> Tensor:
     """Smoothness penalty: mean square change of the logit of real samples under a small perturbation."""
     return (clean.float() - perturbed.float()).square().mean()
+
+
+def denoising_critic(view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
+    """The usual loss of a fake score: EDM-weighted denoising of the student's samples, (B,)."""
+    if state.fake is None:
+        raise RuntimeError("this state has no fake score")
+    return weighted_error(prediction, view.x0, view.sigma, state.fake.sigma_data)

@@ -1,0 +1,10 @@
+"""Settings of the kernel family. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """What the methods of this family have of their own."""

@@ -1,0 +1,82 @@
+"""The other side: the fake score learns to denoise student samples, the discriminator to tell them apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distmatch.methods.matching.networks import frozen_logit
+from distmatch.methods.matching.objectives import adversarial_critic, approximate_r1
+from distmatch.methods.matching.view import CriticView
+from distmatch.methods.setup import Info, noised, part_of
+from distmatch.methods.state import DistillState
+from distmatch.ratio.discriminator import denoise_with_logit
+
+if TYPE_CHECKING:
+    from distmatch.methods.matching.loop import Matching
+
+
+def critic_backward(
+    method: Matching, state: DistillState, x0: Tensor, real: Tensor, labels: Tensor | None
+) -> Info:
+    """Adds the gradients of the critic's and the discriminator's losses to their parameters.
+
+    Args:
+        method: The method.
+        state: The networks and random streams.
+        x0: Samples of the student, (B, *shape), detached.
+        real: Real samples; read only with a discriminator.
+        labels: Classes of both, (B,), or None.
+    """
+    n, head, r1 = len(x0), state.discriminator, method.config.r1
+    sigma = method.noise.sample(n, state.generator)
+    kinds = [noised(x0, sigma, state.generator)]
+    if head is not None:
+        kinds.append(noised(real, sigma, state.ratio_generator))
+        if r1 > 0:
+            kinds.append(noised(kinds[1], 0.1 * sigma, state.ratio_generator))
+    slices = method.setup.parts(n)
+    total: Info = {}
+    for part in slices:
+        info = _part(
+            method,
+            state,
+            CriticView(x0[part], sigma[part], kinds[0][part], part_of(labels, part)),
+            [kind[part] for kind in kinds[1:]],
+            (part.stop - part.start) / n,
+        )
+        total = {key: total[key] + value if total else value for key, value in info.items()}
+    return total
+
+
+def _part(method: Matching, state: DistillState, view: CriticView, real: list[Tensor], share: float) -> Info:
+    """One part of the batch: ``real`` holds noised real samples and, with R1, noisier ones."""
+    n, head, fake, r1 = len(view.x0), state.discriminator, state.fake, method.config.r1
+    if fake is None:
+        raise RuntimeError("this state has no fake score")
+    x = torch.cat([view.x, *real])
+    count = 1 + len(real)
+    levels = view.sigma.repeat(count)
+    y = None if view.labels is None else view.labels.repeat(count)
+    logit: Tensor | None = None
+    info: Info = {}
+    with method.setup.autocast():
+        if head is not None and method.source == "fake":
+            prediction, logit = denoise_with_logit(fake, head, x, levels, y)
+        else:
+            prediction = fake(view.x, view.sigma, view.labels)
+            if head is not None:
+                logit = frozen_logit(method, head, x, levels, y)
+        loss = method.objective.critic_loss(view, prediction[:n], state).mean()
+        info["loss_fake"] = share * loss.detach()
+        if logit is not None:
+            logits = logit.chunk(count)
+            ratio_loss = adversarial_critic(real=logits[1], fake=logits[0])
+            info["loss_ratio"] = share * ratio_loss.detach()
+            if r1 > 0:
+                ratio_loss = ratio_loss + r1 * approximate_r1(logits[1], logits[2])
+            loss = loss + (method.config.joint_weight if method.source == "fake" else 1.0) * ratio_loss
+    (share * loss).backward()
+    return info

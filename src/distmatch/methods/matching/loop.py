@@ -1,0 +1,247 @@
+"""The loop of all methods with a fake score: who learns when, from which samples, and what reaches whom.
+
+Detach rules (getting these wrong is the classic mistake): whatever the objective, it comes to one vector
+field at the student's samples, which enters the backward pass as the gradient of x0. For a score difference
+teacher, fake score and weight are constants in it. The Fisher family differentiates teacher and fake score by
+their *input*, and the adversarial term the discriminator by its own; both only with respect to x0, so no
+gradient ever reaches teacher, critic or discriminator from the student's side.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.seeds import generator, stream_seed
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import Denoiser, require_score
+from distmatch.diffusion.guidance import Guided
+from distmatch.diffusion.noise import Karras
+from distmatch.methods.config import DistillConfig
+from distmatch.methods.matching.critic import critic_backward
+from distmatch.methods.matching.field import Field, student_field
+from distmatch.methods.matching.view import Objective, StudentTerm
+from distmatch.methods.setup import Info, Setup, averaged, part_of
+from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
+from distmatch.methods.state import DistillState
+from distmatch.methods.student import Student, student_levels
+from distmatch.nets.ema import EMA, ema_decay
+from distmatch.nets.optim import clipped_step, rate, set_rate
+from distmatch.ratio.discriminator import build_discriminator, choose_source
+from distmatch.ratio.normaliser import NormaliserConfig, RatioNormaliser
+
+
+@dataclass
+class Matching:
+    """A method with a fake score: ``state = init(...)``, then ``info = step(state, batch)``.
+
+    Attributes:
+        setup: Teacher, method and settings.
+        objective: The student's gradient and the fake score's loss.
+        terms: Further losses of the student.
+        target: The denoiser that plays the teacher at a state; None is the (guided) teacher throughout.
+    """
+
+    setup: Setup
+    objective: Objective
+    terms: tuple[StudentTerm, ...] = ()
+    target: Callable[[DistillState], Denoiser] | None = None
+
+    def __post_init__(self) -> None:
+        cfg, teacher = self.config, self.setup.teacher
+        require_score(teacher, "a score difference")
+        self.guided: Denoiser = Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher
+        self.source = choose_source(cfg.ratio_features, teacher)
+        self.noise = Karras(cfg.noise_low, cfg.noise_high or teacher.sigma_max, cfg.noise_rho)
+
+    @property
+    def config(self) -> DistillConfig:
+        """The shared settings."""
+        return self.setup.config
+
+    @property
+    def teacher(self) -> Denoiser:
+        """The frozen teacher, unguided."""
+        return self.setup.teacher
+
+    @property
+    def needs_ratio(self) -> bool:
+        """Whether a discriminator is trained (and real data are needed)."""
+        return self.objective.needs_ratio or self.config.gan_weight > 0
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a discriminator or a further term reads real samples."""
+        return self.needs_ratio or any(term.needs_data for term in self.terms)
+
+    def target_of(self, state: DistillState) -> Denoiser:
+        """The denoiser that the student is drawn to."""
+        return self.guided if self.target is None else self.target(state)
+
+    def notes(self) -> dict[str, Any]:
+        """The borders of the noise bins."""
+        bins = torch.linspace(0, 1, self.config.ratio_bins + 1, dtype=torch.float64)
+        return {"sigma_bins": self.noise.quantile(bins).tolist()}
+
+    def result(self, state: DistillState, info: dict[str, Any]) -> Student:
+        """The student on its averaged weights."""
+        return averaged(state, info)
+
+    def init(self, seed: int, draw: Draw | None = None) -> DistillState:
+        """The state before the first step: student and critic start as copies of the teacher."""
+        cfg, setup = self.config, self.setup
+        start = starting_network(self.teacher, setup.net, seed, setup.device)
+        if draw is not None and not has_network(self.teacher):
+            seen = Karras(self.noise.low, max(self.noise.high, setup.first_level), self.noise.rho)
+            fit_to_teacher(start, self.teacher, draw, seen, cfg.fit_steps, seed)
+        student = Student(start, student_levels(cfg.calls, setup.first_level))
+        fake = copy.deepcopy(start)
+        discriminator = self._discriminator(fake, seed) if self.needs_ratio else None
+        optimisers = {
+            "student": setup.adam(student.denoiser, cfg.lr),
+            "fake": setup.adam(fake, cfg.lr_critic),
+        }
+        if discriminator is not None:
+            optimisers["ratio"] = setup.adam(discriminator, cfg.lr_ratio)
+        bins = NormaliserConfig(
+            bins=cfg.ratio_bins,
+            memory=cfg.ratio_memory,
+            min_count=cfg.ratio_min_count,
+            clip=cfg.ratio_clip,
+        )
+        state = DistillState(
+            student=student,
+            average=EMA(student.denoiser),
+            fake=fake,
+            discriminator=discriminator,
+            optimisers=optimisers,
+            normaliser=RatioNormaliser(bins, setup.device),
+            generator=generator(seed, "distill", setup.device),
+            ratio_generator=generator(seed, "distill/ratio", setup.device),
+        )
+        for term in self.terms:
+            term.prepare(state, seed)
+        return state
+
+    def _discriminator(self, fake: Denoiser, seed: int) -> nn.Module:
+        features_from = self.teacher if self.source == "teacher" else fake
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "discriminator"))
+            head = build_discriminator(self.source, features_from, self.teacher.num_classes)
+        return head.to(self.setup.device)
+
+    def step(self, state: DistillState, batch: Batch) -> Info:
+        """One training step: the critic's, the student's, or both on the same samples."""
+        cfg = self.config
+        last = (state.step + 1) % cfg.critic_steps == 0
+        student_turn = last and state.step >= cfg.warmup_steps
+        critic_turn = cfg.order == "same-batch" or not student_turn
+        labels = batch.labels if self.teacher.num_classes else None
+        factor = rate(state.step, self.setup.total_steps, cfg.lr_rampup, cfg.lr_decay)
+        x, call = self._simulate(state, len(batch.x), labels)
+        whole = len(self.setup.parts(len(x))) == 1
+        x0 = self._call(state, x, call, labels, grad=student_turn and whole)
+        info: Info = {}
+        if student_turn:
+            set_rate(state.optimisers["student"], cfg.lr * factor)
+            found = self._field(state, x0, labels)
+            info |= found.info
+            self._push(state, x0 if whole else None, x, call, labels, found.gradient)
+            for term in self.terms:
+                info |= term.backward(state, batch, labels)
+            info |= self._move_student(state)
+        if critic_turn:
+            set_rate(state.optimisers["fake"], cfg.lr_critic * factor)
+            if "ratio" in state.optimisers:
+                set_rate(state.optimisers["ratio"], cfg.lr_ratio * factor)
+            info |= critic_backward(self, state, x0.detach(), batch.x, labels)
+            info |= self._move_critic(state)
+        state.step += 1
+        return info
+
+    # ---------------------------------------------------------- the student's samples
+
+    def _simulate(self, state: DistillState, n: int, labels: Tensor | None) -> tuple[Tensor, int]:
+        """The input of the call that is trained, and that call's number.
+
+        With several calls the student is run as at sampling time up to a random call (backward simulation,
+        DMD2), and only that call will be differentiated.
+        """
+        student = state.student
+        last = 0
+        if student.nfe > 1:
+            last = stream_seed(state.generator.initial_seed(), f"call/{state.step}") % student.nfe
+        device = self.setup.device
+        z = torch.randn(n, *student.shape, generator=state.generator, device=device)
+        x = student.start(z)
+        for index in range(last):
+            x0 = self._call(state, x, index, labels, grad=False)
+            z = torch.randn(x0.shape, generator=state.generator, device=device)
+            x = student.renoise(x0, z, index + 1)
+        return x, last
+
+    def _call(self, state: DistillState, x: Tensor, index: int, labels: Tensor | None, grad: bool) -> Tensor:
+        """One call of the student, in parts, in float32."""
+        with self.setup.autocast(), torch.set_grad_enabled(grad):
+            parts = [
+                state.student.call(x[part], index, part_of(labels, part)).float()
+                for part in self.setup.parts(len(x))
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _field(self, state: DistillState, x0: Tensor, labels: Tensor | None) -> Field:
+        """The gradient of everything by the student's samples."""
+        sigma = self.noise.sample(len(x0), state.generator)
+        clean = x0.detach()
+        noise = torch.randn(clean.shape, generator=state.generator, device=clean.device, dtype=clean.dtype)
+        return student_field(self, state, clean, sigma, noise, labels)
+
+    def _push(
+        self,
+        state: DistillState,
+        x0: Tensor | None,
+        x: Tensor,
+        call: int,
+        labels: Tensor | None,
+        gradient: Tensor,
+    ) -> None:
+        """Takes the gradient at the samples to the parameters.
+
+        The hand-made gradient is given to the backward pass as it is: the pseudo-target form
+        0.5 (x0 - sg(x0 - g))^2 gives the same g but loses digits of it when g is small against x0.
+
+        ``x0`` carries the samples' graph; None makes them again part by part from ``x``, the input of the
+        call, so that only the graph of one part is held.
+        """
+        if x0 is not None:
+            x0.backward(gradient.to(x0.dtype))
+            return
+        for part in self.setup.parts(len(x)):
+            with self.setup.autocast():
+                again = state.student.call(x[part], call, part_of(labels, part)).float()
+            again.backward(gradient[part].to(again.dtype))
+
+    # ---------------------------------------------------------- who moves
+
+    def _move_student(self, state: DistillState) -> Info:
+        cfg = self.config
+        norm = clipped_step(
+            state.optimisers["student"], list(state.student.denoiser.parameters()), cfg.grad_clip
+        )
+        state.updates += 1
+        state.average.update(state.student.denoiser, ema_decay(state.updates, half_life=cfg.ema_half_life))
+        return {"grad_norm_student": norm}
+
+    def _move_critic(self, state: DistillState) -> Info:
+        cfg, fake, head = self.config, state.fake, state.discriminator
+        if fake is None:
+            raise RuntimeError("this state has no fake score")
+        norm = clipped_step(state.optimisers["fake"], list(fake.parameters()), cfg.grad_clip)
+        if head is not None:
+            clipped_step(state.optimisers["ratio"], list(head.parameters()), cfg.grad_clip)
+        return {"grad_norm_fake": norm}

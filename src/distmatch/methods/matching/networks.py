@@ -1,0 +1,66 @@
+"""One pass of teacher, fake score and discriminator, with the features of the one that lends them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.methods.state import DistillState
+from distmatch.ratio.discriminator import denoise_with_logit
+
+if TYPE_CHECKING:
+    from distmatch.methods.matching.loop import Matching
+
+
+def predictions(
+    method: Matching, state: DistillState, x: Tensor, sigma: Tensor, labels: Tensor | None, grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Target's and critic's denoised x and the raw log ratio; one pass each serves all three.
+
+    Args:
+        method: The method, for its teacher and where its features come from.
+        state: The networks.
+        x: Noised samples (B, *shape).
+        sigma: Their levels (B,).
+        labels: Their classes (B,), or None.
+        grad: Whether both denoisers are differentiated by ``x``. If not, only the discriminator is, and
+            only where gradients are enabled.
+    """
+    head, target, fake = state.discriminator, method.target_of(state), state.fake
+    if fake is None:
+        raise RuntimeError("this state has no fake score")
+    logit = None
+    lends = method.source == "teacher" and head is not None
+    # A target that is not the teacher (a recorded one) has other features than the head was trained on.
+    same = method.target is None or target is method.guided
+    wanted = torch.is_grad_enabled()
+    with torch.set_grad_enabled(wanted and (grad or (lends and same))):
+        if lends and same and head is not None:
+            p, logit = denoise_with_logit(target, head, x, sigma, labels)
+        else:
+            p = target(x, sigma, labels)
+    if lends and not same and head is not None:
+        _, logit = denoise_with_logit(method.guided, head, x, sigma, labels)
+    shares = method.source == "fake" and head is not None
+    with torch.set_grad_enabled(wanted and (grad or shares)):
+        if shares and head is not None:
+            q, logit = denoise_with_logit(fake, head, x, sigma, labels)
+        else:
+            q = fake(x, sigma, labels)
+    if head is not None and method.source == "own":
+        logit = head(x, sigma, labels)
+    return p, q, logit
+
+
+def frozen_logit(
+    method: Matching, head: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None
+) -> Tensor:
+    """The discriminator's logit (B,) where nothing but itself learns from it."""
+    if method.source == "own":
+        return head(x, sigma, labels)
+    lender: Any = method.teacher  # unguided: only its features are wanted
+    with torch.no_grad():
+        _, features = lender.with_features(x, sigma, labels)
+    return head(features, sigma, labels)

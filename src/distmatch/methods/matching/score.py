@@ -1,0 +1,64 @@
+"""Objective of f-distill and its special cases: a score difference, weighted by h(r) or not.
+
+With reverse KL the weight is one, which is DMD2; without the adversarial term too, it is Diff-Instruct.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.divergences import Divergence
+from distmatch.methods.matching.objectives import denoising_critic, score_difference
+from distmatch.methods.matching.view import CriticView, View
+from distmatch.methods.setup import Info
+from distmatch.methods.state import DistillState
+from distmatch.ratio.normaliser import batch_normalised, effective_sample_size
+
+
+@dataclass(frozen=True)
+class ScoreDifference:
+    """f-distill's gradient (arXiv 2502.15681).
+
+    Attributes:
+        divergence: Whose h(r) weights it; None leaves it unweighted (reverse KL).
+        scaling: As for :func:`~distmatch.methods.matching.objectives.score_difference`.
+    """
+
+    divergence: Divergence | None
+    scaling: Literal["dmd2", "score"] = "dmd2"
+    through_inputs = False
+
+    def __post_init__(self) -> None:
+        if self.divergence is not None and not self.divergence.differentiable:
+            raise UserError(
+                f"{self.divergence.name} has no second derivative, so its weight is zero almost everywhere",
+                fix="choose another divergence; le_cam and js are bounded too",
+            )
+
+    @property
+    def needs_ratio(self) -> bool:
+        """Only a weighted gradient does."""
+        return self.divergence is not None
+
+    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
+        """The weighted score difference."""
+        info: Info = {}
+        weight = None
+        if self.divergence is not None and view.log_r is not None and state.normaliser is not None:
+            weight = batch_normalised(self.divergence.weight(view.log_r))
+            state.normaliser.record(weight, view.quantile)
+            info["ess"] = effective_sample_size(weight)
+            info["ratio_mean"], info["weight_mean"] = state.normaliser.bin_means()
+        gradient = score_difference(
+            view.teacher, view.fake, view.x0, view.sigma, weight, scaling=self.scaling
+        )
+        info["loss_student"] = 0.5 * gradient.square().mean()
+        return gradient, info
+
+    def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
+        """Denoising of the student's samples."""
+        return denoising_critic(view, prediction, state)

@@ -1,0 +1,188 @@
+"""The methods by name: what each needs, what it can do, where it comes from. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.methods.config import DistillConfig
+
+Need = Literal["no", "optional", "needed"]
+
+CRITIC_SETTINGS = (
+    *("critic_steps", "order", "warmup_steps", "lr_critic"),
+    *("noise_low", "noise_high", "noise_rho", "scaling"),
+)
+"""Settings of DistillConfig that only methods with a fake score read."""
+RATIO_SETTINGS = (
+    *("lr_ratio", "gan_weight", "r1", "ratio_features", "joint_weight"),
+    *("ratio_bins", "ratio_memory", "ratio_min_count", "ratio_clip"),
+)
+"""Settings of DistillConfig that only methods with a discriminator read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A named method.
+
+    Attributes:
+        name: What the user types.
+        family: ``matching``, ``consistency``, ``kernel`` or ``transport``: the code that carries it out.
+        summary: One line for help texts.
+        citation: Authors, year and arXiv number.
+        limits: What it cannot do, in a sentence.
+        data: Whether it needs real data.
+        critic: Whether a fake score is trained beside the student.
+        weighted: Whether a density ratio weights its gradient.
+        adversarial: Whether an adversarial term is part of it.
+        teacher_gradient: Whether gradients flow through the teacher's input: more memory and time.
+        forward_mode: Whether it needs forward-mode derivatives of the student.
+        divergences: ``any``; a name; or '' for a method that minimises no f-divergence.
+        default_divergence: Of those with ``any``.
+        uses: Further settings of other groups that it reads, beyond those of its family and its flags.
+        defaults: Its own default values of settings, by field name.
+    """
+
+    name: str
+    family: Literal["matching", "consistency", "kernel", "transport"]
+    summary: str
+    citation: str
+    limits: str = ""
+    data: Need = "needed"
+    critic: bool = True
+    weighted: bool = False
+    adversarial: bool = False
+    teacher_gradient: bool = False
+    forward_mode: bool = False
+    divergences: str = ""
+    default_divergence: str = "js"
+    uses: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def flags(self) -> dict[str, Any]:
+        """What it needs, for tables."""
+        names = ("data", "critic", "weighted", "adversarial", "teacher_gradient", "forward_mode")
+        return {name: getattr(self, name) for name in names}
+
+
+_ENTRIES = (
+    Method(
+        name="f-distill",
+        family="matching",
+        summary="any f-divergence: score difference weighted by h(r), plus an adversarial term",
+        citation="Xu et al. 2025, arXiv 2502.15681",
+        limits="the ratio is only as good as its discriminator; large weights need large batches",
+        weighted=True,
+        adversarial=True,
+        divergences="any",
+    ),
+    Method(
+        name="dmd2",
+        family="matching",
+        summary="reverse KL: unweighted score difference plus an adversarial term",
+        citation="Yin et al. 2024, arXiv 2405.14867",
+        limits="reverse KL drops modes; the adversarial term has to bring them back",
+        adversarial=True,
+        divergences="reverse_kl",
+    ),
+    Method(
+        name="diff-instruct",
+        family="matching",
+        summary="reverse KL: unweighted score difference alone; needs no data",
+        citation="Luo et al. 2023, arXiv 2305.18455",
+        limits="reverse KL drops modes, and nothing brings them back",
+        data="no",
+        divergences="reverse_kl",
+        defaults={"gan_weight": 0.0},
+    ),
+)
+METHODS = {method.name: method for method in _ENTRIES}
+
+
+def find_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        UserError: There is none.
+    """
+    key = name.strip().lower().replace("_", "-")
+    if key not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return METHODS[key]
+
+
+def with_defaults(method: Method, *groups: Any) -> tuple[Any, ...]:
+    """The groups of settings with the method's own defaults put into them."""
+    result = []
+    for group in groups:
+        known = {f.name for f in dataclasses.fields(group)}
+        result.append(dataclasses.replace(group, **{k: v for k, v in method.defaults.items() if k in known}))
+    return tuple(result)
+
+
+def resolve_method(
+    name: str, divergence: str | None, config: DistillConfig
+) -> tuple[Method, str, DistillConfig]:
+    """The method, the divergence's name and the config that a user's choice comes to.
+
+    Args:
+        name: Method name.
+        divergence: Divergence name, or None for the method's own.
+        config: The settings.
+
+    Raises:
+        UserError: Unknown method, or a divergence that the method does not have.
+    """
+    method = find_method(name)
+    own = method.divergences
+    if own != "any":
+        aliases = {"reverse_kl": ("reverse_kl", "rkl"), "kl": ("kl", "fkl")}.get(own, (own,))
+        if divergence is not None and divergence not in aliases:
+            raise UserError(
+                f"{method.name} minimises {own.replace('_kl', ' KL')}"
+                if own
+                else f"{method.name} minimises no f-divergence",
+                got=f"--divergence {divergence}",
+                fix="use --method f-distill for any other divergence"
+                if own
+                else "leave --divergence out, or use --method f-distill",
+            )
+        divergence = own or None
+    if not (method.adversarial or method.weighted):
+        config = dataclasses.replace(config, gan_weight=0.0)
+    return method, divergence or method.default_divergence, config
+
+
+def check_settings(method: Method, config: DistillConfig, **groups: Any) -> None:
+    """Refuses settings that the method does not read.
+
+    Args:
+        method: The method.
+        config: The shared settings.
+        groups: The settings of each family, by its name.
+
+    Raises:
+        UserError: One was changed that does nothing here.
+    """
+    idle: list[str] = []
+    if not method.critic:
+        idle += CRITIC_SETTINGS
+    if not (method.weighted or method.adversarial):
+        idle += RATIO_SETTINGS
+    suspects = [(config, name) for name in idle if name not in method.uses]
+    for family, group in groups.items():
+        if family != method.family:
+            names = [f.name for f in dataclasses.fields(group) if f.name not in method.uses]
+            suspects += [(group, name) for name in names]
+    for group, name in suspects:
+        default = {f.name: f.default for f in dataclasses.fields(group)}[name]
+        value = getattr(group, name)
+        if value not in (default, method.defaults.get(name, default)):
+            raise UserError(
+                f"--{name.replace('_', '-')} does nothing with --method {method.name}",
+                got=value,
+                fix="leave it out, or choose a method that reads it",
+            )

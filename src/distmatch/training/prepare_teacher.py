@@ -1,0 +1,114 @@
+"""From the options of `train` to a job that is ready to start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.base.seeds import generator
+from distmatch.data import Dataset, load_data
+from distmatch.data.batches import Batches
+from distmatch.diffusion.kinetic import kinetic_path_of
+from distmatch.diffusion.path_core import NoisePath
+from distmatch.diffusion.path_specs import KINETIC
+from distmatch.interop import save_denoiser
+from distmatch.training.devices import compile_network, pick_device
+from distmatch.training.noisy_data import with_frozen_noise
+from distmatch.training.options import RunOptions, TeacherConfig, TrainOptions
+from distmatch.training.runs import Finished, Job
+from distmatch.training.teacher import TeacherTraining
+
+
+def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
+    """What a saved model keeps of its data: enough to give samples back in the user's units."""
+    return {
+        "spec": spec,
+        "name": data.name,
+        "scaling": data.scaling.to_dict(),
+        "class_names": list(data.class_names),
+        "samples": len(data),
+        "content_hash": data.content_hash,
+    }
+
+
+def flips(run: RunOptions, data: Dataset) -> bool:
+    """Whether to mirror, once it is known that the data are images.
+
+    Raises:
+        UserError: They are not.
+    """
+    if run.flip and data.kind != "image":
+        raise UserError("--flip mirrors images", got=f"{data.name}, which holds vectors", fix="leave it out")
+    return run.flip
+
+
+def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
+    """Builds everything a teacher's training needs; writes nothing.
+
+    Raises:
+        UserError: The options or the data cannot be used.
+    """
+    run = options.run
+    device = pick_device(run.device)
+    data = load_data(options.data, labels=options.labels) if data is None else data
+    sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
+    method = TeacherTraining(
+        config=options.teacher,
+        net=options.net.resolve(data.shape),
+        shape=data.shape,
+        num_classes=data.num_classes,
+        sigma_data=sigma_data,
+        total_steps=run.steps,
+        device=device,
+        bf16=run.precision == "bf16",
+        path=_fitted_path(options.teacher, noisy, run.seed),
+    )
+    state = method.init(run.seed)
+    if run.compile:
+        compile_network(state.denoiser.net)
+    extra = {"kind": "teacher", "data": describe_data(data, options.data), "seed": run.seed}
+
+    def finish() -> Finished:
+        model = state.average.module
+        return Finished(model, lambda folder: save_denoiser(folder, model, extra))
+
+    return Job(
+        verb="train",
+        options=options,
+        state=state,
+        step=method.step,
+        batches=Batches(noisy, run.batch, run.seed, flips(run, data), device, levels),
+        networks={"teacher": state.denoiser},
+        notes={
+            "data": data.name,
+            "samples": len(data),
+            "sigma_data": state.denoiser.sigma_data,
+            "path": method.objective.path.name,
+            "prediction": method.objective.prediction,
+        },
+        warnings=[],
+        finish=finish,
+        show=("loss",),
+    )
+
+
+def _training_data(config: TeacherConfig, data: Dataset, seed: int) -> tuple[float, Dataset, Tensor | None]:
+    """Standard deviation of the clean data, what is trained on, and the noise level of each sample in it."""
+    noise = config.ambient_noise
+    if noise == 0:
+        return data.std() or 1.0, data, None
+    if config.ambient_given:
+        return max(data.std() ** 2 - noise**2, 0.0) ** 0.5 or 1.0, data, torch.full((len(data),), noise)
+    return data.std() or 1.0, *with_frozen_noise(data, noise, config.ambient_clean, seed)
+
+
+def _fitted_path(config: TeacherConfig, data: Dataset, seed: int) -> NoisePath | None:
+    """The path that is made for the data, when the options ask for it."""
+    if config.path != KINETIC:
+        return None
+    chosen = torch.randperm(len(data), generator=generator(seed, "path samples"))[:4096]
+    low, high = config.sigma_min, config.sigma_max
+    return kinetic_path_of(data.batch(chosen)[0], rho_min=low, rho_max=high, seed=seed)
