@@ -121,7 +121,7 @@ class Distiller(Protocol):
 def averaged(state: DistillState, info: dict[str, Any]) -> Student:
     """The student on its averaged weights."""
     network: Any = state.average.module
-    return Student(network, state.student.levels, info)
+    return Student(network, state.student.levels, info, state.student.chain)
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,25 @@ from distmatch.data.scaling import Scaling
 from distmatch.diffusion.noise import Karras
 from distmatch.interop import decode_samples, load_denoiser, save_denoiser
 from distmatch.methods.start import Network
+
+Chain = Literal["renoise", "ddim", "posterior"]
+"""How a student goes on to its next level: with fresh noise alone, with the noise that it has found, or by a
+draw from the posterior between the two levels."""
+
+
+def chain_weights(chain: Chain, now: float, after: float) -> tuple[float, float]:
+    """The weights (kept, fresh) of a step ``x0 + kept (x - x0) + fresh eps`` from level ``now`` to ``after``.
+
+    Each leaves noise of level ``after`` on ``x0`` where ``x - x0`` is noise of level ``now``.
+    ``posterior`` is q(x_s | x_t, x0) of the diffusion itself, which multi-step moment matching takes (Salimans
+    et al. 2024, arXiv 2406.04103).
+    """
+    if chain == "renoise":
+        return 0.0, after
+    ratio = after / now
+    if chain == "ddim":
+        return ratio, 0.0
+    return ratio**2, after * (1 - ratio**2) ** 0.5
 
 
 def student_levels(calls: int, sigma: float) -> tuple[float, ...]:
@@ -38,14 +57,20 @@ class Student(nn.Module):
         denoiser: The network.
         levels: Decreasing noise levels, one for each call.
         info: What was distilled how; kept in the saved model's config.
+        chain: How it goes from call to call.
     """
 
     def __init__(
-        self, denoiser: Network, levels: tuple[float, ...], info: dict[str, Any] | None = None
+        self,
+        denoiser: Network,
+        levels: tuple[float, ...],
+        info: dict[str, Any] | None = None,
+        chain: Chain = "renoise",
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.levels = levels
+        self.chain: Chain = chain
         self.info = dict(info or {})
 
     @property
@@ -63,8 +88,8 @@ class Student(nn.Module):
         """Network calls for a sample."""
         return len(self.levels)
 
-    def start(self, noise: Tensor) -> Tensor:
-        """The first input: unit noise scaled to the first level."""
+    def start(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The first input: unit noise scaled to the first level, whatever the labels."""
         return noise * self.levels[0]
 
     def call(self, x: Tensor, index: int, labels: Tensor | None = None) -> Tensor:
@@ -73,14 +98,23 @@ class Student(nn.Module):
         return self.denoiser(x, sigma, labels)
 
     def renoise(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
-        """Clean samples brought to the level of call ``index``."""
+        """Clean samples brought to the level of call ``index`` with fresh noise alone."""
         return x0 + self.levels[index] * noise
+
+    def advance(self, x: Tensor, x0: Tensor, noise: Tensor, index: int) -> Tensor:
+        """The input of call ``index``, from input ``x`` and output ``x0`` of the call before it."""
+        if self.chain == "renoise":
+            return self.renoise(x0, noise, index)
+        kept, fresh = chain_weights(self.chain, self.levels[index - 1], self.levels[index])
+        return x0 + kept * (x - x0) + fresh * noise
 
     def forward(self, noise: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The whole chain from one unit-noise tensor for each call."""
-        x0 = self.call(self.start(noise[0]), 0, labels)
+        x = self.start(noise[0], labels)
+        x0 = self.call(x, 0, labels)
         for index in range(1, len(self.levels)):
-            x0 = self.call(self.renoise(x0, noise[index], index), index, labels)
+            x = self.advance(x, x0, noise[index], index)
+            x0 = self.call(x, index, labels)
         return x0
 
     @torch.no_grad()
@@ -141,7 +175,12 @@ class Student(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``model.safetensors`` and ``config.json`` to ``folder``, atomically."""
-        save_denoiser(folder, self.denoiser, {"kind": "student", "levels": list(self.levels), **self.info})
+        save_denoiser(folder, self.denoiser, self.description())
+
+    def description(self) -> dict[str, Any]:
+        """What is saved beside the network, as JSON: enough for :func:`student_from`."""
+        chain = {} if self.chain == "renoise" else {"chain": self.chain}
+        return {"kind": "student", "levels": list(self.levels), **chain, **self.info}
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Student:
@@ -160,8 +199,9 @@ class Student(nn.Module):
 
 def student_from(denoiser: Network, info: Mapping[str, Any]) -> Student:
     """The student of a saved model's denoiser and description."""
-    own = {key: value for key, value in info.items() if key not in ("kind", "levels")}
-    return Student(denoiser, tuple(float(v) for v in info["levels"]), own)
+    own = {key: value for key, value in info.items() if key not in ("kind", "levels", "chain")}
+    levels = tuple(float(v) for v in info["levels"])
+    return Student(denoiser, levels, own, info.get("chain", "renoise"))
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -182,7 +182,7 @@ class Matching:
         for index in range(last):
             x0 = self._call(state, x, index, labels, grad=False)
             z = torch.randn(x0.shape, generator=state.generator, device=device)
-            x = student.renoise(x0, z, index + 1)
+            x = student.advance(x, x0, z, index + 1)
         return x, last
 
     def _call(self, state: DistillState, x: Tensor, index: int, labels: Tensor | None, grad: bool) -> Tensor:
