@@ -125,7 +125,7 @@ def student_step(
         parts["weight"] = batch_normalised(method.setup.divergence.weight(log_r))
         (pull,) = torch.autograd.grad(method.config.gan_weight * adversarial_student(logit), leaf)
         parts["pull"] = pull
-    method._push(state, x0, x, call, labels, method._field(state, x0, labels).gradient)
+    method._push(state, x0, x, call, labels, method._field(state, x0.detach(), x, call, labels).gradient)
     return x0, x0.grad, parts  # type: ignore[return-value]
 
 

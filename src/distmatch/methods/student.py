@@ -27,8 +27,8 @@ def chain_weights(chain: Chain, now: float, after: float) -> tuple[float, float]
     """The weights (kept, fresh) of a step ``x0 + kept (x - x0) + fresh eps`` from level ``now`` to ``after``.
 
     Each leaves noise of level ``after`` on ``x0`` where ``x - x0`` is noise of level ``now``.
-    ``posterior`` is q(x_s | x_t, x0) of the diffusion itself, which multi-step moment matching takes (Salimans
-    et al. 2024, arXiv 2406.04103).
+    ``posterior`` is q(x_s | x_t, x0) of the diffusion itself, as in multi-step moment matching (Salimans et
+    al. 2024, arXiv 2406.04103).
     """
     if chain == "renoise":
         return 0.0, after
@@ -58,7 +58,13 @@ class Student(nn.Module):
         levels: Decreasing noise levels, one for each call.
         info: What was distilled how; kept in the saved model's config.
         chain: How it goes from call to call.
+
+    Attributes:
+        from_noise: Whether the first input is noise alone, so that there is nothing to keep of it in a chain
+            that draws from the posterior.
     """
+
+    from_noise = True
 
     def __init__(
         self,
@@ -103,7 +109,7 @@ class Student(nn.Module):
 
     def advance(self, x: Tensor, x0: Tensor, noise: Tensor, index: int) -> Tensor:
         """The input of call ``index``, from input ``x`` and output ``x0`` of the call before it."""
-        if self.chain == "renoise":
+        if self.chain == "renoise" or (self.chain == "posterior" and index == 1 and self.from_noise):
             return self.renoise(x0, noise, index)
         kept, fresh = chain_weights(self.chain, self.levels[index - 1], self.levels[index])
         return x0 + kept * (x - x0) + fresh * noise

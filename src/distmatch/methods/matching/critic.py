@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distmatch.diffusion.denoiser import expand
 from distmatch.methods.matching.networks import frozen_logit
 from distmatch.methods.matching.objectives import adversarial_critic, approximate_r1
 from distmatch.methods.matching.view import CriticView
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def critic_backward(
-    method: Matching, state: DistillState, x0: Tensor, real: Tensor, labels: Tensor | None
+    method: Matching,
+    state: DistillState,
+    x0: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    real: Tensor,
+    labels: Tensor | None,
 ) -> Info:
     """Adds the gradients of the critic's and the discriminator's losses to their parameters.
 
@@ -27,12 +34,13 @@ def critic_backward(
         method: The method.
         state: The networks and random streams.
         x0: Samples of the student, (B, *shape), detached.
+        sigma: Noise levels (B,).
+        noise: Unit noise on these samples, (B, *shape).
         real: Real samples; read only with a discriminator.
         labels: Classes of both, (B,), or None.
     """
     n, head, r1 = len(x0), state.discriminator, method.config.r1
-    sigma = method.noise.sample(n, state.generator)
-    kinds = [noised(x0, sigma, state.generator)]
+    kinds = [x0 + expand(sigma, x0) * noise]
     if head is not None:
         kinds.append(noised(real, sigma, state.ratio_generator))
         if r1 > 0:

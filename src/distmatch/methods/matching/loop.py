@@ -25,11 +25,12 @@ from distmatch.diffusion.noise import Karras
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.matching.critic import critic_backward
 from distmatch.methods.matching.field import Field, student_field
+from distmatch.methods.matching.moments import levels_between, posterior_noise
 from distmatch.methods.matching.view import Objective, StudentTerm
-from distmatch.methods.setup import Info, Setup, averaged, part_of
+from distmatch.methods.setup import Info, Setup, averaged, part_of, standard_normal
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, student_levels
+from distmatch.methods.student import Chain, Student, student_levels
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.optim import clipped_step, rate, set_rate
 from distmatch.ratio.discriminator import build_discriminator, choose_source
@@ -45,12 +46,15 @@ class Matching:
         objective: The student's gradient and the fake score's loss.
         terms: Further losses of the student.
         target: The denoiser that plays the teacher at a state; None is the (guided) teacher throughout.
+        chain: How a student of several calls goes on. With ``posterior`` its samples are also compared with
+            the teacher's on draws from the posterior, between the levels of their call and of the next.
     """
 
     setup: Setup
     objective: Objective
     terms: tuple[StudentTerm, ...] = ()
     target: Callable[[DistillState], Denoiser] | None = None
+    chain: Chain = "renoise"
 
     def __post_init__(self) -> None:
         cfg, teacher = self.config, self.setup.teacher
@@ -58,6 +62,10 @@ class Matching:
         self.guided: Denoiser = Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher
         self.source = choose_source(cfg.ratio_features, teacher)
         self.noise = Karras(cfg.noise_low, cfg.noise_high or teacher.sigma_max, cfg.noise_rho)
+        self.levels = student_levels(cfg.calls, self.setup.first_level)
+        if self.chain == "posterior":
+            for call in range(cfg.calls):
+                levels_between(self.levels, call, self.noise)  # refuses calls outside of the levels
 
     @property
     def config(self) -> DistillConfig:
@@ -99,7 +107,7 @@ class Matching:
         if draw is not None and not has_network(self.teacher):
             seen = Karras(self.noise.low, max(self.noise.high, setup.first_level), self.noise.rho)
             fit_to_teacher(start, self.teacher, draw, seen, cfg.fit_steps, seed)
-        student = Student(start, student_levels(cfg.calls, setup.first_level))
+        student = Student(start, self.levels, chain=self.chain)
         fake = copy.deepcopy(start)
         discriminator = self._discriminator(fake, seed) if self.needs_ratio else None
         optimisers = {
@@ -149,7 +157,7 @@ class Matching:
         info: Info = {}
         if student_turn:
             set_rate(state.optimisers["student"], cfg.lr * factor)
-            found = self._field(state, x0, labels)
+            found = self._field(state, x0.detach(), x, call, labels)
             info |= found.info
             self._push(state, x0 if whole else None, x, call, labels, found.gradient)
             for term in self.terms:
@@ -159,7 +167,8 @@ class Matching:
             set_rate(state.optimisers["fake"], cfg.lr_critic * factor)
             if "ratio" in state.optimisers:
                 set_rate(state.optimisers["ratio"], cfg.lr_ratio * factor)
-            info |= critic_backward(self, state, x0.detach(), batch.x, labels)
+            sigma, noise = self._noise_on(state, x0.detach(), x, call)
+            info |= critic_backward(self, state, x0.detach(), sigma, noise, batch.x, labels)
             info |= self._move_critic(state)
         state.step += 1
         return info
@@ -194,12 +203,20 @@ class Matching:
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _field(self, state: DistillState, x0: Tensor, labels: Tensor | None) -> Field:
+    def _field(self, state: DistillState, x0: Tensor, x: Tensor, call: int, labels: Tensor | None) -> Field:
         """The gradient of everything by the student's samples."""
-        sigma = self.noise.sample(len(x0), state.generator)
-        clean = x0.detach()
-        noise = torch.randn(clean.shape, generator=state.generator, device=clean.device, dtype=clean.dtype)
-        return student_field(self, state, clean, sigma, noise, labels)
+        sigma, noise = self._noise_on(state, x0, x, call)
+        return student_field(self, state, x0, sigma, noise, labels)
+
+    def _noise_on(self, state: DistillState, x0: Tensor, x: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        """Levels (B,) and unit noise (B, *shape) on samples ``x0`` that a call made from ``x``."""
+        posterior = self.chain == "posterior"
+        levels = levels_between(self.levels, call, self.noise) if posterior else self.noise
+        sigma = levels.sample(len(x0), state.generator)
+        noise = standard_normal(x0, state.generator)
+        if posterior and call:
+            noise = posterior_noise(x0, x, self.levels[call], sigma, noise)
+        return sigma, noise
 
     def _push(
         self,
