@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from distmatch.methods.matching.backtrack import Backtracking
+from distmatch.methods.matching.fisher_objectives import SIM, SiD, UniInstruct
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.matching.score import ScoreDifference
+from distmatch.methods.matching.view import Objective
 from distmatch.methods.setup import Distiller, Setup
 
 
@@ -16,6 +19,19 @@ def build_method(setup: Setup) -> Distiller:
     return _matching(setup)
 
 
-def _matching(setup: Setup) -> Matching:
-    divergence = setup.divergence if setup.method.weighted else None
-    return Matching(setup, ScoreDifference(divergence, setup.config.scaling))
+def _matching(setup: Setup) -> Distiller:
+    base = Matching(setup, _objective(setup))
+    return Backtracking(base) if setup.matching.backtrack else base
+
+
+def _objective(setup: Setup) -> Objective:
+    own, scaling = setup.matching, setup.config.scaling
+    match setup.method.name:
+        case "sid" | "sida":
+            return SiD(own.sid_alpha, scaling)
+        case "sim":
+            return SIM(own.sim_distance, own.sim_c, scaling)
+        case "uni-instruct":
+            return UniInstruct(setup.divergence, own.ratio_gradient, own.ratio_warmup, scaling)
+        case _:
+            return ScoreDifference(setup.divergence if setup.method.weighted else None, scaling)

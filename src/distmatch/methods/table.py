@@ -42,7 +42,9 @@ class Method:
         forward_mode: Whether it needs forward-mode derivatives of the student.
         divergences: ``any``; a name; or '' for a method that minimises no f-divergence.
         default_divergence: Of those with ``any``.
-        uses: Further settings of other groups that it reads, beyond those of its family and its flags.
+        uses: Further settings of other groups that it reads, beyond those of its family and its flags; and
+            those of its family that only methods read which name them here.
+        ignores: Further settings that all methods share and that it does not read.
         defaults: Its own default values of settings, by field name.
     """
 
@@ -60,6 +62,7 @@ class Method:
     divergences: str = ""
     default_divergence: str = "js"
     uses: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def flags(self) -> dict[str, Any]:
@@ -97,6 +100,62 @@ _ENTRIES = (
         data="no",
         divergences="reverse_kl",
         defaults={"gan_weight": 0.0},
+    ),
+    Method(
+        name="disback",
+        family="matching",
+        summary="dmd2 along recorded copies of the teacher, degraded towards the untrained student",
+        citation="Zhang et al. 2024, arXiv 2408.15991",
+        limits="keeps --backtrack minus 1 copies of the network in memory; the student waits at the start",
+        adversarial=True,
+        divergences="reverse_kl",
+        defaults={"backtrack": 5},
+    ),
+    Method(
+        name="sid",
+        family="matching",
+        summary="Fisher divergence by score identities; needs no data",
+        citation="Zhou et al. 2024, arXiv 2404.04057",
+        limits="differentiates the teacher by its input; its loss is negative and measures no progress",
+        data="no",
+        teacher_gradient=True,
+        uses=("sid_alpha",),
+        defaults={"gan_weight": 0.0},
+    ),
+    Method(
+        name="sida",
+        family="matching",
+        summary="sid with an adversarial term on features of the fake score",
+        citation="Zhou et al. 2024, arXiv 2410.14919",
+        limits="differentiates the teacher by its input; the discriminator shares the fake score's network",
+        adversarial=True,
+        teacher_gradient=True,
+        uses=("sid_alpha",),
+        defaults={"ratio_features": "fake"},
+    ),
+    Method(
+        name="sim",
+        family="matching",
+        summary="any distance between the scores, under samples held fixed; needs no data",
+        citation="Luo et al. 2024, arXiv 2410.16794",
+        limits="differentiates the teacher by its input; its loss measures no progress",
+        data="no",
+        teacher_gradient=True,
+        uses=("sim_distance", "sim_c"),
+        defaults={"gan_weight": 0.0},
+    ),
+    Method(
+        name="uni-instruct",
+        family="matching",
+        summary="any f-divergence of clean samples, by its expansion over noise levels; adversarial term",
+        citation="Wang et al. 2025, arXiv 2505.20755",
+        limits="differentiates teacher and discriminator by their input; only as good as the ratio",
+        weighted=True,
+        adversarial=True,
+        teacher_gradient=True,
+        divergences="any",
+        default_divergence="kl",
+        uses=("ratio_gradient", "ratio_warmup"),
     ),
 )
 METHODS = {method.name: method for method in _ENTRIES}
@@ -167,16 +226,17 @@ def check_settings(method: Method, config: DistillConfig, **groups: Any) -> None
     Raises:
         UserError: One was changed that does nothing here.
     """
-    idle: list[str] = []
+    idle = list(method.ignores)
     if not method.critic:
         idle += CRITIC_SETTINGS
     if not (method.weighted or method.adversarial):
         idle += RATIO_SETTINGS
     suspects = [(config, name) for name in idle if name not in method.uses]
+    special = {name for other in METHODS.values() for name in other.uses}
     for family, group in groups.items():
-        if family != method.family:
-            names = [f.name for f in dataclasses.fields(group) if f.name not in method.uses]
-            suspects += [(group, name) for name in names]
+        for name in (f.name for f in dataclasses.fields(group)):
+            if name not in method.uses and (family != method.family or name in special):
+                suspects.append((group, name))
     for group, name in suspects:
         default = {f.name: f.default for f in dataclasses.fields(group)}[name]
         value = getattr(group, name)

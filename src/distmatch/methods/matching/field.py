@@ -92,6 +92,8 @@ def student_field(
         gradient = torch.cat([g for g, _, _ in fields]) if len(fields) > 1 else fields[0][0]
         for key in fields[0][1]:
             info[key] = torch.stack([said[key] * (n / len(x0)) for _, said, n in fields]).sum(0)
+        if objective.needs_ratio and state.normaliser is not None:
+            info["ratio_mean"], info["weight_mean"] = state.normaliser.bin_means()
     else:
         view = views[0] if len(views) == 1 else _together(views)
         if objective.needs_ratio:

@@ -7,7 +7,9 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import expand
+from distmatch.divergences import Divergence
 from distmatch.methods.matching.view import CriticView
 from distmatch.methods.state import DistillState
 from distmatch.nets.edm import weighted_error
@@ -48,6 +50,19 @@ def score_difference(
     else:
         gradient = gradient / expand(sigma.to(gradient.dtype), x) ** 2
     return gradient if weight is None else expand(weight.to(gradient.dtype), x) * gradient
+
+
+def require_weight(divergence: Divergence) -> None:
+    """Refuses a divergence whose weight h can not drive a student.
+
+    Raises:
+        UserError: It has no second derivative.
+    """
+    if not divergence.differentiable:
+        raise UserError(
+            f"{divergence.name} has no second derivative, so its weight is zero almost everywhere",
+            fix="choose another divergence; le_cam and js are bounded too",
+        )
 
 
 def adversarial_student(logits: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from distmatch.base.errors import UserError
 from distmatch.divergences import Divergence
-from distmatch.methods.matching.objectives import denoising_critic, score_difference
+from distmatch.methods.matching.objectives import denoising_critic, require_weight, score_difference
 from distmatch.methods.matching.view import CriticView, View
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
@@ -33,11 +32,8 @@ class ScoreDifference:
     through_inputs = False
 
     def __post_init__(self) -> None:
-        if self.divergence is not None and not self.divergence.differentiable:
-            raise UserError(
-                f"{self.divergence.name} has no second derivative, so its weight is zero almost everywhere",
-                fix="choose another divergence; le_cam and js are bounded too",
-            )
+        if self.divergence is not None:
+            require_weight(self.divergence)
 
     @property
     def needs_ratio(self) -> bool:
