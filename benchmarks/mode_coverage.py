@@ -26,7 +26,7 @@ from distmatch.data import toy
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise import Karras
 from distmatch.divergences import Divergence, divergence
-from distmatch.methods.objectives import score_difference
+from distmatch.methods.matching.objectives import score_difference
 from distmatch.metrics.modes import mode_counts
 from distmatch.ratio.normaliser import batch_normalised
 
