@@ -18,6 +18,7 @@ VERBS = {
     "demo": ("distmatch.cli.demo", "train, distil, measure and report on digits, in minutes"),
     "train": ("distmatch.cli.train", "train a diffusion teacher"),
     "distill": ("distmatch.cli.distill", "distil a teacher into a one-step student"),
+    "compare": ("distmatch.cli.compare", "distil by several methods at the same budget, side by side"),
     "sample": ("distmatch.cli.sample", "draw samples from a teacher or a student"),
     "evaluate": ("distmatch.cli.evaluate", "measure samples or a run against real data"),
     "report": ("distmatch.cli.report", "write the HTML page of a run"),

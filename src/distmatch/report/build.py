@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 from collections import Counter
@@ -10,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from distmatch.base.files import atomic_write
+from distmatch.report.compare import build_comparison, is_comparison
 from distmatch.report.log import Event, scalar_keys, wall_seconds
+from distmatch.report.page import flat, page
 from distmatch.report.run import MODELS, ModelMetrics, Run, read_run
 from distmatch.report.samples import samples_section
-from distmatch.report.table import digits, doubts, error_digits, headline, show_sigmas, speed_up, table
+from distmatch.report.table import doubts, headline, speed_up, table
 from distmatch.report.training import curve_charts, noise_charts
 
 _LEAD_OPTIONS = ("divergence", "method", "data", "steps", "seed")
@@ -33,7 +32,7 @@ class Speed:
 
 
 def build_report(run_folder: str | os.PathLike[str]) -> Path:
-    """Writes ``report.html`` into a run folder, replacing an earlier one.
+    """Writes ``report.html`` into a run folder, or the folder of a comparison, replacing an earlier one.
 
     Whatever the folder does not hold yet (metrics, samples, a log) is named on the page as missing.
 
@@ -47,6 +46,8 @@ def build_report(run_folder: str | os.PathLike[str]) -> Path:
         UserError: It is no run folder, a file in it is broken, or the page cannot be written.
     """
     path = Path(run_folder)
+    if is_comparison(path):
+        return build_comparison(path)
     target = path / "report.html"
     atomic_write(target, render(read_run(path)))
     return target
@@ -54,25 +55,11 @@ def build_report(run_folder: str | os.PathLike[str]) -> Path:
 
 def render(run: Run) -> str:
     """The page of a run as HTML text."""
-    environment = Environment(
-        loader=PackageLoader("distmatch.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "digits": digits,
-        "error_digits": error_digits,
-        "sigmas": show_sigmas,
-        "finite": math.isfinite,
-        "duration": duration,
-        "base64": lambda data: base64.b64encode(data).decode("ascii"),
-    }
     rows = table(run.metrics)
     sentence, tiles = headline(run.metrics, rows)
     teacher_events = run.teacher.events if run.teacher else []
-    return environment.get_template("template.html.j2").render(
+    return page(
+        "template.html.j2",
         name=run.path.resolve().name,
         lead=lead_options(run.config, run.events),
         status=status(run.events),
@@ -116,21 +103,6 @@ def protocol(events: list[Event]) -> list[tuple[str, str]]:
     """How the metrics were measured: what the last ``evaluate`` event says."""
     last = next((e for e in reversed(events) if e["event"] == "evaluate"), {})
     return flat({k: v for k, v in last.items() if k not in ("event", "step", "time")})
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested tables and lists of tables as ``a.b`` and text; null and empty lists are left out."""
-    items: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            items += flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            tables = {str(i): v for i, v in enumerate(value) if isinstance(v, dict)}
-            rest = [str(v) for v in value if not isinstance(v, dict)]
-            items += flat(tables, f"{prefix}{key}.") + ([(f"{prefix}{key}", ", ".join(rest))] if rest else [])
-        elif value is not None:
-            items.append((f"{prefix}{key}", str(value)))
-    return items
 
 
 def status(events: list[Event]) -> str:
@@ -191,13 +163,3 @@ def warnings(events: list[Event], prefix: str) -> list[tuple[str, str, int]]:
         )
         for message, count in often.items()
     ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 1:
-        return f"{seconds:.2g} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -19,7 +19,7 @@ _SHOWN_SAMPLES = 1000  # points in a scatter panel; more only hide each other
 _PNG_COLOUR = "#0b6e6e"  # the accent of the page, for pictures that stand alone
 
 
-def _panel(width: float = 330.0, height: float = 190.0) -> tuple[Figure, Axes]:
+def panel(width: float = 330.0, height: float = 190.0) -> tuple[Figure, Axes]:
     """An empty panel; width and height are in CSS pixels."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr,call-arg]
@@ -87,7 +87,7 @@ def curve_panel(steps: np.ndarray, values: np.ndarray, alt: str) -> Markup:
         values: (T,), NaN where unknown.
         alt: Description for the ``<title>``.
     """
-    figure, axes = _panel()
+    figure, axes = panel()
     stride = max(1, len(steps) // _RAW_POINTS)
     axes.plot(steps[::stride], values[::stride], color=SOFT, linewidth=1.0)
     mean = smooth(values, max(1, len(values) // 25))
@@ -112,7 +112,7 @@ def noise_panel(
         is_sigma: Whether ``levels`` are sigmas, drawn on a logarithmic axis.
         level: Height of a dotted guide line, or None.
     """
-    figure, axes = _panel(390.0, 230.0)
+    figure, axes = panel(390.0, 230.0)
     for colour, values in zip(TIMES[-len(series) :], series, strict=True):
         axes.plot(levels, values, "o-", color=colour, linewidth=1.8, markersize=3.5, markeredgewidth=0)
     if level is not None:
@@ -173,7 +173,7 @@ def scatter_panel(
         alt: Description for the ``<title>``.
     """
     (low, high), dims = limits, points.shape[1]
-    figure, axes = _panel(320.0, 320.0 if dims == 2 else 200.0)
+    figure, axes = panel(320.0, 320.0 if dims == 2 else 200.0)
     if dims == 1:
         edges = np.linspace(low[0], high[0], 61)
         for values, colour, fill in ((behind, RULE, True), (points, ACCENT, False)):
@@ -199,12 +199,12 @@ def scatter_png(x: np.ndarray) -> bytes:
     points = ((x - origin) @ axes)[np.isfinite(x).all(axis=1)]
     low, high = frame([points]) if len(points) else (np.zeros(2), np.ones(2))
     figure = Figure(figsize=(5, 5), layout="constrained")
-    panel = figure.add_subplot()
+    inside = figure.add_subplot()
     if points.shape[1] == 1:
-        panel.hist(points[:, 0], bins=60, range=(low[0], high[0]), color=_PNG_COLOUR)
+        inside.hist(points[:, 0], bins=60, range=(low[0], high[0]), color=_PNG_COLOUR)
     else:
-        panel.plot(*points.T, "o", color=_PNG_COLOUR, markersize=2.4, markeredgewidth=0, alpha=0.6)
-        panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+        inside.plot(*points.T, "o", color=_PNG_COLOUR, markersize=2.4, markeredgewidth=0, alpha=0.6)
+        inside.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

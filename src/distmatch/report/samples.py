@@ -37,7 +37,11 @@ class SamplesSection:
 
 def samples_section(samples: dict[str, Samples]) -> SamplesSection:
     """Builds the panels for the models that have samples; images and vectors are not mixed."""
-    present = {m: samples[m] for m in MODELS if m in samples}
+    return side_by_side({m: samples[m] for m in MODELS if m in samples})
+
+
+def side_by_side(present: dict[str, Samples]) -> SamplesSection:
+    """The same for any models, in the order given; one of another name than those of a run keeps it."""
     images = {m: s for m, s in present.items() if s.are_images}
     if images:
         return _image_panels(images)
@@ -45,6 +49,10 @@ def samples_section(samples: dict[str, Samples]) -> SamplesSection:
     if first is None:
         return SamplesSection([], "")
     return _vector_panels({m: s for m, s in present.items() if s.x.shape[1] == first.x.shape[1]})
+
+
+def _title(model: str) -> str:
+    return _NAMES.get(model, model)
 
 
 def _evenly(items: np.ndarray, most: int) -> np.ndarray:
@@ -87,8 +95,8 @@ def _image_panels(images: dict[str, Samples]) -> SamplesSection:
         text = "no labels in common"
     panels = [
         Panel(
-            title=_NAMES[model],
-            alt=f"{at.size} samples, {_NAMES[model].lower()}; {text}",
+            title=_title(model),
+            alt=f"{at.size} samples, {_title(model).lower()}; {text}",
             png=grid_png(s.x[at.ravel()], at.shape[1] if len(names) else _COLUMNS),
             row_names=tuple(str(n) for n in names),
         )
@@ -108,16 +116,16 @@ def _vector_panels(vectors: dict[str, Samples]) -> SamplesSection:
     panels = []
     for model, points in flat.items():
         mean = ", ".join(f"{v:.3g}" for v in points.mean(axis=0))
-        alt = f"{len(points)} samples, {_NAMES[model].lower()}, with mean {mean}"
+        alt = f"{len(points)} samples, {_title(model).lower()}, with mean {mean}"
         outside = float(np.mean(((points < low) | (points > high)).any(axis=1)))
         alt += f", {outside:.1%} outside the frame" if outside > 0 else ""
         behind = flat.get("reference") if model != "reference" else None
-        panels.append(Panel(_NAMES[model], alt, svg=scatter_panel(points, behind, (low, high), alt)))
+        panels.append(Panel(_title(model), alt, svg=scatter_panel(points, behind, (low, high), alt)))
     note = "Real data are drawn pale behind the samples of the models; all panels share one frame."
     if base.shape[1] > 2:
         whose = "real data" if "reference" in vectors else "the first panel"
         note += f" The {base.shape[1]} dimensions are projected on the first two principal axes of {whose}."
     for model, samples in vectors.items():
         lost = len(samples.x) - len(known[model])
-        note += f" {_NAMES[model]}: {lost} samples hold values that are not finite." if lost else ""
+        note += f" {_title(model)}: {lost} samples hold values that are not finite." if lost else ""
     return SamplesSection(panels, note)

@@ -1,0 +1,149 @@
+"""`distmatch compare`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from distmatch.base.errors import UserError
+from distmatch.cli.parse import Place, parse_run, print_json
+from distmatch.training.compare_options import CompareOptions, Entry, entry_options
+from distmatch.training.toml import dataclass_to_dict, to_toml
+
+ABOUT = """Distil a teacher by several methods at the same budget, and say which of them really differ.
+
+example: distmatch compare --methods dmd2,f-distill:js,f-distill:kl --budget 5m --teacher runs/a --out runs/b
+         distmatch compare --methods dmd2,sid --budget "200k calls" --seeds 5 --teacher grid25 --out runs/c
+         distmatch compare --methods "dmd2,f-distill:js[gan_weight=0.03]" --teacher runs/a --dry-run"""
+
+_SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accuracy")
+
+
+def run(argv: list[str]) -> None:
+    """Parses, trains and measures every method, prints the table and the path of the report."""
+    options, place = parse_run(CompareOptions, argv, verb="compare", about=ABOUT)
+    if not options.shared.teacher:
+        raise UserError(
+            "no teacher was named", expected="--teacher with a run folder, or ring8, grid25, skewed2"
+        )
+    _check_resume(place)
+    from distmatch.cli.running import check_place, open_folder
+    from distmatch.report import build_report
+    from distmatch.training.compare import carry_out_comparison
+    from distmatch.training.compare_plan import check_options
+
+    entries = check_options(options)
+    inputs = (options.shared.data, options.shared.teacher)
+    if place.dry_run:
+        _dry_run(options, entries, place)
+        return
+    check_place(place, inputs)
+    with open_folder(place, inputs) as folder:
+        record = carry_out_comparison(options, folder)
+        report = build_report(folder.path)
+    if place.json:
+        print_json({"run": str(folder.path), "report": str(report), **record})
+        return
+    print(comparison_table(record))
+    print(f"report: {report}")
+
+
+def _check_resume(place: Place) -> None:
+    if place.resume not in (None, "latest"):
+        raise UserError(
+            "a comparison is resumed as a whole, every run from its newest checkpoint",
+            got=f"--resume {place.resume}",
+            expected="--resume alone",
+        )
+
+
+def _dry_run(options: CompareOptions, entries: tuple[Entry, ...], place: Place) -> None:
+    """Shows what the comparison would do, from a few real steps of each method, and writes nothing."""
+    from distmatch.training.compare_plan import plan_comparison
+
+    plan = plan_comparison(options)
+    methods: list[dict[str, Any]] = []
+    for planned in plan.methods:
+        own = entry_options(options.shared, planned.entry, seed=options.shared.run.seed, steps=planned.steps)
+        seconds = round(planned.steps * planned.cost.seconds, 1)
+        methods.append({**planned.to_dict(), "estimated_seconds": seconds, "options": dataclass_to_dict(own)})
+    total = round(options.seeds * sum(method["estimated_seconds"] for method in methods), 1)
+    if place.json:
+        shown = {"verb": "compare", "options": dataclass_to_dict(options), "estimated_seconds": total}
+        impossible = [{"name": name, "reason": why} for name, why in plan.impossible]
+        print_json({**shown, "budget": asdict(plan.budget), "methods": methods, "impossible": impossible})
+        return
+    print(to_toml({"verb": "compare", **dataclass_to_dict(options)}))
+    print("# not written: this is a dry run")
+    for method in methods:
+        print(f"\n# {method['name']}: {method['summary']} ({method['citation']})")
+        for line in to_toml(_different(method["options"], dataclass_to_dict(options.shared))).splitlines():
+            print(f"#   {line}" if line else "#")
+        sizes = ", ".join(f"{name} {count:,}" for name, count in method["parameters"].items())
+        print(f"# parameters  {sizes}")
+        print(f"# memory      about {method['memory_mib']} MiB for weights, gradients and Adam")
+        each = 1000 * method["seconds_per_step"]
+        print(f"# a step      {each:.1f} ms, {method['calls_per_step']:.2f} network calls")
+        print(
+            f"# time        about {method['estimated_seconds']:.0f} s for each seed: {method['steps']} steps"
+        )
+    for name, why in plan.impossible:
+        print(f"\n# {name} cannot be used: {why}")
+    print(f"\n# in all      about {total:.0f} s for {options.seeds} seeds, the evaluation not counted")
+
+
+def _different(values: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """What a method has otherwise than the shared options, in the same tables."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            if inner := _different(value, shared.get(key, {})):
+                found[key] = inner
+        elif shared.get(key) != value:
+            found[key] = value
+    return found
+
+
+def comparison_table(record: dict[str, Any]) -> str:
+    """A plain-text table: a row for each method, value ± standard error over seeds, and its cost."""
+    means, costs = record["summary"]["means"], record["summary"]["costs"]
+    rows = {"real data": record["reference"], "teacher": record["teacher"], **means}
+    shown = [metric for metric in _SHOWN if any(metric in own for own in means.values())]
+    lines = [["", *shown, "runs", "steps", "ms a step"]]
+    methods = {method["name"]: method for method in record["methods"]}
+    for name in [*list(rows)[:2], *methods]:
+        own, tail = rows.get(name, {}), ["", "", ""]
+        if name in methods:
+            cost, asked = costs[name], sum(run["name"] == name for run in record["runs"])
+            each = cost["seconds_per_step"] or methods[name]["seconds_per_step"]
+            tail = [f"{cost['runs']} of {asked}", str(methods[name]["steps"]), f"{1000 * each:.1f}"]
+        lines.append([name, *(_cell(own.get(metric)) for metric in shown), *tail])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * w for w in widths))
+    baseline = record["summary"]["baseline"]
+    told = [d for d in record["summary"]["differences"] if d["verdict"] in ("better", "worse")]
+    if baseline:
+        text.append(
+            f"compared with {baseline}, larger than their errors (Holm, 5%):"
+            if told
+            else f"compared with {baseline}, no difference is larger than its error (Holm, 5%)"
+        )
+    text += [
+        f"  {d['name']} is {d['verdict']} in {d['metric']}: {d['value']:+.3g} ± {d['stderr']:.2g}"
+        for d in told
+    ]
+    text += [
+        f"failed: {r['name']} seed {r['seed']}: {r['message']}"
+        for r in record["runs"]
+        if r["status"] == "failed"
+    ]
+    text += [f"left out: {entry['name']}: {entry['reason']}" for entry in record["impossible"]]
+    return "\n".join(text)
+
+
+def _cell(entry: dict[str, Any] | None) -> str:
+    if not isinstance(entry, dict) or entry["value"] is None:
+        return "-"
+    error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.2g}"
+    return f"{entry['value']:.4g}{error}"

@@ -1,0 +1,302 @@
+"""The page of a comparison, from its `compare.json` and the samples in its runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distmatch.base.errors import UserError
+from distmatch.base.estimate import Estimate
+from distmatch.base.files import atomic_write, read_json
+from distmatch.report.compare_figures import Point, front_panel
+from distmatch.report.page import flat, page
+from distmatch.report.run import Samples, read_samples
+from distmatch.report.samples import SamplesSection, side_by_side
+from distmatch.report.table import METRICS, Metric, plain
+
+_RECORD = "compare.json"
+_NEEDED = ("methods", "runs", "reference", "teacher", "summary", "budget", "impossible", "evaluation")
+_REAL = ("reference", "teacher")
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether a folder is that of a comparison."""
+    return (path / _RECORD).is_file()
+
+
+def build_comparison(path: Path) -> Path:
+    """Writes ``report.html`` into the folder of a comparison, replacing an earlier one.
+
+    Raises:
+        UserError: `compare.json` or the samples are broken, or the page cannot be written.
+    """
+    target = path / "report.html"
+    atomic_write(target, render_comparison(path))
+    return target
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the metric table: real data, the teacher, or a method."""
+
+    number: int | None
+    name: str
+    note: str
+    cells: dict[str, Estimate]
+
+
+def render_comparison(path: Path) -> str:
+    """The page as HTML text."""
+    record = read_json(path / _RECORD)
+    if not isinstance(record, dict) or any(key not in record for key in _NEEDED):
+        raise UserError(
+            f"{path / _RECORD} is broken",
+            expected=f"an object with {', '.join(_NEEDED)}",
+            fix="restore it from a copy, or compare again",
+        )
+    lines = table_lines(record)
+    present = {key for line in lines for key in line.cells}
+    metrics = [m for m in METRICS if m.key in present]
+    environment = read_json(path / "env.json") if (path / "env.json").exists() else {}
+    config = path / "config.toml"
+    return page(
+        "compare.html.j2",
+        name=path.resolve().name,
+        lead=_lead(record),
+        status=_status(record),
+        sentence=sentence(record, metrics),
+        metrics=metrics,
+        lines=lines,
+        best=_best(lines, metrics),
+        baseline=record["summary"]["baseline"],
+        differences=difference_rows(record, metrics),
+        one_seed=max((len(_seeds(record, m["name"])) for m in record["methods"]), default=0) < 2,
+        fronts=_fronts(record, lines),
+        costs=[
+            _cost(record, line, m) for m, line in zip(record["methods"], _method_lines(lines), strict=True)
+        ],
+        samples=_samples(path, record),
+        failures=failures(record),
+        protocol=flat(record["evaluation"]),
+        seconds=sum(run.get("seconds") or 0.0 for run in record["runs"]),
+        command=environment.get("command"),
+        config=config.read_text(errors="replace") if config.is_file() else None,
+        environment=[item for item in flat(environment) if item[0] != "command"],
+    )
+
+
+def table_lines(record: dict[str, Any]) -> list[Line]:
+    """The rows of the metric table: real data, the teacher, then the methods with their numbers."""
+    means = record["summary"]["means"]
+    lines = [
+        Line(None, "Real data", "against other real data", _estimates(record["reference"])),
+        Line(
+            None,
+            "Teacher",
+            f"{record['teacher'].get('nfe', '?')} network calls",
+            _estimates(record["teacher"]),
+        ),
+    ]
+    for number, method in enumerate(record["methods"], 1):
+        done, asked = len(_seeds(record, method["name"])), _asked(record, method["name"])
+        seeds = f"{done} of {asked} seeds" if done < asked else f"{done} seed{'s' if done != 1 else ''}"
+        lines.append(Line(number, method["name"], seeds, _estimates(means.get(method["name"], {}))))
+    return lines
+
+
+def sentence(record: dict[str, Any], metrics: list[Metric]) -> str:
+    """The result in words: the best by the first metric, and which others really are behind."""
+    means, baseline = record["summary"]["means"], record["summary"]["baseline"]
+    lead = next((m for m in metrics if m.better in ("down", "up")), None)
+    if not baseline or lead is None:
+        return "No run has been finished and measured yet."
+    sign = 1.0 if lead.better == "down" else -1.0
+    values = {name: _estimate(own[lead.key]) for name, own in means.items()}
+    best = min(values, key=lambda name: sign * values[name].value)
+    extreme = "lowest" if lead.better == "down" else "highest"
+    teacher = _estimates(record["teacher"]).get(lead.key)
+    text = f"{best} has the {extreme} {_lower(lead.title)}, {plain(values[best])}"
+    text += f"; the teacher has {plain(teacher)}." if teacher else "."
+    told = [d for d in record["summary"]["differences"] if d["metric"] == lead.key]
+    if not told:
+        return text
+    counted = [d for d in told if d["verdict"] in ("better", "worse")]
+    against = "the others" if baseline == best else f"the methods compared with {baseline}"
+    if all(d["verdict"] == "not known" for d in told):
+        return text + " With one seed there is no telling whether that is luck."
+    if not counted:
+        return text + f" The errors do not tell {against} apart from {'it' if baseline == best else 'that'}."
+    worse = sum(d["verdict"] == "worse" for d in counted)
+    if worse == len(told) > 1 and baseline == best:
+        return text + f" All {worse} others are worse by more than the error."
+    parts = [f"{n} {word}" for n, word in ((worse, "worse"), (len(counted) - worse, "better")) if n]
+    return (
+        text
+        + f" Of {len(told)} methods compared with {baseline}, {' and '.join(parts)} by more than the error."
+    )
+
+
+def _lower(title: str) -> str:
+    return title if title.isupper() or "(" in title or title.startswith("Fréchet") else title.lower()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A difference from the baseline."""
+
+    value: Estimate
+    verdict: str
+    note: str
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """The differences of a method from the baseline, by metric; None where there is none."""
+
+    name: str
+    cells: list[Cell | None]
+
+
+def difference_rows(record: dict[str, Any], metrics: list[Metric]) -> list[DifferenceRow]:
+    """The table of differences, methods in their order."""
+    found = {(d["name"], d["metric"]): d for d in record["summary"]["differences"]}
+    rows = []
+    for method in record["methods"]:
+        own = [found.get((method["name"], metric.key)) for metric in metrics]
+        if any(own):
+            rows.append(DifferenceRow(method["name"], [None if d is None else _cell(d) for d in own]))
+    return rows
+
+
+def _cell(entry: dict[str, Any]) -> Cell:
+    p = entry["p_adjusted"]
+    note = f"{entry['seeds']} seed{'s' if entry['seeds'] != 1 else ''}"
+    if p is not None:
+        note += f", adjusted p {'below 0.001' if p < 0.001 else f'{p:.3f}'}"
+    return Cell(_estimate({**entry, "n": entry["seeds"]}), entry["verdict"], note)
+
+
+def _fronts(record: dict[str, Any], lines: list[Line]) -> list[dict[str, Any]]:
+    """The panels of quality against diversity."""
+    titles = {m.key: m for m in METRICS}
+    panels = []
+    for front in record["summary"]["fronts"]:
+        quality, diversity = front["quality"], front["diversity"]
+        points = [
+            Point(
+                str(line.number) if line.number else line.name,
+                line.cells[diversity],
+                line.cells[quality],
+                on_front=line.name in front["methods"],
+                is_method=line.number is not None,
+            )
+            for line in lines
+            if diversity in line.cells and quality in line.cells
+        ]
+        names = [titles[key].title for key in (quality, diversity)]
+        alt = f"{names[0]} against {names[1].lower()}; on the Pareto front: {', '.join(front['methods'])}"
+        lower = titles[quality].better == "down"
+        svg = front_panel(points, names[1], names[0], alt, lower_is_better=lower)
+        panels.append(
+            {"title": f"{names[0]} against {_lower(names[1])}", "svg": svg, "names": front["methods"]}
+        )
+    return panels
+
+
+def _cost(record: dict[str, Any], line: Line, method: dict[str, Any]) -> dict[str, Any]:
+    """A row of the cost table."""
+    found = record["summary"]["costs"][method["name"]]
+    passes = [
+        (name, method["forward_per_step"][name], method["backward_per_step"][name])
+        for name in method["parameters"]
+        if method["forward_per_step"][name] or method["backward_per_step"][name]
+    ]
+    return {
+        "number": line.number,
+        "name": method["name"],
+        "steps": method["steps"],
+        "milliseconds": 1000 * (found["seconds_per_step"] or method["seconds_per_step"]),
+        "seconds": found["seconds"],
+        "passes": passes,
+        "calls": method["calls_per_step"],
+        "memory": found["memory"],
+        "trained": sum(method["parameters"].values()),
+        "nfe": found["nfe"],
+        "seconds_per_1000": found["seconds_per_1000"],
+    }
+
+
+def _samples(path: Path, record: dict[str, Any]) -> SamplesSection:
+    """Real data, the teacher and the first finished run of every method, from the same latents."""
+    files = {name: path / "samples" / f"{name}.npz" for name in _REAL}
+    for run in record["runs"]:
+        if run["status"] == "done":
+            files.setdefault(run["name"], path / run["folder"] / "samples" / "student.npz")
+    found: dict[str, Samples] = {name: read_samples(file) for name, file in files.items() if file.exists()}
+    return side_by_side(found)
+
+
+def failures(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What did not work, and why."""
+    failed = [r for r in record["runs"] if r["status"] == "failed"]
+    told = [(f"{run['name']}, seed {run['seed']}", str(run["message"])) for run in failed]
+    return told + [(f"{entry['name']}, left out", str(entry["reason"])) for entry in record["impossible"]]
+
+
+def _lead(record: dict[str, Any]) -> list[tuple[str, str]]:
+    seeds = sorted({run["seed"] for run in record["runs"]})
+    shown = [
+        ("teacher", record.get("teacher_name")),
+        ("data", record.get("data")),
+        ("budget", f"{record['budget']['text']} a run"),
+        ("methods", len(record["methods"])),
+        ("seeds", ", ".join(map(str, seeds)) if len(seeds) < 8 else f"{seeds[0]} to {seeds[-1]}"),
+    ]
+    return [(key, str(value)) for key, value in shown if value]
+
+
+def _status(record: dict[str, Any]) -> str:
+    states = [run["status"] for run in record["runs"]]
+    text = f"{states.count('done')} of {len(states)} finished"
+    for state, word in (("failed", "failed"), ("pending", "not yet run")):
+        text += f", {states.count(state)} {word}" if state in states else ""
+    return text
+
+
+def _best(lines: list[Line], metrics: list[Metric]) -> dict[str, str]:
+    """The name of the best method in each metric that has a direction."""
+    found = {}
+    for metric in metrics:
+        values = {
+            line.name: line.cells[metric.key].value
+            for line in _method_lines(lines)
+            if metric.key in line.cells
+        }
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        if values and metric.better in ("down", "up"):
+            sign = 1.0 if metric.better == "down" else -1.0
+            found[metric.key] = min(values, key=lambda name: sign * values[name])
+    return found
+
+
+def _method_lines(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if line.number is not None]
+
+
+def _seeds(record: dict[str, Any], name: str) -> list[int]:
+    return [run["seed"] for run in record["runs"] if run["name"] == name and run["status"] == "done"]
+
+
+def _asked(record: dict[str, Any], name: str) -> int:
+    return sum(run["name"] == name for run in record["runs"])
+
+
+def _estimates(block: dict[str, Any]) -> dict[str, Estimate]:
+    return {k: _estimate(v) for k, v in block.items() if isinstance(v, dict) and "value" in v}
+
+
+def _estimate(entry: dict[str, Any]) -> Estimate:
+    value, stderr = (math.nan if entry.get(k) is None else float(entry[k]) for k in ("value", "stderr"))
+    return Estimate(value, stderr, int(entry.get("n") or 0), entry.get("warning"))

@@ -1,0 +1,86 @@
+"""Quality against diversity: every method with its errors, and the Pareto front through the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
+
+from distmatch.base.estimate import Estimate
+from distmatch.report.figures import panel
+from distmatch.report.svg import ACCENT, INK, MUTED, SOFT, to_svg
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the plot.
+
+    Attributes:
+        label: Written beside it.
+        x: Diversity.
+        y: Quality.
+        on_front: Whether no method beats it in both.
+        is_method: False for real data and the teacher, which are drawn for orientation.
+    """
+
+    label: str
+    x: Estimate
+    y: Estimate
+    on_front: bool
+    is_method: bool
+
+
+def front_panel(
+    points: Sequence[Point], x_title: str, y_title: str, alt: str, *, lower_is_better: bool
+) -> Markup:
+    """All points with one standard error each way, the front as a staircase.
+
+    Args:
+        points: What to draw.
+        x_title: Name of the diversity, of which more is better.
+        y_title: Name of the quality.
+        alt: Description for the ``<title>``.
+        lower_is_better: Whether less of the quality is better; the axis is then turned, so that the upper
+            right corner is the best one in every panel.
+    """
+    figure, axes = panel(420.0, 320.0)
+    axes.grid(axis="x", color=axes.get_ygridlines()[0].get_color(), linewidth=0.7)
+    front = sorted((p for p in points if p.on_front), key=lambda p: p.x.value)
+    if front:
+        axes.step(
+            [p.x.value for p in front], [p.y.value for p in front], where="pre", color=SOFT, linewidth=1.6
+        )
+    for p in points:
+        colour = (ACCENT if p.on_front else INK) if p.is_method else MUTED
+        axes.errorbar(
+            *(p.x.value, p.y.value),
+            xerr=_bar(p.x),
+            yerr=_bar(p.y),
+            fmt="o" if p.is_method else "D",
+            color=colour,
+            markersize=5,
+            elinewidth=1.0,
+        )
+        axes.annotate(
+            p.label,
+            (p.x.value, p.y.value),
+            xytext=(6, 5),
+            textcoords="offset points",
+            color=colour,
+            fontsize=12,
+        )
+    if lower_is_better:
+        axes.invert_yaxis()
+    axes.set_xlabel(f"{x_title} →", color=MUTED, fontsize=11)
+    axes.set_ylabel(f"{y_title} →" + (" (lower is up)" if lower_is_better else ""), color=MUTED, fontsize=11)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.margins(0.12)
+    return to_svg(figure, alt)
+
+
+def _bar(value: Estimate) -> float | None:
+    return value.stderr if np.isfinite(value.stderr) else None

@@ -1,0 +1,182 @@
+"""All students of a comparison, and their teacher, on the same latents, labels, blocks and features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.base.estimate import Estimate
+from distmatch.base.files import atomic_write, load_tensors, save_tensors
+from distmatch.data import TOY_NAMES, Dataset, load_data, toy
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.methods.student import Student
+from distmatch.metrics import plan, reference_labels, resolve_features
+from distmatch.metrics.evaluate import evaluate_replicates
+from distmatch.metrics.features import Features
+from distmatch.training.assess import Drawn, assess, npz_bytes, plain, write_assessment
+from distmatch.training.compare_options import CompareOptions
+from distmatch.training.compare_stats import Measured
+from distmatch.training.models import Model, open_model
+from distmatch.training.runfolder import RunFolder
+from distmatch.training.sampling import Sampling
+
+_WARM = 64  # samples of a first call, which pays for memory and threads and is not part of a model's speed
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every model of a comparison is measured by.
+
+    Attributes:
+        data: The real data.
+        teacher: The teacher.
+        space: The feature space, made once.
+        labels: The classes asked for, (2 * block,), or None.
+        block: Samples in a block; every model gives two.
+        seed: Of latents, labels and blocks.
+        sampling: How the teacher is sampled.
+        device: Where to sample.
+        mixture: The exact mixture behind the data, for the mode metrics.
+    """
+
+    data: Dataset
+    teacher: Model
+    space: Features
+    labels: Tensor | None
+    block: int
+    seed: int
+    sampling: Sampling
+    device: str
+    mixture: GaussianMixture | None
+
+    def settings(self) -> dict[str, Any]:
+        """What the values depend on besides the samples, as JSON."""
+        found = plan(self.data, features=self.space, n=self.block, seed=self.seed)
+        return {**found.to_dict(), **self.sampling.to_dict()}
+
+    def draw(self, model: Model, quiet: bool) -> Drawn:
+        """The samples of a model: always from the same latents, for the same labels."""
+        model.draw(_WARM, None, self.seed, Sampling(steps=2), device=self.device, quiet=True)
+        count = 2 * self.block
+        return model.draw(count, self.labels, self.seed, self.sampling, device=self.device, quiet=quiet)
+
+    def baseline(self, folder: RunFolder, quiet: bool) -> dict[str, dict[str, Any]]:
+        """Measures real data and the teacher, and writes their samples; the JSON form of both."""
+        found, drawn = assess(
+            self.data,
+            {"teacher": lambda count, labels: self.draw(self.teacher, quiet)},
+            conditional=self.labels is not None,
+            features=self.space,
+            n=self.block,
+            seed=self.seed,
+            mixture=self.mixture,
+        )
+        for name, samples in drawn.items():
+            content = npz_bytes(self.data.scaling.export(samples.x), samples.labels)
+            atomic_write(folder.samples / f"{name}.npz", content)
+        return plain(found)
+
+    def student(
+        self, student: Student, folder: RunFolder, others: dict[str, dict[str, Any]], quiet: bool
+    ) -> dict[str, Any]:
+        """Measures a student and writes what was found to its run folder.
+
+        Args:
+            student: The student.
+            folder: The folder of its run.
+            others: The JSON form of the metrics of real data and teacher, which go beside.
+            quiet: Whether to hide the progress bar.
+
+        Returns:
+            The JSON form of its metrics.
+        """
+        drawn = self.draw(Model("student", student, None, self.data.scaling, "", ()), quiet)
+        found = evaluate_replicates(
+            drawn.x,
+            self.data,
+            labels=self.labels,
+            features=self.space,
+            n=self.block,
+            seed=self.seed,
+            mixture=self.mixture,
+        )
+        speed = {"nfe": drawn.nfe, "seconds_per_1000": drawn.seconds_per_1000}
+        metrics: dict[str, dict[str, Any]] = {**others, "student": {**speed, **found.estimates}}
+        save_tensors(folder.path / "replicates.safetensors", found.replicates)
+        write_assessment(folder, metrics, {"student": drawn}, self.data.scaling, self.settings())
+        return plain(metrics)["student"]
+
+
+def open_bench(
+    options: CompareOptions, teacher: Denoiser | None = None, data: Dataset | None = None
+) -> Bench:
+    """Makes the bench of a comparison; whatever cannot be measured is refused here.
+
+    Args:
+        options: The options.
+        teacher: Used instead of the teacher that they name.
+        data: Used instead of the data that they name.
+
+    Raises:
+        UserError: No data, or data that do not fit.
+    """
+    run = options.shared.run
+    if teacher is not None:
+        scaling = data.scaling if data is not None else None
+        model = None if scaling is None else Model("teacher", None, teacher, scaling, "", ())
+    else:
+        model = open_model(options.shared.teacher)
+    spec = options.shared.data or (model.data if model is not None else "")
+    if data is None and spec:
+        data = load_data(spec, labels=model is not None and model.num_classes > 0)
+    if data is None or model is None:
+        raise UserError(
+            "students can only be compared against real data",
+            got="a teacher that does not say what it was trained on, and no --data",
+            fix="pass --data",
+        )
+    if model.shape != tuple(data.shape):
+        raise UserError(
+            "teacher and data do not have the same shape",
+            got=f"teacher {model.shape}, data {tuple(data.shape)}",
+            fix="use the data that the teacher was trained on",
+        )
+    if model.num_classes and data.labels is None:
+        raise UserError(
+            "the teacher is class-conditional and the data have no labels",
+            got=f"{model.num_classes} classes and unlabelled {data.name}",
+            fix="give labelled data",
+        )
+    guidance = options.shared.distill.guidance
+    sampling = Sampling(solver=options.eval_solver, steps=options.eval_steps, guidance=guidance)
+    if model.teacher is not None:
+        sampling.check(model.teacher)
+    space = resolve_features(options.features, data)
+    block = plan(data, features=space, n=options.n, seed=run.seed).n
+    return Bench(
+        data=data,
+        teacher=model,
+        space=space,
+        labels=reference_labels(data, 2 * block, seed=run.seed) if model.num_classes else None,
+        block=block,
+        seed=run.seed,
+        sampling=sampling,
+        device=run.device,
+        mixture=toy(spec) if spec in TOY_NAMES else None,
+    )
+
+
+def measured(run: dict[str, Any], folder: RunFolder) -> Measured:
+    """The metrics of a finished run, from its entry in `compare.json` and its folder."""
+    estimates = {key: estimate(value) for key, value in run["metrics"].items() if isinstance(value, dict)}
+    return Measured(estimates, load_tensors(folder.path / "replicates.safetensors"))
+
+
+def estimate(entry: dict[str, Any]) -> Estimate:
+    """An estimate from its JSON form."""
+    value, stderr = (float("nan") if entry[k] is None else float(entry[k]) for k in ("value", "stderr"))
+    return Estimate(value, stderr, int(entry["n"]), entry.get("warning"))

@@ -1,0 +1,132 @@
+"""What a comparison will do: every method tried and timed on a state that is thrown away, steps decided."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.data import Dataset
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.methods.config import DistillConfig
+from distmatch.methods.table import resolve_method
+from distmatch.training.compare_cost import Cost, measure_cost
+from distmatch.training.compare_options import (
+    Budget,
+    CompareOptions,
+    Entry,
+    check_shared,
+    entry_options,
+    parse_budget,
+    parse_methods,
+)
+from distmatch.training.prepare import prepare_distillation
+
+_GUESS = 1000  # steps of a run whose cost is not known yet; schedules do not change the cost
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A method that can be used, with its cost and its steps."""
+
+    entry: Entry
+    cost: Cost
+    steps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        method, divergence, _ = resolve_method(self.entry.method, self.entry.divergence, DistillConfig())
+        return {
+            "name": self.entry.name,
+            "method": method.name,
+            "divergence": divergence if method.divergences else None,
+            "settings": self.entry.settings,
+            "folder": self.entry.folder,
+            "summary": method.summary,
+            "citation": method.citation,
+            "steps": self.steps,
+            **self.cost.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The methods that will run, and why others cannot: (name, reason)."""
+
+    budget: Budget
+    methods: list[Planned]
+    impossible: list[tuple[str, str]]
+
+
+def check_options(options: CompareOptions) -> tuple[Entry, ...]:
+    """The methods of a comparison, once the options are known to make sense; loads nothing.
+
+    Raises:
+        UserError: They do not.
+    """
+    parse_budget(options.budget)
+    entries = parse_methods(options.methods)
+    check_shared(options.shared, entries)
+    if options.baseline and options.baseline not in [entry.name for entry in entries]:
+        raise unknown_name("baseline", options.baseline, [entry.name for entry in entries])
+    return entries
+
+
+def plan_comparison(
+    options: CompareOptions,
+    teacher: Denoiser | None = None,
+    data: Dataset | None = None,
+    *,
+    quiet: bool = False,
+) -> Plan:
+    """Prepares and times every method; writes nothing and trains nothing that is kept.
+
+    Args:
+        options: The options.
+        teacher: Used instead of the teacher that they name.
+        data: Used instead of the data that they name.
+        quiet: Whether to say nothing on stderr.
+
+    Raises:
+        UserError: The options make no sense, or a method cannot be used with this teacher and these data,
+            unless such methods are to be skipped and another one is left.
+    """
+    entries, budget = check_options(options), parse_budget(options.budget)
+    methods: list[Planned] = []
+    impossible: list[tuple[str, str]] = []
+    for entry in entries:
+        if not quiet:
+            print(f"compare: trying {entry.name}", file=sys.stderr)
+        try:
+            chosen = entry_options(options.shared, entry, seed=options.shared.run.seed, steps=_GUESS)
+            job = prepare_distillation(chosen, teacher, data, fresh=False)
+            cost = measure_cost(job, options.shared.run.batch)
+        except Exception as error:  # whatever keeps one method from running is told with the others' reasons
+            impossible.append((entry.name, reason(error)))
+            continue
+        methods.append(Planned(entry, cost, budget.steps(cost.seconds, cost.calls)))
+    names = [planned.entry.name for planned in methods]
+    if impossible and (not options.skip_impossible or not methods):
+        raise UserError(
+            f"{len(impossible)} of {len(entries)} methods cannot be used here, and nothing was trained",
+            got="; ".join(f"{name}: {why}" for name, why in impossible),
+            fix="leave them out" + (", or go on without them: --skip-impossible" if methods else ""),
+        )
+    if options.baseline and options.baseline not in names:
+        raise UserError("the baseline cannot be used here", got=options.baseline, fix="choose another one")
+    return Plan(budget, methods, impossible)
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a line."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = str(error).splitlines()[0] if str(error) else "no message"
+    if (
+        isinstance(error, MemoryError)
+        or "out of memory" in text.lower()
+        or "not enough memory" in text.lower()
+    ):
+        return f"out of memory: {text}"
+    return f"{type(error).__name__}: {text}"
