@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -13,13 +14,19 @@ from distmatch.base.errors import UserError
 from distmatch.cli.parse import parse, print_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distmatch.training.assess import Drawn
+    from distmatch.training.models import Model
     from distmatch.training.sampling import Sampling
 
 ABOUT = """Draw samples from a student or a teacher.
 
 example: distmatch sample runs/demo --n 64 --out samples.png
          distmatch sample runs/teacher --n 1000 --classes 3 --guidance 2 --out threes.npz
-         distmatch sample runs/teacher --solver dpmpp-2m --steps 10 --out fast.png"""
+         distmatch sample runs/teacher --solver dpmpp-2m --steps 10 --out fast.png
+         distmatch sample runs/demo --hybrid-teacher runs/demo/teacher --out hybrid.png
+         distmatch sample runs/teacher --trajectory decided.png"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +37,9 @@ class SampleOptions:
     """A run folder, a model folder, a folder of diffusers, a .pkl of EDM, or ring8, grid25, skewed2."""
     n: int = 64
     """Number of samples."""
-    out: Path = Path("samples.npz")
-    """.npz (x and labels), .png (a grid), or a folder (one file per image)."""
+    out: Path | None = None
+    """.npz (x and labels), .png (a grid), or a folder (one file per image); unset: samples.npz, or no samples
+    where --trajectory asks for a picture."""
     classes: tuple[int, ...] = ()
     """Classes to draw, in turn; none draws all evenly."""
     solver: str = "heun"
@@ -49,6 +57,14 @@ class SampleOptions:
     """Guide only where LOW < sigma <= HIGH."""
     guidance_reference: str = ""
     """A weaker teacher to guide by (autoguidance); empty guides by the teacher without its class."""
+    hybrid_teacher: str = ""
+    """For a student: a teacher that goes the first part of the way, by the solver above (docs/hybrid.md)."""
+    hybrid_calls: int = 1
+    """Steps of the student's way that the teacher takes: 0 none, 1 down to the first level it can stop at"""
+    hybrid_level: float | None = None
+    """Noise level at which the student takes over, in place of --hybrid-calls."""
+    trajectory: Path | None = None
+    """A .png to draw: what the teacher predicts on its way, and when the layout is decided."""
     seed: int = 0
     """Seed of the latents and labels."""
     batch: int = 1024
@@ -71,36 +87,109 @@ def run(argv: list[str]) -> None:
     import torch
 
     from distmatch.cli.output import check_form, tell_conversion, write_samples
-    from distmatch.training.assess import HEUN
+    from distmatch.cli.trajectory import check_picture
+    from distmatch.methods.student import checked_labels
     from distmatch.training.models import open_model, refuse_existing
 
-    refuse_existing(o.out, o.overwrite)
+    out = o.out if o.out is not None or o.trajectory is not None else Path("samples.npz")
+    for path in (out, o.trajectory):
+        if path is not None:
+            refuse_existing(path, o.overwrite)
     model = open_model(o.model)
     tell_conversion(o.model, model.conversion)
+    ask = _asked(o, model, open_model(o.hybrid_teacher) if o.hybrid_teacher else None)
+    if out is not None:
+        check_form(out, images=len(model.shape) > 1, overwrite=o.overwrite)
+    if o.trajectory is not None:
+        check_picture(o.trajectory, ask.teacher or model, o.n)
+    labels = torch.tensor(o.classes).repeat(-(-o.n // len(o.classes)))[: o.n] if o.classes else None
+    labels = checked_labels(labels, o.n, model.num_classes, o.seed)
+    result: dict[str, Any] = {"n": o.n, **ask.told}
+    if out is not None:
+        drawn = ask.draw(o.n, labels)
+        write_samples(out, model.scaling.export(drawn.x), drawn.labels, o.overwrite)
+        seconds = round(drawn.seconds_per_1000, 5)
+        result |= {"out": str(out), "nfe": drawn.nfe, "seconds_per_1000": seconds}
+    if o.trajectory is not None:
+        result |= {"trajectory": str(o.trajectory), "decided": _picture(o, ask, labels)}
+    if o.json:
+        print_json(result)
+        return
+    if out is not None:
+        print(f"{o.n} samples in {out} ({result['model']}, {result['nfe']} network calls each)")
+    for share, level in result.get("decided", {}).items():
+        print(f"{float(share):.0%} of the layout is decided at sigma {level:.3g}")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the options come to, checked.
+
+    Attributes:
+        model: The model named.
+        teacher: The teacher that goes the first part of the way, or None.
+        sampling: The settings of the one or the other.
+        draw: Draws samples, given their number and labels.
+        told: What the result says of it.
+    """
+
+    model: Model
+    teacher: Model | None
+    sampling: Sampling
+    draw: Callable[[int, Tensor | None], Drawn]
+    told: dict[str, Any]
+
+
+def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
+    """Which model is sampled how; refuses what does not go together."""
+    from distmatch.training.assess import HEUN
+    from distmatch.training.hybrid import draw_hybrid, plan_hybrid
+
+    common: dict[str, Any] = {"batch": o.batch, "device": o.device}
+    if teacher is not None:
+        if o.hybrid_level is not None:
+            _refuse(o, ("hybrid_calls",), "--hybrid-level says where the student takes over")
+        sampling = _sampling(o)
+        part: dict[str, Any] = {"calls": o.hybrid_calls, "level": o.hybrid_level}
+        way = plan_hybrid(teacher, model, sampling, **part)
+
+        def draw(n: int, labels: Tensor | None) -> Drawn:
+            return draw_hybrid(teacher, model, n, labels, o.seed, sampling, **part, **common)
+
+        level = way.student_levels[0] if way.student_levels else 0.0
+        return _Asked(
+            model, teacher, sampling, draw, {"model": "hybrid", "solver": o.solver, "handover": level}
+        )
+    _refuse(o, ("hybrid_calls", "hybrid_level"), "only with --hybrid-teacher is there a way to divide")
     if model.teacher is None:
         _refuse_for_students(o)
         sampling = HEUN
     else:
         sampling = _sampling(o)
         sampling.check(model.teacher)
-    check_form(o.out, images=len(model.shape) > 1, overwrite=o.overwrite)
-    labels = None
-    if o.classes:
-        labels = torch.tensor(o.classes).repeat(-(-o.n // len(o.classes)))[: o.n]
-    drawn = model.draw(o.n, labels, o.seed, sampling, batch=o.batch, device=o.device)
-    write_samples(o.out, model.scaling.export(drawn.x), drawn.labels, o.overwrite)
-    result = {
-        "out": str(o.out),
-        "n": o.n,
-        "model": model.kind,
-        "solver": None if model.kind == "student" else o.solver,
-        "nfe": drawn.nfe,
-        "seconds_per_1000": round(drawn.seconds_per_1000, 5),
-    }
-    if o.json:
-        print_json(result)
-    else:
-        print(f"{o.n} samples in {o.out} ({model.kind}, {drawn.nfe} network calls each)")
+
+    def alone(n: int, labels: Tensor | None) -> Drawn:
+        return model.draw(n, labels, o.seed, sampling, **common)
+
+    solver = None if model.kind == "student" else o.solver
+    return _Asked(model, None, sampling, alone, {"model": model.kind, "solver": solver})
+
+
+def _picture(o: SampleOptions, ask: _Asked, labels: Tensor | None) -> dict[str, float]:
+    """Draws --trajectory, with the student and the hybrid beside it where there are such."""
+    from distmatch.cli.trajectory import draw_trajectory, shown
+
+    if o.trajectory is None:
+        raise RuntimeError("no picture was asked for")
+    common: dict[str, Any] = {"batch": o.batch, "device": o.device}
+    beside = {}
+    if ask.teacher is not None:
+        rows = shown(ask.model, o.n)
+        first = None if labels is None else labels[:rows]
+        beside["student"] = ask.model.draw(rows, first, o.seed, **common).x
+        beside["hybrid"] = ask.draw(rows, first).x
+    whose = ask.teacher or ask.model
+    return draw_trajectory(o.trajectory, whose, ask.sampling, labels, o.n, o.seed, beside=beside, **common)
 
 
 def _refuse_for_students(o: SampleOptions) -> None:
@@ -110,14 +199,16 @@ def _refuse_for_students(o: SampleOptions) -> None:
         UserError: One of them was given.
     """
     names = ("solver", "steps", "grid", "path", "guidance", "guidance_interval", "guidance_reference")
+    fix = "leave them out, or distil with --calls and --guidance; solvers are for teachers"
+    _refuse(o, names, "a student has its calls and its guidance built in: there is no path to solve", fix)
+
+
+def _refuse(o: SampleOptions, names: tuple[str, ...], why: str, fix: str = "leave them out") -> None:
+    """Refuses options that would do nothing."""
     defaults = {f.name: f.default for f in fields(SampleOptions)}
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(o, name) != defaults[name]]
     if given:
-        raise UserError(
-            "a student has its calls and its guidance built in: there is no path to solve",
-            got=", ".join(given),
-            fix="leave them out, or distil with --calls and --guidance; solvers are for teachers",
-        )
+        raise UserError(why, got=", ".join(given), fix=fix)
 
 
 def _sampling(o: SampleOptions) -> Sampling:

@@ -1,0 +1,139 @@
+"""Hybrid inference: the teacher goes the first part of the way, the student the rest (arXiv 2503.10637).
+
+A student of few calls decides the layout of a sample in its first one. Where the teacher makes that part, the
+choice is the teacher's, and so is the variety. Nothing is trained; the state that changes hands is
+y = x0 + sigma eps at a level of the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from distmatch.base.seeds import latents
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.noise_streams import SampleNoise
+from distmatch.diffusion.paths import NoisePath
+from distmatch.diffusion.solvers import Solver, find_solver, solve
+from distmatch.diffusion.solvers import grid as make_grid
+from distmatch.interop import decode_samples
+from distmatch.methods.handover import Handover, check_way, hand_over
+from distmatch.methods.student import Student, checked_labels, device_of
+
+
+@torch.no_grad()
+def hybrid_sample(
+    teacher: Denoiser,
+    student: Student,
+    n: int,
+    *,
+    calls: int = 1,
+    level: float | None = None,
+    steps: int = 18,
+    solver: str | Solver = "heun",
+    grid: Tensor | Sequence[float] | None = None,
+    path: NoisePath | str | None = None,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    batch: int = 1024,
+    decode: bool = True,
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draws samples that the teacher begins and the student ends.
+
+    Latents, labels and all noise of sample i are those that the student alone and the teacher alone draw for
+    it: with no call of the teacher the samples are the student's, with all of them the teacher's, to the bit.
+
+    Args:
+        teacher: The teacher; guided, if it shall be.
+        student: The student. Its device is where everything is computed.
+        n: Number of samples.
+        calls: Steps of the student's way that the teacher takes, see :func:`hand_over`.
+        level: The noise level at which the student takes over, in place of ``calls``.
+        steps: Steps of the teacher's grid down to 0; it takes those above the level of the handover.
+        solver: How the teacher is sampled.
+        grid: Decreasing levels in place of the default ones.
+        path: As for :func:`~distmatch.diffusion.solvers.solve`.
+        labels: Classes (n,) int64; drawn evenly when they are missing.
+        seed: Seed of everything random.
+        batch: Samples at a time.
+        decode: Whether latents become images.
+        on_batch: Called with the number of samples after each batch.
+
+    Returns:
+        (n, *shape) float32 on the CPU, in model space.
+
+    Raises:
+        UserError: What :func:`hand_over` refuses, and labels or a solver that do not fit.
+    """
+    levels = make_grid("karras", steps, teacher.sigma_min, teacher.sigma_max) if grid is None else grid
+    way = hand_over(teacher, student, levels, calls=calls, level=level)
+    chosen = find_solver(solver)
+    check_way(way, chosen, solver)
+    labels = checked_labels(labels, n, student.num_classes, seed)
+    device = device_of(student)
+    z = latents(n, student.shape, seed)
+    if not way.teacher_levels:
+        return student.sample(n, seed=seed, labels=labels, batch=batch, decode=decode, on_batch=on_batch)
+    later = student_noise(student, way, n, seed)
+    follower = follower_of(student, way)
+    training = student.training
+    student.eval()
+    out = []
+    for begin in range(0, n, batch):
+        part = slice(begin, min(begin + batch, n))
+        c = None if labels is None else labels[part].to(device)
+        noise = None
+        if chosen.stochastic:
+            noise = SampleNoise(seed, torch.arange(part.start, part.stop), tuple(student.shape), device)
+        start = z[part].to(device) * way.teacher_levels[0]
+        y = solve(teacher, start, way.teacher_levels, chosen, condition=c, noise=noise, path=path).y
+        if way.student_levels:
+            y = student_calls(follower, y, [e[part].to(device) for e in later], c)[-1]
+        out.append(y.float().cpu())
+        if on_batch is not None:
+            on_batch(len(y))
+    student.train(training)
+    x = torch.cat(out) if out else torch.empty(0, *student.shape)
+    return decode_samples(student.denoiser, x, device=device) if decode else x
+
+
+def student_noise(student: Student, way: Handover, n: int, seed: int) -> list[Tensor]:
+    """The noise before each call of the student's part but the first: that of the student alone there.
+
+    Args:
+        student: The student.
+        way: Who goes which part.
+        n: Number of samples.
+        seed: Seed of the samples.
+    """
+    later = len(way.student_levels[1:])
+    return [latents(n, student.shape, seed, f"latents/{student.nfe - later + i}") for i in range(later)]
+
+
+def follower_of(student: Student, way: Handover) -> Student:
+    """The student as it goes on from a teacher: given noised data, of which its chain can keep the noise."""
+    follower = Student(student.denoiser, way.student_levels, chain=student.chain)
+    follower.from_noise = False
+    return follower
+
+
+def student_calls(follower: Student, y: Tensor, noise: list[Tensor], labels: Tensor | None) -> list[Tensor]:
+    """All calls of a student from a given first input.
+
+    Args:
+        follower: The student.
+        y: State at its first level, (B, *shape).
+        noise: Unit normal noise before each call but the first.
+        labels: Classes (B,), or None.
+
+    Returns:
+        The clean samples after each call.
+    """
+    found = [follower.call(y, 0, labels)]
+    for index, fresh in enumerate(noise, 1):
+        y = follower.advance(y, found[-1], fresh, index)
+        found.append(follower.call(y, index, labels))
+    return found

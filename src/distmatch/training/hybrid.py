@@ -1,0 +1,130 @@
+"""Sampling teacher and student in one, counting calls and time."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.base.progress import progress
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.guidance import CallCounter
+from distmatch.diffusion.solvers import find_solver
+from distmatch.methods.handover import Handover, check_way, hand_over
+from distmatch.methods.hybrid import hybrid_sample
+from distmatch.methods.student import Student, checked_labels
+from distmatch.training.assess import HEUN, Drawn
+from distmatch.training.devices import pick_device
+from distmatch.training.models import Model
+from distmatch.training.sampling import Sampling
+
+
+def plan_hybrid(
+    teacher: Model, student: Model, sampling: Sampling = HEUN, *, calls: int = 1, level: float | None = None
+) -> Handover:
+    """Who goes which part of the way; what does not fit is refused here, before anything is drawn.
+
+    Args:
+        teacher: What the user named as the teacher.
+        student: What the user named as the student.
+        sampling: Solver, grid and guidance of the teacher.
+        calls: Steps of the student's way that the teacher takes.
+        level: The level at which the student takes over, in place of ``calls``.
+
+    Raises:
+        UserError: The two are not teacher and student, or do not fit each other.
+    """
+    first, last = _pair(teacher, student)
+    sampling.check(first)
+    before, after = teacher.scaling, student.scaling
+    if before.kind == after.kind == "vector" and (before.centre, before.half) != (after.centre, after.half):
+        raise UserError(
+            "teacher and student were trained on data that were scaled differently",
+            got=f"half ranges {list(before.half)[:4]} and {list(after.half)[:4]}",
+            fix="use the teacher that the student was distilled from",
+        )
+    way = hand_over(sampling.around(first), last, sampling.levels(first), calls=calls, level=level)
+    check_way(way, find_solver(sampling.solver), sampling.solver)
+    return way
+
+
+def draw_hybrid(
+    teacher: Model,
+    student: Model,
+    n: int,
+    labels: Tensor | None,
+    seed: int,
+    sampling: Sampling = HEUN,
+    *,
+    calls: int = 1,
+    level: float | None = None,
+    batch: int = 1024,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Drawn:
+    """Samples that the teacher begins and the student ends; a guided call of the teacher counts as two.
+
+    Args:
+        teacher: The teacher.
+        student: The student.
+        n: Number of samples.
+        labels: Their classes (n,), or None for an even draw.
+        seed: Seed of everything random.
+        sampling: Solver, grid and guidance of the teacher.
+        calls: Steps of the student's way that the teacher takes.
+        level: The level at which the student takes over, in place of ``calls``.
+        batch: Samples at a time.
+        device: Where to compute.
+        quiet: Whether to hide the progress bar.
+
+    Raises:
+        UserError: As :func:`plan_hybrid`.
+    """
+    way = plan_hybrid(teacher, student, sampling, calls=calls, level=level)
+    first, last = _pair(teacher, student)
+    where = pick_device(device)
+    for module in (first, last, sampling.reference):
+        if isinstance(module, nn.Module):
+            module.to(where)
+    labels = checked_labels(labels, n, student.num_classes, seed)
+    counter = CallCounter(sampling.around(first))
+    with progress(n, desc="hybrid samples", enabled=not quiet) as bar:
+        began = time.perf_counter()
+        x = hybrid_sample(
+            counter,
+            last,
+            n,
+            calls=calls,
+            level=level,
+            solver=sampling.solver,
+            grid=sampling.levels(first),
+            path=sampling.path_for(first),
+            labels=labels,
+            seed=seed,
+            batch=batch,
+            on_batch=bar.update,
+        )
+        seconds = time.perf_counter() - began
+    of_teacher = round(counter.calls / math.ceil(n / batch))
+    return Drawn(x, labels, of_teacher + len(way.student_levels), 1000 * seconds / n)
+
+
+def _pair(teacher: Model, student: Model) -> tuple[Denoiser, Student]:
+    """The two as what they were named.
+
+    Raises:
+        UserError: One of them is the other.
+    """
+    if teacher.teacher is None:
+        raise UserError(
+            "--hybrid-teacher names a student", got=teacher.name, fix="name the teacher it was distilled from"
+        )
+    if student.student is None:
+        raise UserError(
+            "hybrid sampling needs a student to go on from where the teacher stops",
+            got=f"{student.name}, a teacher",
+            fix="name the student as MODEL, or leave --hybrid-teacher out",
+        )
+    return teacher.teacher, student.student
