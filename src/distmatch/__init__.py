@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from distmatch import divergences
-    from distmatch.api import distill, evaluate, load_teacher, train
+    from distmatch.api import compare, distill, evaluate, load_teacher, train
     from distmatch.base.errors import UserError
     from distmatch.base.estimate import Estimate
     from distmatch.data import Dataset, load_data
@@ -29,6 +29,7 @@ _HOME = {
     "Student": "distmatch.methods.student",
     "UserError": "distmatch.base.errors",
     "as_denoiser": "distmatch.diffusion.adapters",
+    "compare": "distmatch.api",
     "distill": "distmatch.api",
     "divergence": "distmatch.divergences",
     "evaluate": "distmatch.api",
@@ -46,6 +47,7 @@ __all__ = [
     "UserError",
     "__version__",
     "as_denoiser",
+    "compare",
     "distill",
     "divergence",
     "divergences",

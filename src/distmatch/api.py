@@ -1,8 +1,9 @@
-"""The Python interface: train, load_teacher, distill, evaluate."""
+"""The Python interface: train, load_teacher, distill, compare, evaluate."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -20,7 +21,10 @@ from distmatch.methods.start import Network, has_network
 from distmatch.methods.student import Student
 from distmatch.metrics import evaluate as _evaluate
 from distmatch.metrics.settings import FeatureChoice
+from distmatch.report import build_report
 from distmatch.training import prepare, prepare_teacher, runs, teachers
+from distmatch.training.compare import carry_out_comparison
+from distmatch.training.compare_options import CompareOptions
 from distmatch.training.options import (
     GROUPS,
     DistillOptions,
@@ -150,6 +154,65 @@ def distill(
         if with_folder is not None:
             with_folder.release()
     return model
+
+
+def compare(
+    teacher: Denoiser | str | os.PathLike[str],
+    data: Data | None = None,
+    *,
+    methods: str | Sequence[str],
+    out: str | os.PathLike[str],
+    budget: str = "2000 steps",
+    seeds: int = 3,
+    resume: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Distils a teacher by several methods at the same budget and measures all on the same latents.
+
+    Args:
+        teacher: As for :func:`distill`.
+        data: As for :func:`distill`; students are measured against them too.
+        methods: Such as ``["dmd2", "f-distill:js", "strong=f-distill:js[gan_weight=0.03]"]``, or one text
+            with commas.
+        out: The folder of the comparison: a run folder for each method and seed, ``compare.json``,
+            ``report.html``.
+        budget: Of every run: a time (``"5m"``), network calls (``"200k calls"``) or steps.
+        seeds: Runs of each method.
+        resume: Go on with what ``out`` holds.
+        quiet: Whether to hide progress.
+        **settings: Any other field of :class:`CompareOptions`; or a setting as for :func:`distill`, which
+            every method gets that reads it.
+
+    Returns:
+        The content of ``compare.json``: means with errors, differences, fronts, costs, and every run.
+
+    Raises:
+        UserError: Unknown settings, or a method that cannot be used here; nothing is trained then.
+    """
+    shared = DistillOptions()
+    groups = {name: getattr(shared, name) for name in ("run", "net", *GROUPS)}
+    text = methods if isinstance(methods, str) else ",".join(methods)
+    first = CompareOptions(methods=text, budget=budget, seeds=seeds)
+    options, *chosen = _settings(settings, first, *groups.values())
+    named = isinstance(teacher, (str, os.PathLike))
+    shared = replace(
+        shared,
+        teacher=os.fspath(teacher) if named else "",  # type: ignore[arg-type]
+        data=_name_of(data) if data is not None else "",
+        **dict(zip(groups, chosen, strict=True)),
+    )
+    given: Any = None if named else teacher
+    if data is not None:
+        found: Dataset | None = _dataset(data, scaled=given is None or has_network(given))
+    else:
+        found = _samples_of(given, shared.run.seed) if isinstance(given, GaussianMixture) else None
+    with create(out, resume=resume, inputs=[shared.teacher] if shared.teacher else []) as folder:
+        record = carry_out_comparison(
+            replace(options, shared=shared), folder, teacher=given, data=found, quiet=quiet
+        )
+        build_report(folder.path)
+    return record
 
 
 def evaluate(

@@ -11,10 +11,19 @@ from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import atomic_write, read_json
 from distmatch.report.compare_figures import Point, front_panel
+from distmatch.report.compare_words import (
+    estimate,
+    estimates,
+    failures,
+    lead,
+    sentence,
+    status,
+    uncapitalised,
+)
 from distmatch.report.page import flat, page
 from distmatch.report.run import Samples, read_samples
 from distmatch.report.samples import SamplesSection, side_by_side
-from distmatch.report.table import METRICS, Metric, plain
+from distmatch.report.table import METRICS, Metric
 
 _RECORD = "compare.json"
 _NEEDED = ("methods", "runs", "reference", "teacher", "summary", "budget", "impossible", "evaluation")
@@ -64,8 +73,8 @@ def render_comparison(path: Path) -> str:
     return page(
         "compare.html.j2",
         name=path.resolve().name,
-        lead=_lead(record),
-        status=_status(record),
+        lead=lead(record),
+        status=status(record),
         sentence=sentence(record, metrics),
         metrics=metrics,
         lines=lines,
@@ -91,55 +100,19 @@ def table_lines(record: dict[str, Any]) -> list[Line]:
     """The rows of the metric table: real data, the teacher, then the methods with their numbers."""
     means = record["summary"]["means"]
     lines = [
-        Line(None, "Real data", "against other real data", _estimates(record["reference"])),
+        Line(None, "Real data", "against other real data", estimates(record["reference"])),
         Line(
             None,
             "Teacher",
             f"{record['teacher'].get('nfe', '?')} network calls",
-            _estimates(record["teacher"]),
+            estimates(record["teacher"]),
         ),
     ]
     for number, method in enumerate(record["methods"], 1):
         done, asked = len(_seeds(record, method["name"])), _asked(record, method["name"])
         seeds = f"{done} of {asked} seeds" if done < asked else f"{done} seed{'s' if done != 1 else ''}"
-        lines.append(Line(number, method["name"], seeds, _estimates(means.get(method["name"], {}))))
+        lines.append(Line(number, method["name"], seeds, estimates(means.get(method["name"], {}))))
     return lines
-
-
-def sentence(record: dict[str, Any], metrics: list[Metric]) -> str:
-    """The result in words: the best by the first metric, and which others really are behind."""
-    means, baseline = record["summary"]["means"], record["summary"]["baseline"]
-    lead = next((m for m in metrics if m.better in ("down", "up")), None)
-    if not baseline or lead is None:
-        return "No run has been finished and measured yet."
-    sign = 1.0 if lead.better == "down" else -1.0
-    values = {name: _estimate(own[lead.key]) for name, own in means.items()}
-    best = min(values, key=lambda name: sign * values[name].value)
-    extreme = "lowest" if lead.better == "down" else "highest"
-    teacher = _estimates(record["teacher"]).get(lead.key)
-    text = f"{best} has the {extreme} {_lower(lead.title)}, {plain(values[best])}"
-    text += f"; the teacher has {plain(teacher)}." if teacher else "."
-    told = [d for d in record["summary"]["differences"] if d["metric"] == lead.key]
-    if not told:
-        return text
-    counted = [d for d in told if d["verdict"] in ("better", "worse")]
-    against = "the others" if baseline == best else f"the methods compared with {baseline}"
-    if all(d["verdict"] == "not known" for d in told):
-        return text + " With one seed there is no telling whether that is luck."
-    if not counted:
-        return text + f" The errors do not tell {against} apart from {'it' if baseline == best else 'that'}."
-    worse = sum(d["verdict"] == "worse" for d in counted)
-    if worse == len(told) > 1 and baseline == best:
-        return text + f" All {worse} others are worse by more than the error."
-    parts = [f"{n} {word}" for n, word in ((worse, "worse"), (len(counted) - worse, "better")) if n]
-    return (
-        text
-        + f" Of {len(told)} methods compared with {baseline}, {' and '.join(parts)} by more than the error."
-    )
-
-
-def _lower(title: str) -> str:
-    return title if title.isupper() or "(" in title or title.startswith("Fréchet") else title.lower()
 
 
 @dataclass(frozen=True)
@@ -175,7 +148,7 @@ def _cell(entry: dict[str, Any]) -> Cell:
     note = f"{entry['seeds']} seed{'s' if entry['seeds'] != 1 else ''}"
     if p is not None:
         note += f", adjusted p {'below 0.001' if p < 0.001 else f'{p:.3f}'}"
-    return Cell(_estimate({**entry, "n": entry["seeds"]}), entry["verdict"], note)
+    return Cell(estimate({**entry, "n": entry["seeds"]}), entry["verdict"], note)
 
 
 def _fronts(record: dict[str, Any], lines: list[Line]) -> list[dict[str, Any]]:
@@ -200,7 +173,7 @@ def _fronts(record: dict[str, Any], lines: list[Line]) -> list[dict[str, Any]]:
         lower = titles[quality].better == "down"
         svg = front_panel(points, names[1], names[0], alt, lower_is_better=lower)
         panels.append(
-            {"title": f"{names[0]} against {_lower(names[1])}", "svg": svg, "names": front["methods"]}
+            {"title": f"{names[0]} against {uncapitalised(names[1])}", "svg": svg, "names": front["methods"]}
         )
     return panels
 
@@ -238,33 +211,6 @@ def _samples(path: Path, record: dict[str, Any]) -> SamplesSection:
     return side_by_side(found)
 
 
-def failures(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """What did not work, and why."""
-    failed = [r for r in record["runs"] if r["status"] == "failed"]
-    told = [(f"{run['name']}, seed {run['seed']}", str(run["message"])) for run in failed]
-    return told + [(f"{entry['name']}, left out", str(entry["reason"])) for entry in record["impossible"]]
-
-
-def _lead(record: dict[str, Any]) -> list[tuple[str, str]]:
-    seeds = sorted({run["seed"] for run in record["runs"]})
-    shown = [
-        ("teacher", record.get("teacher_name")),
-        ("data", record.get("data")),
-        ("budget", f"{record['budget']['text']} a run"),
-        ("methods", len(record["methods"])),
-        ("seeds", ", ".join(map(str, seeds)) if len(seeds) < 8 else f"{seeds[0]} to {seeds[-1]}"),
-    ]
-    return [(key, str(value)) for key, value in shown if value]
-
-
-def _status(record: dict[str, Any]) -> str:
-    states = [run["status"] for run in record["runs"]]
-    text = f"{states.count('done')} of {len(states)} finished"
-    for state, word in (("failed", "failed"), ("pending", "not yet run")):
-        text += f", {states.count(state)} {word}" if state in states else ""
-    return text
-
-
 def _best(lines: list[Line], metrics: list[Metric]) -> dict[str, str]:
     """The name of the best method in each metric that has a direction."""
     found = {}
@@ -291,12 +237,3 @@ def _seeds(record: dict[str, Any], name: str) -> list[int]:
 
 def _asked(record: dict[str, Any], name: str) -> int:
     return sum(run["name"] == name for run in record["runs"])
-
-
-def _estimates(block: dict[str, Any]) -> dict[str, Estimate]:
-    return {k: _estimate(v) for k, v in block.items() if isinstance(v, dict) and "value" in v}
-
-
-def _estimate(entry: dict[str, Any]) -> Estimate:
-    value, stderr = (math.nan if entry.get(k) is None else float(entry[k]) for k in ("value", "stderr"))
-    return Estimate(value, stderr, int(entry.get("n") or 0), entry.get("warning"))
