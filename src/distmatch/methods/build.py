@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from distmatch.methods.consistency.build import build_consistency
 from distmatch.methods.matching.backtrack import Backtracking
 from distmatch.methods.matching.fisher_objectives import SIM, SiD, UniInstruct
 from distmatch.methods.matching.loop import Matching
+from distmatch.methods.matching.pairs import PairRegression
 from distmatch.methods.matching.score import ScoreDifference
 from distmatch.methods.matching.view import Objective
 from distmatch.methods.setup import Distiller, Setup
@@ -16,11 +18,14 @@ def build_method(setup: Setup) -> Distiller:
     Raises:
         UserError: Teacher, method and settings do not go together.
     """
+    if setup.method.family == "consistency":
+        return build_consistency(setup)
     return _matching(setup)
 
 
 def _matching(setup: Setup) -> Distiller:
-    base = Matching(setup, _objective(setup))
+    terms = (PairRegression(setup),) if setup.method.name == "dmd" else ()
+    base = Matching(setup, _objective(setup), terms)
     return Backtracking(base) if setup.matching.backtrack else base
 
 

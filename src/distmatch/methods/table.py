@@ -23,6 +23,10 @@ RATIO_SETTINGS = (
 )
 """Settings of DistillConfig that only methods with a discriminator read."""
 
+_LEVEL_SETTINGS = ("level_law", "level_mean", "level_std")
+_PAIR_SETTINGS = ("huber", "teacher_solver", "solver_steps")
+_TANGENT_SETTINGS = ("tangent", "tangent_warmup", "tangent_bound")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -102,6 +106,17 @@ _ENTRIES = (
         defaults={"gan_weight": 0.0},
     ),
     Method(
+        name="dmd",
+        family="matching",
+        summary="reverse KL plus regression on pairs of noise and teacher sample; needs no data",
+        citation="Yin et al. 2023, arXiv 2311.18828",
+        limits="pairs cost many teacher calls before the first step; compared by pixels, not by LPIPS",
+        data="no",
+        divergences="reverse_kl",
+        uses=("pairs", "pair_steps", "pair_weight", "pair_loss", "pair_c"),
+        defaults={"gan_weight": 0.0, "critic_steps": 1},
+    ),
+    Method(
         name="disback",
         family="matching",
         summary="dmd2 along recorded copies of the teacher, degraded towards the untrained student",
@@ -156,6 +171,63 @@ _ENTRIES = (
         divergences="any",
         default_divergence="kl",
         uses=("ratio_gradient", "ratio_warmup"),
+    ),
+    Method(
+        name="consistency",
+        family="consistency",
+        summary="pairs of levels on one path, ever closer, must lead to the same sample (CM, ECT)",
+        citation="Song et al. 2023, arXiv 2303.01469; Geng et al. 2024, arXiv 2406.14548",
+        limits="errors add up from pair to pair; samples are softer than the teacher's",
+        critic=False,
+        uses=("consistency_from", *_LEVEL_SETTINGS, "stages", *_PAIR_SETTINGS),
+        defaults={"student_sigma": 0.0, "gan_weight": 0.0},
+    ),
+    Method(
+        name="scm",
+        family="consistency",
+        summary="the limit of ever closer pairs: the derivative along the path, bounded, is brought to zero",
+        citation="Lu and Song 2024, arXiv 2410.11081",
+        limits="the value of its loss says nothing; the derivative costs two more passes of the student",
+        critic=False,
+        forward_mode=True,
+        uses=("consistency_from", *_LEVEL_SETTINGS, *_TANGENT_SETTINGS),
+        defaults={"student_sigma": 0.0, "gan_weight": 0.0},
+    ),
+    Method(
+        name="ctm",
+        family="consistency",
+        summary="jumps between any two levels agree with the teacher's path and shorter jumps",
+        citation="Kim et al. 2024, arXiv 2310.02279",
+        limits="needs a network of ours; compares samples by pixels, not by LPIPS",
+        critic=False,
+        adversarial=True,
+        uses=(*_LEVEL_SETTINGS, *_PAIR_SETTINGS, "target_decay", "dsm_weight", "gan_after"),
+        ignores=("joint_weight", "ratio_bins", "ratio_memory", "ratio_min_count", "ratio_clip"),
+        defaults={"student_sigma": 0.0, "gan_weight": 0.0},
+    ),
+    Method(
+        name="mean-flow",
+        family="consistency",
+        summary="the average velocity between any two levels, from the identity that it obeys",
+        citation="Geng et al. 2025, arXiv 2505.13447",
+        limits="needs a network of ours; noisy where the derivative is large, so small learning rates",
+        critic=False,
+        forward_mode=True,
+        uses=(
+            *("consistency_from", *_LEVEL_SETTINGS, "tangent"),
+            *("to_mean", "to_std", "jump_share", "adaptive_power"),
+        ),
+        defaults={"student_sigma": 0.0, "gan_weight": 0.0},
+    ),
+    Method(
+        name="rcm",
+        family="consistency",
+        summary="scm, which covers, with a score difference, which sharpens",
+        citation="Zheng et al. 2025, arXiv 2510.08431",
+        limits="three networks and the derivative: the dearest step of the family",
+        forward_mode=True,
+        uses=(*_LEVEL_SETTINGS, *_TANGENT_SETTINGS, "dmd_weight"),
+        defaults={"student_sigma": 0.0, "gan_weight": 0.0},
     ),
 )
 METHODS = {method.name: method for method in _ENTRIES}

@@ -1,0 +1,153 @@
+"""Regression on pairs of noise and teacher sample, which holds a student to all modes (arXiv 2311.18828).
+
+A deterministic solver takes each noise to one sample. A student that is also asked to give that sample for
+that noise cannot leave a mode out, at the price of being tied to the teacher's map. DMD compares the two by
+LPIPS, whose network has to be downloaded; here they are compared by their values, pixel by pixel, which
+punishes detail that is only displaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.base.progress import progress
+from distmatch.base.seeds import generator, latents, stream_seed
+from distmatch.data.batches import Batch
+from distmatch.diffusion.adapters import PredictionDenoiser
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.guidance import Guided
+from distmatch.diffusion.solvers import grid, sample_teacher, snap_grid
+from distmatch.methods.matching.config import MatchingConfig
+from distmatch.methods.setup import Info, Setup, part_of
+from distmatch.methods.state import DistillState
+from distmatch.methods.student import checked_labels
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the teacher makes of given noise.
+
+    Attributes:
+        noise: Unit normal noise, (n, *shape) float32 on the CPU. Teacher and student both start from it, each
+            scaled to its own first level.
+        samples: The teacher's samples, (n, *shape).
+        labels: Their classes (n,) int64, or None.
+    """
+
+    noise: Tensor
+    samples: Tensor
+    labels: Tensor | None
+
+
+def make_pairs(
+    teacher: Denoiser, n: int, *, steps: int, seed: int, device: torch.device | str, batch: int = 1024
+) -> Pairs:
+    """Samples a teacher with Heun's method and keeps the noise.
+
+    Args:
+        teacher: The teacher; guided, if the student shall be.
+        n: Number of pairs.
+        steps: Steps of the solver, from ``sigma_max`` to 0.
+        seed: Seed of noise and labels: the same seed gives the same pairs, whatever ``batch`` is.
+        device: Where to compute.
+        batch: Samples at a time.
+    """
+    labels = checked_labels(None, n, teacher.num_classes, seed)
+    levels = grid("karras", steps, teacher.sigma_min, teacher.sigma_max)
+    model = teacher.inner if isinstance(teacher, Guided) else teacher
+    if isinstance(model, PredictionDenoiser) and model.levels == "snap":
+        levels = snap_grid(levels, model.path)
+    with progress(n, desc="pairs of the teacher", delay=5.0) as bar:
+        samples = sample_teacher(
+            teacher, n, grid=levels, labels=labels, seed=seed, batch=batch, device=device, on_batch=bar.update
+        )
+    return Pairs(latents(n, teacher.shape, seed), samples, labels)
+
+
+def pair_loss(prediction: Tensor, target: Tensor, kind: Literal["squared", "huber"], c: float) -> Tensor:
+    """How far samples are from what they should be, (B,).
+
+    ``squared`` is the mean square difference d^2 of a sample's elements, ``huber`` is sqrt(d^2 + c^2) - c:
+    quadratic where d is small against c, and d where it is large.
+
+    Args:
+        prediction: (B, *shape).
+        target: (B, *shape).
+        kind: Which of them.
+        c: Positive, in units of the data; only ``huber`` reads it.
+    """
+    square = (prediction - target).square().flatten(1).mean(1)
+    return square if kind == "squared" else (square + c**2).sqrt() - c
+
+
+@dataclass
+class PairRegression:
+    """The regression as a further loss of a student of one call.
+
+    The pairs are no part of the state: they are made when they are first needed, again after resuming, and
+    are the same again.
+
+    Attributes:
+        setup: Teacher and settings.
+    """
+
+    setup: Setup
+    needs_data: bool = False
+    _seed: int = field(default=0, init=False, repr=False)
+    _made: Pairs | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.setup.config.calls != 1:
+            raise UserError(
+                "pairs tie one noise to one sample, and a student of several calls draws more on its way",
+                got=f"--calls {self.setup.config.calls} with --method {self.setup.method.name}",
+                fix="leave --calls out, or use --method dmd2",
+            )
+
+    @property
+    def config(self) -> MatchingConfig:
+        """The settings of the family."""
+        return self.setup.matching
+
+    def prepare(self, state: DistillState, seed: int) -> None:
+        """Remembers the seed of the run."""
+        self._seed, self._made = stream_seed(seed, "pairs"), None
+
+    def pairs(self) -> Pairs:
+        """All pairs; made at the first call."""
+        if self._made is None:
+            setup = self.setup
+            guidance = setup.config.guidance
+            teacher: Denoiser = Guided(setup.teacher, guidance) if guidance != 1 else setup.teacher
+            self._made = make_pairs(
+                teacher,
+                self.config.pairs,
+                steps=self.config.pair_steps,
+                seed=self._seed,
+                device=setup.device,
+            )
+        return self._made
+
+    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+        """Adds the gradient on as many pairs as the batch has samples, drawn anew at each step."""
+        made, setup, student = self.pairs(), self.setup, state.student
+        n = len(batch.x)
+        chosen = torch.randint(len(made.noise), (n,), generator=generator(self._seed, f"step/{state.step}"))
+        z = made.noise[chosen].to(setup.device)
+        target = made.samples[chosen].to(setup.device)
+        classes = None if made.labels is None else made.labels[chosen].to(setup.device)
+        c = self.config.pair_c * setup.teacher.sigma_data
+        total = torch.zeros((), device=setup.device)
+        for part in setup.parts(n):
+            y = part_of(classes, part)
+            with setup.autocast():
+                made_of = student.call(student.start(z[part]), 0, y).float()
+            loss = pair_loss(made_of, target[part], self.config.pair_loss, c).sum() / n
+            (self.config.pair_weight * loss).backward()
+            total = total + loss.detach()
+        return {"loss_pairs": total}
