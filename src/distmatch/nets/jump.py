@@ -25,6 +25,15 @@ def as_jump(denoiser: nn.Module) -> EDMDenoiser:
     Raises:
         UserError: Its network comes from elsewhere and has no place for a second level.
     """
+    return taught_to_jump(copy.deepcopy(require_jump(denoiser)))
+
+
+def require_jump(denoiser: nn.Module) -> EDMDenoiser:
+    """The denoiser, if :func:`as_jump` can teach it a second level.
+
+    Raises:
+        UserError: It cannot.
+    """
     if not isinstance(denoiser, EDMDenoiser) or not _conditionings(denoiser):
         raise UserError(
             "this network has no place for a second noise level, which a jump from level to level needs",
@@ -32,7 +41,7 @@ def as_jump(denoiser: nn.Module) -> EDMDenoiser:
             expected="an mlp, unet or dit of distmatch",
             fix="choose a method of one noise level, such as consistency or scm",
         )
-    return taught_to_jump(copy.deepcopy(denoiser))
+    return denoiser
 
 
 def taught_to_jump(denoiser: EDMDenoiser) -> EDMDenoiser:

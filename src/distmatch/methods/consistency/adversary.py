@@ -1,0 +1,113 @@
+"""An adversarial term on clean samples of a student, told apart from real ones after noise is put on both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distmatch.base.errors import UserError
+from distmatch.base.seeds import stream_seed
+from distmatch.diffusion.denoiser import expand
+from distmatch.diffusion.noise import Karras
+from distmatch.methods.consistency.direct import Draws
+from distmatch.methods.matching.objectives import adversarial_critic, approximate_r1
+from distmatch.methods.setup import Info, Setup
+from distmatch.methods.state import DistillState
+from distmatch.nets.optim import clipped_step
+from distmatch.ratio.discriminator import build_discriminator, choose_source
+
+
+@dataclass
+class Adversary:
+    """A discriminator on features of the frozen teacher, or on the noised samples themselves.
+
+    Its random numbers come from a stream of its own, so that a run without it is the same to the bit.
+
+    Attributes:
+        setup: Teacher and settings.
+    """
+
+    setup: Setup
+
+    def __post_init__(self) -> None:
+        teacher = self.setup.teacher
+        self._source = choose_source(self.setup.config.ratio_features, teacher)
+        if self._source == "fake":
+            raise UserError(
+                f"{self.setup.method.name} has no fake score whose features a discriminator could see",
+                got="--ratio-features fake",
+                fix="use --ratio-features teacher, or own",
+            )
+        self._law = Karras(teacher.sigma_min, teacher.sigma_max)
+
+    def prepare(self, state: DistillState, seed: int) -> None:
+        """Puts the discriminator and its optimiser into a fresh state."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "discriminator"))
+            head = build_discriminator(self._source, self.setup.teacher, self.setup.teacher.num_classes)
+        state.discriminator = head.to(self.setup.device)
+        state.optimisers["ratio"] = self.setup.adam(head, self.setup.config.lr_ratio)
+
+    def draw(self, state: DistillState, x: Tensor) -> Draws:
+        """Levels and noises of a batch like ``x`` (B, *shape): for student, real, and with R1 perturbed."""
+        gen = state.ratio_generator
+        level = self._law.sample(len(x), gen).to(x.dtype)
+        noises = (
+            torch.randn(x.shape, generator=gen, device=x.device, dtype=x.dtype)
+            for _ in range(3 if self.setup.config.r1 > 0 else 2)
+        )
+        names = ("noise_fake", "noise_real", "noise_r1")
+        return {"level": level, **dict(zip(names, noises, strict=False))}
+
+    def logit(self, state: DistillState, x0: Tensor, noise: Tensor, draws: Draws) -> Tensor:
+        """The discriminator's log ratio of samples with noise on them, (b,)."""
+        head, level, labels = state.discriminator, draws["level"], draws.get("labels")
+        if head is None:
+            raise RuntimeError("this state has no discriminator")
+        x = x0 + expand(level, x0) * noise
+        if self._source == "own":
+            return head(x, level, labels)
+        teacher: Any = self.setup.teacher
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            _, features = teacher.with_features(x, level, labels)
+        return head(features, level, labels)
+
+    def student_loss(self, state: DistillState, x0: Tensor, draws: Draws) -> Tensor:
+        """The student's non-saturating loss, (b,)."""
+        return F.softplus(-self.logit(state, x0, draws["noise_fake"], draws).float())
+
+    def learn(self, state: DistillState, x0: Tensor, draws: Draws, lr_factor: float) -> Info:
+        """One step of the discriminator.
+
+        Args:
+            state: The networks.
+            x0: Samples of the student, (B, *shape), without history.
+            draws: Real samples and noises, for the whole batch.
+            lr_factor: Factor on its learning rate.
+        """
+        cfg = self.setup.config
+        optimiser, head = state.optimisers["ratio"], state.discriminator
+        if head is None:
+            raise RuntimeError("this state has no discriminator")
+        for group in optimiser.param_groups:
+            group["lr"] = cfg.lr_ratio * lr_factor
+        total = torch.zeros((), device=x0.device)
+        for part in self.setup.parts(len(x0)):
+            some = {name: tensor[part] for name, tensor in draws.items()}
+            with self.setup.autocast():
+                fake = self.logit(state, x0[part], some["noise_fake"], some)
+                real = self.logit(state, some["x0"], some["noise_real"], some)
+                loss = adversarial_critic(real=real, fake=fake)
+                told = loss.detach()
+                if cfg.r1 > 0:
+                    moved = some["noise_real"] + 0.1 * some["noise_r1"]
+                    loss = loss + cfg.r1 * approximate_r1(real, self.logit(state, some["x0"], moved, some))
+            share = len(some["x0"]) / len(x0)
+            (share * loss).backward()
+            total = total + share * told
+        clipped_step(optimiser, list(head.parameters()), cfg.grad_clip)
+        return {"loss_ratio": total}

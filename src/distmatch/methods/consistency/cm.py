@@ -1,0 +1,96 @@
+"""Consistency models by pairs of levels, tuned from a diffusion model (CM, iCT, ECT).
+
+Song et al. 2023 (arXiv 2303.01469), Song & Dhariwal 2023 (arXiv 2310.14189), Geng et al. 2024
+(arXiv 2406.14548).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import expand
+from distmatch.methods.consistency.direct import (
+    Draws,
+    guided_teacher,
+    mean_backward,
+    noised_draws,
+    training_levels,
+)
+from distmatch.methods.consistency.pairs import easy_tuning, huber_scale, pseudo_huber, teacher_path
+from distmatch.methods.setup import Info, Setup
+from distmatch.methods.state import DistillState
+
+
+@dataclass
+class PairTerm:
+    """The loss ``w d(D(y_t, t), sg D(y_r, r))`` of two points on one path.
+
+    The lower point is one step of the teacher from the upper one (consistency distillation), or has the same
+    clean sample and the same noise (consistency training). Both evaluations are of the same weights, without
+    dropout, as all students are.
+
+    Attributes:
+        setup: Teacher and settings.
+    """
+
+    setup: Setup
+    jumps = False
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        self._guided = guided_teacher(self.setup)
+        self._levels = training_levels(self.setup)
+        teacher = self.setup.teacher
+        self._c = huber_scale(self.setup.consistency.huber, teacher.shape, teacher.sigma_data)
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing that the options do not say."""
+        return {}
+
+    def prepare(self, state: DistillState, seed: int) -> None:
+        """Needs nothing beside the student."""
+
+    def stage(self, step: int) -> int:
+        """How often the levels of a pair have come closer by half, from 0."""
+        return min(self.setup.consistency.stages * step // self.setup.total_steps, 60)
+
+    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+        """Adds the gradient to the student's parameters."""
+        sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
+        draws = noised_draws(self.setup, state, batch, labels, sigma)
+        return mean_backward(self.setup, draws, lambda part: self.loss(state, part))
+
+    def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
+        """The loss of each sample, (b,)."""
+        settings, student, sigma_data = (
+            self.setup.consistency,
+            state.student.denoiser,
+            self.setup.teacher.sigma_data,
+        )
+        x0, sigma, labels = draws["x0"], draws["sigma"], draws.get("labels")
+        lower = easy_tuning(sigma, sigma_data, self.stage(state.step))
+        y = x0 + expand(sigma, x0) * draws["noise"]
+        if settings.consistency_from == "data":
+            below = x0 + expand(lower, x0) * draws["noise"]
+        else:
+            below = teacher_path(
+                self._guided,
+                y,
+                sigma,
+                lower,
+                labels,
+                solver=settings.teacher_solver,
+                steps=settings.solver_steps,
+            )
+        with torch.no_grad():
+            # At level 0 a consistency function is the identity, whatever the network says.
+            safe = torch.where(lower > 0, lower, sigma)
+            target = torch.where(expand(lower > 0, y), student(below, safe, labels), below)
+        distance = pseudo_huber(student(y, sigma, labels), target, self._c)
+        weight = sigma_data / (sigma - lower)
+        return weight * distance, {"distance": distance}

@@ -1,0 +1,203 @@
+"""Consistency trajectory models: jumps between any two levels (Kim et al. 2024, arXiv 2310.02279)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import expand
+from distmatch.diffusion.noise import Karras
+from distmatch.methods.consistency.adversary import Adversary
+from distmatch.methods.consistency.direct import (
+    Draws,
+    factor,
+    guided_teacher,
+    noised_draws,
+    training_levels,
+)
+from distmatch.methods.consistency.pairs import huber_scale, pseudo_huber, teacher_path
+from distmatch.methods.setup import Info, Setup
+from distmatch.methods.state import DistillState
+from distmatch.nets.edm import EDMDenoiser, weighted_error
+from distmatch.nets.ema import EMA
+
+_CELL = 1 / 18
+"""A cell of the paper's grid of 18 levels, as a share of the Karras law: what one solver step may cross."""
+
+
+def soft_consistency_levels(
+    sigma: Tensor, law: Karras, reach: float, shares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The level s that a sample jumps to, and the level u to which the teacher takes it first.
+
+    In the Karras law's own units s is uniform below t, where the lowest cell of 18 stands for the data, as on
+    the paper's grid, and u is uniform between s and t, but no further from t than the solver can go.
+
+    Args:
+        sigma: Levels t, (B,).
+        law: The law whose quantiles measure distances.
+        reach: How far the solver can go, in quantiles.
+        shares: Uniform numbers in [0, 1], (B, 2).
+
+    Returns:
+        s and u, (B,) each, 0 <= s <= u <= t.
+    """
+    top = law.cdf(sigma)
+    bottom = shares[:, 0] * top
+    nearest = torch.maximum(bottom, top - reach)
+    middle = nearest + shares[:, 1] * (top - nearest)
+    to = torch.where(bottom < _CELL, torch.zeros_like(sigma), law.quantile(bottom))
+    via = law.quantile(middle).clamp_max(sigma)
+    return torch.minimum(to, via), via
+
+
+def balance(reference: Tensor, other: Tensor) -> Tensor:
+    """``|reference| / |other|`` of two gradients, at most 1e4 (CTM, as for VQGAN's adaptive weight)."""
+    return (reference.norm() / (other.norm() + 1e-4)).clamp(0, 1e4)
+
+
+@dataclass
+class TrajectoryTerm:
+    """Soft consistency of jumps, and denoising at the student's own level.
+
+    A jump from t to s is compared with the teacher's path from t to u and a jump from u to s, both taken on
+    to the data by an average of the network, through whose input the gradient flows. Each step of the solver
+    crosses at most one of 18 cells of levels. Denoising and the adversarial term, on the same samples, are
+    scaled so that their gradients at the last layer are as large as the first one's.
+
+    Attributes:
+        setup: Teacher and settings.
+    """
+
+    setup: Setup
+    jumps = True
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        teacher, cfg = self.setup.teacher, self.setup.consistency
+        self._guided = guided_teacher(self.setup)
+        self._levels = training_levels(self.setup)
+        self._law = Karras(teacher.sigma_min, self.setup.first_level)
+        self._c = huber_scale(cfg.huber, teacher.shape, teacher.sigma_data)
+        self.adversary = Adversary(self.setup) if self.setup.config.gan_weight > 0 else None
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing that the options do not say."""
+        return {}
+
+    def prepare(self, state: DistillState, seed: int) -> None:
+        """The average network that makes targets, and the discriminator."""
+        state.extra["target"] = EMA(state.student.denoiser).module
+        if self.adversary is not None:
+            self.adversary.prepare(state, seed)
+
+    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+        """Adds the gradient to the student's parameters, and lets the target follow."""
+        n, gen, cfg = len(batch.x), state.generator, self.setup.consistency
+        student, target = state.student.denoiser, state.extra["target"]
+        with torch.no_grad():
+            pairs = zip(target.parameters(), student.parameters(), strict=True)
+            for average, new in pairs:
+                average.lerp_(new, 1 - cfg.target_decay)
+        sigma = self._levels(n, gen)
+        shares = torch.rand(n, 2, generator=gen, device=gen.device)
+        to, via = soft_consistency_levels(sigma, self._law, cfg.solver_steps * _CELL, shares)
+        draws = noised_draws(self.setup, state, batch, labels, sigma.to(batch.x.dtype))
+        draws |= {"to": to.to(batch.x.dtype), "via": via.to(batch.x.dtype)}
+        adversary = self.adversary
+        if adversary is None or state.step < self.setup.consistency.gan_after * self.setup.total_steps:
+            return self._accumulate(state, draws, None)[0]
+        draws |= adversary.draw(state, batch.x)
+        info, samples = self._accumulate(state, draws, adversary)
+        return info | adversary.learn(state, samples, draws, factor(self.setup, state))
+
+    def _accumulate(
+        self, state: DistillState, draws: Draws, adversary: Adversary | None
+    ) -> tuple[Info, Tensor]:
+        """Gradients of the terms over the whole batch, then their sum, since the weights need them all.
+
+        Returns:
+            What to log, and the student's clean samples (B, *shape).
+        """
+        student, n = state.student.denoiser, len(draws["x0"])
+        parameters = list(student.parameters())
+        totals = {name: [torch.zeros_like(p) for p in parameters] for name in ("loss", "loss_dsm")}
+        if adversary is not None:
+            totals["loss_gan"] = [torch.zeros_like(p) for p in parameters]
+        info: Info = {}
+        samples = []
+        for part in self.setup.parts(n):
+            some = {name: tensor[part] for name, tensor in draws.items()}
+            with self.setup.autocast():
+                reached = self.reached(state, some)
+                losses = {"loss": pseudo_huber(reached, self.wanted(state, some), self._c)}
+                if adversary is not None:
+                    losses["loss_gan"] = adversary.student_loss(state, reached, some)
+                losses["loss_dsm"] = self.dsm_loss(state, some)
+            samples.append(reached.detach())
+            for name, loss in losses.items():
+                value = loss.sum() / n
+                # The samples' graph serves the adversarial term too.
+                keep = name == "loss" and adversary is not None
+                found = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=keep)
+                for kept, gradient in zip(totals[name], found, strict=True):
+                    if gradient is not None:
+                        kept += gradient
+                info[name] = info[name] + value.detach() if name in info else value.detach()
+        last = next(i for i, p in enumerate(parameters) if p is last_layer(student).weight)
+        weights = {"loss_dsm": self.setup.consistency.dsm_weight, "loss_gan": self.setup.config.gan_weight}
+        for name in totals.keys() - {"loss"}:
+            scale = weights[name] * balance(totals["loss"][last], totals[name][last])
+            info[name.replace("loss", "weight")] = scale
+            for kept, gradient in zip(totals["loss"], totals[name], strict=True):
+                kept += scale * gradient
+        for parameter, gradient in zip(parameters, totals["loss"], strict=True):
+            parameter.grad = gradient
+        return info, torch.cat(samples)
+
+    def reached(self, state: DistillState, draws: Draws) -> Tensor:
+        """Where the student's jump leads, taken on to the data, (b, *shape)."""
+        target, labels = state.extra["target"], draws.get("labels")
+        x0, sigma, to = draws["x0"], draws["sigma"], draws["to"]
+        y = x0 + expand(sigma, x0) * draws["noise"]
+        return self._to_data(target, jumped(state.student.denoiser, y, sigma, to, labels), to, labels)
+
+    @torch.no_grad()
+    def wanted(self, state: DistillState, draws: Draws) -> Tensor:
+        """Where the teacher's path and a shorter jump lead, taken on to the data, (b, *shape)."""
+        cfg, target, labels = self.setup.consistency, state.extra["target"], draws.get("labels")
+        x0, sigma, to, via = (draws[name] for name in ("x0", "sigma", "to", "via"))
+        y = x0 + expand(sigma, x0) * draws["noise"]
+        middle = teacher_path(
+            self._guided, y, sigma, via, labels, solver=cfg.teacher_solver, steps=cfg.solver_steps
+        )
+        return self._to_data(target, jumped(target, middle, via, to, labels), to, labels)
+
+    def dsm_loss(self, state: DistillState, draws: Draws) -> Tensor:
+        """Denoising by the jump to the own level, (b,)."""
+        x0, sigma = draws["x0"], draws["sigma"]
+        y = x0 + expand(sigma, x0) * draws["noise"]
+        clean = state.student.denoiser(y, sigma, draws.get("labels"), sigma)
+        return weighted_error(clean, x0, sigma, self.setup.teacher.sigma_data)
+
+    def _to_data(self, network: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """The network's jump from levels ``sigma`` to the data; what is below sigma_min counts as there."""
+        low = self.setup.teacher.sigma_min
+        return torch.where(expand(sigma > low, x), network(x, sigma.clamp_min(low), labels), x)
+
+
+def jumped(network: nn.Module, x: Tensor, sigma: Tensor, to: Tensor, labels: Tensor | None) -> Tensor:
+    """A jump that may start at level 0, where it stays."""
+    safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+    return network.jump(x, safe, torch.where(sigma > 0, to, safe), labels)  # type: ignore[operator]
+
+
+def last_layer(denoiser: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer that makes the output of a network of ours."""
+    if not isinstance(denoiser, EDMDenoiser):
+        raise TypeError("only networks of ours jump")
+    return denoiser.net.last  # type: ignore[return-value]

@@ -1,0 +1,178 @@
+"""The loop of methods that train one network on one loss, without a critic.
+
+A loss is a :class:`~distmatch.methods.matching.view.StudentTerm`, as it is for a method that adds it to a
+score difference: it draws its random numbers for the whole batch, adds its gradient to those of the student's
+parameters part by part, and moves what it owns beside the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distmatch.base.seeds import generator
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.guidance import Guided
+from distmatch.diffusion.noise import Karras, LogNormal
+from distmatch.methods.matching.view import StudentTerm
+from distmatch.methods.setup import Info, Setup, averaged
+from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
+from distmatch.methods.state import DistillState
+from distmatch.methods.student import Student, student_levels
+from distmatch.nets.ema import EMA, ema_decay
+from distmatch.nets.jump import as_jump
+from distmatch.nets.optim import clipped_step, rate, set_rate
+
+Draws = dict[str, Tensor]
+"""What a loss reads of a batch and of the random stream, by name: tensors of as many rows as the batch."""
+
+
+class Term(StudentTerm, Protocol):
+    """A loss that stands alone."""
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the student must know the level to jump to."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """What the log says once."""
+        ...
+
+
+@dataclass
+class Direct:
+    """A method with one loss: ``state = init(...)``, then ``info = step(state, batch)``.
+
+    Attributes:
+        setup: Teacher, method and settings.
+        term: The loss.
+    """
+
+    setup: Setup
+    term: Term
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the batches must hold real samples."""
+        return self.term.needs_data
+
+    def notes(self) -> dict[str, Any]:
+        """What the log says once about the loss."""
+        return self.term.notes()
+
+    def result(self, state: DistillState, info: dict[str, Any]) -> Student:
+        """The student on its averaged weights."""
+        return averaged(state, info)
+
+    def init(self, seed: int, draw: Draw | None = None) -> DistillState:
+        """The state before the first step: the student starts as a copy of the teacher."""
+        setup, cfg = self.setup, self.setup.config
+        start = starting_network(setup.teacher, setup.net, seed, setup.device)
+        if draw is not None and not has_network(setup.teacher):
+            seen = Karras(setup.teacher.sigma_min, setup.first_level)
+            fit_to_teacher(start, setup.teacher, draw, seen, cfg.fit_steps, seed)
+        if self.term.jumps:
+            start = as_jump(start)
+        student = Student(start, student_levels(cfg.calls, setup.first_level))
+        state = DistillState(
+            student=student,
+            average=EMA(student.denoiser),
+            optimisers={"student": setup.adam(student.denoiser, cfg.lr)},
+            generator=generator(seed, "distill", setup.device),
+            ratio_generator=generator(seed, "distill/ratio", setup.device),
+        )
+        self.term.prepare(state, seed)
+        return state
+
+    def step(self, state: DistillState, batch: Batch) -> Info:
+        """One step of the student."""
+        setup, cfg = self.setup, self.setup.config
+        labels = batch.labels if setup.teacher.num_classes else None
+        set_rate(state.optimisers["student"], cfg.lr * factor(setup, state))
+        info = self.term.backward(state, batch, labels)
+        network = state.student.denoiser
+        info["grad_norm_student"] = clipped_step(
+            state.optimisers["student"], list(network.parameters()), cfg.grad_clip
+        )
+        state.updates += 1
+        state.average.update(network, ema_decay(state.updates, half_life=cfg.ema_half_life))
+        state.step += 1
+        return info
+
+
+def factor(setup: Setup, state: DistillState) -> float:
+    """The factor on all learning rates at this step."""
+    return rate(state.step, setup.total_steps, setup.config.lr_rampup, setup.config.lr_decay)
+
+
+def guided_teacher(setup: Setup) -> Denoiser:
+    """The teacher at the guidance scale of the settings."""
+    scale = setup.config.guidance
+    return Guided(setup.teacher, scale) if scale != 1 else setup.teacher
+
+
+def training_levels(setup: Setup) -> Callable[[int, torch.Generator], Tensor]:
+    """The noise levels of training: a function of how many and of a generator.
+
+    They lie between the teacher's sigma_min and the level at which the student starts, by the law of the
+    settings; the tails of the log-normal that are cut off are shared out in proportion.
+    """
+    low, high = setup.teacher.sigma_min, setup.first_level
+    cfg = setup.consistency
+    if cfg.level_law == "karras":
+        return Karras(low, high).sample
+    return truncated(log_normal(cfg.level_mean, cfg.level_std, setup.teacher.sigma_data), low, high)
+
+
+def log_normal(mean: float, std: float, sigma_data: float) -> LogNormal:
+    """The law whose log(sigma / sigma_data) has this mean and spread, so that it fits data of any size."""
+    return LogNormal(mean + float(torch.tensor(sigma_data, dtype=torch.float64).log()), std)
+
+
+def truncated(law: LogNormal, low: float, high: float) -> Callable[[int, torch.Generator], Tensor]:
+    """Samples of a law between two levels."""
+    ends = law.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
+
+    def sample(n: int, gen: torch.Generator) -> Tensor:
+        share = torch.rand(n, generator=gen, device=gen.device)
+        return law.quantile(ends[0] + (ends[1] - ends[0]) * share).clamp(low, high)
+
+    return sample
+
+
+def mean_backward(setup: Setup, draws: Draws, loss: Callable[[Draws], tuple[Tensor, Info]]) -> Info:
+    """Adds the gradient of a mean loss to the parameters, in parts, as of the whole batch.
+
+    Args:
+        setup: How many parts, and in which precision.
+        draws: What the loss reads, for the whole batch.
+        loss: The loss of each sample of a part, (b,), and what to log of each, (b,).
+
+    Returns:
+        ``loss`` and what the loss wants logged, as means over the batch.
+    """
+    n = len(next(iter(draws.values())))
+    total: Info = {}
+    for part in setup.parts(n):
+        with setup.autocast():
+            values, found = loss({name: tensor[part] for name, tensor in draws.items()})
+        (values.sum() / n).backward()
+        for name, value in {"loss": values, **found}.items():
+            share = value.detach().sum() / n
+            total[name] = total[name] + share if name in total else share
+    return total
+
+
+def noised_draws(
+    setup: Setup, state: DistillState, batch: Batch, labels: Tensor | None, sigma: Tensor
+) -> Draws:
+    """Clean samples, their noise and levels, and their labels where there are any."""
+    noise = torch.randn(batch.x.shape, generator=state.generator, device=batch.x.device, dtype=batch.x.dtype)
+    draws = {"x0": batch.x, "noise": noise, "sigma": sigma}
+    return draws if labels is None else {**draws, "labels": labels}

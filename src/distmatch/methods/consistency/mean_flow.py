@@ -1,0 +1,113 @@
+"""MeanFlow: the average velocity between two times, from its identity (Geng et al. 2025, arXiv 2505.13447).
+
+On the straight path x_t = (1 - t) x0 + t sigma_data eps, with t = sigma / (sigma + sigma_data), the average
+velocity from t down to r is u = (x_t - g) / t, where g is what a network of two levels calls D(y, sigma, to):
+x_r = x_t - (t - r) u is its jump. Students, their saved form and their sampling are as everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import expand
+from distmatch.methods.consistency.direct import (
+    Draws,
+    guided_teacher,
+    log_normal,
+    mean_backward,
+    noised_draws,
+    training_levels,
+    truncated,
+)
+from distmatch.methods.consistency.pairs import teacher_says
+from distmatch.methods.consistency.tangents import derivative_along, flow_speed
+from distmatch.methods.setup import Info, Setup
+from distmatch.methods.state import DistillState
+
+_FLOOR = 1e-3
+
+
+def identity_error(
+    jump: Tensor, target: Tensor, derivative: Tensor, sigma: Tensor, to: Tensor, sigma_data: float
+) -> Tensor:
+    """``u - (v - (t - r) du/dt)`` in units of sigma_data: what the MeanFlow identity says is zero.
+
+    With u = (x_t - g) / t and v = (x_t - target) / t it is ``((r/t) (target - g) - (1 - r/t) t dg/dt) / t``.
+    At r = t this is the error of the velocity, and at r = 0 the derivative of a consistency function.
+
+    Args:
+        jump: g = D(y, sigma, to), (B, ...).
+        target: The denoiser of the flow: the teacher's D(y, sigma), or the clean samples of y.
+        derivative: t dg/dt along that flow, (B, ...).
+        sigma: Levels of t, (B,).
+        to: Levels of r, (B,).
+        sigma_data: Standard deviation of the data.
+    """
+    t, r = sigma / (sigma + sigma_data), to / (to + sigma_data)
+    stays = expand(r / t, jump)
+    return (stays * (target - jump) - (1 - stays) * derivative) / (expand(t, jump) * sigma_data)
+
+
+@dataclass
+class AverageVelocityTerm:
+    """The loss ``w |u - sg(v - (t - r) du/dt)|^2`` with ``w = 1 / (|error|^2 + c)^p``, held constant.
+
+    Attributes:
+        setup: Teacher and settings.
+    """
+
+    setup: Setup
+    jumps = True
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        cfg, teacher = self.setup.consistency, self.setup.teacher
+        self._guided = guided_teacher(self.setup)
+        self._levels = training_levels(self.setup)
+        lower = log_normal(cfg.to_mean, cfg.to_std, teacher.sigma_data)
+        # Far below sigma_min there is nothing to tell from the data itself.
+        self._lower = truncated(lower, 0.0, self.setup.first_level)
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing that the options do not say."""
+        return {}
+
+    def prepare(self, state: DistillState, seed: int) -> None:
+        """Needs nothing beside the student."""
+
+    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+        """Adds the gradient to the student's parameters."""
+        n, gen = len(batch.x), state.generator
+        one, other = self._levels(n, gen), self._lower(n, gen)
+        sigma = torch.maximum(one, other).clamp_min(self.setup.teacher.sigma_min)
+        goes = torch.rand(n, generator=gen, device=gen.device) < self.setup.consistency.jump_share
+        to = torch.where(goes, torch.minimum(one, other), sigma)
+        draws = noised_draws(self.setup, state, batch, labels, sigma.to(batch.x.dtype))
+        draws["to"] = to.to(batch.x.dtype)
+        return mean_backward(self.setup, draws, lambda part: self.loss(state, part))
+
+    def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
+        """The loss of each sample, (b,)."""
+        cfg, student, sigma_data = (
+            self.setup.consistency,
+            state.student.denoiser,
+            self.setup.teacher.sigma_data,
+        )
+        x0, sigma, to, labels = draws["x0"], draws["sigma"], draws["to"], draws.get("labels")
+        y = x0 + expand(sigma, x0) * draws["noise"]
+        target = x0 if cfg.consistency_from == "data" else teacher_says(self._guided, y, draws)
+        speed = flow_speed(sigma, sigma_data)
+        slope = expand(speed / sigma, y) * (y - target)
+        value, derivative = derivative_along(student, y, sigma, slope, speed, labels, to, how=cfg.tangent)
+        error = identity_error(value, target, derivative, sigma, to, sigma_data)
+        out = student(y, sigma, labels, to)
+        # u = (x_t - g) / t: the change of u that the gradient sees.
+        change = expand((sigma + sigma_data) / (sigma * sigma_data), y) * (out.detach() - out)
+        square = (error + change).flatten(1).square().sum(dim=1)
+        weight = (square.detach() + _FLOOR) ** -cfg.adaptive_power
+        return weight * square, {"identity_error": square}

@@ -1,0 +1,50 @@
+"""rCM: sCM, which covers, with a score difference, which sharpens (Zheng et al. 2025, arXiv 2510.08431)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distmatch.methods.consistency.scm import TangentTerm
+from distmatch.methods.matching.loop import Matching
+from distmatch.methods.matching.objectives import denoising_critic
+from distmatch.methods.matching.score import ScoreDifference
+from distmatch.methods.matching.view import CriticView, View
+from distmatch.methods.setup import Info, Setup
+from distmatch.methods.state import DistillState
+
+
+@dataclass(frozen=True)
+class WeightedScoreDifference:
+    """The score difference of DMD times a constant.
+
+    Attributes:
+        inner: The score difference.
+        weight: The constant, lambda.
+    """
+
+    inner: ScoreDifference
+    weight: float
+    needs_ratio = False
+    through_inputs = False
+
+    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
+        """The gradient, weighted; what is logged is not."""
+        gradient, info = self.inner.gradient(view, state)
+        return self.weight * gradient, info
+
+    def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
+        """Denoising of the student's samples."""
+        return denoising_critic(view, prediction, state)
+
+
+def build_rcm(setup: Setup) -> Matching:
+    """The loop of the methods with a fake score, with sCM's loss beside the score difference.
+
+    The student's samples for the score difference are those of its own chain of calls (``--calls``), and only
+    the last call is differentiated. There is no adversarial term.
+    """
+    score = ScoreDifference(None, setup.config.scaling)
+    objective = WeightedScoreDifference(score, setup.consistency.dmd_weight)
+    return Matching(setup, objective, terms=(TangentTerm(setup),))

@@ -1,0 +1,97 @@
+"""sCM: continuous-time consistency models with a bounded tangent (Lu & Song 2024, arXiv 2410.11081)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import expand
+from distmatch.methods.consistency.direct import (
+    Draws,
+    factor,
+    guided_teacher,
+    mean_backward,
+    noised_draws,
+    training_levels,
+)
+from distmatch.methods.consistency.pairs import teacher_says
+from distmatch.methods.consistency.tangents import bounded, derivative_along, trig_speed, trig_tangent
+from distmatch.methods.setup import Info, Setup
+from distmatch.methods.state import DistillState
+from distmatch.nets.optim import clipped_step, set_rate
+from distmatch.nets.uncertainty import LearnedUncertainty, balanced
+
+
+@dataclass
+class TangentTerm:
+    """The loss ``|F - sg F - g / (|g| + c)|^2`` with a learned weight for each level.
+
+    F is the network's output and g the tangent, so that the value of the loss is about 1 for every sample and
+    says little; watch ``tangent``, the norm of g before it is bounded.
+
+    Attributes:
+        setup: Teacher and settings.
+    """
+
+    setup: Setup
+    jumps = False
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        self._guided = guided_teacher(self.setup)
+        self._levels = training_levels(self.setup)
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing that the options do not say."""
+        return {}
+
+    def prepare(self, state: DistillState, seed: int) -> None:
+        """The learned weight, which starts at the prior alone."""
+        weight = LearnedUncertainty().to(self.setup.device)
+        state.extra["uncertainty"] = weight
+        state.optimisers["uncertainty"] = self.setup.adam(weight, self.setup.config.lr)
+
+    def warmth(self, step: int) -> float:
+        """rho: share of the tangent that is the consistency function's, from 0 to 1 in the warm-up."""
+        warmup = self.setup.consistency.tangent_warmup * self.setup.total_steps
+        return min(1.0, step / warmup) if warmup > 0 else 1.0
+
+    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+        """Adds the gradient to the student's parameters, and moves the learned weight."""
+        sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
+        draws = noised_draws(self.setup, state, batch, labels, sigma)
+        weight, optimiser = state.extra["uncertainty"], state.optimisers["uncertainty"]
+        set_rate(optimiser, self.setup.config.lr * factor(self.setup, state))
+        info = mean_backward(self.setup, draws, lambda part: self.loss(state, part))
+        clipped_step(optimiser, list(weight.parameters()), self.setup.config.grad_clip)
+        return info
+
+    def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
+        """The loss of each sample, (b,)."""
+        student, sigma_data = state.student.denoiser, self.setup.teacher.sigma_data
+        sigma, labels = draws["sigma"], draws.get("labels")
+        y = draws["x0"] + expand(sigma, draws["x0"]) * draws["noise"]
+        target = self._target(y, draws)
+        speed = trig_speed(sigma, sigma_data)
+        slope = expand(speed / sigma, y) * (y - target)
+        value, derivative = derivative_along(
+            student, y, sigma, slope, speed, labels, how=self.setup.consistency.tangent
+        )
+        tangent = trig_tangent(value, target, derivative, sigma, sigma_data, self.warmth(state.step))
+        wanted = bounded(tangent, self.setup.consistency.tangent_bound)
+        out = student(y, sigma, labels)
+        # F = (cos t x_t - D) / (sigma_data sin t): the change of F that the gradient sees.
+        change = expand(speed / (sigma_data * sigma), y) * (out.detach() - out)
+        error = (change - wanted).flatten(1).square().mean(dim=1)
+        # The prior weight sigma_data / sigma = 1 / tan t of the paper; the learned one starts at 1.
+        learned = state.extra["uncertainty"](sigma)
+        return balanced(error * sigma_data / sigma, learned), {"tangent": tangent.flatten(1).norm(dim=1)}
+
+    def _target(self, y: Tensor, draws: Draws) -> Tensor:
+        """The denoiser of the flow that is followed; from data it is the clean sample itself."""
+        if self.setup.consistency.consistency_from == "data":
+            return draws["x0"]
+        return teacher_says(self._guided, y, draws)
