@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import statistics
 import sys
@@ -22,9 +23,8 @@ from distmatch.training.devices import pick_device
 from distmatch.training.options import DistillOptions
 from distmatch.training.runs import Job
 
-_LEAST_STEPS = 10  # in a block, of which the median time counts
-_BLOCKS = 3
-_ENOUGH_SECONDS = 4.0  # slow methods are not timed for longer than this, but for one block
+_LEAST_STEPS = 5  # in a block
+_MOMENTS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of the run: some methods do other things first than later
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,23 @@ def measure_cost(job: Job, batch: int) -> Cost:
     period = config.critic_steps if method.critic else 1
     block = period * -(-_LEAST_STEPS // period)  # whole periods: a step that moves the student costs more
     device = pick_device(options.run.device)
-    if method.critic:  # the steps in which only the critic learns are cheaper, and few
-        job.state.step = period * -(-config.warmup_steps // period)
-    with count_passes(job.networks) as passes:
-        _advance(job, block, device)
-    seconds: list[float] = []
-    while len(seconds) < _BLOCKS and (not seconds or sum(seconds) < _ENOUGH_SECONDS):
+    passes, seconds = Passes(Counter(), Counter()), 0.0
+    _advance(job, 1, device)  # what is made once, at the first step, is no part of a step
+    for moment in _MOMENTS:
+        job.state.step = period * int(moment * options.run.steps / period)
+        with count_passes(job.networks, passes):
+            _advance(job, block, device)
         began = time.perf_counter()
         _advance(job, block, device)
-        seconds.append(time.perf_counter() - began)
+        seconds += time.perf_counter() - began
+    steps = block * len(_MOMENTS)
     parameters = job.parameters()
-    forward = {name: passes.forward[name] / (batch * block) for name in parameters}
-    backward = {name: passes.backward[name] / (batch * block) for name in parameters}
+    forward = {name: passes.forward[name] / (batch * steps) for name in parameters}
+    backward = {name: passes.backward[name] / (batch * steps) for name in parameters}
     unit = max(parameters["student"], 1)
     trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
     return Cost(
-        seconds=statistics.median(seconds) / block,
+        seconds=seconds / steps,
         calls=sum((forward[k] + backward[k]) * min(1.0, parameters[k] / unit) for k in parameters),
         forward=forward,
         backward=backward,
@@ -109,7 +110,7 @@ class Passes:
 
 
 @contextmanager
-def count_passes(networks: dict[str, nn.Module]) -> Iterator[Passes]:
+def count_passes(networks: dict[str, nn.Module], passes: Passes) -> Iterator[None]:
     """Counts the samples that pass through networks, whichever of their methods is called.
 
     The layers are what is watched: a network may be entered through `forward` or for its features. What
@@ -118,11 +119,8 @@ def count_passes(networks: dict[str, nn.Module]) -> Iterator[Passes]:
 
     Args:
         networks: By name.
-
-    Yields:
-        The counts; complete when the block has ended.
+        passes: What is counted is added to it when the block has ended.
     """
-    passes = Passes(Counter(), Counter())
     counts: dict[str, list[Counter[str]]] = {name: [] for name in networks}
     seen: set[int] = set()
     handles = []
@@ -135,13 +133,13 @@ def count_passes(networks: dict[str, nn.Module]) -> Iterator[Passes]:
             counts[name].append(own)
             handles.append(layer.register_forward_hook(_Watch(own)))
     try:
-        yield passes
+        yield
     finally:
         for handle in handles:
             handle.remove()
         for name, layers in counts.items():
             for kind, total in (("forward", passes.forward), ("backward", passes.backward)):
-                total[name] = round(statistics.median(own[kind] for own in layers)) if layers else 0
+                total[name] += round(statistics.median(own[kind] for own in layers)) if layers else 0
 
 
 class _Watch:
@@ -166,8 +164,8 @@ class PeakMemory:
     """The most memory that something took, from its start on, above what the process held before.
 
     On an accelerator this is what tensors took. On Linux it is the peak of the resident set, which the kernel
-    sets back on request; elsewhere the peak of one part of a process is not known. The resident set holds
-    what earlier runs left to the allocator, so that small figures are rough.
+    sets back on request; elsewhere the peak of one part of a process is not known. The resident set also holds
+    what the allocator keeps of earlier runs, so that small figures are rough.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -191,8 +189,11 @@ class PeakMemory:
 
 
 def _reset_peak() -> bool:
+    """Gives back what the allocator keeps of earlier runs, and starts a new peak."""
     if sys.platform != "linux":
         return False
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
         return True
