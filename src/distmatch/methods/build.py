@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from distmatch.base.errors import UserError
 from distmatch.methods.consistency.build import build_consistency
+from distmatch.methods.consistency.direct import Direct, guided_teacher
+from distmatch.methods.kernel.imm import InductiveMatching
+from distmatch.methods.kernel.mmd import ChainMMD
 from distmatch.methods.matching.backtrack import Backtracking
 from distmatch.methods.matching.fisher_objectives import SIM, SiD, UniInstruct
 from distmatch.methods.matching.loop import Matching
+from distmatch.methods.matching.moments import MomentMatching
 from distmatch.methods.matching.pairs import PairRegression
 from distmatch.methods.matching.score import ScoreDifference
 from distmatch.methods.matching.view import Objective
 from distmatch.methods.setup import Distiller, Setup
+from distmatch.methods.transport.dpm_ot import Transport
 
 
 def build_method(setup: Setup) -> Distiller:
@@ -18,14 +24,27 @@ def build_method(setup: Setup) -> Distiller:
     Raises:
         UserError: Teacher, method and settings do not go together.
     """
-    if setup.method.family == "consistency":
-        return build_consistency(setup)
-    return _matching(setup)
+    match setup.method.family:
+        case "consistency":
+            return build_consistency(setup)
+        case "kernel":
+            return Direct(setup, ChainMMD(setup) if setup.method.name == "mmd" else InductiveMatching(setup))
+        case "transport":
+            return Transport(setup)
+        case _:
+            return _matching(setup)
 
 
 def _matching(setup: Setup) -> Distiller:
     terms = (PairRegression(setup),) if setup.method.name == "dmd" else ()
-    base = Matching(setup, _objective(setup), terms)
+    moments = setup.method.name == "moment-matching"
+    base = Matching(setup, _objective(setup), terms, chain="posterior" if moments else "renoise")
+    if moments and setup.matching.backtrack:
+        raise UserError(
+            "moment-matching draws its fake score to the teacher and cannot follow recorded ones",
+            got=f"--backtrack {setup.matching.backtrack}",
+            fix="leave it out, or take diff-instruct",
+        )
     return Backtracking(base) if setup.matching.backtrack else base
 
 
@@ -38,5 +57,7 @@ def _objective(setup: Setup) -> Objective:
             return SIM(own.sim_distance, own.sim_c, scaling)
         case "uni-instruct":
             return UniInstruct(setup.divergence, own.ratio_gradient, own.ratio_warmup, scaling)
+        case "moment-matching":
+            return MomentMatching(guided_teacher(setup), scaling)
         case _:
             return ScoreDifference(setup.divergence if setup.method.weighted else None, scaling)

@@ -1,0 +1,178 @@
+r"""Inductive moment matching: a jump t -> s is compared with a jump r -> s from a little below, by a kernel.
+
+Zhou et al. 2025, arXiv 2503.07565. From data, one network of two noise levels, no critic and no teacher. M
+samples, the particles, share the levels s <= r < t. Their jumps from t are drawn to their jumps from r, which
+are held fixed, by the MMD^2 of a Laplace kernel among the particles. With one particle and a quadratic kernel
+that is consistency training.
+
+In this frame the interpolant of DDIM from y at level t to level s, at prediction g, is
+(s / t) y + (1 - s / t) g: what :meth:`~distmatch.nets.edm.EDMDenoiser.jump` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import expand
+from distmatch.methods.consistency.direct import Draws, mean_backward
+from distmatch.methods.setup import Info, Setup
+from distmatch.methods.state import DistillState
+
+Profile = Callable[[Tensor], Tensor]
+"""A kernel as a function of the square distance."""
+
+
+def laplace(squares: Tensor) -> Tensor:
+    """The kernel exp(-d) of square distances d^2, its gradient finite where they are 0."""
+    return (-squares.clamp_min(1e-16).sqrt()).exp()
+
+
+def quadratic(squares: Tensor) -> Tensor:
+    """The kernel -d^2 / 2, whose MMD^2 is the square distance of the means."""
+    return -squares / 2
+
+
+def group_statistic(x: Tensor, y: Tensor, profile: Profile, same: Tensor | None = None) -> Tensor:
+    """The biased MMD^2 of groups of particles: all pairs, those of a particle with itself included.
+
+    Args:
+        x: Groups (G, M, d).
+        y: Groups (G, M, d).
+        profile: The kernel.
+        same: Which pairs count, (G, M, M), those of equal labels; None is all.
+
+    Returns:
+        (G,).
+    """
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        # By differences, not by inner products: x and y lie close to each other.
+        values = profile((a[:, :, None] - b[:, None]).square().sum(-1))
+        return (values if same is None else values * same).mean((1, 2))
+
+    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
+
+
+def lower_level(t: Tensor, s: Tensor, low: float, high: float, halvings: int) -> Tensor:
+    """The level r in [s, t] from which the target jumps: 2^-halvings of the range of levels below t."""
+    return torch.maximum(s, t - (high - low) * 0.5**halvings)
+
+
+def time_weight(time: Tensor, offset: float) -> Tensor:
+    """The weight of a group at time tau of the straight path, where sigma / sigma_data = tau / (1 - tau).
+
+    Half of sigmoid(b - lambda) times -dlambda/dtau = 2 / (tau (1 - tau)), the fall of the log signal-to-noise
+    ratio lambda = 2 log((1 - tau) / tau), times (1 - tau) / ((1 - tau)^2 + tau^2).
+
+    Args:
+        time: tau in (0, 1), (B,).
+        offset: b.
+    """
+    log_snr = 2 * torch.log((1 - time) / time)
+    fall = 1 / (time * (1 - time))
+    return torch.sigmoid(offset - log_snr) * fall * (1 - time) / ((1 - time) ** 2 + time**2)
+
+
+def output_scale(t: Tensor, s: Tensor, sigma_data: float) -> Tensor:
+    """How far a unit of the network's output moves a jump from level t to s; the kernel's unit of length.
+
+    With D = c_skip y + c_out F it is (1 - s / t) c_out(t) = (t - s) sigma_data / sqrt(t^2 + sigma_data^2).
+    """
+    return (t - s) * sigma_data * (t**2 + sigma_data**2).rsqrt()
+
+
+@dataclass
+class InductiveMatching:
+    """The loss of inductive moment matching.
+
+    Attributes:
+        setup: Teacher, whose network the student starts from, and settings.
+    """
+
+    setup: Setup
+    needs_data = True
+    jumps = True
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing that the options do not say."""
+        return {}
+
+    def prepare(self, state: DistillState, seed: int) -> None:
+        """Nothing beside the student is needed."""
+
+    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+        """Adds the gradient to the student's parameters."""
+        return mean_backward(self.setup, self.draw(state, batch, labels), lambda part: self.loss(state, part))
+
+    def draw(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Draws:
+        """Groups of samples with their noise and levels: tensors whose rows are groups.
+
+        Samples of the same class share a group as far as they can, since only those are compared.
+
+        Raises:
+            UserError: The batch is smaller than a group.
+        """
+        setup, own, gen = self.setup, self.setup.kernel, state.generator
+        particles = own.imm_particles
+        count = len(batch.x) // particles
+        if count == 0:
+            raise UserError(
+                "a batch must hold a group of imm",
+                got=f"{len(batch.x)} samples",
+                expected=f"--imm-particles {particles} or more",
+                fix="raise --batch or lower --imm-particles",
+            )
+        x0 = batch.x
+        if labels is not None:
+            order = labels.argsort(stable=True)
+            x0, labels = x0[order], labels[order]
+        x0 = x0[: count * particles].unflatten(0, (count, particles))
+        noise = torch.randn(x0.shape, generator=gen, device=x0.device, dtype=x0.dtype)
+        sigma_data, high = setup.teacher.sigma_data, setup.first_level
+        ends = [level / (level + sigma_data) for level in (setup.teacher.sigma_min, high)]
+        share = torch.rand(2, count, generator=gen, device=x0.device, dtype=x0.dtype)
+        time = ends[0] + (ends[1] - ends[0]) * share[0]
+        # Neither to where it starts, where the unit of length is 0, nor to level 0, from where none starts.
+        target = time * share[1].clamp(1e-6, 0.999)
+        t, s = (sigma_data * u / (1 - u) for u in (time, target))
+        r = lower_level(t, s, setup.teacher.sigma_min, high, own.imm_halvings)
+        draws = {"x0": x0, "noise": noise, "t": t, "s": s, "r": r, "time": time}
+        if labels is not None:
+            draws["labels"] = labels[: count * particles].unflatten(0, (count, particles))
+        return draws
+
+    def loss(self, state: DistillState, draws: Draws, profile: Profile = laplace) -> tuple[Tensor, Info]:
+        """The loss of each group, (g,).
+
+        Args:
+            state: The student.
+            draws: From :meth:`draw`, or a part of it.
+            profile: The kernel of square distances in units of its length.
+        """
+        x0, noise, labels = draws["x0"], draws["noise"], draws.get("labels")
+        network: Any = state.student.denoiser
+        groups = x0.shape[:2]
+
+        def jumped(level: Tensor) -> Tensor:
+            """The particles after their jump from ``level`` (g,) to s, (g, M, d)."""
+            y = (x0 + expand(level, x0) * noise).flatten(0, 1)
+            start, end = (v.repeat_interleave(groups[1]) for v in (level, draws["s"]))
+            classes = None if labels is None else labels.flatten()
+            moved: Tensor = network.jump(y, start, end, classes)
+            return moved.reshape(*groups, -1)
+
+        with torch.no_grad():
+            fixed = jumped(draws["r"])
+        moved = jumped(draws["t"])
+        unit = output_scale(draws["t"], draws["s"], self.setup.teacher.sigma_data)
+        length = expand(unit * moved.shape[-1], moved) if profile is laplace else 1.0
+        same = None if labels is None else labels[:, :, None] == labels[:, None]
+        statistic = group_statistic(moved / length, fixed / length, profile, same)
+        return time_weight(draws["time"], self.setup.kernel.imm_offset) * statistic, {}

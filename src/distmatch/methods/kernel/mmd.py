@@ -1,0 +1,199 @@
+r"""MMD finetuning: a sampling chain is trained end to end by a two-sample statistic (MMD-DDM).
+
+Aiello et al. 2023, arXiv 2301.07969. The deterministic chain of the student's own calls is run whole and its
+samples are compared with real ones by the unbiased MMD^2 of some features. There is no critic, and no teacher
+beyond the features. The statistic couples all samples of a batch, so a batch in parts is run twice: once to
+know the gradient at every feature, and once more, part by part, to take it to the parameters. That is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distmatch.base.errors import UserError
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser
+from distmatch.diffusion.paths import noise_path
+from distmatch.discrepancies.chunks import in_chunks
+from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
+from distmatch.methods.kernel.config import KernelConfig
+from distmatch.methods.setup import Info, Setup, part_of
+from distmatch.methods.state import DistillState
+from distmatch.methods.student import student_levels
+
+
+def chain_levels(calls: int, sigma: float, spacing: str) -> tuple[float, ...]:
+    """Noise levels of a chain of ``calls`` calls from ``sigma`` down.
+
+    Args:
+        calls: Network calls.
+        sigma: The first level.
+        spacing: ``karras``, or ``uniform`` or ``quadratic``: shares k / calls, or their squares, of the time
+            of the VP path, which are the sub-sequences of DDIM.
+    """
+    if spacing == "karras":
+        return student_levels(calls, sigma)
+    path = noise_path("vp")
+    share = torch.arange(calls, 0, -1, dtype=torch.float64) / calls
+    levels = path.rho(path.t_of_rho(sigma) * share ** (2 if spacing == "quadratic" else 1))
+    levels[0] = sigma
+    return tuple(round(v, 6) for v in levels.tolist())
+
+
+def unbiased_mmd(x: Tensor, y: Tensor, kernel: Kernel, labels: Tensor | None = None) -> Tensor:
+    """The unbiased MMD^2 of two samples of the same number, in float64, without waiting for the device.
+
+    With labels it is that of the joint laws of sample and label under the product kernel
+    k(x, x') [label = label'], both samples having the same labels. Sample i of one is then tied by its label
+    to sample i of the other, and those pairs are left out across the samples too.
+
+    Args:
+        x: (n, d), n >= 2.
+        y: (n, d).
+        kernel: Of the samples.
+        labels: (n,), or None.
+
+    Returns:
+        (), negative at times. Differentiable in bounded memory.
+    """
+    n = len(x)
+    a, b = kernel.scaled(x.double()), kernel.scaled(y.double())
+    index = torch.arange(n, device=x.device)
+
+    def mean(left: Tensor, right: Tensor, apart: bool) -> Tensor:
+        def rows(low: int, high: int, left: Tensor, right: Tensor) -> Tensor:
+            block = kernel.of_scaled(left[low:high], right)
+            if apart:
+                block = block * (index[low:high, None] != index)
+            if labels is not None:
+                block = block * (labels[low:high, None] == labels)
+            return block.sum(1)
+
+        return in_chunks(rows, left, right).sum() / (n * (n - 1) if apart else n**2)
+
+    return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, labels is not None)
+
+
+def feature_kernel(config: KernelConfig, of_network: bool, width: int) -> Kernel:
+    """The kernel of a choice, on features of unit spread.
+
+    Args:
+        config: The settings.
+        of_network: Whether the features are those of a network.
+        width: Their number.
+    """
+    name = config.mmd_kernel
+    if name == "auto":
+        name = "cubic" if of_network else "energy"
+    if name == "rbf":
+        return gaussian(config.mmd_bandwidth * width**0.5)
+    return energy() if name == "energy" else polynomial(3 if name == "cubic" else 1)
+
+
+@dataclass
+class ChainMMD:
+    """The loss of MMD finetuning: the MMD^2 between the samples of a whole chain and real ones.
+
+    Attributes:
+        setup: Teacher and settings.
+    """
+
+    setup: Setup
+    needs_data = True
+    jumps = False
+
+    def __post_init__(self) -> None:
+        chosen, teacher = self.setup.kernel.mmd_features, self.setup.teacher
+        lends = isinstance(teacher, FeatureDenoiser)
+        if chosen == "teacher" and not lends:
+            raise UserError(
+                "this teacher lends no features",
+                got=type(teacher).__name__,
+                expected="a denoiser with with_features",
+                fix="use --mmd-features samples",
+            )
+        self.of_network = lends and (chosen == "teacher" or (chosen == "auto" and len(teacher.shape) > 1))
+
+    def notes(self) -> dict[str, Any]:
+        """What is compared, and by which kernel."""
+        name = feature_kernel(self.setup.kernel, self.of_network, 1).name
+        return {"mmd_features": "teacher" if self.of_network else "samples", "mmd_kernel": name}
+
+    def prepare(self, state: DistillState, seed: int) -> None:
+        """The student's calls become a chain of DDIM, which has one noise and can be followed backwards."""
+        setup = self.setup
+        state.student.chain = "ddim"
+        state.student.levels = chain_levels(setup.config.calls, setup.first_level, setup.kernel.mmd_spacing)
+
+    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+        """Adds the gradient to the student's parameters."""
+        setup, n = self.setup, len(batch.x)
+        slices = setup.parts(n)
+        whole = len(slices) == 1
+        noise = torch.randn(
+            batch.x.shape, generator=state.generator, device=batch.x.device, dtype=batch.x.dtype
+        )
+        with torch.no_grad():
+            real = _joined([self._raw(batch.x[p], part_of(labels, p)) for p in slices])
+            if self.of_network and "feature_mean" not in state.memory:
+                spread = real.std(0)
+                state.memory["feature_mean"] = real.mean(0)
+                # Activations that hardly vary must not be blown up to unit spread.
+                state.memory["feature_spread"] = spread.clamp_min(1e-3 * spread.square().mean().sqrt())
+            real = self._scaled(state, real)
+        with torch.set_grad_enabled(whole):
+            made = _joined([self.made(state, noise[p], part_of(labels, p)) for p in slices])
+        leaf = made.detach().requires_grad_()
+        kernel = feature_kernel(setup.kernel, self.of_network, leaf.shape[1])
+        loss = unbiased_mmd(leaf, real, kernel, labels)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        if whole:
+            made.backward(gradient)
+        else:
+            for p in slices:
+                self.made(state, noise[p], part_of(labels, p)).backward(gradient[p])
+        return {"loss": loss.detach()}
+
+    def made(self, state: DistillState, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Features (b, F) of the chain's samples from unit noise (b, *shape), with their graph."""
+        student = state.student
+
+        def call(x: Tensor, index: int) -> Tensor:
+            if not (self.setup.kernel.mmd_checkpoint and torch.is_grad_enabled()):
+                return student.call(x, index, labels)
+            again: Tensor = checkpoint(student.call, x, index, labels, use_reentrant=False)
+            return again
+
+        with self.setup.autocast():
+            x = student.start(noise)
+            x0 = call(x, 0)
+            for index in range(1, student.nfe):
+                x = student.advance(x, x0, noise, index)  # of DDIM: the noise does not enter again
+                x0 = call(x, index)
+        return self._scaled(state, self._raw(x0, labels))
+
+    def _raw(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """What is compared of samples (b, *shape), before it is scaled, (b, F)."""
+        teacher: Denoiser = self.setup.teacher
+        if not (self.of_network and isinstance(teacher, FeatureDenoiser)):
+            return x.flatten(1)
+        sigma = torch.full((len(x),), self.setup.kernel.mmd_feature_sigma, device=x.device, dtype=x.dtype)
+        with self.setup.autocast():
+            _, layers = teacher.with_features(x, sigma, labels)
+        pooled = [layer.flatten(2).mean(2) if layer.ndim > 2 else layer for layer in layers]
+        return torch.cat([layer.to(x.dtype) for layer in pooled], 1)
+
+    def _scaled(self, state: DistillState, values: Tensor) -> Tensor:
+        """Features of about unit spread: that of the first real batch, or of the data."""
+        if not self.of_network:
+            return values / self.setup.teacher.sigma_data
+        return (values - state.memory["feature_mean"]) / state.memory["feature_spread"]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,149 @@
+"""DPM-OT: an optimal map takes the place of the first part of the teacher's chain.
+
+Li et al. 2023, arXiv 2307.11308. The teacher is run from noise down to a level, and what comes out is stored.
+Gaussian noise, the same that is used for sampling, is then mapped to these latents by the semi-discrete
+optimal map, whose heights are all that is trained. Samples start at the latent of their noise and take the
+last calls of the teacher's own network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.base.progress import progress
+from distmatch.base.seeds import generator, stream_seed
+from distmatch.data.batches import Batch
+from distmatch.diffusion.denoiser import require_score
+from distmatch.diffusion.noise import Karras
+from distmatch.diffusion.solvers import grid, sample_teacher
+from distmatch.methods.setup import Info, Setup
+from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
+from distmatch.methods.state import DistillState
+from distmatch.methods.student import Student, student_levels
+from distmatch.methods.transport.semi_discrete import BrenierMap
+from distmatch.methods.transport.student import TransportStudent
+from distmatch.nets.ema import EMA, ema_decay
+from distmatch.nets.optim import clipped_step, rate, set_rate
+
+
+@dataclass
+class Transport:
+    """The method: ``state = init(...)``, then ``info = step(state, batch)``.
+
+    The map is kept in ``state.extra``, and ``state.average`` holds its moving average: the network is the
+    teacher's and does not change.
+
+    Attributes:
+        setup: Teacher, method and settings.
+    """
+
+    setup: Setup
+    needs_data = False
+
+    def __post_init__(self) -> None:
+        teacher, first = self.setup.teacher, self.setup.first_level
+        require_score(teacher, "a draw from the posterior between two levels")
+        if not teacher.sigma_min < first < teacher.sigma_max:
+            raise UserError(
+                "the level of the stored latents must lie inside of the teacher's levels",
+                got=f"--student-sigma {first:g}",
+                expected=f"above {teacher.sigma_min:g} and below {teacher.sigma_max:g}",
+                fix="the last calls of the teacher start there; 1 is a usual value",
+            )
+
+    def init(self, seed: int, draw: Draw | None = None) -> DistillState:
+        """The state before the first step; the latents are made at that step, and kept in checkpoints."""
+        setup, cfg, own = self.setup, self.setup.config, self.setup.transport
+        network = starting_network(setup.teacher, setup.net, seed, setup.device)
+        if draw is not None and not has_network(setup.teacher):
+            seen = Karras(setup.teacher.sigma_min, setup.first_level)
+            fit_to_teacher(network, setup.teacher, draw, seen, cfg.fit_steps, seed)
+        network.requires_grad_(False)
+        groups = max(setup.teacher.num_classes, 1)
+        transport = BrenierMap(torch.zeros(groups, own.bank, *setup.teacher.shape, device=setup.device))
+        levels = student_levels(cfg.calls, setup.first_level)
+        return DistillState(
+            student=TransportStudent(network, levels, transport),
+            average=EMA(transport),
+            optimisers={"transport": setup.adam(transport, cfg.lr)},
+            generator=generator(seed, "distill", setup.device),
+            ratio_generator=generator(seed, "distill/ratio", setup.device),
+            extra={"transport": transport},
+        )
+
+    def step(self, state: DistillState, batch: Batch) -> Info:
+        """One step of Adam on the heights. Nothing of the batch is read."""
+        setup, cfg, own = self.setup, self.setup.config, self.setup.transport
+        transport = _map(state)
+        if state.step == 0:
+            transport.targets.copy_(self.bank(state))
+            transport.restart()
+        done = min(state.step / max(setup.total_steps, 1), 1.0)
+        draws = own.cell_draws * own.bank * 2 ** int(done * (own.doublings + 1) * (1 - 1e-9))
+        set_rate(
+            state.optimisers["transport"],
+            cfg.lr * rate(state.step, setup.total_steps, cfg.lr_rampup, cfg.lr_decay),
+        )
+        energy = transport.descend(self._noise(state, draws))
+        if transport.heights.grad is None:
+            raise RuntimeError("the heights have no gradient")
+        shares = transport.heights.grad + 1 / own.bank
+        info = {"loss": energy, "empty_cells": (shares <= 0).float().mean()}
+        info["grad_norm_student"] = clipped_step(
+            state.optimisers["transport"], [transport.heights], cfg.grad_clip
+        )
+        transport.recentre()
+        state.updates += 1
+        state.average.update(transport, ema_decay(state.updates, half_life=cfg.ema_half_life))
+        state.step += 1
+        return info
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing that the options do not say."""
+        return {}
+
+    def result(self, state: DistillState, info: dict[str, Any]) -> Student:
+        """The student on the averaged heights, once it is known which seams may be smoothed."""
+        own = self.setup.transport
+        transport: Any = state.average.module
+        rejected = transport.find_angles(
+            self._noise(state, own.cell_draws * own.bank), own.blend, own.blend_angle
+        )
+        said = {"bank": own.bank, "rejected_seams": round(float(rejected), 4)}
+        return TransportStudent(state.student.denoiser, state.student.levels, transport, {**info, **said})
+
+    def _noise(self, state: DistillState, draws: int) -> Tensor:
+        """Noise for each class, (G, draws, d)."""
+        groups = max(self.setup.teacher.num_classes, 1)
+        size = torch.Size(self.setup.teacher.shape).numel()
+        return torch.randn(groups, draws, size, generator=state.generator, device=self.setup.device)
+
+    def bank(self, state: DistillState) -> Tensor:
+        """Latents of the teacher at the student's first level, (G, N, *shape)."""
+        setup, teacher, own = self.setup, self.setup.teacher, self.setup.transport
+        groups = max(teacher.num_classes, 1)
+        labels = torch.arange(groups).repeat_interleave(own.bank) if teacher.num_classes else None
+        with progress(groups * own.bank, desc="latents of the teacher", delay=5.0) as bar, torch.no_grad():
+            found = sample_teacher(
+                teacher,
+                groups * own.bank,
+                grid=grid("karras", own.bank_steps, setup.first_level, teacher.sigma_max, to_zero=False),
+                labels=labels,
+                # Not the stream of evaluation, whose teacher samples these latents would otherwise lead to.
+                seed=stream_seed(state.generator.initial_seed(), "bank"),
+                device=setup.device,
+                on_batch=bar.update,
+            )
+        return found.reshape(groups, own.bank, *teacher.shape).to(setup.device)
+
+
+def _map(state: DistillState) -> BrenierMap:
+    transport = state.extra["transport"]
+    if not isinstance(transport, BrenierMap):
+        raise RuntimeError("this state holds no map")
+    return transport
