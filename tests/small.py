@@ -14,12 +14,22 @@ from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence, divergence
 from distmatch.methods.build import build_method
 from distmatch.methods.config import DistillConfig
+from distmatch.methods.consistency.config import ConsistencyConfig
+from distmatch.methods.kernel.config import KernelConfig
 from distmatch.methods.matching.config import MatchingConfig
 from distmatch.methods.setup import Setup
 from distmatch.methods.table import find_method, resolve_method, with_defaults
+from distmatch.methods.transport.config import TransportConfig
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
+
+FAMILIES = {
+    "matching": MatchingConfig,
+    "consistency": ConsistencyConfig,
+    "kernel": KernelConfig,
+    "transport": TransportConfig,
+}
 
 PAIR = GaussianMixture([0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], [0.1, 0.2], [0, 1], sigma_max=20.0)
 """An exact teacher with two classes."""
@@ -44,11 +54,14 @@ def distiller(
     total_steps: int = 40,
     **settings: Any,
 ) -> Any:
-    """A method with quick settings; keywords are fields of the config or of the matching settings."""
+    """A method with quick settings; keywords are fields of the config or of a family's settings."""
     name = which.name if isinstance(which, Divergence) else which
-    config, matching = with_defaults(find_method(method), DistillConfig(), MatchingConfig())
-    own = {key: value for key, value in settings.items() if hasattr(matching, key)}
-    shared = {key: value for key, value in settings.items() if key not in own}
+    config, *families = with_defaults(
+        find_method(method), DistillConfig(), *(kind() for kind in FAMILIES.values())
+    )
+    own = [{key: value for key, value in settings.items() if hasattr(family, key)} for family in families]
+    groups = {key: replace(family, **mine) for key, family, mine in zip(FAMILIES, families, own, strict=True)}
+    shared = {key: value for key, value in settings.items() if not any(key in mine for mine in own)}
     config = replace(config, **{"critic_steps": 2, "lr_rampup": 0, "fit_steps": 20, **shared})
     chosen, name, config = resolve_method(method, name, config)
     return build_method(
@@ -60,7 +73,7 @@ def distiller(
             total_steps=total_steps,
             device=torch.device("cpu"),
             net=MLPConfig(width=16, depth=2),
-            matching=replace(matching, **own),
+            **groups,
         )
     )
 
