@@ -8,6 +8,7 @@ last calls of the teacher's own network.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,13 +84,13 @@ class Transport:
         if state.step == 0:
             transport.targets.copy_(self.bank(state))
             transport.restart()
-        done = min(state.step / max(setup.total_steps, 1), 1.0)
-        draws = own.cell_draws * own.bank * 2 ** int(done * (own.doublings + 1) * (1 - 1e-9))
+        doubled = min(own.doublings, state.step * (own.doublings + 1) // setup.total_steps)
+        draws = own.cell_draws * own.bank * 2**doubled
         set_rate(
             state.optimisers["transport"],
             cfg.lr * rate(state.step, setup.total_steps, cfg.lr_rampup, cfg.lr_decay),
         )
-        energy = transport.descend(self._noise(state, draws))
+        energy = transport.descend(self._noise(draws, state.generator))
         if transport.heights.grad is None:
             raise RuntimeError("the heights have no gradient")
         shares = transport.heights.grad + 1 / own.bank
@@ -110,18 +111,19 @@ class Transport:
     def result(self, state: DistillState, info: dict[str, Any]) -> Student:
         """The student on the averaged heights, once it is known which seams may be smoothed."""
         own = self.setup.transport
-        transport: Any = state.average.module
+        transport: Any = copy.deepcopy(state.average.module)
+        gen = generator(state.generator.initial_seed(), "seams", self.setup.device)
         rejected = transport.find_angles(
-            self._noise(state, own.cell_draws * own.bank), own.blend, own.blend_angle
+            self._noise(own.cell_draws * own.bank, gen), own.blend, own.blend_angle
         )
         said = {"bank": own.bank, "rejected_seams": round(float(rejected), 4)}
         return TransportStudent(state.student.denoiser, state.student.levels, transport, {**info, **said})
 
-    def _noise(self, state: DistillState, draws: int) -> Tensor:
+    def _noise(self, draws: int, gen: torch.Generator) -> Tensor:
         """Noise for each class, (G, draws, d)."""
         groups = max(self.setup.teacher.num_classes, 1)
         size = torch.Size(self.setup.teacher.shape).numel()
-        return torch.randn(groups, draws, size, generator=state.generator, device=self.setup.device)
+        return torch.randn(groups, draws, size, generator=gen, device=self.setup.device)
 
     def bank(self, state: DistillState) -> Tensor:
         """Latents of the teacher at the student's first level, (G, N, *shape)."""
