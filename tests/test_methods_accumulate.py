@@ -28,6 +28,9 @@ CASES = [
     {"which": "kl", "ratio_features": "own", "gan_weight": 0.0},
     {"method": "diff-instruct"},
     {"which": "js", "calls": 3, "ratio_features": "own", "gan_weight": 0.5},
+    {"method": "sida", "gan_weight": 0.5},
+    {"method": "sim"},
+    {"method": "uni-instruct", "which": "js", "ratio_warmup": 2, "gan_weight": 0.5},
 ]
 
 

@@ -18,7 +18,7 @@ class MatchingConfig:
     it (1, then 0.5) where training is unstable."""
     sim_distance: Literal["huber", "squared", "absolute"] = "huber"
     """SIM's distance between scores: pseudo-Huber, squared (SiD with alpha 1), or absolute by element."""
-    sim_c: float = 0.1
+    sim_c: float = 0.3
     """Where SIM's distance turns from quadratic to linear, as a share of the typical denoising error."""
     ratio_gradient: Literal["discriminator", "scores", "none"] = "discriminator"
     """Where Uni-Instruct takes the gradient of log r from: the discriminator, the difference of the scores,
@@ -47,7 +47,7 @@ class MatchingConfig:
         if not 0 <= self.sid_alpha < math.inf:
             raise UserError("--sid-alpha must not be negative", got=self.sid_alpha, expected="0.5 to 1.2")
         if not 0 < self.sim_c < math.inf:
-            raise UserError("--sim-c must be positive", got=self.sim_c, expected="for example 0.1")
+            raise UserError("--sim-c must be positive", got=self.sim_c, expected="for example 0.3")
         for name in ("pairs", "pair_steps", "pair_weight", "pair_c"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be positive", got=getattr(self, name))

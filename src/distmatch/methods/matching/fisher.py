@@ -102,7 +102,7 @@ def sim_loss(
     sigma: Tensor,
     *,
     distance: Distance = "huber",
-    c: float = 0.1,
+    c: float = 0.3,
     scaling: Scaling = "dmd2",
 ) -> Tensor:
     """SIM's loss of the student, d'(w Delta) . w (D_q - x0) (arXiv 2410.16794, theorem 1).

@@ -5,7 +5,7 @@ All three differentiate teacher and fake score by their input, which costs a bac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,15 +24,34 @@ from distmatch.methods.matching.objectives import denoising_critic, require_weig
 from distmatch.methods.matching.view import CriticView, View
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
-from distmatch.ratio.normaliser import RatioNormaliser, effective_sample_size
+from distmatch.ratio.normaliser import effective_sample_size
 
 RatioGradient = Literal["discriminator", "scores", "none"]
 
 
 class _ThroughInputs:
-    """What the family shares."""
+    """What the family shares: how a loss becomes a gradient, and the loss of the fake score."""
 
     through_inputs = True
+    scaling: Scaling
+
+    def loss(self, view: View, state: DistillState) -> Tensor:
+        """The loss of each sample, (B,), as a function of the tensors in a view."""
+        raise NotImplementedError
+
+    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
+        """The gradient of the loss by the samples, through all networks, and what to log of it.
+
+        The loss itself measures no progress: its mean is zero for SIM and forward KL and negative for SiD
+        with alpha > 1. ``score_gap``, the weighted |D_p - D_q|^2 of an element, does.
+        """
+        leaves = _leaves(view)
+        loss = self.loss(leaves, state)
+        loss.sum().backward()
+        gap = (leaves.teacher - leaves.fake).detach().float().square().flatten(1).mean(1)
+        gap = omega(leaves.teacher, leaves.x0, leaves.sigma, self.scaling) * gap
+        info = {"loss_student": loss.detach().sum() / leaves.x0.numel(), "score_gap": gap.mean()}
+        return _pulled_back(view, leaves), info
 
     def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
         """Denoising of the student's samples."""
@@ -52,10 +71,9 @@ class SiD(_ThroughInputs):
     scaling: Scaling = "dmd2"
     needs_ratio = False
 
-    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
-        """The gradient of :func:`~distmatch.methods.matching.fisher.sid_loss`."""
-        loss = sid_loss(view.teacher, view.fake, view.x0, view.sigma, alpha=self.alpha, scaling=self.scaling)
-        return _differentiated(loss, view, self.scaling)
+    def loss(self, view: View, state: DistillState) -> Tensor:
+        """As :func:`~distmatch.methods.matching.fisher.sid_loss`."""
+        return sid_loss(view.teacher, view.fake, view.x0, view.sigma, alpha=self.alpha, scaling=self.scaling)
 
 
 @dataclass(frozen=True)
@@ -69,22 +87,14 @@ class SIM(_ThroughInputs):
     """
 
     distance: Distance = "huber"
-    c: float = 0.1
+    c: float = 0.3
     scaling: Scaling = "dmd2"
     needs_ratio = False
 
-    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
-        """The gradient of :func:`~distmatch.methods.matching.fisher.sim_loss`."""
-        loss = sim_loss(
-            view.teacher,
-            view.fake,
-            view.x0,
-            view.sigma,
-            distance=self.distance,
-            c=self.c,
-            scaling=self.scaling,
-        )
-        return _differentiated(loss, view, self.scaling)
+    def loss(self, view: View, state: DistillState) -> Tensor:
+        """As :func:`~distmatch.methods.matching.fisher.sim_loss`."""
+        p, q, x0, sigma = view.teacher, view.fake, view.x0, view.sigma
+        return sim_loss(p, q, x0, sigma, distance=self.distance, c=self.c, scaling=self.scaling)
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,8 @@ class UniInstruct(_ThroughInputs):
         divergence: Whose h weights the terms.
         ratio_gradient: Where the gradient of log r in h(r) comes from. ``discriminator``: from its logit.
             ``scores``: it is s_p - s_q, which both networks know already. ``none``: a biased gradient.
-        warmup: Steps of the run before which the weights are those of r = 1 in SIM: the discriminator learns
-            first.
+        warmup: Steps of the run before which it is SIM with the squared distance, while the discriminator
+            learns.
         scaling: As for :func:`~distmatch.methods.matching.fisher.omega`.
     """
 
@@ -111,58 +121,66 @@ class UniInstruct(_ThroughInputs):
     def __post_init__(self) -> None:
         require_weight(self.divergence)
 
-    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
-        """The gradient of :func:`~distmatch.methods.matching.fisher.uni_instruct_loss`."""
-        normaliser = state.normaliser
-        if view.log_r is None or view.all_log_r is None or normaliser is None:
-            raise RuntimeError("Uni-Instruct was given no ratio")
+    def loss(self, view: View, state: DistillState) -> Tensor:
+        """As :func:`~distmatch.methods.matching.fisher.uni_instruct_loss`, or of SIM while it warms up."""
+        p, q, x0, sigma = view.teacher, view.fake, view.x0, view.sigma
         if state.step < self.warmup:
-            loss = sim_loss(
-                view.teacher, view.fake, view.x0, view.sigma, distance="squared", scaling=self.scaling
-            )
-            return _differentiated(loss, view, self.scaling)
-        weights = self.divergence.weight(view.all_log_r)
-        size = weights.mean().clamp_min(1e-12)
-        loss = uni_instruct_loss(
-            view.teacher,
-            view.fake,
-            view.x0,
-            view.x,
-            view.sigma,
-            self._log_r(view, normaliser),
-            self.divergence,
-            scaling=self.scaling,
-        )
-        gradient, info = _differentiated(loss / size, view, self.scaling)
-        normaliser.record(self.divergence.weight(view.log_r) / size, view.quantile)
-        return gradient, info | {"ess": effective_sample_size(weights)}
+            return sim_loss(p, q, x0, sigma, distance="squared", scaling=self.scaling)
+        log_r = self._log_r(view, state)
+        loss = uni_instruct_loss(p, q, x0, view.x, sigma, log_r, self.divergence, scaling=self.scaling)
+        return loss / self._mean_weight(view)
 
-    def _log_r(self, view: View, normaliser: RatioNormaliser) -> Tensor:
+    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
+        """The gradient, with what the ratio's running means take in."""
+        gradient, info = super().gradient(view, state)
+        if view.log_r is None or view.all_log_r is None or state.normaliser is None:
+            raise RuntimeError("Uni-Instruct was given no ratio")
+        weight = self.divergence.weight(view.log_r) / self._mean_weight(view)
+        state.normaliser.record(weight, view.quantile)
+        info["ess"] = effective_sample_size(self.divergence.weight(view.all_log_r))
+        return gradient, info
+
+    def _mean_weight(self, view: View) -> Tensor:
+        """The mean of h over the whole batch."""
+        if view.all_log_r is None:
+            raise RuntimeError("Uni-Instruct was given no ratio")
+        return self.divergence.weight(view.all_log_r).mean().clamp_min(1e-12)
+
+    def _log_r(self, view: View, state: DistillState) -> Tensor:
         """The normalised log ratio with the gradient that was asked for; zero where it is clipped."""
-        log_r = view.log_r
-        if log_r is None or view.logit is None:
+        log_r, logit, normaliser = view.log_r, view.logit, state.normaliser
+        if log_r is None or logit is None or normaliser is None:
             raise RuntimeError("Uni-Instruct was given no ratio")
         if self.ratio_gradient == "none":
             return log_r
+        free = (log_r.abs() < normaliser.config.clip) & (logit.detach().abs() < normaliser.RAW_LIMIT)
         if self.ratio_gradient == "discriminator":
-            free = (log_r.abs() < normaliser.config.clip) & (view.logit.detach().abs() < normaliser.RAW_LIMIT)
-            slope = (view.logit - view.logit.detach()).to(log_r.dtype)
+            slope = logit - logit.detach()
         else:
-            free = log_r.abs() < normaliser.config.clip
             push = (view.teacher - view.fake).detach().flatten(1) / view.sigma[:, None] ** 2
-            slope = (push * (view.x - view.x.detach()).flatten(1)).sum(1).to(log_r.dtype)
-        return log_r + torch.where(free, slope, torch.zeros_like(slope))
+            slope = (push * (view.x - view.x.detach()).flatten(1)).sum(1)
+        return log_r + torch.where(free, slope.to(log_r.dtype), 0.0)
 
 
-def _differentiated(loss: Tensor, view: View, scaling: Scaling) -> tuple[Tensor, Info]:
-    """The gradient of a loss (B,) by the samples, and what to log of it.
+def _leaves(view: View) -> View:
+    """The same tensors, each by itself."""
+    names = ("x0", "x", "teacher", "fake") if view.logit is None else ("x0", "x", "teacher", "fake", "logit")
+    return replace(view, **{name: getattr(view, name).detach().requires_grad_() for name in names})
 
-    The loss itself measures no progress: its mean is zero for SIM and forward KL and negative for SiD with
-    alpha > 1. ``score_gap``, the weighted |D_p - D_q|^2 of an element, does.
+
+def _pulled_back(view: View, leaves: View) -> Tensor:
+    """The gradient by ``x0`` from those by what hangs on it.
+
+    Teacher and fake score are gone through one after the other, not in one pass: where they are equal, their
+    parts then cancel to the last bit, and a student that has arrived stays.
     """
-    # The adversarial term may still go through the same pass.
-    (gradient,) = torch.autograd.grad(loss.sum(), view.x0, retain_graph=view.logit is not None)
-    with torch.no_grad():
-        square = (view.teacher - view.fake).float().square().flatten(1).mean(1)
-        gap = (omega(view.teacher, view.x0, view.sigma, scaling) * square).mean()
-    return gradient, {"loss_student": loss.detach().sum() / view.x0.numel(), "score_gap": gap}
+    shared = view.logit is not None  # the adversarial term may still need what the networks kept
+    outputs, slopes = [view.teacher], [leaves.teacher.grad]
+    if view.logit is not None and leaves.logit is not None and leaves.logit.grad is not None:
+        outputs, slopes = [*outputs, view.logit], [*slopes, leaves.logit.grad]
+    (total,) = torch.autograd.grad(outputs, view.x0, slopes, retain_graph=shared)
+    (other,) = torch.autograd.grad(view.fake, view.x0, leaves.fake.grad, retain_graph=shared)
+    total = total + other
+    for leaf in (leaves.x0, leaves.x):
+        total = total if leaf.grad is None else total + leaf.grad
+    return total
