@@ -1,7 +1,7 @@
 """Models with networks from elsewhere on disk, and one pair of functions for every kind of model.
 
-A saved model is a folder with ``model.safetensors`` and ``config.json``, as those of our own networks; one
-that works on latents has its autoencoder beside them, as diffusers writes it, in ``vae/``.
+A saved model is a folder with ``model.safetensors``, ``config.json`` and a model card, as those of our own
+networks; one that works on latents has its autoencoder beside them, as diffusers writes it, in ``vae/``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import (
     atomic_folder,
     atomic_json,
+    atomic_write,
     check_model_folder,
     load_into,
     load_tensors,
@@ -27,6 +28,7 @@ from distmatch.base.files import (
     save_tensors,
 )
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.interop.card import card_of
 from distmatch.interop.diffusers_net import MODELS, DiffusersNet
 from distmatch.interop.diffusers_schedule import SCHEDULERS
 from distmatch.interop.diffusers_teacher import (
@@ -47,7 +49,7 @@ from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.optional import import_diffusers
 from distmatch.nets.edm import EDMDenoiser
-from distmatch.nets.saved import load_model, save_model
+from distmatch.nets.saved import CARD, EXTRA_TENSORS, extra_tensors, load_model, save_model
 
 FORMAT = "distmatch-external-model"
 VERSION = 1
@@ -62,7 +64,11 @@ def is_external(denoiser: object) -> bool:
 
 
 def save_denoiser(
-    folder: str | os.PathLike[str], denoiser: nn.Module, extra: Mapping[str, Any] | None = None
+    folder: str | os.PathLike[str],
+    denoiser: nn.Module,
+    extra: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes any trainable denoiser so that a crash leaves the old model or the new one.
 
@@ -70,6 +76,8 @@ def save_denoiser(
         folder: The model folder; an earlier model in it is replaced.
         denoiser: A denoiser with a network of ours, of EDM, or of diffusers; a teacher or a student of it.
         extra: More values to keep, as JSON.
+        tensors: More tensors to keep, beside the network; they come back as ``tensors`` among the values.
+        metrics: The content of a run's ``metrics.json``, for the model card.
 
     Raises:
         UserError: The folder holds something else or cannot be written, or the denoiser cannot be saved.
@@ -77,18 +85,21 @@ def save_denoiser(
     if not is_external(denoiser):
         if not isinstance(denoiser, EDMDenoiser):
             raise UserError("a denoiser of this kind cannot be saved", got=type(denoiser).__name__)
-        save_model(folder, denoiser, extra)
+        save_model(folder, denoiser, extra, tensors, card_of(denoiser, extra or {}, metrics=metrics))
         return
     folder = Path(folder)
-    check_model_folder(folder, (_TENSORS, _CONFIG, _VAE))
+    check_model_folder(folder, (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD, _VAE))
     net, described = _described(denoiser)
     decoder = getattr(denoiser, "decoder", None)
     config = {"format": FORMAT, "version": VERSION, **described, "extra": dict(extra or {})}
     with atomic_folder(folder) as temporary:
         save_tensors(temporary / _TENSORS, net.state_dict())
+        if tensors is not None:
+            save_tensors(temporary / EXTRA_TENSORS, tensors)
         if isinstance(decoder, VAEDecoder):
             decoder.vae.save_pretrained(temporary / _VAE, safe_serialization=True)
             config["latents"] = decoder.to_dict()
+        atomic_write(temporary / CARD, card_of(denoiser, extra or {}, metrics=metrics))
         atomic_json(temporary / _CONFIG, config)
 
 
@@ -135,6 +146,7 @@ def convert_edm(
     folder: str | os.PathLike[str],
     *,
     vae: str | os.PathLike[str] | None = None,
+    license: str = "",
 ) -> Denoiser:
     """Turns a network pickle of EDM or EDM2 into a folder of safetensors.
 
@@ -142,6 +154,7 @@ def convert_edm(
         pickle: The ``.pkl``; nothing in it is run.
         folder: The model folder to write.
         vae: Folder of diffusers with the autoencoder that EDM2's latents are from, sd-vae-ft-mse.
+        license: The licence that the model card states; '' where it is not known.
 
     Returns:
         The denoiser that was written.
@@ -155,7 +168,9 @@ def convert_edm(
         if latents is None:
             raise UserError("this network works on pixels and needs no autoencoder", fix="leave out vae")
         teacher.decoder = _decoder(Path(vae), latents, teacher.shape)  # type: ignore[assignment]
-    save_denoiser(folder, teacher, {"kind": "teacher", "converted_from": Path(pickle).name, **info})
+    licence = {"license": license} if license else {}
+    about = {"kind": "teacher", "converted_from": Path(pickle).name, **info, **licence}
+    save_denoiser(folder, teacher, about)
     return teacher
 
 
@@ -224,7 +239,7 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
     load_into(target, tensors, str(folder / _TENSORS))
     if latents is not None:
         denoiser.decoder = _decoder(folder / _VAE, latents, denoiser.shape)
-    return denoiser.eval(), dict(config.get("extra") or {})
+    return denoiser.eval(), {**(config.get("extra") or {}), **extra_tensors(folder)}
 
 
 def _built(config: Mapping[str, Any], known: tuple[str, ...]) -> Any:

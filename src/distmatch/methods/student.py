@@ -94,9 +94,18 @@ class Student(nn.Module):
         """Network calls for a sample."""
         return len(self.levels)
 
-    def start(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The first input: unit noise scaled to the first level, whatever the labels."""
+    @property
+    def draws(self) -> int:
+        """Unit-noise tensors that a sample takes: one for each call."""
+        return self.nfe
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The first input: unit noise scaled to the first level."""
         return noise * self.levels[0]
+
+    def begin(self, noise: list[Tensor], labels: Tensor | None) -> Tensor:
+        """The input of the first call, from the unit noise of all of them."""
+        return self.start(noise[0])
 
     def call(self, x: Tensor, index: int, labels: Tensor | None = None) -> Tensor:
         """Network call number ``index`` (from 0) on an input at that level; returns clean samples."""
@@ -116,7 +125,7 @@ class Student(nn.Module):
 
     def forward(self, noise: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The whole chain from one unit-noise tensor for each call."""
-        x = self.start(noise[0], labels)
+        x = self.begin(noise, labels)
         x0 = self.call(x, 0, labels)
         for index in range(1, len(self.levels)):
             x = self.advance(x, x0, noise[index], index)
@@ -153,7 +162,7 @@ class Student(nn.Module):
         device = device_of(self)
         labels = checked_labels(labels, n, self.num_classes, seed)
         noise = [
-            latents(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}") for i in range(self.nfe)
+            latents(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}") for i in range(self.draws)
         ]
         out = []
         training = self.training
@@ -179,14 +188,34 @@ class Student(nn.Module):
             raise UserError("this student was distilled without data", fix="use its samples as they are")
         return Scaling.from_dict(scaling).export(x)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``model.safetensors`` and ``config.json`` to ``folder``, atomically."""
-        save_denoiser(folder, self.denoiser, self.description())
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        license: str = "",
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes ``model.safetensors``, ``config.json`` and a model card, ``README.md``, atomically.
+
+        Args:
+            folder: The model folder; an earlier model in it is replaced.
+            license: The licence that the model is given, such as ``"apache-2.0"``; it is kept with the model.
+            metrics: The content of a run's ``metrics.json``, for the card.
+
+        Raises:
+            UserError: The folder holds something else, or cannot be written.
+        """
+        about = {**self.description(), **({"license": license} if license else {})}
+        save_denoiser(folder, self.denoiser, about, self.tensors(), metrics)
 
     def description(self) -> dict[str, Any]:
-        """What is saved beside the network, as JSON: enough for :func:`student_from`."""
+        """What is saved beside the network, as JSON: with the tensors enough for :func:`student_from`."""
         chain = {} if self.chain == "renoise" else {"chain": self.chain}
         return {"kind": "student", "levels": list(self.levels), **chain, **self.info}
+
+    def tensors(self) -> dict[str, Tensor] | None:
+        """What is saved beside the network, as tensors: nothing."""
+        return None
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Student:
@@ -205,8 +234,12 @@ class Student(nn.Module):
 
 def student_from(denoiser: Network, info: Mapping[str, Any]) -> Student:
     """The student of a saved model's denoiser and description."""
-    own = {key: value for key, value in info.items() if key not in ("kind", "levels", "chain")}
+    own = {key: v for key, v in info.items() if key not in ("kind", "levels", "chain", "tensors")}
     levels = tuple(float(v) for v in info["levels"])
+    if "tensors" in info:
+        from distmatch.methods.transport.student import TransportStudent  # which builds on this module
+
+        return TransportStudent.restored(denoiser, levels, info["tensors"], own)
     return Student(denoiser, levels, own, info.get("chain", "renoise"))
 
 

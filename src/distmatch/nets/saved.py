@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import (
     atomic_folder,
     atomic_json,
+    atomic_write,
     check_model_folder,
     load_into,
     load_tensors,
@@ -28,12 +30,18 @@ from distmatch.nets.path_denoiser import PathDenoiser
 
 FORMAT = "distmatch-model"
 VERSION = 1
+EXTRA_TENSORS = "extra.safetensors"
+CARD = "README.md"
 _TENSORS, _CONFIG = "model.safetensors", "config.json"
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
 
 
 def save_model(
-    folder: str | os.PathLike[str], denoiser: EDMDenoiser, extra: Mapping[str, Any] | None = None
+    folder: str | os.PathLike[str],
+    denoiser: EDMDenoiser,
+    extra: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    card: str = "",
 ) -> None:
     """Writes a denoiser so that a crash leaves the old model or the new one.
 
@@ -41,12 +49,14 @@ def save_model(
         folder: The model folder; an earlier model in it is replaced.
         denoiser: What to save. Its network must come from :func:`distmatch.nets.build.build_net`.
         extra: More values to keep, as JSON: class names, the kind of model, where it came from.
+        tensors: More tensors to keep, beside the network; they come back as ``tensors`` among the values.
+        card: What a reader should know of it, as Markdown; '' writes none.
 
     Raises:
         UserError: The folder holds something else, or cannot be written.
     """
     folder = Path(folder)
-    check_model_folder(folder, (_TENSORS, _CONFIG))
+    check_model_folder(folder, (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD))
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -61,6 +71,10 @@ def save_model(
     }
     with atomic_folder(folder) as temporary:
         save_tensors(temporary / _TENSORS, denoiser.net.state_dict())
+        if tensors is not None:
+            save_tensors(temporary / EXTRA_TENSORS, tensors)
+        if card:
+            atomic_write(temporary / CARD, card)
         atomic_json(temporary / _CONFIG, config)
 
 
@@ -99,7 +113,13 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
         denoiser.to(dtypes.pop())
     denoiser.to_empty(device="cpu")
     load_into(denoiser.net, tensors, str(folder / _TENSORS))
-    return denoiser.eval(), dict(config.get("extra") or {})
+    return denoiser.eval(), {**(config.get("extra") or {}), **extra_tensors(folder)}
+
+
+def extra_tensors(folder: Path) -> dict[str, Any]:
+    """The further tensors in a model folder, under the name ``tensors``; nothing where there are none."""
+    file = folder / EXTRA_TENSORS
+    return {"tensors": load_tensors(file)} if file.is_file() else {}
 
 
 def _parametrisation(denoiser: EDMDenoiser) -> dict[str, Any]:

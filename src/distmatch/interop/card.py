@@ -1,0 +1,228 @@
+"""The model card: a README.md beside a model that says what it is, what was lost, and how to use it."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmatch import __version__
+from distmatch.base.files import atomic_write
+from distmatch.nets.saved import CARD
+
+LICENSE = "unknown: that of the teacher and the data"
+"""What a card says where no licence was given."""
+
+_BEGIN, _END = "<!-- metrics -->", "<!-- end of metrics -->"
+_UNMEASURED = "Not measured. `distmatch evaluate` on the run folder fills this in."
+_DIRECTIONS = (
+    "Lower is better for fd, kid, kl, reverse_kl and js; density and vendi are best at the floor; higher is "
+    "better for the others. The floor is real data against real data. Errors are one standard error; that of "
+    "a difference takes its two sides for independent."
+)
+
+
+def model_card(
+    about: Mapping[str, Any],
+    *,
+    shape: tuple[int, ...],
+    num_classes: int,
+    parameters: int,
+    usage: str = "",
+    library: str = "distmatch",
+    metrics: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of a model card: Markdown, headed by the YAML that model hubs read.
+
+    Args:
+        about: What is saved with the model: ``kind``, ``levels``, ``method``, ``teacher``, ``data``,
+            ``license``, ...; what is missing is left out of the card.
+        shape: Shape of one sample.
+        num_classes: Number of classes; 0 when unconditional.
+        parameters: Number of parameters of the network.
+        usage: Python that loads the model and samples it; by default that of a model folder of ours.
+        library: The package that the model is for.
+        metrics: The content of ``metrics.json``.
+    """
+    student = about.get("kind") == "student"
+    calls = len(about.get("levels", ()))
+    if student:
+        title = "One-step generator" if calls == 1 else f"Generator of {calls} network calls"
+        purpose = (
+            f"It turns noise into samples with {_calls(calls)}. It was distilled from a diffusion model, its "
+            "teacher, and imitates what that model draws, its biases and gaps included."
+        )
+    else:
+        title = "Diffusion model"
+        purpose = "It removes noise step by step, and can be distilled into a generator of one network call."
+    facts = _facts(about, shape, num_classes, parameters)
+    parts = [
+        _front_matter(about, shape, num_classes, library),
+        f"# {title}" + (f": {about['method']}" if about.get("method") else ""),
+        purpose,
+        "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in facts.items())]),
+        "## What was lost" if student else "## Measured",
+        f"{_BEGIN}\n{metrics_section(metrics)}\n{_END}",
+        "## Loading and sampling",
+        f"```python\n{usage or _usage(about, shape)}\n```",
+        "## Intended use",
+        "Research on fast samplers, and use where samples like those of the data are wanted. The samples are "
+        "not evidence about any real person or thing. Nobody has checked them for memorised training data or "
+        "for harm; check both before you publish samples or build on them.",
+        "## Licence",
+        _licence(about),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def card_of(denoiser: Any, about: Mapping[str, Any], **options: Any) -> str:
+    """The card of a denoiser with parameters; ``options`` are those of :func:`model_card`."""
+    return model_card(
+        about,
+        shape=tuple(denoiser.shape),
+        num_classes=denoiser.num_classes,
+        parameters=sum(p.numel() for p in denoiser.parameters()),
+        **options,
+    )
+
+
+def refresh_card(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Writes new measurements into the card of a model folder, atomically; what else it says stays.
+
+    Args:
+        folder: The model folder. One without a card, or whose card has no place for them, is left alone.
+        metrics: The content of ``metrics.json``.
+    """
+    card = folder / CARD
+    if not card.is_file():
+        return
+    before, begin, rest = card.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if begin and end:
+        atomic_write(card, f"{before}{_BEGIN}\n{metrics_section(metrics)}\n{_END}{after}")
+
+
+def metrics_section(metrics: Mapping[str, Any] | None) -> str:
+    """The measurements as a table of Markdown, student beside teacher, with the difference."""
+    if not metrics:
+        return _UNMEASURED
+    names = [name for name in ("reference", "teacher", "student") if name in metrics]
+    names += [name for name in metrics if name not in names]
+    compared = {"teacher", "student"} <= metrics.keys()
+    titles = ["floor" if name == "reference" else name for name in names]
+    titles += ["student - teacher"] if compared else []
+    keys = dict.fromkeys(key for name in names for key in metrics[name])
+    lines = [f"| metric | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for key in keys:
+        cells = [_measured(metrics[name].get(key)) for name in names]
+        if compared:
+            cells.append(_difference(metrics["student"].get(key), metrics["teacher"].get(key)))
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _DIRECTIONS])
+
+
+def _facts(
+    about: Mapping[str, Any], shape: tuple[int, ...], num_classes: int, parameters: int
+) -> dict[str, str]:
+    """The rows of the first table; those of which nothing is known are left out."""
+    levels, data = about.get("levels", ()), about.get("data") or {}
+    guidance, names = about.get("guidance"), data.get("class_names") or []
+    named = f" ({', '.join(map(str, names))})" if names and len(names) <= 20 else ""
+    samples, digest = data.get("samples"), str(data.get("content_hash", ""))
+    calls = f"{len(levels)}, at noise level {', '.join(f'{v:g}' for v in levels)}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    source = str(data.get("spec") or data.get("name") or "")
+    rows = {
+        "kind": about.get("kind", ""),
+        "method": about.get("method", ""),
+        "divergence": about.get("divergence", ""),
+        "network calls": calls if levels else "",
+        "between calls": about.get("chain", "renoise") if len(levels) > 1 else "",
+        "teacher": about.get("teacher", ""),
+        "teacher against its original": about.get("teacher_conversion", "") or about.get("conversion", ""),
+        "guidance of the teacher": "" if guidance is None else "none" if guidance == 1 else f"{guidance:g}",
+        "data": source + (f", {samples:,} samples" if samples else ""),
+        "hash of the data": f"sha256 {digest}" if digest else "",
+        "classes": f"{num_classes}{named}" if num_classes else "none",
+        "one sample": " x ".join(map(str, shape)),
+        "parameters": f"{parameters:,}",
+        "seed": about.get("seed", ""),
+        "licence": about.get("license") or LICENSE,
+        "written by": f"distmatch {__version__}, {versions}",
+    }
+    return {key: str(value) for key, value in rows.items() if value not in ("", None)}
+
+
+def _front_matter(about: Mapping[str, Any], shape: tuple[int, ...], num_classes: int, library: str) -> str:
+    """The YAML between two rules; JSON strings are YAML strings."""
+    licence = str(about.get("license") or "unknown")
+    known = re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence)
+    lines = [f"license: {licence}"] if known else ["license: other", f"license_name: {json.dumps(licence)}"]
+    lines.append(f"library_name: {library}")
+    if len(shape) == 3 and not num_classes:
+        lines.append("pipeline_tag: unconditional-image-generation")
+    tags = ["diffusion", *(["distillation"] if about.get("kind") == "student" else [])]
+    if len(about.get("levels", ())) == 1:
+        tags.append("one-step")
+    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _licence(about: Mapping[str, Any]) -> str:
+    given = about.get("license")
+    if given:
+        return f"{given}. Whoever wrote this model gave it; distmatch did not check it."
+    return (
+        f"{LICENSE[0].upper()}{LICENSE[1:]}. A student is made from its teacher's weights or predictions: "
+        "look up the terms of both before you pass it on."
+    )
+
+
+def _usage(about: Mapping[str, Any], shape: tuple[int, ...]) -> str:
+    if about.get("kind") != "student":
+        return 'import distmatch as dm\n\nteacher = dm.load_teacher("this/folder")  # teacher(x, sigma)'
+    unit = "images in [-1, 1]" if len(shape) == 3 else "scaled as the model was trained"
+    lines = [
+        "import distmatch as dm\n",
+        'student = dm.Student.from_pretrained("this/folder")',
+        f"x = student.sample(16, seed=0)  # {unit}",
+    ]
+    if "scaling" in (about.get("data") or {}):
+        lines.append("samples = student.export(x)  # in the units of the data")
+    return "\n".join(lines)
+
+
+def _calls(count: int) -> str:
+    return "one network call" if count == 1 else f"{count} network calls"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _measured(value: Any) -> str:
+    """One cell: an estimate of ``metrics.json``, or a plain number."""
+    if not isinstance(value, Mapping):
+        return "-" if value is None else f"{value:.4g}"
+    if value.get("value") is None:
+        return "-"
+    error = value.get("stderr")
+    return f"{value['value']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def _difference(student: Any, teacher: Any) -> str:
+    """Student minus teacher, where both are estimates with a value."""
+    if not (isinstance(student, Mapping) and isinstance(teacher, Mapping)):
+        return "-"
+    sides = (student, teacher)
+    if any(side.get("value") is None for side in sides):
+        return "-"
+    error = ""
+    if all(side.get("stderr") is not None for side in sides):
+        error = f" ± {math.hypot(student['stderr'], teacher['stderr']):.2g}"
+    return f"{student['value'] - teacher['value']:+.4g}{error}"
