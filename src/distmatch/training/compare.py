@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from distmatch.base.files import atomic_json, atomic_write, read_json
 from distmatch.data import Dataset
@@ -117,9 +114,6 @@ class _Comparison:
             self._say(f"compare: {run['name']} with seed {run['seed']} failed. {run['message']}")
         else:
             run |= {"status": "done", **found}
-        gc.collect()  # what the run held on a device is free for the next one
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _train_and_measure(self, run: dict[str, Any]) -> dict[str, Any]:
         steps = method_of(self.record, run)["steps"]

@@ -164,8 +164,8 @@ class PeakMemory:
     """The most memory that something took, from its start on, above what the process held before.
 
     On an accelerator this is what tensors took. On Linux it is the peak of the resident set, which the kernel
-    sets back on request; elsewhere the peak of one part of a process is not known. The resident set also holds
-    what the allocator keeps of earlier runs, so that small figures are rough.
+    sets back on request; elsewhere the peak of one part of a process is not known. The resident set also
+    holds what the allocator keeps of earlier runs, so that small figures are rough.
     """
 
     def __init__(self, device: torch.device) -> None:

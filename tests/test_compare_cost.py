@@ -1,0 +1,85 @@
+"""What a step costs: passes of networks, whole periods, memory."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+
+from distmatch.training.compare_cost import Passes, PeakMemory, count_passes, measure_cost
+from distmatch.training.options import DistillOptions, NetOptions, RunOptions
+from distmatch.training.prepare import prepare_distillation
+from small import network_teacher
+
+
+def counted() -> Passes:
+    return Passes(Counter(), Counter())
+
+
+def test_passes_of_a_network_however_it_is_entered() -> None:
+    """Three batches of 8 forward, one of 5 for the features; two come back, one only to the input."""
+    net = network_teacher().requires_grad_(True)
+    x, sigma = torch.randn(8, 2), torch.full((8,), 1.5)
+    passes = counted()
+    with count_passes({"net": net, "same": net}, passes):
+        net(x, sigma).sum().backward()
+        with torch.no_grad():
+            net(x, sigma)
+            net.with_features(x[:5], sigma[:5])
+        net.requires_grad_(False)
+        net(x.clone().requires_grad_(), sigma).sum().backward()
+    assert passes.forward == {"net": 29, "same": 0}
+    assert passes.backward == {"net": 16, "same": 0}
+    net(x, sigma)
+    assert passes.forward["net"] == 29  # the hooks are gone
+
+
+def test_forward_mode_derivatives_are_one_pass() -> None:
+    net = network_teacher()
+    passes = counted()
+    x, sigma = torch.randn(4, 2), torch.ones(4)
+    with count_passes({"net": net}, passes), fwAD.dual_level():
+        net(fwAD.make_dual(x, torch.ones_like(x)), sigma)
+    assert passes.forward["net"] == 4
+
+
+def test_the_passes_of_diff_instruct_are_those_of_its_algorithm() -> None:
+    """Each step a batch of the student and a step of the critic on it; each fifth step the student's own."""
+    options = DistillOptions.of("diff-instruct", run=RunOptions(batch=16, steps=1000))
+    job = prepare_distillation(options, network_teacher(), fresh=False)
+    cost = measure_cost(job, batch=16)
+    assert cost.forward == pytest.approx({"teacher": 0.2, "student": 1.0, "average": 0.0, "fake": 1.2})
+    assert cost.backward == pytest.approx({"teacher": 0.0, "student": 0.2, "average": 0.0, "fake": 1.0})
+    assert cost.calls == pytest.approx(3.6)
+    assert cost.seconds > 0
+    twice = prepare_distillation(options, network_teacher(), fresh=False)
+    assert measure_cost(twice, batch=8).calls == pytest.approx(7.2)  # a batch of 16 is two of 8
+
+
+def test_a_small_discriminator_counts_by_its_share_and_an_exact_teacher_not_at_all() -> None:
+    net = NetOptions(net="mlp", width=16, depth=1)
+    options = DistillOptions.of("dmd2", teacher="ring8", net=net, run=RunOptions(batch=16, steps=1000))
+    cost = measure_cost(prepare_distillation(options, fresh=False), batch=16)
+    assert cost.forward["teacher"] == 0
+    others = sum(cost.forward[k] + cost.backward[k] for k in ("student", "fake"))
+    ratio = cost.forward["ratio"] + cost.backward["ratio"]
+    share = min(1.0, cost.parameters["ratio"] / cost.parameters["student"])
+    assert ratio > 0
+    assert cost.calls == pytest.approx(others + share * ratio)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets the peak of a process back")
+def test_peak_memory_is_that_of_the_part_that_was_asked_for() -> None:
+    earlier = np.ones(2**24)  # 128 MiB, gone before the part begins
+    del earlier
+    memory = PeakMemory(torch.device("cpu"))
+    part = np.ones(2**23)  # 64 MiB
+    del part
+    taken = memory.bytes()
+    assert taken is not None
+    assert 60 * 2**20 < taken < 80 * 2**20
+    assert (PeakMemory(torch.device("cpu")).bytes() or 0) < 10 * 2**20
