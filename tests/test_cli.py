@@ -175,7 +175,8 @@ def test_evaluate_a_sample_file(tmp_path: Path) -> None:
 def test_export_gives_a_model_that_samples_the_same(tmp_path: Path) -> None:
     exported = done(f"export js --to safetensors --out {tmp_path}/model --json").json()
     assert exported["kind"] == "student"
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    names = sorted(p.name for p in (tmp_path / "model").iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
     for source, name in (("js", "a"), (f"{tmp_path}/model", "b")):
         done(f"sample {source} --n 4 --out {tmp_path}/{name}.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()

@@ -115,7 +115,9 @@ def check_model_folder(folder: Path, known: Iterable[str]) -> None:
     Raises:
         UserError: The folder holds something else.
     """
-    if folder.exists() and not (folder.is_dir() and {f.name for f in folder.iterdir()} <= set(known)):
+    found = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+    # A README alone is somebody's own.
+    if folder.exists() and not (folder.is_dir() and found <= set(known) and found != {"README.md"}):
         raise UserError(
             f"{folder} already exists and is not a model folder",
             expected="a new folder, or one that holds only a saved model",

@@ -14,6 +14,8 @@ from distmatch.cli.parse import parse, print_json
 ABOUT = """Write a model for use elsewhere, or turn a teacher from elsewhere into a model folder.
 
 example: distmatch export runs/demo --to safetensors --out student
+         distmatch export runs/demo --to onnx --out student-onnx --license apache-2.0
+         distmatch export runs/faces --to diffusers --out pipeline
          distmatch export edm-cifar10-32x32-cond-vp.pkl --out teachers/cifar10
          distmatch export pipeline/ --null-class 10 --out teachers/mine"""
 
@@ -26,8 +28,12 @@ class ExportOptions:
     """A run folder, a model folder, a folder of diffusers, or a .pkl of EDM or EDM2 (it is not run)."""
     out: Path
     """The folder to write."""
-    to: Literal["safetensors"] = "safetensors"
-    """safetensors: model.safetensors and config.json, which from_pretrained reads."""
+    to: Literal["safetensors", "diffusers", "onnx"] = "safetensors"
+    """safetensors: model.safetensors and config.json, which from_pretrained reads.
+    diffusers: a pipeline that plain diffusers loads and samples in one step; students of its networks only.
+    onnx: a graph of the whole student, any batch size, checked in onnxruntime. All have a model card."""
+    license: str = ""
+    """The licence that the model card states, such as apache-2.0; empty keeps what the model says."""
     vae: str = ""
     """Folder of the autoencoder that a teacher's latents are from, where it is not in the pipeline (EDM2)."""
     scheduler: str = ""
@@ -45,27 +51,83 @@ class ExportOptions:
 def run(argv: list[str]) -> None:
     """Parses, checks the model by loading it, writes it."""
     o = parse(ExportOptions, argv, verb="export", about=ABOUT)
-    from distmatch.cli.output import tell_conversion
     from distmatch.data import TOY_NAMES
-    from distmatch.interop import convert_edm, save_denoiser
-    from distmatch.interop.edm_checkpoint import is_network_pickle
     from distmatch.training.models import refuse_existing
-    from distmatch.training.teachers import open_denoiser
 
     if o.model in TOY_NAMES:
         raise UserError(f"{o.model} is a formula, not a network", fix="export a trained model")
     refuse_existing(o.out, o.overwrite)
-    options = {"vae": o.vae, "scheduler": o.scheduler, "null_class": o.null_class}
-    options = {name: value for name, value in options.items() if value not in ("", None)}
-    if is_network_pickle(o.model) and options.keys() <= {"vae"}:
-        denoiser: Any = convert_edm(o.model, o.out, vae=o.vae or None)
-        extra: dict[str, Any] = {"kind": "teacher"}
-    else:
-        denoiser, extra = open_denoiser(o.model, **options)
-        save_denoiser(o.out, denoiser, extra)
-        tell_conversion(o.model, str(extra.get("conversion", "")))
-    count = sum(p.numel() for p in denoiser.parameters())
+    told = _teacher_from_pickle(o) or _opened(o)
     if o.json:
-        print_json({"out": str(o.out), "kind": extra.get("kind"), "parameters": count})
+        print_json({"out": str(o.out), "to": o.to, **told})
     else:
-        print(f"{extra.get('kind', 'model')} with {count:,} parameters in {o.out}")
+        difference = told.get("difference")
+        checked = "" if difference is None else f", at most {difference:.1e} from the student's own samples"
+        print(f"{told['kind']} with {told['parameters']:,} parameters in {o.out}{checked}")
+
+
+def _teacher_from_pickle(o: ExportOptions) -> dict[str, Any] | None:
+    """Converts a network pickle of EDM or EDM2; None where the model is something else."""
+    from distmatch.interop import convert_edm
+    from distmatch.interop.edm_checkpoint import is_network_pickle
+
+    if not is_network_pickle(o.model) or not _options(o).keys() <= {"vae"}:
+        return None
+    _refuse_teacher(o)
+    denoiser: Any = convert_edm(o.model, o.out, vae=o.vae or None, license=o.license)
+    return _told("teacher", denoiser)
+
+
+def _opened(o: ExportOptions) -> dict[str, Any]:
+    """Writes a model that can be opened, a student with the measurements of its run."""
+    from distmatch.cli.output import tell_conversion
+    from distmatch.interop import export_diffusers, export_onnx, save_denoiser
+    from distmatch.methods.student import student_from
+    from distmatch.training.teachers import open_denoiser
+
+    denoiser, about = open_denoiser(o.model, **_options(o))
+    if o.license:
+        about["license"] = o.license
+    if about.get("kind") != "student":
+        _refuse_teacher(o)
+        save_denoiser(o.out, denoiser, about, metrics=_metrics(o))
+        tell_conversion(o.model, str(about.get("conversion", "")))
+        return _told(str(about.get("kind", "model")), denoiser)
+    student = student_from(denoiser, about)
+    if o.to == "safetensors":
+        student.save_pretrained(o.out, metrics=_metrics(o))
+        return _told("student", denoiser)
+    write = export_onnx if o.to == "onnx" else export_diffusers
+    return {**_told("student", denoiser), "difference": write(student, o.out, metrics=_metrics(o))}
+
+
+def _options(o: ExportOptions) -> dict[str, Any]:
+    """What was said about a teacher from elsewhere."""
+    options = {"vae": o.vae, "scheduler": o.scheduler, "null_class": o.null_class}
+    return {name: value for name, value in options.items() if value not in ("", None)}
+
+
+def _refuse_teacher(o: ExportOptions) -> None:
+    """Refuses to write a teacher in a form that makes samples.
+
+    Raises:
+        UserError: It is to become one.
+    """
+    if o.to != "safetensors":
+        raise UserError(
+            f"--to {o.to} is for students, which are generators; a teacher is one part of a sampler",
+            got=f"{o.model}, a teacher",
+            fix="distil it first, or export it with --to safetensors",
+        )
+
+
+def _metrics(o: ExportOptions) -> dict[str, Any] | None:
+    """What was measured of the run that the model is from."""
+    from distmatch.base.files import read_json
+
+    file = Path(o.model) / "metrics.json"
+    return read_json(file) if file.is_file() else None
+
+
+def _told(kind: str, denoiser: Any) -> dict[str, Any]:
+    return {"kind": kind, "parameters": sum(p.numel() for p in denoiser.parameters())}

@@ -24,6 +24,7 @@ from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.solvers import sample_teacher
 from distmatch.interop import decode_samples
+from distmatch.interop.card import refresh_card
 from distmatch.methods.student import Student
 from distmatch.metrics import evaluate, reference_floor, reference_labels
 from distmatch.metrics.features import Features
@@ -204,9 +205,10 @@ def write_assessment(
     scaling: Scaling,
     settings: dict[str, Any],
 ) -> None:
-    """Writes ``metrics.json``, the samples and an ``evaluate`` event to a run folder."""
+    """Writes ``metrics.json``, the samples, an ``evaluate`` event and the model card of a run folder."""
     for name, samples in drawn.items():
         atomic_write(folder.samples / f"{name}.npz", npz_bytes(scaling.export(samples.x), samples.labels))
     atomic_json(folder.metrics, plain(metrics))
+    refresh_card(folder.model, plain(metrics))
     with EventLog(folder.log) as log:
         log.write("evaluate", None, **settings)
