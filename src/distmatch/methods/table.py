@@ -200,7 +200,7 @@ _ENTRIES = (
         critic=False,
         forward_mode=True,
         uses=("consistency_from", *_LEVEL_SETTINGS, *_TANGENT_SETTINGS),
-        defaults={"student_sigma": 0.0, "gan_weight": 0.0},
+        defaults={"student_sigma": 0.0, "gan_weight": 0.0, "level_mean": -0.3, "level_std": 1.4},
     ),
     Method(
         name="ctm",
@@ -226,7 +226,11 @@ _ENTRIES = (
             *("consistency_from", *_LEVEL_SETTINGS, "tangent"),
             *("to_mean", "to_std", "jump_share", "adaptive_power"),
         ),
-        defaults={"student_sigma": 0.0, "gan_weight": 0.0},
+        # Derivatives in its time grow with sigma, so that levels even in sigma^(1/7) drown it in noise.
+        defaults={
+            **{"student_sigma": 0.0, "gan_weight": 0.0},
+            **{"level_law": "log-normal", "level_mean": -0.6, "level_std": 1.6},
+        },
     ),
     Method(
         name="rcm",
@@ -236,7 +240,7 @@ _ENTRIES = (
         limits="three networks and the derivative: the dearest step of the family",
         forward_mode=True,
         uses=(*_LEVEL_SETTINGS, *_TANGENT_SETTINGS, "dmd_weight"),
-        defaults={"student_sigma": 0.0, "gan_weight": 0.0},
+        defaults={"student_sigma": 0.0, "gan_weight": 0.0, "level_mean": 0.7, "level_std": 1.6},
     ),
     Method(
         name="mmd",

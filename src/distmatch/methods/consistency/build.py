@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import require_score
 from distmatch.methods.consistency.cm import PairTerm
@@ -38,9 +40,29 @@ def build_consistency(setup: Setup) -> Distiller:
             got=f"--guidance {setup.config.guidance}",
             fix="use --consistency-from teacher, or leave --guidance at 1",
         )
+    _refuse_idle(setup)
     if name == "rcm":
         return build_rcm(setup)
     term: Term = _TERMS[name](setup)
     if term.jumps and has_network(setup.teacher):
         require_jump(setup.teacher)
     return Direct(setup, term)
+
+
+def _refuse_idle(setup: Setup) -> None:
+    """Refuses settings that other settings leave without effect."""
+    own, usual = setup.consistency, {f.name: f.default for f in fields(setup.consistency)}
+    usual |= setup.method.defaults
+    idle = {
+        "level_law karras": ("level_mean", "level_std") if own.level_law == "karras" else (),
+        "consistency_from data": ("teacher_solver", "solver_steps") if own.consistency_from == "data" else (),
+        "gan_weight 0": ("gan_after",) if setup.config.gan_weight == 0 else (),
+    }
+    for reason, names in idle.items():
+        for name in names:
+            if getattr(own, name) != usual[name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')} does nothing with --{reason.replace('_', '-')}",
+                    got=getattr(own, name),
+                    fix="leave it out, or change the other",
+                )

@@ -19,7 +19,7 @@ class ConsistencyConfig:
     """Noise levels in training, up to where the student starts, which a log-normal hardly reaches."""
     level_mean: float = -0.4
     """Mean of log(sigma / sigma_data) of the log-normal law."""
-    level_std: float = 1.6
+    level_std: float = 2.0
     """Spread of log(sigma / sigma_data) of the log-normal law."""
     stages: int = 8
     """Times that the two levels of a pair come closer by half over the run (consistency)."""
