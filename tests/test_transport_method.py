@@ -133,6 +133,14 @@ def test_each_class_has_its_own_map() -> None:
     assert torch.equal(mapped[:, 0] > 50, labels == 1)
 
 
+def test_angles_are_those_of_the_lifted_normals() -> None:
+    # (0, -1) and (1, -1) are 45 degrees apart; at heights 0 and -1/2 their planes meet at z = 1/2.
+    seams = nearest_seams(torch.tensor([[0.2]]), torch.tensor([[0.0], [1.0]]), torch.tensor([0.0, -0.5]))
+    assert float(seams.angle) == pytest.approx(math.pi / 4)
+    assert float(seams.distance) == pytest.approx(0.3)
+    assert (int(seams.first), int(seams.second)) == (0, 1)
+
+
 def two_modes() -> BrenierMap:
     """Two clusters far apart, solved: seams within a cluster have small angles, those between large ones."""
     targets = torch.cat([0.3 * normal(20, 2) - 3.0, 0.3 * normal(20, 2, seed=1) + 3.0])[None]
@@ -233,6 +241,17 @@ def test_it_samples_the_data_and_evens_the_cells(tmp_path: Path) -> None:
     assert again.info["method"] == "dpm-ot"
     assert 0 <= again.info["rejected_seams"] <= 1
     torch.testing.assert_close(student.sample(50, seed=3, batch=7), student.sample(50, seed=3))
+
+
+def test_the_calls_after_the_map_draw_from_the_posterior() -> None:
+    network, transport = network_teacher(), BrenierMap(normal(1, 5, 2))
+    student = TransportStudent(network, (1.0, 0.4), transport)
+    noise = [normal(8, 2, seed=i) for i in range(3)]
+    assert student.draws == len(noise)
+    x = transport(noise[0], None, 1.0, noise[2])
+    x0 = network(x, torch.full((8,), 1.0))
+    x = x0 + 0.4**2 * (x - x0) + 0.4 * math.sqrt(1 - 0.4**2) * noise[1]
+    torch.testing.assert_close(student(noise), network(x, torch.full((8,), 0.4)))
 
 
 def test_asking_for_the_result_changes_nothing() -> None:
