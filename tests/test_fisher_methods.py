@@ -186,6 +186,15 @@ def test_what_does_not_fit_is_refused() -> None:
     assert resolve_method("uni-instruct", None, DistillConfig())[1] == "kl"
 
 
+def test_a_teacher_without_gradients_is_refused_before_anything_is_trained() -> None:
+    teacher = network_teacher()
+    teacher.forward = torch.no_grad()(teacher.forward)  # type: ignore[method-assign]
+    for name in ("sid", "sida", "sim", "uni-instruct"):
+        with pytest.raises(UserError, match="differentiates the teacher by its input"):
+            distiller(teacher, method=name)
+    distiller(teacher, method="dmd2")
+
+
 # ------------------------------------------------------------------ training
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
@@ -81,6 +82,25 @@ def require_score(denoiser: Denoiser, purpose: str) -> None:
             got="a teacher whose noise is not Gaussian (gaussian_kernel is False)",
             expected="(D(x) - x) / sigma^2 to be the gradient of a log density",
             fix="use a deterministic solver, or a teacher trained with Gaussian noise",
+        )
+
+
+def require_input_gradient(denoiser: Denoiser, purpose: str, device: torch.device) -> None:
+    """Refuses a denoiser that cannot be differentiated by its input, after one call on one sample.
+
+    Raises:
+        UserError: Its output does not hang on its input.
+    """
+    with torch.enable_grad():
+        x = torch.zeros(1, *denoiser.shape, device=device, requires_grad=True)
+        label = torch.zeros(1, dtype=torch.int64, device=device) if denoiser.num_classes else None
+        out = denoiser(x, torch.ones(1, device=device), label)
+    if not out.requires_grad:
+        raise UserError(
+            f"{purpose} differentiates the teacher by its input, which this teacher does not allow",
+            got=f"a {type(denoiser).__name__} whose output carries no gradient",
+            fix="let it compute with gradients (no torch.no_grad, inference_mode or numpy inside), or take a "
+            "method that needs none, such as dmd2 or f-distill",
         )
 
 

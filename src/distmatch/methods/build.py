@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.denoiser import require_input_gradient
 from distmatch.methods.consistency.build import build_consistency
 from distmatch.methods.consistency.direct import Direct, guided_teacher
 from distmatch.methods.kernel.imm import InductiveMatching
@@ -24,6 +25,8 @@ def build_method(setup: Setup) -> Distiller:
     Raises:
         UserError: Teacher, method and settings do not go together.
     """
+    if setup.method.teacher_gradient:
+        require_input_gradient(setup.teacher, setup.method.name, setup.device)
     match setup.method.family:
         case "consistency":
             return build_consistency(setup)
