@@ -121,9 +121,10 @@ def test_measurements_reach_the_card_and_edits_survive(tmp_path: Path) -> None:
     assert card.read_text() == once
     assert (tmp_path / "m/model.safetensors").read_bytes() == weights
     # A card without the place, and a folder without a card, are left alone.
-    card.write_text("mine")
-    refresh_card(tmp_path / "m", METRICS)
-    assert card.read_text() == "mine"
+    for own in ("mine", "<!-- metrics --> mine"):
+        card.write_text(own)
+        refresh_card(tmp_path / "m", METRICS)
+        assert card.read_text() == own
     refresh_card(tmp_path / "nothing", METRICS)
     assert not (tmp_path / "nothing").exists()
 

@@ -127,7 +127,7 @@ def test_the_command_and_weights_in_a_file_of_their_own(
     assert contents(tmp_path) == before
 
 
-def test_what_looks_at_values_cannot_be_a_graph(tmp_path: Path) -> None:
+def test_what_looks_at_values_cannot_be_a_graph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     class Picky(Student):
         def begin(self, noise: list[torch.Tensor], labels: torch.Tensor | None) -> torch.Tensor:
             return noise[0] if bool(noise[0].sum() > 0) else 2 * noise[0]
@@ -135,6 +135,7 @@ def test_what_looks_at_values_cannot_be_a_graph(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written as a graph"):
         export_onnx(Picky(network_teacher(), (2.5,)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])

@@ -136,15 +136,18 @@ def _difference(runtime: Any, portable: Portable, names: list[str], path: Path) 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps what torch's exporter says of itself and of packages that nobody asked for from the terminal."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(before)
 
 
 def _usage(student: StudentLike, names: list[str]) -> str:
