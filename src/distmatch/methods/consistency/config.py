@@ -30,9 +30,9 @@ class ConsistencyConfig:
     """Solver of the teacher between two levels (consistency, ctm)."""
     solver_steps: int = 1
     """Solver steps between two levels (consistency, ctm)."""
-    tangent: Literal["exact", "difference"] = "exact"
-    """Derivatives of the student by forward mode, or by central differences in float64
-    (scm, mean-flow, rcm)."""
+    tangent: Literal["auto", "exact", "difference"] = "auto"
+    """Derivatives of the student by forward mode, or by central differences in float64; auto takes the
+    second for networks that the first does not get through (scm, mean-flow, rcm)."""
     tangent_warmup: float = 0.25
     """Share of the run in which the tangent turns from the denoiser's to the consistency function's
     (scm, rcm)."""

@@ -25,7 +25,7 @@ from distmatch.methods.consistency.direct import (
     truncated,
 )
 from distmatch.methods.consistency.pairs import teacher_says
-from distmatch.methods.consistency.tangents import derivative_along, flow_speed
+from distmatch.methods.consistency.tangents import choose_derivative, derivative_along, flow_speed
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 
@@ -68,14 +68,15 @@ class AverageVelocityTerm:
     def __post_init__(self) -> None:
         cfg, teacher = self.setup.consistency, self.setup.teacher
         self._guided = guided_teacher(self.setup)
+        self._how = choose_derivative(cfg.tangent, teacher)
         self._levels = training_levels(self.setup)
         lower = log_normal(cfg.to_mean, cfg.to_std, teacher.sigma_data)
         # Far below sigma_min there is nothing to tell from the data itself.
         self._lower = truncated(lower, 0.0, self.setup.first_level)
 
     def notes(self) -> dict[str, Any]:
-        """Nothing that the options do not say."""
-        return {}
+        """How derivatives are taken."""
+        return {"tangent": self._how}
 
     def prepare(self, state: DistillState, seed: int) -> None:
         """Needs nothing beside the student."""
@@ -103,7 +104,7 @@ class AverageVelocityTerm:
         target = x0 if cfg.consistency_from == "data" else teacher_says(self._guided, y, draws)
         speed = flow_speed(sigma, sigma_data)
         slope = expand(speed / sigma, y) * (y - target)
-        value, derivative = derivative_along(student, y, sigma, slope, speed, labels, to, how=cfg.tangent)
+        value, derivative = derivative_along(student, y, sigma, slope, speed, labels, to, how=self._how)
         error = identity_error(value, target, derivative, sigma, to, sigma_data)
         out = student(y, sigma, labels, to)
         # u = (x_t - g) / t: the change of u that the gradient sees.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import expand
+from distmatch.interop import is_external
 from distmatch.methods.consistency.direct import (
     Draws,
     factor,
@@ -18,7 +19,14 @@ from distmatch.methods.consistency.direct import (
     training_levels,
 )
 from distmatch.methods.consistency.pairs import teacher_says
-from distmatch.methods.consistency.tangents import bounded, derivative_along, trig_speed, trig_tangent
+from distmatch.methods.consistency.tangents import (
+    allow_forward_mode,
+    bounded,
+    choose_derivative,
+    derivative_along,
+    trig_speed,
+    trig_tangent,
+)
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.nets.optim import clipped_step, set_rate
@@ -42,14 +50,17 @@ class TangentTerm:
 
     def __post_init__(self) -> None:
         self._guided = guided_teacher(self.setup)
+        self._how = choose_derivative(self.setup.consistency.tangent, self.setup.teacher)
         self._levels = training_levels(self.setup)
 
     def notes(self) -> dict[str, Any]:
-        """Nothing that the options do not say."""
-        return {}
+        """How derivatives are taken."""
+        return {"tangent": self._how}
 
     def prepare(self, state: DistillState, seed: int) -> None:
         """The learned weight, which starts at the prior alone."""
+        if is_external(state.student.denoiser):
+            allow_forward_mode(state.student.denoiser)
         weight = LearnedUncertainty().to(self.setup.device)
         state.extra["uncertainty"] = weight
         state.optimisers["uncertainty"] = self.setup.adam(weight, self.setup.config.lr)
@@ -77,9 +88,7 @@ class TangentTerm:
         target = self._target(y, draws)
         speed = trig_speed(sigma, sigma_data)
         slope = expand(speed / sigma, y) * (y - target)
-        value, derivative = derivative_along(
-            student, y, sigma, slope, speed, labels, how=self.setup.consistency.tangent
-        )
+        value, derivative = derivative_along(student, y, sigma, slope, speed, labels, how=self._how)
         tangent = trig_tangent(value, target, derivative, sigma, sigma_data, self.warmth(state.step))
         wanted = bounded(tangent, self.setup.consistency.tangent_bound)
         out = student(y, sigma, labels)

@@ -6,15 +6,18 @@ train it on how far its derivative along that path, dy/dsigma = (y - D_teacher) 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import expand
+from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.interop import is_external
 
 HowToDerive = Literal["exact", "difference"]
 
@@ -45,7 +48,7 @@ def derivative_along(
         labels: Classes (B,), or None.
         to: Levels to jump to (B,), which stay as they are; for networks of two levels.
         how: ``exact`` is forward-mode differentiation, one pass of about twice the cost. ``difference`` is a
-            central difference in float64, two passes and a copy of the weights, for networks with a part
+            central difference in float64, five passes and a copy of the weights, for networks with a part
             that forward mode does not know.
 
     Returns:
@@ -63,12 +66,60 @@ def derivative_along(
             with sdpa_kernel(SDPBackend.MATH):
                 found = jvp(lambda y, s: denoiser(y, s, labels, **further), (x, sigma), (dx, dsigma))
                 return found[0], found[1]
-        except NotImplementedError as error:
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise UserError(
-                "forward-mode derivatives are missing for a part of this network",
-                got=str(error).split(".")[0][:160],
+                "forward-mode derivatives do not get through this network",
+                got=str(error).splitlines()[0][:160],
                 fix="use --tangent difference",
             ) from error
+
+
+def allow_forward_mode(denoiser: nn.Module) -> list[RemovableHandle]:
+    """Takes out of the way of forward mode what networks from elsewhere put there.
+
+    Torch derives a group norm only where its input is contiguous, which after attention it need not be. The
+    values stay the same up to rounding.
+
+    Returns:
+        What undoes it.
+    """
+    norms = [part for part in denoiser.modules() if isinstance(part, nn.GroupNorm)]
+    return [norm.register_forward_pre_hook(_contiguous) for norm in norms]
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in inputs)
+
+
+def choose_derivative(wanted: Literal["auto", "exact", "difference"], denoiser: Denoiser) -> HowToDerive:
+    """How to differentiate copies of a denoiser: a network from elsewhere is tried on two samples.
+
+    Networks of ours, which a denoiser without a network is copied into, have forward-mode derivatives.
+
+    Raises:
+        UserError: ``exact`` was asked for and is not to be had.
+    """
+    if wanted == "difference":
+        return "difference"
+    if not isinstance(denoiser, nn.Module) or not is_external(denoiser):
+        return "exact"
+    device = next(denoiser.parameters()).device
+    x, sigma = torch.ones(2, *denoiser.shape, device=device), torch.ones(2, device=device)
+    labels = torch.zeros(2, dtype=torch.int64, device=device) if denoiser.num_classes else None
+    handles = allow_forward_mode(denoiser)
+    try:
+        derivative_along(denoiser, x, sigma, x, sigma, labels)
+    except UserError as error:
+        if wanted == "exact":
+            raise
+        warnings.warn(f"differences in float64 take the place of derivatives: {error}", stacklevel=2)
+        return "difference"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return "exact"
 
 
 def _difference(
@@ -80,21 +131,23 @@ def _difference(
     labels: Tensor | None,
     further: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The central difference. Its step is a fixed share of the level: networks see levels as ln(sigma)."""
-    # No float64 on Apple's GPUs. The shares balance an error ~ h^2 against rounding ~ precision / h.
-    wide, share = (torch.float32, 3e-3) if x.device.type == "mps" else (torch.float64, 1e-5)
+    """The central difference of fourth order. Its step is a share of the level, as networks see ln(sigma).
+
+    The step is far from the smallest possible: many networks from elsewhere round times to float32.
+    """
+    # No float64 on Apple's GPUs.
+    wide, share = (torch.float32, 2e-2) if x.device.type == "mps" else (torch.float64, 2e-3)
     state: dict[str, Any] = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
     state = {name: t.to(wide) if t.is_floating_point() else t for name, t in state.items()}
     step = share * (sigma / dsigma).to(wide)
 
-    def at(sign: int) -> Tensor:
-        y = x.to(wide) + sign * expand(step, x) * dx.to(wide)
-        s = sigma.to(wide) + sign * step * dsigma.to(wide)
+    def at(steps: int) -> Tensor:
+        y = x.to(wide) + steps * expand(step, x) * dx.to(wide)
+        s = sigma.to(wide) + steps * step * dsigma.to(wide)
         return functional_call(denoiser, state, (y, s, labels), {k: t.to(wide) for k, t in further.items()})
 
-    ahead, behind = at(1), at(-1)
-    slope = (ahead - behind) / (2 * expand(step, x))
-    return ((ahead + behind) / 2).to(x.dtype), slope.to(x.dtype)
+    slope = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * expand(step, x))
+    return at(0).to(x.dtype), slope.to(x.dtype)
 
 
 def trig_speed(sigma: Tensor, sigma_data: float) -> Tensor:
