@@ -188,9 +188,6 @@ def test_smoothing_is_continuous_at_a_seam_and_keeps_the_noise() -> None:
     assert float((kicked - base)[0, 0]) == pytest.approx(sigma * lost, rel=1e-5)
 
 
-# ---------------------------------------------------------------------- the method
-
-
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit() -> None:
     def method() -> Any:
         return distiller(network_teacher(2), method="dpm-ot", bank=16, total_steps=8, bank_steps=3)
