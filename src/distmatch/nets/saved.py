@@ -24,6 +24,7 @@ from distmatch.nets.build import build_net
 from distmatch.nets.config import from_dict, to_dict
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.path_denoiser import PathDenoiser
+from distmatch.nets.split_shortcut import SplitLayer
 
 FORMAT = "distmatch-model"
 VERSION = 1
@@ -42,8 +43,13 @@ def save_model(
         extra: More values to keep, as JSON: class names, the kind of model, where it came from.
 
     Raises:
-        UserError: The folder holds something else, or cannot be written.
+        UserError: The folder holds something else, or cannot be written; or the network was rewritten.
     """
+    if any(isinstance(module, SplitLayer) for module in denoiser.net.modules()):
+        raise UserError(
+            "a network with split shortcuts cannot be saved as a model",
+            fix="save the network as it was, and call split_shortcuts after loading",
+        )
     folder = Path(folder)
     check_model_folder(folder, (_TENSORS, _CONFIG))
     config = {
