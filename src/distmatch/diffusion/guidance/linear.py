@@ -8,7 +8,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.guidance.base import Features, Guidance, Pass, Where, checked_scale
-from distmatch.diffusion.guidance.wrapper import Calls, at_step, cost_of
+from distmatch.diffusion.guidance.wrapper import Calls, cost_of
 from distmatch.diffusion.pfgm import pfgm_dims
 
 
@@ -91,13 +91,6 @@ class Guided(Guidance):
             return inner + inner.as_reference
         told = condition if self.reference.num_classes else None
         return inner + cost_of(self.reference, sigma, told).as_reference
-
-    def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
-        """The guided or the plain denoiser, as the interval has it; the reference in this step likewise."""
-        changed = super().for_step(sigma_from, sigma_to)
-        if isinstance(changed, Guided) and changed.reference is not None:
-            changed.reference = at_step(changed.reference, sigma_from, sigma_to)
-        return changed
 
 
 def guided(
