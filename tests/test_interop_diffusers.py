@@ -16,6 +16,7 @@ from diffusers_models import diffusers, dit, unet, vae
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import FeatureDenoiser
 from distmatch.diffusion.guidance import Guided
+from distmatch.diffusion.latents import Decoder, decode_samples, decoder_of
 from distmatch.diffusion.paths import discrete_path
 from distmatch.diffusion.solvers.solve import solve
 from distmatch.interop.diffusers_teacher import (
@@ -24,7 +25,7 @@ from distmatch.interop.diffusers_teacher import (
     load_diffusers,
     teacher_from,
 )
-from distmatch.interop.latents import Decoder, VAEDecoder, decode_samples, decoder_of
+from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.saved import load_denoiser, load_external, save_denoiser
 
 SCHEDULES = {

@@ -1,9 +1,10 @@
 """Teachers from elsewhere: folders of diffusers, network pickles of EDM and EDM2."""
 
+from distmatch.diffusion.latents import Decoder, decode_samples, decoder_of
 from distmatch.interop.conversion import Conversion, check_conversion
 from distmatch.interop.diffusers_teacher import check_teacher, load_diffusers, teacher_from
 from distmatch.interop.edm_checkpoint import read_edm
-from distmatch.interop.latents import Decoder, VAEDecoder, decode_samples, decoder_of
+from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.saved import convert_edm, is_external, load_denoiser, load_external, save_denoiser
 
 __all__ = [

@@ -9,6 +9,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.guidance.base import Features, Guidance, Pass, Where, checked_scale
 from distmatch.diffusion.guidance.wrapper import Calls, cost_of
+from distmatch.diffusion.latents import require_same_samples
 from distmatch.diffusion.pfgm import pfgm_dims
 
 
@@ -127,12 +128,7 @@ def check_pair(main: Denoiser, reference: Denoiser) -> None:
     Raises:
         UserError: Other samples, other classes or another kind of noise.
     """
-    if tuple(main.shape) != tuple(reference.shape):
-        raise UserError(
-            "the reference of a guidance is a model of other samples",
-            got=f"shape {tuple(reference.shape)}",
-            expected=f"{tuple(main.shape)}, that of the main model",
-        )
+    require_same_samples([main, reference], "a guidance by a reference")
     if reference.num_classes not in (0, main.num_classes):
         raise UserError(
             "the reference of a guidance has other classes than the main model",
