@@ -67,9 +67,7 @@ def test_models_of_one_shape_with_other_samples_are_refused(use: str) -> None:
     USES[use](model(shared), CallCounter(model(shared)))  # the decoder is found through wrappers
     USES[use](model(), model())
     for a, b in ((model(shared), model()), (model(), CallCounter(model(shared)))):
-        with pytest.raises(
-            UserError, match=r"models of the same samples.*with an autoencoder for some"
-        ):
+        with pytest.raises(UserError, match=r"models of the same samples.*with an autoencoder for some"):
             USES[use](a, b)
     with pytest.raises(UserError, match=r"latents of different autoencoders.*one autoencoder"):
         USES[use](model(shared), model(Doubled()))

@@ -109,7 +109,7 @@ def require_diffused(denoiser: Denoiser, purpose: str) -> None:
     if not is_diffused(denoiser):
         raise UserError(
             f"{purpose} needs scores that belong to one density at all levels",
-            got="a guided teacher or an approximate posterior, whose scores at each level are made by themselves",
+            got="a guided teacher or an approximate posterior, where each level's are made by themselves",
             fix="take the teacher without it; log_likelihood(prior='sampler') gives the density of "
             "guided samples",
         )

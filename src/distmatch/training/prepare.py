@@ -82,7 +82,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
             "path": method.objective.path.name,
             "prediction": method.objective.prediction,
         },
-        warnings=[],
+        warnings=method.warnings,
         finish=lambda: (state.average.module, extra),  # type: ignore[return-value,arg-type]
         show=("loss",),
     )

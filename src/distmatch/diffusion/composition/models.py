@@ -14,6 +14,7 @@ from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.latents import require_same_samples
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers.grids import checked_levels
+from distmatch.diffusion.solvers.solve import require_finite
 
 Conditions = Sequence[Tensor | None] | None
 
@@ -104,6 +105,7 @@ class Models:
                 got=f"{tuple(y.shape)}, {y.dtype}",
                 expected=f"(B, {', '.join(map(str, self.shape))}), floating point",
             )
+        require_finite(y)
         if len(noise) != len(y) or tuple(noise.shape) != self.shape:
             raise UserError(
                 "the noise is not for this batch",

@@ -145,6 +145,23 @@ def check_labels(condition: Tensor | None, n: int) -> None:
         )
 
 
+def require_finite(y: Tensor) -> None:
+    """Refuses a start that holds NaN or infinity, which no solver would get rid of. It waits for the device.
+
+    Tensors on the meta device have no values, and pass.
+
+    Raises:
+        UserError: With how many samples do.
+    """
+    bad = 0 if y.is_meta else int((~y.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise UserError(
+            "the start of a solve is not finite",
+            got=f"NaN or infinity in {bad} of {len(y)} samples",
+            fix="draw it as grid[0] * torch.randn(...), or look at what made it",
+        )
+
+
 def _check(
     denoiser: Denoiser,
     y: Tensor,
@@ -160,6 +177,7 @@ def _check(
             got=f"{tuple(y.shape)}, {y.dtype}",
             expected=f"(B, {', '.join(map(str, denoiser.shape))}), floating point",
         )
+    require_finite(y)
     if len(levels) - 1 < chosen.least_steps:
         raise UserError(
             f"the solver {asked} needs at least {chosen.least_steps} steps",
