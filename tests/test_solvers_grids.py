@@ -34,7 +34,7 @@ from distmatch.diffusion.solvers import (
     snap_grid,
     solve,
 )
-from test_solvers import MIXTURE, START
+from solver_cases import MIXTURE, START
 
 
 @pytest.mark.parametrize("kind", GRIDS)
