@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from distmatch.methods.f_distill import FDistill
 
 from distmatch.data.batches import Batch
 from distmatch.divergences import divergence
 from distmatch.methods.config import DistillConfig, resolve_method
-from distmatch.methods.f_distill import FDistill
 from distmatch.methods.state import DistillState
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig, NetConfig, UNetConfig

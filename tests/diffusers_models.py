@@ -40,3 +40,27 @@ def vae(seed=0, **options):
             sample_size=16,
             **options,
         ).eval()
+
+
+SCHEDULES = {
+    "ddpm eps": ("DDPMScheduler", {}),
+    "ddpm v cosine": (
+        "DDPMScheduler",
+        {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
+    ),
+    "ddim sample": ("DDIMScheduler", {"prediction_type": "sample", "beta_schedule": "scaled_linear"}),
+    "ddim zero snr": ("DDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    "pndm": ("PNDMScheduler", {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}),
+    "dpm-solver": ("DPMSolverMultistepScheduler", {}),
+    "euler v": ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+    "edm euler": ("EDMEulerScheduler", {}),
+    "edm euler v": ("EDMEulerScheduler", {"prediction_type": "v_prediction", "sigma_data": 1.0}),
+    "edm dpm": ("EDMDPMSolverMultistepScheduler", {"sigma_min": 0.01, "sigma_max": 40.0}),
+    "flow": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow shifted": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "num_train_timesteps": 500}),
+}
+
+
+def schedule(name, **more):
+    kind, options = SCHEDULES[name]
+    return getattr(diffusers, kind)(**{**options, **more})

@@ -254,5 +254,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         superpose(HALVES, y, grid("log", 5, 0.05, 80.0), noise)
     with pytest.raises(UserError, match="not for this batch"):
         superpose(HALVES, y, levels, noise_for(3))
+    with pytest.raises(UserError, match="NaN or infinity in 1 of 4"):
+        superpose([LEFT, RIGHT], y.index_fill(0, torch.tensor([2]), math.nan), levels, noise)
     with pytest.raises(UserError, match="wrong shape"):
         superpose(HALVES, y[:, :1], levels, noise)

@@ -17,8 +17,10 @@ from distmatch.diffusion.control.inverse import LinearPosterior, conjugate_gradi
 from distmatch.diffusion.control.linear import linear_map, observed
 from distmatch.diffusion.denoiser import is_diffused
 from distmatch.diffusion.guidance import CallCounter
+from distmatch.diffusion.ito import trajectory_log_density
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
+from distmatch.diffusion.priors import gaussian_prior
 from distmatch.diffusion.solvers import grid, solve
 
 
@@ -136,6 +138,26 @@ def test_a_posterior_of_a_mixture_finds_the_component() -> None:
     guided = LinearPosterior(teacher, KNOWN, f64([1.0]), 0.1)
     x = solve(guided, 20 * randn(500, 2), levels, "heun").y
     assert float((x[:, 1] > 0).double().mean()) > 0.97
+
+
+def test_an_approximate_posterior_claims_no_density() -> None:
+    """Its log-density along a trajectory is right for Gaussian data, and wrong for two components."""
+    levels = grid("log", 40, 0.1, 20.0, to_zero=False)
+    two = GaussianMixture([0.5, 0.5], [[-1.0, -1.0], [1.0, 0.5]], [0.1, 0.3], sigma_max=20.0)
+    for teacher, right in ((PAIR, True), (two, False)):
+        guided = LinearPosterior(teacher, KNOWN, VALUE, 0.3)
+        assert not is_diffused(CallCounter(guided))
+        noise = SampleNoise(0, torch.arange(50), (2,))
+        states = solve(guided, 20 * randn(50, 2), levels, "reverse-diffusion", noise=noise, trajectory=True)
+        assert states.trajectory is not None
+        with pytest.raises(UserError, match="approximate posterior"):
+            trajectory_log_density(guided, states.trajectory, levels)
+        guided.diffused = True  # what is known of the first one
+        truth = teacher.condition_on(f64([[1.0, 0.0]]), VALUE, 0.09)
+        path, prior = states.trajectory, gaussian_prior(400.0)
+        ends = [trajectory_log_density(d, path, levels, prior=prior)[-1] for d in (guided, truth)]
+        gap = float((ends[0] - ends[1]).abs().mean())  # nats
+        assert gap < 1e-6 if right else gap > 0.05
 
 
 def test_conjugate_gradients_solve_and_stay_finite() -> None:

@@ -190,7 +190,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "low=-1": lambda: Guided(TEACHER, 2.0, interval=(-1.0, 1.0)),
     "low=1, high=1": lambda: guided(TEACHER, 2.0, interval=(1.0, 1.0)),
     "low=nan": lambda: guided(TEACHER, 2.0, interval=(math.nan, 1.0)),
-    "model of other samples": lambda: Guided(TEACHER, 2.0, reference=GaussianMixture([1.0], [[0.0]], [1.0])),
+    "the same samples": lambda: Guided(TEACHER, 2.0, reference=GaussianMixture([1.0], [[0.0]], [1.0])),
     "other classes": lambda: Guided(TEACHER, 2.0, reference=PAIR),
     "has other classes": lambda: Guided(PLAIN, 2.0, reference=TEACHER),
     "nothing at guidance scale 1": lambda: guided(TEACHER, 1.0, interval=(0.1, 1.0)),

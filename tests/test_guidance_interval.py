@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distmatch.diffusion.guidance import CallCounter, Calls, GradientFree, Guided, at_step
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.guidance import CallCounter, Calls, GradientFree, Guided, Wrapper, at_step
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers import grid, solve
 
 MEANS = [[-1.0, 0.2], [1.0, 0.5], [0.3, -1.2]]
@@ -130,3 +132,80 @@ def test_a_step_looks_at_no_value() -> None:
             at_step(free, start, start / 2)(X, SIGMA, LABELS % 2)
     assert limited.spent == Calls(main=2, reference=1)
     assert free.spent == Calls(main=2, reference=1, classifier=1)
+
+
+class Carrying(Wrapper):
+    """Keeps to itself where the guided denoiser changes, so that solvers carry their memory over."""
+
+    def regime(self, condition: Tensor | None) -> None:
+        return None
+
+
+def solved_exactly(model: Denoiser, y: Tensor, levels: Tensor) -> Tensor:
+    """Each step's denoiser followed by Runge-Kutta 4 through the step: the same decisions, no other error."""
+    for now, after in pairwise(levels.tolist()):
+        within = torch.linspace(now, after, 9, dtype=torch.float64)
+        y = solve(at_step(model, now, after), y, within, "rhork:rk4", condition=LABELS).y
+    return y
+
+
+REMEMBERING = ["ipndm:3", "tab:2", "dpmpp-2m", "ghvb:2.5"]
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_starting_anew_at_the_ends_of_the_interval_keeps_the_order(name: str) -> None:
+    # The slope jumps by J there. Carried over, it leaves an error of order J h; started anew, of order h^2.
+    limited = Guided(TEACHER, 3.0, interval=(0.3, 4.0))
+    errors = []
+    for steps in (80, 160):
+        levels = grid("karras", steps, 0.05, 20.0, to_zero=False)
+        truth = solved_exactly(limited, 20 * X, levels)
+        for model in (limited, Carrying(limited)):
+            end = solve(model, 20 * X, levels, name, condition=LABELS, path="vp").y
+            errors.append(float((end - truth).norm(dim=1).mean()))
+    anew, carried = errors[::2], errors[1::2]
+    assert carried[1] > 2 * anew[1]
+    assert math.log2(anew[0] / anew[1]) > 1.8
+    assert math.log2(carried[0] / carried[1]) < 1.6
+
+
+class Later(SampleNoise):
+    """The noise of a solve from its step ``first`` on."""
+
+    first = 0
+
+    def normal(self, step: int, draw: int = 0) -> Tensor:
+        return super().normal(self.first + step, draw)
+
+
+@pytest.mark.parametrize("name", [*REMEMBERING, "hb:0.9:2", "hb-2m:0.8", "rhoab:1", "dpmpp-2m-sde"])
+def test_starting_anew_is_a_new_solve_bit_for_bit(name: str) -> None:
+    levels = grid("log", 60, 0.05, 20.0, to_zero=False)
+    ends = [0, 20, 40, 60]  # pieces of at least 15 steps: dpmpp-2m ends shorter solves with order 1
+    limited = Guided(TEACHER, 3.0, interval=(float(levels[40]), float(levels[20])))
+    noise = Later(0, torch.arange(24), (2,), "cpu")
+    run = {"condition": LABELS, "path": "vp", "noise": noise}
+    whole = solve(limited, 20 * X, levels, name, **run).y
+    y = 20 * X
+    for start, end in pairwise(ends):
+        noise.first = start
+        y = solve(limited, y, levels[start : end + 1], name, **run).y
+    assert torch.equal(whole, y)
+    noise.first = 0
+    assert not torch.allclose(whole, solve(Carrying(limited), 20 * X, levels, name, **run).y, atol=1e-5)
+
+
+def test_only_a_change_of_the_guidance_starts_anew() -> None:
+    levels = grid("karras", 12, 0.05, 20.0)
+
+    def end(model: Denoiser, condition: Tensor | None = LABELS) -> Tensor:
+        return solve(model, 20 * X, levels, "rhoab:2", condition=condition).y
+
+    some = {"interval": (0.3, 4.0)}
+    assert torch.equal(end(Guided(TEACHER, 2.0, **some), None), end(TEACHER, None))
+    assert torch.equal(end(Guided(TEACHER, 1.0, **some)), end(TEACHER))
+    within = Guided(Guided(TEACHER, 2.0, **some), 1.5, reference=TEACHER)  # found inside another guidance
+    assert not torch.equal(end(within), end(Carrying(within)))
+    weak = Guided(GaussianMixture([0.5, 0.3, 0.2], MEANS, [0.2, 0.3, 0.4], [0, 1, 2]), 2.0, **some)
+    led = Guided(TEACHER, 1.5, reference=weak)  # and in a reference
+    assert not torch.equal(end(led), end(Carrying(led)))

@@ -126,7 +126,7 @@ def test_guided_pairs_and_other_solvers() -> None:
 
 LEVELS = torch.tensor([2.0, 1.0, 0.0])
 WRONG: dict[str, Callable[[], object]] = {
-    "other samples": lambda: solve_reflected(STRONG, GaussianMixture([1.0], [[0.0]], [1.0]), X, LEVELS),
+    "the same samples": lambda: solve_reflected(STRONG, GaussianMixture([1.0], [[0.0]], [1.0]), X, LEVELS),
     "increasing": lambda: solve_reflected(STRONG, WEAK, X, [0.1, 1.0]),
     "wrong shape": lambda: solve_reflected(STRONG, WEAK, X[:, :1], LEVELS),
     "level for the weak": lambda: solve_reflected(STRONG, WEAK, X, LEVELS, weak_at="middle"),  # type: ignore

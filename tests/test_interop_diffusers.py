@@ -5,50 +5,22 @@ The networks are random and in float64; diffusers keeps noise levels in float32,
 
 import copy
 import itertools
-import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-from diffusers_models import diffusers, dit, unet, vae
+from diffusers_models import SCHEDULES, diffusers, dit, schedule, unet, vae
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import FeatureDenoiser
 from distmatch.diffusion.guidance import Guided
+from distmatch.diffusion.latents import Decoder, decode_samples, decoder_of
 from distmatch.diffusion.paths import discrete_path
 from distmatch.diffusion.solvers.solve import solve
 from distmatch.interop.diffusers_teacher import (
     check_teacher,
-    is_diffusers_folder,
-    load_diffusers,
     teacher_from,
 )
-from distmatch.interop.latents import Decoder, VAEDecoder, decode_samples, decoder_of
-from distmatch.interop.saved import load_denoiser, load_external, save_denoiser
-
-SCHEDULES = {
-    "ddpm eps": ("DDPMScheduler", {}),
-    "ddpm v cosine": (
-        "DDPMScheduler",
-        {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
-    ),
-    "ddim sample": ("DDIMScheduler", {"prediction_type": "sample", "beta_schedule": "scaled_linear"}),
-    "ddim zero snr": ("DDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
-    "pndm": ("PNDMScheduler", {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}),
-    "dpm-solver": ("DPMSolverMultistepScheduler", {}),
-    "euler v": ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
-    "edm euler": ("EDMEulerScheduler", {}),
-    "edm euler v": ("EDMEulerScheduler", {"prediction_type": "v_prediction", "sigma_data": 1.0}),
-    "edm dpm": ("EDMDPMSolverMultistepScheduler", {"sigma_min": 0.01, "sigma_max": 40.0}),
-    "flow": ("FlowMatchEulerDiscreteScheduler", {}),
-    "flow shifted": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "num_train_timesteps": 500}),
-}
-
-
-def schedule(name, **more):
-    kind, options = SCHEDULES[name]
-    return getattr(diffusers, kind)(**{**options, **more})
+from distmatch.interop.latents import VAEDecoder
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -242,159 +214,3 @@ def test_a_table_of_times_is_only_asked_for_its_rows():
     assert check_teacher(teacher, tolerance=1e-4).relative < 1e-4
     between = teacher.path.rho(torch.tensor([500.4])).float()
     assert teacher(torch.randn(1, 3, 8, 8), between).isfinite().all()
-
-
-# ---- folders
-
-
-def saved_pipeline(folder, name="ddim sample", **options):
-    diffusers.DDPMPipeline(unet(**options), schedule(name)).save_pretrained(folder)
-    return folder
-
-
-def test_folders_are_loaded(tmp_path):
-    folder = saved_pipeline(tmp_path / "pipeline")
-    assert is_diffusers_folder(folder)
-    x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 30.0])
-    expected = teacher_from(unet(), schedule("ddim sample"))(x, sigma)
-    before = torch.get_rng_state()
-    whole = load_diffusers(folder)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(whole(x, sigma), expected)
-    assert whole.conversion.relative < 1e-5
-    assert "largest difference" in str(whole.conversion)
-    assert torch.equal(load_external(folder)(x, sigma), expected)
-    assert torch.equal(load_diffusers(folder / "unet")(x, sigma), expected)
-    bare = tmp_path / "bare"
-    unet().save_pretrained(bare)
-    assert is_diffusers_folder(bare)
-    assert torch.equal(load_diffusers(bare, scheduler=folder / "scheduler")(x, sigma), expected)
-    with pytest.raises(UserError, match=r"no scheduler_config\.json"):
-        load_diffusers(bare)
-    schedule("ddim sample").save_pretrained(bare)  # everything in one folder, as early models have it
-    assert torch.equal(load_diffusers(bare)(x, sigma), expected)
-    half = tmp_path / "half"
-    saved_pipeline(half)
-    (half / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    unet().half().save_pretrained(half / "unet", variant="fp16")
-    loaded = load_diffusers(half)
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert torch.allclose(loaded(x, sigma), expected, atol=1e-2)  # its weights were rounded to float16
-
-
-def test_latent_folders_bring_their_autoencoder(tmp_path):
-    model, codec = dit(num_embeds_ada_norm=2), vae()
-    diffusers.DiTPipeline(model, codec, schedule("ddpm eps")).save_pretrained(tmp_path / "dit")
-    teacher = load_diffusers(tmp_path / "dit")
-    assert teacher.decoder.shape == (3, 16, 16)
-    z = torch.randn(1, 4, 8, 8)
-    expected = teacher_from(model, schedule("ddpm eps"), vae=codec).decoder.decode(z)
-    assert torch.equal(teacher.decoder.decode(z), expected)
-    assert load_diffusers(tmp_path / "dit", vae=False).decoder is None
-    assert load_diffusers(tmp_path / "dit", vae=tmp_path / "dit" / "vae").decoder is not None
-    save_denoiser(tmp_path / "run" / "model", teacher, {"kind": "teacher"})
-    back, extra = load_denoiser(tmp_path / "run")
-    assert extra == {"kind": "teacher"}
-    assert torch.equal(back.decoder.decode(z), expected)
-    assert torch.equal(
-        back(z, torch.ones(1), torch.tensor([1])), teacher(z, torch.ones(1), torch.tensor([1]))
-    )
-
-
-@pytest.mark.parametrize("name", ["ddpm v cosine", "edm euler v", "flow shifted"])
-def test_students_of_every_family_are_saved_whole(name, tmp_path):
-    options = {"null_class": 2, "features": ["conv_in", "mid_block"], "sigma_data": 0.7}
-    student = teacher_from(unet(num_class_embeds=3), schedule(name), **options)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.mul_(1.1)
-    save_denoiser(tmp_path / "model", student)
-    back, _ = load_denoiser(tmp_path / "model")
-    x, sigma = torch.randn(3, 3, 8, 8), torch.tensor([0.02, 1.0, 30.0])
-    labels = torch.tensor([0, 1, -1])
-    for a, b in zip(
-        student.with_features(x, sigma, labels)[1], back.with_features(x, sigma, labels)[1], strict=True
-    ):
-        assert torch.equal(a, b)
-    assert torch.equal(student(x, sigma, labels), back(x, sigma, labels))
-    kept = ("shape", "num_classes", "sigma_data", "sigma_min", "sigma_max")
-    assert all(getattr(student, key) == getattr(back, key) for key in kept)
-    save_denoiser(tmp_path / "model", back)  # replaces
-
-
-def test_pickled_weights_are_refused(tmp_path):
-    folder = saved_pipeline(tmp_path / "p")
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    torch.save(unet().state_dict(), folder / "unet" / "diffusion_pytorch_model.bin")
-    weights.unlink()
-    with pytest.raises(UserError, match="is a pickle and was not opened"):
-        load_diffusers(folder)
-    (folder / "unet" / "diffusion_pytorch_model.bin").unlink()
-    with pytest.raises(UserError, match="has no weights"):
-        load_diffusers(folder)
-
-
-def test_what_is_wrong_with_a_folder_is_said(tmp_path):
-    assert load_external(tmp_path) is None
-    assert load_external(tmp_path / "nothing") is None
-    for place in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(UserError):
-            load_diffusers(place)
-    folder = saved_pipeline(tmp_path / "p")
-    config = folder / "unet" / "config.json"
-    values = json.loads(config.read_text())
-    config.write_text(json.dumps({**values, "_class_name": "UNet2DConditionModel"}))
-    with pytest.raises(UserError, match="UNet2DModel"):
-        load_diffusers(folder)
-    config.write_text(json.dumps({**values, "block_out_channels": [8, 32]}))
-    with pytest.raises(UserError, match="cannot load"):
-        load_diffusers(folder)
-    config.write_text(json.dumps(values))
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot load"):
-        load_diffusers(folder)
-    weights.write_bytes(whole)
-    tensors = load_file(weights)
-    missing = tensors.pop("conv_in.weight")
-    save_file(tensors, weights)
-    with pytest.raises(UserError, match=r"conv_in\.weight"):
-        load_diffusers(folder)
-    save_file({**tensors, "conv_in.weight": missing, "conv_on.weight": missing.clone()}, weights)
-    with pytest.raises(UserError, match=r"conv_on\.weight"):
-        load_diffusers(folder)
-    weights.write_bytes(whole)
-    plan = folder / "scheduler" / "scheduler_config.json"
-    settings = json.loads(plan.read_text())
-    for change, message in (
-        ({"_class_name": "ScoreSdeVeScheduler"}, "unknown class"),
-        ({"prediction_type": "epsilons"}, "prediction_type"),
-        ({"beta_schedule": "steep"}, "cannot read"),
-    ):
-        plan.write_text(json.dumps({**settings, **change}))
-        with pytest.raises(UserError, match=message):
-            load_diffusers(folder)
-
-
-def test_networks_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="not read as a teacher"):
-        teacher_from(nn.Linear(2, 2), schedule("ddpm eps"))
-    with pytest.raises(UserError, match="do not belong together"):
-        teacher_from(unet(), schedule("ddpm eps"), vae=vae())
-    with pytest.raises(UserError, match="class_embed_type"):
-        teacher_from(unet(class_embed_type="timestep"), schedule("ddpm eps"))
-    with pytest.raises(UserError, match="how large"):
-        teacher_from(unet(sample_size=None), schedule("ddpm eps"))
-    assert teacher_from(unet(sample_size=None), schedule("ddpm eps"), size=(8, 16)).shape == (3, 8, 16)
-    with pytest.raises(UserError, match="pure noise"):
-        teacher_from(unet(), schedule("ddim zero snr", prediction_type="epsilon"))
-    with pytest.raises(UserError, match="only a teacher of diffusers"):
-        check_teacher(unet())
-
-
-def test_without_the_package(monkeypatch, tmp_path):
-    folder = saved_pipeline(tmp_path / "p")
-    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(UserError, match=r"pip install distmatch\[diffusers\]"):
-        load_external(folder)

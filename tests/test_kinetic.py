@@ -95,6 +95,16 @@ def test_energy_lies_between_transport_and_all_other_paths() -> None:
         assert kinetic_energy(bent, LOSSES, 1.0) > least
 
 
+def test_the_data_separation_rises_and_no_linear_estimate_is_better() -> None:
+    # For data of mean 0 and mean square 1, lam(s) rises with s = alpha / sigma from 0 to 1, and as D is at
+    # least as good as the best linear estimate, lam >= s^2 / (1 + s^2). L = (1 - lam) (1 + rho^2) / rho^2.
+    rho = torch.linspace(0, math.pi / 2, 513, dtype=torch.float64).tan().abs().clamp(1e-4, 1e4)
+    lam = 1 - LOSSES * rho**2 / (1 + rho**2)
+    assert bool((lam.diff() <= 1e-12).all())  # rho rises, so s falls
+    assert bool(((lam >= 0) & (lam <= 1)).all())
+    assert bool((lam >= 1 / (1 + rho**2) - 1e-12).all())
+
+
 def test_the_two_limits() -> None:
     # Scattered points: the straight path with energy 2. A Gaussian: energy 0, every level still passed.
     t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import math
-import weakref
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad, solve_ivp
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from distmatch.diffusion.guidance import CallCounter, Guided
 from distmatch.diffusion.mixture import GaussianMixture
-from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import noise_path
-from distmatch.diffusion.solvers import TABLEAUX, PredictorCorrector, Run, Solver, find_solver, grid, solve
+from distmatch.diffusion.solvers import TABLEAUX, Run, find_solver, grid, solve
 from distmatch.diffusion.solvers.multistep import adams_weights
-
-MIXTURE = GaussianMixture([0.3, 0.7], [[-1.0], [0.8]], [0.04, 0.09])
-HIGH, LOW = 10.0, 0.05
-START = HIGH * torch.special.ndtri((torch.arange(64, dtype=torch.float64) + 0.5) / 64)[:, None]
-DETERMINISTIC = [
-    *("euler", "heun", "ddim", "dpmpp-1", "dpmpp-2m", "tab:2", "rhoab:3", "rhork:kutta3", "rhork:rk4"),
-    *("ipndm:3", "hb:0.8", "hb:0.7:2", "hb-2m:0.8", "ghvb:1.8", "ghvb:4.5"),
-]
-STOCHASTIC = [
-    *("heun:20", "ddim:0.5", "ddim:1", "dpmpp-sde", "dpmpp-2m-sde", "euler-maruyama", "euler-maruyama:0.5"),
-    *("reverse-diffusion", "pc", "pc:0.1:2"),
-]
+from solver_cases import DETERMINISTIC, HIGH, LOW, MIXTURE, START
 
 
 def dop853(y: Tensor, levels: Tensor) -> Tensor:
@@ -263,124 +247,3 @@ def test_rk45_stops_where_somebody_looks_and_denoises_at_the_end() -> None:
     torch.testing.assert_close(seen.y, MIXTURE(exact[3], MIXTURE.sigma_min), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(seen.y, quiet.y, rtol=1e-7, atol=1e-7)
     assert torch.equal(seen.trajectory[-1], seen.y)
-
-
-def noise_for(y: Tensor, seed: int = 0) -> SampleNoise:
-    return SampleNoise(seed, torch.arange(len(y)), tuple(y.shape[1:]))
-
-
-@pytest.mark.parametrize("name", [*DETERMINISTIC, *STOCHASTIC])
-def test_calls_are_counted_and_are_those_announced(name: str) -> None:
-    for levels in (grid("karras", 8, 0.1, 5.0), grid("karras", 8, 0.1, 5.0, to_zero=False)):
-        done = solve(MIXTURE, START, levels, name, noise=noise_for(START), path="vp")
-        assert done.calls == find_solver(name).calls(tuple(levels.tolist()))
-        assert bool(done.y.isfinite().all())
-
-
-def test_a_guided_call_counts_as_two_and_a_counter_is_not_wrapped_again() -> None:
-    teacher = GaussianMixture([0.3, 0.7], [[-1.0], [0.8]], [0.04, 0.09], [0, 1])
-    labels = torch.zeros(len(START), dtype=torch.int64)
-    levels = grid("karras", 6, 0.1, 5.0)
-    counter = CallCounter(Guided(teacher, 2.0))
-    counter.calls = 5
-    assert solve(counter, START, levels, "ddim", condition=labels).calls == 12
-    assert counter.calls == 17
-    assert solve(Guided(teacher, 2.0), START, levels, "ddim", condition=labels).calls == 12
-
-
-@pytest.mark.parametrize("name", ["heun", "ddim", "rhork:rk4", "heun:20", "ddim:1", "pc", "euler-maruyama"])
-def test_two_halves_are_the_whole(name: str) -> None:
-    levels, noise = grid("karras", 9, 0.05, 10.0), noise_for(START)
-    solver = find_solver(name)
-    if name == "heun:20":  # churn is shared out over the steps of a run: 5 of 9 get 5/9 of it
-        whole_churn = find_solver("heun:9")
-        half = [find_solver("heun:4"), find_solver("heun:5")]
-    else:
-        whole_churn, half = solver, [solver, solver]
-    whole = solve(MIXTURE, START, levels, whole_churn, noise=noise, trajectory=True)
-    first = solve(MIXTURE, START, levels[:5], half[0], noise=noise)
-    second = solve(MIXTURE, first.y, levels[4:], half[1], noise=noise.after(4))
-    assert torch.equal(first.y, whole.trajectory[4])
-    assert torch.equal(second.y, whole.y)
-    assert first.calls + second.calls == whole.calls
-
-
-def test_a_visitor_sees_every_step_and_may_replace_the_state() -> None:
-    levels, seen = grid("karras", 6, 0.1, 5.0), []
-
-    def pin(k: int, y: Tensor) -> Tensor:
-        seen.append(k)
-        return torch.where(torch.arange(len(y))[:, None] < 3, 0.25, y)
-
-    pinned = solve(MIXTURE, START, levels, "ddim", on_step=pin, trajectory=True)
-    assert seen == list(range(6))
-    assert bool((pinned.trajectory[1:, :3] == 0.25).all())
-    assert torch.equal(pinned.y[3:], solve(MIXTURE, START, levels, "ddim").y[3:])
-
-
-class Watching(TorchDispatchMode):
-    """Counts how many results of torch operations are alive at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self.alive.add(out)
-            self.most = max(self.most, len(self.alive))
-        return out
-
-
-class Normal:
-    """The exact denoiser of N(0, 1) in two dimensions; notes the dtypes it is called in."""
-
-    shape, num_classes, sigma_data, sigma_min, sigma_max = (2,), 0, 1.0, 0.002, 80.0
-
-    def __init__(self) -> None:
-        self.dtypes: set[torch.dtype] = set()
-
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
-        self.dtypes |= {x.dtype, sigma.dtype}
-        return x / (1 + sigma[:, None] ** 2)
-
-
-@pytest.mark.parametrize("name", [*DETERMINISTIC, *STOCHASTIC])
-def test_memory_does_not_grow_with_the_steps(name: str) -> None:
-    y, most = torch.ones(3, 2), []
-    for steps in (8, 40):
-        model, watching = Normal(), Watching()
-        with watching:
-            done = solve(model, y, grid("karras", steps, 0.1, 5.0), name, noise=noise_for(y), path="vp")
-        most.append(watching.most)
-        assert model.dtypes == {torch.float32}
-        assert done.y.dtype == torch.float32
-        assert done.trajectory is None
-        del done
-    assert most[0] == most[1]
-
-
-def test_the_state_is_kept_in_float64_between_calls() -> None:
-    class Still:
-        shape, num_classes, sigma_data, sigma_min, sigma_max = (1,), 0, 1.0, 0.002, 80.0
-
-        def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
-            return torch.zeros_like(x)
-
-    # y shrinks by s'/s in each of 20,000 steps; float32 states would drift by about sqrt(steps) roundings.
-    y = torch.linspace(1, 2, 50)[:, None]
-    end = solve(Still(), y, grid("log", 20_000, 0.5, 1.0, to_zero=False), "ddim").y
-    torch.testing.assert_close(end, y / 2, rtol=1.2e-7, atol=0)
-
-
-@pytest.mark.parametrize("name", [*DETERMINISTIC, *STOCHASTIC, PredictorCorrector(norm="batch")])
-def test_no_step_waits_for_the_device(name: str | Solver) -> None:
-    # Tensors on the meta device have no values: reading one, as .item() or a branch does, raises.
-    y = torch.empty(4, 2, device="meta")
-    noise = SampleNoise(0, torch.arange(4), (2,), "meta")
-    with pytest.raises(RuntimeError, match="meta"):
-        y.sum().item()
-    done = solve(Normal(), y, grid("karras", 6, 0.1, 5.0), name, noise=noise, path="vp")
-    assert done.y.device.type == "meta"

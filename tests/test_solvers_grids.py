@@ -34,7 +34,7 @@ from distmatch.diffusion.solvers import (
     snap_grid,
     solve,
 )
-from test_solvers import MIXTURE, START
+from solver_cases import MIXTURE, START
 
 
 @pytest.mark.parametrize("kind", GRIDS)
@@ -153,6 +153,9 @@ WRONG = {
     "leaves the path": run([5e150, 3e150, 2.0, 1.0], "tab:2", path="condot"),
     "gaussian_kernel": lambda: solve(NoScore(), START, [3.0, 1.0], "heun:10", noise=NOISE),
     "wrong shape": lambda: solve(MIXTURE, torch.zeros(3, 2), [3.0, 1.0]),
+    "NaN or infinity in 2 of 3": lambda: solve(
+        MIXTURE, torch.tensor([[0.0], [math.nan], [-math.inf]]), [3.0, 1.0]
+    ),
     "floating point": lambda: solve(MIXTURE, torch.zeros(3, 1, dtype=torch.int64), [3.0, 1.0]),
     "did you mean heun": run([3.0, 1.0], "huen"),
     "too many options": run([3.0, 1.0], "euler:3"),

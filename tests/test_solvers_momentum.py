@@ -14,7 +14,7 @@ from torch import Tensor
 from distmatch.diffusion.solvers import GHVB, DPMpp, HeavyBall, Solver, solve
 from distmatch.diffusion.solvers.momentum import ghvb_weights
 from distmatch.diffusion.solvers.multistep import AB
-from test_solvers import MIXTURE, START
+from solver_cases import MIXTURE, START
 
 BETAS = [0.2, 0.5, 0.8, 1.0]
 

@@ -25,7 +25,7 @@ from distmatch.diffusion.solvers import (
     sample_teacher,
     solve,
 )
-from test_solvers import DETERMINISTIC, STOCHASTIC, Normal
+from solver_cases import DETERMINISTIC, STOCHASTIC, Normal
 
 
 @pytest.mark.parametrize(

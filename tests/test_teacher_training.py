@@ -293,6 +293,8 @@ def test_what_is_usual_on_a_path() -> None:
         ({"path": "condot", "sigma_max": 3.0}, "does not reach its prior"),
         ({"path": "nowhere"}, "unknown noise path"),
         ({"condition_noise": 1.0}, "labels"),
+        ({"condition_noise_kind": "gaussian"}, "goes with --condition-noise"),
+        ({"label_dropout": 0.3}, "label-dropout hides labels, and there are none"),
         ({"ambient_noise": 0.1, "pfgm_dims": 10.0}, "ambient-noise"),
         ({"ambient_clean": 1.5}, "ambient-clean"),
         ({"logit_std": 0.0}, "logit-std"),
@@ -307,6 +309,16 @@ def test_what_is_usual_on_a_path() -> None:
 def test_impossible_choices_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         training(**options)
+
+
+def test_levels_that_end_too_early_are_told() -> None:
+    assert training().warnings == training(sigma_max=10 * SIGMA_DATA).warnings == []
+    (said,) = training(sigma_max=5.3).warnings
+    assert "edm path does not reach its prior" in said
+    assert "5.3 for data of standard deviation 0.54" in said
+    assert "at least 5.4" in said
+    assert training(label_dropout=0.0).warnings == []  # without labels, hiding none is no mistake
+    training(label_dropout=0.3, num_classes=2)
 
 
 def test_options_have_defaults_that_old_configs_mean() -> None:

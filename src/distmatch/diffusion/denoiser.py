@@ -107,8 +107,9 @@ def require_input_gradient(denoiser: Denoiser, purpose: str, device: torch.devic
 def is_diffused(denoiser: Denoiser) -> bool:
     """Whether the scores at all levels are those of one law, noised: False for a guided teacher.
 
-    Its scores tilt each noised law by itself, and the noised tilted law is another one. Wrappers that do not
-    say so by an attribute ``diffused`` are looked through.
+    Its scores tilt each noised law by itself, and the noised tilted law is another one; so it is with a
+    posterior that is approximated at each level. Wrappers that do not say so by an attribute ``diffused``
+    are looked through.
     """
     inner: object | None = denoiser
     while inner is not None:
@@ -120,7 +121,7 @@ def is_diffused(denoiser: Denoiser) -> bool:
 
 
 def require_diffused(denoiser: Denoiser, purpose: str) -> None:
-    """Refuses a guided teacher for a ``purpose`` that follows one density through the levels.
+    """Refuses a guided teacher and its like for a ``purpose`` that follows one density through the levels.
 
     Raises:
         UserError: :func:`is_diffused` is False.
@@ -128,7 +129,7 @@ def require_diffused(denoiser: Denoiser, purpose: str) -> None:
     if not is_diffused(denoiser):
         raise UserError(
             f"{purpose} needs scores that belong to one density at all levels",
-            got="a guided teacher, whose scores are tilted at each level by themselves",
-            fix="take the teacher without guidance; log_likelihood(prior='sampler') gives the density of "
+            got="a guided teacher or an approximate posterior, where each level's are made by themselves",
+            fix="take the teacher without it; log_likelihood(prior='sampler') gives the density of "
             "guided samples",
         )

@@ -30,7 +30,11 @@ def parse_path(text: str, *, sigma_data: float, sigma_min: float, sigma_max: flo
     """
     name, _, rest = text.partition(":")
     if name == KINETIC:
-        raise UserError("this path is made from data", fix="use kinetic_path_of(data)")
+        raise UserError(
+            f"the {KINETIC} path is made from data, so its name alone gives none",
+            fix=f"train a teacher with --path {KINETIC}: it keeps its path and is sampled without --path; "
+            "in Python, kinetic_path_of(data) makes one",
+        )
     if name not in PATHS:
         raise unknown_name("noise path", name, PATHS)
     options: dict[str, float] = {}

@@ -1,10 +1,11 @@
 """Models from and for elsewhere: teachers of diffusers, EDM and EDM2; students for diffusers and ONNX."""
 
+from distmatch.diffusion.latents import Decoder, decode_samples, decoder_of
 from distmatch.interop.conversion import Conversion, check_conversion
 from distmatch.interop.diffusers_export import export_diffusers
 from distmatch.interop.diffusers_teacher import check_teacher, load_diffusers, teacher_from
 from distmatch.interop.edm_checkpoint import read_edm
-from distmatch.interop.latents import Decoder, VAEDecoder, decode_samples, decoder_of
+from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.onnx_export import export_onnx
 from distmatch.interop.saved import convert_edm, is_external, load_denoiser, load_external, save_denoiser
 

@@ -1,64 +1,14 @@
-"""Teachers that live in the latent space of an autoencoder: how their samples become images."""
+"""The autoencoder of diffusers as the decoder of teachers that live in its latent space."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser
-
-
-@runtime_checkable
-class Decoder(Protocol):
-    """What a latent denoiser carries as ``denoiser.decoder``.
-
-    Attributes:
-        shape: Shape of one decoded sample.
-    """
-
-    shape: tuple[int, ...]
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Model-space samples (B, *latent shape) to images (B, *shape), in [-1, 1] up to errors."""
-        ...
-
-    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images (B, *shape) to model-space samples; ``noise`` draws from the encoder's distribution."""
-        ...
-
-
-def decoder_of(denoiser: Denoiser) -> Decoder | None:
-    """The decoder of a latent denoiser, found through wrappers; None for one that makes samples itself."""
-    inner: Any = denoiser
-    while inner is not None:
-        found = getattr(inner, "decoder", None)
-        if found is not None:
-            return found
-        inner = getattr(inner, "inner", None)
-    return None
-
-
-def decode_samples(
-    denoiser: Denoiser, z: Tensor, batch: int = 16, *, device: torch.device | str | None = None
-) -> Tensor:
-    """The last step of sampling: samples of ``denoiser`` as images, or unchanged where there is no decoder.
-
-    Args:
-        denoiser: What they were drawn from.
-        z: Samples in model space, (B, *denoiser.shape).
-        batch: Samples at a time.
-        device: Where to compute, by default where they are; the images come back to where they are.
-    """
-    decoder = decoder_of(denoiser)
-    if decoder is None:
-        return z
-    if not len(z):
-        return z.new_empty(0, *decoder.shape)
-    return torch.cat([decoder.decode(part.to(device or z.device)).to(z.device) for part in z.split(batch)])
 
 
 class VAEDecoder:
@@ -102,6 +52,21 @@ class VAEDecoder:
         pixels = "0 to 1" if self.unit_pixels else "-1 to 1"
         return {"scale": list(self.scale), "shift": list(self.shift), "pixels": pixels}
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the other one has the same latents: scaling, architecture and every weight."""
+        if not isinstance(other, VAEDecoder):
+            return NotImplemented
+        if self is other:
+            return True
+        if (self.to_dict(), self.shape) != (other.to_dict(), other.shape) or _built(self) != _built(other):
+            return False
+        mine, theirs = self.vae.state_dict(), other.vae.state_dict()
+        return mine.keys() == theirs.keys() and all(
+            v.dtype == theirs[k].dtype and torch.equal(v, theirs[k].to(v.device)) for k, v in mine.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # two with equal weights are equal, so identity is no hash
+
     def __deepcopy__(self, memo: dict[int, Any]) -> VAEDecoder:
         """Itself: nothing in it ever changes."""
         return self
@@ -134,6 +99,11 @@ class VAEDecoder:
 
     def _vae(self, like: Tensor) -> Any:
         return self.vae if self.vae.device == like.device else self.vae.to(like.device)
+
+
+def _built(decoder: VAEDecoder) -> dict[str, Any]:
+    """The config of an autoencoder without where it was loaded from and by which version."""
+    return {name: value for name, value in dict(decoder.vae.config).items() if not name.startswith("_")}
 
 
 def vae_scaling(config: Any) -> tuple[list[float], list[float]]:

@@ -15,9 +15,9 @@ import torch
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_folder, atomic_json, atomic_write, check_model_folder
+from distmatch.diffusion.latents import decoder_of
 from distmatch.interop.card import card_of
 from distmatch.interop.frozen import Portable, StudentLike
-from distmatch.interop.latents import decoder_of
 from distmatch.interop.optional import import_onnxruntime
 from distmatch.nets.saved import CARD
 

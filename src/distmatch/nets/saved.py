@@ -27,6 +27,7 @@ from distmatch.nets.config import from_dict, to_dict
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.path_denoiser import PathDenoiser
+from distmatch.nets.split_shortcut import SplitLayer
 
 FORMAT = "distmatch-model"
 VERSION = 1
@@ -53,8 +54,13 @@ def save_model(
         card: What a reader should know of it, as Markdown; '' writes none.
 
     Raises:
-        UserError: The folder holds something else, or cannot be written.
+        UserError: The folder holds something else, or cannot be written; or the network was rewritten.
     """
+    if any(isinstance(module, SplitLayer) for module in denoiser.net.modules()):
+        raise UserError(
+            "a network with split shortcuts cannot be saved as a model",
+            fix="save the network as it was, and call split_shortcuts after loading",
+        )
     folder = Path(folder)
     check_model_folder(folder, (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD))
     config = {

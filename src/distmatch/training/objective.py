@@ -129,6 +129,7 @@ def _refuse_idle(config: TeacherConfig, spacing: str, weighting: str) -> None:
         ("noise_mean", "noise_std"): (spacing == "log-normal", "--noise-distribution log-normal"),
         ("logit_mean", "logit_std"): (spacing == "logit-normal", "--noise-distribution logit-normal"),
         ("min_snr_gamma",): (weighting == "min-snr", "--weighting min-snr"),
+        ("condition_noise_kind",): (config.condition_noise > 0, "--condition-noise"),
         ("ambient_given",): (config.ambient_noise > 0, "--ambient-noise"),
         ("ambient_clean",): (
             config.ambient_noise > 0 and not config.ambient_given,

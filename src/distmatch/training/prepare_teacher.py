@@ -89,7 +89,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
             "path": method.objective.path.name,
             "prediction": method.objective.prediction,
         },
-        warnings=[],
+        warnings=method.warnings,
         finish=finish,
         show=("loss",),
     )

@@ -16,7 +16,7 @@ from distmatch.base.files import load_into
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoising import denoising_loss
-from distmatch.diffusion.path_core import NoisePath
+from distmatch.diffusion.path_core import NoisePath, check_prior
 from distmatch.diffusion.pfgm import student_t
 from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig
@@ -119,8 +119,23 @@ class TeacherTraining:
                 "--condition-noise perturbs labels, and there are none",
                 fix="leave it out, or train on labelled data",
             )
+        if cfg.label_dropout not in (0, TeacherConfig.label_dropout) and self.num_classes == 0:
+            raise UserError(
+                "--label-dropout hides labels, and there are none",
+                fix="leave it out, or train on labelled data",
+            )
         sigma_data = math.hypot(cfg.sigma_data or self.sigma_data, cfg.instance_noise)
         self.objective = build_objective(cfg, sigma_data, self.path)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed and will probably be regretted: levels that end before noise drowns the data."""
+        chosen = self.objective
+        try:
+            check_prior(chosen.path, chosen.sigma_data, rho_max=chosen.sigma_max)
+        except UserError as error:
+            return [str(error)]
+        return []
 
     def init(self, seed: int) -> TeacherState:
         """The state before the first step."""

@@ -11,8 +11,10 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, require_diffused, require_score
 from distmatch.diffusion.geometry.jacobian import denoise_for_gradient, pull_back
 from distmatch.diffusion.guidance import CallCounter
+from distmatch.diffusion.latents import require_same_samples
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers.grids import checked_levels
+from distmatch.diffusion.solvers.solve import require_finite
 
 Conditions = Sequence[Tensor | None] | None
 
@@ -26,7 +28,7 @@ class Models:
         purpose: What they are for, for messages.
 
     Raises:
-        UserError: Shapes differ, a model has no score or is guided, or conditions do not fit.
+        UserError: Shapes or autoencoders differ, a model has no score or is guided, or conditions do not fit.
     """
 
     def __init__(self, denoisers: Sequence[Denoiser], conditions: Conditions, purpose: str) -> None:
@@ -35,14 +37,7 @@ class Models:
         for denoiser in denoisers:
             require_score(denoiser, purpose)
             require_diffused(denoiser, purpose)
-        shapes = [tuple(d.shape) for d in denoisers]
-        if len(set(shapes)) > 1:
-            raise UserError(
-                f"{purpose} needs models of the same samples",
-                got=f"shapes {', '.join(map(str, shapes))}",
-                expected="one shape",
-                fix="models of different data, resolutions or latent spaces cannot be combined",
-            )
+        require_same_samples(denoisers, purpose)
         self.conditions = [None] * len(denoisers) if conditions is None else list(conditions)
         if len(self.conditions) != len(denoisers):
             raise UserError(
@@ -52,7 +47,7 @@ class Models:
         for denoiser, labels in zip(denoisers, self.conditions, strict=True):
             if labels is not None and denoiser.num_classes == 0:
                 raise UserError("a model without classes was given a condition", fix="give None in its place")
-        self.shape = shapes[0]
+        self.shape = tuple(denoisers[0].shape)
         self.purpose = purpose
         self._counters = [d if isinstance(d, CallCounter) else CallCounter(d) for d in denoisers]
         self._before = [c.calls for c in self._counters]
@@ -110,6 +105,7 @@ class Models:
                 got=f"{tuple(y.shape)}, {y.dtype}",
                 expected=f"(B, {', '.join(map(str, self.shape))}), floating point",
             )
+        require_finite(y)
         if len(noise) != len(y) or tuple(noise.shape) != self.shape:
             raise UserError(
                 "the noise is not for this batch",

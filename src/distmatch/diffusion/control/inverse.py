@@ -38,9 +38,15 @@ class LinearPosterior(Wrapper):
         iterations: Conjugate-gradient iterations; M measurements need at most M. By default M, but at most
             32.
 
+    Attributes:
+        diffused: False: for other than Gaussian data each level is an approximation of its own, whose scores
+            belong to no one density. Where the data are Gaussian, and iterations enough, set it to True.
+
     Raises:
         UserError: The measurement does not fit the model, or the model has no score.
     """
+
+    diffused = False
 
     def __init__(
         self,

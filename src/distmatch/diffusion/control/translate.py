@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, require_score
+from distmatch.diffusion.latents import Decoder, decoder_of, require_same_samples
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers.grids import checked_levels
 from distmatch.diffusion.solvers.solve import check_labels
@@ -36,12 +37,19 @@ class Code:
         noises: Codes of the steps, (steps, B, *shape) float64; the last is the residual at level 0.
         levels: The levels, the last one 0.
         eta: Share of noise in the sampler.
+        decoder: Whose latents the samples were; None where they were no latents.
     """
 
     start: Tensor
     noises: Tensor
     levels: tuple[float, ...]
     eta: float
+    decoder: Decoder | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.start.shape[1:])
 
 
 def _mean_and_spread(clean: Tensor, y: Tensor, now: float, after: float, eta: float) -> tuple[Tensor, float]:
@@ -113,7 +121,7 @@ def encode(
         drawn = drawn + spread * noise.normal(k).double()
         noises.append((drawn - _mean_and_spread(guess, y, now, after, eta)[0]) / spread)
         y = drawn
-    return Code(start, torch.stack(noises), levels, eta)
+    return Code(start, torch.stack(noises), levels, eta, decoder_of(denoiser))
 
 
 @torch.no_grad()
@@ -129,15 +137,10 @@ def decode(
         dtype: In which the model is called.
 
     Raises:
-        UserError: The model has samples of another shape, or no score.
+        UserError: The model has samples of another shape or autoencoder, or no score.
     """
     require_score(denoiser, "a decoder of posterior noise")
-    if tuple(code.start.shape[1:]) != tuple(denoiser.shape):
-        raise UserError(
-            "the two models of a translation must have samples of one shape",
-            got=tuple(denoiser.shape),
-            expected=tuple(code.start.shape[1:]),
-        )
+    require_same_samples([code, denoiser], "a translation")
     check_labels(condition, len(code.start))
     y = code.start
     for (now, after), e in zip(pairwise(code.levels), code.noises, strict=True):

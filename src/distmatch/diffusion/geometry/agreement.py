@@ -19,6 +19,7 @@ from distmatch.base.estimate import Estimate
 from distmatch.base.seeds import latents
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.geometry.summary import mean_of, ratio_of
+from distmatch.diffusion.latents import require_same_samples
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def agreement(
     Raises:
         UserError: The models are for other data, or a level is not positive.
     """
-    if not (tuple(first.shape) == tuple(second.shape) == tuple(x0.shape[1:])) or len(x0) < 2:
+    require_same_samples([first, second], "an agreement of two models")
+    if tuple(first.shape) != tuple(x0.shape[1:]) or len(x0) < 2:
         raise UserError(
             "both denoisers must be for these data",
             got=f"{tuple(first.shape)}, {tuple(second.shape)} and data {tuple(x0.shape)}",

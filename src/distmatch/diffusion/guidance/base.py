@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, expand, is_diffused
 from distmatch.diffusion.geometry.jacobian import refuse_random_layers
-from distmatch.diffusion.guidance.wrapper import Calls, Wrapper, at_step, cost_of
+from distmatch.diffusion.guidance.wrapper import Calls, Wrapper, at_step, cost_of, regime_of
 
 Features = list[Tensor]
 Pass = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Features]]
@@ -34,9 +34,14 @@ class Guidance(Wrapper):
         inner: The denoiser to guide.
         interval: (low, high): guide where low < sigma <= high only. None guides everywhere.
 
+    Attributes:
+        reference: Another model that the prediction is led away from; None for kinds without one.
+
     Raises:
         UserError: Not ``0 <= low < high``.
     """
+
+    reference: Denoiser | None = None
 
     def __init__(self, inner: Denoiser, interval: tuple[float, float] | None = None) -> None:
         super().__init__(inner)
@@ -126,10 +131,25 @@ class Guidance(Wrapper):
         """The cost of a guided call, where that of the inner denoiser is ``inner``."""
         raise NotImplementedError
 
+    def regime(self, condition: Tensor | None) -> Hashable:
+        """Whether the step is guided, and what the denoisers that it calls have decided."""
+        inner = regime_of(self.inner, self._main_condition(condition))
+        if self.neutral or self._outside or self._guidable(condition) is False:
+            return inner, None
+        other = self.reference
+        if other is None:
+            return inner, "guided"
+        return inner, ("guided", regime_of(other, condition if other.num_classes else None))
+
     def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
-        """The guided or the plain denoiser, as the interval has it for the higher level of the step."""
+        """The guided or the plain denoiser, as the interval has it for the higher level of the step.
+
+        The reference is what it is in this step, too.
+        """
         changed = copy.copy(self)
         changed.inner = at_step(self.inner, sigma_from, sigma_to)
+        if self.reference is not None:
+            changed.reference = at_step(self.reference, sigma_from, sigma_to)
         if self.interval is not None:
             changed._outside = not self.interval[0] < max(sigma_from, sigma_to) <= self.interval[1]
             changed.interval = None

@@ -11,7 +11,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.guidance.base import Guidance, Where, checked_scale, refuse_training_mode
 from distmatch.diffusion.guidance.linear import check_pair
-from distmatch.diffusion.guidance.wrapper import Calls, at_step, cost_of
+from distmatch.diffusion.guidance.wrapper import Calls, cost_of
 
 ScaleFn = Callable[[Tensor, Tensor], Tensor]
 """(p of the class asked for (B,), p of the likeliest other class (B,)) to guidance scales (B,)."""
@@ -126,10 +126,3 @@ class GradientFree(Guidance):
     def _cost(self, inner: Calls, sigma: Tensor, condition: Tensor | None) -> Calls:
         second = inner if self.reference is None else cost_of(self.reference, sigma, condition)
         return inner + second.as_reference + Calls(classifier=1)
-
-    def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
-        """The guided or the plain denoiser, as the interval has it; the reference in this step likewise."""
-        changed = super().for_step(sigma_from, sigma_to)
-        if isinstance(changed, GradientFree) and changed.reference is not None:
-            changed.reference = at_step(changed.reference, sigma_from, sigma_to)
-        return changed

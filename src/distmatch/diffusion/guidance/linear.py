@@ -8,7 +8,8 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.guidance.base import Features, Guidance, Pass, Where, checked_scale
-from distmatch.diffusion.guidance.wrapper import Calls, at_step, cost_of
+from distmatch.diffusion.guidance.wrapper import Calls, cost_of
+from distmatch.diffusion.latents import require_same_samples
 from distmatch.diffusion.pfgm import pfgm_dims
 
 
@@ -92,13 +93,6 @@ class Guided(Guidance):
         told = condition if self.reference.num_classes else None
         return inner + cost_of(self.reference, sigma, told).as_reference
 
-    def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
-        """The guided or the plain denoiser, as the interval has it; the reference in this step likewise."""
-        changed = super().for_step(sigma_from, sigma_to)
-        if isinstance(changed, Guided) and changed.reference is not None:
-            changed.reference = at_step(changed.reference, sigma_from, sigma_to)
-        return changed
-
 
 def guided(
     denoiser: Denoiser,
@@ -134,12 +128,7 @@ def check_pair(main: Denoiser, reference: Denoiser) -> None:
     Raises:
         UserError: Other samples, other classes or another kind of noise.
     """
-    if tuple(main.shape) != tuple(reference.shape):
-        raise UserError(
-            "the reference of a guidance is a model of other samples",
-            got=f"shape {tuple(reference.shape)}",
-            expected=f"{tuple(main.shape)}, that of the main model",
-        )
+    require_same_samples([main, reference], "a guidance by a reference")
     if reference.num_classes not in (0, main.num_classes):
         raise UserError(
             "the reference of a guidance has other classes than the main model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -75,6 +76,19 @@ def at_step(denoiser: Denoiser, sigma_from: float, sigma_to: float) -> Denoiser:
     return denoiser if choose is None else choose(sigma_from, sigma_to)
 
 
+def regime_of(denoiser: Denoiser, condition: Tensor | None) -> Hashable:
+    """What a denoiser has decided for a step: its own ``regime(condition)``, or None.
+
+    Where it changes from one step to the next, predictions jump, and a solver with a memory starts anew.
+
+    Args:
+        denoiser: From :func:`at_step`; a wrapper whose ``for_step`` decides something has a ``regime``.
+        condition: Labels (B,) or None.
+    """
+    regime = getattr(denoiser, "regime", None)
+    return None if regime is None else regime(condition)
+
+
 class Wrapper:
     """A denoiser around another one, with its attributes; other code finds that one as ``inner``.
 
@@ -101,6 +115,10 @@ class Wrapper:
     def cost(self, sigma: Tensor, condition: Tensor | None = None) -> Calls:
         """What a call costs for each sample."""
         return cost_of(self.inner, sigma, condition)
+
+    def regime(self, condition: Tensor | None) -> Hashable:
+        """What the inner denoiser has decided for the step."""
+        return regime_of(self.inner, condition)
 
     def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
         """The same wrapper around what the inner denoiser is in this step."""

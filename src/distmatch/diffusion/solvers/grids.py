@@ -54,7 +54,7 @@ def grid(
         raise unknown_name("grid", kind, GRIDS)
     count = steps if to_zero else steps + 1
     if steps < 1:
-        raise UserError("a sampling grid needs at least one step", got=steps)
+        raise UserError("a sampling grid needs at least one step", got=steps, fix="use --steps 1 or more")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise UserError(
             "noise levels must satisfy 0 < sigma_min < sigma_max",

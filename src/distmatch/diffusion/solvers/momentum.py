@@ -84,6 +84,9 @@ class _HeavyBallStepper:
         now, after = self.run.levels[k], self.run.levels[k + 1]
         if after == 0:
             return self.run.denoise(y, now)
+        if k in self.run.restarts:
+            self.history.clear()
+            self.velocity = None
         slope = self.run.eps(y, now)
         self.history.appendleft(slope)
         weights = AB[len(self.history) - 1]
@@ -144,6 +147,8 @@ class _GHVBStepper:
         now, after = self.run.levels[k], self.run.levels[k + 1]
         if after == 0:
             return self.run.denoise(y, now)
+        if k in self.run.restarts:
+            self.history.clear()
         slope = self.run.eps(y, now)
         old = self.history[0] if self.history else slope
         self.history.appendleft((1 - self.beta) * old + self.beta * slope)

@@ -16,7 +16,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.paths import NoisePath
 from distmatch.diffusion.solvers.onestep import combined
-from distmatch.diffusion.solvers.run import Run, Solver, Stepper
+from distmatch.diffusion.solvers.run import Run, Solver, Stepper, remembered
 
 AB = (
     (1.0,),
@@ -31,7 +31,7 @@ class LinearMultistep:
     """y' = y + sum_j w_kj eps_{k-j}.
 
     Attributes:
-        history: Earlier slopes, the latest first.
+        history: Earlier slopes, the latest first. A row of weights that is shorter leaves the rest out.
     """
 
     def __init__(self, run: Run, weights: Sequence[tuple[float, ...]]) -> None:
@@ -86,12 +86,15 @@ class Adams(Solver):
                 got="no path",
                 fix='pass path="vp" (or the teacher\'s own path), or use "rhoab", which needs none',
             )
-        return LinearMultistep(run, adams_weights(path, run.levels, self.degree))
+        return LinearMultistep(run, adams_weights(path, run.levels, self.degree, run.restarts))
 
 
 @lru_cache(maxsize=64)
 def adams_weights(
-    path: NoisePath | None, levels: tuple[float, ...], degree: int
+    path: NoisePath | None,
+    levels: tuple[float, ...],
+    degree: int,
+    restarts: frozenset[int] = frozenset(),
 ) -> tuple[tuple[float, ...], ...]:
     """The weights C_kj = integral of L_kj(t(rho)) d rho over step k, L being the Lagrange basis on the nodes.
 
@@ -102,6 +105,7 @@ def adams_weights(
         path: The path whose time the polynomials are in; None for rho.
         levels: The grid.
         degree: Degree of the polynomials, less over the first steps.
+        restarts: Steps from which on the slopes before are of another model: the degree ramps up again.
 
     Returns:
         For each step with a positive end, its weights, the latest slope first.
@@ -128,8 +132,8 @@ def adams_weights(
     measure = (high - low) / 2 * weights * inner
     within = time(inner.reshape(-1)).reshape(inner.shape)
     table = []
-    for k in range(len(rho) - 1):
-        near = t[k - min(degree, k) : k + 1][::-1]
+    for k, earlier in enumerate(remembered(len(rho) - 1, degree, restarts)):
+        near = t[k - earlier : k + 1][::-1]
         row = []
         for j, node in enumerate(near):
             others = np.delete(near, j)
@@ -163,8 +167,8 @@ class IPNDM(Solver):
     def stepper(self, run: Run) -> LinearMultistep:
         """One call a step."""
         rows = [
-            tuple((run.levels[k + 1] - run.levels[k]) * w for w in AB[min(self.order - 1, k)])
-            for k in range(run.steps)
+            tuple((run.levels[k + 1] - run.levels[k]) * w for w in AB[earlier])
+            for k, earlier in enumerate(remembered(run.steps, self.order - 1, run.restarts))
         ]
         return LinearMultistep(run, rows)
 
@@ -215,6 +219,8 @@ class _DPMppStepper:
         clean = self.run.denoise(y, now)
         if after == 0:
             return clean
+        if k in self.run.restarts:
+            self.before = self.velocity = None
         target, last = clean, k == self.run.steps - 1
         low = last and self.run.steps < self.solver.low_end
         if self.solver.order == 2 and self.before is not None and not low:

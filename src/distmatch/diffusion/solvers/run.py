@@ -25,6 +25,8 @@ class Run:
         sigma_min: Smallest noise level that the model is meant for.
         watched: Whether somebody looks at the state between the levels.
         begin: Told the number of each step before it starts; a guided model decides there whether it guides.
+        restarts: Steps from which on the model is another one, as at the ends of a guidance interval. What a
+            solver remembers from before would be slopes of the old one, so it starts anew.
     """
 
     levels: tuple[float, ...]
@@ -34,6 +36,7 @@ class Run:
     sigma_min: float = 0.0
     watched: bool = False
     begin: Callable[[int], None] = lambda k: None
+    restarts: frozenset[int] = frozenset()
 
     @property
     def steps(self) -> int:
@@ -43,6 +46,14 @@ class Run:
     def eps(self, y: Tensor, level: float) -> Tensor:
         """The predicted noise (y - D) / level, which is dy/dsigma."""
         return (y - self.denoise(y, level)) / level
+
+
+def remembered(steps: int, most: int, restarts: frozenset[int]) -> list[int]:
+    """How many earlier steps each step looks back on: at most ``most``, and never past a restart."""
+    counts: list[int] = []
+    for k in range(steps):
+        counts.append(0 if k == 0 or k in restarts else min(counts[-1] + 1, most))
+    return counts
 
 
 class Solver:

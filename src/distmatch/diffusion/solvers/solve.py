@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import latents
 from distmatch.diffusion.denoiser import Denoiser, require_score
-from distmatch.diffusion.guidance import CallCounter, at_step
+from distmatch.diffusion.guidance import CallCounter, at_step, regime_of
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.pfgm import start_noise
@@ -116,9 +117,16 @@ def solve(
         sigma_min=denoiser.sigma_min,
         watched=trajectory or on_step is not None,
         begin=begin,
+        restarts=_restarts(counter, levels, condition),
     )
     end = chosen.integrate(run, y.to(work), visit).to(y.dtype)
     return Solution(end, counter.calls - calls_before, torch.stack(states) if trajectory else None)
+
+
+def _restarts(denoiser: Denoiser, levels: tuple[float, ...], condition: Tensor | None) -> frozenset[int]:
+    """The steps from which on a guided model guides that did not before, or no longer does."""
+    regimes = [regime_of(at_step(denoiser, *step), condition) for step in pairwise(levels)]
+    return frozenset(k for k in range(1, len(regimes)) if regimes[k] != regimes[k - 1])
 
 
 def check_labels(condition: Tensor | None, n: int) -> None:
@@ -137,6 +145,23 @@ def check_labels(condition: Tensor | None, n: int) -> None:
         )
 
 
+def require_finite(y: Tensor) -> None:
+    """Refuses a start that holds NaN or infinity, which no solver would get rid of. It waits for the device.
+
+    Tensors on the meta device have no values, and pass.
+
+    Raises:
+        UserError: With how many samples do.
+    """
+    bad = 0 if y.is_meta else int((~y.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise UserError(
+            "the start of a solve is not finite",
+            got=f"NaN or infinity in {bad} of {len(y)} samples",
+            fix="draw it as grid[0] * torch.randn(...), or look at what made it",
+        )
+
+
 def _check(
     denoiser: Denoiser,
     y: Tensor,
@@ -152,6 +177,7 @@ def _check(
             got=f"{tuple(y.shape)}, {y.dtype}",
             expected=f"(B, {', '.join(map(str, denoiser.shape))}), floating point",
         )
+    require_finite(y)
     if len(levels) - 1 < chosen.least_steps:
         raise UserError(
             f"the solver {asked} needs at least {chosen.least_steps} steps",

@@ -52,6 +52,8 @@ class DPMppSDE(_Stochastic):
             if after == 0:
                 return clean
             target = clean
+            if k in run.restarts:
+                before.clear()
             if self.order == 2:
                 if before:
                     share = 0.5 * math.log(now / after) / math.log(run.levels[k - 1] / now)
