@@ -256,8 +256,8 @@ def test_forward_mode_gets_through_diffusers(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.allclose(student(x, sigma), teacher(x, sigma), rtol=0, atol=1e-5)
     _, exact = derivative_along(student, x, sigma, x, sigma)
     _, difference = derivative_along(student, x, sigma, x, sigma, how="difference")
-    # The network rounds its times to float32, which is 1e-3 of a step of the difference.
-    assert (exact - difference).norm() < 5e-3 * exact.norm()
+    # The network rounds its times, about 500, to float32: 3e-5, while a step of the difference is about 0.05.
+    assert (exact - difference).norm() < 2e-3 * exact.norm()
     # Where forward mode fails, differences take its place with a warning, unless it was asked for.
     monkeypatch.setattr(tangents, "allow_forward_mode", lambda denoiser: [])
     with pytest.warns(UserWarning, match="differences in float64 take the place"):
