@@ -65,7 +65,7 @@ def _dry_run(options: CompareOptions, entries: tuple[Entry, ...], place: Place) 
     methods: list[dict[str, Any]] = []
     for planned in plan.methods:
         own = entry_options(options.shared, planned.entry, seed=options.shared.run.seed, steps=planned.steps)
-        seconds = round(planned.steps * planned.cost.seconds, 1)
+        seconds = round(planned.cost.seconds(planned.steps), 1)
         methods.append({**planned.to_dict(), "estimated_seconds": seconds, "options": dataclass_to_dict(own)})
     total = round(options.seeds * sum(method["estimated_seconds"] for method in methods), 1)
     if place.json:
@@ -84,6 +84,8 @@ def _dry_run(options: CompareOptions, entries: tuple[Entry, ...], place: Place) 
         print(f"# memory      about {method['memory_mib']} MiB for weights, gradients and Adam")
         each = 1000 * method["seconds_per_step"]
         print(f"# a step      {each:.1f} ms, {method['calls_per_step']:.2f} network calls")
+        if method["seconds_once"]:
+            print(f"# once        {method['seconds_once']:.0f} s, {method['calls_once']:.0f} network calls")
         print(
             f"# time        about {method['estimated_seconds']:.0f} s for each seed: {method['steps']} steps"
         )
