@@ -15,6 +15,7 @@ from distmatch.data.toys import toy
 from distmatch.diffusion.noise import Karras
 from distmatch.interop.diffusers_teacher import teacher_from
 from distmatch.methods.consistency import tangents
+from distmatch.methods.consistency.pairs import pseudo_huber
 from distmatch.methods.consistency.tangents import derivative_along
 from distmatch.methods.start import fit_to_teacher, starting_network
 from distmatch.methods.student import Student, student_levels
@@ -121,6 +122,13 @@ def test_terms_of_ctm_pull_as_hard_as_each_other() -> None:
     other = no_dsm.init(0)
     no_dsm.term.backward(other, batch(0), None)
     jump = other.student.denoiser.net.last.weight.grad
+    again = no_dsm.init(0)
+    kept = no_dsm.term
+    kept._accumulate = lambda state, draws, adversary: (draws, None)  # what the same step draws
+    draws = kept.backward(again, batch(0), None)
+    loss = pseudo_huber(kept.reached(again, draws), kept.wanted(again, draws), kept._c).mean()
+    (alone,) = torch.autograd.grad(loss, again.student.denoiser.net.last.weight)
+    torch.testing.assert_close(jump, alone, rtol=1e-4, atol=1e-8)  # float32
     # |dsm part| = 2 |jump part|, up to the 1e-4 that the weight's denominator adds.
     assert float((both - jump).norm() / jump.norm()) == pytest.approx(2.0, rel=1e-2)
 
