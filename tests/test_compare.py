@@ -230,19 +230,19 @@ def test_a_failing_method_does_not_stop_the_others(tmp_path: Path, monkeypatch: 
 
 
 def test_methods_that_cannot_be_used_are_told_before_anything_is_trained(tmp_path: Path) -> None:
-    methods = '--methods "diff-instruct,a=dmd2[student_sigma=-1],b=dmd2[ratio_features=fake,net=unet]"'
+    methods = '--methods "diff-instruct,a=dmd2[student_sigma=-1],disback"'
     line = f'compare {methods} {COMMON} --budget "5 steps" --seeds 1'
     answer = command(f"{line} --out {tmp_path}/c")
     assert answer.code == 2
     assert "2 of 3 methods cannot be used" in answer.err
     assert "a: " in answer.err
-    assert "b: " in answer.err
+    assert "disback: the run would end before" in answer.err
     assert "--skip-impossible" in answer.err
     assert not (tmp_path / "c/runs").exists()
     done(f"{line} --out {tmp_path}/d --skip-impossible")
     record = read(tmp_path / "d")
     assert [m["name"] for m in record["methods"]] == ["diff-instruct"]
-    assert [entry["name"] for entry in record["impossible"]] == ["a", "b"]
+    assert [entry["name"] for entry in record["impossible"]] == ["a", "disback"]
     assert "a, left out" in (tmp_path / "d/report.html").read_text()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +17,11 @@ from distmatch.training.prepare import prepare_distillation
 from small import network_teacher
 
 
-def counted() -> Passes:
-    return Passes(Counter(), Counter())
-
-
 def test_passes_of_a_network_however_it_is_entered() -> None:
     """Three batches of 8 forward, one of 5 for the features; two come back, one only to the input."""
     net = network_teacher().requires_grad_(True)
     x, sigma = torch.randn(8, 2), torch.full((8,), 1.5)
-    passes = counted()
+    passes = Passes()
     with count_passes({"net": net, "same": net}, passes):
         net(x, sigma).sum().backward()
         with torch.no_grad():
@@ -40,7 +37,7 @@ def test_passes_of_a_network_however_it_is_entered() -> None:
 
 def test_forward_mode_derivatives_are_one_pass() -> None:
     net = network_teacher()
-    passes = counted()
+    passes = Passes()
     x, sigma = torch.randn(4, 2), torch.ones(4)
     with count_passes({"net": net}, passes), fwAD.dual_level():
         net(fwAD.make_dual(x, torch.ones_like(x)), sigma)
@@ -54,10 +51,10 @@ def test_the_passes_of_diff_instruct_are_those_of_its_algorithm() -> None:
     cost = measure_cost(job, batch=16)
     assert cost.forward == pytest.approx({"teacher": 0.2, "student": 1.0, "average": 0.0, "fake": 1.2})
     assert cost.backward == pytest.approx({"teacher": 0.0, "student": 0.2, "average": 0.0, "fake": 1.0})
-    assert cost.calls == pytest.approx(3.6)
-    assert cost.seconds > 0
+    assert cost.step.calls == pytest.approx(3.6)
+    assert cost.step.seconds > 0
     twice = prepare_distillation(options, network_teacher(), fresh=False)
-    assert measure_cost(twice, batch=8).calls == pytest.approx(7.2)  # a batch of 16 is two of 8
+    assert measure_cost(twice, batch=8).step.calls == pytest.approx(7.2)  # a batch of 16 is two of 8
 
 
 def test_a_small_discriminator_counts_by_its_share_and_an_exact_teacher_not_at_all() -> None:
@@ -70,7 +67,28 @@ def test_a_small_discriminator_counts_by_its_share_and_an_exact_teacher_not_at_a
     share = cost.parameters["ratio"] / cost.parameters["student"]
     assert ratio > 0
     assert share < 0.5
-    assert cost.calls == pytest.approx(others + share * ratio)
+    assert cost.step.calls == pytest.approx(others + share * ratio)
+
+
+def test_what_is_made_once_is_no_part_of_a_step() -> None:
+    options = DistillOptions.of("diff-instruct", run=RunOptions(batch=16, steps=1000))
+    job = prepare_distillation(options, network_teacher(), fresh=False)
+    step, started = job.step, time.perf_counter()
+
+    def slow_at_first(state: Any, batch: Any) -> Any:
+        if state.step == 0:
+            job.networks["teacher"](torch.zeros(1600, 2), torch.ones(1600))
+            time.sleep(3)
+        return step(state, batch)
+
+    job.step = slow_at_first
+    cost = measure_cost(job, batch=16)
+    assert 3 <= cost.once.seconds < time.perf_counter() - started
+    assert cost.once.calls == pytest.approx(100, abs=5)
+    assert cost.step.calls == pytest.approx(3.6)
+    assert cost.seconds(10) == pytest.approx(cost.once.seconds + 10 * cost.step.seconds)
+    plain = measure_cost(prepare_distillation(options, network_teacher(), fresh=False), batch=16)
+    assert plain.once.calls == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets the peak of a process back")

@@ -10,11 +10,11 @@ import pytest
 
 from distmatch.base.errors import UserError
 from distmatch.methods.config import DistillConfig
+from distmatch.training.compare_budget import Price, parse_budget
 from distmatch.training.compare_options import (
     CompareOptions,
     check_shared,
     entry_options,
-    parse_budget,
     parse_methods,
 )
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
@@ -88,10 +88,17 @@ def test_what_is_no_budget(text: str) -> None:
 
 
 def test_a_budget_pays_for_whole_steps_and_for_one_at_least() -> None:
-    assert parse_budget("10s").steps(seconds=0.3, calls=7.0) == 33
-    assert parse_budget("100 calls").steps(seconds=0.3, calls=7.0) == 14
-    assert parse_budget("12 steps").steps(seconds=0.3, calls=7.0) == 12
-    assert parse_budget("1s").steps(seconds=3.0, calls=7.0) == 1
+    step, nothing, once = Price(0.3, 7.0), Price(0.0, 0.0), Price(4.0, 30.0)
+    assert parse_budget("10s").steps(step, nothing) == 33
+    assert parse_budget("10s").steps(step, once) == 20
+    assert parse_budget("100 calls").steps(step, nothing) == 14
+    assert parse_budget("100 calls").steps(step, once) == 10
+    assert parse_budget("12 steps").steps(step, once) == 12
+    assert parse_budget("0.1s").steps(step, nothing) == 1
+    with pytest.raises(UserError, match="more than 4 seconds"):
+        parse_budget("3s").steps(step, once)
+    with pytest.raises(UserError, match="does not limit"):
+        parse_budget("3 calls").steps(Price(1.0, 0.0), once)
 
 
 def test_a_run_gets_the_defaults_of_its_method_then_what_is_shared_then_its_own() -> None:

@@ -42,7 +42,14 @@ def record() -> dict[str, Any]:
                 "settings": {},
                 "folder": name[:3],
             },
-            **{"summary": "", "citation": "", "steps": 1200, "seconds_per_step": 0.01, "calls_per_step": 3.6},
+            **{
+                "summary": "",
+                "citation": "",
+                "steps": 1200,
+                "seconds_per_step": 0.01,
+                "calls_per_step": 3.6,
+                "seconds_once": 3.0,
+            },
             **{
                 "forward_per_step": {"student": 1.0, "teacher": 0.2},
                 "backward_per_step": {"student": 0.2, "teacher": 0},
@@ -131,6 +138,7 @@ def test_a_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert titles[-5:] == ["Real", "Teacher", "dmd2", "f-distill:js", "sid"]
     assert "student 1 + 0.2" in text
     assert "50 MiB" in text
+    assert "12 s 3 s of it once" in text
 
 
 def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:

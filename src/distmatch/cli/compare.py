@@ -65,7 +65,7 @@ def _dry_run(options: CompareOptions, entries: tuple[Entry, ...], place: Place) 
     methods: list[dict[str, Any]] = []
     for planned in plan.methods:
         own = entry_options(options.shared, planned.entry, seed=options.shared.run.seed, steps=planned.steps)
-        seconds = round(planned.steps * planned.cost.seconds, 1)
+        seconds = round(planned.cost.seconds(planned.steps), 1)
         methods.append({**planned.to_dict(), "estimated_seconds": seconds, "options": dataclass_to_dict(own)})
     total = round(options.seeds * sum(method["estimated_seconds"] for method in methods), 1)
     if place.json:
@@ -84,6 +84,8 @@ def _dry_run(options: CompareOptions, entries: tuple[Entry, ...], place: Place) 
         print(f"# memory      about {method['memory_mib']} MiB for weights, gradients and Adam")
         each = 1000 * method["seconds_per_step"]
         print(f"# a step      {each:.1f} ms, {method['calls_per_step']:.2f} network calls")
+        if method["seconds_once"]:
+            print(f"# once        {method['seconds_once']:.0f} s, {method['calls_once']:.0f} network calls")
         print(
             f"# time        about {method['estimated_seconds']:.0f} s for each seed: {method['steps']} steps"
         )
@@ -121,18 +123,7 @@ def comparison_table(record: dict[str, Any]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * w for w in widths))
-    baseline = record["summary"]["baseline"]
-    told = [d for d in record["summary"]["differences"] if d["verdict"] in ("better", "worse")]
-    if baseline:
-        text.append(
-            f"compared with {baseline}, larger than their errors (Holm, 5%):"
-            if told
-            else f"compared with {baseline}, no difference is larger than its error (Holm, 5%)"
-        )
-    text += [
-        f"  {d['name']} is {d['verdict']} in {d['metric']}: {d['value']:+.3g} ± {d['stderr']:.2g}"
-        for d in told
-    ]
+    text += _differences(record)
     text += [
         f"failed: {r['name']} seed {r['seed']}: {r['message']}"
         for r in record["runs"]
@@ -140,6 +131,23 @@ def comparison_table(record: dict[str, Any]) -> str:
     ]
     text += [f"left out: {entry['name']}: {entry['reason']}" for entry in record["impossible"]]
     return "\n".join(text)
+
+
+def _differences(record: dict[str, Any]) -> list[str]:
+    """Which methods differ from the baseline by more than the error, in words."""
+    baseline, rows = record["summary"]["baseline"], record["summary"]["differences"]
+    told = [d for d in rows if d["verdict"] in ("better", "worse")]
+    if not rows:
+        return []
+    if all(d["verdict"] == "not known" for d in rows):
+        return [f"compared with {baseline}, with one seed there is no telling which difference is luck"]
+    if not told:
+        return [f"compared with {baseline}, no difference is larger than its error (Holm, 5%)"]
+    lines = [f"compared with {baseline}, larger than their errors (Holm, 5%):"]
+    return lines + [
+        f"  {d['name']} is {d['verdict']} in {d['metric']}: {d['value']:+.3g} ± {d['stderr']:.2g}"
+        for d in told
+    ]
 
 
 def _cell(entry: dict[str, Any] | None) -> str:

@@ -194,6 +194,7 @@ def _cost(record: dict[str, Any], line: Line, method: dict[str, Any]) -> dict[st
         "seconds": found["seconds"],
         "passes": passes,
         "calls": method["calls_per_step"],
+        "once": method["seconds_once"],
         "memory": found["memory"],
         "trained": sum(method["parameters"].values()),
         "nfe": found["nfe"],

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.methods.table import resolve_method
+from distmatch.training.compare_budget import Price
 from distmatch.training.devices import pick_device
 from distmatch.training.options import DistillOptions
 from distmatch.training.runs import Job
 
 _LEAST_STEPS = 5  # in a block
+_ONCE_SECONDS, _ONCE_CALLS = 20.0, 5.0  # a first step that costs so many others makes something once
 _MOMENTS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of the run: some methods do other things first than later
 
 
@@ -32,27 +34,39 @@ class Cost:
     """What a step of a method costs.
 
     Attributes:
-        seconds: Wall-clock time of a step.
-        calls: Passes of a step, forward and backward, of batches of the shared size; a network with a tenth
-            of the student's parameters counts a tenth. An exact teacher is a formula and has none.
+        step: A step, on the average over the run. Its calls are passes, forward and backward, of batches of
+            the shared size; a network with a tenth of the student's parameters counts a tenth. An exact
+            teacher is a formula and has none.
+        once: What is made once, at the first step; nothing for most methods.
         forward: Forward passes of a step by network, of batches of the shared size.
         backward: Backward passes, likewise.
         parameters: By network.
         memory_mib: Weights, gradients and Adam's moments; activations come on top.
     """
 
-    seconds: float
-    calls: float
+    step: Price
+    once: Price
     forward: dict[str, float]
     backward: dict[str, float]
     parameters: dict[str, int]
     memory_mib: float
 
+    def seconds(self, steps: int) -> float:
+        """Wall-clock seconds of a run."""
+        return self.once.seconds + steps * self.step.seconds
+
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; what is of a single step says so."""
-        parts = asdict(self)
-        per_step = ("seconds", "calls", "forward", "backward")
-        return {f"{key}_per_step" if key in per_step else key: value for key, value in parts.items()}
+        """The JSON form."""
+        return {
+            "seconds_per_step": self.step.seconds,
+            "calls_per_step": self.step.calls,
+            "forward_per_step": self.forward,
+            "backward_per_step": self.backward,
+            "seconds_once": self.once.seconds,
+            "calls_once": self.once.calls,
+            "parameters": self.parameters,
+            "memory_mib": self.memory_mib,
+        }
 
 
 def measure_cost(job: Job, batch: int) -> Cost:
@@ -69,44 +83,52 @@ def measure_cost(job: Job, batch: int) -> Cost:
     period = config.critic_steps if method.critic else 1
     block = period * -(-_LEAST_STEPS // period)  # whole periods: a step that moves the student costs more
     device = pick_device(options.run.device)
-    passes, seconds = Passes(Counter(), Counter()), 0.0
-    _advance(job, 1, device)  # what is made once, at the first step, is no part of a step
+    parameters = job.parameters()
+    first, others, seconds = Passes(), Passes(), 0.0
+    with count_passes(job.networks, first):
+        first_seconds = _advance(job, 1, device)
     for moment in _MOMENTS:
         job.state.step = period * int(moment * options.run.steps / period)
-        with count_passes(job.networks, passes):
+        with count_passes(job.networks, others):
             _advance(job, block, device)
-        began = time.perf_counter()
-        _advance(job, block, device)
-        seconds += time.perf_counter() - began
+        seconds += _advance(job, block, device)
     steps = block * len(_MOMENTS)
-    parameters = job.parameters()
-    forward = {name: passes.forward[name] / (batch * steps) for name in parameters}
-    backward = {name: passes.backward[name] / (batch * steps) for name in parameters}
-    unit = max(parameters["student"], 1)
+    step = Price(seconds / steps, others.calls(parameters) / (batch * steps))
+    once = Price(first_seconds - step.seconds, first.calls(parameters) / batch - step.calls)
+    more = once.seconds > _ONCE_SECONDS * step.seconds or once.calls > _ONCE_CALLS * step.calls
     trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
     return Cost(
-        seconds=seconds / steps,
-        calls=sum((forward[k] + backward[k]) * min(1.0, parameters[k] / unit) for k in parameters),
-        forward=forward,
-        backward=backward,
+        step=step,
+        once=Price(max(0.0, once.seconds), max(0.0, once.calls)) if more else Price(0.0, 0.0),
+        forward={name: others.forward[name] / (batch * steps) for name in parameters},
+        backward={name: others.backward[name] / (batch * steps) for name in parameters},
         parameters=parameters,
         memory_mib=round((4 * sum(parameters.values()) + 12 * trained) / 2**20, 1),
     )
 
 
-def _advance(job: Job, steps: int, device: torch.device) -> None:
+def _advance(job: Job, steps: int, device: torch.device) -> float:
+    """Makes some steps; the seconds that they took."""
+    began = time.perf_counter()
     for _ in range(steps):
         job.step(job.state, job.batches(job.state.step))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 @dataclass
 class Passes:
     """Samples that went through each network, forward and backward."""
 
-    forward: Counter[str]
-    backward: Counter[str]
+    forward: Counter[str] = field(default_factory=Counter)
+    backward: Counter[str] = field(default_factory=Counter)
+
+    def calls(self, parameters: dict[str, int]) -> float:
+        """All of them, each network counted by its share of the student's parameters, at most 1."""
+        unit = max(parameters["student"], 1)
+        both = {name: self.forward[name] + self.backward[name] for name in parameters}
+        return sum(number * min(1.0, parameters[name] / unit) for name, number in both.items())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What `distmatch compare` can be told: methods, a budget, settings they share. Imports no torch."""
+"""What `distmatch compare` can be told: methods and the settings they share. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.methods.table import check_settings, find_method
@@ -19,9 +19,6 @@ _DECIDED = {
     "seed": "all methods have the same seeds: --seed and --seeds",
     "device": "all methods run on the same device: --device",
 }
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-_TIME = re.compile(r"(?:\d+(?:\.\d+)?\s*[smh]\s*)+")
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)\s*(?:network\s+)?(steps?|calls?)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,55 +54,6 @@ class CompareOptions:
             raise UserError("--seeds must be at least 1", got=self.seeds)
         if self.n is not None and self.n < 1:
             raise UserError("--n must be at least 1", got=self.n)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every run may spend.
-
-    Attributes:
-        amount: How much.
-        unit: Of what.
-    """
-
-    amount: float
-    unit: Literal["seconds", "calls", "steps"]
-
-    def steps(self, seconds: float, calls: float) -> int:
-        """The steps that it pays for, at least one.
-
-        Args:
-            seconds: Of one step.
-            calls: Network calls of one step.
-        """
-        price = {"seconds": seconds, "calls": calls, "steps": 1.0}[self.unit]
-        return max(1, int(self.amount / price))
-
-
-def parse_budget(text: str) -> Budget:
-    """A budget from text.
-
-    Raises:
-        UserError: It is none.
-    """
-    plain = text.strip()
-    if _TIME.fullmatch(plain):
-        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smh])", plain)
-        budget = Budget(sum(float(number) * _SECONDS[unit] for number, unit in parts), "seconds")
-    elif match := _COUNT.fullmatch(plain):
-        number, prefix, unit = match.groups()
-        amount = float(number) * {"": 1.0, "k": 1e3, "m": 1e6}[prefix.lower()]
-        budget = Budget(amount, "steps" if unit.startswith("step") else "calls")
-    else:
-        budget = Budget(0.0, "steps")
-    if budget.amount <= 0:
-        raise UserError(
-            "this is no budget",
-            got=repr(text),
-            expected="a time (90s, 5m, 1h30m), network calls (200k calls) or steps (2000 steps)",
-            fix='for example --budget 5m, or --budget "2000 steps"',
-        )
-    return budget
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distmatch.base.errors import UserError, unknown_name
@@ -11,14 +11,13 @@ from distmatch.data import Dataset
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.table import resolve_method
+from distmatch.training.compare_budget import Budget, parse_budget
 from distmatch.training.compare_cost import Cost, measure_cost
 from distmatch.training.compare_options import (
-    Budget,
     CompareOptions,
     Entry,
     check_shared,
     entry_options,
-    parse_budget,
     parse_methods,
 )
 from distmatch.training.prepare import prepare_distillation
@@ -99,13 +98,18 @@ def plan_comparison(
         if not quiet:
             print(f"compare: trying {entry.name}", file=sys.stderr)
         try:
-            chosen = entry_options(options.shared, entry, seed=options.shared.run.seed, steps=_GUESS)
+            steps = int(budget.amount) if budget.unit == "steps" else _GUESS
+            chosen = entry_options(options.shared, entry, seed=options.shared.run.seed, steps=steps)
             job = prepare_distillation(chosen, teacher, data, fresh=False)
             cost = measure_cost(job, options.shared.run.batch)
+            steps = budget.steps(cost.step, cost.once)
+            if steps != chosen.run.steps:  # a method may need more of them than the budget pays for
+                run = replace(chosen.run, steps=steps)
+                prepare_distillation(replace(chosen, run=run), teacher, data, fresh=False)
         except Exception as error:  # whatever keeps one method from running is told with the others' reasons
             impossible.append((entry.name, reason(error)))
             continue
-        methods.append(Planned(entry, cost, budget.steps(cost.seconds, cost.calls)))
+        methods.append(Planned(entry, cost, steps))
     names = [planned.entry.name for planned in methods]
     if impossible and (not options.skip_impossible or not methods):
         raise UserError(

@@ -53,7 +53,7 @@ def method_of(record: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 def progress_line(record: dict[str, Any], run: dict[str, Any]) -> str:
     """What is said before a run: which of how many, and how long the rest will take."""
-    cost = {m["name"]: m["steps"] * m["seconds_per_step"] for m in record["methods"]}
+    cost = {m["name"]: m["seconds_once"] + m["steps"] * m["seconds_per_step"] for m in record["methods"]}
     runs, method = record["runs"], method_of(record, run)
     left = sum(cost[r["name"]] for r in runs if r["status"] == "pending")
     return (

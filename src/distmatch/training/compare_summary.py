@@ -102,7 +102,9 @@ def _cost(record: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
     return {
         "runs": len(runs),
         "seconds": mean,
-        "seconds_per_step": None if mean is None else mean / method["steps"],
+        "seconds_per_step": None
+        if mean is None
+        else max(0.0, mean - method["seconds_once"]) / method["steps"],
         "memory": max(memory, default=None),
         "nfe": runs[0]["metrics"]["nfe"] if runs else None,
         "seconds_per_1000": min((r["metrics"]["seconds_per_1000"] for r in runs), default=None),
