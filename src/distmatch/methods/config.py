@@ -83,11 +83,14 @@ class DistillConfig:
     ratio statistics included."""
 
     def __post_init__(self) -> None:
-        positive = "calls accumulate critic_steps lr lr_critic lr_ratio ema_half_life joint_weight noise_low noise_rho"
+        positive = (
+            *("calls accumulate critic_steps lr lr_critic lr_ratio ratio_clip".split()),
+            *("ema_half_life joint_weight noise_low noise_rho".split()),
+        )
         not_negative = (
             "student_sigma warmup_steps lr_rampup gan_weight r1 grad_clip noise_high weight_decay fit_steps"
         )
-        for name in (*positive.split(), "ratio_clip"):
+        for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be positive", got=getattr(self, name))
         for name in not_negative.split():
