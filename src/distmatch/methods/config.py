@@ -84,8 +84,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            *("calls accumulate critic_steps lr lr_critic lr_ratio ratio_clip".split()),
-            *("ema_half_life joint_weight noise_low noise_rho".split()),
+            *("calls", "accumulate", "critic_steps", "lr", "lr_critic", "lr_ratio", "ratio_clip"),
+            *("ema_half_life", "joint_weight", "noise_low", "noise_rho"),
         )
         not_negative = (
             "student_sigma warmup_steps lr_rampup gan_weight r1 grad_clip noise_high weight_decay fit_steps"
