@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from distmatch.base.errors import UserError
-from distmatch.methods.table import METHODS, Method, check_settings
+from distmatch.methods.method import Method
+from distmatch.methods.table import METHODS, check_settings
 from distmatch.training.options import GROUPS, DistillOptions
 
 DOCS = Path(__file__).parents[1] / "docs"

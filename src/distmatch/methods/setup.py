@@ -17,10 +17,10 @@ from distmatch.methods.config import DistillConfig
 from distmatch.methods.consistency.config import ConsistencyConfig
 from distmatch.methods.kernel.config import KernelConfig
 from distmatch.methods.matching.config import MatchingConfig
+from distmatch.methods.method import Method
 from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
-from distmatch.methods.table import Method
 from distmatch.methods.transport.config import TransportConfig
 from distmatch.nets.config import NetConfig
 from distmatch.nets.optim import adam

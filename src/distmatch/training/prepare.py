@@ -17,10 +17,11 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of
 from distmatch.methods.build import build_method
+from distmatch.methods.method import Method
 from distmatch.methods.setup import Setup
 from distmatch.methods.start import Draw, has_network
 from distmatch.methods.state import DistillState
-from distmatch.methods.table import Method, check_settings, resolve_method
+from distmatch.methods.table import check_settings, resolve_method
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.latent_data import as_latents
 from distmatch.training.options import DistillOptions, RunOptions
