@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from distmatch.methods.method import Method
 
+_LEVEL_SETTINGS = ("level_law", "level_mean", "level_std")
+_PAIR_SETTINGS = ("huber", "teacher_solver", "solver_steps")
+_TANGENT_SETTINGS = ("tangent", "tangent_warmup", "tangent_bound")
+
 ENTRIES = (
     Method(
         name="f-distill",

@@ -19,10 +19,6 @@ RATIO_SETTINGS = (
 )
 """Settings of DistillConfig that only methods with a discriminator read."""
 
-_LEVEL_SETTINGS = ("level_law", "level_mean", "level_std")
-_PAIR_SETTINGS = ("huber", "teacher_solver", "solver_steps")
-_TANGENT_SETTINGS = ("tangent", "tangent_warmup", "tangent_bound")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
