@@ -1,54 +1,75 @@
-"""Time and peak memory of a distillation step against the bare network calls that it needs.
+"""Time and peak memory of a step of every method against the bare network calls that it makes.
 
-    python benchmarks/step.py                     # MLP and UNet on this machine's default device
-    python benchmarks/step.py --net unet --batch 64 --device cuda --precision bf16 --compile
+    python benchmarks/step.py                         # all methods, MLP and UNet, on this machine's device
+    python benchmarks/step.py --methods sid,rcm --net unet --batch 64 --device cuda --precision bf16 --compile
 
-Both sides run in the same process, in turns: `rounds` times a whole cycle of K steps, then the bare calls of
-a cycle. The bare calls are forward and backward passes of student, teacher, fake score and discriminator on
-ready inputs, without optimisers, averages, noise, ratios or losses. The figure is the median over the rounds.
+A cycle is K steps for a method whose student moves at every K-th, else one step. Its network calls are
+listened to once, and made again on ready inputs: the same networks in the same order and precision, forward
+and backward to what they reached, without optimisers, averages, noise, ratios or losses. Both sides run in
+one process, in turns; figures are the median over the rounds of the ratio of neighbouring runs, and the ratio
+of the two smallest times. On a CPU times are those of the processor, which other processes disturb less.
+
+Memory is what a cycle takes at its peak beyond what is held between steps (weights, averages, optimiser
+moments, kept tensors), by the allocator's own count.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 import tyro
-from distmatch.methods.f_distill import FDistill
+from network_calls import counted, recorded, replay
+from torch import Tensor, nn
 
 from distmatch.data.batches import Batch
 from distmatch.divergences import divergence
-from distmatch.methods.config import DistillConfig, resolve_method
+from distmatch.methods.build import build_method
+from distmatch.methods.setup import Distiller, Setup
 from distmatch.methods.state import DistillState
+from distmatch.methods.table import METHODS, resolve_method
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig, NetConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.training.devices import compile_network, pick_device
-from distmatch.training.environment import peak_memory
+from distmatch.training.options import DistillOptions
+
+SHORT = {
+    "pairs": 256,
+    "pair_steps": 2,
+    "ratio_warmup": 0,
+    "backtrack_degrade_steps": 1,
+    "backtrack_interval": 100,
+    "bank": 16,
+    "bank_steps": 2,
+    "cell_draws": 1,
+}
+"""What comes before the usual step (pairs, recorded copies, a warm-up) is cut short."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What to time."""
 
+    methods: str = "all"
+    """Names with commas, or all."""
     net: Literal["mlp", "unet", "both"] = "both"
     batch: int | None = None
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    divergence: str = "js"
     rounds: int = 15
     width: int = 64
     """Width of the UNet."""
-    only: Literal["", "ours", "bare"] = ""
-    """Run two cycles of one side alone and print the process's peak memory in MiB (used on CPUs)."""
+    accumulate: int = 1
+    """Parts in which networks see a batch."""
 
 
 @dataclass(frozen=True)
@@ -69,132 +90,130 @@ def cases(options: Options) -> list[Case]:
     return {"mlp": [mlp], "unet": [unet], "both": [mlp, unet]}[options.net]
 
 
-def bare_cycle(method: FDistill, state: DistillState, batch: Batch, options: Options) -> Callable[[], None]:
-    """The network calls of one cycle of K steps, on ready inputs."""
-    k = method.config.critic_steps
-    x, y = batch.x, batch.labels
-    n = len(x)
-    sigma = torch.full((n,), 1.0, device=x.device)
-    two_x, two_sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-    two_y = torch.cat([y, y]) if y is not None else None
-    teacher: Any = method.teacher
-    head: Any = state.discriminator
-    student, fake = state.student, state.fake
+def chosen_methods(names: str) -> list[str]:
+    """The methods asked for."""
+    return list(METHODS) if names == "all" else [name.strip() for name in names.split(",")]
 
-    def autocast() -> Any:
-        bf16 = options.precision == "bf16"
-        return torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext()
 
-    def critic() -> None:
-        with autocast():
-            loss = fake(x, sigma, y).float().mean()
-            with torch.no_grad():
-                _, features = teacher.with_features(two_x, two_sigma, two_y)
-            (loss + head(features, two_sigma, two_y).mean()).backward()
+def build(name: str, teacher: EDMDenoiser, options: Options, device: torch.device) -> tuple[Distiller, int]:
+    """A method with its own settings and the number of steps in a cycle of it."""
+    given = DistillOptions.of(name)
+    method, measure, config = resolve_method(name, None, given.distill)
+    groups = {
+        group: replace(own, **{key: value for key, value in SHORT.items() if key in _names(own)})
+        for group, own in given.settings().items()
+    }
+    groups["matching"] = replace(groups["matching"], backtrack=2 if name == "disback" else 0)
+    config = replace(config, accumulate=options.accumulate, lr_rampup=0)
+    setup = Setup(
+        teacher=teacher,
+        method=method,
+        divergence=divergence(measure),
+        config=config,
+        total_steps=1000,
+        device=device,
+        bf16=options.precision == "bf16",
+        **groups,
+    )
+    return build_method(setup), config.critic_steps if method.critic else 1
 
-    def cycle() -> None:
-        for _ in range(k - 1):
-            with torch.no_grad(), autocast():
-                student.call(x, 0, y)
-            critic()
-        with autocast():
-            x0 = student.call(x, 0, y).float()
-            leaf = x0.detach().requires_grad_()
-            _, features = teacher.with_features(leaf, sigma, y)
-            logit = head(features, sigma, y)
-            with torch.no_grad():
-                fake(leaf, sigma, y)
-        (pull,) = torch.autograd.grad(logit.float().mean(), leaf)
-        x0.backward(pull)
-        critic()
-        for net in (student.denoiser, fake, head):
-            net.zero_grad(set_to_none=True)
 
-    return cycle
+def _names(group: Any) -> set[str]:
+    return {f.name for f in fields(group)}
+
+
+def networks_of(teacher: EDMDenoiser, state: DistillState) -> dict[str, nn.Module]:
+    """All networks that a step may call."""
+    return {"teacher": teacher, **{k: v for k, v in state.modules().items() if k != "average"}}
 
 
 def timed(action: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    began = time.perf_counter()
+    """Seconds of one call, the device's work included; on a CPU those of all its threads."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    began = clock()
     action()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def alone(case: Case, options: Options, side: str) -> float:
-    """Peak resident MiB of a fresh process that runs one side only."""
-    command = [sys.executable, __file__, "--net", case.name.split()[0], "--batch", str(case.batch)]
-    command += ["--device", options.device, "--precision", options.precision, "--width", str(options.width)]
-    answer = subprocess.run([*command, "--only", side], capture_output=True, text=True, check=True)
-    return float(answer.stdout.split()[-1])
+def peak(action: Callable[[], None], device: torch.device) -> float:
+    """MiB that a call takes at its peak beyond what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    activity = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], profile_memory=True) as seen:
+        action()
+    now = most = 0
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most / 2**20
 
 
-def measure(case: Case, options: Options) -> dict[str, Any]:
-    """Times one case; returns medians in milliseconds and peak memory."""
+def held(teacher: EDMDenoiser, state: DistillState) -> float:
+    """MiB of everything that is kept between steps."""
+    tensors: list[Tensor] = [*teacher.parameters(), *state.memory.values()]
+    for module in state.modules().values():
+        tensors += [*module.parameters(), *module.buffers()]
+    for optimiser in state.optimisers.values():
+        for moments in optimiser.state.values():
+            tensors += [v for v in moments.values() if isinstance(v, Tensor)]
+    unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
+    return sum(unique.values()) / 2**20
+
+
+def measure(case: Case, name: str, options: Options) -> dict[str, Any]:
+    """Times one method on one network."""
     device = pick_device(options.device)
     torch.manual_seed(0)
     denoiser = EDMDenoiser(build_net(case.net, case.shape, 10), shape=case.shape, num_classes=10).to(device)
     teacher = denoiser.eval().requires_grad_(False)
-    chosen, name, config = resolve_method("f-distill", options.divergence, DistillConfig())
-    method = FDistill(
-        teacher=teacher,
-        method=chosen,
-        divergence=divergence(name),
-        config=replace(config, student_sigma=2.5),
-        total_steps=1000,
-        device=device,
-        bf16=options.precision == "bf16",
-    )
+    method, steps = build(name, teacher, options, device)
     state = method.init(0)
     if options.compile:
-        for net in (teacher, state.student.denoiser, state.fake):
-            compile_network(net.net)
+        for net in networks_of(teacher, state).values():
+            if isinstance(net, EDMDenoiser):
+                compile_network(net.net)
     gen = torch.Generator(device).manual_seed(0)
     x = torch.randn(case.batch, *case.shape, generator=gen, device=device)
     batch = Batch(x, torch.randint(10, (case.batch,), generator=gen, device=device))
-    k = config.critic_steps
-    bare = bare_cycle(method, state, batch, options)
 
     def ours() -> None:
-        for _ in range(k):
+        for _ in range(steps):
             method.step(state, batch)
 
-    if options.only:
-        for _ in range(2):
-            (ours if options.only == "ours" else bare)()
-        return {"peak": peak_memory()["cpu"] or 0}
     for _ in range(3):
+        ours()
+    with recorded(networks_of(teacher, state)) as calls:
+        ours()
+    bare = replay(calls)
+    for _ in range(2):
         ours()
         bare()
     pairs = [(timed(ours, device), timed(bare, device)) for _ in range(options.rounds)]
-    ratio = statistics.median(a / b for a, b in pairs)
-    if device.type == "cuda":
-        peaks = []
-        for action in (ours, bare):
-            torch.cuda.reset_peak_memory_stats(device)
-            action()
-            torch.cuda.synchronize(device)
-            peaks.append(torch.cuda.max_memory_allocated(device) / 2**20)
-        memory = f"{peaks[0]:.0f} / {peaks[1]:.0f} MiB"
-    else:
-        memory = " / ".join(f"{alone(case, options, side):.0f}" for side in ("ours", "bare")) + " MiB"
+    least_ours, least_bare = (min(side) for side in zip(*pairs, strict=True))
     return {
-        "case": case.name,
-        "batch": case.batch,
-        "step": 1000 * statistics.median(a for a, _ in pairs) / k,
-        "bare": 1000 * statistics.median(b for _, b in pairs) / k,
-        "overhead": ratio - 1,
-        "memory": memory,
+        "method": name,
+        "step": 1000 * least_ours / steps,
+        "bare": 1000 * least_bare / steps,
+        "median": statistics.median(a / b for a, b in pairs) - 1 if calls else None,
+        "least": least_ours / least_bare - 1 if calls else None,
+        "peaks": (peak(ours, device), peak(bare, device)),
+        "held": held(teacher, state),
+        "calls": counted(calls),
     }
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints a table for each network."""
     options = tyro.cli(Options)
-    if options.only:
-        print(measure(cases(options)[0], options)["peak"] / 2**20)
-        return
     device = pick_device(options.device)
     name = (
         torch.cuda.get_device_name(device)
@@ -202,12 +221,18 @@ def main() -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     print(f"{name}, torch {torch.__version__}, {options.precision}, compile={options.compile}")
-    print("| case | batch | ms a step | ms bare calls | overhead | peak memory (ours / bare) |")
-    print("|---|---|---|---|---|---|")
     for case in cases(options):
-        r = measure(case, options)
-        timing = f"{r['step']:.2f} | {r['bare']:.2f} | {r['overhead']:.1%}"
-        print(f"| {r['case']} | {r['batch']} | {timing} | {r['memory']} |")
+        print(f"\n{case.name}, batch {case.batch}, {options.rounds} rounds\n")
+        print("| method | ms a step | ms bare | overhead | least | MiB held | more | bare | calls a cycle |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for which in chosen_methods(options.methods):
+            r = measure(case, which, options)
+            ratios = " | ".join("-" if r[k] is None else f"{r[k]:.1%}" for k in ("median", "least"))
+            memory = f"{r['held']:.0f} | {r['peaks'][0]:.0f} | {r['peaks'][1]:.0f}"
+            print(
+                f"| {which} | {r['step']:.2f} | {r['bare']:.2f} | {ratios} | {memory} | {r['calls']} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

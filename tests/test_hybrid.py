@@ -24,6 +24,8 @@ from distmatch.diffusion.trajectory import Trajectory, coarse, x0_trajectory
 from distmatch.methods.handover import hand_over, stations
 from distmatch.methods.hybrid import hybrid_sample
 from distmatch.methods.student import Student
+from distmatch.methods.transport.semi_discrete import BrenierMap
+from distmatch.methods.transport.student import TransportStudent
 from distmatch.nets.jump import as_jump
 from small import PAIR, network_teacher
 
@@ -210,6 +212,24 @@ def test_a_consistency_function_takes_over_anywhere() -> None:
     torch.testing.assert_close(x, teacher(y, torch.full((20,), 1.7)))  # untrained, the second level is idle
     with pytest.raises(UserError, match="not trained to take over"):
         hybrid_sample(teacher, jumping, 20, level=25.0)
+
+
+def test_a_student_of_stored_latents_follows_a_teacher() -> None:
+    """Its first input is noised data already, so a level below sigma_data is no reason to refuse."""
+    bank = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0))
+    student = TransportStudent(network_teacher(2), (0.5, 0.2), BrenierMap(bank))
+    alone = student.sample(20, seed=2)
+    assert torch.equal(hybrid_sample(PAIR, student, 20, calls=0, seed=2), alone)
+    x = hybrid_sample(PAIR, student, 20, calls=2, seed=2, labels=torch.arange(20) % 2, steps=9)
+    levels = grid("karras", 9, 0.002, 20.0)
+    y = solve(
+        PAIR,
+        20.0 * latents(20, (2,), 2),
+        [*levels[levels > 0.2].tolist(), 0.2],
+        condition=torch.arange(20) % 2,
+    ).y
+    torch.testing.assert_close(x, student.denoiser(y, torch.full((20,), 0.2), torch.arange(20) % 2))
+    assert hybrid_sample(PAIR, student, 20, calls=1, seed=2).shape == (20, 2)
 
 
 def test_an_own_level_can_be_named() -> None:
