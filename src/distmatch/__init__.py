@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distmatch.diffusion.adapters import as_denoiser
     from distmatch.diffusion.mixture import GaussianMixture
     from distmatch.divergences import Divergence, divergence
+    from distmatch.methods.hybrid import hybrid_sample
     from distmatch.methods.student import Student
 
 _HOME = {
@@ -33,6 +34,7 @@ _HOME = {
     "distill": "distmatch.api",
     "divergence": "distmatch.divergences",
     "evaluate": "distmatch.api",
+    "hybrid_sample": "distmatch.methods.hybrid",
     "load_data": "distmatch.data",
     "load_teacher": "distmatch.api",
     "train": "distmatch.api",
@@ -52,6 +54,7 @@ __all__ = [
     "divergence",
     "divergences",
     "evaluate",
+    "hybrid_sample",
     "load_data",
     "load_teacher",
     "train",
