@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from distmatch.base.errors import UserError
+from distmatch.cli.parse import options_from
 from distmatch.methods.config import DistillConfig
 from distmatch.training.compare_budget import Price, parse_budget
 from distmatch.training.compare_options import (
@@ -161,3 +163,16 @@ def test_reading_the_options_takes_no_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("compare_*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes_of_comparisons_can_be_used(recipe: Path) -> None:
+    options = options_from(CompareOptions, recipe, "compare")
+    entries = parse_methods(options.methods)
+    check_shared(options.shared, entries)
+    assert options.baseline in [entry.name for entry in entries]
+    assert parse_budget(options.budget).amount > 0
+    assert recipe.name in recipe.read_text()

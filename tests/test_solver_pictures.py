@@ -110,8 +110,11 @@ def test_an_interval_pays_for_itself_alone(pictures: ModuleType) -> None:
     assert "a tenth of the extra calls" in PAGE
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
-def test_recipes_are_configs(recipe: Path) -> None:
+TEACHERS = [p for p in sorted((ROOT / "recipes").glob("*.toml")) if 'verb = "train"' in p.read_text()]
+
+
+@pytest.mark.parametrize("recipe", TEACHERS, ids=lambda p: p.stem)
+def test_recipes_of_teachers_are_configs(recipe: Path) -> None:
     options = options_from(TrainOptions, recipe, "train")
     assert recipe.name in PAGE
     assert options.data == recipe.stem
