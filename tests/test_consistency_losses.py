@@ -194,7 +194,7 @@ def test_the_gradient_of_scm_is_the_bounded_tangent_s(terms: Any) -> None:
     slope = -(sd / sigma[:, None] * wanted * change).sum()  # 2 / D = 1 in two dimensions
     values, info = term.loss(state_of(student), draws)
     assert gradient(values, student) == pytest.approx(float(slope.detach()), rel=1e-7)
-    # Spec 4.6.3: the value is |bounded g|^2, below 1, whatever the data.
+    # The value is |bounded g|^2, below 1, whatever the data.
     assert ((values * 2 * sigma / sd) < 1).all()
     assert (info["tangent"] > 0).all()
 

@@ -55,7 +55,7 @@ def prepare_distillation(
     device = pick_device(run.device)
     name = measure.name if measure is not None else options.divergence
     method, name, config = resolve_method(options.method, name, options.distill)
-    check_settings(method, config, **options.settings())
+    check_settings(method, options.distill, **options.settings())
     chosen = measure if measure is not None else divergence(name)
     known: dict[str, Any] = {}
     if teacher is None:

@@ -133,6 +133,13 @@ class ChainMMD:
     def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
         """Adds the gradient to the student's parameters."""
         setup, n = self.setup, len(batch.x)
+        if n < 2:
+            raise UserError(
+                "mmd compares samples of one batch with each other",
+                got=f"a batch of {n}",
+                expected="2 samples or more",
+                fix="raise --batch",
+            )
         slices = setup.parts(n)
         whole = len(slices) == 1
         noise = torch.randn(
