@@ -213,6 +213,9 @@ CHECKPOINTS = {
     "train --out t --resume s/checkpoints/step-000006": ("another architecture",),
     "distill --out s --resume t/checkpoints/step-000006": ("a run of another kind", "same verb"),
     "distill --out t --resume": ("config of another verb",),
+    "distill --out s --resume --method dmd2": ("the method that it began with", "in a run of"),
+    "distill --out s --resume --method scm": ("the method that it began with", "in a run of"),
+    "distill --out s --resume --divergence kl": ("the divergence that it began with", "--divergence kl"),
 }
 
 
@@ -231,6 +234,9 @@ def test_checkpoints_that_do_not_fit_change_nothing(line: str) -> None:
         "--lr-rampup -1",
         "--guidance nan",
         "--lr inf",
+        "--gan-weight 0.5 --method sid",
+        "--gan-weight 0.5 --method consistency",
+        "--batch 1 --method mmd",
     ],
 )
 def test_distillation_settings_that_cannot_be_used(option: str) -> None:

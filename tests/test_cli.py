@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from command import SHORT, TINY, checkpoints, command, contents, done, weights
 from distmatch.cli import demo
 from distmatch.cli.main import VERBS
 from distmatch.methods.student import Student
+from distmatch.training.options import DistillOptions
 
 METRICS = {"fd", "kid", "precision", "recall", "density", "coverage", "vendi"}
 MODES = {"modes", "kl", "reverse_kl", "js"}
@@ -197,6 +199,19 @@ def test_a_config_file_repeats_a_run_bit_for_bit(verb: str, tmp_path: Path) -> N
     assert (tmp_path / "again" / "config.toml").read_text() == Path(run, "config.toml").read_text()
     done(f"{verb} --config {run}/config.toml --seed 1 --out {tmp_path}/other")
     assert weights(tmp_path / "other") != weights(run)
+
+
+def test_a_config_file_with_another_method_leaves_the_first_ones_defaults_behind() -> None:
+    def options(line: str) -> dict[str, Any]:
+        return done(f"distill {line} --dry-run --json").json()["options"]
+
+    dmd2 = options("--config plain/config.toml --method dmd2")  # of diff-instruct, which has no adversary
+    assert dmd2["distill"]["gan_weight"] == DistillOptions.of("dmd2").distill.gan_weight > 0
+    scm = options("--config two/config.toml --method scm")  # of dmd2 with two calls, which were chosen
+    assert scm["distill"]["calls"] == 2
+    assert scm["distill"]["student_sigma"] == 0
+    assert scm["consistency"]["level_mean"] == -0.3
+    assert options("--config plain/config.toml")["distill"]["gan_weight"] == 0
 
 
 @pytest.mark.parametrize("verb", ["train", "distill"])

@@ -125,6 +125,10 @@ def options_from(
     if defaults is None:
         return options
     method = named if named is not None else values.get("method")
+    if (
+        "method" in values and method != values["method"]
+    ):  # what another method has by default nobody has chosen for this one
+        values = _without(values, dataclass_to_dict(defaults(values["method"])))
     return dict_to_dataclass(kind, _merged(dataclass_to_dict(defaults(method)), values), where=str(path))
 
 
@@ -134,6 +138,18 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         known = result.get(key)
         result[key] = _merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _without(values: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts, less what is the same in ``plain``."""
+    result = {}
+    for key, value in values.items():
+        known = plain.get(key)
+        if isinstance(known, dict) and isinstance(value, dict):
+            result[key] = _without(value, known)
+        elif key not in plain or known != value:
+            result[key] = value
     return result
 
 
