@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 
-from distmatch.training.compare_cost import Passes, PeakMemory, count_passes, measure_cost
+from distmatch.training.compare_cost import Passes, PeakMemory, count_passes, measure_cost, step_times
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare import prepare_distillation
 from small import network_teacher
@@ -89,6 +90,24 @@ def test_what_is_made_once_is_no_part_of_a_step() -> None:
     assert cost.seconds(10) == pytest.approx(cost.once.seconds + 10 * cost.step.seconds)
     plain = measure_cost(prepare_distillation(options, network_teacher(), fresh=False), batch=16)
     assert plain.once.calls == 0
+
+
+def test_a_dry_run_times_whole_periods_and_what_is_made_once() -> None:
+    settings = replace(DistillOptions.of("diff-instruct").distill, critic_steps=8)
+    options = DistillOptions.of("diff-instruct", run=RunOptions(batch=16, steps=400), distill=settings)
+    job = prepare_distillation(options, network_teacher(), fresh=False)
+    step, seen = job.step, []
+
+    def slow_when_the_student_moves(state: Any, batch: Any) -> Any:
+        seen.append(state.step)
+        time.sleep(4 if state.step == 0 else 0.16 if (state.step + 1) % 8 == 0 else 0)
+        return step(state, batch)
+
+    job.step = slow_when_the_student_moves
+    once, seconds = step_times(job, torch.device("cpu"))
+    assert seen == [0, *range(200, 208)]
+    assert 3.5 < once < 5
+    assert 0.02 <= seconds < 0.15  # an eighth of 0.16 s, and the steps themselves
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets the peak of a process back")

@@ -11,6 +11,7 @@ from typing import Any
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import Place, checkpoint_choice, print_json
 from distmatch.training.checkpoint import list_checkpoints
+from distmatch.training.compare_cost import step_times
 from distmatch.training.devices import pick_device
 from distmatch.training.runfolder import RunFolder, check_usable, create
 from distmatch.training.runs import Job, carry_out
@@ -60,17 +61,14 @@ def starts_afresh(place: Place) -> bool:
 
 
 def dry_run(job: Job, place: Place) -> None:
-    """Shows what a run would do, from three real steps, and writes nothing."""
+    """Shows what a run would do, from a few real steps of it, and writes nothing."""
     parameters = job.parameters()
-    job.step(job.state, job.batches(0))
-    began = time.perf_counter()
-    for step in (1, 2, 3, 4, 5):
-        job.step(job.state, job.batches(step))
-    seconds = (time.perf_counter() - began) / 5
     run = job.options.run
+    once, seconds = step_times(job, pick_device(run.device))
     trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
     memory = round((4 * sum(parameters.values()) + 12 * trained) / 2**20, 1)  # gradients and two Adam moments
-    timing = f"{seconds * run.steps:.0f} s ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
+    whole = once + seconds * run.steps
+    timing = f"{whole:.0f} s ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
     shown = {
         "verb": job.verb,
         "options": dataclass_to_dict(replace(job.options)),
@@ -78,7 +76,8 @@ def dry_run(job: Job, place: Place) -> None:
         "parameters": parameters,
         "memory_mib": memory,
         "seconds_per_step": round(seconds, 4),
-        "estimated_seconds": round(seconds * run.steps, 1),
+        "seconds_once": round(once, 4),
+        "estimated_seconds": round(whole, 1),
         **job.notes,
     }
     if place.json:
@@ -91,6 +90,8 @@ def dry_run(job: Job, place: Place) -> None:
         print(f"# parameters  {name}: {count:,}")
     print(f"# memory      about {memory} MiB for weights, gradients and Adam, activations on top")
     print(f"# time        about {timing}")
+    if once >= 1:
+        print(f"# of these    about {once:.0f} s for what is made once, before the first step")
     for message in job.warnings:
         print(f"# warning     {message}")
 

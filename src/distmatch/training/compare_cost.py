@@ -79,9 +79,7 @@ def measure_cost(job: Job, batch: int) -> Cost:
     options = job.options
     if not isinstance(options, DistillOptions):
         raise TypeError("only distillations are compared")
-    method, _, config = resolve_method(options.method, options.divergence, options.distill)
-    period = config.critic_steps if method.critic else 1
-    block = period * -(-_LEAST_STEPS // period)  # whole periods: a step that moves the student costs more
+    period, block = _steps_to_time(options)
     device = pick_device(options.run.device)
     parameters = job.parameters()
     first, others, seconds = Passes(), Passes(), 0.0
@@ -95,7 +93,7 @@ def measure_cost(job: Job, batch: int) -> Cost:
     steps = block * len(_MOMENTS)
     step = Price(seconds / steps, others.calls(parameters) / (batch * steps))
     once = Price(first_seconds - step.seconds, first.calls(parameters) / batch - step.calls)
-    more = once.seconds > _ONCE_SECONDS * step.seconds or once.calls > _ONCE_CALLS * step.calls
+    more = _made_once(once.seconds, step.seconds) or once.calls > _ONCE_CALLS * step.calls
     trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
     return Cost(
         step=step,
@@ -105,6 +103,36 @@ def measure_cost(job: Job, batch: int) -> Cost:
         parameters=parameters,
         memory_mib=round((4 * sum(parameters.values()) + 12 * trained) / 2**20, 1),
     )
+
+
+def step_times(job: Job, device: torch.device) -> tuple[float, float]:
+    """Times a few steps of a job, which is of no use afterwards.
+
+    Args:
+        job: A prepared run.
+        device: Where it runs.
+
+    Returns:
+        The seconds of what is made once, at the first step (nothing for most methods); the seconds of a step
+        on the average over critic and student steps, taken from the middle of the run.
+    """
+    options = job.options
+    period, block = _steps_to_time(options) if isinstance(options, DistillOptions) else (1, _LEAST_STEPS)
+    first = _advance(job, 1, device)
+    job.state.step = period * (options.run.steps // (2 * period))
+    seconds = _advance(job, block, device) / block
+    return (first - seconds if _made_once(first - seconds, seconds) else 0.0), seconds
+
+
+def _steps_to_time(options: DistillOptions) -> tuple[int, int]:
+    """A period of critic and student steps, and whole periods: a step that moves the student costs more."""
+    method, _, config = resolve_method(options.method, options.divergence, options.distill)
+    period = config.critic_steps if method.critic else 1
+    return period, period * -(-_LEAST_STEPS // period)
+
+
+def _made_once(seconds: float, step: float) -> bool:
+    return seconds > _ONCE_SECONDS * step
 
 
 def _advance(job: Job, steps: int, device: torch.device) -> float:
