@@ -81,7 +81,7 @@ def require_score(denoiser: Denoiser, purpose: str) -> None:
             f"{purpose} needs the score of the noised data, which this teacher does not have",
             got="a teacher whose noise is not Gaussian (gaussian_kernel is False)",
             expected="(D(x) - x) / sigma^2 to be the gradient of a log density",
-            fix="use a deterministic solver, or a teacher trained with Gaussian noise",
+            fix="take a teacher trained with Gaussian noise; deterministic solvers can sample this one",
         )
 
 
