@@ -37,7 +37,7 @@ from distmatch.nets.jump import as_jump
 
 @pytest.mark.parametrize(("sd", "variance"), VARIANCES)
 def test_the_exact_consistency_function_has_no_tangent(sd: float, variance: float) -> None:
-    """Spec 4.6.1: g = 0 at rho = 1 for all t, also where sigma_data is not the data's."""
+    """The tangent is 0 at rho = 1 for all t, also where sigma_data is not the data's."""
     y, sigma = noisy(variance)
     g = tangent_of(Flow(variance), y, sigma, posterior_mean(y, sigma, variance), sd)
     assert g.abs().max() < 1e-10
@@ -46,7 +46,7 @@ def test_the_exact_consistency_function_has_no_tangent(sd: float, variance: floa
 
 
 def test_the_golden_network_output_of_standard_data() -> None:
-    """Spec 4.6.1: with data of standard deviation sigma_data, F = -tan(t/2) x / sigma_data and f = x."""
+    """With data of standard deviation sigma_data, F = -tan(t/2) x / sigma_data and f = x."""
     sd = 0.5
     y, sigma = noisy(sd**2)
     t = torch.atan(sigma / sd)[:, None]
@@ -81,14 +81,14 @@ def test_the_tangent_is_the_paper_s_in_the_paper_s_coordinates(sd: float, rho: f
 
 
 def test_without_the_derivative_a_student_like_its_teacher_stays() -> None:
-    """Spec 4.6.2: rho = 0 and student = teacher give g = 0."""
+    """With rho = 0 a student like its teacher has g = 0."""
     y, sigma = noisy(1.3)
     student = Flow(1.3, gain=0.4)
     assert tangent_of(student, y, sigma, student(y, sigma), 0.5, rho=0.0).abs().max() == 0
 
 
 def test_bounded_tangents_are_shorter_than_one() -> None:
-    """Spec 4.6.3, from nothing to very much."""
+    """From nothing to very much."""
     g = torch.randn(5, 3, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
     sizes = torch.tensor([0.0, 1e-6, 0.1, 1.0, 1e6], dtype=F64)
     norms = bounded(g / g.flatten(1).norm(dim=1)[:, None, None, None] * sizes[:, None, None, None], 0.1)
@@ -112,7 +112,7 @@ def test_the_tangent_of_the_data_is_that_of_the_teacher_on_average() -> None:
 
 @pytest.mark.parametrize(("config", "shape"), NETS)
 def test_forward_mode_agrees_with_central_differences(config: NetConfig, shape: tuple[int, ...]) -> None:
-    """Spec 4.6.6, attention included; both ways of ours, and a difference of its own step."""
+    """Attention included; both ways of ours, and a difference of its own step."""
     student = as_jump(network(config, shape, classes=3))
     for parameter in student.net.parameters():
         nn.init.normal_(parameter, std=(parameter[0].numel() if parameter.ndim > 1 else 4) ** -0.5)
@@ -173,7 +173,7 @@ def test_a_network_without_forward_mode_is_told_of_the_other_way() -> None:
 @pytest.mark.parametrize(("sd", "variance"), VARIANCES)
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_the_exact_average_velocity_satisfies_the_identity(sd: float, variance: float, share: float) -> None:
-    """Spec 4.6.5, for data of any variance: u = x_t (1 - std_r / std_t) / (t - r), and v at r = t."""
+    """For data of any variance: u = x_t (1 - std_r / std_t) / (t - r), and v at r = t."""
     y, sigma = noisy(variance)
     to, exact = share * sigma, Flow(variance)
     target, speed = posterior_mean(y, sigma, variance), flow_speed(sigma, sd)

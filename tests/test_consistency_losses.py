@@ -38,7 +38,7 @@ from small import distiller
 
 
 def test_the_exact_jump_of_a_gaussian() -> None:
-    """Spec 4.6.4: G = x sqrt((v + s^2) / (v + t^2)), and the limit of g at s = t is the posterior mean."""
+    """G = x sqrt((v + s^2) / (v + t^2)), and the limit of g at s = t is the posterior mean."""
     y, sigma = noisy(1.3)
     found = Flow(1.3).jump(y, sigma, 0.4 * sigma)
     mixture = GaussianMixture([1.0], [[0.0, 0.0]], [1.3])

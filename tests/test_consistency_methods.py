@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
@@ -131,6 +132,29 @@ def test_terms_of_ctm_pull_as_hard_as_each_other() -> None:
     torch.testing.assert_close(jump, alone, rtol=1e-4, atol=1e-8)  # float32
     # |dsm part| = 2 |jump part|, up to the 1e-4 that the weight's denominator adds.
     assert float((both - jump).norm() / jump.norm()) == pytest.approx(2.0, rel=1e-2)
+
+
+def test_rcm_adds_the_weighted_score_difference_of_diff_instruct() -> None:
+    """Beside scm's: the same random numbers give dmd_weight times the gradient of diff-instruct."""
+
+    def gradient(name: str, **settings: Any) -> torch.Tensor:
+        method = distiller(network_teacher(), method=name, critic_steps=1, grad_clip=0.0, lr=1.0, **settings)
+        state = method.init(0)
+        state.optimisers["student"] = torch.optim.SGD(state.student.denoiser.parameters())
+        with torch.no_grad():  # a fake score that is not the teacher's
+            for parameter in state.fake.parameters():
+                parameter.mul_(1.2)
+        before = parameters_to_vector(state.student.denoiser.parameters()).detach().clone()
+        method.step(state, batch(0))
+        return before - parameters_to_vector(state.student.denoiser.parameters()).detach()
+
+    half, one, two = (gradient("rcm", dmd_weight=weight, tangent_warmup=0.0) for weight in (0.5, 1.0, 2.0))
+    alone = gradient("diff-instruct", student_sigma=0.0)
+    # Differences of sums in float32.
+    torch.testing.assert_close(two - one, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(2 * (one - half), alone, rtol=1e-4, atol=1e-5)
+    assert alone.norm() > 0.01
+    assert (one - alone).norm() > 0.01  # the consistency loss
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -188,6 +188,14 @@ def test_scalings_weights_and_dtypes_of_the_score_difference() -> None:
     twice = score_difference(p, p + 3 * (q - p), x0, sigma)  # the denominator does not move with the critic
     torch.testing.assert_close(twice, 3 * score_difference(p, q, x0, sigma))
     assert not score_difference(p, p, x0, sigma, weight).any()
+    both = score_difference(p + 2.0, q + 2.0, x0 + 2.0, sigma)  # what both have in common does not matter
+    torch.testing.assert_close(both, ones)
+    torch.testing.assert_close(
+        score_difference(p + x0, q + x0, x0, sigma, scaling="score"),
+        score_difference(p, q, x0, sigma, scaling="score"),
+        rtol=1e-5,
+        atol=1e-4,  # sigma = 0.1 blows a rounding up a hundredfold
+    )
     assert (
         score_difference(p, q, p, sigma).isfinite().all()
     )  # x0 where the teacher wants it: no division by 0
