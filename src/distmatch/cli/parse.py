@@ -125,9 +125,8 @@ def options_from(
     if defaults is None:
         return options
     method = named if named is not None else values.get("method")
-    if (
-        "method" in values and method != values["method"]
-    ):  # what another method has by default nobody has chosen for this one
+    # What another method has by default nobody has chosen for this one.
+    if "method" in values and method != values["method"]:
         values = _without(values, dataclass_to_dict(defaults(values["method"])))
     return dict_to_dataclass(kind, _merged(dataclass_to_dict(defaults(method)), values), where=str(path))
 
