@@ -113,7 +113,10 @@ VALUES = {
     "distill --teacher t --calls 0": ("--calls must be positive",),
     "distill --teacher t --lr 0": ("--lr must be positive",),
     "distill --teacher t --gan-weight -1": ("--gan-weight must not be negative",),
-    "distill --teacher t --noise-low 5 --noise-high 1": ("0 < low < high",),
+    "distill --teacher t --noise-low 5 --noise-high 1": (
+        "--noise-low 5 and --noise-high 1",
+        "the first one below",
+    ),
     "distill --teacher t --ratio-bins 0": ("bins=0", "bins >= 1"),
     "distill --teacher t --ratio-memory 2": ("memory=2.0",),
     "distill --teacher t --order alternate --critic-steps 1": ("--order alternate",),
@@ -237,6 +240,10 @@ def test_checkpoints_that_do_not_fit_change_nothing(line: str) -> None:
         "--gan-weight 0.5 --method sid",
         "--gan-weight 0.5 --method consistency",
         "--batch 1 --method mmd",
+        "--student-sigma 0.001 --method scm",
+        "--student-sigma 81",
+        "--noise-low 3 --noise-high 2",
+        "--width 32",
     ],
 )
 def test_distillation_settings_that_cannot_be_used(option: str) -> None:

@@ -25,6 +25,7 @@ def build_method(setup: Setup) -> Distiller:
     Raises:
         UserError: Teacher, method and settings do not go together.
     """
+    _check_levels(setup)
     if setup.method.teacher_gradient:
         require_input_gradient(setup.teacher, setup.method.name, setup.device)
     match setup.method.family:
@@ -36,6 +37,24 @@ def build_method(setup: Setup) -> Distiller:
             return Transport(setup)
         case _:
             return _matching(setup)
+
+
+def _check_levels(setup: Setup) -> None:
+    teacher, cfg = setup.teacher, setup.config
+    low, high = teacher.sigma_min, teacher.sigma_max
+    if not low < setup.first_level <= high:
+        raise UserError(
+            "the student must start at a noise level that the teacher knows",
+            got=f"--student-sigma {cfg.student_sigma:g}",
+            expected=f"above {low:g} and up to {high:g}, or 0 for {high:g}",
+        )
+    last = cfg.noise_high or high
+    if setup.method.critic and not cfg.noise_low < last:
+        raise UserError(
+            "student and teacher are compared between two noise levels",
+            got=f"--noise-low {cfg.noise_low:g} and --noise-high {last:g}",
+            expected="the first one below the second",
+        )
 
 
 def _matching(setup: Setup) -> Distiller:

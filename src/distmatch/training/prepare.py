@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from distmatch.methods.state import DistillState
 from distmatch.methods.table import check_settings, resolve_method
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.latent_data import as_latents
-from distmatch.training.options import DistillOptions, RunOptions
+from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import describe_data, flips
 from distmatch.training.runs import Finished, Job
 from distmatch.training.teachers import open_teacher
@@ -68,6 +69,13 @@ def prepare_distillation(
         teacher, known = open_teacher(options.teacher)
     if isinstance(teacher, nn.Module):
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    copied = has_network(teacher)
+    if copied and options.net != NetOptions():
+        raise UserError(
+            "the student copies the teacher's network",
+            got=", ".join(f"--{name} {value}" for name, value in _given(options.net).items()),
+            fix="leave these options out; they are for students of exact teachers",
+        )
     distiller = build_method(
         Setup(
             teacher=teacher,
@@ -77,7 +85,7 @@ def prepare_distillation(
             total_steps=run.steps,
             device=device,
             bf16=run.precision == "bf16",
-            net=None if has_network(teacher) else options.net.resolve(teacher.shape),
+            net=None if copied else options.net.resolve(teacher.shape),
             **options.settings(),
         )
     )
@@ -141,6 +149,12 @@ def prepare_distillation(
         show=("loss_fake", "ess", "clip_fraction") if method.critic else ("loss",),
         advise=_advice,
     )
+
+
+def _given(net: NetOptions) -> dict[str, Any]:
+    plain = NetOptions()
+    found = {field.name: getattr(net, field.name) for field in fields(net)}
+    return {name: value for name, value in found.items() if value != getattr(plain, name)}
 
 
 def _for_what(method: Method) -> str:
