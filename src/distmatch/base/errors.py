@@ -19,14 +19,11 @@ class UserError(ValueError):
     def __init__(
         self, what: str, *, got: object = None, expected: object = None, fix: str | None = None
     ) -> None:
-        parts = [what.rstrip(".") + "."]
-        if got is not None:
-            parts.append(f"Got: {got}.")
-        if expected is not None:
-            parts.append(f"Expected: {expected}.")
-        if fix is not None:
-            parts.append(f"Fix: {fix.rstrip('.')}.")
-        super().__init__(" ".join(parts))
+        parts = [what]
+        for name, said in (("Got", got), ("Expected", expected), ("Fix", fix)):
+            if said is not None:
+                parts.append(f"{name}: {said}")
+        super().__init__(" ".join(part if part.endswith((".", "?")) else f"{part}." for part in parts))
 
 
 class DivergedError(UserError):
