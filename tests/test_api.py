@@ -11,7 +11,8 @@ from distmatch.data.batches import Batches
 from distmatch.training.options import NetOptions, RunOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
 
-TINY = {"width": 16, "depth": 1, "batch": 32, "quiet": True}
+QUICK = {"batch": 32, "quiet": True}
+TINY = {"width": 16, "depth": 1, **QUICK}
 
 
 class Shifted:
@@ -36,7 +37,7 @@ def test_data_of_a_formula_teacher_are_taken_in_its_own_units():
 def test_samples_come_back_in_the_units_of_the_training_data():
     table = np.random.default_rng(0).normal([100.0, -3.0], [20.0, 0.1], size=(400, 2)).astype("float32")
     teacher = dm.train(table, steps=60, **TINY)
-    student = dm.distill(teacher, table, steps=5, **TINY)
+    student = dm.distill(teacher, table, steps=5, **QUICK)
     values = student.export(student.sample(300))
     assert values.dtype == np.float32
     assert abs(values[:, 0].mean() - 100) < 40
@@ -45,7 +46,7 @@ def test_samples_come_back_in_the_units_of_the_training_data():
 
 def test_exported_digits_are_bytes():
     teacher = dm.train("digits", steps=2, **TINY)
-    student = dm.distill(teacher, "digits", steps=2, **TINY)
+    student = dm.distill(teacher, "digits", steps=2, **QUICK)
     images = student.export(student.sample(5))
     assert images.dtype == np.uint8
     assert images.shape == (5, 8, 8)
@@ -58,7 +59,7 @@ def test_unknown_settings_are_answered_with_the_nearest():
 
 def test_a_run_folder_can_be_written_from_python(tmp_path):
     dm.train("digits", steps=2, out=tmp_path / "teacher", **TINY)
-    student = dm.distill(tmp_path / "teacher", steps=2, out=tmp_path / "student", **TINY)
+    student = dm.distill(tmp_path / "teacher", steps=2, out=tmp_path / "student", **QUICK)
     again = dm.Student.from_pretrained(tmp_path / "student")
     assert torch.equal(again.sample(4, seed=3), student.sample(4, seed=3))
     with pytest.raises(dm.UserError, match="--overwrite"):
