@@ -179,9 +179,10 @@ def test_exact_students_are_fixed_points_up_to_the_solver(terms: Any, method: st
     assert slopes[0] / slopes[1] == pytest.approx(4, rel=0.3)
 
 
-def test_the_gradient_of_scm_is_the_bounded_tangent_s(terms: Any) -> None:
-    """-2/D (sigma_data / sigma) g / (|g| + c) dF/dtheta, with dF/dtheta by central differences."""
-    term, draws, sd = terms("scm", tangent_warmup=0.0), draws_of(1.3), math.sqrt(1.3)
+@pytest.mark.parametrize("law", ["karras", "log-normal"])
+def test_the_gradient_of_scm_is_the_bounded_tangent_s(terms: Any, law: str) -> None:
+    """-2/D w g / (|g| + c) dF/dtheta, with dF/dtheta by central differences; w = sigma_data / sigma or 1."""
+    term, draws, sd = terms("scm", tangent_warmup=0.0, level_law=law), draws_of(1.3), math.sqrt(1.3)
     student, sigma = Flow(1.3, gain=0.2), draws["sigma"]
     y = draws["x0"] + sigma[:, None] * draws["noise"]
     wanted = bounded(tangent_of(student, y, sigma, posterior_mean(y, sigma, 1.3), sd), 0.1)
@@ -191,11 +192,12 @@ def test_the_gradient_of_scm_is_the_bounded_tangent_s(terms: Any) -> None:
         return (t.cos() ** 2 * y - Flow(1.3, gain)(y, sigma)) / (sd * t.sin())
 
     change = (output(0.2 + 1e-6) - output(0.2 - 1e-6)) / 2e-6
-    slope = -(sd / sigma[:, None] * wanted * change).sum()  # 2 / D = 1 in two dimensions
+    prior = sd / sigma if law == "log-normal" else torch.ones_like(sigma)
+    slope = -(prior[:, None] * wanted * change).sum()  # 2 / D = 1 in two dimensions
     values, info = term.loss(state_of(student), draws)
     assert gradient(values, student) == pytest.approx(float(slope.detach()), rel=1e-7)
     # The value is |bounded g|^2, below 1, whatever the data.
-    assert ((values * 2 * sigma / sd) < 1).all()
+    assert ((values * 2 / prior) < 1).all()
     assert (info["tangent"] > 0).all()
 
 

@@ -95,9 +95,12 @@ class TangentTerm:
         # F = (cos t x_t - D) / (sigma_data sin t): the change of F that the gradient sees.
         change = expand(speed / (sigma_data * sigma), y) * (out.detach() - out)
         error = (change - wanted).flatten(1).square().mean(dim=1)
-        # The prior weight sigma_data / sigma = 1 / tan t of the paper; the learned one starts at 1.
+        if self.setup.consistency.level_law == "log-normal":
+            # The paper's prior weight 1 / tan t suits its own law of levels. With levels up to the student's
+            # start it would hide those from the loss until the learned weight, which starts at 1, has grown.
+            error = error * sigma_data / sigma
         learned = state.extra["uncertainty"](sigma)
-        return balanced(error * sigma_data / sigma, learned), {"tangent": tangent.flatten(1).norm(dim=1)}
+        return balanced(error, learned), {"tangent": tangent.flatten(1).norm(dim=1)}
 
     def _target(self, y: Tensor, draws: Draws) -> Tensor:
         """The denoiser of the flow that is followed; from data it is the clean sample itself."""
