@@ -5,7 +5,7 @@ from __future__ import annotations
 from distmatch.cli.parse import parse_run, print_json
 from distmatch.training.options import DistillOptions
 
-ABOUT = """Distil a teacher into a one-step student by matching distributions.
+ABOUT = """Distil a teacher into a student of one call or a few.
 
 example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
          distmatch distill --teacher grid25 --divergence kl --steps 2000 --out runs/grid

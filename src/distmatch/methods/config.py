@@ -11,7 +11,7 @@ from distmatch.base.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Settings that several methods share; a method may have other defaults (`methods/entries.py`).
+    """Settings that several methods share; a method may have other defaults: see `--method NAME --help`.
 
     The defaults are for laptop-size problems; `docs/f-distill.md` lists the published ones.
     """

@@ -100,7 +100,7 @@ def hand_over(
 
 def _check_pair(teacher: Denoiser, student: Student) -> None:
     """Refuses models that do not speak of the same samples."""
-    require_score(teacher, "hybrid inference, which starts both models from the same Gaussian noise,")
+    require_score(teacher, "hybrid sampling, which starts both models from the same Gaussian noise,")
     for what, theirs, ours in (
         ("shape", tuple(teacher.shape), tuple(student.shape)),
         ("number of classes", teacher.num_classes, student.num_classes),

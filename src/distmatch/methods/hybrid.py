@@ -1,4 +1,4 @@
-"""Hybrid inference: the teacher goes the first part of the way, the student the rest (arXiv 2503.10637).
+"""Hybrid sampling: the teacher goes the first part of the way, the student the rest (arXiv 2503.10637).
 
 A student of few calls decides the layout of a sample in its first one. Where the teacher makes that part, the
 choice is the teacher's, and so is the variety. Nothing is trained; the state that changes hands is
