@@ -61,3 +61,13 @@ WRONG = [{"calls": 0}, {"lr": 0.0}, {"critic_steps": 0}, {"gan_weight": -1.0}, {
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="--"):
         DistillConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_default_start_goes_no_higher_than_the_teacher_and_a_chosen_one_is_refused() -> None:
+    low = copy.copy(network_teacher())
+    low.sigma_max = 1.5
+    assert distiller(low, "js").init(0).student.levels == (1.5,)
+    assert distiller(low, method="scm").init(0).student.levels == (1.5,)
+    assert distiller(low, "js", student_sigma=1.0).init(0).student.levels == (1.0,)
+    with pytest.raises(UserError, match="the student must start at a noise level that the teacher knows"):
+        distiller(low, "js", student_sigma=3.0)

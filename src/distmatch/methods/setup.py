@@ -63,8 +63,10 @@ class Setup:
 
     @property
     def first_level(self) -> float:
-        """The noise level at which the student starts."""
-        return self.config.student_sigma or self.teacher.sigma_max
+        """Where the student starts; a default that is above the levels of the teacher comes down to them."""
+        chosen, highest = self.config.student_sigma or self.teacher.sigma_max, self.teacher.sigma_max
+        own = self.method.defaults.get("student_sigma", DistillConfig.student_sigma)
+        return min(chosen, highest) if self.config.student_sigma == own else chosen
 
     def adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimiser of a network, with the shared settings."""
