@@ -116,7 +116,8 @@ def mean_of(rows: list[dict[str, Any]], key: str, digits: int) -> str:
 
 def table(rows: list[dict[str, Any]], o: Options) -> str:
     """Markdown: a row a method, the columns of each toy."""
-    how = f"{o.steps} steps of {o.batch}, {o.seeds} seeds, mean ± error"
+    seeds = f"{o.seeds} seeds, mean ± error" if o.seeds > 1 else "seed 0"
+    how = f"{o.steps} steps of {o.batch}, {seeds}"
     lines = [f"`python benchmarks/methods_on_toys.py`: MLP of {o.depth} blocks of {o.width}, {how}."]
     for name in o.toys:
         lines += ["", f"**{name}**", "", "| method | KL of modes | modes | high quality | calls | seconds |"]
