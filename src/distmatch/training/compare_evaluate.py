@@ -21,6 +21,7 @@ from distmatch.training.assess import Drawn, assess, npz_bytes, plain, write_ass
 from distmatch.training.compare_options import CompareOptions
 from distmatch.training.compare_stats import Measured
 from distmatch.training.models import Model, open_model
+from distmatch.training.prepare import check_fit
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import Sampling
 
@@ -139,18 +140,7 @@ def open_bench(
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data",
         )
-    if model.shape != tuple(data.shape):
-        raise UserError(
-            "teacher and data do not have the same shape",
-            got=f"teacher {model.shape}, data {tuple(data.shape)}",
-            fix="use the data that the teacher was trained on",
-        )
-    if model.num_classes and data.labels is None:
-        raise UserError(
-            "the teacher is class-conditional and the data have no labels",
-            got=f"{model.num_classes} classes and unlabelled {data.name}",
-            fix="give labelled data",
-        )
+    check_fit(model.shape, model.num_classes, data)
     guidance = options.shared.distill.guidance
     sampling = Sampling(solver=options.eval_solver, steps=options.eval_steps, guidance=guidance)
     if model.teacher is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -198,28 +198,38 @@ def _fitting(teacher: Denoiser, data: Dataset, run: RunOptions, device: torch.de
         )
     flips(run, data)
     data = as_latents(data, teacher, run.seed, device)
-    _check_fit(teacher, data)
+    check_fit(teacher.shape, teacher.num_classes, data)
     return data
 
 
-def _check_fit(teacher: Denoiser, data: Dataset) -> None:
-    if tuple(data.shape) != tuple(teacher.shape):
+def check_fit(shape: Sequence[int], num_classes: int, data: Dataset) -> None:
+    """Refuses data of another shape or with other classes than a teacher's.
+
+    Args:
+        shape: Shape of one of its samples.
+        num_classes: Its classes; 0 without.
+        data: The data, as the teacher is shown them.
+
+    Raises:
+        UserError: They do not fit.
+    """
+    if tuple(data.shape) != tuple(shape):
         raise UserError(
             "teacher and data do not have the same shape",
-            got=f"teacher {tuple(teacher.shape)}, data {tuple(data.shape)}",
+            got=f"teacher {tuple(shape)}, data {tuple(data.shape)}",
             fix="use the data that the teacher was trained on",
         )
-    if teacher.num_classes and data.labels is None:
+    if num_classes and data.labels is None:
         raise UserError(
             "the teacher is class-conditional and the data have no labels",
-            got=f"{teacher.num_classes} classes and unlabelled {data.name}",
+            got=f"{num_classes} classes and unlabelled {data.name}",
             fix="give labelled data, or train the teacher with --no-labels",
         )
-    if teacher.num_classes and data.num_classes > teacher.num_classes:
+    if num_classes and data.num_classes > num_classes:
         raise UserError(
             "the data have classes that the teacher does not know",
             got=f"{data.num_classes} classes in {data.name}",
-            expected=f"at most {teacher.num_classes}",
+            expected=f"at most {num_classes}",
         )
 
 
