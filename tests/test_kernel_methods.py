@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.data.toys import toy
 from distmatch.diffusion.paths import noise_path
-from distmatch.discrepancies.kernels import polynomial
+from distmatch.discrepancies.kernels import Kernel, polynomial
 from distmatch.discrepancies.mmd import mmd, mmd_loss
 from distmatch.methods.config import DistillConfig
-from distmatch.methods.kernel.mmd import chain_levels, feature_kernel, unbiased_mmd
+from distmatch.methods.kernel.mmd import chain_levels, feature_kernel, mmd_with_gradient
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, chain_weights
 from distmatch.methods.table import METHODS, check_settings
@@ -32,6 +32,10 @@ LINEAR = polynomial(1, gamma=1.0, offset=0.0)
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def unbiased_mmd(x: Tensor, y: Tensor, kernel: Kernel, labels: Tensor | None = None) -> Tensor:
+    return mmd_with_gradient(x, y, kernel, labels)[0]
 
 
 def test_the_linear_statistic_is_the_distance_of_the_means_less_the_spread_within() -> None:
@@ -73,11 +77,44 @@ def test_three_moments_are_seen_by_the_cubic_kernel_and_one_by_the_linear() -> N
 
 
 def test_the_linear_gradient_moves_all_samples_alike() -> None:
-    x, y = normal(200, 3).requires_grad_(), 1 + normal(200, 3, seed=1)
-    (gradient,) = torch.autograd.grad(unbiased_mmd(x, y, LINEAR), x)
-    common = 2 / 200 * (x.mean(0) - y.mean(0)).detach()
-    own = 2 / 200 * (x.mean(0) - x).detach() / 199  # a sample is no pair with itself
+    x, y = normal(200, 3), 1 + normal(200, 3, seed=1)
+    gradient = mmd_with_gradient(x, y, LINEAR)[1]
+    common = 2 / 200 * (x.mean(0) - y.mean(0))
+    own = 2 / 200 * (x.mean(0) - x) / 199  # a sample is no pair with itself
     torch.testing.assert_close(gradient, common + own)
+
+
+def in_plain_words(x: Tensor, y: Tensor, kernel: Kernel, labels: Tensor | None) -> Tensor:
+    """The statistic as a sum over pairs of different indices, for autograd."""
+    n, total = len(x), torch.zeros((), dtype=x.dtype)
+    for i in range(n):
+        for j in range(n):
+            if i != j and (labels is None or labels[i] == labels[j]):
+                pairs = kernel(x[i : i + 1], x[j : j + 1]) + kernel(y[i : i + 1], y[j : j + 1])
+                total = total + pairs.squeeze() / (n * (n - 1))
+            if labels is None or (i != j and labels[i] == labels[j]):
+                across = n**2 if labels is None else n * (n - 1)
+                total = total - 2 * kernel(x[i : i + 1], y[j : j + 1]).squeeze() / across
+    return total
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("name", ["cubic", "linear", "rbf", "energy"])
+def test_value_and_gradient_in_chunks_are_those_of_the_sum_over_pairs(
+    name: Any, labelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = feature_kernel(distiller(network_teacher(), method="mmd", mmd_kernel=name).setup.kernel, True, 3)
+    x, y = normal(13, 3).requires_grad_(), 1 + 0.5 * normal(13, 3, seed=1)
+    labels = torch.arange(13) % 3 if labelled else None
+    expected = in_plain_words(x, y, kernel, labels)
+    (slope,) = torch.autograd.grad(expected, x)
+    monkeypatch.setattr("distmatch.methods.kernel.mmd.rows_per_chunk", lambda columns, device: 5)
+    value, gradient = mmd_with_gradient(x.detach(), y, kernel, labels)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, slope)
+    single = mmd_with_gradient(x.detach().float(), y.float(), kernel, labels)
+    torch.testing.assert_close(single[0], value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single[1], gradient.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_labels_make_it_the_distance_of_the_joint_laws() -> None:

@@ -91,5 +91,5 @@ def fit_to_teacher(
                 target = teacher(x, sigma, labels)
             loss = weighted_error(network(x, sigma, labels), target, sigma, network.sigma_data).mean()
             loss.backward()
-            clipped_step(optimiser, list(network.parameters()), 1.0)
+            clipped_step(optimiser, 1.0)
             bar.update(1, loss=loss.detach())

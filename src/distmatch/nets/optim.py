@@ -33,9 +33,13 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clipped_step(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clipped_step(optimiser: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Clips the gradient (``max_norm`` 0: leaves it alone), steps, clears it; returns the norm before."""
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+    parameters: list[nn.Parameter] = [p for group in optimiser.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # A CPU can look at the norm for nothing; elsewhere that would wait for the device.
+    if max_norm > 0 and (norm.device.type != "cpu" or norm > max_norm):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return norm.detach()

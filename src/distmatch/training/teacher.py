@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import load_into
@@ -75,11 +75,6 @@ class TeacherState:
         self.optimiser.load_state_dict(tree["optimiser"])
         self.generator.set_state(tree["generator"].cpu())
         self.step = tree["step"]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
-        extra = [] if self.uncertainty is None else list(self.uncertainty.parameters())
-        return [*self.denoiser.parameters(), *extra]
 
 
 @dataclass
@@ -189,7 +184,7 @@ class TeacherTraining:
             losses = denoising_loss(state.denoiser, x0, sigma, noise, weight, labels, data_noise=batch.noise)
         total = losses if state.uncertainty is None else balanced(losses, state.uncertainty(sigma))
         total.mean().backward()
-        norm = clipped_step(state.optimiser, state.parameters(), cfg.grad_clip)
+        norm = clipped_step(state.optimiser, cfg.grad_clip)
         state.step += 1
         state.average.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
         return {"loss": losses.detach().mean(), "grad_norm": norm}

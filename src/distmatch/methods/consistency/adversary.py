@@ -109,5 +109,5 @@ class Adversary:
             share = len(some["x0"]) / len(x0)
             (share * loss).backward()
             total = total + share * told
-        clipped_step(optimiser, list(head.parameters()), cfg.grad_clip)
+        clipped_step(optimiser, cfg.grad_clip)
         return {"loss_ratio": total}

@@ -97,9 +97,7 @@ class Direct:
         set_rate(state.optimisers["student"], cfg.lr * factor(setup, state))
         info = self.term.backward(state, batch, labels)
         network = state.student.denoiser
-        info["grad_norm_student"] = clipped_step(
-            state.optimisers["student"], list(network.parameters()), cfg.grad_clip
-        )
+        info["grad_norm_student"] = clipped_step(state.optimisers["student"], cfg.grad_clip)
         state.updates += 1
         state.average.update(network, ema_decay(state.updates, half_life=cfg.ema_half_life))
         state.step += 1

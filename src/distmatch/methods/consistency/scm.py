@@ -74,10 +74,10 @@ class TangentTerm:
         """Adds the gradient to the student's parameters, and moves the learned weight."""
         sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
         draws = noised_draws(self.setup, state, batch, labels, sigma)
-        weight, optimiser = state.extra["uncertainty"], state.optimisers["uncertainty"]
+        optimiser = state.optimisers["uncertainty"]
         set_rate(optimiser, self.setup.config.lr * factor(self.setup, state))
         info = mean_backward(self.setup, draws, lambda part: self.loss(state, part))
-        clipped_step(optimiser, list(weight.parameters()), self.setup.config.grad_clip)
+        clipped_step(optimiser, self.setup.config.grad_clip)
         return info
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:

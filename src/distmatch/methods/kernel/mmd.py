@@ -19,7 +19,7 @@ from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser
 from distmatch.diffusion.paths import noise_path
-from distmatch.discrepancies.chunks import in_chunks
+from distmatch.discrepancies.chunks import rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
 from distmatch.methods.kernel.config import KernelConfig
 from distmatch.methods.setup import Info, Setup, part_of
@@ -45,12 +45,18 @@ def chain_levels(calls: int, sigma: float, spacing: str) -> tuple[float, ...]:
     return tuple(round(v, 6) for v in levels.tolist())
 
 
-def unbiased_mmd(x: Tensor, y: Tensor, kernel: Kernel, labels: Tensor | None = None) -> Tensor:
-    """The unbiased MMD^2 of two samples of the same number, in float64, without waiting for the device.
+def mmd_with_gradient(
+    x: Tensor, y: Tensor, kernel: Kernel, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The unbiased MMD^2 of two samples of the same number, and its gradient at the first, in one pass.
 
     With labels it is that of the joint laws of sample and label under the product kernel
     k(x, x') [label = label'], both samples having the same labels. Sample i of one is then tied by its label
     to sample i of the other, and those pairs are left out across the samples too.
+
+    Distances lose digits where samples are close, so those are in float64; inner products do not, and are in
+    float32 for samples in it. Rows are taken in chunks, whose gradient is complete when they are left: the
+    kernel is symmetric, so a pair within ``x`` counts twice in that of its row.
 
     Args:
         x: (n, d), n >= 2.
@@ -59,24 +65,39 @@ def unbiased_mmd(x: Tensor, y: Tensor, kernel: Kernel, labels: Tensor | None = N
         labels: (n,), or None.
 
     Returns:
-        (), negative at times. Differentiable in bounded memory.
+        The value () in float64, negative at times, and the gradient (n, d) as ``x``.
     """
     n = len(x)
-    a, b = kernel.scaled(x.double()), kernel.scaled(y.double())
-    index = torch.arange(n, device=x.device)
+    exact = torch.promote_types(x.dtype, torch.float32) if kernel.of_products else torch.float64
+    pool = kernel.scaled(torch.cat([x.detach(), y]).to(exact))
+    apart = n * (n - 1)
+    across = -2 / (n**2 if labels is None else apart)
+    gradient = torch.empty_like(x)
+    value = torch.zeros((), dtype=torch.float64, device=x.device)
+    step = rows_per_chunk(2 * n, x.device)
+    for low in range(0, n, step):
+        chunk = slice(low, min(low + step, n))
+        counted = _counted(labels, chunk, n, exact, x.device)
+        weights = torch.cat([counted, counted if labels is not None else torch.ones_like(counted)], 1)
+        weights *= torch.cat([counted.new_full((n,), 2 / apart), counted.new_full((n,), across)])
+        with torch.enable_grad():
+            rows = x[chunk].detach().requires_grad_()
+            values = kernel.of_scaled(kernel.scaled(rows.to(exact)), pool)
+            (gradient[chunk],) = torch.autograd.grad(values, rows, weights)
+        terms = (values.detach() * weights).unflatten(1, (2, n)).sum((0, 2), dtype=torch.float64)
+        real = kernel.of_scaled(pool[n:][chunk], pool[n:]) * counted
+        value += terms[0] / 2 + terms[1] + real.sum(dtype=torch.float64) / apart
+    return value, gradient
 
-    def mean(left: Tensor, right: Tensor, apart: bool) -> Tensor:
-        def rows(low: int, high: int, left: Tensor, right: Tensor) -> Tensor:
-            block = kernel.of_scaled(left[low:high], right)
-            if apart:
-                block = block * (index[low:high, None] != index)
-            if labels is not None:
-                block = block * (labels[low:high, None] == labels)
-            return block.sum(1)
 
-        return in_chunks(rows, left, right).sum() / (n * (n - 1) if apart else n**2)
-
-    return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, labels is not None)
+def _counted(labels: Tensor | None, rows: slice, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Which pairs of different samples, of one label where there are labels, count: (rows, n), 1 or 0."""
+    if labels is None:
+        counted = torch.ones(rows.stop - rows.start, n, dtype=dtype, device=device)
+    else:
+        counted = (labels[rows, None] == labels).to(dtype)
+    counted.diagonal(rows.start).zero_()
+    return counted
 
 
 def feature_kernel(config: KernelConfig, of_network: bool, width: int) -> Kernel:
@@ -155,16 +176,14 @@ class ChainMMD:
             real = self._scaled(state, real)
         with torch.set_grad_enabled(whole):
             made = _joined([self.made(state, noise[p], part_of(labels, p)) for p in slices])
-        leaf = made.detach().requires_grad_()
-        kernel = feature_kernel(setup.kernel, self.of_network, leaf.shape[1])
-        loss = unbiased_mmd(leaf, real, kernel, labels)
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        kernel = feature_kernel(setup.kernel, self.of_network, made.shape[1])
+        loss, gradient = mmd_with_gradient(made.detach(), real, kernel, labels)
         if whole:
             made.backward(gradient)
         else:
             for p in slices:
                 self.made(state, noise[p], part_of(labels, p)).backward(gradient[p])
-        return {"loss": loss.detach()}
+        return {"loss": loss}
 
     def made(self, state: DistillState, noise: Tensor, labels: Tensor | None) -> Tensor:
         """Features (b, F) of the chain's samples from unit noise (b, *shape), with their graph."""

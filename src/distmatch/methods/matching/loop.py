@@ -247,18 +247,13 @@ class Matching:
 
     def _move_student(self, state: DistillState) -> Info:
         cfg = self.config
-        norm = clipped_step(
-            state.optimisers["student"], list(state.student.denoiser.parameters()), cfg.grad_clip
-        )
+        norm = clipped_step(state.optimisers["student"], cfg.grad_clip)
         state.updates += 1
         state.average.update(state.student.denoiser, ema_decay(state.updates, half_life=cfg.ema_half_life))
         return {"grad_norm_student": norm}
 
     def _move_critic(self, state: DistillState) -> Info:
-        cfg, fake, head = self.config, state.fake, state.discriminator
-        if fake is None:
-            raise RuntimeError("this state has no fake score")
-        norm = clipped_step(state.optimisers["fake"], list(fake.parameters()), cfg.grad_clip)
-        if head is not None:
-            clipped_step(state.optimisers["ratio"], list(head.parameters()), cfg.grad_clip)
+        norm = clipped_step(state.optimisers["fake"], self.config.grad_clip)
+        if "ratio" in state.optimisers:
+            clipped_step(state.optimisers["ratio"], self.config.grad_clip)
         return {"grad_norm_fake": norm}

@@ -95,9 +95,7 @@ class Transport:
             raise RuntimeError("the heights have no gradient")
         shares = transport.heights.grad + 1 / own.bank
         info = {"loss": energy, "empty_cells": (shares <= 0).float().mean()}
-        info["grad_norm_student"] = clipped_step(
-            state.optimisers["transport"], [transport.heights], cfg.grad_clip
-        )
+        info["grad_norm_student"] = clipped_step(state.optimisers["transport"], cfg.grad_clip)
         transport.recentre()
         state.updates += 1
         state.average.update(transport, ema_decay(state.updates, half_life=cfg.ema_half_life))
