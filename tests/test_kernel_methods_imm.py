@@ -101,7 +101,7 @@ def test_a_consistent_network_is_a_fixed_point() -> None:
 
 
 def test_levels_are_in_order_and_reach_from_the_data_to_the_first_level() -> None:
-    method, state = small(imm_particles=2)
+    method, state = small(imm_particles=2, student_sigma=0.0)
     draws = method.term.draw(state, batch(0, n=20_000), None)
     s, r, t = draws["s"], draws["r"], draws["t"]
     assert ((s > 0) & (s <= r) & (r < t)).all()
