@@ -160,7 +160,7 @@ def test_only_particles_of_the_same_class_are_compared() -> None:
 def test_parts_change_nothing_but_rounding() -> None:
     found = []
     for parts in (1, 3):
-        method, state = small(3, accumulate=parts)
+        method, state = small(3, accumulate=parts, imm_halvings=6)
         data = batch(0, classes=3)
         info = method.term.backward(state, data, data.labels)
         found.append([info["loss"], *(p.grad for p in state.student.denoiser.parameters())])
