@@ -95,8 +95,7 @@ def test_students_are_saved_with_all_they_know(settings: dict[str, Any], tmp_pat
     student.save_pretrained(str(tmp_path / "m"))
     again = Student.from_pretrained(str(tmp_path / "m"))
     assert torch.equal(again.sample(8, seed=3), student.sample(8, seed=3))
-    lower = settings["method"] in ("scm", "rcm")  # the others start at the teacher's sigma_max
-    assert student.levels[0] == pytest.approx(10.0 if lower else 20.0)
+    assert student.levels[0] == pytest.approx(10.0)  # not the teacher's sigma_max, 20
     assert all(torch.isfinite(value).all() for info in infos for value in info.values())
     assert {"loss", "grad_norm_student"} <= infos[-1].keys()
 
@@ -265,7 +264,7 @@ def test_an_exact_teacher_is_fitted_first() -> None:
     method = distiller(PAIR, method="ctm")
     state = method.init(0, lambda n: (PAIR.sample(n, seed=n), None))
     assert state.student.denoiser.jumps
-    assert state.student.levels == student_levels(1, PAIR.sigma_max)
+    assert state.student.levels == student_levels(1, 10.0)
     method.step(state, batch(0, 2))
 
 
