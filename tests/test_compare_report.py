@@ -141,6 +141,26 @@ def test_a_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert "12 s 3 s of it once" in text
 
 
+def test_a_method_far_from_all_others_does_not_press_them_together(tmp_path: Path) -> None:
+    content = record()
+    means = content["summary"]["means"]
+    for i in range(5):
+        name = f"more{i}"
+        content["methods"].append({**content["methods"][0], "name": name})
+        content["summary"]["costs"][name] = content["summary"]["costs"]["sid"]
+        means[name] = {**means["sid"], "fd": entry(0.1 + 0.02 * i), "recall": entry(0.85 + 0.01 * i)}
+    content["summary"]["fronts"][0]["methods"] = ["sid"]
+    plain = build_report(write(tmp_path / "a", content)).read_text()
+    means["more4"] |= {"fd": entry(14.0), "recall": entry(0.02)}
+    page = build_report(write(tmp_path / "b", content)).read_text()
+    label = re.search(r">(\d) \(0.02, 14\)<", page)
+    assert label
+    assert content["methods"][int(label[1]) - 1]["name"] == "more4"
+    # Real data, at 0.95 and 0.02, stay where they were to within a third of the panel.
+    there = [float(re.search(r'<text[^>]*?x="([\d.]+)"[^>]*>Real data<', p)[1]) for p in (plain, page)]
+    assert abs(there[0] - there[1]) < 140
+
+
 def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
     page = build_report(write(tmp_path, record())).read_text()
     cells = re.findall(r'data-method="([^"]+)" data-metric="(\w+)"[^>]*>\s*<b class="verdict better">', page)

@@ -55,6 +55,16 @@ def worst(student: Student, folder: Path, lowest: int = 0) -> float:
     return far
 
 
+def test_jumps_from_level_to_level(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = as_jump(network_teacher(3))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    student = Student(network, (2.5, 0.7, 0.2), {"method": "ctm"}, "jump", 0.5)
+    assert export_onnx(student, tmp_path / "m") < 1e-4
+    assert worst(student, tmp_path / "m") < 1e-4
+
+
 def test_several_calls_with_classes(tmp_path: Path) -> None:
     info = {"method": "dmd2", "data": {"class_names": ["a", "b", "c"]}}
     student = Student(as_jump(network_teacher(3)), (2.5, 0.7), info, "ddim")

@@ -38,6 +38,9 @@ class StudentLike(Protocol):
     def draws(self) -> int:
         """Unit-noise tensors that a sample takes."""
 
+    def goal(self, index: int) -> float:
+        """The noise level that a call is told to go to; 0 is the data."""
+
     def description(self) -> dict[str, Any]:
         """What is known of it, as JSON."""
 
@@ -81,18 +84,20 @@ class _Probe(nn.Module):
         return torch.full_like(x, self.answer)
 
 
-def frozen_call(denoiser: Any, sigma: float) -> Call:
+def frozen_call(denoiser: Any, sigma: float, to: float = 0.0) -> Call:
     """The numbers of a denoiser with a network ``net``, whatever the network predicts, at one level.
 
     Every such denoiser is affine in its input and in what its network returns, so two questions are enough.
-    They are asked in float32, as the student computes them.
+    They are asked in float32, as the student computes them. ``to`` is the level that a network is told which
+    jumps; 0, the data, needs no telling.
     """
     level, one = torch.full((1,), sigma), torch.ones(1, *denoiser.shape)
+    goal = [torch.full((1,), to)] if to else []
     labels = torch.zeros(1, dtype=torch.int64) if denoiser.num_classes else None
     silent, loud = _Probe(0.0), _Probe(1.0)
     # The copies share everything but the network, which is not copied.
-    skip = copy.deepcopy(denoiser, {id(denoiser.net): silent})(one, level, labels)
-    gain = copy.deepcopy(denoiser, {id(denoiser.net): loud})(torch.zeros_like(one), level, labels)
+    skip = copy.deepcopy(denoiser, {id(denoiser.net): silent})(one, level, labels, *goal)
+    gain = copy.deepcopy(denoiser, {id(denoiser.net): loud})(torch.zeros_like(one), level, labels, *goal)
     return Call(sigma, _number(silent.x), _number(skip), _number(gain), silent.told)
 
 
@@ -137,7 +142,7 @@ class Portable(nn.Module):
         self.student = own.cpu().float().eval().requires_grad_(False)
         self.draws, self.conditional = student.draws, student.num_classes > 0
         denoiser = self.student.denoiser
-        self.calls = [frozen_call(denoiser, sigma) for sigma in student.levels]
+        self.calls = [frozen_call(denoiser, s, student.goal(i)) for i, s in enumerate(student.levels)]
         self.net = PlainNet(denoiser.net) if isinstance(denoiser.net, DiffusersNet) else denoiser.net
         # The same student, and one that goes its way from call to call but makes the calls below.
         self.plain = copy.copy(self.student)

@@ -149,7 +149,7 @@ ENTRIES = (
         limits="needs a network of ours; compares samples by pixels, not by LPIPS",
         critic=False,
         adversarial=True,
-        uses=(*_LEVEL_SETTINGS, *_PAIR_SETTINGS, "target_decay", "dsm_weight", "gan_after"),
+        uses=(*_LEVEL_SETTINGS, *_PAIR_SETTINGS, "target_decay", "dsm_weight", "gan_after", "gamma"),
         ignores=("joint_weight", "ratio_bins", "ratio_memory", "ratio_min_count", "ratio_clip"),
         defaults={"student_sigma": _PATH_START, "gan_weight": 0.0},
     ),
@@ -163,7 +163,7 @@ ENTRIES = (
         forward_mode=True,
         uses=(
             *("consistency_from", *_LEVEL_SETTINGS, "tangent"),
-            *("to_mean", "to_std", "jump_share", "adaptive_power"),
+            *("to_mean", "to_std", "jump_share", "adaptive_power", "gamma"),
         ),
         # Derivatives in its time grow with sigma, so that levels even in sigma^(1/7) drown it in noise.
         defaults={
@@ -207,7 +207,7 @@ ENTRIES = (
         citation="Zhou et al. 2025, arXiv 2503.07565",
         limits="needs a network of ours; learns from the data alone, so it takes many steps",
         critic=False,
-        uses=("imm_particles", "imm_halvings", "imm_offset"),
+        uses=("imm_particles", "imm_halvings", "imm_offset", "gamma"),
         ignores=("guidance",),
         defaults={"student_sigma": _PATH_START, "gan_weight": 0.0},
     ),

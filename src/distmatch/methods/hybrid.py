@@ -115,7 +115,7 @@ def student_noise(student: Student, way: Handover, n: int, seed: int) -> list[Te
 
 def follower_of(student: Student, way: Handover) -> Student:
     """The student as it goes on from a teacher: given noised data, of which its chain can keep the noise."""
-    follower = Student(student.denoiser, way.student_levels, chain=student.chain)
+    follower = student.around(student.denoiser, way.student_levels)
     follower.from_noise = False
     return follower
 

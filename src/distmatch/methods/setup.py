@@ -123,7 +123,7 @@ class Distiller(Protocol):
 def averaged(state: DistillState, info: dict[str, Any]) -> Student:
     """The student on its averaged weights."""
     network: Any = state.average.module
-    return Student(network, state.student.levels, info, state.student.chain)
+    return state.student.around(network, state.student.levels, info)
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:

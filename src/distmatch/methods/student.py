@@ -18,21 +18,25 @@ from distmatch.diffusion.noise import Karras
 from distmatch.interop import decode_samples, load_denoiser, save_denoiser
 from distmatch.methods.start import Network
 
-Chain = Literal["renoise", "ddim", "posterior"]
-"""How a student goes on to its next level: with fresh noise alone, with the noise that it has found, or by a
-draw from the posterior between the two levels."""
+Chain = Literal["renoise", "ddim", "posterior", "jump"]
+"""How a student goes on to its next level: with fresh noise alone, with the noise that it has found, by a
+draw from the posterior between the two levels, or by a jump of a network that knows where it goes."""
 
 
-def chain_weights(chain: Chain, now: float, after: float) -> tuple[float, float]:
+def chain_weights(chain: Chain, now: float, after: float, gamma: float = 0.0) -> tuple[float, float]:
     """The weights (kept, fresh) of a step ``x0 + kept (x - x0) + fresh eps`` from level ``now`` to ``after``.
 
     Each leaves noise of level ``after`` on ``x0`` where ``x - x0`` is noise of level ``now``.
     ``posterior`` is q(x_s | x_t, x0) of the diffusion itself, as in multi-step moment matching (Salimans et
-    al. 2024, arXiv 2406.04103).
+    al. 2024, arXiv 2406.04103). ``jump`` is the gamma-sampling of CTM (Kim et al. 2024, arXiv 2310.02279): to
+    the level sqrt(1 - gamma^2) s, for which the network gives x0, and fresh noise up to s. With gamma = 0 it
+    follows the path, with gamma = 1 it is ``renoise``.
     """
     if chain == "renoise":
         return 0.0, after
     ratio = after / now
+    if chain == "jump":
+        return (1 - gamma**2) ** 0.5 * ratio, gamma * after
     if chain == "ddim":
         return ratio, 0.0
     return ratio**2, after * (1 - ratio**2) ** 0.5
@@ -58,6 +62,7 @@ class Student(nn.Module):
         levels: Decreasing noise levels, one for each call.
         info: What was distilled how; kept in the saved model's config.
         chain: How it goes from call to call.
+        gamma: Share of fresh noise in a chain of jumps, in [0, 1].
 
     Attributes:
         from_noise: Whether the first input is noise alone, so that there is nothing to keep of it in a chain
@@ -72,11 +77,13 @@ class Student(nn.Module):
         levels: tuple[float, ...],
         info: dict[str, Any] | None = None,
         chain: Chain = "renoise",
+        gamma: float = 0.0,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.levels = levels
         self.chain: Chain = chain
+        self.gamma = gamma
         self.info = dict(info or {})
 
     @property
@@ -108,9 +115,19 @@ class Student(nn.Module):
         return self.start(noise[0])
 
     def call(self, x: Tensor, index: int, labels: Tensor | None = None) -> Tensor:
-        """Network call number ``index`` (from 0) on an input at that level; returns clean samples."""
+        """Network call number ``index`` (from 0) on an input at that level; returns clean samples.
+
+        In a chain of jumps all but the last are only what leads to the next level.
+        """
         sigma = torch.full((len(x),), self.levels[index], device=x.device, dtype=x.dtype)
-        return self.denoiser(x, sigma, labels)
+        to = self.goal(index)
+        return self.denoiser(x, sigma, labels, *([torch.full_like(sigma, to)] if to else []))
+
+    def goal(self, index: int) -> float:
+        """The level that call ``index`` is told to go to; 0, the data, but in a chain of jumps."""
+        if self.chain != "jump" or index + 1 == self.nfe:
+            return 0.0
+        return (1 - self.gamma**2) ** 0.5 * self.levels[index + 1]
 
     def renoise(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
         """Clean samples brought to the level of call ``index`` with fresh noise alone."""
@@ -120,7 +137,7 @@ class Student(nn.Module):
         """The input of call ``index``, from input ``x`` and output ``x0`` of the call before it."""
         if self.chain == "renoise" or (self.chain == "posterior" and index == 1 and self.from_noise):
             return self.renoise(x0, noise, index)
-        kept, fresh = chain_weights(self.chain, self.levels[index - 1], self.levels[index])
+        kept, fresh = chain_weights(self.chain, self.levels[index - 1], self.levels[index], self.gamma)
         return x0 + kept * (x - x0) + fresh * noise
 
     def forward(self, noise: list[Tensor], labels: Tensor | None = None) -> Tensor:
@@ -208,9 +225,17 @@ class Student(nn.Module):
         about = {**self.description(), **({"license": license} if license else {})}
         save_denoiser(folder, self.denoiser, about, self.tensors(), metrics)
 
+    def around(
+        self, denoiser: Network, levels: tuple[float, ...], info: dict[str, Any] | None = None
+    ) -> Student:
+        """A student of the same chain around another network, or on other levels."""
+        return Student(denoiser, levels, info, self.chain, self.gamma)
+
     def description(self) -> dict[str, Any]:
         """What is saved beside the network, as JSON: with the tensors enough for :func:`student_from`."""
-        chain = {} if self.chain == "renoise" else {"chain": self.chain}
+        chain: dict[str, Any] = {} if self.chain == "renoise" else {"chain": self.chain}
+        if self.chain == "jump":
+            chain["gamma"] = self.gamma
         return {"kind": "student", "levels": list(self.levels), **chain, **self.info}
 
     def tensors(self) -> dict[str, Tensor] | None:
@@ -234,13 +259,13 @@ class Student(nn.Module):
 
 def student_from(denoiser: Network, info: Mapping[str, Any]) -> Student:
     """The student of a saved model's denoiser and description."""
-    own = {key: v for key, v in info.items() if key not in ("kind", "levels", "chain", "tensors")}
+    own = {key: v for key, v in info.items() if key not in ("kind", "levels", "chain", "gamma", "tensors")}
     levels = tuple(float(v) for v in info["levels"])
     if "tensors" in info:
         from distmatch.methods.transport.student import TransportStudent  # which builds on this module
 
         return TransportStudent.restored(denoiser, levels, info["tensors"], own)
-    return Student(denoiser, levels, own, info.get("chain", "renoise"))
+    return Student(denoiser, levels, own, info.get("chain", "renoise"), float(info.get("gamma", 0.0)))
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -12,6 +13,9 @@ from matplotlib.ticker import MaxNLocator
 from distmatch.base.estimate import Estimate
 from distmatch.report.figures import panel
 from distmatch.report.svg import ACCENT, INK, MUTED, SOFT, to_svg
+
+_FAR = 10.0
+"""A value is far from the others at so many times their median distance from the middle."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def front_panel(
 ) -> Markup:
     """All points with one standard error each way, the front as a staircase.
 
+    A point far from all others is a cross at the edge, with its values.
+
     Args:
         points: What to draw.
         x_title: Name of the diversity, of which more is better.
@@ -53,20 +59,25 @@ def front_panel(
         axes.step(
             [p.x.value for p in front], [p.y.value for p in front], where="pre", color=SOFT, linewidth=1.6
         )
+    across, upward = (
+        _window([e.value for e in side]) for side in ([p.x for p in points], [p.y for p in points])
+    )
     for p in points:
         colour = (ACCENT if p.on_front else INK) if p.is_method else MUTED
+        x, y = np.clip(p.x.value, *across), np.clip(p.y.value, *upward)
+        outside = (x, y) != (p.x.value, p.y.value)
         axes.errorbar(
-            *(p.x.value, p.y.value),
-            xerr=_bar(p.x),
-            yerr=_bar(p.y),
-            fmt="o" if p.is_method else "D",
+            *(x, y),
+            xerr=None if outside else _bar(p.x),
+            yerr=None if outside else _bar(p.y),
+            fmt="x" if outside else "o" if p.is_method else "D",
             color=colour,
             markersize=5,
             elinewidth=1.0,
         )
         axes.annotate(
-            p.label,
-            (p.x.value, p.y.value),
+            f"{p.label} ({p.x.value:.2g}, {p.y.value:.2g})" if outside else p.label,
+            (x, y),
             xytext=(6, 5),
             textcoords="offset points",
             color=colour,
@@ -80,6 +91,17 @@ def front_panel(
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.margins(0.12)
     return to_svg(figure, alt)
+
+
+def _window(values: Sequence[float]) -> tuple[Any, Any]:
+    """The range of the values without those that lie far from all others, which would press them together."""
+    found = np.array(values)
+    away = np.abs(found - np.median(found))
+    kept = found[away <= _FAR * np.median(away)] if np.median(away) > 0 else found
+    room = 0.25 * float(np.ptp(kept))
+    return max(float(kept.min()) - room, float(found.min())), min(
+        float(kept.max()) + room, float(found.max())
+    )
 
 
 def _bar(value: Estimate) -> float | None:

@@ -54,6 +54,9 @@ class ConsistencyConfig:
     term's is --gan-weight."""
     gan_after: float = 0.5
     """Share of the run before the adversarial term (ctm)."""
+    gamma: float = 0.0
+    """Fresh noise between the calls of a student of several: 0 follows the path, 1 is fresh noise alone (ctm,
+    mean-flow, imm)."""
     dmd_weight: float = 0.01
     """Weight of the score difference beside the consistency loss (rcm)."""
 
@@ -64,7 +67,7 @@ class ConsistencyConfig:
         for name in ("huber", "adaptive_power", "dsm_weight", "dmd_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative", got=getattr(self, name))
-        for name in ("tangent_warmup", "jump_share", "gan_after"):
+        for name in ("tangent_warmup", "jump_share", "gan_after", "gamma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must be in [0, 1]", got=getattr(self, name))
         for name in ("stages", "solver_steps"):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
@@ -57,6 +58,15 @@ class Direct:
     setup: Setup
     term: Term
 
+    def __post_init__(self) -> None:
+        calls, gamma = self.setup.config.calls, self.setup.consistency.gamma
+        if gamma > 0 and calls == 1:
+            raise UserError(
+                "--gamma is the fresh noise between calls, and a student of one call has none",
+                got=f"--gamma {gamma:g} with --calls 1",
+                fix="leave it out, or raise --calls",
+            )
+
     @property
     def needs_data(self) -> bool:
         """Whether the batches must hold real samples."""
@@ -79,7 +89,12 @@ class Direct:
             fit_to_teacher(start, setup.teacher, draw, seen, cfg.fit_steps, seed)
         if self.term.jumps:
             start = as_jump(start)
-        student = Student(start, student_levels(cfg.calls, setup.first_level))
+        student = Student(
+            start,
+            student_levels(cfg.calls, setup.first_level),
+            chain="jump" if self.term.jumps else "renoise",
+            gamma=setup.consistency.gamma,
+        )
         state = DistillState(
             student=student,
             average=EMA(student.denoiser),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoiser import expand
+from distmatch.diffusion.denoiser import expand, require_score
 from distmatch.methods.consistency.direct import Draws, mean_backward
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
@@ -99,6 +99,9 @@ class InductiveMatching:
     setup: Setup
     needs_data = True
     jumps = True
+
+    def __post_init__(self) -> None:
+        require_score(self.setup.teacher, "a jump between samples with Gaussian noise")
 
     def notes(self) -> dict[str, Any]:
         """Nothing that the options do not say."""

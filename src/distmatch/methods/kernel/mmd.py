@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser
+from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, require_score
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.chunks import rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
@@ -129,6 +129,7 @@ class ChainMMD:
     jumps = False
 
     def __post_init__(self) -> None:
+        require_score(self.setup.teacher, "a chain from Gaussian noise")
         chosen, teacher = self.setup.kernel.mmd_features, self.setup.teacher
         lends = isinstance(teacher, FeatureDenoiser)
         if chosen == "teacher" and not lends:
