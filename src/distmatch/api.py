@@ -80,13 +80,7 @@ def train(
     run, net, teacher = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig())
     options = TrainOptions(data=_name_of(data), run=run, net=net, teacher=teacher)
     job = prepare_teacher.prepare_training(options, _dataset(data))
-    with_folder = create(out) if out is not None else None
-    try:
-        model, _ = runs.carry_out(job, with_folder, quiet=quiet)
-    finally:
-        if with_folder is not None:
-            with_folder.release()
-    return model
+    return _carried_out(job, out, [], quiet)
 
 
 def distill(
@@ -147,13 +141,7 @@ def distill(
     else:
         found = _samples_of(given, seed) if isinstance(given, GaussianMixture) else None
     job = prepare.prepare_distillation(options, given, found, measure)
-    with_folder = create(out, inputs=[source] if source else []) if out is not None else None
-    try:
-        model, _ = runs.carry_out(job, with_folder, quiet=quiet)
-    finally:
-        if with_folder is not None:
-            with_folder.release()
-    return model
+    return _carried_out(job, out, [source] if source else [], quiet)
 
 
 def compare(
@@ -264,6 +252,17 @@ def _samples_of(mixture: GaussianMixture, seed: int, n: int = 20_000) -> Dataset
     x, component = mixture.sample_with_components(n, seed=seed)
     labels = mixture.classes.cpu()[component.cpu()] if mixture.num_classes else None
     return Dataset(x.cpu(), labels, (), "mixture", Scaling.identity(x.shape[1]))
+
+
+def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str], quiet: bool) -> Any:
+    """The model of a job, with a run folder where one is wanted, which must not overwrite the inputs."""
+    with_folder = create(out, inputs=inputs) if out is not None else None
+    try:
+        model, _ = runs.carry_out(job, with_folder, quiet=quiet)
+    finally:
+        if with_folder is not None:
+            with_folder.release()
+    return model
 
 
 def _settings(given: dict[str, Any], *targets: Any) -> tuple[Any, ...]:
