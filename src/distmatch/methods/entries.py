@@ -178,7 +178,7 @@ ENTRIES = (
         citation="Zheng et al. 2025, arXiv 2510.08431",
         limits="three networks and the derivative: the dearest step of the family",
         forward_mode=True,
-        uses=(*_LEVEL_SETTINGS, *_TANGENT_SETTINGS, "dmd_weight"),
+        uses=(*_LEVEL_SETTINGS, *_TANGENT_SETTINGS, "dmd_weight", "dmd_after"),
         # A student that moves at every fifth step only, as in the paper, does not get far in a short run.
         defaults={
             **{"student_sigma": _PATH_START, "critic_steps": 1, "lr": 2e-4, "gan_weight": 0.0},

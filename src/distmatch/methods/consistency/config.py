@@ -59,6 +59,8 @@ class ConsistencyConfig:
     mean-flow, imm)."""
     dmd_weight: float = 0.01
     """Weight of the score difference beside the consistency loss (rcm)."""
+    dmd_after: float = 0.0
+    """Share of the run before the score difference (rcm)."""
 
     def __post_init__(self) -> None:
         for name in ("level_std", "to_std", "tangent_bound"):
@@ -67,7 +69,7 @@ class ConsistencyConfig:
         for name in ("huber", "adaptive_power", "dsm_weight", "dmd_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative", got=getattr(self, name))
-        for name in ("tangent_warmup", "jump_share", "gan_after", "gamma"):
+        for name in ("tangent_warmup", "jump_share", "gan_after", "gamma", "dmd_after"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must be in [0, 1]", got=getattr(self, name))
         for name in ("stages", "solver_steps"):

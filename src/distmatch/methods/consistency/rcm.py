@@ -17,22 +17,24 @@ from distmatch.methods.state import DistillState
 
 @dataclass(frozen=True)
 class WeightedScoreDifference:
-    """The score difference of DMD times a constant.
+    """The score difference of DMD times a constant, from a step on.
 
     Attributes:
         inner: The score difference.
         weight: The constant, lambda.
+        first: The first step with it.
     """
 
     inner: ScoreDifference
     weight: float
+    first: float
     needs_ratio = False
     through_inputs = False
 
     def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
         """The gradient, weighted; what is logged is not."""
         gradient, info = self.inner.gradient(view, state)
-        return self.weight * gradient, info
+        return (self.weight if state.step >= self.first else 0.0) * gradient, info
 
     def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
         """Denoising of the student's samples."""
@@ -46,5 +48,6 @@ def build_rcm(setup: Setup) -> Matching:
     the last call is differentiated. There is no adversarial term.
     """
     score = ScoreDifference(None, setup.config.scaling)
-    objective = WeightedScoreDifference(score, setup.consistency.dmd_weight)
+    own = setup.consistency
+    objective = WeightedScoreDifference(score, own.dmd_weight, own.dmd_after * setup.total_steps)
     return Matching(setup, objective, terms=(TangentTerm(setup),))
