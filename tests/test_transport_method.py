@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from distmatch.methods.transport.semi_discrete import (
 from distmatch.methods.transport.student import TransportStudent
 from distmatch.training.assess import draw_student
 from distmatch.training.checkpoint import pack
+from distmatch.training.options import DistillOptions, RunOptions
+from distmatch.training.prepare import prepare_distillation
 from small import batch, distiller, network_teacher
 
 
@@ -297,3 +300,12 @@ def test_what_cannot_be_is_refused() -> None:
         TransportStudent.restored(network_teacher(), (1.0,), {"other": torch.zeros(1)})
     with pytest.raises(UserError, match="--bank must be at least 1"):
         distiller(network_teacher(), method="dpm-ot", bank=0)
+
+
+def test_a_batch_that_does_nothing_is_said_to() -> None:
+    for size, said in ((RunOptions().batch, 0), (32, 1)):
+        options = DistillOptions.of("dpm-ot", run=RunOptions(batch=size, steps=2))
+        job = prepare_distillation(
+            replace(options, distill=replace(options.distill, fit_steps=1)), toy("ring8")
+        )
+        assert len([text for text in job.warnings if "--batch does nothing" in text]) == said

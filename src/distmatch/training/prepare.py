@@ -164,7 +164,10 @@ def _for_what(method: Method) -> str:
 def _warnings(method: Method, state: DistillState, batch: int) -> list[str]:
     """What the user should know before the run starts."""
     thin = state.normaliser.thin_message(batch) if method.weighted and state.normaliser else None
-    return [thin] if thin else []
+    found = [thin] if thin else []
+    if method.family == "transport" and batch != RunOptions().batch:
+        found.append("--batch does nothing here: a step draws --cell-draws samples for each latent of --bank")
+    return found
 
 
 def _advice(means: dict[str, Any]) -> list[str]:
