@@ -100,9 +100,7 @@ class TrajectoryTerm:
         n, gen, cfg = len(batch.x), state.generator, self.setup.consistency
         student, target = state.student.denoiser, state.extra["target"]
         with torch.no_grad():
-            pairs = zip(target.parameters(), student.parameters(), strict=True)
-            for average, new in pairs:
-                average.lerp_(new, 1 - cfg.target_decay)
+            torch._foreach_lerp_(list(target.parameters()), list(student.parameters()), 1 - cfg.target_decay)
         sigma = self._levels(n, gen)
         shares = torch.rand(n, 2, generator=gen, device=gen.device)
         to, via = soft_consistency_levels(sigma, self._law, cfg.solver_steps * _CELL, shares)
@@ -125,9 +123,7 @@ class TrajectoryTerm:
         """
         student, n = state.student.denoiser, len(draws["x0"])
         parameters = list(student.parameters())
-        totals = {name: [torch.zeros_like(p) for p in parameters] for name in ("loss", "loss_dsm")}
-        if adversary is not None:
-            totals["loss_gan"] = [torch.zeros_like(p) for p in parameters]
+        totals: dict[str, tuple[Tensor, ...]] = {}
         info: Info = {}
         samples = []
         for part in self.setup.parts(n):
@@ -143,19 +139,17 @@ class TrajectoryTerm:
                 value = loss.sum() / n
                 # The samples' graph serves the adversarial term too.
                 keep = name == "loss" and adversary is not None
-                found = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=keep)
-                for kept, gradient in zip(totals[name], found, strict=True):
-                    if gradient is not None:
-                        kept += gradient
+                found = torch.autograd.grad(value, parameters, materialize_grads=True, retain_graph=keep)
+                totals[name] = torch._foreach_add(totals[name], found) if name in totals else found
                 info[name] = info[name] + value.detach() if name in info else value.detach()
         last = next(i for i, p in enumerate(parameters) if p is last_layer(student).weight)
         weights = {"loss_dsm": self.setup.consistency.dsm_weight, "loss_gan": self.setup.config.gan_weight}
-        for name in totals.keys() - {"loss"}:
-            scale = weights[name] * balance(totals["loss"][last], totals[name][last])
+        first = summed = totals.pop("loss")
+        for name, gradients in totals.items():
+            scale = weights[name] * balance(first[last], gradients[last])
             info[name.replace("loss", "weight")] = scale
-            for kept, gradient in zip(totals["loss"], totals[name], strict=True):
-                kept += scale * gradient
-        for parameter, gradient in zip(parameters, totals["loss"], strict=True):
+            summed = torch._foreach_add(summed, torch._foreach_mul(gradients, scale))
+        for parameter, gradient in zip(parameters, summed, strict=True):
             parameter.grad = gradient
         return info, torch.cat(samples)
 
