@@ -5,9 +5,11 @@
 
 A cycle is K steps for a method whose student moves at every K-th, else one step. Its network calls are
 listened to once, and made again on ready inputs: the same networks in the same order and precision, forward
-and backward to what they reached, without optimisers, averages, noise, ratios or losses. Both sides run in
-one process, in turns; figures are the median over the rounds of the ratio of neighbouring runs, and the ratio
-of the two smallest times. On a CPU times are those of the processor, which other processes disturb less.
+and backward to what they reached, without optimisers, averages, noise, ratios or losses. The updates that any
+training must make, Adam's and the moving average's, are timed on their own; `beyond` is the overhead without
+them. All sides run in one process, in turns; figures are the median over the rounds of the ratio of
+neighbouring runs, and the ratio of the smallest times. On a CPU times are those of the processor, which other
+processes disturb less.
 
 Memory is what a cycle takes at its peak beyond what is held between steps (weights, averages, optimiser
 moments, kept tensors), by the allocator's own count.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -38,6 +41,7 @@ from distmatch.methods.table import METHODS, resolve_method
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig, NetConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.optim import clipped_step, set_rate
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.options import DistillOptions
 
@@ -127,6 +131,35 @@ def networks_of(teacher: EDMDenoiser, state: DistillState) -> dict[str, nn.Modul
     return {"teacher": teacher, **{k: v for k, v in state.modules().items() if k != "average"}}
 
 
+def updates_of(state: DistillState, cycle: Callable[[], None]) -> Callable[[], None]:
+    """The moves of optimisers and of the average in a cycle, made again on gradients like those of it."""
+    moves: Counter[str] = Counter()
+    before = state.updates
+    handles = [
+        optimiser.register_step_post_hook(lambda *_, key=key: moves.update([key]))
+        for key, optimiser in state.optimisers.items()
+    ]
+    cycle()
+    for handle in handles:
+        handle.remove()
+    averages = state.updates - before
+    parameters = {k: [p for g in o.param_groups for p in g["params"]] for k, o in state.optimisers.items()}
+    # Gradients of their own, which a step does not clear, and no change to what is trained.
+    gradients = {key: [torch.full_like(p, 1e-3) for p in found] for key, found in parameters.items()}
+
+    def again() -> None:
+        for key, count in moves.items():
+            set_rate(state.optimisers[key], 0.0)
+            for _ in range(count):
+                for parameter, gradient in zip(parameters[key], gradients[key], strict=True):
+                    parameter.grad = gradient
+                clipped_step(state.optimisers[key], 0.0)
+        for _ in range(averages):
+            state.average.update(state.student.denoiser, 1.0)
+
+    return again
+
+
 def timed(action: Callable[[], None], device: torch.device) -> float:
     """Seconds of one call, the device's work included; on a CPU those of all its threads."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
@@ -193,17 +226,19 @@ def measure(case: Case, name: str, options: Options) -> dict[str, Any]:
         ours()
     with recorded(networks_of(teacher, state)) as calls:
         ours()
-    bare = replay(calls)
+    bare, updates = replay(calls), updates_of(state, ours) if calls else lambda: None
+    sides = (ours, bare, updates)
     for _ in range(2):
-        ours()
-        bare()
-    pairs = [(timed(ours, device), timed(bare, device)) for _ in range(options.rounds)]
-    least_ours, least_bare = (min(side) for side in zip(*pairs, strict=True))
+        for side in sides:
+            side()
+    rounds = [[timed(side, device) for side in sides] for _ in range(options.rounds)]
+    least_ours, least_bare, _ = (min(side) for side in zip(*rounds, strict=True))
     return {
         "method": name,
         "step": 1000 * least_ours / steps,
         "bare": 1000 * least_bare / steps,
-        "median": statistics.median(a / b for a, b in pairs) - 1 if calls else None,
+        "median": statistics.median(a / b for a, b, _ in rounds) - 1 if calls else None,
+        "beyond": statistics.median((a - c) / b for a, b, c in rounds) - 1 if calls else None,
         "least": least_ours / least_bare - 1 if calls else None,
         "peaks": (peak(ours, device), peak(bare, device)),
         "held": held(teacher, state),
@@ -223,11 +258,13 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, {options.precision}, compile={options.compile}")
     for case in cases(options):
         print(f"\n{case.name}, batch {case.batch}, {options.rounds} rounds\n")
-        print("| method | ms a step | ms bare | overhead | least | MiB held | more | bare | calls a cycle |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        print(
+            "| method | ms | ms bare | overhead | beyond | least | MiB held | more | bare | calls a cycle |"
+        )
+        print("|" + 10 * "---|")
         for which in chosen_methods(options.methods):
             r = measure(case, which, options)
-            ratios = " | ".join("-" if r[k] is None else f"{r[k]:.1%}" for k in ("median", "least"))
+            ratios = " | ".join("-" if r[k] is None else f"{r[k]:.1%}" for k in ("median", "beyond", "least"))
             memory = f"{r['held']:.0f} | {r['peaks'][0]:.0f} | {r['peaks'][1]:.0f}"
             print(
                 f"| {which} | {r['step']:.2f} | {r['bare']:.2f} | {ratios} | {memory} | {r['calls']} |",

@@ -83,3 +83,7 @@ def test_public_names_exist():
         assert getattr(distmatch, name) is not None
     assert callable(distmatch.distill)
     assert callable(distmatch.train)
+
+
+def test_checkers_of_users_see_our_types():
+    assert (PACKAGE / "py.typed").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -65,6 +66,31 @@ def test_the_replay_does_the_work_of_the_step(bench: ModuleType, name: str) -> N
         ours()
     share = work(bench.replay(calls)) / work(ours)
     assert 0.97 < share <= 1.0 or (name == "mmd" and share > 0.7), bench.counted(calls)
+
+
+def test_updates_are_as_many_as_in_a_cycle_and_train_nothing(bench: ModuleType) -> None:
+    method, steps = bench.build("f-distill", network_teacher(), bench.Options(), torch.device("cpu"))
+    state, moves = method.init(0), Counter[str]()
+
+    def ours() -> None:
+        for _ in range(steps):
+            method.step(state, batch(0))
+
+    ours()
+    again = bench.updates_of(state, ours)
+    before = {
+        k: v.clone() for name, net in state.modules().items() for k, v in flat(name, net.state_dict()).items()
+    }
+    for name, optimiser in state.optimisers.items():
+        optimiser.register_step_post_hook(lambda *_, name=name: moves.update([name]))
+    again()
+    assert moves == {"student": 1, "fake": steps, "ratio": steps}
+    for name, net in state.modules().items():
+        assert all(torch.equal(v, before[k]) for k, v in flat(name, net.state_dict()).items())
+
+
+def flat(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
 def test_calls_are_told_apart(bench: ModuleType) -> None:
