@@ -270,6 +270,14 @@ def test_a_chain_of_ddim_takes_one_noise() -> None:
     torch.testing.assert_close(student([first, *others[:2]]), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mmd", "imm"])
+def test_a_teacher_of_other_noise_is_refused(name: str) -> None:
+    teacher = network_teacher()
+    teacher.pfgm_dims = 8.0
+    with pytest.raises(UserError, match="from Gaussian noise|with Gaussian noise"):
+        distiller(teacher, method=name)
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="lends no features"):
         distiller(toy("ring8"), method="mmd", mmd_features="teacher")
