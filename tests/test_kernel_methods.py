@@ -274,7 +274,7 @@ def test_a_chain_of_ddim_takes_one_noise() -> None:
 def test_a_teacher_of_other_noise_is_refused(name: str) -> None:
     teacher = network_teacher()
     teacher.pfgm_dims = 8.0
-    with pytest.raises(UserError, match="from Gaussian noise|with Gaussian noise"):
+    with pytest.raises(UserError, match=r"from Gaussian noise|with Gaussian noise"):
         distiller(teacher, method=name)
 
 
