@@ -153,12 +153,18 @@ def test_a_method_far_from_all_others_does_not_press_them_together(tmp_path: Pat
     plain = build_report(write(tmp_path / "a", content)).read_text()
     means["more4"] |= {"fd": entry(14.0), "recall": entry(0.02)}
     page = build_report(write(tmp_path / "b", content)).read_text()
-    label = re.search(r">(\d) \(0.02, 14\)<", page)
-    assert label
-    assert content["methods"][int(label[1]) - 1]["name"] == "more4"
-    # Real data, at 0.95 and 0.02, stay where they were to within a third of the panel.
-    there = [float(re.search(r'<text[^>]*?x="([\d.]+)"[^>]*>Real data<', p)[1]) for p in (plain, page)]
-    assert abs(there[0] - there[1]) < 140
+
+    def apart(page: str) -> float:
+        """Pixels from the first of the others, at a recall of 0.85, to real data at 0.95."""
+        left, right = (
+            re.search(rf'<text[^>]*?x="([\d.]+)"[^>]*>{text}<', page) for text in ("4", "Real data")
+        )
+        assert left is not None
+        assert right is not None
+        return float(right[1]) - float(left[1])
+
+    assert apart(page) > 0.7 * apart(plain) > 100
+    assert ">8<" in page  # the one far off is still there
 
 
 def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:

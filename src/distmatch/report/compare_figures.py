@@ -42,7 +42,7 @@ def front_panel(
 ) -> Markup:
     """All points with one standard error each way, the front as a staircase.
 
-    A point far from all others is a cross at the edge, with its values.
+    A point far from all others is a cross at the edge.
 
     Args:
         points: What to draw.
@@ -54,14 +54,11 @@ def front_panel(
     """
     figure, axes = panel(420.0, 320.0)
     axes.grid(axis="x", color=axes.get_ygridlines()[0].get_color(), linewidth=0.7)
-    front = sorted((p for p in points if p.on_front), key=lambda p: p.x.value)
+    across = _window([p.x.value for p in points])
+    upward = _window([p.y.value for p in points])
+    front = sorted((np.clip(p.x.value, *across), np.clip(p.y.value, *upward)) for p in points if p.on_front)
     if front:
-        axes.step(
-            [p.x.value for p in front], [p.y.value for p in front], where="pre", color=SOFT, linewidth=1.6
-        )
-    across, upward = (
-        _window([e.value for e in side]) for side in ([p.x for p in points], [p.y for p in points])
-    )
+        axes.step(*zip(*front, strict=True), where="pre", color=SOFT, linewidth=1.6)
     for p in points:
         colour = (ACCENT if p.on_front else INK) if p.is_method else MUTED
         x, y = np.clip(p.x.value, *across), np.clip(p.y.value, *upward)
@@ -76,7 +73,7 @@ def front_panel(
             elinewidth=1.0,
         )
         axes.annotate(
-            f"{p.label} ({p.x.value:.2g}, {p.y.value:.2g})" if outside else p.label,
+            p.label,
             (x, y),
             xytext=(6, 5),
             textcoords="offset points",

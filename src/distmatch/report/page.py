@@ -37,7 +37,9 @@ def page(template: str, **values: Any) -> str:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested tables and lists of tables as ``a.b`` and text; null and empty lists are left out."""
+    """Nested tables and lists of tables as ``a.b`` and text; null, empty text and empty lists are left
+    out.
+    """
     items: list[tuple[str, str]] = []
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -46,7 +48,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             tables = {str(i): v for i, v in enumerate(value) if isinstance(v, dict)}
             rest = [str(v) for v in value if not isinstance(v, dict)]
             items += flat(tables, f"{prefix}{key}.") + ([(f"{prefix}{key}", ", ".join(rest))] if rest else [])
-        elif value is not None:
+        elif value is not None and value != "":
             items.append((f"{prefix}{key}", str(value)))
     return items
 
