@@ -37,9 +37,7 @@ def page(template: str, **values: Any) -> str:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested tables and lists of tables as ``a.b`` and text; null, empty text and empty lists are left
-    out.
-    """
+    """Nested tables and lists of tables as ``a.b`` and text; what is empty is left out."""
     items: list[tuple[str, str]] = []
     for key, value in tree.items():
         if isinstance(value, dict):
