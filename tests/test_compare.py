@@ -238,8 +238,11 @@ def test_methods_that_cannot_be_used_are_told_before_anything_is_trained(tmp_pat
     assert "a: " in answer.err
     assert "disback: the run would end before" in answer.err
     assert "--skip-impossible" in answer.err
-    assert not (tmp_path / "c/runs").exists()
+    assert not (tmp_path / "c").exists()
     done(f"{line} --out {tmp_path}/d --skip-impossible")
+    before = contents(tmp_path / "d")
+    assert command(f"{line} --out {tmp_path}/d --overwrite").code == 2
+    assert contents(tmp_path / "d") == before
     record = read(tmp_path / "d")
     assert [m["name"] for m in record["methods"]] == ["diff-instruct"]
     assert [entry["name"] for entry in record["impossible"]] == ["a", "disback"]
@@ -268,7 +271,7 @@ def test_mistakes(line: str, said: str, tmp_path: Path) -> None:
     assert answer.code == 2
     assert said in answer.err
     assert "Traceback" not in answer.err
-    assert not (tmp_path / "c/runs").exists()
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_dry_run_writes_nothing_and_shows_every_method(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from distmatch.metrics import evaluate as _evaluate
 from distmatch.metrics.settings import FeatureChoice
 from distmatch.report import build_report
 from distmatch.training import prepare, prepare_teacher, runs, teachers
-from distmatch.training.compare import carry_out_comparison
+from distmatch.training.compare import carry_out_comparison, prepare_comparison
 from distmatch.training.compare_options import CompareOptions
 from distmatch.training.options import (
     GROUPS,
@@ -33,7 +34,7 @@ from distmatch.training.options import (
     TeacherConfig,
     TrainOptions,
 )
-from distmatch.training.runfolder import create
+from distmatch.training.runfolder import check_usable, create
 
 Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
 
@@ -195,10 +196,13 @@ def compare(
         found: Dataset | None = _dataset(data, scaled=given is None or has_network(given))
     else:
         found = _samples_of(given, shared.run.seed) if isinstance(given, GaussianMixture) else None
-    with create(out, resume=resume, inputs=[shared.teacher] if shared.teacher else []) as folder:
-        record = carry_out_comparison(
-            replace(options, shared=shared), folder, teacher=given, data=found, quiet=quiet
-        )
+    inputs = [shared.teacher] if shared.teacher else []
+    check_usable(out, resume=resume, inputs=inputs)
+    prepared = prepare_comparison(
+        replace(options, shared=shared), given, found, resumed=Path(out) if resume else None, quiet=quiet
+    )
+    with create(out, resume=resume, inputs=inputs) as folder:
+        record = carry_out_comparison(prepared, folder)
         build_report(folder.path)
     return record
 

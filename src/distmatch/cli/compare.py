@@ -29,7 +29,7 @@ def run(argv: list[str]) -> None:
     _check_resume(place)
     from distmatch.cli.running import check_place, open_folder
     from distmatch.report import build_report
-    from distmatch.training.compare import carry_out_comparison
+    from distmatch.training.compare import carry_out_comparison, prepare_comparison
     from distmatch.training.compare_plan import check_options
 
     entries = check_options(options)
@@ -38,8 +38,9 @@ def run(argv: list[str]) -> None:
         _dry_run(options, entries, place)
         return
     check_place(place, inputs)
+    prepared = prepare_comparison(options, resumed=place.out if place.resume is not None else None)
     with open_folder(place, inputs) as folder:
-        record = carry_out_comparison(options, folder)
+        record = carry_out_comparison(prepared, folder)
         report = build_report(folder.path)
     if place.json:
         print_json({"run": str(folder.path), "report": str(report), **record})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from distmatch.base.files import atomic_json, atomic_write, read_json
@@ -14,7 +15,7 @@ from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.compare_cost import PeakMemory
 from distmatch.training.compare_evaluate import Bench, measured, open_bench
 from distmatch.training.compare_options import CompareOptions, Entry, entry_options
-from distmatch.training.compare_plan import check_options, plan_comparison, reason
+from distmatch.training.compare_plan import Plan, check_options, plan_comparison, reason
 from distmatch.training.compare_record import (
     RECORD,
     all_runs,
@@ -33,45 +34,82 @@ from distmatch.training.runs import carry_out
 from distmatch.training.toml import dataclass_to_dict, to_toml
 
 
-def carry_out_comparison(
+@dataclass(frozen=True)
+class Prepared:
+    """A comparison that nothing speaks against, before its folder is touched.
+
+    Attributes:
+        options: What was asked for.
+        entries: The methods by name.
+        teacher: Used instead of the teacher that the options name.
+        data: Used instead of the data that they name.
+        bench: What measures the students.
+        plan: Methods, costs and steps; None where a record of them is taken up.
+        quiet: Whether to say nothing on stderr.
+    """
+
+    options: CompareOptions
+    entries: dict[str, Entry]
+    teacher: Denoiser | None
+    data: Dataset | None
+    bench: Bench
+    plan: Plan | None
+    quiet: bool
+
+
+def prepare_comparison(
     options: CompareOptions,
-    folder: RunFolder,
-    *,
     teacher: Denoiser | None = None,
     data: Dataset | None = None,
+    *,
+    resumed: Path | None = None,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> Prepared:
+    """Tries every method for a few steps; writes nothing, so that what is refused leaves all as it was.
+
+    Args:
+        options: The options.
+        teacher: Used instead of the teacher that they name.
+        data: Used instead of the data that they name.
+        resumed: The folder of a comparison that shall go on. With a record in it nothing is tried again.
+        quiet: Whether to say nothing on stderr.
+
+    Raises:
+        UserError: The options make no sense, or a method cannot be used here.
+    """
+    entries = {entry.name: entry for entry in check_options(options)}
+    bench = open_bench(options, teacher, data)
+    again = resumed is not None and (resumed / RECORD).exists()
+    plan = None if again else plan_comparison(options, teacher, data, quiet=quiet)
+    return Prepared(options, entries, teacher, data, bench, plan, quiet)
+
+
+def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any]:
     """Trains every method with every seed at the same budget and measures all on the same latents.
 
     What the folder holds already is kept: finished runs, failed ones (unless they are to be tried again), the
     steps that were decided from the measured times, the checkpoints of an interrupted run.
 
     Args:
-        options: The options.
+        prepared: From :func:`prepare_comparison`.
         folder: The comparison's folder, locked.
-        teacher: Used instead of the teacher that they name.
-        data: Used instead of the data that they name.
-        quiet: Whether to say nothing on stderr.
 
     Returns:
         The content of `compare.json`.
 
     Raises:
-        UserError: The options make no sense, a method cannot be used here, or the folder holds a comparison
-            with other options.
+        UserError: The folder holds a comparison with other options.
         KeyboardInterrupt: Ctrl-C; the run in hand has a checkpoint.
     """
-    entries = {entry.name: entry for entry in check_options(options)}
+    options = prepared.options
     check_same(options, folder)
-    bench = open_bench(options, teacher, data)
-    if (folder.path / RECORD).exists():
+    if prepared.plan is None:
         record = read_json(folder.path / RECORD)
     else:
-        plan = plan_comparison(options, teacher, data, quiet=quiet)
-        record = new_record(options, plan)
-        record |= {"evaluation": bench.settings(), **bench.baseline(folder, quiet)}
+        record = new_record(options, prepared.plan)
+        record |= {"evaluation": prepared.bench.settings(), **prepared.bench.baseline(folder, prepared.quiet)}
     record["runs"] = all_runs(record, options)
-    comparison = _Comparison(options, entries, folder, record, bench, teacher, data, quiet)
+    comparison = _Comparison(prepared, folder, record)
     atomic_write(folder.config, to_toml({"verb": "compare", **dataclass_to_dict(options)}))
     atomic_json(folder.env, environment())
     comparison.write()
@@ -84,16 +122,11 @@ def carry_out_comparison(
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A comparison in hand: what it was told, its folder and its record, what it measures with."""
+    """A comparison in hand: what it was told and measures with, its folder and its record."""
 
-    options: CompareOptions
-    entries: dict[str, Entry]
+    told: Prepared
     folder: RunFolder
     record: dict[str, Any]
-    bench: Bench
-    teacher: Denoiser | None
-    data: Dataset | None
-    quiet: bool
 
     def write(self) -> None:
         """Brings the summary up to date and writes the record."""
@@ -101,7 +134,7 @@ class _Comparison:
         for run in self.record["runs"]:
             if run["status"] == "done":
                 finished.setdefault(run["name"], {})[run["seed"]] = measured(run, self._place(run))
-        self.record["summary"] = summarise(self.record, finished, self.options.baseline)
+        self.record["summary"] = summarise(self.record, finished, self.told.options.baseline)
         atomic_json(self.folder.path / RECORD, self.record)
 
     def carry_out(self, run: dict[str, Any]) -> None:
@@ -117,18 +150,19 @@ class _Comparison:
 
     def _train_and_measure(self, run: dict[str, Any]) -> dict[str, Any]:
         steps = method_of(self.record, run)["steps"]
-        options = entry_options(self.options.shared, self.entries[run["name"]], seed=run["seed"], steps=steps)
+        entry = self.told.entries[run["name"]]
+        options = entry_options(self.told.options.shared, entry, seed=run["seed"], steps=steps)
         place = self._place(run)
         started = bool(list_checkpoints(place.checkpoints))
         memory = PeakMemory(pick_device(options.run.device))
-        job = prepare_distillation(options, self.teacher, self.data, fresh=not started)
+        job = prepare_distillation(options, self.told.teacher, self.told.data, fresh=not started)
         with create(place.path, resume=_holds_something(place)) as own:
             began = time.perf_counter()
-            student, _ = carry_out(job, own, resume="latest" if started else None, quiet=self.quiet)
+            student, _ = carry_out(job, own, resume="latest" if started else None, quiet=self.told.quiet)
             seconds, taken = time.perf_counter() - began, memory.bytes()
             del job
             others = {name: self.record[name] for name in ("reference", "teacher")}
-            metrics = self.bench.student(student, own, others, self.quiet)
+            metrics = self.told.bench.student(student, own, others, self.told.quiet)
         # Of a resumed run only the last part was timed here.
         return {"seconds": None if started else seconds, "memory": taken, "metrics": metrics}
 
@@ -136,7 +170,7 @@ class _Comparison:
         return RunFolder(self.folder.path / run["folder"])
 
     def _say(self, line: str) -> None:
-        if not self.quiet:
+        if not self.told.quiet:
             print(line, file=sys.stderr)
 
 
