@@ -167,6 +167,13 @@ def test_a_method_far_from_all_others_does_not_press_them_together(tmp_path: Pat
     assert ">8<" in page  # the one far off is still there
 
 
+def test_a_value_that_is_not_known_takes_no_other_off_the_plot(tmp_path: Path) -> None:
+    content = record()
+    content["summary"]["means"]["sid"] |= {"fd": entry(None)}
+    page = build_report(write(tmp_path / "c", content)).read_text()
+    assert ">Real data</text>" in page
+
+
 def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
     page = build_report(write(tmp_path, record())).read_text()
     cells = re.findall(r'data-method="([^"]+)" data-metric="(\w+)"[^>]*>\s*<b class="verdict better">', page)

@@ -134,7 +134,7 @@ def test_terms_of_ctm_pull_as_hard_as_each_other() -> None:
 def test_rcm_adds_the_weighted_score_difference_of_diff_instruct() -> None:
     """Beside scm's: the same random numbers give dmd_weight times the gradient of diff-instruct."""
 
-    def gradient(name: str, **settings: Any) -> torch.Tensor:
+    def gradient(name: str, at: int = 0, **settings: Any) -> torch.Tensor:
         plain = {"student_sigma": 0.0, "tangent_warmup": 0.0, "critic_steps": 1, "grad_clip": 0.0, "lr": 1.0}
         method = distiller(network_teacher(), method=name, **plain, **settings)
         state = method.init(0)
@@ -142,6 +142,7 @@ def test_rcm_adds_the_weighted_score_difference_of_diff_instruct() -> None:
         with torch.no_grad():  # a fake score that is not the teacher's
             for parameter in state.fake.parameters():
                 parameter.mul_(1.2)
+        state.step = at
         before = parameters_to_vector(state.student.denoiser.parameters()).detach().clone()
         method.step(state, batch(0))
         return before - parameters_to_vector(state.student.denoiser.parameters()).detach()
@@ -155,6 +156,7 @@ def test_rcm_adds_the_weighted_score_difference_of_diff_instruct() -> None:
     assert (one - alone).norm() > 0.01  # the consistency loss
     later, never = gradient("rcm", dmd_weight=2.0, dmd_after=0.1), gradient("rcm", dmd_weight=0.0)
     assert torch.equal(later, never)
+    assert not torch.equal(*(gradient("rcm", at=4, dmd_weight=2.0, dmd_after=share) for share in (0.1, 0.2)))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from consistency_truths import F64, Flow
 from distmatch.base.errors import UserError
+from distmatch.methods.handover import Handover
+from distmatch.methods.hybrid import follower_of
 from distmatch.methods.student import Student, chain_weights
 from distmatch.nets.jump import as_jump
 from small import distiller, network_teacher
@@ -101,3 +103,19 @@ def test_what_would_do_nothing_is_refused() -> None:
         distiller(network_teacher(), method="ctm", gamma=0.5)
     with pytest.raises(UserError, match=r"--gamma must be in \[0, 1\]"):
         distiller(network_teacher(), method="ctm", calls=2, gamma=1.5)
+
+
+def test_the_student_goes_on_from_a_teacher_as_it_does_alone() -> None:
+    student = Student(network(), LEVELS, chain="jump", gamma=0.5)
+    way = Handover((10.0, 3.0, 1.5), (1.5, 0.3))
+    follower = follower_of(student, way)
+    assert (follower.levels, follower.chain, follower.gamma) == ((1.5, 0.3), "jump", 0.5)
+
+
+@pytest.mark.parametrize(("spread", "start"), [(0.5, 10.0), (1.0, 10.0), (3.0, 30.0), (40.0, 80.0)])
+def test_the_default_start_hides_wide_data(spread: float, start: float) -> None:
+    teacher = network_teacher()
+    teacher.sigma_data, teacher.sigma_max = spread, 80.0
+    for name in ("consistency", "imm"):
+        assert distiller(teacher, method=name).setup.first_level == start
+        assert distiller(teacher, method=name, student_sigma=5.0).setup.first_level == 5.0

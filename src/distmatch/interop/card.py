@@ -143,7 +143,7 @@ def _facts(
         "method": about.get("method", ""),
         "divergence": about.get("divergence", ""),
         "network calls": calls if levels else "",
-        "between calls": about.get("chain", "renoise") if len(levels) > 1 else "",
+        "between calls": _between(about) if len(levels) > 1 else "",
         "teacher": about.get("teacher", ""),
         "teacher against its original": about.get("teacher_conversion", "") or about.get("conversion", ""),
         "guidance of the teacher": "" if guidance is None else "none" if guidance == 1 else f"{guidance:g}",
@@ -226,3 +226,8 @@ def _difference(student: Any, teacher: Any) -> str:
     if all(side.get("stderr") is not None for side in sides):
         error = f" ± {math.hypot(student['stderr'], teacher['stderr']):.2g}"
     return f"{student['value'] - teacher['value']:+.4g}{error}"
+
+
+def _between(about: Mapping[str, Any]) -> str:
+    chain = str(about.get("chain", "renoise"))
+    return f"{chain}, gamma {about['gamma']:g}" if "gamma" in about else chain

@@ -8,8 +8,9 @@ _LEVEL_SETTINGS = ("level_law", "level_mean", "level_std")
 _PAIR_SETTINGS = ("huber", "teacher_solver", "solver_steps")
 _TANGENT_SETTINGS = ("tangent", "tangent_warmup", "tangent_bound")
 
-_PATH_START = 10.0
-"""Where students of whole paths start: higher levels are hardly in the training of EDM's teachers."""
+PATH_START = 10.0
+"""Where students of whole paths start: higher levels are hardly in the training of EDM's teachers. Data of a
+spread above 1 have it in units of that."""
 
 ENTRIES = (
     Method(
@@ -125,7 +126,7 @@ ENTRIES = (
         limits="errors add up from pair to pair; samples are softer than the teacher's",
         critic=False,
         uses=("consistency_from", *_LEVEL_SETTINGS, "stages", *_PAIR_SETTINGS),
-        defaults={"student_sigma": _PATH_START, "gan_weight": 0.0},
+        defaults={"student_sigma": PATH_START, "gan_weight": 0.0},
     ),
     Method(
         name="scm",
@@ -137,7 +138,7 @@ ENTRIES = (
         forward_mode=True,
         uses=("consistency_from", *_LEVEL_SETTINGS, *_TANGENT_SETTINGS),
         defaults={
-            **{"student_sigma": _PATH_START, "lr": 2e-4, "gan_weight": 0.0},
+            **{"student_sigma": PATH_START, "lr": 2e-4, "gan_weight": 0.0},
             **{"level_mean": -0.3, "level_std": 1.4},
         },
     ),
@@ -151,7 +152,7 @@ ENTRIES = (
         adversarial=True,
         uses=(*_LEVEL_SETTINGS, *_PAIR_SETTINGS, "target_decay", "dsm_weight", "gan_after", "gamma"),
         ignores=("joint_weight", "ratio_bins", "ratio_memory", "ratio_min_count", "ratio_clip"),
-        defaults={"student_sigma": _PATH_START, "gan_weight": 0.0},
+        defaults={"student_sigma": PATH_START, "gan_weight": 0.0},
     ),
     Method(
         name="mean-flow",
@@ -167,7 +168,7 @@ ENTRIES = (
         ),
         # Derivatives in its time grow with sigma, so that levels even in sigma^(1/7) drown it in noise.
         defaults={
-            **{"student_sigma": _PATH_START, "gan_weight": 0.0},
+            **{"student_sigma": PATH_START, "gan_weight": 0.0},
             **{"level_law": "log-normal", "level_mean": -0.6, "level_std": 1.6},
         },
     ),
@@ -181,7 +182,7 @@ ENTRIES = (
         uses=(*_LEVEL_SETTINGS, *_TANGENT_SETTINGS, "dmd_weight", "dmd_after"),
         # A student that moves at every fifth step only, as in the paper, does not get far in a short run.
         defaults={
-            **{"student_sigma": _PATH_START, "critic_steps": 1, "lr": 2e-4, "gan_weight": 0.0},
+            **{"student_sigma": PATH_START, "critic_steps": 1, "lr": 2e-4, "gan_weight": 0.0},
             **{"level_mean": 0.7, "level_std": 1.6},
         },
     ),
@@ -209,7 +210,7 @@ ENTRIES = (
         critic=False,
         uses=("imm_particles", "imm_halvings", "imm_offset", "gamma"),
         ignores=("guidance",),
-        defaults={"student_sigma": _PATH_START, "gan_weight": 0.0},
+        defaults={"student_sigma": PATH_START, "gan_weight": 0.0},
     ),
     Method(
         name="dpm-ot",

@@ -15,6 +15,7 @@ from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.divergences import Divergence
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.consistency.config import ConsistencyConfig
+from distmatch.methods.entries import PATH_START
 from distmatch.methods.kernel.config import KernelConfig
 from distmatch.methods.matching.config import MatchingConfig
 from distmatch.methods.method import Method
@@ -63,10 +64,15 @@ class Setup:
 
     @property
     def first_level(self) -> float:
-        """Where the student starts; a default that is above the levels of the teacher comes down to them."""
+        """Where the student starts; a default that is above the levels of the teacher comes down to them.
+
+        A default of a method of whole paths rises with the spread of wide data, which the noise must hide.
+        """
         chosen, highest = self.config.student_sigma or self.teacher.sigma_max, self.teacher.sigma_max
         own = self.method.defaults.get("student_sigma", DistillConfig.student_sigma)
-        return min(chosen, highest) if self.config.student_sigma == own else chosen
+        if self.config.student_sigma != own:
+            return chosen
+        return min(chosen * max(1.0, self.teacher.sigma_data) if own == PATH_START else chosen, highest)
 
     def adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimiser of a network, with the shared settings."""

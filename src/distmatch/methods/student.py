@@ -54,8 +54,8 @@ def student_levels(calls: int, sigma: float) -> tuple[float, ...]:
 class Student(nn.Module):
     """Turns noise into samples with ``len(levels)`` network calls.
 
-    The first call denoises pure noise at ``levels[0]``; each further one re-noises the result to the next
-    level and denoises again.
+    The first call denoises pure noise at ``levels[0]``; each further one takes up what the chain makes of the
+    result at the next level.
 
     Args:
         denoiser: The network.

@@ -62,7 +62,7 @@ def front_panel(
     for p in points:
         colour = (ACCENT if p.on_front else INK) if p.is_method else MUTED
         x, y = np.clip(p.x.value, *across), np.clip(p.y.value, *upward)
-        outside = (x, y) != (p.x.value, p.y.value)
+        outside = bool(np.isfinite(x + y)) and (x, y) != (p.x.value, p.y.value)
         axes.errorbar(
             *(x, y),
             xerr=None if outside else _bar(p.x),
@@ -93,6 +93,9 @@ def front_panel(
 def _window(values: Sequence[float]) -> tuple[Any, Any]:
     """The range of the values without those that lie far from all others, which would press them together."""
     found = np.array(values)
+    found = found[np.isfinite(found)]
+    if not len(found):
+        return -np.inf, np.inf
     away = np.abs(found - np.median(found))
     kept = found[away <= _FAR * np.median(away)] if np.median(away) > 0 else found
     room = 0.25 * float(np.ptp(kept))

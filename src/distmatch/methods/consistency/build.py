@@ -57,6 +57,7 @@ def _refuse_idle(setup: Setup) -> None:
         "level_law karras": ("level_mean", "level_std") if own.level_law == "karras" else (),
         "consistency_from data": ("teacher_solver", "solver_steps") if own.consistency_from == "data" else (),
         "gan_weight 0": ("gan_after",) if setup.config.gan_weight == 0 else (),
+        "dmd_weight 0": ("dmd_after",) if own.dmd_weight == 0 else (),
     }
     for reason, names in idle.items():
         for name in names:

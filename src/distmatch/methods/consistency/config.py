@@ -60,7 +60,7 @@ class ConsistencyConfig:
     dmd_weight: float = 0.01
     """Weight of the score difference beside the consistency loss (rcm)."""
     dmd_after: float = 0.0
-    """Share of the run before the score difference (rcm)."""
+    """Share of the run in which the score difference is measured but does not count yet (rcm)."""
 
     def __post_init__(self) -> None:
         for name in ("level_std", "to_std", "tangent_bound"):
