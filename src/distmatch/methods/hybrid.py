@@ -130,7 +130,7 @@ def student_calls(follower: Student, y: Tensor, noise: list[Tensor], labels: Ten
         labels: Classes (B,), or None.
 
     Returns:
-        What each call gives, clean samples (but for the last, in a chain of jumps, what leads on).
+        The clean samples after each call; in a chain of jumps those of all but the last only lead on.
     """
     found = [follower.call(y, 0, labels)]
     for index, fresh in enumerate(noise, 1):

@@ -98,10 +98,8 @@ def _window(values: Sequence[float]) -> tuple[Any, Any]:
         return -np.inf, np.inf
     away = np.abs(found - np.median(found))
     kept = found[away <= _FAR * np.median(away)] if np.median(away) > 0 else found
-    room = 0.25 * float(np.ptp(kept))
-    return max(float(kept.min()) - room, float(found.min())), min(
-        float(kept.max()) + room, float(found.max())
-    )
+    room = 0.25 * np.ptp(kept)
+    return max(kept.min() - room, found.min()), min(kept.max() + room, found.max())
 
 
 def _bar(value: Estimate) -> float | None:
