@@ -147,14 +147,37 @@ def test_only_particles_of_the_same_class_are_compared() -> None:
     assert torch.equal(draws["x0"].flatten(0, 1), data.x[order])
     assert torch.equal(draws["labels"].flatten(), data.labels[order])  # type: ignore[index]
     assert ((draws["labels"] == draws["labels"][:, :1]).all(1).float().mean()) >= 0.8
-    # A group of four classes is four groups of one, each counting for a sixteenth.
+    # A group of four classes is four groups of one, each counting for a quarter.
     apart = {**draws, "labels": torch.tensor([[0, 1, 2, -1]]).expand(10, 4)}
     mixed, _ = method.term.loss(state, apart)
     single = {
         key: v.flatten(0, 1)[:, None] if v.ndim > 1 else v.repeat_interleave(4) for key, v in apart.items()
     }
     alone, _ = method.term.loss(state, single)
-    torch.testing.assert_close(mixed, alone.reshape(10, 4).sum(1) / 16, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mixed, alone.reshape(10, 4).mean(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [6, 10, 30, 250])
+def test_every_class_has_its_share_whatever_the_batch(n: int) -> None:
+    method, state = small(10)
+    counts, rounds = torch.zeros(10), 1 + 6000 // n
+    for step in range(rounds):
+        data = batch(step, classes=10, n=n)
+        found = method.term.draw(state, data, data.labels)["labels"]
+        assert found.shape == (n // 4, 4)
+        counts += found.flatten().bincount(minlength=10)
+    # Binomial, about 6000 draws of share 1/10, seeds 1000 on: within 4 standard errors.
+    share = counts / counts.sum()
+    assert float((share - 0.1).abs().max()) < 4 * (0.09 / float(counts.sum())) ** 0.5
+
+
+def test_every_particle_counts_alike_whatever_the_labels_beside_it() -> None:
+    """A group of labels 0, 0, 0, 1 is 3/4 the MMD^2 of three particles and 1/4 that of one."""
+    x, y = normal(5, 4, 3), normal(5, 4, 3, seed=1)
+    labels = torch.tensor([0, 0, 0, 1]).expand(5, 4)
+    found = group_statistic(x, y, laplace, labels[:, :, None] == labels[:, None])
+    first, last = (group_statistic(x[:, p], y[:, p], laplace) for p in (slice(3), slice(3, 4)))
+    torch.testing.assert_close(found, 0.75 * first + 0.25 * last)
 
 
 def test_parts_change_nothing_but_rounding() -> None:

@@ -161,6 +161,28 @@ def test_moving_average_against_its_closed_form() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_moving_average_of_long_half_life_is_not_lost_in_rounding() -> None:
+    """Weights of about 1 that moved by 1e-3, as in fine-tuning: a step of the average is a tenth of an ulp."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+        ema, start = EMA(model), model.weight.double()
+        model.weight.add_(1e-3)
+    gap, decay, steps = model.weight.double() - start, ema_decay(10**8, half_life=100_000), 10_000
+    for step in range(steps):
+        ema.update(model, decay)
+        if step == steps // 2:  # going on from a checkpoint changes nothing
+            other = EMA(model)
+            other.load_state_dict(ema.state_dict())
+            other.load_rest(ema.rest_dict())
+            ema = other
+    moved = ema.module.weight.double() + ema.rest[0].double() - start
+    torch.testing.assert_close(moved, gap * (1 - decay**steps), rtol=1e-3, atol=0)
+    shown = ema.module.weight.double() - start  # itself it is right to half an ulp, 6e-8 of 7e-5
+    torch.testing.assert_close(shown, gap * (1 - decay**steps), rtol=1e-2, atol=0)
+
+
 def test_moving_average_state() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)

@@ -63,6 +63,7 @@ class DistillState:
         """A tree of tensors, numbers and strings."""
         return {
             "modules": {name: module.state_dict() for name, module in self.modules().items()},
+            "average_rest": self.average.rest_dict(),
             "optimisers": {name: opt.state_dict() for name, opt in self.optimisers.items()},
             "normaliser": self.normaliser.state_dict() if self.normaliser is not None else {},
             "memory": dict(self.memory),
@@ -80,6 +81,7 @@ class DistillState:
         """
         for name, module in self.modules().items():
             load_into(module, tree["modules"].get(name, {}), f"network '{name}' of the checkpoint")
+        self.average.load_rest(tree.get("average_rest", {}))
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(tree["optimisers"][name])
         if self.normaliser is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,15 +16,20 @@ from distmatch.base.errors import UserError
 class EMA:
     """A frozen copy of a model whose parameters follow the model's.
 
+    A step of an average of long half-life is often smaller than half a unit in the last place of float32, and
+    would be lost. What rounding leaves of each parameter is therefore kept and added later (Kahan summation).
+
     Args:
         model: The model to follow; it is copied and not changed.
 
     Attributes:
         module: The average, in eval mode and without gradients; use it as any model.
+        rest: What the parameters of ``module`` lack of the average, one tensor for each.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.rest = [torch.zeros_like(p) for p in self.module.parameters()]
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
@@ -34,9 +40,19 @@ class EMA:
             decay: In [0, 1]; 0 copies the model.
         """
         average: list[Tensor] = list(self.module.parameters())
-        torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1.0 - decay)
-        for own, new in zip(self.module.buffers(), model.buffers(), strict=True):
-            own.copy_(new)
+        new = [p.detach() for p in model.parameters()]
+        if decay == 0:
+            torch._foreach_copy_(average, new)
+            torch._foreach_zero_(self.rest)
+        elif average:
+            # With the average a + rest, rest becomes lerp(rest, new - a); what of it a can hold goes there.
+            torch._foreach_lerp_(self.rest, torch._foreach_sub(new, average), 1.0 - decay)
+            moved = torch._foreach_add(average, self.rest)
+            torch._foreach_sub_(average, moved)
+            torch._foreach_add_(self.rest, average)
+            torch._foreach_copy_(average, moved)
+        for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            own.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the average; ``model.load_state_dict`` takes it too."""
@@ -45,6 +61,18 @@ class EMA:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned; a model's own state starts the average there."""
         self.module.load_state_dict(state)
+        torch._foreach_zero_(self.rest)
+
+    def rest_dict(self) -> dict[str, Tensor]:
+        """:attr:`rest` by the names of the parameters, for a checkpoint that goes on to the bit."""
+        names = (name for name, _ in self.module.named_parameters())
+        return dict(zip(names, self.rest, strict=True))
+
+    @torch.no_grad()
+    def load_rest(self, rest: Mapping[str, Tensor]) -> None:
+        """Restores what :meth:`rest_dict` returned; a name that is missing, as in older checkpoints, is 0."""
+        for name, own in self.rest_dict().items():
+            own.copy_(rest[name]) if name in rest else own.zero_()
 
 
 def ema_decay(

@@ -54,6 +54,7 @@ class TeacherState:
         tree = {
             "denoiser": self.denoiser.state_dict(),
             "average": self.average.module.state_dict(),
+            "average_rest": self.average.rest_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
@@ -70,6 +71,7 @@ class TeacherState:
         """
         load_into(self.denoiser, tree.get("denoiser", {}), "the checkpoint")
         load_into(self.average.module, tree.get("average", {}), "the checkpoint")
+        self.average.load_rest(tree.get("average_rest", {}))
         if self.uncertainty is not None:
             load_into(self.uncertainty, tree.get("uncertainty", {}), "the checkpoint")
         self.optimiser.load_state_dict(tree["optimiser"])

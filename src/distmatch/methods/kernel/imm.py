@@ -42,6 +42,9 @@ def quadratic(squares: Tensor) -> Tensor:
 def group_statistic(x: Tensor, y: Tensor, profile: Profile, same: Tensor | None = None) -> Tensor:
     """The biased MMD^2 of groups of particles: all pairs, those of a particle with itself included.
 
+    Of a group with several labels it is the mean of the MMD^2 of each label, by their shares of the group, so
+    that every particle counts as much as any other, whatever the labels of its neighbours.
+
     Args:
         x: Groups (G, M, d).
         y: Groups (G, M, d).
@@ -55,7 +58,7 @@ def group_statistic(x: Tensor, y: Tensor, profile: Profile, same: Tensor | None 
     def mean(a: Tensor, b: Tensor) -> Tensor:
         # By differences, not by inner products: x and y lie close to each other.
         values = profile((a[:, :, None] - b[:, None]).square().sum(-1))
-        return (values if same is None else values * same).mean((1, 2))
+        return (values.mean(2) if same is None else (values * same).sum(2) / same.sum(2)).mean(1)
 
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
@@ -117,7 +120,8 @@ class InductiveMatching:
     def draw(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Draws:
         """Groups of samples with their noise and levels: tensors whose rows are groups.
 
-        Samples of the same class share a group as far as they can, since only those are compared.
+        Samples of the same class share a group as far as they can, since only those are compared. What does
+        not fill a group is left out by chance, not by class.
 
         Raises:
             UserError: The batch is smaller than a group.
@@ -134,6 +138,9 @@ class InductiveMatching:
             )
         x0 = batch.x
         if labels is not None:
+            if len(x0) > count * particles:
+                chance = torch.randperm(len(x0), generator=gen, device=gen.device)[: count * particles]
+                x0, labels = x0[chance], labels[chance]
             order = labels.argsort(stable=True)
             x0, labels = x0[order], labels[order]
         x0 = x0[: count * particles].unflatten(0, (count, particles))
@@ -148,7 +155,7 @@ class InductiveMatching:
         r = lower_level(t, s, setup.teacher.sigma_min, high, own.imm_halvings)
         draws = {"x0": x0, "noise": noise, "t": t, "s": s, "r": r, "time": time}
         if labels is not None:
-            draws["labels"] = labels[: count * particles].unflatten(0, (count, particles))
+            draws["labels"] = labels.unflatten(0, (count, particles))
         return draws
 
     def loss(self, state: DistillState, draws: Draws, profile: Profile = laplace) -> tuple[Tensor, Info]:
