@@ -162,7 +162,7 @@ def test_moving_average_against_its_closed_form() -> None:
 
 
 def test_a_moving_average_of_long_half_life_is_not_lost_in_rounding() -> None:
-    """Weights of about 1 that moved by 1e-3, as in fine-tuning: a step of the average is a tenth of an ulp."""
+    """Weights of about 1 that moved by 1e-3, as in fine-tuning: each step is a tenth of an ulp."""
     torch.manual_seed(0)
     model = nn.Linear(8, 8)
     with torch.no_grad():
