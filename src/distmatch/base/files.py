@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as _serialise
 
 from distmatch.base.errors import UserError
+from distmatch.base.inputs import checked_path, parse_json, read_limited, require_regular_file
 
 _PICKLE_HEADS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
@@ -43,7 +44,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
     Raises:
         UserError: The folder cannot be written or the disk is full.
     """
-    target = Path(path)
+    target = checked_path(path)
     data = content.encode() if isinstance(content, str) else content
     temporary: str | None = None
     try:
@@ -75,7 +76,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UserError: The place cannot be written.
     """
-    target = Path(path)
+    target = checked_path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -129,17 +130,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file.
 
     Raises:
-        UserError: The file is missing or is not JSON.
+        UserError: The file is missing, is no regular file, or is not JSON of a sane size and depth.
     """
-    file = Path(path)
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing", expected="a JSON file", fix="check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(
-            f"cannot read {file} as JSON", got=str(error), fix="restore it from a copy"
-        ) from error
+    return parse_json(read_limited(path, what="a JSON file"), path)
 
 
 def save_tensors(
@@ -158,7 +151,7 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     Raises:
         UserError: The file is missing, truncated, or is a pickle (which is refused, never loaded).
     """
-    file = Path(path)
+    file = require_regular_file(path, "a safetensors file")
     try:
         with open(file, "rb") as handle:
             head = handle.read(9)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import tomllib
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.inputs import parse_toml, read_limited
 
 T = TypeVar("T")
 
@@ -41,25 +41,12 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, cannot be read, or is not TOML; the message shows the line.
     """
-    file = Path(path)
+    content = read_limited(path, what="a TOML file")
     try:
-        text = file.read_bytes().decode()
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing", expected="a TOML file", fix="check the path") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}", got=error.strerror, expected="a TOML file") from error
+        text = content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not text", got=str(error), expected="TOML in UTF-8") from error
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        got = str(error)
-        if match := re.search(r"at line (\d+)", got):
-            line = text.split("\n")[int(match[1]) - 1]
-            got += f": {line.strip()!r}"
-        raise UserError(
-            f"{file} is not valid TOML", got=got, expected='lines like name = "value", name = 3, [section]'
-        ) from error
+        raise UserError(f"{path} is not text", got=str(error), expected="TOML in UTF-8") from error
+    return parse_toml(text, path)
 
 
 def dataclass_to_dict(options: Any) -> dict[str, Any]:
