@@ -76,14 +76,14 @@ def test_hostile_toml_is_one_message_at_once(text):
 
 def test_archives_are_judged_by_their_headers(tmp_path):
     path = tmp_path / "a.npz"
-    np.savez_compressed(path, x=np.zeros((100, 1000, 1000), np.uint8), labels=np.zeros(100, np.int64))
-    assert path.stat().st_size < 200_000
-    headers = check_npz(path, 200_000_000)
-    assert headers["x"].shape == (100, 1000, 1000)
-    assert headers["labels"].nbytes == 800
+    np.savez_compressed(path, x=np.zeros((20, 1000, 1000), np.uint8), labels=np.zeros(20, np.int64))
+    assert path.stat().st_size < 40_000
+    headers = check_npz(path, 40_000_000)
+    assert headers["x"].shape == (20, 1000, 1000)
+    assert headers["labels"].nbytes == 160
     with pytest.raises(UserError, match="does not fit into memory"):
-        check_npz(path, 50_000_000)
-    assert list(check_npz(path, 50_000_000, ("labels", "others"))) == ["labels"]
+        check_npz(path, 10_000_000)
+    assert list(check_npz(path, 10_000_000, ("labels", "others"))) == ["labels"]
     np.savez(path, x=np.array([{}], object))
     with pytest.raises(UserError, match="not an array of numbers"):
         check_npz(path, 10**9)

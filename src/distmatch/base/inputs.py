@@ -225,8 +225,8 @@ def npz_headers(path: str | os.PathLike[str]) -> dict[str, ArrayHeader | None]:
                 raise ValueError(f"{len(members)} members")
             for member in members:
                 with archive.open(member) as handle:
-                    header = _header_or_none(handle)
-                if header is not None and header.nbytes > member.file_size:
+                    header, begin = _header_or_none(handle), handle.tell()
+                if header is not None and header.nbytes > member.file_size - begin:
                     raise ValueError(f"{member.filename} ends before its array of shape {header.shape} does")
                 found[member.filename.removesuffix(".npy")] = header
     except Exception as error:  # of the zip module and of every compression that it knows
