@@ -6,10 +6,11 @@ import hypothesis
 import pytest
 import torch
 
-# Tests run side by side; two threads each on two busy cores make small networks ten times slower. Processes
-# that tests start must use one thread too: sums over other numbers of threads differ in the last bit.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+# One thread unless the environment names another number. Tests run side by side; two threads each on two busy
+# cores make small networks ten times slower. Processes that tests start take the same number: sums over other
+# numbers of threads differ in the last bit.
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+torch.set_num_threads(THREADS)
 
 # The same examples on every machine and in every run: a failure can be repeated.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -17,6 +18,6 @@ hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _same_threads() -> None:
     """Other packages that tests compare with set the number of threads of the whole process."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)

@@ -10,6 +10,7 @@ import distmatch as dm
 from distmatch.data.batches import Batches
 from distmatch.training.options import NetOptions, RunOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
+from rounding import assert_same_but_for_rounding
 
 QUICK = {"batch": 32, "quiet": True}
 TINY = {"width": 16, "depth": 1, **QUICK}
@@ -61,7 +62,7 @@ def test_a_run_folder_can_be_written_from_python(tmp_path):
     dm.train("digits", steps=2, out=tmp_path / "teacher", **TINY)
     student = dm.distill(tmp_path / "teacher", steps=2, out=tmp_path / "student", **QUICK)
     again = dm.Student.from_pretrained(tmp_path / "student")
-    assert torch.equal(again.sample(4, seed=3), student.sample(4, seed=3))
+    assert_same_but_for_rounding(again.sample(4, seed=3), student.sample(4, seed=3))
     with pytest.raises(dm.UserError, match="--overwrite"):
         dm.train("digits", steps=2, out=tmp_path / "teacher", **TINY)
 

@@ -19,6 +19,7 @@ from distmatch.methods.start import fit_to_teacher, starting_network
 from distmatch.methods.student import Student, student_levels
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
+from rounding import assert_same_but_for_rounding
 from small import PAIR, batch, distiller, network_teacher
 
 METHODS = ["consistency", "scm", "ctm", "mean-flow", "rcm"]
@@ -91,7 +92,7 @@ def test_students_are_saved_with_all_they_know(settings: dict[str, Any], tmp_pat
     student = method.result(state, {"method": settings["method"]})
     student.save_pretrained(str(tmp_path / "m"))
     again = Student.from_pretrained(str(tmp_path / "m"))
-    assert torch.equal(again.sample(8, seed=3), student.sample(8, seed=3))
+    assert_same_but_for_rounding(again.sample(8, seed=3), student.sample(8, seed=3))
     assert student.levels[0] == pytest.approx(10.0)  # not the teacher's sigma_max, 20
     assert all(torch.isfinite(value).all() for info in infos for value in info.values())
     assert {"loss", "grad_norm_student"} <= infos[-1].keys()

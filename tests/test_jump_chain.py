@@ -16,6 +16,7 @@ from distmatch.methods.handover import Handover
 from distmatch.methods.hybrid import follower_of
 from distmatch.methods.student import Student, chain_weights
 from distmatch.nets.jump import as_jump
+from rounding import assert_same_but_for_rounding
 from small import distiller, network_teacher
 
 LEVELS = (10.0, 1.5, 0.3)
@@ -95,7 +96,7 @@ def test_a_trained_student_jumps_and_keeps_its_share_of_noise(tmp_path: Path) ->
         student.save_pretrained(tmp_path / name)
         again = Student.from_pretrained(tmp_path / name)
         assert (again.chain, again.gamma) == ("jump", 0.4)
-        assert torch.equal(again.sample(16, seed=1), student.sample(16, seed=1))
+        assert_same_but_for_rounding(again.sample(16, seed=1), student.sample(16, seed=1))
 
 
 def test_what_would_do_nothing_is_refused() -> None:

@@ -30,6 +30,7 @@ from distmatch.training.assess import draw_student
 from distmatch.training.checkpoint import pack
 from distmatch.training.options import DistillOptions, RunOptions
 from distmatch.training.prepare import prepare_distillation
+from rounding import assert_same_but_for_rounding
 from small import batch, distiller, network_teacher
 
 
@@ -237,7 +238,7 @@ def test_it_samples_the_data_and_evens_the_cells(tmp_path: Path) -> None:
     student.save_pretrained(tmp_path / "student")
     again = Student.from_pretrained(tmp_path / "student")
     assert isinstance(again, TransportStudent)
-    assert torch.equal(again.sample(50, seed=3), student.sample(50, seed=3))
+    assert_same_but_for_rounding(again.sample(50, seed=3), student.sample(50, seed=3))
     assert again.info["method"] == "dpm-ot"
     assert 0 <= again.info["rejected_seams"] <= 1
     torch.testing.assert_close(student.sample(50, seed=3, batch=7), student.sample(50, seed=3))

@@ -148,6 +148,10 @@ def save_tensors(
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Reads a safetensors file on the CPU.
 
+    The tensors are in memory of their own, not views of the mapped file. Views begin at any byte, and kernels
+    choose their way by alignment, so the same weights would give other last bits; and a mapped file that
+    another process cuts short ends this one.
+
     Raises:
         UserError: The file is missing, truncated, or is a pickle (which is refused, never loaded).
     """
@@ -167,7 +171,7 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         )
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            return {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"cannot read {file} as safetensors",
