@@ -281,8 +281,8 @@ def _load(package: Any, folder: Path, known: Sequence[str]) -> Any:
                 got=f"{len(found[what])} {what.replace('_', ' ')}, such as {sorted(found[what])[0]}",
                 fix="copy the folder again, with the config that was saved beside the weights",
             )
-    # diffusers leaves the weights in the mapped file, where they begin at any byte. Kernels choose their way by
-    # alignment: a resumed run would not repeat the first one bit for bit.
+    # diffusers leaves the weights in the mapped file, where they begin at any byte. Kernels choose their way
+    # by alignment: a resumed run would not repeat the first one bit for bit.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
