@@ -217,7 +217,8 @@ def test_a_failing_method_does_not_stop_the_others(tmp_path: Path, monkeypatch: 
     assert [run["status"] for run in runs] == ["done", "failed"] * 3
     messages = [run["message"] for run in runs if run["status"] == "failed"]
     assert "not finite" in messages[0] or "nan" in messages[0]
-    assert messages[1] == "out of memory: CUDA out of memory. Tried to allocate 20 GiB"
+    assert "does not fit into memory" in messages[1]
+    assert "Tried to allocate 20 GiB" in messages[1]
     assert messages[2] == "IndexError: list index out of range"
     assert all(f"failed: fast seed {seed}" in answer.out for seed in range(3))
     assert list(read(tmp_path / "c")["summary"]["means"]) == ["diff-instruct"]

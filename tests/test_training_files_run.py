@@ -1,6 +1,7 @@
 """The run folder: nothing of the user's is lost, and nobody writes to it twice at a time."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -8,7 +9,6 @@ import sys
 import pytest
 
 from distmatch.base.errors import UserError
-from distmatch.training import runfolder as runfolder_module
 from distmatch.training.checkpoint import save_checkpoint
 from distmatch.training.runfolder import RunFolder, create
 
@@ -163,13 +163,13 @@ def test_two_processes_never_write_to_one_folder_and_a_killed_one_blocks_nobody(
 
 
 def test_a_folder_that_another_process_filled_meanwhile(tmp_path, monkeypatch):
-    lock = runfolder_module.fcntl.flock
+    lock = fcntl.flock
 
     def late(fd, how):
         (tmp_path / "run" / "config.toml").write_text("theirs")
         lock(fd, how)
 
-    monkeypatch.setattr(runfolder_module.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(UserError, match="is not empty"):
         create(tmp_path / "run")
     create(tmp_path / "run", resume=True).release()
@@ -177,7 +177,7 @@ def test_a_folder_that_another_process_filled_meanwhile(tmp_path, monkeypatch):
 
 def test_a_folder_that_another_process_replaced_meanwhile(tmp_path, monkeypatch):
     old_run(tmp_path / "run")
-    lock = runfolder_module.fcntl.flock
+    lock = fcntl.flock
 
     def late(fd, how):
         (tmp_path / "run").rename(tmp_path / "aside")
@@ -185,7 +185,7 @@ def test_a_folder_that_another_process_replaced_meanwhile(tmp_path, monkeypatch)
         (tmp_path / "run" / ".lock").write_text("theirs")
         lock(fd, how)
 
-    monkeypatch.setattr(runfolder_module.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(UserError, match="another process"):
         create(tmp_path / "run", resume=True)
     assert (tmp_path / "run" / ".lock").read_text() == "theirs"
@@ -195,7 +195,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     def unsupported(fd, how):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(runfolder_module.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.warns(UserWarning, match="without locks"):
         create(tmp_path / "run").release()
 

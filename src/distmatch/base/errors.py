@@ -30,6 +30,10 @@ class DivergedError(UserError):
     """Training produced a value that is not finite; the last good checkpoint is kept."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send before they kill: handled as Ctrl-C is."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a list, with the nearest names that are.
 

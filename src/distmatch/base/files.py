@@ -17,6 +17,7 @@ from safetensors.torch import save as _serialise
 
 from distmatch.base.errors import UserError
 from distmatch.base.inputs import checked_path, parse_json, read_limited, require_regular_file
+from distmatch.base.memory import out_of_memory
 
 _PICKLE_HEADS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
@@ -173,6 +174,8 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt", device="cpu") as handle:
             return {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if memory := out_of_memory(error):
+            raise memory from error
         raise UserError(
             f"cannot read {file} as safetensors",
             got=str(error),

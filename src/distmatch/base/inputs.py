@@ -283,23 +283,3 @@ def check_npz(
             fix="take a part of it",
         )
     return chosen
-
-
-def memory_bound() -> int:
-    """Bytes that an input may take in memory: half of what this machine and this process have left."""
-    free = 2**33
-    try:
-        with open("/proc/meminfo", "rb") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith(b"MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        pass  # no Linux: a bound that any machine of today has
-    try:
-        import resource
-
-        most, _ = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        if most != resource.RLIM_INFINITY:
-            free = min(free, max(most - used, 0))
-    except (ImportError, OSError, ValueError):
-        pass
-    return free // 2

@@ -48,6 +48,7 @@ class Progress:
         self._shown_step = initial
         self._values: dict[str, Any] = {}
         self._bar: Any = None
+        enabled = enabled and self._stream is not None  # a program without a terminal may have none
         self._lines = enabled and not self._stream.isatty()
         if enabled and not self._lines:
             self._bar = tqdm(

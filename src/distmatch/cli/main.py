@@ -1,6 +1,6 @@
 """`distmatch VERB`: finds the verb, turns errors into messages and exit codes.
 
-Exit codes: 0 done, 2 the user's mistake, 1 anything else, 130 interrupted.
+Exit codes: 0 done, 2 the user's mistake, 1 anything else, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ import sys
 import traceback
 import warnings
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.errors import Terminated, UserError, unknown_name
+from distmatch.base.memory import out_of_memory
+from distmatch.cli.surroundings import (
+    discard,
+    prepare_streams,
+    rank_of_several,
+    several_processes,
+    sigterm_as_interrupt,
+)
 
 VERBS = {
     "demo": ("distmatch.cli.demo", "train, distil, measure and report on digits, in minutes"),
@@ -49,8 +57,13 @@ def main(argv: list[str]) -> int:
         return 0
     debug = "--debug" in argv
     arguments = [a for a in argv[1:] if a != "--debug"]
+    rank = None if argv[0] == "doctor" else rank_of_several(os.environ)
+    if rank:
+        return 2  # the first process says why
     try:
-        with warnings.catch_warnings():
+        if rank == 0:
+            raise several_processes(argv[0])
+        with warnings.catch_warnings(), sigterm_as_interrupt():
             warnings.showwarning = _show_warning
             return _carry_out(argv[0], arguments)
     except UserError as error:
@@ -58,12 +71,12 @@ def main(argv: list[str]) -> int:
             traceback.print_exc()
         print(f"distmatch {argv[0]}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"distmatch {argv[0]}: interrupted; a run goes on with --resume", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         # The reader of our output has gone (for example `| head`): nothing is left to say to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout.fileno())
         return 1
     except SystemExit as stop:  # from the option parser, which has printed its message
         return stop.code if isinstance(stop.code, int) else 2
@@ -91,16 +104,12 @@ def _carry_out(verb: str, arguments: list[str]) -> int:
 def _of_the_machine(error: Exception) -> UserError | None:
     """The message for what the user's machine refuses wherever it is met: access, space, memory."""
     refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+    if memory := out_of_memory(error):
+        return memory
     if isinstance(error, OSError) and error.errno in refused:
         place = f" {error.filename}" if error.filename else ""
         fix = "check the path, its permissions and the free space"
         return UserError(f"cannot use{place or ' a file'}", got=error.strerror, fix=fix)
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
-        got = str(error).splitlines()[0] if text else "more than there is"
-        return UserError(
-            "this does not fit into memory", got=got, fix="lower --batch or the size of the network"
-        )
     return None
 
 
@@ -110,4 +119,14 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    prepare_streams()
+    code = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # said already, or nobody reads it
+        discard(sys.stdout.fileno())
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.memory import out_of_memory
 from distmatch.data import Dataset
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.methods.config import DistillConfig
@@ -126,11 +127,7 @@ def reason(error: Exception) -> str:
     """Why something failed, in a line."""
     if isinstance(error, UserError):
         return str(error)
+    if memory := out_of_memory(error):
+        return str(memory)
     text = str(error).splitlines()[0] if str(error) else "no message"
-    if (
-        isinstance(error, MemoryError)
-        or "out of memory" in text.lower()
-        or "not enough memory" in text.lower()
-    ):
-        return f"out of memory: {text}"
     return f"{type(error).__name__}: {text}"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import DivergedError, UserError
+from distmatch.base.errors import DivergedError, Terminated, UserError
 from distmatch.base.progress import progress
 from distmatch.data.batches import Batch
 from distmatch.training.checkpoint import load_checkpoint, save_checkpoint
@@ -113,24 +113,31 @@ def _not_finite(node: Any, path: str = "") -> str | None:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that a step is never cut in half; a second one interrupts."""
-    asked = False
+def deferred_interrupt() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+    """Holds back the first Ctrl-C or SIGTERM, so that a step is never cut in half; a second one interrupts.
+
+    What it gives is called between steps and returns the exception to raise, or None.
+    """
+    asked: type[KeyboardInterrupt] | None = None
 
     def on_signal(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
+        again, asked = asked, Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if again:
+            raise asked
+
+    def pending() -> type[KeyboardInterrupt] | None:
+        return asked
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: None
         return
-    before = signal.signal(signal.SIGINT, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield pending
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_loop(
@@ -163,7 +170,8 @@ def run_loop(
 
     Raises:
         DivergedError: A logged value is not finite; the last checkpoint is good.
-        KeyboardInterrupt: Ctrl-C; a checkpoint of the last whole step was written first.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM as :class:`~distmatch.base.errors.Terminated`; a checkpoint of
+            the last whole step was written first.
     """
     history: list[dict[str, Any]] = []
     averages = Averages()
@@ -218,7 +226,7 @@ def run_loop(
             if done % options.checkpoint_every == 0 or done == options.steps:
                 checkpoint()
             bar.update(1, **shown)
-            if interrupted():
+            if stop := interrupted():
                 checkpoint()
-                raise KeyboardInterrupt
+                raise stop
     return history

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +13,9 @@ from typing import Self
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import guard
+from distmatch.base.inputs import checked_path, read_limited
 from distmatch.training.checkpoint import is_checkpoint, list_checkpoints
-
-_LOCK = ".lock"
-_MARK = "distmatch run folder"  # the lock file begins so, and thereby marks the folder as ours
+from distmatch.training.lock import LOCK, MARK, refuse_in_use, take_lock
 
 
 @dataclass(frozen=True)
@@ -111,14 +107,18 @@ def create(
     Raises:
         UserError: The folder is in use, not empty, not ours, or cannot be written, or the flags contradict.
     """
-    folder = Path(path).resolve()
+    folder = checked_path(path).resolve()
     used = check_usable(folder, resume=resume, overwrite=overwrite, inputs=inputs)
     if used and overwrite:
         return guard(lambda: _replace(folder), folder)
     run: RunFolder = guard(lambda: _open(folder), folder)
-    if not resume and (found := _content(folder)):  # another process was faster, and has finished already
+    try:
+        if not resume and (found := _content(folder)):  # another process was faster, and has finished already
+            raise _occupied(folder, found)
+        _check_kinds(run)
+    except BaseException:
         run.release()
-        raise _occupied(folder, found)
+        raise
     return run
 
 
@@ -139,13 +139,14 @@ def check_usable(
     Raises:
         UserError: The folder is not empty, not ours, or the flags contradict.
     """
-    folder = Path(path).resolve()
+    folder = checked_path(path).resolve()
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other", fix="give one of them")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", expected="a folder", fix="choose another place with --out")
     used = guard(lambda: _content(folder), folder)
     if used and not resume and not overwrite:
+        guard(lambda: refuse_in_use(folder), folder)
         raise _occupied(folder, used)
     if used and not _is_ours(folder):
         raise UserError(
@@ -163,20 +164,41 @@ def check_usable(
         )
     if used and overwrite:
         _refuse_needed(folder, [*map(Path, inputs), Path.cwd()])
+    elif used:
+        _check_kinds(RunFolder(folder))
     return bool(used)
+
+
+def _check_kinds(run: RunFolder) -> None:
+    """Refuses a folder in which something stands where a run will write, found now rather than at its end."""
+    for path in (run.config, run.env, run.log, run.metrics, run.report):
+        if path.exists() and not path.is_file():
+            raise _in_the_way(path, "a file")
+    for path in (run.checkpoints, run.samples, run.model):
+        if path.exists() and not path.is_dir():
+            raise _in_the_way(path, "a folder")
+
+
+def _in_the_way(path: Path, expected: str) -> UserError:
+    return UserError(
+        f"{path} is in the way of what the run writes",
+        got="something of another kind",
+        expected=f"{expected} of a run, or nothing",
+        fix="move it elsewhere",
+    )
 
 
 def _content(folder: Path) -> list[str]:
     """Names in the folder but for the lock file, sorted; none if there is no folder."""
-    return sorted(e.name for e in folder.iterdir() if e.name != _LOCK) if folder.is_dir() else []
+    return sorted(e.name for e in folder.iterdir() if e.name != LOCK) if folder.is_dir() else []
 
 
 def _is_ours(folder: Path) -> bool:
     """Whether the folder is a run folder: marked by us, or with files that only we put together."""
     try:
-        if (folder / _LOCK).read_text().startswith(_MARK):
+        if read_limited(folder / LOCK).startswith(MARK.encode()):
             return True
-    except (OSError, UnicodeDecodeError):
+    except UserError:
         pass  # copied without hidden files: look at the others
     run = RunFolder(folder)
     if run.config.is_file() and (run.log.is_file() or run.env.is_file()):
@@ -204,37 +226,12 @@ def _refuse_needed(folder: Path, needed: list[Path]) -> None:
 
 
 def _open(folder: Path) -> RunFolder:
-    """Makes the folder if need be and takes its lock.
-
-    A lock of the operating system, not the mere presence of a file: it ends with the process, even killed.
-    """
+    """Makes the folder if need be and takes its lock."""
+    lock = folder / LOCK
+    if lock.exists() and not lock.is_file():
+        raise _in_the_way(lock, "a file")
     folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The folder may have been replaced between opening the file and locking it: then we hold a dead lock.
-        if not os.path.samestat(os.fstat(fd), os.stat(folder / _LOCK)):
-            raise BlockingIOError(errno.EAGAIN, "replaced by another process")
-    except BlockingIOError as error:
-        holder = os.pread(fd, 100, 0).decode(errors="replace").strip()
-        os.close(fd)
-        raise UserError(
-            f"another process is writing to {folder}",
-            got=holder or "a locked folder",
-            fix="wait until it ends, stop it, or choose another place with --out",
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            os.close(fd)
-            raise
-        warnings.warn(f"{folder} is on a file system without locks: run one process in it only", stacklevel=4)
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{_MARK}, process {os.getpid()}\n".encode(), 0)
-    except OSError:
-        os.close(fd)
-        raise
-    return RunFolder(folder, [fd])
+    return RunFolder(folder, [take_lock(folder)])
 
 
 def _replace(folder: Path) -> RunFolder:
