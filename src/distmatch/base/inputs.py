@@ -16,11 +16,13 @@ import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any
 
 from distmatch.base.errors import UserError
+from distmatch.base.memory import free_memory
+
+if TYPE_CHECKING:
+    import numpy as np  # options are read without it, so that --help answers at once
 
 LARGEST_TEXT = 64 * 2**20
 """Bytes of the largest JSON file that is read."""
@@ -189,6 +191,8 @@ def read_array_header(handle: IO[bytes]) -> ArrayHeader:
     Raises:
         ValueError: It is none, or describes no array.
     """
+    import numpy as np
+
     if handle.read(6) != b"\x93NUMPY":
         raise ValueError("it does not begin as NumPy arrays do")
     version = handle.read(2)
@@ -283,3 +287,9 @@ def check_npz(
             fix="take a part of it",
         )
     return chosen
+
+
+def memory_bound() -> int:
+    """Bytes that an input may take in memory: half of what is left, or 4 GiB where that is not known."""
+    free = free_memory()
+    return 2**32 if free is None else free // 2

@@ -65,12 +65,6 @@ def free_memory() -> int | None:
     return free
 
 
-def memory_bound() -> int:
-    """Bytes that an input may take in memory: half of what is left, or 4 GiB where that is not known."""
-    free = free_memory()
-    return 2**32 if free is None else free // 2
-
-
 def binary_size(count: int) -> str:
     """A number of bytes in the unit that suits it, such as ``1.5 GiB``."""
     size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
