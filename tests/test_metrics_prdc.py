@@ -26,10 +26,16 @@ def by_loops(real, fake, k_precision=3, k_coverage=5):
     of_fake = [radius(fake, j, k_precision) for j in range(len(fake))]
     d = [[math.dist(r, f) for f in fake] for r in real]
     n, m = range(len(real)), range(len(fake))
+    weights = [1.0] * len(real)
+    for i in n:
+        others = sorted(math.dist(real[i], real[j]) for j in n if j != i)
+        if k_coverage < len(others) and others[k_coverage] == opened[i]:
+            weights[i] = k_coverage / sum(o <= opened[i] for o in others)
+            opened[i] = math.nextafter(opened[i], math.inf)  # the closed ball
     return [
         sum(any(d[i][j] <= closed[i] for i in n) for j in m) / len(fake),
         sum(any(d[i][j] <= of_fake[j] for j in m) for i in n) / len(real),
-        sum(d[i][j] < opened[i] for i in n for j in m) / (k_coverage * len(fake)),
+        sum(weights[i] * (d[i][j] < opened[i]) for i in n for j in m) / (k_coverage * len(fake)),
         sum(any(d[i][j] < opened[i] for j in m) for i in n) / len(real),
     ]
 
@@ -92,9 +98,31 @@ def test_a_copied_sample_is_inside_its_closed_ball_of_radius_zero():
     assert result.recall == 1 / 40  # all radii are zero: only the copied sample is reached
 
 
-def test_closed_balls_of_radius_zero_hold_their_centre_and_open_ones_do_not():
+def test_among_repeats_every_ball_is_closed_and_counts_what_it_holds():
     copies = normal(1, 3, 7).expand(40, 3)
-    assert values(copies, copies) == [1, 1, 0, 0]
+    assert values(copies, copies) == pytest.approx([1, 1, 40 / 39, 1], rel=1e-6)
+    # whole numbers from 0 to 3: many copies, and many neighbours at one distance
+    real, fake = (normal(n, 2, seed).round().clamp(-1, 2) for n, seed in ((45, 1), (38, 2)))
+    assert values(real, fake) == pytest.approx(by_loops(real, fake), rel=1e-6)
+    replicates, edges = prdc_replicates(real, fake, halves=True), group_bounds(45, 8)
+    for got, part in zip(replicates.tolist(), half_samples(), strict=True):
+        halves = [
+            torch.cat([x[e[g] : e[g + 1]] for g in range(8) if part[g]])
+            for x, e in ((real, edges), (fake, group_bounds(38, 8)))
+        ]
+        assert got == pytest.approx(by_loops(*halves), rel=1e-6)
+
+
+def test_two_draws_from_ten_atoms_score_one():
+    atoms = normal(10, 3, 5)
+    draws = torch.randint(10, (2, 2000), generator=torch.Generator().manual_seed(0))
+    got = values(*(atoms[d] for d in draws))
+    # density: sum of q_a over p_a of shares of about 200 / 2000, whose excess has mean 10 / 2000 and less noise
+    assert got == pytest.approx([1, 1, 1, 1], abs=0.03)
+    # one atom never drawn: a tenth is lost of coverage and recall
+    lost = values(atoms[draws[0]], atoms[draws[1][draws[1] > 0]])
+    assert lost[0] == 1
+    assert lost[1] == lost[3] == pytest.approx(float((draws[0] > 0).double().mean()))
 
 
 def test_distances_equal_the_direct_form_and_are_exactly_zero_between_equal_points():

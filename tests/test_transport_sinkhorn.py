@@ -183,10 +183,7 @@ def test_a_step_is_exact_where_a_column_underflows():
     """One point 2000 eps away from all others: its mass is exp(-2000), but its potential is computed."""
     x, y = normal(6, 2), normal(8, 2, seed=1)
     y[3] = torch.tensor([20.0, 0.0])
-    left, right = (
-        sinkhorn_solver.cloud(z, torch.full((len(z),), 1 / len(z), dtype=z.dtype), torch.zeros(2))
-        for z in (x, y)
-    )
+    left, right = (sinkhorn_solver.cloud(z, torch.full((len(z),), 1 / len(z), dtype=z.dtype)) for z in (x, y))
     g = torch.zeros(8, dtype=torch.float64)
     found = sinkhorn_solver.sweep_blocks(left, right, g, 0.1)
     step = sinkhorn_solver._ascent(left, right, g, found, 0.1)

@@ -18,7 +18,7 @@ from distmatch.base.estimate import Estimate
 from distmatch.discrepancies.bars import near_zero
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.kernels import squared_distances
-from distmatch.discrepancies.samples import checked_pair, same_count
+from distmatch.discrepancies.samples import about_centre, checked_pair, same_count
 from distmatch.discrepancies.sums import PairSums, degenerate_across, degenerate_within, two_sample_variances
 
 ESTIMATORS = ("unbiased", "biased")
@@ -49,11 +49,11 @@ def _bandwidth(bandwidth: float | None, x: Tensor, y: Tensor) -> float:
     return float(bandwidth)
 
 
-def _log_rows(x: Tensor, y: Tensor, leave_out_diagonal: bool) -> Tensor:
-    """Log of the sums over j of exp(-|x_i - y_j|^2), (n,) in float64."""
+def _log_rows(x: Tensor, y: Tensor, leave_out_diagonal: bool, precision: torch.dtype) -> Tensor:
+    """Log of the sums over j of exp(-|x_i - y_j|^2), (n,) in float64, of a matrix in ``precision``."""
 
     def of_rows(low: int, high: int, x: Tensor, y: Tensor) -> Tensor:
-        logs = -squared_distances(x[low:high], y)
+        logs = -squared_distances(x[low:high], y, precision, low if leave_out_diagonal else None)
         if leave_out_diagonal:
             logs.diagonal(low).fill_(-math.inf)
         return logs.logsumexp(1).double()
@@ -61,14 +61,17 @@ def _log_rows(x: Tensor, y: Tensor, leave_out_diagonal: bool) -> Tensor:
     return in_chunks(of_rows, x, y)
 
 
-def _prepared(x: Tensor, y: Tensor, bandwidth: float | None, estimator: str) -> tuple[Tensor, Tensor]:
-    """Both sets, centred and scaled so that the kernel is exp(-squared distance)."""
+def _prepared(
+    x: Tensor, y: Tensor, bandwidth: float | None, estimator: str
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Both sets in float64, scaled so that the kernel is exp(-squared distance); their own precision."""
     if estimator not in ESTIMATORS:
         raise unknown_name("estimator", estimator, ESTIMATORS)
     x, y = checked_pair(x, y)
     scale = 1 / (2 * _bandwidth(bandwidth, x, y))
-    centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
-    return (x - centre) * scale, (y - centre) * scale
+    given = x.dtype
+    x, y = about_centre(x, y)
+    return x * scale, y * scale, given
 
 
 def cauchy_schwarz_loss(
@@ -89,29 +92,30 @@ def cauchy_schwarz_loss(
     Raises:
         UserError: Bad samples, bandwidth or estimator.
     """
-    x, y = _prepared(x, y, bandwidth, estimator)
+    x, y, given = _prepared(x, y, bandwidth, estimator)
     own = estimator == "unbiased"
     m, n = len(x), len(y)
-    inner = _log_rows(x, x, own).logsumexp(0) + _log_rows(y, y, own).logsumexp(0)
+    inner = sum(_log_rows(z, z, own, given).logsumexp(0) for z in (x, y))
     pairs = math.log(m * (m - own)) + math.log(n * (n - own)) - 2 * math.log(m * n)
-    return (inner - 2 * _log_rows(x, y, False).logsumexp(0) - pairs).to(x.dtype)
+    return (inner - 2 * _log_rows(x, y, False, given).logsumexp(0) - pairs).to(given)
 
 
-def _relative(x: Tensor, y: Tensor, within: bool) -> tuple[float, PairSums]:
+def _relative(x: Tensor, y: Tensor, within: bool, precision: torch.dtype) -> tuple[float, PairSums]:
     """The log of the mean of the kernel matrix, and the sums of the matrix divided by that mean.
 
     The degenerate part of the logarithm of three means has the entries k_ij - r_i c_j: their double centring,
     less the product of the relative row and column means that the curvature of the logarithm adds.
     """
     pairs = len(x) * (len(y) - within)
-    rows = _log_rows(x, y, within)
-    columns = rows if within else _log_rows(y, x, False)
+    rows = _log_rows(x, y, within, precision)
+    columns = rows if within else _log_rows(y, x, False, precision)
     log_mean = rows.logsumexp(0) - math.log(pairs)
     row_means = rows - log_mean - math.log(pairs / len(x))
     column_means = columns - log_mean - math.log(pairs / len(y))
 
     def squares(low: int, high: int, x: Tensor, y: Tensor) -> Tensor:
-        kernel = (-squared_distances(x[low:high], y) - log_mean).exp()
+        own = low if within else None
+        kernel = (-squared_distances(x[low:high], y, precision, own) - log_mean).exp()
         entries = kernel - (row_means[low:high, None] + column_means).exp()
         if within:
             entries.diagonal(low).zero_()
@@ -153,9 +157,10 @@ def cauchy_schwarz(
         if estimator == "biased":
             value = float(cauchy_schwarz_loss(x, y, bandwidth=bandwidth, estimator=estimator))
             return Estimate(value, math.nan, min(len(x), len(y)))
-        x, y = _prepared(x, y, bandwidth, estimator)
+        x, y, given = _prepared(x, y, bandwidth, estimator)
         logs, sums = zip(
-            *(_relative(a, b, w) for a, b, w in ((x, x, True), (y, y, True), (x, y, False))), strict=True
+            *(_relative(a, b, w, given) for a, b, w in ((x, x, True), (y, y, True), (x, y, False))),
+            strict=True,
         )
         xx, yy, xy = sums
         cross = xy.row_means.var() / len(x) + xy.column_means.var() / len(y)
@@ -202,12 +207,12 @@ def conditional_cauchy_schwarz_loss(
     y_p, y_q = checked_pair(y_p, y_q, names=("y_p", "y_q"))
     same_count(x_p, y_p, ("x_p", "y_p"))
     same_count(x_q, y_q, ("x_q", "y_q"))
-    x_p, x_q = _prepared(x_p, x_q, bandwidth_x, "biased")
-    y_p, y_q = _prepared(y_p, y_q, bandwidth_y, "biased")
+    x_p, x_q, given = _prepared(x_p, x_q, bandwidth_x, "biased")
+    y_p, y_q, _ = _prepared(y_p, y_q, bandwidth_y, "biased")
 
     def of_rows(low: int, high: int, x: Tensor, y: Tensor, other_x: Tensor, other_y: Tensor) -> Tensor:
-        in_x = -squared_distances(x[low:high], other_x)
-        joint = in_x - squared_distances(y[low:high], other_y)
+        in_x = -squared_distances(x[low:high], other_x, given)
+        joint = in_x - squared_distances(y[low:high], other_y, given)
         return torch.stack([in_x.logsumexp(1), joint.logsumexp(1)]).double()
 
     p_p, p_pp = in_chunks(of_rows, x_p, y_p, x_p, y_p)
@@ -216,7 +221,7 @@ def conditional_cauchy_schwarz_loss(
     q_p, q_qp = in_chunks(of_rows, x_q, y_q, x_p, y_p)
     squares = (p_pp - 2 * p_p).logsumexp(0) + (q_qq - 2 * q_q).logsumexp(0)
     cross = (p_pq - p_p - p_q).logsumexp(0) + (q_qp - q_q - q_p).logsumexp(0)
-    return (squares - cross).to(x_p.dtype)
+    return (squares - cross).to(given)
 
 
 def conditional_cauchy_schwarz(

@@ -179,7 +179,7 @@ def distance_covariance_test(
         where = generator.device if generator is not None else x.device
         sums = product_sums(x, y)
         n, observed = len(x), _unbiased(sums)
-        a, b = (distances(centred(v), centred(v)) if n <= _HELD else None for v in (x, y))
+        a, b = (distances(centred(v), centred(v), 0) if n <= _HELD else None for v in (x, y))
         null = []
         for _ in range(resamples):
             order = torch.randperm(n, generator=generator, device=where).to(y.device)

@@ -15,9 +15,9 @@ from distmatch.discrepancies.chunks import in_chunks, recomputed, rows_per_chunk
 from distmatch.discrepancies.kernels import root, squared_distances
 
 
-def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances (n, m), with gradient zero at zero."""
-    return (x - y.T).abs() if x.shape[1] == 1 else root(squared_distances(x, y))
+def distances(x: Tensor, y: Tensor, own: int | None = None) -> Tensor:
+    """Euclidean distances (n, m), with gradient zero at zero; ``own`` as for :func:`squared_distances`."""
+    return (x - y.T).abs() if x.shape[1] == 1 else root(squared_distances(x, y, own=own))
 
 
 _LEAST_ROW, _MOST_ROW = 32, 64
@@ -41,7 +41,12 @@ class ProductSums:
 
 
 def centred(x: Tensor) -> Tensor:
-    """The samples about their mean, which changes no distance and saves digits."""
+    """The samples in float64 about their mean.
+
+    Distance covariance is what is left of sums that are larger by the spread over what varies together: with
+    one sample far out, by more digits than float32 has.
+    """
+    x = x.double()
     return x - x.detach().mean(0)
 
 
@@ -55,12 +60,12 @@ def product_sums(x: Tensor, y: Tensor, in_order: bool = True) -> ProductSums:
     """
     x, y = centred(x), centred(y)
     if x.shape[1] == 1 and y.shape[1] == 1:
-        sums, order = _in_one_dimension(x.squeeze(1).double(), y.squeeze(1).double())
+        sums, order = _in_one_dimension(x.squeeze(1), y.squeeze(1))
         return ProductSums(*(torch.zeros_like(sums).index_add(1, order, sums) if in_order else sums))
 
     def of_rows(low: int, high: int, x: Tensor, y: Tensor) -> Tensor:
-        a, b = distances(x[low:high], x), distances(y[low:high], y)
-        return torch.stack([a.sum(1), b.sum(1), (a * b).sum(1)]).double()
+        a, b = distances(x[low:high], x, low), distances(y[low:high], y, low)
+        return torch.stack([a.sum(1), b.sum(1), (a * b).sum(1)])
 
     return ProductSums(*in_chunks(of_rows, x, y))
 
@@ -70,10 +75,8 @@ def times_distances(x: Tensor, weights: Tensor) -> Tensor:
     with torch.no_grad():
         x = centred(x)
         if x.shape[1] > 1:
-            return in_chunks(
-                lambda low, high, x, w: distances(x[low:high], x) @ w, x, weights.to(x.dtype)
-            ).double()
-        points, order = x.squeeze(1).double().sort()
+            return in_chunks(lambda low, high, x, w: distances(x[low:high], x, low) @ w, x, weights)
+        points, order = x.squeeze(1).sort()
         terms = torch.stack([weights[order], weights[order] * points])
         mass, moment = 2 * terms.cumsum(1) - terms.sum(1, keepdim=True)
         return torch.empty_like(points).scatter_(0, order, points * mass - moment)

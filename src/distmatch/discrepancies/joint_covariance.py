@@ -46,17 +46,17 @@ def _row_sums(
         apart = torch.ones(high - low, len(w), dtype=torch.bool, device=w.device)
         apart.diagonal(low).zero_()
         centred_rows = [
-            margin[low:high, None] + margin - distances(x[low:high], x)
+            margin[low:high, None] + margin - distances(x[low:high], x, low)
             for x, margin in zip(points, own, strict=True)
         ]
-        return (entries(centred_rows) * apart * w).sum(1).double()
+        return (entries(centred_rows) * apart * w).sum(1)
 
     return in_chunks(of_rows, *variables, *margins, weights)
 
 
 def _margins(x: Tensor, weights: Tensor, shrink: float) -> Tensor:
     """Weighted row sums of the distances less half of their total, so that two of them centre an entry."""
-    rows = in_chunks(lambda low, high, x, w: distances(x[low:high], x) @ w, x, weights)
+    rows = in_chunks(lambda low, high, x, w: distances(x[low:high], x, low) @ w, x, weights)
     return rows - shrink * rows.dot(weights) / 2
 
 
@@ -76,7 +76,7 @@ def _unbiased(variables: list[Tensor], c: float, about_first: bool) -> Tensor:
 def _jackknife(variables: list[Tensor], c: float, about_first: bool) -> float:
     """The variance by the jackknife, from how the statistic changes with the weight of each sample."""
     n = len(variables[0])
-    variables = [x.detach().double() for x in variables]
+    variables = [x.detach() for x in variables]
     with torch.enable_grad():
         weights = variables[0].new_full((n,), 1 / (n - 2)).requires_grad_()
         sums = _sums(variables, weights, c, about_first)
@@ -91,7 +91,7 @@ def _degenerate(variables: list[Tensor], c: float, about_first: bool) -> float:
     two factors and more of prod_k (U^k + c), or U^1 times the rest of the product, which may be dependent.
     """
     n, ones = len(variables[0]), torch.ones_like(variables[0][:, 0])
-    v = [float(distance_variance(x, _margins(x, ones, 0.0).double())) for x in variables]
+    v = [float(distance_variance(x, _margins(x, ones, 0.0))) for x in variables]
     if about_first:
         others = variables[1:]
         margins = [_margins(x, ones / (n - 2), (n - 2) / (n - 1)) for x in others]
@@ -126,8 +126,8 @@ def joint_distance_covariance_loss(
     Raises:
         UserError: Bad or unpaired samples, fewer than two variables, or c not positive.
     """
-    points = _prepared(variables, c)
-    return _unbiased(points, c, about_first).to(points[0].dtype)
+    given = checked_list(variables, 2)[0].dtype
+    return _unbiased(_prepared(variables, c), c, about_first).to(given)
 
 
 def joint_distance_covariance(

@@ -20,6 +20,14 @@ KERNELS = ("gaussian", "laplace", "rational_quadratic", "imq", "energy", "polyno
 """The names that functions with a ``kernel`` argument take."""
 
 _MEDIAN_FROM = 2000
+_CANCELLED = 1e-11
+"""Share of the largest squared norm below which a squared distance has lost digits that matter."""
+_CLOSE = 1e-2
+"""The same in float32: above it distances have five digits or more."""
+_WIDE = 64
+"""Coordinates from which on a product in float64 is what takes the time."""
+_PAIR_NUMBERS = 2**20
+"""Coordinates of the pairs whose differences are held at once."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +39,33 @@ class Kernel:
         profile: The function of the squared distance (or inner product) of the scaled samples.
         scale: What the samples are multiplied with first; None means 1 / sqrt(d).
         of_products: The profile takes inner products, not squared distances.
+        bounded: No value exceeds one, so that float32 is enough for the matrix of float32 samples.
     """
 
     name: str
     profile: Callable[[Tensor], Tensor]
     scale: float | None = 1.0
     of_products: bool = False
+    bounded: bool = True
+
+    def precision(self, given: torch.dtype) -> torch.dtype:
+        """What the matrix of samples of that precision is to be computed in."""
+        return given if self.bounded else torch.float64
 
     def scaled(self, x: Tensor) -> Tensor:
         """The samples (..., d) as :meth:`of_scaled` takes them."""
         return x * (1 / math.sqrt(x.shape[-1]) if self.scale is None else self.scale)
 
-    def of_scaled(self, x: Tensor, y: Tensor) -> Tensor:
-        """The matrix k(x_i, y_j), (..., n, m), for samples that are scaled already."""
-        return self.profile(x @ y.mT if self.of_products else squared_distances(x, y))
+    def of_scaled(
+        self, x: Tensor, y: Tensor, precision: torch.dtype | None = None, own: int | None = None
+    ) -> Tensor:
+        """The matrix k(x_i, y_j), (..., n, m), for samples that are scaled already.
+
+        ``precision`` and ``own`` are as for :func:`squared_distances`.
+        """
+        if self.of_products:
+            return self.profile((x @ y.mT).to(precision or x.dtype))
+        return self.profile(squared_distances(x, y, precision, own))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """The matrix k(x_i, y_j), (..., n, m), for samples (..., n, d) and (..., m, d)."""
@@ -56,16 +77,68 @@ class Kernel:
         return self.profile((x * y).sum(-1) if self.of_products else (x - y).square().sum(-1))
 
 
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+def squared_distances(
+    x: Tensor, y: Tensor, precision: torch.dtype | None = None, own: int | None = None
+) -> Tensor:
     """Squared Euclidean distances (..., n, m), never negative.
 
-    By inner products, so subtract a common centre first where the samples are far from the origin.
+    By one product of matrices in float64. Pairs so close for their distance from the origin that it loses
+    their digits are taken by differences, so that equal points are at distance zero. Subtract a common centre
+    first, in float64, where the samples are far from the origin: that leaves fewer of these pairs. Where the
+    result is float32, samples of many coordinates without any close pair are multiplied in float32.
+
+    Args:
+        x: Samples (..., n, d).
+        y: Samples (..., m, d).
+        precision: Of the result; None for that of the samples.
+        own: Where ``x`` is a part of ``y``, the row of ``y`` that it starts at.
     """
+    precision = precision or torch.promote_types(x.dtype, y.dtype)
     if x.shape[-1] == 1:
-        return (x - y.mT).square()
-    products = torch.baddbmm if x.ndim == 3 else torch.addmm
-    squares = products(y.square().sum(-1)[..., None, :], x, y.mT, alpha=-2) + x.square().sum(-1)[..., :, None]
-    return squares.clamp_min(0)
+        return (x.double() - y.double().mT).square().to(precision)
+    if precision == torch.float32 and x.shape[-1] >= _WIDE:
+        squares, close = _by_product(x.float(), y.float(), own, _CLOSE)
+    if precision != torch.float32 or x.shape[-1] < _WIDE or close is not None:
+        x, y = x.double(), y.double()
+        squares, close = _by_product(x, y, own, _CANCELLED)
+        if close is not None:
+            squares = _repaired(squares, x, y, close.nonzero(as_tuple=True))
+    if own is not None:
+        squares.diagonal(own, -2, -1).zero_()
+    return squares.to(precision).clamp_min(0)
+
+
+def _by_product(x: Tensor, y: Tensor, own: int | None, share: float) -> tuple[Tensor, Tensor | None]:
+    """Squared distances, infinite for ``own``, and which are below a share of the largest squared norm."""
+    of_x, of_y = x.square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)
+    squares = (
+        torch.cat([-2 * x, of_x, torch.ones_like(of_x)], -1)
+        @ torch.cat([y, torch.ones_like(of_y), of_y], -1).mT
+    )
+    if own is not None:
+        squares.diagonal(own, -2, -1).fill_(math.inf)
+    with torch.no_grad():
+        least = share * torch.maximum(of_x.amax(), of_y.amax())
+        return squares, squares < least if bool(squares.amin() < least) else None
+
+
+@torch.no_grad()
+def _differences(x: Tensor, y: Tensor, found: tuple[Tensor, ...]) -> Tensor:
+    """The squared distances of some pairs, given by their indices (batch, row, column)."""
+    parts = zip(*(i.split(max(1, _PAIR_NUMBERS // x.shape[-1])) for i in found), strict=True)
+    return torch.cat([(x[(*batch, i)] - y[(*batch, j)]).square().sum(-1) for *batch, i, j in parts])
+
+
+def _repaired(squares: Tensor, x: Tensor, y: Tensor, found: tuple[Tensor, ...]) -> Tensor:
+    """The squared distances with some pairs taken by differences; the gradient is that of the product.
+
+    That needs no repair, as it is a difference of points and not of their squares.
+    """
+    right = _differences(x, y, found)
+    if not squares.requires_grad:
+        return squares.index_put_(found, right)
+    repair = torch.zeros_like(squares).index_put_(found, right - squares.detach()[found])
+    return squares + repair
 
 
 def root(squares: Tensor) -> Tensor:
@@ -125,8 +198,8 @@ def energy(exponent: float = 1.0) -> Kernel:
             expected="a number between 0 and 2, both excluded (2 sees only the means)",
         )
     if exponent == 1:
-        return Kernel("energy", lambda d2: -root(d2))
-    return Kernel("energy", lambda d2: -(root(d2) ** exponent))
+        return Kernel("energy", lambda d2: -root(d2), bounded=False)
+    return Kernel("energy", lambda d2: -(root(d2) ** exponent), bounded=False)
 
 
 def polynomial(degree: int = 3, gamma: float | None = None, offset: float = 1.0) -> Kernel:
@@ -140,7 +213,9 @@ def polynomial(degree: int = 3, gamma: float | None = None, offset: float = 1.0)
     if not (math.isfinite(offset) and offset >= 0):
         raise UserError("the offset must not be negative (the kernel would be indefinite)", got=offset)
     scale = None if gamma is None else math.sqrt(_positive(gamma, "gamma"))
-    return Kernel("polynomial", lambda xy: (xy + offset) ** int(degree), scale, of_products=True)
+    return Kernel(
+        "polynomial", lambda xy: (xy + offset) ** int(degree), scale, of_products=True, bounded=False
+    )
 
 
 def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:

@@ -56,11 +56,11 @@ def _merged(order: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     return before_x.clamp_(max=n - 1), before_y.clamp_(max=m - 1)
 
 
-def _equal_weights(u: Tensor, v: Tensor, p: float) -> Tensor:
+def _equal_weights(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     n, m = u.shape[1], v.shape[1]
     u, v = _sorted(u, False)[0], _sorted(v, False)[0]
     if n == m:
-        return _powers(u - v, p).mean(1)
+        return u - v, None
     # The levels i/n and j/m, exact as the whole numbers i m and j n, are those of every row.
     of_x = torch.arange(1, n + 1, device=u.device) * m
     of_y = torch.arange(1, m + 1, device=u.device) * n
@@ -69,10 +69,10 @@ def _equal_weights(u: Tensor, v: Tensor, p: float) -> Tensor:
     ix, iy = _merged(order, n, m)
     moved = share > 0
     ix, iy, share = ix[moved], iy[moved], share[moved].to(u.dtype)
-    return _powers(u.index_select(1, ix) - v.index_select(1, iy), p) @ share
+    return u.index_select(1, ix) - v.index_select(1, iy), share
 
 
-def _any_weights(u: Tensor, v: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
+def _any_weights(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     n, m = u.shape[1], v.shape[1]
     u, order_u = _sorted(u, True)
     v, order_v = _sorted(v, True)
@@ -80,9 +80,24 @@ def _any_weights(u: Tensor, v: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor
     if order is None:
         raise RuntimeError("a sort lost its permutation")
     ix, iy = _merged(order, n, m)
-    costs = _powers(u.gather(1, ix) - v.gather(1, iy), p).to(levels.dtype)
-    first = levels[:, 0] * costs[:, 0]
-    return (first + torch.linalg.vecdot(torch.diff(levels, dim=1), costs[:, 1:])).to(u.dtype)
+    share = torch.cat([levels[:, :1], torch.diff(levels, dim=1)], 1)
+    return u.gather(1, ix) - v.gather(1, iy), share
+
+
+def _plan(u: Tensor, v: Tensor, measures: Measures) -> tuple[Tensor, Tensor | None]:
+    """How far mass is moved in each row (L, k), and how much of it: (k,) or (L, k); None for equal shares."""
+    if measures.uniform:
+        return _equal_weights(u, v)
+    return _any_weights(u, v, measures.a, measures.b)
+
+
+def _mean(values: Tensor, share: Tensor | None) -> Tensor:
+    """The mean of each row under the shares, (L,)."""
+    if share is None:
+        return values.mean(1)
+    if share.ndim == 1:
+        return values @ share
+    return torch.linalg.vecdot(share, values.to(share.dtype)).to(values.dtype)
 
 
 def line_costs(u: Tensor, v: Tensor, measures: Measures, p: float) -> Tensor:
@@ -97,9 +112,20 @@ def line_costs(u: Tensor, v: Tensor, measures: Measures, p: float) -> Tensor:
     Returns:
         (L,).
     """
-    if measures.uniform:
-        return _equal_weights(u, v, p)
-    return _any_weights(u, v, measures.a, measures.b, p)
+    gaps, share = _plan(u, v, measures)
+    return _mean(_powers(gaps, p), share)
+
+
+def line_distances(u: Tensor, v: Tensor, measures: Measures, p: float) -> Tensor:
+    """W_p, the p-th roots of :func:`line_costs`, (L,), where a power of the gaps may be out of range.
+
+    The gaps are divided by the largest of their row first. Where a distance is zero its gradient is zero.
+    """
+    gaps, share = _plan(u, v, measures)
+    largest = gaps.detach().abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1.0)
+    mean = _mean(_powers(gaps / scale, p), share)
+    return torch.where(mean > 0, mean, 1.0).pow(1 / p) * (mean > 0) * scale[:, 0]
 
 
 def wasserstein_1d(
@@ -129,5 +155,4 @@ def wasserstein_1d(
             got=f"{measures.x.shape[1]} coordinates",
             fix="use sliced_wasserstein or sinkhorn_divergence",
         )
-    cost = line_costs(measures.x.T, measures.y.T, measures, p)[0]
-    return torch.where(cost > 0, cost, 1.0).pow(1 / p) * (cost > 0)
+    return line_distances(measures.x.T, measures.y.T, measures, p)[0]

@@ -19,7 +19,7 @@ from distmatch.discrepancies.permutation import (
     resamples_per_pass,
     result_of,
 )
-from distmatch.discrepancies.samples import checked_pair
+from distmatch.discrepancies.samples import about_centre, checked_pair
 from distmatch.discrepancies.sums import across, total_across, total_within, two_sample, within
 
 ESTIMATORS = ("unbiased", "biased", "linear", "block")
@@ -29,17 +29,16 @@ _LEAST_TERMS = 20
 
 
 def _centred(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    if kernel.of_products:
-        return x, y
-    # Distances do not change, but inner products lose fewer digits.
-    centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
-    return x - centre, y - centre
+    """Both in float64, about a common centre where the kernel does not see it."""
+    x, y = x.double(), y.double()
+    return (x, y) if kernel.of_products else about_centre(x, y)
 
 
-def _prepared(x: Tensor, y: Tensor, kernel: str | Kernel) -> tuple[Tensor, Tensor, Kernel]:
+def _prepared(x: Tensor, y: Tensor, kernel: str | Kernel) -> tuple[Tensor, Tensor, Kernel, torch.dtype]:
+    """The samples in float64, the kernel, and the precision that the samples came in."""
     x, y = checked_pair(x, y)
     kernel = resolve_kernel(kernel, x, y)
-    return *_centred(kernel, x, y), kernel
+    return *_centred(kernel, x, y), kernel, x.dtype
 
 
 def _linear_terms(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def _linear_terms(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
     return kernel.paired(x1, x2) + kernel.paired(y1, y2) - kernel.paired(x1, y2) - kernel.paired(x2, y1)
 
 
-def _block_terms(kernel: Kernel, x: Tensor, y: Tensor, block: int | None) -> Tensor:
+def _block_terms(kernel: Kernel, x: Tensor, y: Tensor, block: int | None, precision: torch.dtype) -> Tensor:
     n = min(len(x), len(y))
     size = max(2, min(math.isqrt(n), n // _LEAST_TERMS)) if block is None else block
     if size != int(size) or not 2 <= size <= n:
@@ -58,21 +57,24 @@ def _block_terms(kernel: Kernel, x: Tensor, y: Tensor, block: int | None) -> Ten
     groups = n // int(size)
     x, y = (z[: groups * (len(z) // groups)].unflatten(0, (groups, -1)) for z in (x, y))
     m, n = x.shape[1], y.shape[1]
+    x, y = kernel.scaled(x), kernel.scaled(y)
     terms = []
     for a, b in zip(
         x.split(rows_per_chunk(m * n, x.device)), y.split(rows_per_chunk(m * n, x.device)), strict=True
     ):
-        xx, yy = kernel(a, a), kernel(b, b)
+        xx, yy = (kernel.of_scaled(z, z, precision, 0) for z in (a, b))
         own_x, own_y = (k.diagonal(dim1=1, dim2=2).sum(1) for k in (xx, yy))
         inner = (xx.sum((1, 2)) - own_x) / (m * (m - 1)) + (yy.sum((1, 2)) - own_y) / (n * (n - 1))
-        terms.append(inner - 2 * kernel(a, b).mean((1, 2)))
+        terms.append(inner - 2 * kernel.of_scaled(a, b, precision).mean((1, 2)))
     return torch.cat(terms)
 
 
-def _terms(estimator: str, kernel: Kernel, x: Tensor, y: Tensor, block: int | None) -> Tensor:
-    return (
-        _linear_terms(kernel, x, y) if estimator == "linear" else _block_terms(kernel, x, y, block)
-    ).double()
+def _terms(
+    estimator: str, kernel: Kernel, x: Tensor, y: Tensor, block: int | None, precision: torch.dtype
+) -> Tensor:
+    if estimator == "linear":
+        return _linear_terms(kernel, x, y)
+    return _block_terms(kernel, x, y, block, precision).double()
 
 
 def mmd_loss(
@@ -99,17 +101,17 @@ def mmd_loss(
     Raises:
         UserError: Bad samples, or an unknown kernel or estimator.
     """
-    x, y, kernel = _prepared(x, y, kernel)
-    m, n = len(x), len(y)
+    x, y, kernel, given = _prepared(x, y, kernel)
+    precision, m, n = kernel.precision(given), len(x), len(y)
     if estimator in ("linear", "block"):
-        return _terms(estimator, kernel, x, y, block).mean().to(x.dtype)
-    cross = 2 * total_across(kernel, x, y) / (m * n)
-    inner_x, inner_y = total_within(kernel, x), total_within(kernel, y)
+        return _terms(estimator, kernel, x, y, block, precision).mean().to(given)
+    cross = 2 * total_across(kernel, x, y, precision) / (m * n)
+    inner_x, inner_y = (total_within(kernel, z, precision) for z in (x, y))
     if estimator == "unbiased":
-        return (inner_x / (m * (m - 1)) + inner_y / (n * (n - 1)) - cross).to(x.dtype)
+        return (inner_x / (m * (m - 1)) + inner_y / (n * (n - 1)) - cross).to(given)
     if estimator == "biased":
-        own_x, own_y = (kernel.paired(z, z).double().sum() for z in (x, y))
-        return ((inner_x + own_x) / m**2 + (inner_y + own_y) / n**2 - cross).to(x.dtype)
+        own_x, own_y = (kernel.paired(z, z).sum() for z in (x, y))
+        return ((inner_x + own_x) / m**2 + (inner_y + own_y) / n**2 - cross).to(given)
     raise unknown_name("estimator", estimator, ESTIMATORS)
 
 
@@ -145,14 +147,16 @@ def mmd(
     if estimator not in ESTIMATORS:
         raise unknown_name("estimator", estimator, ESTIMATORS)
     with torch.no_grad():
-        x, y, kernel = _prepared(x, y, kernel)
+        x, y, kernel, given = _prepared(x, y, kernel)
+        precision = kernel.precision(given)
         count = min(len(x), len(y))
         if estimator == "biased":
             return Estimate(float(mmd_loss(x, y, kernel, estimator=estimator)), math.nan, count)
         if estimator == "unbiased":
             test = "energy_test" if kernel.name == "energy" else "mmd_test"
-            return two_sample(within(kernel, x), within(kernel, y), across(kernel, x, y), test)
-        terms = _terms(estimator, kernel, x, y, block)
+            own_x, own_y = (within(kernel, z, precision) for z in (x, y))
+            return two_sample(own_x, own_y, across(kernel, x, y, precision), test)
+        terms = _terms(estimator, kernel, x, y, block, precision)
         stderr = float(terms.std() / math.sqrt(len(terms))) if len(terms) > 1 else math.nan
         few = f"an error bar from {len(terms)} terms is rough, it takes {_LEAST_TERMS} or more"
         return Estimate(float(terms.mean()), stderr, count, few if len(terms) < _LEAST_TERMS else None)
@@ -183,7 +187,7 @@ def mmd_test(
     """
     resamples = checked_resamples(permutations)
     with torch.no_grad():
-        x, y = (z.double() for z in checked_pair(x, y))
+        x, y = checked_pair(x, y)
         pooled = torch.cat([x, y])
         if not isinstance(kernel, Kernel):
             where = generator.device if generator is not None else x.device
@@ -193,7 +197,7 @@ def mmd_test(
         scaled = kernel.scaled(torch.cat([x, y]))
 
         def rows(low: int, high: int) -> Tensor:
-            return kernel.of_scaled(scaled[low:high], scaled)
+            return kernel.of_scaled(scaled[low:high], scaled, own=low)
 
         observed = x.new_full((len(scaled), 1), 1 / len(x))
         observed[len(x) :] = -1 / len(y)

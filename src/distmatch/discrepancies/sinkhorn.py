@@ -10,7 +10,8 @@ has no 1/2: ``ot.solve_sample(x, y, reg=2 * eps, reg_type="KL").value / 2`` is o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from distmatch.discrepancies.sinkhorn_solver import Cloud, Solution, cloud, solv
 
 _DEFAULT_TOL = 1e-5
 _DEFAULT_MEMORY = 1 << 30
+_MOST_ROUNDING = 1e-4
+"""Of the exponents of the kernel in float32: beyond it everything is computed in float64,"""
+_LEAST_ABOVE_ROUNDING = 10.0
+"""and again so where the value is not that many times the rounding of one cost; a mean rounds less."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,50 @@ def _check_settings(epsilon: float | None, tol: float, max_iter: int, memory: in
         raise UserError("memory must not be negative", got=memory, expected="a number of bytes")
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What every problem of a divergence is solved with; the names are those of the solver."""
+
+    eps: float
+    spread: float
+    tol: float
+    max_iter: int
+    memory: int
+    moments: bool
+    debias: bool
+
+    def of_solver(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("spread", "tol", "max_iter", "memory", "moments")}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Value, witnesses, gradients in the points, and the problems they come from, that between the two first."""
+
+    total: Tensor
+    f: Tensor
+    g: Tensor
+    pulls: list[Tensor]
+    solutions: list[Solution]
+
+
+def _transport(clouds: Sequence[Cloud], s: _Settings) -> _Found:
+    """The divergence in the precision of the points."""
+    left, right = clouds
+    both = solve(left, right, s.eps, **s.of_solver())
+    total, f, g = _dual(left, right, both), both.sweep.f, both.g
+    pulls = list(_cost_gradients(left, right, both)) if s.moments else []
+    if not s.debias:
+        return _Found(total, f, g, pulls, [both])
+    selves = [solve_self(z, s.eps, **s.of_solver()) for z in clouds]
+    total = total - (_dual(left, left, selves[0]) + _dual(right, right, selves[1])) / 2
+    if s.moments:
+        for i, (z, alone) in enumerate(zip(clouds, selves, strict=True)):
+            of_rows, of_columns = _cost_gradients(z, z, alone)
+            pulls[i] = pulls[i] - (of_rows + of_columns) / 2
+    return _Found(total, f - selves[0].sweep.f, g - selves[1].sweep.f, pulls, [both, *selves])
+
+
 def sinkhorn_divergence(
     x: Tensor,
     y: Tensor,
@@ -122,7 +171,8 @@ def sinkhorn_divergence(
     their sum. Time is O(nm) an iteration, memory O(n + m) besides one block of the kernel and ``memory``.
 
     Args:
-        x: Samples (n, d); float64 is kept, everything else is computed in float32 with float64 potentials.
+        x: Samples (n, d). Potentials are in float64; the kernel is in the precision of the samples, or in
+            float64 where that of float32 would show: clusters far apart for epsilon or for the value.
         y: Samples (m, d).
         a: Weights of ``x`` (n,), not negative, summing to one; equal ones by default. Zero is allowed.
         b: Weights of ``y`` (m,).
@@ -142,39 +192,31 @@ def sinkhorn_divergence(
     inputs = (measures.x, measures.y, measures.a, measures.b)
     moments = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.no_grad():
-        px, py, wa, wb = (t.detach() for t in inputs)
-        centre = ((wa @ px.double() + wb @ py.double()) / 2).to(px.dtype)
-        left, right = cloud(px, wa, centre), cloud(py, wb, centre)
-        spread = float(wa @ left.half_norm + wb @ right.half_norm)
+        wa, wb = measures.a.detach(), measures.b.detach()
+        px, py = (z.detach().double() for z in (measures.x, measures.y))
+        centre = (wa @ px + wb @ py) / 2
+        clouds = cloud(px - centre, wa), cloud(py - centre, wb)
+        left, right = (z.half_norm for z in clouds)
+        spread = float(wa @ left + wb @ right)
         eps = float(epsilon) if epsilon is not None else 0.05 * spread or 1.0
-        both = solve(
-            left, right, eps, spread=spread, tol=tol, max_iter=max_iter, memory=memory, moments=moments
-        )
-        total, f, g = _dual(left, right, both), both.sweep.f, both.g
-        found = [both]
-        pulls = list(_cost_gradients(left, right, both)) if moments else []
-        if debias:
-            selves = [
-                solve_self(z, eps, spread=spread, tol=tol, max_iter=max_iter, memory=memory, moments=moments)
-                for z in (left, right)
-            ]
-            total = total - (_dual(left, left, selves[0]) + _dual(right, right, selves[1])) / 2
-            f, g = f - selves[0].sweep.f, g - selves[1].sweep.f
-            found += selves
-            if moments:
-                for i, (z, alone) in enumerate(zip((left, right), selves, strict=True)):
-                    of_rows, of_columns = _cost_gradients(z, z, alone)
-                    pulls[i] = pulls[i] - (of_rows + of_columns) / 2
-        value = total.to(px.dtype)
-        f, g = _centred(f, wa), _centred(g, wb)
+        settings = _Settings(eps, spread, tol, max_iter, memory, moments, debias)
+        given = measures.x.dtype
+        rounding = torch.finfo(given).eps * float(torch.maximum(left.amax(), right.amax()))
+        narrow = given != torch.float64 and rounding < _MOST_ROUNDING * eps
+        rounded = [replace(z, points=z.points.to(given)) for z in clouds]
+        found = _transport(rounded if narrow else clouds, settings)
+        if narrow and abs(float(found.total)) < _LEAST_ABOVE_ROUNDING * rounding:
+            found = _transport(clouds, settings)
+        f, g = _centred(found.f, wa), _centred(found.g, wb)
+        value, pulls = found.total.to(given), [pull.to(given) for pull in found.pulls]
     if moments:
         value = _Envelope.apply(value, (*pulls, f, g), *inputs)
     return SinkhornResult(
         value=value,
         epsilon=eps,
-        converged=all(one.converged for one in found),
-        iterations=both.iterations,
-        marginal_error=max(one.marginal_error for one in found),
+        converged=all(one.converged for one in found.solutions),
+        iterations=found.solutions[0].iterations,
+        marginal_error=max(one.marginal_error for one in found.solutions),
         f=f,
         g=g,
         stderr=math.sqrt(_variance(f, wa) + _variance(g, wb)),

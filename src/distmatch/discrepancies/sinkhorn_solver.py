@@ -78,11 +78,10 @@ class Solution:
     converged: bool
 
 
-def cloud(points: Tensor, weight: Tensor, centre: Tensor) -> Cloud:
-    """Prepares a measure; zero weights become 1e-30, so that potentials exist there too."""
-    moved = (points - centre).contiguous()
+def cloud(points: Tensor, weight: Tensor) -> Cloud:
+    """Prepares a measure about the common centre; zero weights become 1e-30, so that potentials exist there."""
     weight = weight.clamp_min(_SMALLEST_WEIGHT)
-    return Cloud(moved, moved.double().square().sum(1) / 2, weight, weight.log())
+    return Cloud(points.contiguous(), points.double().square().sum(1) / 2, weight, weight.log())
 
 
 def _rows_per_block(y: Cloud) -> int:

@@ -7,6 +7,7 @@ dimensions SW_2^2 <= W_2^2 / d, with equality for two Gaussians of one covarianc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.line import checked_order, line_costs
+from distmatch.discrepancies.line import checked_order, line_costs, line_distances
 from distmatch.discrepancies.measures import Measures, checked_measures
+
+OfLines = Callable[[Tensor, Tensor, Measures, float], Tensor]
 
 _ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 27}
 """Positions sorted at once: on a CPU all that is made of them should stay in the cache."""
@@ -78,14 +81,17 @@ def _directions(
     return unit
 
 
-def _costs(measures: Measures, directions: Tensor, p: float) -> Tensor:
-    """W_p^p along each direction (L,), in chunks of directions."""
+def _along(of_lines: OfLines, measures: Measures, directions: Tensor, p: float) -> Tensor:
+    """:func:`line_costs` or :func:`line_distances` along each direction (L,), in chunks of directions."""
     x, y, a, b = measures.x, measures.y, measures.a, measures.b
+    # Far from the origin a projection would round more than the samples themselves do.
+    centre = (x.detach().double().mean(0) + y.detach().double().mean(0)) / 2
+    x, y = ((z.double() - centre).to(z.dtype) for z in (x, y))
     room = _ENTRIES["cpu" if x.device.type == "cpu" else "cuda"]
     chunks = directions.split(max(1, room // (len(x) + len(y))))
 
     def costs(rows: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return line_costs(rows @ x.T, rows @ y.T, Measures(x, y, a, b, measures.uniform), p)
+        return of_lines(rows @ x.T, rows @ y.T, Measures(x, y, a, b, measures.uniform), p)
 
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, a, b))
     if graph and len(chunks) > 1:
@@ -130,7 +136,7 @@ def sliced_wasserstein_loss(
     """
     p = checked_order(p)
     measures = checked_measures(x, y, a, b)
-    return _costs(measures, _directions(measures, projections, directions, generator), p).mean()
+    return _along(line_costs, measures, _directions(measures, projections, directions, generator), p).mean()
 
 
 def sliced_wasserstein(
@@ -169,9 +175,11 @@ def sliced_wasserstein(
     measures = checked_measures(x, y, a, b)
     with torch.no_grad():
         rows = _directions(measures, projections, directions, generator)
-        costs = _costs(measures, rows, p).double()
+        found = _along(line_distances, measures, rows, p).double()
+    largest = float(found.max())
+    costs = (found / (largest or 1.0)).pow(p)
     mean = float(costs.mean())
-    value = mean ** (1 / p)
+    value = largest * mean ** (1 / p)
     n = min(len(measures.x), len(measures.y))
     if measures.x.shape[1] == 1 or mean == 0:
         return Estimate(value, 0.0, n)
@@ -219,21 +227,21 @@ def max_sliced_wasserstein(
         apart = (fixed.a @ fixed.x.double() - fixed.b @ fixed.y.double()).to(fixed.x)
         if float(apart.norm()) > 0:
             starts = torch.cat([starts, (apart / apart.norm())[None]])
-        costs = _costs(fixed, starts, p)
-    best, cost, angle = starts[costs.argmax()], costs.max(), 0.5
+        found = _along(line_distances, fixed, starts, p)
+    best, value, angle = starts[found.argmax()], found.max(), 0.5
     for _ in range(steps):
         leaf = best.clone().requires_grad_()
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(_costs(fixed, leaf[None], p).sum(), leaf)
+            (slope,) = torch.autograd.grad(_along(line_distances, fixed, leaf[None], p).sum(), leaf)
         slope = slope - (slope @ best) * best
         if not float(slope.norm()) > 0 or angle < 1e-6:
             break
         turned = math.cos(angle) * best + math.sin(angle) * slope / slope.norm()
         turned = turned / turned.norm()
         with torch.no_grad():
-            reached = _costs(fixed, turned[None], p)[0]
-        if reached > cost:
-            best, cost, angle = turned, reached, min(2 * angle, 0.5)
+            reached = _along(line_distances, fixed, turned[None], p)[0]
+        if reached > value:
+            best, value, angle = turned, reached, min(2 * angle, 0.5)
         else:
             angle /= 2
-    return MaxSliced(cost.pow(1 / p), best)
+    return MaxSliced(value, best)

@@ -43,20 +43,29 @@ def _profile(kernel: str, v: Tensor, s: float, exponent: float) -> tuple[Tensor,
 
 
 def _stein_rows(
-    x: Tensor, score: Tensor, low: int, high: int, kernel: str, s: float, exponent: float
+    x: Tensor,
+    score: Tensor,
+    low: int,
+    high: int,
+    kernel: str,
+    s: float,
+    exponent: float,
+    precision: torch.dtype = torch.float64,
 ) -> Tensor:
-    """The rows low:high of the matrix u(x_i, x_j)."""
+    """The rows low:high of the matrix u(x_i, x_j), from float64 samples, in ``precision``."""
     some, own = x[low:high], score[low:high]
-    v = squared_distances(some, x)
+    v = squared_distances(some, x, precision, low)
     k, first, second = _profile(kernel, v, s, exponent)
     # (x - x').(s' - s), from grad_x k = 2 phi' (x - x') = -grad_x' k
     slope = some @ score.T - (some * own).sum(1, keepdim=True) - (x * score).sum(1) + own @ x.T
-    return (own @ score.T) * k + 2 * first * slope - 2 * x.shape[1] * first - 4 * second * v
+    slope, products = slope.to(precision), (own @ score.T).to(precision)
+    return products * k + 2 * first * slope - 2 * x.shape[1] * first - 4 * second * v
 
 
 def _prepared(
     x: Tensor, score: Tensor, kernel: str, bandwidth: float | None, exponent: float
-) -> tuple[Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor, float, torch.dtype]:
+    """Centred samples and scores in float64, the bandwidth, and the precision they came in."""
     if kernel not in KERNELS:
         raise unknown_name("Stein kernel", kernel, KERNELS)
     if not -1 < exponent < 0:
@@ -69,7 +78,8 @@ def _prepared(
     if not (math.isfinite(bandwidth) and bandwidth > 0):
         raise UserError("the bandwidth must be a positive number", got=bandwidth, fix="None chooses one")
     dtype = torch.promote_types(x.dtype, score.dtype)
-    return x.to(dtype) - x.detach().mean(0), score.to(dtype), float(bandwidth)
+    x = x.double()
+    return x - x.detach().mean(0), score.double(), float(bandwidth), dtype
 
 
 def kernel_stein_loss(
@@ -90,16 +100,16 @@ def kernel_stein_loss(
     """
     if estimator not in ESTIMATORS:
         raise unknown_name("estimator", estimator, ESTIMATORS)
-    x, score, s = _prepared(x, score, kernel, bandwidth, exponent)
+    x, score, s, given = _prepared(x, score, kernel, bandwidth, exponent)
 
     def of_rows(low: int, high: int, x: Tensor, score: Tensor) -> Tensor:
-        u = _stein_rows(x, score, low, high, kernel, s, exponent)
+        u = _stein_rows(x, score, low, high, kernel, s, exponent, given)
         rows = u.sum(1).double()
         return rows - u.diagonal(low).double() if estimator == "unbiased" else rows
 
     n = len(x)
     total = in_chunks(of_rows, x, score).sum()
-    return (total / (n * (n - 1) if estimator == "unbiased" else n**2)).to(x.dtype)
+    return (total / (n * (n - 1) if estimator == "unbiased" else n**2)).to(given)
 
 
 def kernel_stein(
@@ -135,11 +145,11 @@ def kernel_stein(
                 x, score, kernel=kernel, bandwidth=bandwidth, exponent=exponent, estimator=estimator
             )
             return Estimate(float(value), math.nan, len(x))
-        x, score, s = _prepared(x, score, kernel, bandwidth, exponent)
+        x, score, s, given = _prepared(x, score, kernel, bandwidth, exponent)
         n = len(x)
 
         def of_rows(low: int, high: int, x: Tensor, score: Tensor) -> Tensor:
-            u = _stein_rows(x, score, low, high, kernel, s, exponent)
+            u = _stein_rows(x, score, low, high, kernel, s, exponent, given)
             u.diagonal(low).zero_()
             return torch.stack([u.sum(1).double(), torch.linalg.vector_norm(u, dim=1).double().square()])
 
@@ -178,8 +188,7 @@ def kernel_stein_test(
     """
     count = checked_resamples(resamples)
     with torch.no_grad():
-        x, score, s = _prepared(x, score, kernel, bandwidth, exponent)
-        x, score = x.double(), score.double()
+        x, score, s, _ = _prepared(x, score, kernel, bandwidth, exponent)
         n = len(x)
         observed = x.new_ones(n, 1)
         forms, left = [], count

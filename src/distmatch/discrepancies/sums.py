@@ -83,22 +83,22 @@ def _square_sum(block: Tensor) -> Tensor:
     return torch.linalg.vector_norm(block, dim=1).double().square().sum()
 
 
-def across(kernel: Kernel, x: Tensor, y: Tensor) -> PairSums:
-    """The sums of k(x_i, y_j), without a graph."""
+def across(kernel: Kernel, x: Tensor, y: Tensor, precision: torch.dtype = torch.float64) -> PairSums:
+    """The sums of k(x_i, y_j), whose matrix is computed in ``precision``, without a graph."""
     with torch.no_grad():
         x, y = kernel.scaled(x), kernel.scaled(y)
         rows = torch.empty(len(x), dtype=torch.float64, device=x.device)
         columns, squares = rows.new_zeros(len(y)), rows.new_zeros(())
         for low, high in _chunks(len(x), len(y), x.device):
-            block = kernel.of_scaled(x[low:high], y)
+            block = kernel.of_scaled(x[low:high], y, precision)
             rows[low:high] = block.sum(1)
             columns += block.sum(0)
             squares += _square_sum(block)
         return PairSums(rows, columns, degenerate_across(squares, rows, columns), within=False)
 
 
-def within(kernel: Kernel, x: Tensor) -> PairSums:
-    """The sums of k(x_i, x_j) over i != j, without a graph; only one triangle is computed."""
+def within(kernel: Kernel, x: Tensor, precision: torch.dtype = torch.float64) -> PairSums:
+    """The sums of k(x_i, x_j) over i != j as in :func:`across`; only one triangle is computed."""
     with torch.no_grad():
         x = kernel.scaled(x)
         rows = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -106,7 +106,7 @@ def within(kernel: Kernel, x: Tensor) -> PairSums:
         low = 0
         while low < len(x):
             high = min(low + rows_per_chunk(len(x) - low, x.device), len(x))
-            block = kernel.of_scaled(x[low:high], x[low:])
+            block = kernel.of_scaled(x[low:high], x[low:], precision, 0)
             block.diagonal().zero_()
             rows[low:high] += block.sum(1)
             rows[high:] += block[:, high - low :].sum(0)
@@ -115,20 +115,22 @@ def within(kernel: Kernel, x: Tensor) -> PairSums:
         return PairSums(rows, rows, degenerate_within(squares, rows), within=True)
 
 
-def total_across(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
+def total_across(kernel: Kernel, x: Tensor, y: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
     """The sum of k(x_i, y_j) in float64, differentiable in bounded memory."""
     x, y = kernel.scaled(x), kernel.scaled(y)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for low, high in _chunks(len(x), len(y), x.device):
-        total = total + recomputed(lambda a, b: kernel.of_scaled(a, b).sum(1).double().sum(), x[low:high], y)
+        total = total + recomputed(
+            lambda a, b: kernel.of_scaled(a, b, precision).sum(1).double().sum(), x[low:high], y
+        )
     return total
 
 
-def total_within(kernel: Kernel, x: Tensor) -> Tensor:
+def total_within(kernel: Kernel, x: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
     """The sum of k(x_i, x_j) over i != j in float64, differentiable in bounded memory."""
 
     def both_triangles(a: Tensor, b: Tensor) -> Tensor:
-        block = kernel.of_scaled(a, b)
+        block = kernel.of_scaled(a, b, precision, 0)
         own, rest = block[:, : len(a)], block[:, len(a) :]
         return own.sum(1).double().sum() - own.diagonal().double().sum() + 2 * rest.sum(1).double().sum()
 

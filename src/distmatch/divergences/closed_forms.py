@@ -194,11 +194,13 @@ def wasserstein2_squared(p: Gaussian, q: Gaussian) -> Tensor:
         UserError: The dimensions differ.
     """
     _pair(p, q)
-    factor = torch.linalg.cholesky(p.covariance)
-    crossed = torch.linalg.eigvalsh(factor.T @ q.covariance @ factor)  # those of S_p^{1/2} S_q S_p^{1/2}
+    # The roots of the eigenvalues of S_p^{1/2} S_q S_p^{1/2}, without squaring them first.
+    crossed = torch.linalg.svdvals(
+        torch.linalg.cholesky(p.covariance).T @ torch.linalg.cholesky(q.covariance)
+    )
     gap = p.mean - q.mean
     traces = p.covariance.diagonal().sum() + q.covariance.diagonal().sum()
-    return (gap @ gap + traces - 2.0 * crossed.clamp(min=0.0).sqrt().sum()).clamp(min=0.0)
+    return (gap @ gap + traces - 2.0 * crossed.sum()).clamp(min=0.0)
 
 
 def fisher(p: Gaussian, q: Gaussian) -> Tensor:

@@ -23,6 +23,7 @@ from distmatch.divergences.estimators import LowerBound, classifier_estimates
 from distmatch.metrics.distances import DISTANCES, NEIGHBOURS, Measured, Score, mmd_of, stein
 from distmatch.metrics.features import resolve_features
 from distmatch.metrics.names import ALL, EVERYTHING, STEIN, checked_names, why_not
+from distmatch.metrics.resampling import COPIES
 from distmatch.metrics.settings import FeatureChoice
 
 MOST = 20_000
@@ -31,7 +32,6 @@ LEAST = 8 * NEIGHBOURS
 """The fewest samples of a set: what nearest neighbours need, and the classifier nearly."""
 _MANY_DIMENSIONS = 32
 _UNEVEN = 100.0  # a column so much wider than another rules every distance
-_COPIES = 0.01  # of the samples: fewer can be chance where they are rounded
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,13 @@ def _copies(p: Tensor, q: Tensor) -> tuple[str, ...]:
     notes = []
     for side, x, own in (("p", p, own_p), ("q", q, own_q)):
         share = 1 - len(own) / len(x)
-        if share > _COPIES:
+        if share > COPIES:
             notes.append(
                 f"{share:.0%} of the samples of {side} repeat others: bounds and errors take them for "
                 "independent draws and are too optimistic"
             )
     shared = len(own_p) + len(own_q) - len(torch.unique(torch.cat([own_p, own_q]), dim=0))
-    if shared > _COPIES * min(len(own_p), len(own_q)):
+    if shared > COPIES * min(len(own_p), len(own_q)):
         notes.append(
             f"{shared} samples are in both sets, which are not independent then: all values are too small"
         )

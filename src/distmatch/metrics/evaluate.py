@@ -8,7 +8,8 @@ stratified by label differ less than independent samples do, so a ``kid`` below 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from distmatch.metrics.kid import kid_replicates
 from distmatch.metrics.modes import Mixture, mode_counts, smoothed_share
 from distmatch.metrics.prdc import prdc_replicates
 from distmatch.metrics.reference import Reference, draw_reference, stratified_order
-from distmatch.metrics.resampling import half_sample_stderr, jackknife_stderr
+from distmatch.metrics.resampling import COPIES, half_sample_stderr, jackknife_stderr, repeats
 from distmatch.metrics.settings import GROUPS, K_COVERAGE, K_PRECISION, FeatureChoice, plan
 from distmatch.metrics.vendi import vendi_replicates
 
@@ -119,7 +120,7 @@ def evaluate_replicates(
     samples = _reference_samples(reference, size, seed, stratified=labels is not None).to(x.device)
     real = space(samples).to(_device(x)).split(size)
     blocks = [_replicates(g, r) for g, r in zip(generated, real, strict=True)]
-    result = _combine([_summary(block) for block in blocks], size)
+    result = _with_repeats(_combine([_summary(block) for block in blocks], size), real)
     if labels is not None and space.classify is not None:
         asked = labels[order]
         right = (space.predict(chosen).cpu() == asked)[asked >= 0]
@@ -164,7 +165,7 @@ def reference_floor(
     size = plan(reference, features=space, n=n, seed=seed).n
     samples = _reference_samples(reference, size, seed, stratified=stratified)
     first, second = space(samples).to(_device(samples)).split(size)
-    result = _combine([_measure(first, second, both_ways=True)], size)
+    result = _with_repeats(_combine([_measure(first, second, both_ways=True)], size), (first, second))
     if space.heldout_accuracy is not None:
         result["label_accuracy"] = space.heldout_accuracy
     return result | _mode_estimates(samples, mixture)
@@ -207,6 +208,18 @@ def _combine(pairs: list[tuple[Tensor, Tensor]], size: int) -> dict[str, Estimat
     values = torch.stack([v for v, _ in pairs]).mean(0).tolist()
     errors = (torch.stack([e for _, e in pairs]).square().sum(0).sqrt() / len(pairs)).tolist()
     return {name: Estimate(v, e, size) for name, v, e in zip(_NAMES, values, errors, strict=True)}
+
+
+def _with_repeats(found: dict[str, Estimate], real: Sequence[Tensor]) -> dict[str, Estimate]:
+    """The estimates, those of nearest-neighbour balls with a warning where the reference repeats itself."""
+    share = sum(map(repeats, real)) / len(real)
+    if share <= COPIES:
+        return found
+    why = (
+        f"{share:.0%} of the reference samples repeat others: the nearest-neighbour balls of many have no size, "
+        "and only copies fall into them"
+    )
+    return {k: replace(v, warning=why) if k in _HALVED else v for k, v in found.items()}
 
 
 def _mode_estimates(x: Tensor, mixture: Mixture | None) -> dict[str, Estimate]:

@@ -10,19 +10,30 @@ from torch import Tensor
 from distmatch.metrics.resampling import group_bounds, kept
 
 
-def _trace_root_product(first: Tensor, second: Tensor) -> Tensor:
-    """The trace of (S1 S2)^(1/2) of two covariances (D, D), by eigenvalues of S1^(1/2) S2 S1^(1/2)."""
-    values, vectors = torch.linalg.eigh(first)
-    root = vectors * values.clamp(min=0).sqrt()
-    return torch.linalg.eigvalsh(root.T @ second @ root).clamp(min=0).sqrt().sum()
+def _between_factors(a: Tensor, b: Tensor) -> Tensor:
+    """tr(S + T - 2 (S T)^(1/2)) for S = a^T a and T = b^T b, from factors (k, D) and (l, D).
+
+    It is the least |O a - b|^2 over orthogonal O (the Bures distance), whose O has the singular vectors of b
+    a^T. So nothing is squared twice and no large traces are subtracted: a small difference beside a large
+    common direction keeps its digits, as it does not by the eigenvalues of S^(1/2) T S^(1/2).
+    """
+    if len(a) < len(b):
+        a, b = b, a
+    left, _, right = torch.linalg.svd(b @ a.T, full_matrices=False)
+    turned = left @ (right @ a)
+    return (turned - b).square().sum() + (a - right.T @ (left.T @ turned)).square().sum()
 
 
 def _from_samples(a: Tensor, b: Tensor) -> Tensor:
-    """The distance without any (D, D) matrix: the trace is the nuclear norm of the centred cross products."""
+    """The distance without any (D, D) matrix."""
     shift = (a.mean(0) - b.mean(0)).square().sum()
-    a = (a - a.mean(0)) / (a.shape[0] - 1) ** 0.5
-    b = (b - b.mean(0)) / (b.shape[0] - 1) ** 0.5
-    return shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
+    return shift + _between_factors(*((x - x.mean(0)) / (x.shape[0] - 1) ** 0.5 for x in (a, b)))
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """F (D, D) with F^T F the covariance; eigenvalues below zero are rounding."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()).T
 
 
 def _moments(x: Tensor, groups: int) -> list[tuple[Tensor, Tensor]]:
@@ -58,13 +69,10 @@ def frechet_replicates(a: Tensor, b: Tensor, groups: int = 1) -> Tensor:
         values = [_from_samples(a[in_a], b[in_b]) for in_a, in_b in masks]
     else:
         values = [
-            (mean_a - mean_b).square().sum()
-            + cov_a.trace()
-            + cov_b.trace()
-            - 2 * _trace_root_product(cov_a, cov_b)
+            (mean_a - mean_b).square().sum() + _between_factors(_factor(cov_a), _factor(cov_b))
             for (mean_a, cov_a), (mean_b, cov_b) in zip(_moments(a, groups), _moments(b, groups), strict=True)
         ]
-    return torch.stack(values).clamp(min=0)
+    return torch.stack(values)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

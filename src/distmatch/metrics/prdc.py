@@ -2,7 +2,9 @@
 
 Conventions. A radius is the distance to the k-th nearest other sample of the same set. Precision and recall
 (Kynkaanniemi et al. 2019) use closed balls (``<=``) and k = 3; density and coverage (Naeem et al. 2020) use
-open balls (``<``) and k = 5.
+open balls (``<``) and k = 5. Where the k-th and the next are at one distance, as among repeated samples, the ball
+is closed for these two as well, and in the density it counts k over the number of samples that it holds: so both
+have the same expectation for equal distributions whether or not these have atoms.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.discrepancies.kernels import squared_distances
 from distmatch.metrics.resampling import group_bounds, half_samples, membership
 
 _ROWS = 1024
@@ -37,27 +40,53 @@ class PRDC:
     coverage: float
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Float32 squared distances (N, M) of float64 points.
+def _squared_distances(a: Tensor, b: Tensor, own: int | None = None) -> Tensor:
+    """Float32 squared distances (N, M) of float64 points: the rounding makes equal distances compare as equal.
 
-    The matrix product is in float64 and what is below its rounding error counts as zero, so that equal points
-    are at distance zero and the final rounding to float32 makes equal distances compare as equal.
+    Equal points are at distance zero.
     """
-    norms = a.square().sum(1)[:, None] + b.square().sum(1)[None, :]
-    squared = torch.addmm(norms, a, b.T, alpha=-2)
-    return squared.masked_fill_(squared < norms.mul_(1e-13), 0.0).float()
+    return squared_distances(a, b, own=own).float()
 
 
-def _radii(x: Tensor, ks: tuple[int, int], parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared radii (R, N) for both k in every replicate, -1 for samples left out, and who takes part.
+@dataclass(frozen=True)
+class _Balls:
+    """The balls around one set, in every replicate (R, N).
 
-    Keeping the nearest ``max(ks)`` of every group makes each replicate exact without a second pass.
+    Attributes:
+        closed: Squared radii of precision and recall, -1 for samples left out.
+        opened: Squared radii of density and coverage, the next larger number where the ball is closed.
+        tied: Where it is.
+        present: Who takes part.
     """
-    n, most, groups = x.shape[0], max(ks), parts.shape[1]
+
+    closed: Tensor
+    opened: Tensor
+    tied: Tensor
+    present: Tensor
+
+    def weights(self, x: Tensor, k: int, parts: Tensor) -> Tensor:
+        """What a ball counts in the density: 1, or k over the number of other samples in a closed one."""
+        if not bool(self.tied.any()):
+            return torch.ones_like(self.opened)
+        held = torch.zeros_like(self.opened)
+        for group, (start, stop) in enumerate(pairwise(group_bounds(len(x), parts.shape[1]))):
+            for low in range(0, len(x), _ROWS):
+                distances = _squared_distances(x[low : low + _ROWS], x)[:, start:stop]
+                for r in parts[:, group].nonzero()[:, 0].tolist():
+                    held[r, low : low + _ROWS] += (distances < self.opened[r, low : low + _ROWS, None]).sum(1)
+        return torch.where(self.tied, k / (held - 1).clamp_min(1), 1.0)  # less the centre
+
+
+def _balls(x: Tensor, ks: tuple[int, int], parts: Tensor) -> _Balls:
+    """The balls for both k in every replicate.
+
+    Keeping the nearest of every group makes each replicate exact without a second pass.
+    """
+    n, most, groups = x.shape[0], max(ks) + 1, parts.shape[1]
     edges = group_bounds(n, groups)
     near = torch.full((n, groups, most), torch.inf, device=x.device)
     for low in range(0, n, _ROWS):
-        distances = _squared_distances(x[low : low + _ROWS], x)
+        distances = _squared_distances(x[low : low + _ROWS], x, low)
         distances.diagonal(low).fill_(torch.inf)
         for g, (start, stop) in enumerate(pairwise(edges)):
             count = min(most, stop - start)
@@ -65,7 +94,9 @@ def _radii(x: Tensor, ks: tuple[int, int], parts: Tensor) -> tuple[Tensor, Tenso
     nearest = torch.stack([near[:, part].flatten(1).topk(most, largest=False).values for part in parts])
     present = (membership(n, groups, x.device) @ parts.T.double()).T.bool()
     first, second = (nearest[..., k - 1].masked_fill(~present, -1.0) for k in ks)
-    return first, second, present
+    tied = present & (nearest[..., ks[1] - 1] == nearest[..., ks[1]]) & nearest[..., ks[1]].isfinite()
+    beyond = torch.nextafter(second, torch.full_like(second, torch.inf))
+    return _Balls(first, torch.where(tied, beyond, second), tied, present)
 
 
 def prdc_replicates(
@@ -100,15 +131,16 @@ def prdc_replicates(
         )
     centre = real.double().mean(0)  # near the origin the squared norms cancel less
     real, fake = real.double() - centre, fake.double() - centre
-    real_closed, real_open, in_real = _radii(real, (k_precision, k_coverage), parts)
-    fake_closed, _, in_fake = _radii(fake, (k_precision, k_coverage), parts)
+    of_real, of_fake = (_balls(x, (k_precision, k_coverage), parts) for x in (real, fake))
+    real_closed, real_open, in_real = of_real.closed, of_real.opened, of_real.present
+    fake_closed, in_fake = of_fake.closed, of_fake.present
+    weights = of_real.weights(real, k_coverage, parts)
 
     # How far a sample is outside the nearest ball: zero or less is inside. Subtracting is exact in its sign.
     fake_outside = torch.full(in_fake.shape, torch.inf, device=real.device)
     real_outside = torch.full(in_real.shape, torch.inf, device=real.device)
     balls = torch.zeros(in_fake.shape, device=real.device)
     nearest = torch.full((groups, real.shape[0]), torch.inf, device=real.device)
-    ones = torch.ones(real.shape[0], device=real.device)
     for group, (start, stop) in enumerate(pairwise(group_bounds(fake.shape[0], groups))):
         for low in range(start, stop, _ROWS):
             rows = slice(low, min(low + _ROWS, stop))
@@ -117,7 +149,7 @@ def prdc_replicates(
             nearest[group] = torch.minimum(nearest[group], distances.amin(0))
             for r in parts[:, group].nonzero()[:, 0].tolist():
                 fake_outside[r, rows] = torch.sub(distances, real_closed[r], out=scratch).amin(1)
-                balls[r, rows] = torch.lt(distances, real_open[r], out=scratch) @ ones
+                balls[r, rows] = torch.lt(distances, real_open[r], out=scratch) @ weights[r]
                 closest = torch.sub(distances, fake_closed[r, rows, None], out=scratch).amin(0)
                 real_outside[r] = torch.minimum(real_outside[r], closest)
     precise, recalled = (fake_outside <= 0) & in_fake, (real_outside <= 0) & in_real

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 HALVING_GROUPS = 8  # a power of two
+COPIES = 0.01
+"""Share of samples that repeat others from which on it is said: fewer can be chance where they are rounded."""
 
 
 def group_bounds(n: int, groups: int) -> list[int]:
@@ -35,6 +37,11 @@ def kept(n: int, groups: int, device: torch.device) -> Tensor:
     if groups == 1:
         return everyone
     return torch.cat([everyone, ~membership(n, groups, device).T.bool()])
+
+
+def repeats(x: Tensor) -> float:
+    """The share of the rows of (N, D) that repeat another one."""
+    return 1 - len(torch.unique(x, dim=0)) / len(x)
 
 
 def half_samples() -> Tensor:

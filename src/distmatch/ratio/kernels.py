@@ -9,21 +9,16 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.discrepancies.kernels import squared_distances
 from distmatch.ratio.samples import CHUNK
 
 _WIDTHS = (0.1, 0.2, 0.35, 0.6, 1.0, 1.7, 3.0)  # in units of the median distance
 _MEDIAN_OF = 1000  # points
 
 
-def square_distances(x: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances (N, b), by the product form: its rounding does not matter to a kernel."""
-    norms = x.square().sum(1)[:, None] + centres.square().sum(1)
-    return (norms - 2.0 * x @ centres.T).clamp_min(0.0)
-
-
 def log_kernel(x: Tensor, centres: Tensor, width: float) -> Tensor:
     """Log of the unnormalised Gaussian kernels, (N, b)."""
-    return square_distances(x, centres) * (-0.5 / width**2)
+    return squared_distances(x, centres) * (-0.5 / width**2)
 
 
 def choose_centres(p: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -44,9 +39,8 @@ def candidate_widths(widths: Sequence[float] | None, p: Tensor, q: Tensor) -> li
     if widths is not None:
         return positive(widths, "width")
     pooled = torch.cat([p[:_MEDIAN_OF], q[:_MEDIAN_OF]])
-    distances = square_distances(pooled, pooled).flatten()
-    positive_ones = distances[distances > 1e-12]
-    median = math.sqrt(positive_ones.median().item())
+    distances = squared_distances(pooled, pooled, own=0).flatten()
+    median = math.sqrt(distances[distances > 0].median().item())
     return [median * factor for factor in _WIDTHS]
 
 
