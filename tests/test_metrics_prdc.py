@@ -117,7 +117,7 @@ def test_two_draws_from_ten_atoms_score_one():
     atoms = normal(10, 3, 5)
     draws = torch.randint(10, (2, 2000), generator=torch.Generator().manual_seed(0))
     got = values(*(atoms[d] for d in draws))
-    # density: sum of q_a over p_a of shares of about 200 / 2000, whose excess has mean 10 / 2000 and less noise
+    # density is the sum of the second draw's shares times n / (n - 1) of each atom: 1.005
     assert got == pytest.approx([1, 1, 1, 1], abs=0.03)
     # one atom never drawn: a tenth is lost of coverage and recall
     lost = values(atoms[draws[0]], atoms[draws[1][draws[1] > 0]])

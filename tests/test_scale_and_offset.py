@@ -59,6 +59,11 @@ def moments(x):
     return x.double().mean(0), x.double().T.cov()
 
 
+def gaussian_score(x):
+    """That of the round Gaussian fitted to the samples."""
+    return -(x.double() - x.double().mean(0)) / x.double().var(0).mean()
+
+
 def log_ratio(method):
     """The mean log-ratio at both samples of a fitted ratio."""
 
@@ -218,7 +223,7 @@ def test_float64_takes_close_pairs_by_differences(gap):
     exact = float((k[0].sum() - 40 + k[1].sum() - 40) / (40 * 39) - 2 * k[2].mean())
     assert mmd(x, y, gaussian(1.0)).value == pytest.approx(exact, rel=1e-6)
     loss = mmd_loss(leaf, y, gaussian(1.0))
-    assert float(loss) == pytest.approx(exact, rel=1e-6)
+    assert loss.item() == pytest.approx(exact, rel=1e-6)
 
 
 def test_distance_covariance_with_one_sample_far_out():

@@ -18,7 +18,7 @@ def _root(matrix: Tensor) -> Tensor:
 
 def _spread_cost(first: Tensor, second: Tensor, eps: float) -> Tensor:
     """OT_eps between centred Gaussians, less a constant that the divergence does not see."""
-    # The eigenvalues of (4 S^(1/2) T S^(1/2) + eps^2)^(1/2); those of S^(1/2) T S^(1/2) have lost half the digits.
+    # The eigenvalues of (4 S^(1/2) T S^(1/2) + eps^2)^(1/2), without half the digits lost to squares.
     mixed = torch.hypot(2 * torch.linalg.svdvals(_root(first).T @ _root(second)), first.new_tensor(eps))
     return (first.trace() + second.trace() - mixed.sum() + eps * (mixed + eps).log().sum()) / 2
 

@@ -126,7 +126,7 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Found:
-    """Value, witnesses, gradients in the points, and the problems they come from, that between the two first."""
+    """Value, witnesses, gradients in the points; the problems they come from, that between the two first."""
 
     total: Tensor
     f: Tensor

@@ -79,7 +79,7 @@ class Solution:
 
 
 def cloud(points: Tensor, weight: Tensor) -> Cloud:
-    """Prepares a measure about the common centre; zero weights become 1e-30, so that potentials exist there."""
+    """Prepares a measure about the common centre; a weight of zero becomes 1e-30 and has a potential."""
     weight = weight.clamp_min(_SMALLEST_WEIGHT)
     return Cloud(points.contiguous(), points.double().square().sum(1) / 2, weight, weight.log())
 

@@ -216,8 +216,8 @@ def _with_repeats(found: dict[str, Estimate], real: Sequence[Tensor]) -> dict[st
     if share <= COPIES:
         return found
     why = (
-        f"{share:.0%} of the reference samples repeat others: the nearest-neighbour balls of many have no size, "
-        "and only copies fall into them"
+        f"{share:.0%} of the reference samples repeat others: many nearest-neighbour balls have no size, and "
+        "only copies fall into them"
     )
     return {k: replace(v, warning=why) if k in _HALVED else v for k, v in found.items()}
 

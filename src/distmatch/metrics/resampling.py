@@ -16,7 +16,7 @@ from torch import Tensor
 
 HALVING_GROUPS = 8  # a power of two
 COPIES = 0.01
-"""Share of samples that repeat others from which on it is said: fewer can be chance where they are rounded."""
+"""More samples than this share that repeat others are mentioned; fewer can be chance where they are rounded."""
 
 
 def group_bounds(n: int, groups: int) -> list[int]:
