@@ -3,8 +3,8 @@
 Conventions. A radius is the distance to the k-th nearest other sample of the same set. Precision and recall
 (Kynkaanniemi et al. 2019) use closed balls (``<=``) and k = 3; density and coverage (Naeem et al. 2020) use
 open balls (``<``) and k = 5. Where the k-th and the next are at one distance, as among repeated samples, the
-ball is closed for these two as well, and in the density it counts k over the number of samples that it holds. So
-equal distributions have density 1 and a coverage near 1 with repeats as without.
+ball is closed for these two as well, and in the density it counts k over the number of samples that it holds.
+So equal distributions have density 1 and a coverage near 1 with repeats as without.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 HALVING_GROUPS = 8  # a power of two
 COPIES = 0.01
-"""More samples than this share that repeat others are mentioned; fewer can be chance where they are rounded."""
+"""The share of repeated samples from which on they are mentioned: fewer can be chance, by rounding."""
 
 
 def group_bounds(n: int, groups: int) -> list[int]:
