@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import lzma
+import math
 import os
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from distmatch.base.errors import UserError
 from distmatch.data.arrays import from_arrays
+from distmatch.data.bounds import check_bytes, check_regular
 from distmatch.data.dataset import Dataset
 from distmatch.data.folders import IMAGE_SUFFIXES, load_folder
 
@@ -72,6 +75,7 @@ class Archive(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: Path) -> None:
+        check_regular(path)
         self.path = path
         with self._open() as archive:
             self.names = tuple(archive.files)
@@ -88,16 +92,40 @@ class Archive(Mapping[str, np.ndarray]):
         if key not in self.names:
             raise KeyError(key)
         with self._open() as archive:
+            self._check(archive.zip, key)
             value = archive[key]
             if not isinstance(value, np.ndarray):
                 raise ValueError(f"{key} is not an array")
             return value
+
+    def _check(self, archive: zipfile.ZipFile | None, key: str) -> None:
+        """Refuses an array by its header, before memory is taken for it."""
+        if archive is None:
+            raise RuntimeError("the archive is closed")
+        name = key if key in archive.namelist() else f"{key}.npy"
+        packed = archive.getinfo(name).compress_size
+        with archive.open(name) as member:
+            check_bytes(self.path, _promised(member), packed)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def _promised(file: IO[bytes]) -> int:
+    """Bytes that an array takes by the header at the beginning of ``file``.
+
+    Raises:
+        ValueError: It is no array; or another error in :data:`_DAMAGE`.
+    """
+    version = np.lib.format.read_magic(file)
+    known = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in known:
+        raise ValueError(f"it is an array of version {version}")
+    shape, _, dtype = known[version](file)
+    return math.prod(shape) * dtype.itemsize
 
 
 def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
@@ -129,6 +157,7 @@ def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
     if is_folder:
         data = load_folder(file)
         return data if labels else data.without_labels()
+    check_regular(file)
     suffix = file.suffix.lower()
     if suffix == ".npz":
         return _from_npz(file, labels)
@@ -153,8 +182,10 @@ def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
 def _read_npy(file: Path) -> np.ndarray:
     with _reading(file, "an .npy array"):
         with open(file, "rb") as handle:
-            if handle.read(6) != b"\x93NUMPY":
-                raise ValueError("it does not begin as NumPy arrays do")
+            size = _promised(handle)
+            check_bytes(file, size)
+            if size > file.stat().st_size - handle.tell():
+                raise EOFError("it ends before its array does")
         value: np.ndarray = np.load(file, allow_pickle=False)
         return value
 

@@ -10,9 +10,13 @@ from PIL import Image, ImageOps
 
 from distmatch.base.errors import UserError
 from distmatch.data.arrays import from_arrays
+from distmatch.data.bounds import MOST_PIXELS, check_bytes, check_regular
+from distmatch.data.classes import from_folder_name, in_order
 from distmatch.data.dataset import Dataset
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow goes by content, and starts other programs for some
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 _GREY = ("1", "L", "LA")
 _DEEP = ("I", "F")  # 16 and 32 bits: Pillow would clip them to 255 without a word
 
@@ -20,15 +24,16 @@ _DEEP = ("I", "F")  # 16 and 32 bits: Pillow would clip them to 255 without a wo
 def load_folder(folder: Path) -> Dataset:
     """Reads all images of a folder, in the order of their names.
 
-    Where there are two or more sub-folders with images, each is a class named after it, and whatever lies
-    deeper belongs to it. Other files and names that begin with a dot are passed over. Images are grey when
-    all of them are, else colour; alpha is dropped, and the orientation that a camera noted is applied.
+    Where there are two or more sub-folders with images, each is a class named after it; numbers are in order
+    of their value. Other files and names that begin with a dot are passed over. Images are grey when all of
+    them are, else colour; alpha is dropped, and the orientation that a camera noted is applied.
 
     Args:
         folder: The folder.
 
     Raises:
-        UserError: There is no image, one cannot be read, or one differs in size (the message names it).
+        UserError: There is no image, one cannot be read, or one differs in size (the message names it); or
+            the sub-folders are parts of the data rather than classes, or hold folders themselves.
     """
     groups: dict[str, list[Path]] = {}
     for file in _images_below(folder):
@@ -40,16 +45,11 @@ def load_folder(folder: Path) -> Dataset:
             expected=f"files ending in {', '.join(IMAGE_SUFFIXES)}, or sub-folders of them",
             fix="check the path",
         )
-    if "" in groups and len(groups) > 1:
-        raise UserError(
-            f"{folder} has images both in itself and in sub-folders",
-            got=f"{groups[''][0].name} beside the folder {sorted(groups)[1]}",
-            expected="all images in one folder, or each in the sub-folder of its class",
-            fix="move them",
-        )
-    classes = sorted(groups)
-    files = [file for name in classes for file in groups[name]]
-    labels = np.repeat(np.arange(len(classes)), [len(groups[name]) for name in classes])
+    _check_layout(folder, groups)
+    own = {from_folder_name(name): name for name in groups}
+    classes = in_order(list(own))
+    files = [file for name in classes for file in groups[own[name]]]
+    labels = np.repeat(np.arange(len(classes)), [len(groups[own[name]]) for name in classes])
     labelled = len(classes) > 1  # a single class says nothing
     return from_arrays(
         _read_all(files),
@@ -59,6 +59,34 @@ def load_folder(folder: Path) -> Dataset:
     )
 
 
+def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
+    """Refuses folders of which it is unclear what the classes are."""
+    if "" in groups and len(groups) > 1:
+        raise UserError(
+            f"{folder} has images both in itself and in sub-folders",
+            got=f"{groups[''][0].name} beside the folder {sorted(groups)[1]}",
+            expected="all images in one folder, or each in the sub-folder of its class",
+            fix="move them",
+        )
+    parts = sorted(groups)
+    if len(parts) > 1 and all(name.lower() in _SPLITS for name in parts):
+        raise UserError(
+            f"{folder} holds parts of a data set, not classes",
+            got=f"the sub-folders {', '.join(parts)}",
+            expected="one folder of images, or one with a sub-folder for each class",
+            fix=f"name one of them: {folder / parts[-1 if 'train' in parts[-1].lower() else 0]}",
+        )
+    for name in parts:
+        deep = next((f for f in groups[name] if len(f.relative_to(folder).parts) > 2), None)
+        if deep is not None:
+            raise UserError(
+                f"{folder} holds folders inside of folders, so it is unclear what the classes are",
+                got=f"{deep.relative_to(folder).parent}",
+                expected="one folder of images, or one with a sub-folder for each class",
+                fix=f"name {folder / name} if its sub-folders are the classes, else move the images up",
+            )
+
+
 def _images_below(folder: Path) -> list[Path]:
     found: list[Path] = []
     for place, inner, names in os.walk(folder, onerror=_refuse):
@@ -66,6 +94,8 @@ def _images_below(folder: Path) -> list[Path]:
         found += [
             Path(place, n) for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_SUFFIXES)
         ]
+    for file in found:
+        check_regular(file)
     return sorted(found)
 
 
@@ -76,9 +106,10 @@ def _refuse(error: OSError) -> None:
 def _read_all(files: list[Path]) -> np.ndarray:
     """All images as (N, H, W) when all are grey, else (N, H, W, 3)."""
     first = _read(files[0])
-    pixels = [first]
-    for file in files[1:]:
-        image = _read(file)
+    check_bytes(files[0].parent, len(files) * first.nbytes)
+    pixels = np.empty((len(files), *first.shape), np.uint8)
+    for k, file in enumerate(files):
+        image = first if k == 0 else _read(file)
         if image.shape[:2] != first.shape[:2]:
             raise UserError(
                 "images differ in size",
@@ -86,15 +117,24 @@ def _read_all(files: list[Path]) -> np.ndarray:
                 expected=f"{first.shape[1]}x{first.shape[0]}, as {files[0]}",
                 fix="crop or resize them first",
             )
-        pixels.append(image)
-    if any(image.ndim == 3 for image in pixels):
-        pixels = [image if image.ndim == 3 else np.stack([image] * 3, -1) for image in pixels]
-    return np.stack(pixels)
+        if image.ndim > pixels.ndim - 1:  # the first image in colour
+            check_bytes(file.parent, 4 * pixels.nbytes)
+            pixels = np.repeat(pixels[..., None], 3, -1)
+        pixels[k] = image if image.ndim == pixels.ndim - 1 else image[..., None]
+    return pixels
 
 
 def _read(file: Path) -> np.ndarray:
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=_FORMATS) as opened:
+            width, height = opened.size
+            if width * height > MOST_PIXELS:
+                raise UserError(
+                    f"{file} is too large an image",
+                    got=f"{width}x{height} pixels",
+                    expected=f"at most {MOST_PIXELS:,} pixels",
+                    fix="crop or resize the images first",
+                )
             if opened.mode.startswith(_DEEP):
                 raise UserError(
                     f"{file} has more than 8 bits a channel",
@@ -111,5 +151,6 @@ def _read(file: Path) -> np.ndarray:
         raise UserError(
             f"cannot read the image {file}",
             got=f"{type(error).__name__}: {error}",
-            fix="it may be truncated or damaged: replace or remove it",
+            expected=f"a file that is {', '.join(_FORMATS)} by its content",
+            fix="it may be truncated, damaged, or of another format: convert, replace or remove it",
         ) from error
