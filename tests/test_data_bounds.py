@@ -44,9 +44,9 @@ def test_more_than_half_of_the_memory_is_refused(tmp_path: Path, monkeypatch: py
     for k, image in enumerate(PICTURES):
         Image.fromarray(image).save(tmp_path / "a" / f"{k}.png")
     for name in ("a.npz", "a.npy", "a"):
-        monkeypatch.setattr(bounds, "memory_bytes", lambda: PICTURES.nbytes)
+        monkeypatch.setattr(bounds, "memory_bound", lambda: PICTURES.nbytes)
         assert len(load_data(tmp_path / name)) == 4
-        monkeypatch.setattr(bounds, "memory_bytes", lambda: PICTURES.nbytes - 1)
+        monkeypatch.setattr(bounds, "memory_bound", lambda: PICTURES.nbytes - 1)
         with pytest.raises(UserError, match="does not fit into memory"):
             load_data(tmp_path / name)
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import lzma
-import math
 import os
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from distmatch.base.errors import UserError
+from distmatch.base.inputs import read_array_header, require_regular_file
 from distmatch.data.arrays import from_arrays
-from distmatch.data.bounds import check_bytes, check_regular
+from distmatch.data.bounds import check_bytes
 from distmatch.data.dataset import Dataset
 from distmatch.data.folders import IMAGE_SUFFIXES, load_folder
 
@@ -75,7 +74,7 @@ class Archive(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: Path) -> None:
-        check_regular(path)
+        require_regular_file(path, "an .npz archive")
         self.path = path
         with self._open() as archive:
             self.names = tuple(archive.files)
@@ -105,27 +104,13 @@ class Archive(Mapping[str, np.ndarray]):
         name = key if key in archive.namelist() else f"{key}.npy"
         packed = archive.getinfo(name).compress_size
         with archive.open(name) as member:
-            check_bytes(self.path, _promised(member), packed)
+            check_bytes(self.path, read_array_header(member).nbytes, packed)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def _promised(file: IO[bytes]) -> int:
-    """Bytes that an array takes by the header at the beginning of ``file``.
-
-    Raises:
-        ValueError: It is no array; or another error in :data:`_DAMAGE`.
-    """
-    version = np.lib.format.read_magic(file)
-    known = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in known:
-        raise ValueError(f"it is an array of version {version}")
-    shape, _, dtype = known[version](file)
-    return math.prod(shape) * dtype.itemsize
 
 
 def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
@@ -157,7 +142,7 @@ def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
     if is_folder:
         data = load_folder(file)
         return data if labels else data.without_labels()
-    check_regular(file)
+    require_regular_file(file, "a file of data")
     suffix = file.suffix.lower()
     if suffix == ".npz":
         return _from_npz(file, labels)
@@ -182,7 +167,7 @@ def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
 def _read_npy(file: Path) -> np.ndarray:
     with _reading(file, "an .npy array"):
         with open(file, "rb") as handle:
-            size = _promised(handle)
+            size = read_array_header(handle).nbytes
             check_bytes(file, size)
             if size > file.stat().st_size - handle.tell():
                 raise EOFError("it ends before its array does")

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from distmatch.base.errors import UserError
+from distmatch.base.inputs import require_regular_file
 from distmatch.data.arrays import from_arrays
-from distmatch.data.bounds import MOST_PIXELS, check_bytes, check_regular
+from distmatch.data.bounds import MOST_PIXELS, check_bytes
 from distmatch.data.classes import from_folder_name, in_order
 from distmatch.data.dataset import Dataset
 
@@ -95,7 +96,7 @@ def _images_below(folder: Path) -> list[Path]:
             Path(place, n) for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_SUFFIXES)
         ]
     for file in found:
-        check_regular(file)
+        require_regular_file(file, "an image")
     return sorted(found)
 
 
