@@ -138,7 +138,9 @@ def _sample_file(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """Metrics of a sample file, with the floor of the reference."""
     import torch
 
+    from distmatch.cli.output import warn_of_shares
     from distmatch.data import TOY_NAMES, load_data, toy
+    from distmatch.data.classes import matched, names_of
     from distmatch.metrics import evaluate, plan, reference_floor
 
     if not o.data:
@@ -157,7 +159,10 @@ def _sample_file(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
         x = real.scaling.to_model(given.raw)
     else:
         x, _ = given.batch(torch.arange(len(given)))
+    given = matched(given, names_of(real), real.num_classes, "the real data")
     labels = given.labels if real.labels is not None else None
+    if labels is not None and real.labels is not None:
+        warn_of_shares(labels, real.labels, names_of(real))
     mixture = toy(o.data) if o.data in TOY_NAMES else None
     settings = plan(real, len(given), features=o.features, n=o.n, seed=o.seed)
     common: dict[str, Any] = {"features": o.features, "n": settings.n, "seed": o.seed, "mixture": mixture}

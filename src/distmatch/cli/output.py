@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_folder, atomic_write
+from distmatch.data.classes import folder_names, share_warning
 from distmatch.report.figures import scatter_png
 from distmatch.report.grid import save_grid
 from distmatch.training.assess import npz_bytes
 
 
-def write_samples(path: Path, x: np.ndarray, labels: Tensor | None, overwrite: bool) -> None:
+def write_samples(
+    path: Path, x: np.ndarray, labels: Tensor | None, overwrite: bool, class_names: Sequence[str] = ()
+) -> None:
     """Writes samples to an ``.npz``, a ``.png`` picture, or a folder of one file per image.
 
     Args:
@@ -25,6 +29,7 @@ def write_samples(path: Path, x: np.ndarray, labels: Tensor | None, overwrite: b
         x: Images (N, H, W[, C]) uint8, or vectors (N, D) float32.
         labels: (N,), or None.
         overwrite: Whether an existing folder of ours may be replaced.
+        class_names: Names of the classes: those of the sub-folders, where they can be.
 
     Raises:
         UserError: See :func:`check_form`; or the place cannot be written.
@@ -33,26 +38,39 @@ def write_samples(path: Path, x: np.ndarray, labels: Tensor | None, overwrite: b
     images = x.ndim > 2
     check_form(path, images=images, overwrite=overwrite)
     if suffix == ".npz":
-        atomic_write(path, npz_bytes(x, labels))
+        atomic_write(path, npz_bytes(x, labels, class_names))
     elif suffix == ".png" and images:
         columns = max(1, int(np.ceil(np.sqrt(len(x)))))
         save_grid(path, x, columns)
     elif suffix == ".png":
         atomic_write(path, scatter_png(x))
     else:
+        names = folder_names(class_names)
         with atomic_folder(path) as folder:
             for i, image in enumerate(x):
-                place = folder if labels is None else folder / str(int(labels[i]))
+                place = folder if labels is None else folder / _sub_folder(int(labels[i]), names)
                 place.mkdir(exist_ok=True)
                 buffer = io.BytesIO()
                 Image.fromarray(image).save(buffer, format="PNG")
                 (place / f"{i:06d}.png").write_bytes(buffer.getvalue())
 
 
+def _sub_folder(label: int, names: Sequence[str]) -> str:
+    """The folder of a class; samples that were drawn without a class have their own."""
+    return names[label] if 0 <= label < len(names) else str(label)
+
+
 def tell_conversion(name: str, conversion: str) -> None:
     """Says on stderr how far a model from elsewhere is from its original; nothing for another."""
     if conversion:
         print(f"{name}: {conversion}", file=sys.stderr)
+
+
+def warn_of_shares(labels: Tensor, reference: Tensor, names: Sequence[str]) -> None:
+    """Says on stderr where samples hold the classes in other shares than the real data."""
+    warning = share_warning(labels, reference, names)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def check_form(path: Path, *, images: bool, overwrite: bool) -> None:

@@ -40,8 +40,10 @@ class SampleOptions:
     out: Path | None = None
     """.npz (x and labels), .png (a grid), or a folder (one file per image); unset: samples.npz, or no samples
     where --trajectory asks for a picture."""
-    classes: tuple[int, ...] = ()
-    """Classes to draw, in turn; none draws all evenly."""
+    classes: tuple[str, ...] = ()
+    """Classes to draw, in turn, by name or number; none draws them as --class-balance says."""
+    class_balance: Literal["data", "uniform"] = "data"
+    """data: in the shares of the training data; uniform: evenly."""
     solver: str = "heun"
     """How a teacher is sampled: heun, dpmpp-2m, tab:3, ipndm:3, ddim:1, ...; docs/solvers.md lists them."""
     steps: int = 18
@@ -84,11 +86,9 @@ def run(argv: list[str]) -> None:
         raise UserError("--n and --batch must be at least 1", got=f"{o.n} and {o.batch}")
     if not math.isfinite(o.guidance):
         raise UserError("--guidance must be finite", got=o.guidance)
-    import torch
-
     from distmatch.cli.output import check_form, tell_conversion, write_samples
     from distmatch.cli.trajectory import check_picture
-    from distmatch.methods.student import checked_labels
+    from distmatch.data.classes import names_for
     from distmatch.training.models import open_model, refuse_existing
 
     out = o.out if o.out is not None or o.trajectory is not None else Path("samples.npz")
@@ -102,12 +102,12 @@ def run(argv: list[str]) -> None:
         check_form(out, images=len(model.shape) > 1, overwrite=o.overwrite)
     if o.trajectory is not None:
         check_picture(o.trajectory, ask.teacher or model, o.n)
-    labels = torch.tensor(o.classes).repeat(-(-o.n // len(o.classes)))[: o.n] if o.classes else None
-    labels = checked_labels(labels, o.n, model.num_classes, o.seed)
-    result: dict[str, Any] = {"n": o.n, **ask.told}
+    labels, how = _labels(o, model)
+    result: dict[str, Any] = {"n": o.n, **ask.told, **({"class_balance": how} if how else {})}
     if out is not None:
         drawn = ask.draw(o.n, labels)
-        write_samples(out, model.scaling.export(drawn.x), drawn.labels, o.overwrite)
+        names = names_for(model.classes.names, model.num_classes)
+        write_samples(out, model.scaling.export(drawn.x), drawn.labels, o.overwrite, names)
         seconds = round(drawn.seconds_per_1000, 5)
         result |= {"out": str(out), "nfe": drawn.nfe, "seconds_per_1000": seconds}
     if o.trajectory is not None:
@@ -117,8 +117,40 @@ def run(argv: list[str]) -> None:
         return
     if out is not None:
         print(f"{o.n} samples in {out} ({result['model']}, {result['nfe']} network calls each)")
+        if how:
+            print(f"classes: {_HOW[how]}")
     for share, level in result.get("decided", {}).items():
         print(f"{float(share):.0%} of the layout is decided at sigma {level:.3g}")
+
+
+_HOW = {
+    "data": "in the shares of the training data (--class-balance uniform draws them evenly)",
+    "uniform": "evenly",
+    "unknown": "evenly, as the model does not say how often each occurred in its training data",
+    "given": "those of --classes, in turn",
+}
+
+
+def _labels(o: SampleOptions, model: Model) -> tuple[Tensor | None, str]:
+    """The classes to draw, and how they were chosen: a key of _HOW, '' for a model without classes."""
+    import torch
+
+    from distmatch.data.classes import class_named, drawn_labels
+    from distmatch.methods.student import checked_labels
+
+    names, counts = model.classes.names, model.classes.counts
+    if o.classes:
+        _refuse(o, ("class_balance",), "--classes says already which classes are drawn")
+        if not model.num_classes:
+            raise UserError("this model is unconditional", got="--classes", fix="leave it out")
+        turn = torch.tensor([class_named(c, names, model.num_classes) for c in o.classes])
+        labels = turn.repeat(-(-o.n // len(turn)))[: o.n]
+        return checked_labels(labels, o.n, model.num_classes, o.seed), "given"
+    if not model.num_classes:
+        _refuse(o, ("class_balance",), "this model is unconditional")
+        return None, ""
+    drawn = drawn_labels(o.n, model.num_classes, o.seed, counts, o.class_balance)
+    return drawn, o.class_balance if counts or o.class_balance == "uniform" else "unknown"
 
 
 @dataclass(frozen=True)

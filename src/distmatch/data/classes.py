@@ -6,15 +6,19 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
 
+Balance = Literal["data", "uniform"]
+BALANCES: tuple[Balance, ...] = ("data", "uniform")
+"""How classes are drawn: in the shares of the training data, or evenly."""
 _SHOWN = 12  # names in a message: a thousand would bury it
 _SURE = 1e-3  # chance of a false alarm when shares of classes are compared
 _LONGEST = 200  # bytes of a folder's name; file systems end at 255
@@ -65,7 +69,12 @@ class Classes:
 
 def names_of(data: Dataset) -> tuple[str, ...]:
     """One name for each class: the given ones, else the numbers."""
-    return data.class_names or tuple(str(k) for k in range(data.num_classes))
+    return names_for(data.class_names, data.num_classes)
+
+
+def names_for(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    """The names, or the numbers of ``num_classes`` classes where they have none."""
+    return tuple(names) or tuple(str(k) for k in range(num_classes))
 
 
 def are_numbers(names: Sequence[str]) -> bool:
@@ -138,14 +147,15 @@ def matched(data: Dataset, names: Sequence[str], num_classes: int, whose: str) -
             fix="give folders (or class_names of an .npz) the same names, or leave these classes out",
         )
     known = tuple(names) or (own if places == list(range(num_classes)) else ())
-    known = known or tuple(str(k) for k in range(num_classes))
-    return dataclasses.replace(data, labels=labels.to(data.labels.device), class_names=known)
+    return dataclasses.replace(
+        data, labels=labels.to(data.labels.device), class_names=names_for(known, num_classes)
+    )
 
 
 def _places(own: tuple[str, ...], names: tuple[str, ...], num_classes: int) -> list[int]:
     """The number of each class on the other side, -1 where it has none."""
     if are_numbers(own) and (not names or are_numbers(names)):
-        at = {int(name): k for k, name in enumerate(names or map(str, range(num_classes)))}
+        at = {int(name): k for k, name in enumerate(names_for(names, num_classes))}
         return [at.get(int(name), -1) for name in own]
     by_name = {name: k for k, name in enumerate(names)}
     if are_numbers(own) and not all(name in by_name for name in own):
@@ -153,6 +163,35 @@ def _places(own: tuple[str, ...], names: tuple[str, ...], num_classes: int) -> l
     if not names and len(own) == num_classes:
         return list(range(num_classes))
     return [by_name.get(name, -1) for name in own]
+
+
+def drawn_labels(
+    n: int, num_classes: int, seed: int, counts: Sequence[int] = (), balance: Balance = "data"
+) -> Tensor:
+    """Draws the classes of ``n`` samples, independently.
+
+    Args:
+        n: Number of samples.
+        num_classes: Number of classes.
+        seed: Seed of the draw; label i depends on the seed and i alone.
+        counts: How often each class occurred in the training data; () when that is not known.
+        balance: ``data`` draws by ``counts``, ``uniform`` evenly among the classes that occurred. Without
+            counts all classes are drawn evenly.
+
+    Returns:
+        Int64 (n,) on the CPU.
+
+    Raises:
+        UserError: An unknown ``balance``.
+    """
+    if balance not in BALANCES:
+        raise unknown_name("class balance", balance, BALANCES)
+    weights = torch.tensor(counts or [1] * num_classes, dtype=torch.float64)
+    if balance == "uniform":
+        weights = (weights > 0).double()
+    edges = weights.cumsum(0)
+    u = torch.rand(n, generator=generator(seed, "labels"), dtype=torch.float64)
+    return torch.searchsorted(edges, u * edges[-1], right=True).clamp(max=num_classes - 1)
 
 
 def share_warning(labels: Tensor, reference: Tensor, names: Sequence[str]) -> str | None:

@@ -82,6 +82,9 @@ def save_denoiser(
     Raises:
         UserError: The folder holds something else or cannot be written, or the denoiser cannot be saved.
     """
+    about = vars(denoiser).get("trained_on")
+    if about and "data" not in (extra or {}):
+        extra = {**(extra or {}), "data": about}
     if not is_external(denoiser):
         if not isinstance(denoiser, EDMDenoiser):
             raise UserError("a denoiser of this kind cannot be saved", got=type(denoiser).__name__)

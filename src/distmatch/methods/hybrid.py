@@ -56,7 +56,7 @@ def hybrid_sample(
         solver: How the teacher is sampled.
         grid: Decreasing levels in place of the default ones.
         path: As for :func:`~distmatch.diffusion.solvers.solve`.
-        labels: Classes (n,) int64; drawn evenly when they are missing.
+        labels: Classes (n,) int64; drawn as the student draws them when they are missing.
         seed: Seed of everything random.
         batch: Samples at a time.
         decode: Whether latents become images.
@@ -72,7 +72,7 @@ def hybrid_sample(
     way = hand_over(teacher, student, levels, calls=calls, level=level)
     chosen = find_solver(solver)
     check_way(way, chosen, solver)
-    labels = checked_labels(labels, n, student.num_classes, seed)
+    labels = checked_labels(labels, n, student.num_classes, seed, student.classes.counts)
     device = device_of(student)
     z = latents(n, student.shape, seed)
     if not way.teacher_levels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import generator as make_generator
 from distmatch.base.seeds import latents
+from distmatch.data.classes import Balance, Classes, drawn_labels
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.noise import Karras
 from distmatch.interop import decode_samples, load_denoiser, save_denoiser
@@ -97,6 +97,11 @@ class Student(nn.Module):
         return self.denoiser.num_classes
 
     @property
+    def classes(self) -> Classes:
+        """Names of its classes, and their counts in the data it was distilled with, as far as known."""
+        return Classes.from_dict(self.info.get("data") or {}, self.num_classes)
+
+    @property
     def nfe(self) -> int:
         """Network calls for a sample."""
         return len(self.levels)
@@ -156,6 +161,7 @@ class Student(nn.Module):
         *,
         seed: int = 0,
         labels: Tensor | None = None,
+        class_balance: Balance = "data",
         batch: int = 1024,
         decode: bool = True,
         on_batch: Callable[[int], None] | None = None,
@@ -165,7 +171,9 @@ class Student(nn.Module):
         Args:
             n: Number of samples.
             seed: Seed of the latents; sample i depends on the seed and i, not on ``batch``.
-            labels: Classes (n,) int64. A class-conditional student draws them evenly when they are missing.
+            labels: Classes (n,) int64. A class-conditional student draws them when they are missing.
+            class_balance: How: ``data`` in the shares of the data it was distilled with (evenly where these
+                are not known), ``uniform`` evenly.
             batch: Samples at a time.
             decode: Whether the latents of a student that works on them become images.
             on_batch: Called with the number of samples after each batch.
@@ -177,7 +185,7 @@ class Student(nn.Module):
             UserError: Labels of another length or out of range.
         """
         device = device_of(self)
-        labels = checked_labels(labels, n, self.num_classes, seed)
+        labels = checked_labels(labels, n, self.num_classes, seed, self.classes.counts, class_balance)
         noise = [
             latents(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}") for i in range(self.draws)
         ]
@@ -273,8 +281,23 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def checked_labels(labels: Tensor | None, n: int, num_classes: int, seed: int) -> Tensor | None:
-    """Labels for ``n`` samples: the given ones, checked, or an even draw for a conditional model.
+def checked_labels(
+    labels: Tensor | None,
+    n: int,
+    num_classes: int,
+    seed: int,
+    counts: Sequence[int] = (),
+    balance: Balance = "data",
+) -> Tensor | None:
+    """Labels for ``n`` samples: the given ones, checked, or drawn for a conditional model.
+
+    Args:
+        labels: Labels (n,), or None.
+        n: Number of samples.
+        num_classes: Classes of the model; 0 when unconditional.
+        seed: Seed of the draw.
+        counts: How often each class occurred in training; () when that is not known.
+        balance: See :func:`~distmatch.data.classes.drawn_labels`.
 
     Raises:
         UserError: Labels of another length, out of range, or for an unconditional model.
@@ -282,7 +305,7 @@ def checked_labels(labels: Tensor | None, n: int, num_classes: int, seed: int) -
     if labels is None:
         if num_classes == 0:
             return None
-        return torch.randint(num_classes, (n,), generator=make_generator(seed, "labels"))
+        return drawn_labels(n, num_classes, seed, counts, balance)
     if num_classes == 0:
         raise UserError("this model is unconditional", got="labels", fix="leave the labels out")
     labels = labels.to(torch.int64)

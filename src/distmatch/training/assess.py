@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,9 +190,11 @@ def plain(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def npz_bytes(x: np.ndarray, labels: Tensor | None) -> bytes:
-    """An ``.npz`` archive with ``x`` and, where there are any, ``labels``."""
+def npz_bytes(x: np.ndarray, labels: Tensor | None, names: Sequence[str] = ()) -> bytes:
+    """An ``.npz`` archive with ``x`` and, where there are any, ``labels`` and ``class_names``."""
     arrays = {"x": x} if labels is None else {"x": x, "labels": labels.numpy()}
+    if labels is not None and names:
+        arrays["class_names"] = np.array(names, dtype=np.str_)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
@@ -204,10 +206,12 @@ def write_assessment(
     drawn: dict[str, Drawn],
     scaling: Scaling,
     settings: dict[str, Any],
+    class_names: Sequence[str] = (),
 ) -> None:
     """Writes ``metrics.json``, the samples, an ``evaluate`` event and the model card of a run folder."""
     for name, samples in drawn.items():
-        atomic_write(folder.samples / f"{name}.npz", npz_bytes(scaling.export(samples.x), samples.labels))
+        content = npz_bytes(scaling.export(samples.x), samples.labels, class_names)
+        atomic_write(folder.samples / f"{name}.npz", content)
     atomic_json(folder.metrics, plain(metrics))
     refresh_card(folder.model, plain(metrics))
     with EventLog(folder.log) as log:

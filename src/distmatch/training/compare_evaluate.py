@@ -20,6 +20,7 @@ from distmatch.metrics.features import Features
 from distmatch.training.assess import Drawn, assess, npz_bytes, plain, write_assessment
 from distmatch.training.compare_options import CompareOptions
 from distmatch.training.compare_stats import Measured
+from distmatch.training.known_data import known_data
 from distmatch.training.models import Model, open_model
 from distmatch.training.prepare import check_fit
 from distmatch.training.runfolder import RunFolder
@@ -77,7 +78,7 @@ class Bench:
             mixture=self.mixture,
         )
         for name, samples in drawn.items():
-            content = npz_bytes(self.data.scaling.export(samples.x), samples.labels)
+            content = npz_bytes(self.data.scaling.export(samples.x), samples.labels, self.data.class_names)
             atomic_write(folder.samples / f"{name}.npz", content)
         return plain(found)
 
@@ -95,7 +96,7 @@ class Bench:
         Returns:
             The JSON form of its metrics.
         """
-        drawn = self.draw(Model("student", student, None, self.data.scaling, "", ()), quiet)
+        drawn = self.draw(Model("student", student, None, self.data.scaling, ""), quiet)
         found = evaluate_replicates(
             drawn.x,
             self.data,
@@ -108,7 +109,9 @@ class Bench:
         speed = {"nfe": drawn.nfe, "seconds_per_1000": drawn.seconds_per_1000}
         metrics: dict[str, dict[str, Any]] = {**others, "student": {**speed, **found.estimates}}
         save_tensors(folder.path / "replicates.safetensors", found.replicates)
-        write_assessment(folder, metrics, {"student": drawn}, self.data.scaling, self.settings())
+        write_assessment(
+            folder, metrics, {"student": drawn}, self.data.scaling, self.settings(), self.data.class_names
+        )
         return plain(metrics)["student"]
 
 
@@ -128,7 +131,7 @@ def open_bench(
     run = options.shared.run
     if teacher is not None:
         scaling = data.scaling if data is not None else None
-        model = None if scaling is None else Model("teacher", None, teacher, scaling, "", ())
+        model = None if scaling is None else Model("teacher", None, teacher, scaling, "", known_data(teacher))
     else:
         model = open_model(options.shared.teacher)
     spec = options.shared.data or (model.data if model is not None else "")
@@ -140,6 +143,7 @@ def open_bench(
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data",
         )
+    data = model.seen(data)
     check_fit(model.shape, model.num_classes, data)
     guidance = options.shared.distill.guidance
     sampling = Sampling(solver=options.eval_solver, steps=options.eval_steps, guidance=guidance)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, Dataset, toy
+from distmatch.data.classes import listed, names_of
 from distmatch.metrics import plan, resolve_features
 from distmatch.training.assess import HEUN, Drawn, assess, write_assessment
 from distmatch.training.models import Model
@@ -63,6 +65,7 @@ def evaluate_models(
                 got=f"{model.num_classes} classes and unlabelled {data.name}",
                 fix="give labelled data",
             )
+    data = _seen_by_all(models, data)
     counts = {model.num_classes for model in models.values()}
     conditional = counts != {0}
     if 0 in counts and conditional:
@@ -87,5 +90,28 @@ def evaluate_models(
         mixture=toy(spec) if spec in TOY_NAMES else None,
     )
     settings = plan(data, features=space, n=n, seed=seed).to_dict()
-    write_assessment(folder, metrics, drawn, data.scaling, {**settings, **sampling.to_dict()})
+    said = {**settings, **sampling.to_dict()}
+    write_assessment(folder, metrics, drawn, data.scaling, said, data.class_names)
     return metrics
+
+
+def _seen_by_all(models: dict[str, Model], data: Dataset) -> Dataset:
+    """The data as the models know them, once it is known that they agree.
+
+    Raises:
+        UserError: They number the classes or scale the columns differently.
+    """
+    views = {name: model.seen(data) for name, model in models.items()}
+    first, *rest = views.values()
+    for other in rest:
+        pairs = ((first.labels, other.labels),) if first.labels is not None else ()
+        same = all(b is not None and torch.equal(a, b) for a, b in pairs)
+        if not same or first.scaling != other.scaling:
+            raise UserError(
+                "teacher and student do not see these data in the same way",
+                got=f"classes {listed(names_of(first))} and {listed(names_of(other))}"
+                if not same
+                else "columns that were scaled differently",
+                fix="name the teacher that the student was distilled from",
+            )
+    return first

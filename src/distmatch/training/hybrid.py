@@ -70,7 +70,7 @@ def draw_hybrid(
         teacher: The teacher.
         student: The student.
         n: Number of samples.
-        labels: Their classes (n,), or None for an even draw.
+        labels: Their classes (n,), or None for a draw in the shares of the training data.
         seed: Seed of everything random.
         sampling: Solver, grid and guidance of the teacher.
         calls: Steps of the student's way that the teacher takes.
@@ -88,7 +88,7 @@ def draw_hybrid(
     for module in (first, last, sampling.reference):
         if isinstance(module, nn.Module):
             module.to(where)
-    labels = checked_labels(labels, n, student.num_classes, seed)
+    labels = checked_labels(labels, n, student.num_classes, seed, student.classes.counts)
     counter = CallCounter(sampling.around(first))
     with progress(n, desc="hybrid samples", enabled=not quiet) as bar:
         began = time.perf_counter()

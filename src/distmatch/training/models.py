@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.data import TOY_NAMES, Scaling, toy
+from distmatch.data import TOY_NAMES, Dataset, Scaling, toy
+from distmatch.data.classes import Classes
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.interop import decoder_of
 from distmatch.methods.student import Student, checked_labels, student_from
 from distmatch.training.assess import HEUN, Drawn, draw_student, draw_teacher
 from distmatch.training.devices import pick_device
+from distmatch.training.known_data import seen_by
 from distmatch.training.sampling import Sampling
 from distmatch.training.teachers import open_denoiser
 
@@ -30,7 +33,7 @@ class Model:
         teacher: Set for a teacher.
         scaling: Gives samples back in the user's units.
         data: Name or path of the data it was trained on; '' when unknown.
-        class_names: Names of its classes, or ().
+        trained_on: What it keeps of these data, see :func:`~distmatch.training.known_data.describe_data`.
         conversion: Of a model from elsewhere, how far it is from its original; '' otherwise.
     """
 
@@ -39,7 +42,7 @@ class Model:
     teacher: Denoiser | None
     scaling: Scaling
     data: str
-    class_names: tuple[str, ...]
+    trained_on: Mapping[str, Any] = field(default_factory=dict)
     conversion: str = ""
 
     @property
@@ -53,6 +56,19 @@ class Model:
         if self.student is not None:
             return self.student.num_classes
         return self.teacher.num_classes if self.teacher is not None else 0
+
+    @property
+    def classes(self) -> Classes:
+        """Names of its classes and their counts in the training data."""
+        return Classes.from_dict(self.trained_on, self.num_classes)
+
+    def seen(self, data: Dataset) -> Dataset:
+        """The data with this model's numbers of classes and scaling of columns.
+
+        Raises:
+            UserError: They have classes that it does not know.
+        """
+        return seen_by(data, self.trained_on, self.num_classes, f"the {self.kind}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,7 +89,7 @@ class Model:
     ) -> Drawn:
         """Draws ``n`` samples; ``sampling`` is for teachers."""
         where = pick_device(device)
-        labels = checked_labels(labels, n, self.num_classes, seed)
+        labels = checked_labels(labels, n, self.num_classes, seed, self.classes.counts)
         if self.student is not None:
             return draw_student(self.student.to(where), n, labels, seed, batch, quiet)
         if self.teacher is None:
@@ -92,7 +108,7 @@ def open_model(source: str) -> Model:
     """
     if source in TOY_NAMES:
         mixture: GaussianMixture = toy(source)
-        return Model(source, None, mixture, Scaling.identity(mixture.shape[0]), source, ())
+        return Model(source, None, mixture, Scaling.identity(mixture.shape[0]), source)
     denoiser, info = open_denoiser(source)
     data = info.get("data") or {}
     shape = (decoder_of(denoiser) or denoiser).shape
@@ -109,7 +125,7 @@ def open_model(source: str) -> Model:
         None if student else denoiser,
         scaling,
         str(data.get("spec", "")),
-        tuple(data.get("class_names", ())),
+        data,
         str(info.get("conversion", "")),
     )
 

@@ -24,9 +24,10 @@ from distmatch.methods.start import Draw, has_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import check_settings, resolve_method
 from distmatch.training.devices import compile_network, pick_device
+from distmatch.training.known_data import describe_data, known_data, seen_by, without_data
 from distmatch.training.latent_data import as_latents
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
-from distmatch.training.prepare_teacher import describe_data, flips
+from distmatch.training.prepare_teacher import flips
 from distmatch.training.runs import Finished, Job
 from distmatch.training.teachers import open_teacher
 
@@ -98,7 +99,9 @@ def prepare_distillation(
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data, or use --method diff-instruct, which needs none",
         )
-    described = {} if data is None else describe_data(data, spec)
+    if data is not None:
+        data = seen_by(data, known_data(teacher), teacher.num_classes, "the teacher")
+    described = without_data(known_data(teacher)) if data is None else describe_data(data, spec)
     conversion = _conversion(teacher, known)
     if data is not None:
         data = _fitting(teacher, data, run, device)
@@ -206,7 +209,7 @@ def _fitting(teacher: Denoiser, data: Dataset, run: RunOptions, device: torch.de
 
 
 def check_fit(shape: Sequence[int], num_classes: int, data: Dataset) -> None:
-    """Refuses data of another shape or with other classes than a teacher's.
+    """Refuses data of another shape than a teacher's, or without the labels that it needs.
 
     Args:
         shape: Shape of one of its samples.
@@ -227,12 +230,6 @@ def check_fit(shape: Sequence[int], num_classes: int, data: Dataset) -> None:
             "the teacher is class-conditional and the data have no labels",
             got=f"{num_classes} classes and unlabelled {data.name}",
             fix="give labelled data, or train the teacher with --no-labels",
-        )
-    if num_classes and data.num_classes > num_classes:
-        raise UserError(
-            "the data have classes that the teacher does not know",
-            got=f"{data.num_classes} classes in {data.name}",
-            expected=f"at most {num_classes}",
         )
 
 

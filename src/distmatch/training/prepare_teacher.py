@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,22 +14,11 @@ from distmatch.diffusion.path_core import NoisePath
 from distmatch.diffusion.path_specs import KINETIC
 from distmatch.interop import save_denoiser
 from distmatch.training.devices import compile_network, pick_device
+from distmatch.training.known_data import describe_data, remember
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.options import RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.runs import Finished, Job
 from distmatch.training.teacher import TeacherTraining
-
-
-def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
-    """What a saved model keeps of its data: enough to give samples back in the user's units."""
-    return {
-        "spec": spec,
-        "name": data.name,
-        "scaling": data.scaling.to_dict(),
-        "class_names": list(data.class_names),
-        "samples": len(data),
-        "content_hash": data.content_hash,
-    }
 
 
 def flips(run: RunOptions, data: Dataset) -> bool:
@@ -73,6 +60,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
 
     def finish() -> Finished:
         model = state.average.module
+        remember(model, describe_data(data, options.data))
         return Finished(model, lambda folder: save_denoiser(folder, model, extra))
 
     return Job(

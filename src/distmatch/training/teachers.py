@@ -12,6 +12,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop import load_denoiser, load_diffusers, read_edm
 from distmatch.interop.diffusers_teacher import is_diffusers_folder
 from distmatch.interop.edm_checkpoint import is_network_pickle
+from distmatch.training.known_data import remember
 
 _UNCOMPARED = "not compared with its original, whose code is not run"
 
@@ -51,7 +52,9 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
     if is_network_pickle(path):
         teacher, info = read_edm(path)
         return teacher, {"kind": "teacher", "conversion": _UNCOMPARED, **info}
-    return load_denoiser(path)
+    denoiser, info = load_denoiser(path)
+    remember(denoiser, info.get("data") or {})
+    return denoiser, info
 
 
 def open_teacher(source: str | os.PathLike[str], **options: Any) -> tuple[Denoiser, dict[str, Any]]:

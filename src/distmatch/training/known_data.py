@@ -1,0 +1,69 @@
+"""What a model keeps of the data it was trained on, and other data seen in the same way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from distmatch.data import Dataset, Scaling
+from distmatch.data.classes import Classes, matched
+
+_KEPT = ("scaling", "class_names", "class_counts")  # by a student that is distilled without data
+
+
+def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
+    """What a saved model keeps of its data: enough to give samples back in the user's units and shares.
+
+    Args:
+        data: The data.
+        spec: Name or path by which they were loaded; '' for data in memory.
+    """
+    return {
+        "spec": spec,
+        "name": data.name,
+        "scaling": data.scaling.to_dict(),
+        **Classes.of(data).to_dict(),
+        "samples": len(data),
+        "content_hash": data.content_hash,
+    }
+
+
+def remember(denoiser: Any, about: Mapping[str, Any]) -> None:
+    """Notes on a model in memory what :func:`describe_data` says of its data."""
+    denoiser.trained_on = dict(about)
+
+
+def known_data(denoiser: Any) -> dict[str, Any]:
+    """What a model in memory, or the one inside a wrapper, was trained on; empty where nothing is known."""
+    while denoiser is not None:
+        about = vars(denoiser).get("trained_on") if hasattr(denoiser, "__dict__") else None
+        if about:
+            return dict(about)
+        denoiser = getattr(denoiser, "inner", None)
+    return {}
+
+
+def without_data(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a student takes over from its teacher's data when it is distilled without any."""
+    return {key: about[key] for key in _KEPT if key in about}
+
+
+def seen_by(data: Dataset, about: Mapping[str, Any], num_classes: int, whose: str) -> Dataset:
+    """Data as a model knows them: its numbers for the classes, its scaling for columns of vectors.
+
+    Args:
+        data: The data.
+        about: What is known of the data that the model was trained on.
+        num_classes: Classes of the model; 0 when it takes none.
+        whose: Who the model is, for messages: ``the teacher``.
+
+    Raises:
+        UserError: The data have classes that the model does not know.
+    """
+    data = matched(data, Classes.from_dict(about, num_classes).names, num_classes, whose)
+    if data.kind == "vector" and "scaling" in about:
+        scaling = Scaling.from_dict(about["scaling"])
+        if scaling.kind == "vector" and len(scaling.centre) == data.shape[0]:
+            return dataclasses.replace(data, scaling=scaling)
+    return data
