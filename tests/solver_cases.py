@@ -14,6 +14,7 @@ START = HIGH * torch.special.ndtri((torch.arange(64, dtype=torch.float64) + 0.5)
 DETERMINISTIC = [
     *("euler", "heun", "ddim", "dpmpp-1", "dpmpp-2m", "tab:2", "rhoab:3", "rhork:kutta3", "rhork:rk4"),
     *("ipndm:3", "hb:0.8", "hb:0.7:2", "hb-2m:0.8", "ghvb:1.8", "ghvb:4.5"),
+    *("deis", "unipc", "unipc:3"),
 ]
 STOCHASTIC = [
     *("heun:20", "ddim:0.5", "ddim:1", "dpmpp-sde", "dpmpp-2m-sde", "euler-maruyama", "euler-maruyama:0.5"),

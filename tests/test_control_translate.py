@@ -176,7 +176,7 @@ def test_a_set_has_no_order_and_the_empty_set_is_its_own() -> None:
     torch.nn.init.normal_(net.net.last.weight)
     x, c, labels = torch.randn(5, 2), torch.zeros(5), torch.tensor([3, 3, -1, 8, -1])
     out = net(x, c, labels)
-    net.use_neighbours(NEAR.flip(1))
+    net.use_store(VALUES, NEAR.flip(1))
     torch.testing.assert_close(net(x, c, labels), out)
     torch.testing.assert_close(net(x, c, None)[2::2], out[2::2])
     assert float((net(x, c, None) - out).detach()[[0, 1, 3]].abs().min()) > 0
@@ -187,8 +187,38 @@ def test_a_set_has_no_order_and_the_empty_set_is_its_own() -> None:
     pictures = NeighbourConditioned(torch.nn.Identity(), SetEmbedding(2, 8, 4), VALUES.float(), NEAR)
     wide = pictures._widened(torch.zeros(2, 3, 5, 5), torch.tensor([1, -1]))
     assert wide.shape == (2, 7, 5, 5)
-    with pytest.raises(UserError, match="rows of the store"):
-        net.use_neighbours(torch.tensor([[30]]))
+
+
+def test_a_network_takes_another_store_in_one_call_and_refuses_rows_of_one_that_it_does_not_have() -> None:
+    net = small_net()
+    torch.nn.init.normal_(net.net.last.weight)
+    x, c, labels = torch.randn(4, 2), torch.zeros(4), torch.tensor([0, 1, 2, -1])
+    before = net(x, c, labels)
+    other = NeighbourStore(VALUES.flip(0)[:20].float() + 1)
+    queries = torch.randn(3, 2, generator=torch.Generator().manual_seed(5))
+    found = other.search(queries, 2)
+    for wrong, message in ((found, "another store"), (found.indices, "which store")):
+        with pytest.raises(UserError, match=message):
+            net.use_neighbours(wrong)  # type: ignore[arg-type]
+    for store, rows in ((VALUES, torch.tensor([[30]])), (VALUES[:, :1], NEAR), (VALUES, NEAR.double())):
+        with pytest.raises(UserError, match=r"rows of the store|embeddings that the network can take"):
+            net.use_store(store, rows)
+    assert torch.equal(net(x, c, labels), before)  # a refusal changes nothing
+
+    net.use_store(found.embeddings, found.indices)
+    fresh = NeighbourConditioned(net.net, net.sets, found.embeddings, found.indices)
+    assert torch.equal(net(x, c, labels), fresh(x, c, labels))
+    assert float((net(x, c, labels) - before)[:3].detach().abs().min()) > 0
+    assert torch.equal(net(x, c, None), small_like(net)(x, c, None))  # the empty set knows no store
+
+    again = NeighbourStore(VALUES.float()).search(queries, 3)
+    net = small_net()
+    net.use_neighbours(again)  # other queries of the same store
+    assert torch.equal(net.neighbours, again.indices)
+
+
+def small_like(net: NeighbourConditioned) -> NeighbourConditioned:
+    return NeighbourConditioned(net.net, net.sets, VALUES.float(), NEAR)
 
 
 def test_a_network_learns_from_the_neighbours() -> None:

@@ -155,3 +155,18 @@ def test_geometry_mistakes_are_explained() -> None:
     ):
         with pytest.raises(UserError, match="score"):
             call()
+
+
+def test_a_flow_dimension_says_where_the_level_is_too_high_to_count() -> None:
+    """A plane of spreads 1 and 0.5 in three dimensions: 2 at a level far below, and no silent 0 above."""
+    plane = GaussianMixture([1.0], [[0.0, 0.0, 0.0]], [[1.0, 0.25, 0.0]])
+    start = 80 * torch.eye(3, dtype=torch.float64)
+    seen = flow_dimension(plane, start, 0.01, solver="rk5:32")
+    assert seen.values.tolist() == [2.0] * 3
+    assert seen.warning is None
+    for level, count in ((0.07, 1.0), (0.2, 0.0)):
+        blurred = flow_dimension(plane, start, level, solver="rk5:32")
+        assert blurred.values.tolist() == [count] * 3
+        assert "lower sigma" in str(blurred.mean.warning)
+    point = GaussianMixture([1.0], [[0.0, 0.0, 0.0]], [0.0])  # without any spread 0 is right
+    assert flow_dimension(point, start, 0.01, solver="rk5:32").warning is None

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.composition.targets import reward_and_slope
 from distmatch.diffusion.denoiser import expand, score
+from distmatch.diffusion.geometry.dimension import flipd
 from distmatch.diffusion.geometry.fields import curl_share, gauge_residual
 from distmatch.diffusion.geometry.fokker_planck import ScoreResidual, potential_residual, score_residual
+from distmatch.diffusion.geometry.jacobian import denoise_with_trace
 from distmatch.diffusion.likelihood import log_likelihood
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.nets.build import build_net
@@ -73,6 +76,88 @@ def test_the_potential_residual_of_a_mixture_is_zero_and_sees_its_normaliser(pro
     torch.testing.assert_close(shifted, 3 * t**2, rtol=1e-10, atol=1e-10)
     scaled = potential_residual(lambda x, t: 1.1 * potential(x, t), x, t, **options)  # type: ignore[arg-type]
     assert float(scaled.abs().mean()) > 0.01
+
+
+class Shrinking:
+    """The denoiser of N(0, 1), affine in its input: its second derivatives have no graph."""
+
+    shape, num_classes, sigma_data, sigma_min, sigma_max = (3,), 0, 1.0, 0.002, 80.0
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        return x / (1 + expand(sigma, x) ** 2)
+
+
+class Constant(Shrinking):
+    """The denoiser of a single point: it depends on nothing."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        return torch.full_like(x, 0.7)
+
+
+class Hidden(Shrinking):
+    """A denoiser that keeps its derivatives to itself."""
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        return super().__call__(x, sigma)
+
+
+class Detached(Shrinking):
+    """The same with parameters, so that its output has a graph, but none that leads to the input."""
+
+    gain = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.gain * super().__call__(x.detach(), sigma)
+
+
+@pytest.mark.parametrize("denoiser", [Shrinking(), Constant()])
+@pytest.mark.parametrize("trace", ["exact", "rademacher:4"])
+def test_affine_and_constant_denoisers_have_second_derivatives(denoiser: Shrinking, trace: str) -> None:
+    y, sigma = places(8, 3, 0.7)
+    residual = score_residual(denoiser, y, sigma, trace=trace)
+    torch.testing.assert_close(residual.residual, torch.zeros_like(residual.residual), rtol=0, atol=1e-10)
+    # N(0, 1): s = -y / (1 + sigma^2). A point: s = (0.7 - y) / sigma^2.
+    rate = 2 * 0.7 * y / (1 + 0.7**2) ** 2 if type(denoiser) is Shrinking else -2 * (0.7 - y) / 0.7**3
+    torch.testing.assert_close(residual.rate, rate)
+
+
+def test_potentials_that_are_affine_or_constant_have_residuals() -> None:
+    x, t = places(6, 2, 0.5)
+    linear = potential_residual(lambda x, t: x[:, 0] * t, x, t)
+    torch.testing.assert_close(linear, x[:, 0] - t**3)  # d_t phi - t |grad phi|^2
+    torch.testing.assert_close(potential_residual(lambda x, t: 0 * t, x, t), torch.zeros_like(t))
+    torch.testing.assert_close(potential_residual(lambda x, t: t**2, x, t), 2 * t)
+    still = potential_residual(lambda x, t: -x.square().sum(1) / 2, x, t)  # div and |grad|^2 alone
+    torch.testing.assert_close(still, -t * (x.square().sum(1) - 2))
+    shrinking = potential_residual(lambda x, t: torch.zeros(6).double(), x, t, process=variance_preserving)
+    torch.testing.assert_close(shrinking, torch.full_like(t, -2.0))  # f d
+
+
+@pytest.mark.parametrize("denoiser", [Hidden(), Detached()])
+def test_a_hidden_graph_is_refused_and_not_taken_for_a_constant(denoiser: Shrinking) -> None:
+    y, sigma = places(4, 3, 0.7)
+    for ask in (score_residual, curl_share, flipd):
+        level: object = 0.7 if ask is flipd else sigma
+        with pytest.raises(UserError, match="cannot be differentiated"):
+            ask(denoiser, y, level)  # type: ignore[operator]
+    with pytest.raises(UserError, match="this potential cannot be differentiated"):
+        potential_residual(lambda x, t: denoiser(x, t).sum(1), y, sigma)
+
+
+def test_what_depends_on_nothing_has_the_derivative_zero() -> None:
+    y, sigma = places(4, 3, 0.7)
+    clean, trace = denoise_with_trace(Constant(), y, sigma)
+    assert float(trace.abs().max()) == 0
+    torch.testing.assert_close(clean, torch.full_like(y, 0.7))
+    # A point has dimension 0; its likelihood at level s is that of N(0.7, s^2).
+    at = torch.full((1, 3), 0.7, dtype=torch.float64)
+    assert float(flipd(Constant(), at, 0.1).values) == pytest.approx(0, abs=1e-9)
+    flat = log_likelihood(Shrinking(), y, prior=lambda y, c: torch.zeros(len(y), dtype=torch.float64))
+    assert bool(flat.prior_gap.isfinite().all())
+    reward, slope = reward_and_slope(lambda x: torch.ones(len(x)), y)
+    assert float(slope.abs().max()) == 0
+    assert float(reward.min()) == 1
 
 
 def test_the_potential_residual_takes_probes_and_gradients() -> None:

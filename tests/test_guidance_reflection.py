@@ -35,7 +35,7 @@ def test_the_same_noise_twice_is_the_identity() -> None:
 
     for level in (None, 0.3):
         torch.testing.assert_close(
-            reflect(model, model, X, NOW, 0.3, weak_level=level), X, rtol=0, atol=1e-13
+            reflect(model, model, X, NOW, 0.3, weak_level=level, sigma_data=1.0), X, rtol=0, atol=1e-13
         )
 
 
@@ -44,7 +44,7 @@ def test_a_model_reflected_in_itself_moves_by_the_square_of_the_step(at_end: boo
     moves = []
     for step in (0.02, 0.01):
         level = NOW - step if at_end else None
-        moves.append(size(reflect(STRONG, STRONG, X, NOW, NOW - step, weak_level=level) - X))
+        moves.append(size(reflect(STRONG, STRONG, X, NOW, NOW - step, weak_level=level, sigma_data=1.0) - X))
     assert moves[0] > 0
     assert moves[0] / moves[1] == pytest.approx(4, rel=0.1)
 
@@ -55,7 +55,7 @@ def test_it_moves_along_the_difference_of_the_scores() -> None:
     gaps = []
     for step in (0.02, 0.01):
         expected = NOW * step * (-X / (0.2 + NOW**2) + X / (0.9 + NOW**2))
-        moved = reflect(strong, weak, X, NOW, NOW - step) - X
+        moved = reflect(strong, weak, X, NOW, NOW - step, sigma_data=weak.sigma_data) - X
         gaps.append(size(moved - expected) / size(expected))
     assert gaps[1] < 0.05
     assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.1)
@@ -65,7 +65,7 @@ def test_a_step_is_one_of_autoguidance_to_second_order() -> None:
     double = Guided(STRONG, 2.0, reference=WEAK)
     gaps = []
     for step in (0.02, 0.01):
-        y = reflect(STRONG, WEAK, X, NOW, NOW - step)
+        y = reflect(STRONG, WEAK, X, NOW, NOW - step, sigma_data=WEAK.sigma_data)
         y = y - step * (y - STRONG(y, NOW)) / NOW
         level = torch.full((32,), NOW, dtype=X.dtype)
         gaps.append(size(y - (X - step * (X - double(X, level)) / NOW)))
@@ -93,7 +93,7 @@ def test_it_is_what_it_says_and_counts_what_it_calls() -> None:
     for k in range(5):
         now, after = numbers[k], numbers[k + 1]
         if k < 4:
-            y = reflect(strong, weak, y, now, after)
+            y = reflect(strong, weak, y, now, after, sigma_data=WEAK.sigma_data)
             if k:
                 torch.testing.assert_close(done.trajectory[k], y)
         y = y + (after - now) / now * (y - strong(y, now))

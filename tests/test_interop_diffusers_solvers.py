@@ -109,6 +109,28 @@ def test_dpm_solver_on_a_variance_preserving_path(solver: str, options: dict[str
 
 
 @pytest.mark.parametrize(
+    ("solver", "name", "order", "error"),
+    [
+        *((f"unipc:{order}", "UniPCMultistepScheduler", order, 1e-6) for order in (1, 2, 3)),
+        # Their weights are differences of float32 logarithms.
+        *((f"deis:{order}", "DEISMultistepScheduler", order, 2e-4) for order in (1, 2, 3)),
+    ],
+)
+@pytest.mark.parametrize("steps", [16, 25])
+def test_unipc_and_deis(solver: str, name: str, order: int, error: float, steps: int) -> None:
+    scheduler = getattr(diffusers, name)(timestep_spacing="leading", solver_order=order)
+    scheduler.set_timesteps(steps)
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        return noise_predicted(x * (1 + sigma**2).sqrt(), sigma)
+
+    theirs = stepped(scheduler, START, network)
+    last = scheduler.sigmas[-1]
+    ours = arrived(START * (1 + scheduler.sigmas[0] ** 2).sqrt(), scheduler.sigmas, solver)
+    torch.testing.assert_close(ours / (1 + last**2).sqrt(), theirs, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize(
     ("solver", "name"),
     [
         ("ddim", "EulerDiscreteScheduler"),

@@ -69,6 +69,7 @@ def test_orders_and_errors_are_those_measured_before(
         *(("tab:1", 2), ("ipndm:2", 2), ("ghvb:1.8", 2), ("rhork:heun2", 2)),
         *((f"rhork:{name}", 3) for name in TABLEAUX if name.endswith("3") and name != "kutta3"),
         ("rhork:rk4", 4),
+        *(("deis", 2), ("unipc:1", 2), ("unipc", 3)),
     ],
 )
 def test_orders(name: str, order: int, reference: Tensor) -> None:
@@ -134,7 +135,11 @@ def test_heun_is_rhork_heun2_and_ends_in_a_call_of_the_model() -> None:
     assert heun.calls == other.calls == 29
     for name in DETERMINISTIC:
         before = solve(MIXTURE, START, levels[:-1], name, path="vp")
-        if name in ("dpmpp-2m", "hb-2m:0.8"):  # a last step of order 1 is counted from the end of the grid
+        if name in (
+            "dpmpp-2m",
+            "hb-2m:0.8",
+            "unipc:3",
+        ):  # a last step of order 1 is counted from the end of the grid
             continue
         whole = solve(MIXTURE, START, levels, name, path="vp")
         assert torch.equal(whole.y, MIXTURE(before.y, levels[-2])), name

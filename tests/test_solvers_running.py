@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -10,10 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distmatch.base.errors import UserError
 from distmatch.diffusion.guidance import CallCounter, Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
-from distmatch.diffusion.solvers import PredictorCorrector, Solver, find_solver, grid, solve
+from distmatch.diffusion.solvers import (
+    ALIASES,
+    SOLVERS,
+    PredictorCorrector,
+    Solver,
+    UniPC,
+    find_solver,
+    grid,
+    solve,
+)
+from distmatch.diffusion.solvers.names import canonical_name
 from solver_cases import DETERMINISTIC, MIXTURE, START, STOCHASTIC, Normal, noise_for
 
 
@@ -119,3 +131,40 @@ def test_no_step_waits_for_the_device(name: str | Solver) -> None:
         y.sum().item()
     done = solve(Normal(), y, grid("karras", 6, 0.1, 5.0), name, noise=noise, path="vp")
     assert done.y.device.type == "meta"
+
+
+def test_solvers_answer_to_what_the_field_calls_them() -> None:
+    names = {
+        "dpmpp-2m": ("dpm++", "DPM-Solver++", "dpmsolver++", "DPM++ 2M", "dpmpp_2m"),
+        "dpmpp-2m-sde": ("DPM++ 2M SDE", "sde-dpmsolver++"),
+        "ddim:1": ("euler_ancestral", "Euler a", "DDPM"),
+        "unipc:2": ("UniPC", "uni_pc"),
+        "deis:2": ("DEIS",),
+    }
+    for name, others in names.items():
+        assert all(find_solver(other) == find_solver(name) for other in others), name
+    assert find_solver("unipc:3") == UniPC(3)
+    for known in SOLVERS:
+        assert canonical_name(known) == known
+    assert all(find_solver(alias) for alias in ALIASES)
+    with pytest.raises(UserError, match=r"'ddin'.*did you mean ddim"):
+        find_solver("ddin")
+
+
+def test_unipc_does_not_correct_a_state_that_was_changed() -> None:
+    """What a caller wrote into the state stays; a corrector would take the step to it again, without it."""
+    levels = grid("karras", 8, 0.05, 10.0)
+
+    def moved(k: int, y: Tensor) -> Tensor | None:
+        return y + 0.5 if k == 3 else None
+
+    first = solve(MIXTURE, START, levels[:5], "unipc").y
+    whole = solve(MIXTURE, START, levels, "unipc", on_step=moved, trajectory=True)
+    torch.testing.assert_close(whole.trajectory[4], first + 0.5)
+    clean = MIXTURE(whole.trajectory[4], levels[4])
+    # The next step starts from the changed state: the predictor of order 2, as 2M takes it.
+    before = MIXTURE(whole.trajectory[3], levels[3])
+    h, r = (math.log(levels[k] / levels[k + 1]) for k in (4, 3))
+    target = clean + 0.5 * h / r * (clean - before)
+    there = target + levels[5] / levels[4] * (whole.trajectory[4] - target)
+    torch.testing.assert_close(whole.trajectory[5], there)

@@ -24,10 +24,12 @@ from distmatch.base.seeds import generator
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.geometry.flow import FlowSolver, ScaledFlow, State
 from distmatch.diffusion.geometry.jacobian import (
+    connected,
     denoise_with_trace,
     draw_probes,
     parse_trace,
     refuse_random_layers,
+    slopes,
 )
 from distmatch.diffusion.geometry.summary import mean_of, probe_error
 from distmatch.diffusion.priors import Prior, prior_density
@@ -191,8 +193,8 @@ def _prior_and_gap(
     """Log prior at ``y`` in nats, (B,), and |y . (s - s_prior)|, (B,)."""
     with torch.enable_grad():
         leaf = y.detach().requires_grad_()
-        value = density(leaf, condition)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
+        value = connected(density(leaf, condition), leaf, lambda z: density(z, condition), "this prior")
+        (slope,) = slopes(value, (leaf,))
     if not has_score(denoiser):
         return value.detach(), torch.full_like(value, math.nan)
     with torch.no_grad():

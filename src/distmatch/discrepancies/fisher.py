@@ -51,7 +51,9 @@ def score_of(log_density: Callable[[Tensor], Tensor]) -> Score:
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
             at = x if x.requires_grad else x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_density(at).sum(), at, create_graph=graph)
+            (gradient,) = torch.autograd.grad(
+                log_density(at).sum(), at, create_graph=graph, materialize_grads=True
+            )
         return gradient
 
     return score

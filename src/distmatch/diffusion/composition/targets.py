@@ -12,6 +12,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.composition.models import Conditions
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.geometry.jacobian import connected, slopes
 from distmatch.diffusion.noise_streams import SampleNoise
 
 Reward = Callable[[Tensor], Tensor]
@@ -111,13 +112,13 @@ def reward_and_slope(reward: Reward, state: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = state.detach().requires_grad_()
         value = reward(leaf)
-        if value.shape != (len(state),) or not value.requires_grad:
+        if value.shape != (len(state),):
             raise UserError(
                 "a reward must give one differentiable number for each sample",
-                got=f"shape {tuple(value.shape)}, requires_grad {value.requires_grad}",
+                got=f"shape {tuple(value.shape)}",
                 expected=f"({len(state)},)",
             )
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
+        (slope,) = slopes(connected(value, leaf, reward, "this reward"), (leaf,))
     return value.detach().double(), slope.double()
 
 

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, expand, is_diffused, require_score
-from distmatch.diffusion.geometry.jacobian import denoise_for_gradient, refuse_random_layers
+from distmatch.diffusion.geometry.jacobian import (
+    connected,
+    denoise_for_gradient,
+    refuse_random_layers,
+    slopes,
+)
 from distmatch.diffusion.guidance import Calls, Wrapper, cost_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -97,24 +102,29 @@ class ObservationGuided(Wrapper):
             return self.inner(x, sigma, condition)
         out, leaf = denoise_for_gradient(self.inner, x, sigma, condition)
         with torch.enable_grad():
-            predicted = self.forward_model(out)
-            observed = self.observed.to(predicted)
-            if observed.shape not in (predicted.shape, predicted.shape[1:]):
-                raise UserError(
-                    "the observation is not of the shape that the forward model gives",
-                    got=tuple(observed.shape),
-                    expected=f"{tuple(predicted.shape[1:])} or {tuple(predicted.shape)}",
-                )
-            value = self.loss(predicted, observed.expand_as(predicted))
-            if value.shape != (len(x),) or not value.requires_grad:
-                raise UserError(
-                    "the loss of an observation must be one differentiable number a sample",
-                    got=f"shape {tuple(value.shape)}, requires_grad {value.requires_grad}",
-                    expected=f"({len(x)},)",
-                )
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
+            value = connected(self._misfit(out), out, self._misfit, "the loss of an observation")
+            (slope,) = slopes(value, (leaf,))
         level = expand(sigma.to(slope).reshape(-1).expand(len(x)), slope)
         return out.detach() - self.scale * level**2 * slope
+
+    def _misfit(self, clean: Tensor) -> Tensor:
+        """The loss of predictions of the clean samples, (B,)."""
+        predicted = self.forward_model(clean)
+        observed = self.observed.to(predicted)
+        if observed.shape not in (predicted.shape, predicted.shape[1:]):
+            raise UserError(
+                "the observation is not of the shape that the forward model gives",
+                got=tuple(observed.shape),
+                expected=f"{tuple(predicted.shape[1:])} or {tuple(predicted.shape)}",
+            )
+        value = self.loss(predicted, observed.expand_as(predicted))
+        if value.shape != (len(clean),):
+            raise UserError(
+                "the loss of an observation must be one differentiable number a sample",
+                got=f"shape {tuple(value.shape)}",
+                expected=f"({len(clean)},)",
+            )
+        return value
 
     def cost(self, sigma: Tensor, condition: Tensor | None = None) -> Calls:
         """One call of the model and, unless the scale is 0, a backward pass."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.control.retrieval import Neighbours
 
 
 class SetEmbedding(nn.Module):
@@ -22,6 +23,7 @@ class SetEmbedding(nn.Module):
 
     def __init__(self, inputs: int, width: int, outputs: int) -> None:
         super().__init__()
+        self.inputs = inputs
         self.member = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.whole = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs))
         self.empty = nn.Parameter(torch.zeros(outputs))
@@ -44,6 +46,10 @@ class NeighbourConditioned(nn.Module):
     for the wider samples and no classes. Training drops labels to -1, the empty set, as it does for classes;
     with a row's own number as its label, and neighbours found without the row itself, a data set trains it.
 
+    The network knows a store by its embeddings alone, so that a trained one can be given another store, of
+    another size, in one call (:meth:`use_store`): other styles or newer data without training (Blattmann et
+    al. 2022, section 4).
+
     Args:
         net: A network on samples of shape (C + outputs, ...), unconditional.
         sets: What embeds a set, with ``outputs`` numbers.
@@ -51,7 +57,7 @@ class NeighbourConditioned(nn.Module):
         neighbours: Rows of ``embeddings`` for each query, (Q, k) int64.
 
     Raises:
-        UserError: Neighbours that are no rows of the store.
+        UserError: Embeddings of another length than ``sets`` takes, or neighbours that are no rows of them.
     """
 
     embeddings: Tensor
@@ -60,21 +66,66 @@ class NeighbourConditioned(nn.Module):
     def __init__(self, net: nn.Module, sets: SetEmbedding, embeddings: Tensor, neighbours: Tensor) -> None:
         super().__init__()
         self.net, self.sets = net, sets
+        self._check(embeddings, neighbours)
         self.register_buffer("embeddings", embeddings)
         self.register_buffer("neighbours", neighbours)
-        self._check(neighbours)
 
-    def _check(self, neighbours: Tensor) -> None:
-        if neighbours.ndim != 2 or int(neighbours.min()) < 0 or int(neighbours.max()) >= len(self.embeddings):
+    def _check(self, embeddings: Tensor, neighbours: Tensor) -> None:
+        width = self.sets.inputs
+        if embeddings.ndim != 2 or embeddings.shape[1] != width or not embeddings.is_floating_point():
+            raise UserError(
+                "these are not embeddings that the network can take",
+                got=f"{tuple(embeddings.shape)}, {embeddings.dtype}",
+                expected=f"(N, {width}), floating point",
+                fix="embed the store with the model that the network was trained with",
+            )
+        whole = neighbours.ndim == 2 and not neighbours.is_floating_point() and neighbours.numel() > 0
+        if not whole or int(neighbours.min()) < 0 or int(neighbours.max()) >= len(embeddings):
             raise UserError(
                 "neighbours must be rows of the store",
-                got=tuple(neighbours.shape),
-                expected=f"(Q, k) integers from 0 to {len(self.embeddings) - 1}",
+                got=f"{tuple(neighbours.shape)}, {neighbours.dtype}",
+                expected=f"(Q, k) integers from 0 to {len(embeddings) - 1}",
             )
 
-    def use_neighbours(self, neighbours: Tensor) -> None:
-        """Takes other queries: their neighbours (Q, k) in the same store."""
-        self._check(neighbours)
+    def use_neighbours(self, found: Neighbours) -> None:
+        """Takes other queries of the same store.
+
+        Args:
+            found: What a search in a store of these embeddings returned.
+
+        Raises:
+            UserError: It was found in another store, or is bare row numbers, which do not say in which.
+        """
+        if not isinstance(found, Neighbours):
+            raise UserError(
+                "row numbers do not say which store they are rows of",
+                got=type(found).__name__,
+                expected="Neighbours, as NeighbourStore.search returns",
+                fix="pass the result of the search, or both parts: use_store(embeddings, neighbours)",
+            )
+        theirs, ours = found.embeddings, self.embeddings
+        if theirs is not ours and not (theirs.shape == ours.shape and torch.equal(theirs.to(ours), ours)):
+            raise UserError(
+                "these neighbours are rows of another store than the network's",
+                got=f"rows of a store of {len(theirs)} embeddings",
+                expected=f"rows of the {len(ours)} embeddings of this network",
+                fix="exchange the store too: use_store(embeddings, neighbours)",
+            )
+        self.use_store(ours, found.indices)
+
+    def use_store(self, embeddings: Tensor, neighbours: Tensor) -> None:
+        """Exchanges the store, and with it the queries; the network stays as it was trained.
+
+        Args:
+            embeddings: Embeddings of the new store, (N, E), made as those of training were.
+            neighbours: Rows of these ``embeddings`` for each query, (Q, k) int64.
+
+        Raises:
+            UserError: Embeddings of another length, or neighbours that are no rows of them; nothing has
+                changed then.
+        """
+        self._check(embeddings, neighbours)
+        self.embeddings = embeddings.to(self.embeddings)
         self.neighbours = neighbours.to(self.embeddings.device)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -25,10 +25,12 @@ class Neighbours:
     Attributes:
         indices: Rows of the store, (Q, k) int64.
         distances: (Q, k): Euclidean, or 1 - cosine.
+        embeddings: Those of the store, (N, E), as it was given them.
     """
 
     indices: Tensor
     distances: Tensor
+    embeddings: Tensor
 
 
 class NeighbourStore:
@@ -47,7 +49,7 @@ class NeighbourStore:
             raise UserError("unknown metric", got=repr(metric), expected='"euclidean" or "cosine"')
         _check_rows(embeddings, None)
         self.metric = metric
-        self.embeddings = self._ready(embeddings)
+        self.given, self.embeddings = embeddings, self._ready(embeddings)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -87,7 +89,7 @@ class NeighbourStore:
             )
             for i in range(0, len(queries), chunk)
         ]
-        return Neighbours(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+        return Neighbours(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), self.given)
 
     def neighbours_of_rows(self, rows: Tensor, k: int, *, chunk: int = 8192) -> Neighbours:
         """The k nearest other rows of the rows with these numbers (Q,): none finds itself."""

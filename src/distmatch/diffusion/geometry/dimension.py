@@ -21,6 +21,8 @@ from distmatch.diffusion.geometry.jacobian import (
 )
 from distmatch.diffusion.geometry.summary import mean_of, probe_error
 
+_NOISE = 1.5  # singular values of the flow, in units of the noise, up to which a direction may be noise
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -31,17 +33,19 @@ class Dimension:
         stderr: Standard error of each that random probes cause, (n,); 0 without probes, NaN for one.
         sigma: Noise level at which the data were looked at: structure below it is not seen.
         spectrum: What was counted, (n, D) in falling order, where a spectrum was; else None.
+        warning: Why the values are not to be trusted, as a sentence; None when nothing speaks against them.
     """
 
     values: Tensor
     stderr: Tensor
     sigma: float
     spectrum: Tensor | None = None
+    warning: str | None = None
 
     @property
     def mean(self) -> Estimate:
         """Mean over the points, with the standard error of that mean."""
-        return mean_of(self.values)
+        return mean_of(self.values, self.warning)
 
 
 def flipd(
@@ -193,6 +197,9 @@ def flow_dimension(
     units of sigma / sigma_max, is 1; one along the data saturates at spread / sigma, which counts when it is
     above ``threshold`` (Horvat and Pfister 2024, arXiv 2402.03845).
 
+    A spread between one and ``threshold`` times sigma is not counted, and is no noise either: the result then
+    has a ``warning``. So data that are narrower than ``threshold sigma`` have dimension 0 with a warning.
+
     Args:
         denoiser: The model.
         y: Positions (n, *shape) at the model's ``sigma_max``.
@@ -207,7 +214,22 @@ def flow_dimension(
     jacobian = flow_jacobian(denoiser, y, high, sigma, condition=condition, solver=solver, chunk=chunk)[1]
     spectrum = (torch.linalg.svdvals(jacobian) * high / sigma).cpu()
     values = (spectrum > threshold).sum(1).double()
-    return Dimension(values, torch.zeros_like(values), sigma, spectrum)
+    return Dimension(
+        values, torch.zeros_like(values), sigma, spectrum, _undecided(spectrum, threshold, sigma)
+    )
+
+
+def _undecided(spectrum: Tensor, threshold: float, sigma: float) -> str | None:
+    """A warning where values lie well above those of noise, 1, and below the threshold."""
+    between = (spectrum > _NOISE) & (spectrum <= threshold)
+    if not bool(between.any()):
+        return None
+    largest = float(spectrum[between].max())
+    return (
+        f"{int(between.any(1).sum())} of {len(spectrum)} points have a direction whose spread, up to "
+        f"{largest:.3g} sigma at sigma {sigma:.3g}, is neither noise (1 sigma) nor counted "
+        f"(above {threshold:g} sigma): lower sigma"
+    )
 
 
 def _check(denoiser: Denoiser, x: Tensor, sigma: float) -> None:

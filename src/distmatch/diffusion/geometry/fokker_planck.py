@@ -21,7 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.diffusion.denoiser import Denoiser, require_score
-from distmatch.diffusion.geometry.jacobian import draw_probes, parse_trace, refuse_random_layers
+from distmatch.diffusion.geometry.jacobian import (
+    connected,
+    draw_probes,
+    parse_trace,
+    refuse_random_layers,
+    slopes,
+)
 from distmatch.diffusion.geometry.summary import ratio_of
 
 Drift = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -63,7 +69,9 @@ def potential_residual(
         place = x if x.requires_grad else x.detach().requires_grad_()
         time = t if t.requires_grad else t.detach().requires_grad_()
         value = potential(place, time)
-        slope, rate = torch.autograd.grad(value.sum(), (place, time), create_graph=True)
+        value = connected(value, place, lambda moved: potential(moved, time), "this potential")
+        value = connected(value, time, lambda moved: potential(place, moved), "this potential")
+        slope, rate = slopes(value, (place, time), create_graph=True)
         flat = slope.flatten(1)
         if count:
             rows = draw_probes(kind, count, len(x), tuple(x.shape[1:]), seed=seed, like=x)
@@ -72,7 +80,7 @@ def potential_residual(
             rows = eye.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
         curvature = torch.zeros_like(value)
         for e in rows:
-            (pulled,) = torch.autograd.grad((slope * e).sum(), place, create_graph=True)
+            (pulled,) = slopes(slope * e, (place,), create_graph=True)
             curvature = curvature + (pulled * e).flatten(1).sum(1) / max(count, 1)
         f, g2 = process(time)
         drift = f * (flat.shape[1] + (place * slope).flatten(1).sum(1))
@@ -144,7 +152,10 @@ def score_residual(
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         place, level = y.detach().requires_grad_(), sigma.detach().requires_grad_()
         wide = level.reshape(-1, *([1] * (y.ndim - 1)))
-        score = (denoiser(place, level, condition) - place) / wide**2
+        clean = denoiser(place, level, condition)
+        clean = connected(clean, place, lambda moved: denoiser(moved, level, condition))
+        clean = connected(clean, level, lambda moved: denoiser(place, moved, condition))
+        score = (clean - place) / wide**2
         dummy = torch.zeros_like(score, requires_grad=True)
         (along,) = torch.autograd.grad((score * dummy).sum(), level, create_graph=True)
         (rate,) = torch.autograd.grad(along.sum(), dummy, retain_graph=True)
@@ -153,11 +164,11 @@ def score_residual(
         else:
             eye = torch.eye(y[0].numel(), dtype=y.dtype, device=y.device)
             rows = eye.reshape(-1, 1, *y.shape[1:]).expand(-1, *y.shape)
-        (pull,) = torch.autograd.grad((wide * score**2).sum(), place, retain_graph=True)
+        (pull,) = slopes(wide * score**2, (place,))
         bends = []
         for e in rows:
-            (pulled,) = torch.autograd.grad((score * e).sum(), place, create_graph=True)
-            (bend,) = torch.autograd.grad((wide * pulled * e).sum(), place, retain_graph=True)
+            (pulled,) = slopes(score * e, (place,), create_graph=True)
+            (bend,) = slopes(wide * pulled * e, (place,))
             bends.append(bend)
     bend = torch.stack(bends) if count else torch.stack(bends).sum(0, keepdim=True)
     residual = (rate - pull - bend).detach().double()

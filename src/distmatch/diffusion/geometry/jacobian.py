@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.seeds import stream_seed
-from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise_streams import SampleNoise
 
 TRACES = ("exact", "rademacher", "gaussian")
@@ -91,13 +91,73 @@ def denoise_for_gradient(
     """
     with torch.enable_grad():
         leaf = y.detach().requires_grad_()
-        out = denoiser(leaf, sigma, condition)
-    if not out.requires_grad:
-        raise UserError(
-            "this denoiser cannot be differentiated with respect to its input",
-            fix="remove torch.no_grad(), .detach() and the like from its call",
+        out = connected(
+            denoiser(leaf, sigma, condition), leaf, lambda moved: denoiser(moved, sigma, condition)
         )
     return out, leaf
+
+
+def connected(
+    out: Tensor, leaf: Tensor, again: Callable[[Tensor], Tensor], what: str = "this denoiser"
+) -> Tensor:
+    """``out`` with a graph that holds ``leaf``: itself, or with ``0 leaf`` added where it is a constant.
+
+    A function that does not depend on its input has no graph, and neither has one that hides it
+    (``torch.no_grad``, ``.detach()``, numpy). The derivative of the first is 0; the second is refused. They
+    are told apart by a call at another place.
+
+    Args:
+        out: The function's value at ``leaf``, (B, ...).
+        leaf: Its input, (B, ...), which requires a gradient.
+        again: The function, for that call.
+        what: What the function is, for the message.
+
+    Raises:
+        UserError: The value changes with the input and has no graph.
+    """
+    if holds(out, leaf):
+        return out
+    with torch.no_grad():
+        # No multiple of the input, and in its range where all are positive, as times are.
+        size = leaf.detach().abs().amax()
+        moved = 0.7 * leaf.detach() + torch.where(size > 0, 0.1 * size, 1)
+        same = bool((again(moved) == out).all())
+    if not same:
+        raise UserError(
+            f"{what} cannot be differentiated with respect to its input",
+            fix="remove torch.no_grad(), .detach() and the like from its call",
+        )
+    return out + expand((0 * leaf).reshape(len(leaf), -1).sum(1), out)
+
+
+def holds(out: Tensor, leaf: Tensor) -> bool:
+    """Whether the graph of ``out`` leads back to ``leaf``."""
+    if out is leaf:
+        return True
+    start, goal = out.grad_fn, torch.autograd.graph.get_gradient_edge(leaf).node
+    waiting, seen = [start], {start, None}
+    while waiting:
+        node = waiting.pop()
+        if node is goal:
+            return True
+        new = [following for following, _ in node.next_functions if following not in seen] if node else []
+        seen.update(new)
+        waiting.extend(reversed(new))  # the first first: skip c_skip x before the network
+    return False
+
+
+def slopes(value: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> tuple[Tensor, ...]:
+    """The gradients of ``value.sum()`` with respect to ``leaves``, for as often as one likes.
+
+    A leaf that the value does not depend on has the gradient 0, also where the value has no graph at all: the
+    second derivative of an affine function is such a value. Whether a function hides its graph is to be
+    asked before, by :func:`connected`.
+    """
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(
+        value.sum(), leaves, create_graph=create_graph, retain_graph=True, materialize_grads=True
+    )
 
 
 def pull_back(out: Tensor, leaf: Tensor, directions: Tensor, *, keep: bool = True) -> Tensor:

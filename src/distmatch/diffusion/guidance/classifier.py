@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.denoiser import Denoiser, expand, require_score
+from distmatch.diffusion.geometry.jacobian import connected, slopes
 from distmatch.diffusion.guidance.base import (
     Features,
     Guidance,
@@ -106,6 +107,7 @@ class ClassifierGuided(Guidance):
             leaf = x if again else x.detach().requires_grad_()
             if self.on == "clean":
                 main, features = forward(leaf, sigma, told)
+                main = connected(main, leaf, lambda moved: forward(moved, sigma, told)[0])
                 slope = self._slope(main, leaf, sigma, condition, again)
             else:
                 slope = self._slope(leaf, leaf, sigma, condition, again)
@@ -119,7 +121,9 @@ class ClassifierGuided(Guidance):
         self, seen: Tensor, leaf: Tensor, sigma: Tensor, condition: Tensor | None, again: bool
     ) -> Tensor:
         """The gradient of log p(class | seen) with respect to ``leaf``, (B, *shape)."""
-        logits = self.classifier(seen, sigma)
+        logits = connected(
+            self.classifier(seen, sigma), seen, lambda moved: self.classifier(moved, sigma), "the classifier"
+        )
         if logits.shape != (len(leaf), self.classes):
             raise UserError(
                 "a classifier must return one logit for each class",
@@ -130,13 +134,7 @@ class ClassifierGuided(Guidance):
             chosen = logits.log_softmax(1)[:, self.target or 0]
         else:
             chosen = logits.log_softmax(1).gather(1, condition.clamp_min(0)[:, None])
-        if not chosen.requires_grad:
-            raise UserError(
-                "the classifier cannot be differentiated with respect to its input",
-                fix="take away no_grad or detach inside it, or use GradientFree",
-            )
-        (slope,) = torch.autograd.grad(chosen.sum(), leaf, create_graph=again)
-        return slope
+        return slopes(chosen, (leaf,), create_graph=again)[0]
 
     def _cost(self, inner: Calls, sigma: Tensor, condition: Tensor | None) -> Calls:
         return inner + Calls(classifier=1, backward=1)

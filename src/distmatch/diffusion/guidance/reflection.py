@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -23,12 +24,25 @@ Predict = Callable[[Tensor, float], Tensor]
 
 
 def reflect(
-    strong: Predict, weak: Predict, y: Tensor, now: float, after: float, *, weak_level: float | None = None
+    strong: Predict,
+    weak: Predict,
+    y: Tensor,
+    now: float,
+    after: float,
+    *,
+    sigma_data: float,
+    weak_level: float | None = None,
 ) -> Tensor:
     """The state at level ``now`` after a step down with the strong and a step up with the weak model.
 
     Both are DDIM (Euler) steps, so the result is ``y + (now - after) (eps_weak - eps_strong)``, to first
     order ``y + now (now - after) (score_strong - score_weak)``.
+
+    The weak model sees a state of level ``after`` and is called at ``weak_level``. The authors do so with
+    latents of unit variance on a variance-preserving path, where a state of any level has the same size. In
+    this frame the state is scaled to that of ``weak_level``, by
+    ``sqrt((weak_level^2 + sigma_data^2) / (after^2 + sigma_data^2))``: without it a model at a higher level
+    than its input takes nearly all of the input for noise.
 
     Args:
         strong: The strong model.
@@ -36,12 +50,14 @@ def reflect(
         y: State (B, *shape).
         now: Its level.
         after: Level to go to and come back from.
-        weak_level: The level that the weak model is told; ``now`` where it is None, as the authors have it.
-            ``after`` is the true level of what it sees.
+        sigma_data: Standard deviation of the data (1 for the authors' latents).
+        weak_level: The level at which the weak model is called; ``now`` where it is None, as the authors have
+            it. ``after`` is the true level of what it sees.
     """
     level = now if weak_level is None else weak_level
     ahead = y + (after - now) / now * (y - strong(y, now))
-    return ahead + (now - after) / level * (ahead - weak(ahead, level))
+    seen = ahead * (math.hypot(level, sigma_data) / math.hypot(after, sigma_data))
+    return ahead + (now - after) / level * (seen - weak(seen, level))
 
 
 @torch.no_grad()
@@ -73,8 +89,9 @@ def solve_reflected(
         noise: The noise of stochastic solvers.
         path: As for :func:`~distmatch.diffusion.solvers.solve`.
         trajectory: Keep the states, each but the first and the last as it was reflected.
-        weak_at: Which level of a step the weak model is told: the one it starts from, as in the authors'
-            code, or the one it ends at, which is that of the state.
+        weak_at: At which level of a step the weak model is called: the one that the step starts from, as in
+            the authors' code, with the state scaled to it (:func:`reflect`), or the one it ends at, which is
+            that of the state.
 
     Returns:
         The end and its cost; calls of both models count.
@@ -100,7 +117,7 @@ def solve_reflected(
         now, after = levels[k], levels[k + 1]
         models = [_predictor(m, c, y.dtype, now, after) for m, c in zip(counted, told, strict=True)]
         level = now if weak_at == "start" else after
-        return reflect(models[0], models[1], state, now, after, weak_level=level)
+        return reflect(models[0], models[1], state, now, after, weak_level=level, sigma_data=weak.sigma_data)
 
     last = len(levels) - 2
 

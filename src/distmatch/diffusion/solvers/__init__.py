@@ -4,7 +4,7 @@ from distmatch.diffusion.solvers.adaptive import RK45
 from distmatch.diffusion.solvers.grids import GRIDS, grid, snap_grid
 from distmatch.diffusion.solvers.momentum import GHVB, HeavyBall
 from distmatch.diffusion.solvers.multistep import IPNDM, Adams, DPMpp
-from distmatch.diffusion.solvers.names import SOLVERS, find_solver
+from distmatch.diffusion.solvers.names import ALIASES, SOLVERS, find_solver
 from distmatch.diffusion.solvers.onestep import DDIM, TABLEAUX, Heun, RhoRK
 from distmatch.diffusion.solvers.run import Run, Solver
 from distmatch.diffusion.solvers.solve import Solution, sample_teacher, solve
@@ -14,8 +14,10 @@ from distmatch.diffusion.solvers.stochastic import (
     PredictorCorrector,
     ReverseDiffusion,
 )
+from distmatch.diffusion.solvers.unipc import UniPC
 
 __all__ = [
+    "ALIASES",
     "DDIM",
     "GHVB",
     "GRIDS",
@@ -35,6 +37,7 @@ __all__ = [
     "Run",
     "Solution",
     "Solver",
+    "UniPC",
     "find_solver",
     "grid",
     "sample_teacher",

@@ -1,4 +1,4 @@
-"""Solvers that remember earlier calls: Adams-Bashforth in t or rho (DEIS), iPNDM, DPM-Solver++."""
+"""Solvers that remember earlier calls: Adams-Bashforth in t, rho or log rho (DEIS), iPNDM, DPM-Solver++."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.paths import NoisePath
 from distmatch.diffusion.solvers.onestep import combined
 from distmatch.diffusion.solvers.run import Run, Solver, Stepper, remembered
@@ -49,11 +49,12 @@ class LinearMultistep:
 
 @dataclass(frozen=True)
 class Adams(Solver):
-    """Variable-step Adams-Bashforth, tAB and rhoAB of DEIS (Zhang and Chen 2023).
+    """Variable-step Adams-Bashforth: tAB, rhoAB and log-rho-AB of DEIS (Zhang and Chen 2023).
 
     The slopes eps are taken for a polynomial through the last ``degree + 1`` of them, in the path's time t
-    (tAB) or in rho (rhoAB), which is integrated exactly. The degree ramps up over the first steps; that one
-    Euler step at the start keeps the asymptotic order at 2 for every degree from 1 on.
+    (tAB), in rho (rhoAB) or in log rho (the DEIS of diffusers), which is integrated exactly. The degree ramps
+    up over the first steps; that one Euler step at the start keeps the asymptotic order at 2 for every degree
+    from 1 on.
 
     Attributes:
         degree: Degree of the polynomial; 0 is Euler.
@@ -61,11 +62,15 @@ class Adams(Solver):
     """
 
     degree: int = 2
-    variable: Literal["t", "rho"] = "rho"
+    variable: Literal["t", "rho", "log-rho"] = "rho"
 
     def __post_init__(self) -> None:
         if not 0 <= self.degree <= 5:
             raise UserError("the degree of an Adams-Bashforth solver must be 0 to 5", got=self.degree)
+        if self.variable not in ("t", "rho", "log-rho"):
+            raise unknown_name(
+                "variable of an Adams-Bashforth solver", self.variable, ("t", "rho", "log-rho")
+            )
 
     @property
     def least_steps(self) -> int:
@@ -86,7 +91,8 @@ class Adams(Solver):
                 got="no path",
                 fix='pass path="vp" (or the teacher\'s own path), or use "rhoab", which needs none',
             )
-        return LinearMultistep(run, adams_weights(path, run.levels, self.degree, run.restarts))
+        log = self.variable == "log-rho"
+        return LinearMultistep(run, adams_weights(path, run.levels, self.degree, run.restarts, log=log))
 
 
 @lru_cache(maxsize=64)
@@ -95,6 +101,8 @@ def adams_weights(
     levels: tuple[float, ...],
     degree: int,
     restarts: frozenset[int] = frozenset(),
+    *,
+    log: bool = False,
 ) -> tuple[tuple[float, ...], ...]:
     """The weights C_kj = integral of L_kj(t(rho)) d rho over step k, L being the Lagrange basis on the nodes.
 
@@ -106,6 +114,7 @@ def adams_weights(
         levels: The grid.
         degree: Degree of the polynomials, less over the first steps.
         restarts: Steps from which on the slopes before are of another model: the degree ramps up again.
+        log: Without a path, take the polynomials in log rho.
 
     Returns:
         For each step with a positive end, its weights, the latest slope first.
@@ -116,7 +125,9 @@ def adams_weights(
     rho = np.array([v for v in levels if v > 0])
 
     def time(r: np.ndarray) -> np.ndarray:
-        return r if path is None else path.t_of_rho(torch.from_numpy(r)).numpy()
+        if path is None:
+            return np.log(r) if log else r
+        return path.t_of_rho(torch.from_numpy(r)).numpy()
 
     t = time(rho)
     if not (np.isfinite(t).all() and (np.diff(t) != 0).all()):

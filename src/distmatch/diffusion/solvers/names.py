@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -18,8 +19,14 @@ from distmatch.diffusion.solvers.stochastic import (
     PredictorCorrector,
     ReverseDiffusion,
 )
+from distmatch.diffusion.solvers.unipc import UniPC
 
 Options = tuple[tuple[str, Callable[[str], Any]], ...]
+
+
+def _deis(order: int = 2) -> Solver:
+    return Adams(order - 1, "log-rho")
+
 
 SOLVERS: Mapping[str, tuple[Callable[..., Solver], Options]] = {
     "euler": (partial(RhoRK, "euler"), ()),
@@ -31,6 +38,8 @@ SOLVERS: Mapping[str, tuple[Callable[..., Solver], Options]] = {
     "dpmpp-2m-sde": (partial(DPMppSDE, 2), ()),
     "tab": (partial(Adams, variable="t"), (("degree", int),)),
     "rhoab": (partial(Adams, variable="rho"), (("degree", int),)),
+    "deis": (_deis, (("order", int),)),
+    "unipc": (UniPC, (("order", int),)),
     "rhork": (RhoRK, (("tableau", str),)),
     "ipndm": (IPNDM, (("order", int),)),
     "hb": (HeavyBall, (("beta", float), ("order", int))),
@@ -43,21 +52,49 @@ SOLVERS: Mapping[str, tuple[Callable[..., Solver], Options]] = {
 }
 """Each name's class and the options that may follow it, in their order."""
 
+ALIASES: Mapping[str, str] = {
+    "dpmpp": "dpmpp-2m",
+    "dpmpp-multistep": "dpmpp-2m",
+    "dpmpp2m": "dpmpp-2m",
+    "dpmpp2m-sde": "dpmpp-2m-sde",
+    "sde-dpmpp": "dpmpp-2m-sde",
+    "euler-a": "ddim:1",
+    "euler-ancestral": "ddim:1",
+    "ddpm": "ddim:1",
+    "uni-pc": "unipc",
+    "unipc-bh2": "unipc",
+    "dopri5": "rk45",
+}
+"""What papers, diffusers and k-diffusion call some of them, after :func:`canonical_name`."""
+
+
+def canonical_name(name: str) -> str:
+    """The name of :data:`SOLVERS` that the field's name stands for, or the name in small letters.
+
+    Spaces and underscores count as hyphens, and "DPM-Solver++" and "DPM++" as "dpmpp": ``"DPM++ 2M SDE"``,
+    ``"dpmpp_2m_sde"`` and ``"sde-dpmsolver++"`` are one solver.
+    """
+    plain = re.sub(r"[\s_]+", "-", name.strip().lower())
+    plain = re.sub(r"dpm-?(solver-?)?\+\+", "dpmpp", plain)
+    return ALIASES.get(plain, plain)
+
 
 def find_solver(solver: str | Solver) -> Solver:
     """The solver of a name, or the solver itself.
 
     Args:
-        solver: A solver, or a name of :data:`SOLVERS` with options after colons.
+        solver: A solver, or a name of :data:`SOLVERS` or :func:`canonical_name` with options after colons.
 
     Raises:
         UserError: The name is unknown, or its options are not those it takes.
     """
     if isinstance(solver, Solver):
         return solver
-    name, *given = str(solver).split(":")
+    asked, *options_given = str(solver).split(":")
+    name, *fixed = canonical_name(asked).split(":")
+    given = fixed + options_given
     if name not in SOLVERS:
-        raise unknown_name("solver", name, SOLVERS)
+        raise unknown_name("solver", asked, SOLVERS)
     build, options = SOLVERS[name]
     form = ":".join([name, *(f"[{option}]" for option, _ in options)])
     if len(given) > len(options):
