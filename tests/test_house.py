@@ -1,6 +1,7 @@
 """The structure: rooms import only from rooms above them, and importing the package is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,16 +30,76 @@ ROOMS = [
 ]
 
 
-def imported_rooms(file: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
+# Files that import modules by names that only a run knows. Each with the reason why no room is reached so.
+BY_NAME = {
+    "cli/main.py": "the verbs of its own table, which is read here",
+    "interop/optional.py": "optional packages, none of ours",
+}
+_IMPORTERS = {"__import__", "import_module", "find_spec"}
+_OURS = re.compile(r"distmatch(\.\w+)+")
+
+
+def imported_modules(source: str, package: str) -> set[str]:
+    """Modules of ours that a file reaches, at its top or inside functions, by statement or by name.
+
+    Args:
+        source: The text of the file.
+        package: The package that it lies in, from which relative imports count.
+    """
+    found, by_name, texts = set(), False, set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parts, base] if base else parts)
+            by_name |= any(a.name in _IMPORTERS for a in node.names)
+            # `from distmatch import x`: a room, or a public name, which is of the package as a whole.
+            found |= {f"{base}.{a.name}" for a in node.names} if base == "distmatch" else {base}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {n.split(".")[1] for n in names if n.startswith("distmatch.")}
-    return found
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            by_name |= name in _IMPORTERS
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.add(node.value)
+    if by_name:
+        found |= {"by name", *filter(_OURS.fullmatch, texts)}
+    return {name for name in found if name.split(".")[0] in ("distmatch", "by name")}
+
+
+@pytest.mark.parametrize("file", BY_NAME)
+def test_what_may_import_by_name_still_does(file):
+    assert "by name" in imported_modules((PACKAGE / file).read_text(), "distmatch")
+
+
+def imported_rooms(file: Path) -> set[str]:
+    place = file.relative_to(PACKAGE)
+    modules = imported_modules(file.read_text(), ".".join(["distmatch", *place.parent.parts]))
+    if place.as_posix() in BY_NAME:
+        modules.discard("by name")
+    return {name.split(".")[1] if "." in name else name for name in modules}
+
+
+@pytest.mark.parametrize(
+    ("source", "modules"),
+    [
+        ("import torch, distmatch.nets.edm", {"distmatch.nets.edm"}),
+        ("def f():\n    from distmatch.cli.main import main", {"distmatch.cli.main"}),
+        ("from distmatch import api, nets", {"distmatch.api", "distmatch.nets"}),
+        ("from distmatch import distill", {"distmatch.distill"}),
+        ("import distmatch", {"distmatch"}),
+        ("from .. import api", {"distmatch.api"}),
+        ("from ..cli import main", {"distmatch.cli"}),
+        ("from . import edm", {"distmatch.nets"}),
+        ("import importlib\nimportlib.import_module('distmatch.api')", {"distmatch.api", "by name"}),
+        ("from importlib import import_module as get\nget('distmatch.api')", {"distmatch.api", "by name"}),
+        ("__import__('torch')", {"by name"}),
+        ("text = 'distmatch.api'", set()),
+    ],
+)
+def test_every_way_to_import_is_seen(source, modules):
+    assert imported_modules(source, "distmatch.nets") == modules
 
 
 @pytest.mark.parametrize("room", ROOMS)

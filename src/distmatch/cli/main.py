@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
-        from distmatch import __version__
+        from distmatch.base.version import __version__
 
         print(f"distmatch {__version__}")
         return 0

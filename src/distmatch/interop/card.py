@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from distmatch import __version__
 from distmatch.base.files import atomic_write
+from distmatch.base.version import __version__
 from distmatch.nets.saved import CARD
 
 LICENSE = "unknown: that of the teacher and the data"
