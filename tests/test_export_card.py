@@ -67,6 +67,24 @@ def test_a_card_says_what_the_model_is(tmp_path: Path) -> None:
     assert rows(text)["kl"] == ["-", "-", "1", "-"]
 
 
+@pytest.mark.parametrize(
+    ("teacher", "base"),
+    [
+        ("runs/teacher", "runs/teacher"),
+        ("/somewhere/my teacher/", "my-teacher"),
+        ("ring8", "ring8"),
+        ("", None),
+    ],
+)
+def test_the_head_names_teacher_and_data_as_hubs_read_them(tmp_path: Path, teacher: str, base: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    info = INFO | {"teacher": teacher, "data": {"spec": "../pictures of birds.npz"}}
+    student(info=info).save_pretrained(tmp_path / "m")
+    head = yaml.safe_load((tmp_path / "m/README.md").read_text().split("---")[1])
+    assert head.get("base_model") == base
+    assert head["datasets"] == ["pictures-of-birds.npz"]
+
+
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     Student(network_teacher(), (2.5, 0.5)).save_pretrained(tmp_path / "m")
     text = (tmp_path / "m/README.md").read_text()

@@ -200,6 +200,14 @@ def built(demo: Path) -> tuple[str, Page]:
     return page(demo)
 
 
+def test_the_longer_bar_is_that_of_the_faster_model(built: tuple[str, Page]) -> None:
+    lengths = {
+        name: float(share) for name, share in re.findall(r'bar (\w+)" style="width:([\d.]+)%', built[0])
+    }
+    assert lengths["student"] == 100
+    assert 0 < lengths["teacher"] < 50
+
+
 def test_page_needs_nothing_from_outside(built: tuple[str, Page]) -> None:
     text, parsed = built
     assert "://" not in text  # no address at all, not even a namespace

@@ -40,9 +40,6 @@ def test_no_ratio_to_something_that_may_be_zero(teacher: Estimate | None) -> Non
         (1.3, 1.0, "down", "worse"),
         (1.3, 1.0, "up", "better"),
         (1.0, 1.3, "up", "worse"),
-        (2.1, 1.7, "floor", "better"),  # the floor is 2
-        (2.4, 1.9, "floor", "worse"),
-        (1.5, 2.1, "floor", "worse"),
         (1.0, 1.3, "", "differs"),
         (NAN, 1.3, "up", "error not known"),
     ],
@@ -53,6 +50,32 @@ def test_verdict(student: float, teacher: float, better: str, verdict: str) -> N
     assert found == verdict
     if not math.isnan(student):
         assert sigmas == pytest.approx(abs(student - teacher) / math.hypot(0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "verdict", "sigmas"),
+    [
+        # Distances 0.1 and 0.3 on two sides: 0.2 / sqrt(0.1^2 + 0.1^2 + (2 * 0.05)^2)
+        (2.1, 1.7, "within error", 0.2 / math.sqrt(0.03)),
+        (1.2, 2.1, "worse", 0.7 / math.sqrt(0.03)),
+        (2.1, 1.2, "better", 0.7 / math.sqrt(0.03)),
+        # On one side the error of the floor cancels.
+        (1.9, 1.5, "better", 0.4 / math.sqrt(0.02)),
+    ],
+)
+def test_where_real_data_are_best_the_distances_to_them_are_compared(
+    student: float, teacher: float, verdict: str, sigmas: float
+) -> None:
+    floor = Estimate(2.0, 0.05, 9)
+    found = compare(Estimate(student, 0.1, 9), Estimate(teacher, 0.1, 9), floor, "floor")
+    assert found == (verdict, pytest.approx(sigmas))
+
+
+def test_as_far_beyond_the_floor_as_the_teacher_is_below_is_no_better() -> None:
+    student, teacher, floor = Estimate(1.066, 0.02, 9), Estimate(0.939, 0.02, 9), Estimate(1.006, 0.01, 9)
+    found, sigmas = compare(student, teacher, floor, "floor")
+    assert found == "within error"
+    assert sigmas < 0.3
 
 
 def test_without_errors_nothing_is_claimed() -> None:

@@ -167,10 +167,21 @@ def _front_matter(about: Mapping[str, Any], shape: tuple[int, ...], num_classes:
     lines.append(f"library_name: {library}")
     if len(shape) == 3 and not num_classes:
         lines.append("pipeline_tag: unconditional-image-generation")
+    if base := _hub_name(str(about.get("teacher") or "")):
+        lines.append(f"base_model: {json.dumps(base)}")
+    data = about.get("data") or {}
+    if source := _hub_name(str(data.get("spec") or data.get("name") or "")):
+        lines += ["datasets:", f"- {json.dumps(source)}"]
     tags = ["diffusion", *(["distillation"] if about.get("kind") == "student" else [])]
     if len(about.get("levels", ())) == 1:
         tags.append("one-step")
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _hub_name(source: str) -> str:
+    """``owner/name`` or ``name`` as it is, of any other path its last part: what hubs accept as an id."""
+    name = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else Path(source.rstrip("/\\")).name
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") if "/" not in name else name
 
 
 def _licence(about: Mapping[str, Any]) -> str:

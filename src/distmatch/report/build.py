@@ -23,7 +23,7 @@ _LEAD_OPTIONS = ("divergence", "method", "data", "steps", "seed")
 
 @dataclass(frozen=True)
 class Speed:
-    """A line of the speed table; ``share`` is the bar's length relative to the slowest model."""
+    """A line of the speed table; ``share``, the bar's length, is its speed in percent of the fastest."""
 
     name: str
     nfe: float
@@ -138,12 +138,16 @@ def missing(run: Run) -> list[str]:
 def speeds(metrics: dict[str, ModelMetrics]) -> list[Speed]:
     """The lines of the speed table: teacher and student, where a time or a number of calls is known."""
     found = [(m, metrics[m]) for m in ("teacher", "student") if m in metrics]
-    slowest = max(
-        (b.seconds_per_1000 for _, b in found if math.isfinite(b.seconds_per_1000)), default=math.nan
-    )
+    times = [
+        b.seconds_per_1000 for _, b in found if math.isfinite(b.seconds_per_1000) and b.seconds_per_1000 > 0
+    ]
+    least = min(times, default=math.nan)
     return [
         Speed(
-            name, b.nfe, b.seconds_per_1000, 100 * b.seconds_per_1000 / slowest if slowest > 0 else math.nan
+            name,
+            b.nfe,
+            b.seconds_per_1000,
+            100 * least / b.seconds_per_1000 if b.seconds_per_1000 > 0 else math.nan,
         )
         for name, b in found
         if math.isfinite(b.nfe) or math.isfinite(b.seconds_per_1000)

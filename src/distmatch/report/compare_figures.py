@@ -42,7 +42,7 @@ def front_panel(
 ) -> Markup:
     """All points with one standard error each way, the front as a staircase.
 
-    A point far from all others is a cross at the edge.
+    A point far from all others is an arrow at the edge, towards where it lies, with its value.
 
     Args:
         points: What to draw.
@@ -67,16 +67,18 @@ def front_panel(
             *(x, y),
             xerr=None if outside else _bar(p.x),
             yerr=None if outside else _bar(p.y),
-            fmt="x" if outside else "o" if p.is_method else "D",
+            fmt=_arrow(p, (x, y), lower_is_better) if outside else "o" if p.is_method else "D",
             color=colour,
             markersize=5,
             elinewidth=1.0,
         )
+        right = outside and across[0] < x and x > (across[0] + across[1]) / 2
         axes.annotate(
-            p.label,
+            f"{p.label} ({p.x.value:.3g}, {p.y.value:.3g})" if outside else p.label,
             (x, y),
-            xytext=(6, 5),
+            xytext=(-6 if right else 6, 5),
             textcoords="offset points",
+            ha="right" if right else "left",
             color=colour,
             fontsize=12,
         )
@@ -88,6 +90,13 @@ def front_panel(
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.margins(0.12)
     return to_svg(figure, alt)
+
+
+def _arrow(point: Point, shown: tuple[float, float], turned: bool) -> str:
+    """The marker that points from the edge to where the point lies, by the axis that it is off."""
+    if point.x.value != shown[0]:
+        return "<" if point.x.value < shown[0] else ">"
+    return "v" if (point.y.value < shown[1]) != turned else "^"
 
 
 def _window(values: Sequence[float]) -> tuple[Any, Any]:

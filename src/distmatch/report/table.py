@@ -124,6 +124,9 @@ def compare(
 ) -> tuple[str, float]:
     """Says whether the student differs from its teacher by more than the errors, and to which side.
 
+    Where real data are best it is the distances to their value that are compared: beyond it on one side is no
+    better than as far beyond it on the other, however large the difference.
+
     Args:
         student: Its estimate.
         teacher: The teacher's estimate.
@@ -131,22 +134,25 @@ def compare(
         better: As in :class:`Metric`.
 
     Returns:
-        The verdict, and the difference in standard errors (NaN when not known).
+        The verdict, and the difference (of the distances, where real data are best) in standard errors, NaN
+        when not known.
     """
     if student is None or teacher is None:
         return "", math.nan
     gap = student.value - teacher.value
     error = math.hypot(student.stderr, teacher.stderr)
+    to_floor = better == "floor" and floor is not None and math.isfinite(floor.value)
+    if to_floor and floor is not None:
+        beyond = [math.copysign(1.0, e.value - floor.value) for e in (student, teacher)]
+        gap = abs(student.value - floor.value) - abs(teacher.value - floor.value)
+        # The error of the floor is in both distances: on one side of it, it cancels.
+        error = math.hypot(error, (beyond[1] - beyond[0]) * floor.stderr if beyond[0] != beyond[1] else 0.0)
     if not math.isfinite(gap) or not math.isfinite(error):
         return "error not known", math.nan
     sigmas = abs(gap) / error if error > 0 else (math.inf if gap else 0.0)
     if sigmas <= _TELLING:
         return "within error", sigmas
-    if better == "floor":
-        if floor is None or not math.isfinite(floor.value):
-            return "differs", sigmas
-        gain = abs(teacher.value - floor.value) - abs(student.value - floor.value)
-    elif better in ("up", "down"):
+    if better in ("up", "down") or to_floor:
         gain = gap if better == "up" else -gap
     else:
         return "differs", sigmas
