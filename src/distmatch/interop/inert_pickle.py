@@ -11,16 +11,16 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.interop.pickle_machine import Budget, Damaged, Function, Machine, Recorded, key
 
 # How torch before 1.6, and a tensor inside a plain pickle to this day, begins: a number, then a version.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -37,49 +37,17 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
+_STORAGES = {f"{m}.{name}": dtype for m in ("torch", "torch.cuda") for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {str(dtype): dtype for dtype in _DTYPES.values()}
 
 # Packages whose classes may occur beside the tensors; they are recorded, never imported.
 _RECORDED = ("torch.nn.", "torch_utils.", "training.", "dnnlib.", "numpy.", "torch.device")
 
+# A network of EDM: its argument holds class name, source text (never run) and state.
+_PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 
-class Recorded:
-    """What a pickle says about an object that is not built.
-
-    Attributes:
-        name: Module and name of the class or function.
-        args: The arguments it would have been called with.
-        state: The state it would have been given, or None.
-        items: Entries it would have been filled with.
-    """
-
-    name: str = ""
-    args: tuple[Any, ...]
-    state: Any
-    items: list[Any]
-
-    def __new__(cls, *args: Any, **_: Any) -> Recorded:
-        """Keeps the arguments."""
-        self = super().__new__(cls)
-        self.args, self.state, self.items = args, None, []
-        return self
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        """Everything happens in ``__new__``, which is all that some opcodes of a pickle call."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
-
-    def append(self, value: Any) -> None:
-        """Keeps an entry."""
-        self.items.append(value)
-
-    def extend(self, values: Iterable[Any]) -> None:
-        """Keeps entries."""
-        self.items.extend(values)
+# EDM's networks are modules within modules, four deep.
+_DEEPEST, _MOST_MODULES = 32, 100_000
 
 
 class _Storage:
@@ -94,144 +62,146 @@ class _Storage:
             self.flat = torch.frombuffer(bytearray(raw), dtype=self.dtype)
 
 
-class _Plain(dict):
-    """A dictionary whose class had attributes on top; they are left out."""
+class _Reading:
+    """One file: what its names stand for, and what it may still ask for.
 
-    def __setstate__(self, state: Any) -> None:
-        """Nothing is kept: the entries are what counts."""
+    Args:
+        budget: The latter.
+    """
 
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self._functions: dict[str, Callable[[tuple[Any, ...]], Any]] = {
+            "collections.OrderedDict": lambda args: self._ordered(*args),
+            "dnnlib.util.EasyDict": lambda args: self._ordered(*args),
+            **dict.fromkeys(("builtins.set", "__builtin__.set"), lambda args: set(self._keys(*args))),
+            **dict.fromkeys(
+                ("builtins.frozenset", "__builtin__.frozenset"), lambda args: frozenset(self._keys(*args))
+            ),
+            "_codecs.encode": lambda args: self._encoded(*args),
+            "torch.Size": lambda args: tuple(self._sizes(*args)),
+            "torch._utils._rebuild_tensor": lambda args: self._tensor(*args),
+            "torch._utils._rebuild_tensor_v2": lambda args: self._tensor(*args),
+            "torch._utils._rebuild_parameter": lambda args: args[0],
+            "torch.storage._load_from_bytes": lambda args: self._storage_from_bytes(*args),
+        }
+        self._found: dict[str, Any] = {}
 
-class _Inert(pickle.Unpickler):
-    """An unpickler that can only reach the functions of this file."""
-
-    def __init__(self, file: io.BufferedIOBase, storages: dict[str, _Storage] | None = None) -> None:
-        super().__init__(file)
-        self._storages = storages
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full in _REBUILDERS:
-            return _REBUILDERS[full]
-        if module in ("torch", "torch.cuda") and name in _DTYPES:
-            return _DTYPES[name]
-        if module == "torch" and name in _DTYPE_NAMES:
+    def find(self, name: str) -> Any:
+        """What a name stands for."""
+        if name in _STORAGES:
+            return _STORAGES[name]
+        if name in _DTYPE_NAMES:
             return _DTYPE_NAMES[name]
-        if full.startswith(_RECORDED):
-            return type(name, (Recorded,), {"name": full})
+        if name in self._functions:
+            return Function(self._functions[name])
+        if name in _BARE or name.startswith(_RECORDED):
+            return Function(lambda args: Recorded(name, args))
         raise UserError(
-            f"the pickle asks for {full}, which is no part of a network",
+            f"the pickle asks for {name[:200]!r}, which is no part of a network",
             expected="tensors, containers and classes of networks only",
             fix="do not open this file with anything else either: it may run code when it is loaded",
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        """A storage that torch keeps beside its pickle; only inside a tensor's own bytes."""
-        if self._storages is None:
-            raise pickle.UnpicklingError("a reference to something outside of the file")
-        kind, dtype, key, _, numel, view = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
-            raise pickle.UnpicklingError("a storage of an unknown form")
-        return self._storages.setdefault(str(key), _Storage(dtype, int(numel)))
+    def find_storage(self, name: str) -> Any:
+        """What a name inside of a tensor's own bytes stands for: the kind of its numbers."""
+        if name not in _STORAGES:
+            self.find(name)  # what is no part of a network is refused with that message
+            raise Damaged(f"{name[:200]} instead of a kind of storage")
+        return _STORAGES[name]
+
+    def _keys(self, items: Any = ()) -> list[Any]:
+        """What a set is made of."""
+        self.budget.spend(8 * len(items))
+        return [key(item) for item in _plain(items)]
+
+    def _ordered(self, items: Any = ()) -> OrderedDict[Any, Any]:
+        """A dictionary of pairs."""
+        self.budget.spend(16 * len(items))
+        if isinstance(items, dict):
+            return OrderedDict(items)
+        return OrderedDict((key(name), value) for name, value in map(_plain, _plain(items)))
+
+    def _encoded(self, text: Any, _encoding: Any = "latin1") -> bytes:
+        """Bytes as protocol 2 writes them."""
+        if not isinstance(text, str):
+            raise Damaged("bytes of something that is no text")
+        self.budget.spend(len(text))
+        return text.encode("latin1")
+
+    def _sizes(self, values: Any = ()) -> list[int]:
+        """Lengths or steps of a tensor."""
+        values = _plain(values)
+        if len(values) > 16 or not all(type(n) is int and 0 <= n < 2**62 for n in values):
+            raise Damaged("sizes of a tensor that are no sizes")
+        return list(values)
+
+    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+        if not isinstance(storage, _Storage):
+            raise Damaged("a tensor without its storage")
+        size, stride, (offset,) = self._sizes(size), self._sizes(stride), self._sizes((offset,))
+        if 0 in size and math.prod(n or 1 for n in size) < 2**62:
+            return torch.empty(size, dtype=storage.dtype)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        # A stride of 0 would let a few bytes ask for any amount of memory.
+        if 0 in size or last >= storage.numel or math.prod(size) > storage.numel:
+            raise Damaged("a tensor that reaches outside of its storage")
+        self.budget.spend(math.prod(size) * storage.dtype.itemsize)
+        return storage.flat.as_strided(size, stride, offset).clone()
+
+    def _storage_from_bytes(self, raw: Any) -> _Storage:
+        """The storage in what ``torch.save`` wrote in its old form: four pickles, the keys, then the bytes."""
+        if not isinstance(raw, bytes):
+            raise Damaged("a storage that is not made of bytes")
+        self.budget.spend(len(raw))
+        file = io.BytesIO(raw)
+        storages: dict[str, _Storage] = {}
+
+        def persistent(identity: Any) -> _Storage:
+            kind, dtype, name, _, numel, view = identity
+            if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
+                raise Damaged("a storage of an unknown form")
+            if not isinstance(name, str) or type(numel) is not int or numel < 0:
+                raise Damaged("a storage of an unknown form")
+            return storages.setdefault(name, _Storage(dtype, numel))
+
+        machine = Machine(file, self.find_storage, self.budget, persistent)
+        if machine.load() != _MAGIC or machine.load() != _PROTOCOL:
+            raise Damaged("a tensor in another form than torch's storage bytes")
+        system = machine.load()
+        if not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise Damaged("tensors of a big-endian machine")
+        storage = machine.load()
+        for name in _plain(machine.load()):
+            found = storages[key(name)]
+            count = int.from_bytes(file.read(8), "little", signed=True)
+            content = file.read(count * found.dtype.itemsize) if count == found.numel else b""
+            if count != found.numel or len(content) != count * found.dtype.itemsize:
+                raise Damaged("a tensor is cut off")
+            found.fill(content)
+        if not isinstance(storage, _Storage) or storage.flat.numel() != storage.numel:
+            raise Damaged("bytes that are no storage")
+        return storage
 
 
-def _storage_from_bytes(raw: bytes) -> _Storage:
-    """The storage in what ``torch.save`` wrote in its old form: four pickles, the keys, then the bytes."""
-    file = io.BytesIO(raw)
-    storages: dict[str, _Storage] = {}
-
-    def part() -> Any:
-        return _Inert(file, storages).load()
-
-    if part() != _MAGIC or part() != _PROTOCOL:
-        raise pickle.UnpicklingError("a tensor in another form than torch's storage bytes")
-    if not dict(part()).get("little_endian", False):
-        raise pickle.UnpicklingError("tensors of a big-endian machine")
-    storage = part()
-    for key in part():
-        found = storages[str(key)]
-        count = int.from_bytes(file.read(8), "little", signed=True)
-        raw_size = count * found.dtype.itemsize
-        content = file.read(raw_size) if count == found.numel else b""
-        if count != found.numel or len(content) != raw_size:
-            raise pickle.UnpicklingError("a tensor is cut off")
-        found.fill(content)
-    if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError("bytes that are no storage")
-    return storage
+# Classes without a package of their own that stand where a class is asked for.
+_BARE = frozenset(
+    {"builtins.object", "__builtin__.object", "builtins.slice", "__builtin__.slice"}
+    | {"copyreg._reconstructor", "copy_reg._reconstructor"}
+)
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError("a tensor without its storage")
-    size, stride = tuple(map(int, size)), tuple(map(int, stride))
-    if math.prod(size) == 0:
-        return torch.empty(size, dtype=storage.dtype)
-    last = int(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    # A stride of 0 would let a few bytes ask for any amount of memory.
-    if min((offset, *stride)) < 0 or last >= storage.numel or math.prod(size) > storage.numel:
-        raise pickle.UnpicklingError("a tensor that reaches outside of its storage")
-    return storage.flat.as_strided(size, stride, int(offset)).clone()
-
-
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _encoded(text: str, _encoding: str = "latin1") -> bytes:
-    """Bytes as protocol 2 writes them."""
-    return text.encode("latin1")
-
-
-class _Call:
-    """A function of this file as a pickle sees it: it can be called, and no attribute of it can be set."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a function with a state")
-
-
-class _Rebuilt(Recorded):
-    """An object that was to be made by ``copyreg``; its class is its first argument."""
-
-    name = "copyreg._reconstructor"
-
-
-class _Persistent(Recorded):
-    """A network of EDM: its argument holds class name, source text (never run) and state."""
-
-    name = "torch_utils.persistence._reconstruct_persistent_obj"
-
-
-_REBUILDERS: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "builtins.slice": slice,
-    "__builtin__.set": set,
-    "builtins.object": Recorded,
-    "__builtin__.object": Recorded,
-    "_codecs.encode": _Call(_encoded),
-    "copyreg._reconstructor": _Rebuilt,
-    "copy_reg._reconstructor": _Rebuilt,
-    "dnnlib.util.EasyDict": _Plain,
-    "torch.Size": tuple,
-    "torch._utils._rebuild_tensor": _Call(_tensor),
-    "torch._utils._rebuild_tensor_v2": _Call(_tensor),
-    "torch._utils._rebuild_parameter": _Call(_parameter),
-    "torch.storage._load_from_bytes": _Call(_storage_from_bytes),
-    "torch_utils.persistence._reconstruct_persistent_obj": _Persistent,
-}
+def _plain(value: Any) -> Any:
+    """A list, a tuple or a set, as it is."""
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise Damaged(f"a {type(value).__name__} instead of a list")
+    return value
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
     """The content of a pickle: plain containers, numbers, strings, tensors on the CPU, and :class:`Recorded`.
+
+    Time and memory stay in proportion to the file, whatever it says.
 
     Raises:
         UserError: The file is missing or damaged, or names something outside of the list above.
@@ -239,28 +209,38 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
     file = Path(path)
     try:
         with open(file, "rb") as handle:
-            return _Inert(handle).load()
+            return read_stream(handle)
     except OSError as error:
         raise UserError(f"cannot open {file}", got=error.strerror, expected="a network pickle") from error
     except UserError as error:
         raise UserError(f"{file} was not opened: {error}") from error
+    except MemoryError:
+        raise
     except Exception as error:
         # A damaged or hostile pickle can fail in any way; nothing of it has been run.
         raise UserError(
             f"{file} cannot be read as a network pickle",
-            got=f"{type(error).__name__}: {error}",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
             expected="a whole .pkl of EDM or EDM2",
             fix="it may be cut off or of another kind: download it again",
         ) from error
 
 
+def read_stream(file: BinaryIO) -> Any:
+    """What :func:`read_pickle` gives, from an open file; errors are those of the machine."""
+    budget = Budget(file.seek(0, io.SEEK_END))
+    return Machine(file, _Reading(budget).find, budget).load()
+
+
 def persistent(value: Any) -> tuple[str, Mapping[str, Any]] | None:
     """Class name and state of a recorded network of EDM; None for anything else."""
-    if not isinstance(value, _Persistent) or not value.args or not isinstance(value.args[0], Mapping):
+    if not isinstance(value, Recorded) or value.name != _PERSISTENT:
+        return None
+    if not value.args or not isinstance(value.args[0], Mapping):
         return None
     meta = value.args[0]
-    state = meta.get("state")
-    return str(meta.get("class_name", "")), state if isinstance(state, Mapping) else {}
+    name, state = meta.get("class_name", ""), meta.get("state")
+    return name if isinstance(name, str) else "", state if isinstance(state, Mapping) else {}
 
 
 def state_of(module: Any) -> Mapping[str, Any]:
@@ -271,14 +251,33 @@ def state_of(module: Any) -> Mapping[str, Any]:
     return module.state if isinstance(module, Recorded) and isinstance(module.state, Mapping) else {}
 
 
-def named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a recorded module under the names that its ``state_dict`` would give them."""
-    state = state_of(module)
-    passing = state.get("_non_persistent_buffers_set") or ()
-    for kind in ("_parameters", "_buffers"):
-        for name, value in dict(state.get(kind) or {}).items():
-            if isinstance(value, Tensor) and name not in passing:
-                yield prefix + str(name), value
-    for name, child in dict(state.get("_modules") or {}).items():
-        if child is not None:
-            yield from named_tensors(child, f"{prefix}{name}.")
+def named_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a recorded module under the names that its ``state_dict`` would give them.
+
+    Raises:
+        UserError: Modules that hold one another too deep or too often to be those of a network.
+    """
+    waiting, seen = [("", module, 0)], 0
+    while waiting:
+        prefix, module, depth = waiting.pop()
+        seen += 1
+        if depth > _DEEPEST or seen > _MOST_MODULES or len(prefix) > 1000:
+            raise UserError("modules within modules without an end", expected="a network as EDM saves it")
+        state = state_of(module)
+        passing = _within(state, "_non_persistent_buffers_set", (set, frozenset))
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _within(state, kind, dict).items():
+                if isinstance(value, Tensor) and name not in passing:
+                    yield f"{prefix}{name}", value
+        children = [
+            (f"{prefix}{name}.", child, depth + 1)
+            for name, child in _within(state, "_modules", dict).items()
+            if child is not None
+        ]
+        waiting.extend(reversed(children))
+
+
+def _within(state: Mapping[str, Any], name: str, kinds: Any) -> Any:
+    """An attribute of a module, or an empty container where it is absent or of another kind."""
+    value = state.get(name)
+    return value if isinstance(value, kinds) else {}
