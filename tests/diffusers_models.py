@@ -53,6 +53,27 @@ SCHEDULES = {
     "pndm": ("PNDMScheduler", {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}),
     "dpm-solver": ("DPMSolverMultistepScheduler", {}),
     "euler v": ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+    "euler continuous": (
+        "EulerDiscreteScheduler",
+        {"prediction_type": "v_prediction", "timestep_type": "continuous", "sigma_min": 0.002}
+        | {"sigma_max": 700.0},
+    ),
+    "euler sample": ("EulerDiscreteScheduler", {"prediction_type": "sample", "use_karras_sigmas": True}),
+    "euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun v": ("HeunDiscreteScheduler", {"prediction_type": "v_prediction"}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {"num_train_timesteps": 100, "beta_end": 0.2}),
+    "kdpm2 ancestral v": (
+        "KDPM2AncestralDiscreteScheduler",
+        {"prediction_type": "v_prediction", "num_train_timesteps": 100, "beta_end": 0.2},
+    ),
+    "ddpm sigmoid": ("DDPMScheduler", {"beta_schedule": "sigmoid"}),
+    "dpm-solver single": ("DPMSolverSinglestepScheduler", {"prediction_type": "v_prediction"}),
+    "unipc zero snr v": (
+        "UniPCMultistepScheduler",
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    ),
+    "deis": ("DEISMultistepScheduler", {}),
     "edm euler": ("EDMEulerScheduler", {}),
     "edm euler v": ("EDMEulerScheduler", {"prediction_type": "v_prediction", "sigma_data": 1.0}),
     "edm dpm": ("EDMDPMSolverMultistepScheduler", {"sigma_min": 0.01, "sigma_max": 40.0}),

@@ -5,6 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # characters of one part of a message; what a file holds may have any length
+
+
+def cause(error: BaseException) -> str:
+    """What another package said, in one line of at most 200 characters, for ``got``."""
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {_short(first, 200)}"
+
+
+def _short(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
 
 class UserError(ValueError):
     """A mistake in what the user handed in. The command line prints it without a traceback and exits with 2.
@@ -22,7 +34,7 @@ class UserError(ValueError):
         parts = [what]
         for name, said in (("Got", got), ("Expected", expected), ("Fix", fix)):
             if said is not None:
-                parts.append(f"{name}: {said}")
+                parts.append(f"{name}: {_short(str(said), _LONGEST)}")
         super().__init__(" ".join(part if part.endswith((".", "?")) else f"{part}." for part in parts))
 
 
@@ -43,6 +55,8 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
         known: All valid names.
     """
     names = list(known)
-    near = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name)[:80].lower(), names, n=3, cutoff=0.5)
     fix = f"did you mean {' or '.join(near)}?" if near else "choose one of the names listed"
-    return UserError(f"unknown {kind}", got=repr(name), expected=f"one of {', '.join(names)}", fix=fix)
+    return UserError(
+        f"unknown {kind}", got=_short(repr(name), 200), expected=f"one of {', '.join(names)}", fix=fix
+    )

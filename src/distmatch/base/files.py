@@ -19,6 +19,8 @@ from distmatch.base.errors import UserError
 from distmatch.base.inputs import checked_path, parse_json, read_limited, require_regular_file
 from distmatch.base.memory import out_of_memory
 
+WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that the weights of a network may have."""
 _PICKLE_HEADS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
@@ -142,7 +144,13 @@ def save_tensors(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes tensors as safetensors, atomically."""
-    flat = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    flat: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        kept = tensor.detach().cpu().contiguous()
+        # The format holds every tensor for itself: tied weights are written once for each of their names.
+        flat[name] = kept.clone() if kept.untyped_storage().data_ptr() in seen else kept
+        seen.add(kept.untyped_storage().data_ptr())
     atomic_write(path, _serialise(flat, dict(metadata) if metadata else None))
 
 
@@ -187,8 +195,11 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Copies ``tensors`` into ``module``, all or nothing.
 
+    A module on the meta device is given its memory, on the CPU, once all shapes are known to be right.
+
     Raises:
-        UserError: A tensor is missing, left over, or of another shape (another architecture).
+        UserError: A tensor is missing, left over, or of another shape (another architecture); or weights are
+            of a type that no network computes with.
     """
     own = module.state_dict()
     missing = sorted(own.keys() - tensors.keys())
@@ -197,9 +208,9 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], sour
     if missing or extra or wrong:
         parts = []
         if missing:
-            parts.append(f"{len(missing)} tensors missing (first: {missing[0]})")
+            parts.append(f"{len(missing)} tensors missing (first: {missing[0][:200]})")
         if extra:
-            parts.append(f"{len(extra)} tensors too many (first: {extra[0]})")
+            parts.append(f"{len(extra)} tensors too many (first: {extra[0][:200]})")
         if wrong:
             k = sorted(wrong)[0]
             parts.append(f"{k} has shape {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}")
@@ -209,6 +220,15 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], sour
             expected=f"the {len(own)} tensors of this model",
             fix="use the config that was saved beside it",
         )
+    odd = [k for k in own if own[k].is_floating_point() and tensors[k].dtype not in WEIGHTS]
+    if odd:
+        raise UserError(
+            f"{source} holds weights of a type that no network computes with here",
+            got=f"{odd[0]} of type {str(tensors[odd[0]].dtype).removeprefix('torch.')}",
+            expected=", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHTS),
+            fix="undo the quantisation and save the weights as float32",
+        )
+    module._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     module.load_state_dict(dict(tensors))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, cause
 from distmatch.base.files import (
     atomic_folder,
     atomic_json,
@@ -75,14 +75,15 @@ def load_discrete(folder: str | os.PathLike[str]) -> tuple[TokenNet | MarginalNe
     tensors = load_tensors(folder / _TENSORS)
     try:
         net, kind = TokenNetConfig(**config["net"]), _KINDS[config["kind"]]
+        if net.depth > len(tensors):
+            raise ValueError(f"{len(tensors)} tensors for {net.depth} blocks")
         with torch.device("meta"):
             model = kind(net)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(
             f"{folder / _CONFIG} describes no network that can be built",
-            got=f"{type(error).__name__}: {error}",
+            got=cause(error),
             fix="restore it from a copy",
         ) from error
-    model.to_empty(device="cpu")
     load_into(model, tensors, str(folder / _TENSORS))
     return model.eval(), dict(config.get("extra") or {})

@@ -2,17 +2,87 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import expand
 from distmatch.interop.conversion import Points
 from distmatch.interop.diffusers_net import DiffusersNet
 from distmatch.interop.diffusers_schedule import EDM, FLOW, ends_in_noise
 from distmatch.interop.optional import import_diffusers
+
+# How a scheduler samples: the steps that it takes and what it clips on the way. A network does not know them.
+_SAMPLING = {
+    "clip_sample": False,
+    "thresholding": False,
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "lambda_min_clipped": -math.inf,
+    "final_sigmas_type": "zero",
+    "set_alpha_to_one": True,
+    "skip_prk_steps": True,
+    "predict_x0": True,
+}
+
+
+def own_plan(scheduler: Any) -> Any:
+    """A scheduler like this one, of its own class and config, that takes every step and clips nothing."""
+    changed = {name: value for name, value in _SAMPLING.items() if name in scheduler.config}
+    if "dpmsolver" in str(scheduler.config.get("algorithm_type")):
+        changed["algorithm_type"] = "dpmsolver++"
+    return type(scheduler).from_config(scheduler.config, **changed)
+
+
+class _Question:
+    """One noised sample at one step of a scheduler, in the scheduler's own terms.
+
+    Args:
+        plan: The scheduler.
+        index: The step.
+        clean: A clean sample, (1, *shape).
+        noise: Unit noise like it.
+    """
+
+    def __init__(self, plan: Any, index: int, clean: Tensor, noise: Tensor) -> None:
+        self.plan = copy.deepcopy(plan)  # a step leaves traces in it
+        self.index, self.time = index, plan.timesteps[index]
+        if not hasattr(plan, "sigmas"):
+            kept = float(plan.alphas_cumprod[int(self.time)])
+            self.level = ((1 - kept) / kept) ** 0.5
+            self.inputs = self.noised = plan.add_noise(clean, noise, self.time.reshape(1))
+            return
+        self.level = float(plan.sigmas[index])
+        self.plan._step_index = index
+        if hasattr(plan, "convert_model_output"):
+            self.scales = plan._sigma_to_alpha_sigma_t(plan.sigmas[index])
+            self.inputs = self.noised = self.scales[0] * clean + self.scales[1] * noise
+        else:
+            self.noised = clean + plan.sigmas[index].to(clean) * noise
+            self.inputs = self.plan.scale_model_input(self.noised, self.time)
+
+    def x0(self, value: Tensor) -> Tensor:
+        """The clean sample that the scheduler takes from what the network returned."""
+        plan = self.plan
+        if hasattr(plan, "convert_model_output"):
+            found = plan.convert_model_output(value, sample=self.noised)
+            if plan.config.get("algorithm_type") != "deis":
+                return found
+            return (self.noised - self.scales[1] * found) / self.scales[0]  # this one returns the noise
+        if hasattr(plan, "_get_prev_sample"):  # PNDM: a step to where nothing is left of the noise
+            return plan._get_prev_sample(self.noised, int(self.time), -1, value)
+        time = self.time if hasattr(plan, "sigmas") else int(self.time)
+        return plan.step(value, time, self.noised).pred_original_sample
 
 
 @dataclass(frozen=True)
@@ -41,7 +111,14 @@ class DiffusersReference:
             labels = torch.randint(self.num_classes, (count,), generator=gen).to(device)
         name = type(self.scheduler).__name__
         way = self._edm if name in EDM else self._flow if name in FLOW else self._discrete
-        sigma, x0 = way(clean, noise, labels, gen)
+        try:
+            sigma, x0 = way(clean, noise, labels, gen)
+        except NotImplementedError as error:
+            raise UserError(
+                "diffusers itself cannot use this scheduler with what the network predicts",
+                got=f"{name}: {error}",
+                fix="save the pipeline with DDIMScheduler or DDPMScheduler of the same options",
+            ) from error
         sigma = sigma.to(device)
         return Points(clean + expand(sigma, clean).to(dtype) * noise, sigma, labels, x0)
 
@@ -52,25 +129,24 @@ class DiffusersReference:
     def _discrete(
         self, clean: Tensor, noise: Tensor, labels: Tensor | None, gen: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        # All discrete schedulers share levels and predictions with DDIM, which says what it takes x0 for.
-        ddim = import_diffusers().DDIMScheduler.from_config(
-            self.scheduler.config, clip_sample=False, thresholding=False
-        )
-        squares = ddim.alphas_cumprod
-        steps = len(squares) - int(ends_in_noise(ddim))
-        t = torch.randint(steps, (len(clean),), generator=gen)
-        t[0], t[-1] = 0, steps - 1
-        noised = ddim.add_noise(clean, noise, t)
-        value = self._predict(noised, t, labels)
-        ddim.set_timesteps(len(squares))
-        x0 = torch.cat(
-            [
-                ddim.step(value[i : i + 1], int(t[i]), noised[i : i + 1]).pred_original_sample
-                for i in range(len(t))
-            ]
-        )
-        kept = squares[t].double()
-        return ((1 - kept) / kept).sqrt(), x0
+        plan = own_plan(self.scheduler)
+        with warnings.catch_warnings():  # of numpy, about how diffusers uses it
+            warnings.simplefilter("ignore", DeprecationWarning)
+            plan.set_timesteps(int(plan.config.num_train_timesteps))
+        times = plan.timesteps.tolist()
+        # Between two times of a second-order scheduler stand levels for its own use.
+        usable = [i for i in range(0, len(times), 2 if hasattr(plan, "sigmas_interpol") else 1)]
+        if ends_in_noise(plan):
+            usable = [i for i in usable if times[i] < times[0]]
+        chosen = torch.randint(len(usable), (len(clean),), generator=gen)
+        chosen[0], chosen[-1] = 0, len(usable) - 1
+        indices = [usable[int(index)] for index in chosen]
+        asked = [_Question(plan, i, clean[k : k + 1], noise[k : k + 1]) for k, i in enumerate(indices)]
+        told = torch.tensor([times[i] for i in indices], dtype=plan.timesteps.dtype)
+        value = self._predict(torch.cat([question.inputs for question in asked]), told, labels)
+        with torch.random.fork_rng(devices=[clean.device] if clean.is_cuda else []):  # some draw noise
+            x0 = [question.x0(value[k : k + 1]) for k, question in enumerate(asked)]
+        return torch.tensor([question.level for question in asked], dtype=torch.float64), torch.cat(x0)
 
     def _edm(
         self, clean: Tensor, noise: Tensor, labels: Tensor | None, gen: torch.Generator

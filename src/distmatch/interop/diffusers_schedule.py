@@ -1,4 +1,8 @@
-"""What a scheduler of diffusers says about a teacher: its path, its levels, what it predicts."""
+"""What a scheduler of diffusers says about a teacher: its path, its levels, what it predicts.
+
+How it samples is not read: the spacing of its steps (Karras, exponential, beta, shifted times), its order,
+what it clips or thresholds. A teacher here is sampled by the solvers of this package.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +67,9 @@ def read_schedule(scheduler: Any) -> Schedule:
     Raises:
         UserError: A scheduler or an option of it that is not understood.
     """
-    name, config = type(scheduler).__name__, scheduler.config
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
+    if name not in SCHEDULERS or config is None:
+        raise _unread(name)
     if name in EDM:
         return _edm(config)
     if name in FLOW:
@@ -71,9 +77,54 @@ def read_schedule(scheduler: Any) -> Schedule:
             raise UserError("schedulers with invert_sigmas are not read", fix="use dm.as_denoiser")
         steps = float(config.num_train_timesteps)
         return Schedule("flow", condot(t_min=1 / steps, t_max=1 - 1 / steps), "flow", Scaled(steps))
-    if name in DISCRETE:
-        return _discrete(scheduler, config)
-    raise unknown_name("scheduler", name, SCHEDULERS)
+    return _discrete(scheduler, config)
+
+
+# Schedulers of other conventions, and the path that a network of theirs is on.
+_CONVENTIONS = {
+    "ScoreSdeVeScheduler": 'path="ve", prediction="score"',
+    "ScoreSdeVpScheduler": 'path="vp", prediction="score"',
+    "KarrasVeScheduler": 'path="edm", prediction="x0"',
+    "CMStochasticIterativeScheduler": 'path="edm", prediction="x0"',
+}
+
+
+def _unread(name: str) -> UserError:
+    """The error for another scheduler: no name is near one that counts noise in another way."""
+    how = _CONVENTIONS.get(name, 'path="vp", prediction="eps"')
+    return UserError(
+        "this scheduler of diffusers is not read",
+        got=name[:80],
+        expected=f"one of {', '.join(SCHEDULERS)}",
+        fix=f"wrap the network yourself, for example dm.as_denoiser(net, {how}, shape=...), where "
+        "net(x, t) returns the prediction alone and is told the time as it was trained",
+    )
+
+
+def check_scheduler_name(name: object) -> str:
+    """The name of a scheduler that is read.
+
+    Raises:
+        UserError: It is none.
+    """
+    if name not in SCHEDULERS:
+        raise _unread(str(name))
+    return str(name)
+
+
+def is_continuous(scheduler: Any) -> bool:
+    """Whether a network is told ln(sigma) / 4, as EDM's are and Stable Video Diffusion: no table of times."""
+    config = scheduler.config
+    return config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction"
+
+
+def _continuous(scheduler: Any) -> Schedule:
+    """EDM's preconditioning for data of unit variance, with the sign of "v": Euler's third convention."""
+    squares = scheduler.alphas_cumprod[[0, -1]].double()
+    ends = ((1 - squares) / squares).sqrt().tolist()
+    given = (scheduler.config.sigma_min, scheduler.config.sigma_max)
+    low, high = (float(end if said is None else said) for said, end in zip(given, ends, strict=True))
+    return Schedule("edm", None, "-edm", None, 1.0, (low, high))
 
 
 def _edm(config: Any) -> Schedule:
@@ -92,10 +143,33 @@ def ends_in_noise(scheduler: Any) -> bool:
 
 def _discrete(scheduler: Any, config: Any) -> Schedule:
     kind = config.prediction_type
+    if config.get("use_flow_sigmas") or kind == "flow_prediction":
+        raise UserError(
+            "flow matching is read from its own schedulers only",
+            got=f"{type(scheduler).__name__} with prediction_type {kind} and use_flow_sigmas",
+            fix="save the scheduler as FlowMatchEulerDiscreteScheduler with the same num_train_timesteps; "
+            "the network is the same",
+        )
+    if config.get("interpolation_type", "linear") != "linear":
+        raise UserError(
+            "this scheduler tells the network times that are not those of its noise levels",
+            got=f"interpolation_type {config.interpolation_type}",
+            expected="linear",
+            fix="set it to linear if the network was trained on the levels of its betas",
+        )
+    if is_continuous(scheduler):
+        return _continuous(scheduler)
     if kind not in _PREDICTIONS:
         raise unknown_name("prediction_type", kind, _PREDICTIONS)
     # In the precision of diffusers: these are the levels that the network was trained at.
     squares = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
+    if not bool(((squares >= 0) & (squares < 1)).all()):
+        raise UserError(
+            "the noise rates of this scheduler make no noise levels",
+            got=f"alphas_cumprod from {squares.min():g} to {squares.max():g}",
+            expected="numbers that fall from below 1 to 0 or above",
+            fix="check beta_start, beta_end and trained_betas in scheduler_config.json",
+        )
     if ends_in_noise(scheduler):
         # A last level of pure noise has no place in a frame that divides by alpha.
         squares = squares[:-1]

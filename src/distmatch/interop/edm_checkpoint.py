@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.errors import UserError, cause, unknown_name
 from distmatch.base.files import load_into
 from distmatch.diffusion.adapters import PredictionFeatureDenoiser
 from distmatch.diffusion.paths import edm, vp
@@ -77,6 +77,34 @@ class Negated(nn.Module):
         return -out, features
 
 
+def loaded_edm(
+    config: AnyConfig, preconditioning: Preconditioning, tensors: Mapping[str, Tensor], source: str
+) -> Teacher:
+    """The denoiser of a config with the weights in ``tensors``, in eval mode.
+
+    Names and shapes are compared before any memory is taken: a config may describe a network of any size.
+
+    Raises:
+        UserError: They do not belong together, or an unknown kind of preconditioning.
+    """
+    if config.num_blocks * len(config.channel_mult) > len(tensors):
+        raise UserError(
+            f"{source} belongs to another architecture",
+            got=f"{len(tensors)} tensors for {config.num_blocks} blocks at each of "
+            f"{len(config.channel_mult)} levels",
+            fix="use the config that was saved beside it",
+        )
+    try:
+        with torch.device("meta"):
+            teacher = build_edm(config, preconditioning)
+    except (RuntimeError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{source} describes a network that cannot be built", got=cause(error)) from error
+    net = network_of(teacher)
+    if net is not None:
+        load_into(net, tensors, source)
+    return teacher.eval()
+
+
 def build_edm(config: AnyConfig, preconditioning: Preconditioning) -> Teacher:
     """The denoiser of a config, with fresh weights; torch's global random stream stays where it was.
 
@@ -85,6 +113,12 @@ def build_edm(config: AnyConfig, preconditioning: Preconditioning) -> Teacher:
     """
     with torch.random.fork_rng(devices=[]):
         net: nn.Module = EDM2UNet(config) if isinstance(config, EDM2Config) else EDMUNet(config)
+    with torch.device("cpu"):  # a path keeps tensors, and they are numbers even where the network has none
+        return _preconditioned(net, config, preconditioning)
+
+
+def _preconditioned(net: nn.Module, config: AnyConfig, preconditioning: Preconditioning) -> Teacher:
+    """The denoiser around a network of EDM."""
     p = preconditioning
     shape = (config.channels, config.resolution, config.resolution)
     common: dict[str, Any] = {
@@ -132,7 +166,7 @@ def read_edm(path: str | os.PathLike[str]) -> tuple[Teacher, dict[str, Any]]:
     if found is None:
         raise UserError(
             f"{path} holds no averaged network of EDM",
-            got=sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__,
+            got=sorted(map(str, content))[:20] if isinstance(content, Mapping) else type(content).__name__,
             expected="a dictionary with the network under 'ema'",
         )
     try:
@@ -142,33 +176,25 @@ def read_edm(path: str | os.PathLike[str]) -> tuple[Teacher, dict[str, Any]]:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{path} does not describe its network as EDM does", got=f"{type(error).__name__}: {error}"
+            f"{path} does not describe its network as EDM does",
+            got=cause(error),
         ) from error
 
 
 def _rebuilt(name: str, state: Mapping[str, Any], source: str) -> Teacher:
     """The denoiser that a recorded outer network describes, float32, in eval mode."""
     config, preconditioning, inner = _understood(name, state)
-    tensors = {
-        key: value.float() if value.is_floating_point() else value
-        for key, value in named_tensors(inner)
-        if not key.startswith(_TRAINING_ONLY)
-    }
-    teacher = build_edm(config, preconditioning)
-    net = network_of(teacher)
-    if net is not None:
-        load_into(net, tensors, source)
-    return teacher.eval()
+    tensors = {key: value for key, value in named_tensors(inner) if not key.startswith(_TRAINING_ONLY)}
+    return loaded_edm(config, preconditioning, tensors, source)
 
 
 def _understood(name: str, state: Mapping[str, Any]) -> tuple[AnyConfig, Preconditioning, Any]:
     """Config, preconditioning and inner network of a recorded outer network."""
-    arguments = dict(state.get("_init_kwargs") or {})
-    modules = dict(state.get("_modules") or {})
+    arguments, modules = _table(state, "_init_kwargs"), _table(state, "_modules")
     kinds = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "Precond": "edm"}
     if name not in kinds:
         raise UserError(
-            f"a network of class {name} is not read",
+            f"a network of class {name[:80]!r} is not read",
             expected=", ".join(kinds),
             fix="iDDPM's networks predict a variance on a grid of their own; wrap them with dm.as_denoiser",
         )
@@ -194,8 +220,13 @@ def _understood(name: str, state: Mapping[str, Any]) -> tuple[AnyConfig, Precond
         steps=int(state.get("M", defaults.steps)),
         epsilon=float(state.get("epsilon_t", defaults.epsilon)),
     )
-    inner_arguments = dict(state_of(inner).get("_init_kwargs") or {})
+    inner_arguments = _table(state_of(inner), "_init_kwargs")
     return from_arguments(architecture, {**arguments, **inner_arguments}), preconditioning, inner
+
+
+def _table(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = state.get(name)
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 # What EDM2's encoder takes for granted of the latents of Stable Diffusion's autoencoder.
@@ -212,16 +243,14 @@ def _encoding(content: Mapping[str, Any]) -> dict[str, Any]:
     found = persistent(content.get("encoder"))
     if found is None or found[0] != "StabilityVAEEncoder":
         return {}
-    said = {**_LATENTS, **dict(found[1].get("_init_kwargs") or {})}
-    try:
-        mean, std, final, spread = (
-            torch.as_tensor(said[key], dtype=torch.float64)
-            for key in ("raw_mean", "raw_std", "final_mean", "final_std")
-        )
-        scale = spread / std
-        shift = mean - final / scale
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError("the encoder in this pickle is of an unknown form", got=error) from error
+    said = {**_LATENTS, **_table(found[1], "_init_kwargs")}
+    values = [said[key] for key in ("raw_mean", "raw_std", "final_mean", "final_std")]
+    parts = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    if not all(len(part) in (1, 4) and all(type(n) in (int, float) for n in part) for part in parts):
+        raise UserError("the encoder in this pickle is of an unknown form", got="numbers of another kind")
+    mean, std, final, spread = (torch.tensor(part, dtype=torch.float64) for part in parts)
+    scale = spread / std
+    shift = mean - final / scale
     return {"latents": {"scale": scale.tolist(), "shift": shift.tolist(), "pixels": "0 to 1"}}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -243,19 +243,70 @@ def config_from(values: Mapping[str, Any]) -> AnyConfig:
     return config
 
 
+# Far beyond any published network, and far from what a machine cannot hold.
+_LARGEST = 2**20
+_MOST_LEVELS, _MOST_TAPS, _MOST_HEIGHTS = 16, 32, 64
+
+
 def _check(config: AnyConfig) -> None:
-    sizes: Sequence[Any] = (config.resolution, config.channels, config.model_channels, *config.channel_mult)
-    if not config.channel_mult or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(f"sizes {tuple(sizes)} instead of positive whole numbers")
-    if type(config.num_classes) is not int or config.num_classes < 0 or config.num_blocks < 1:
-        raise ValueError(f"{config.num_classes} classes, {config.num_blocks} blocks")
+    sizes: dict[str, object] = {
+        "resolution": config.resolution,
+        "channels": config.channels,
+        "model_channels": config.model_channels,
+        "num_blocks": config.num_blocks,
+        "num_classes": config.num_classes,
+    }
+    for name in ("channel_mult_noise", "channel_mult_emb", "channels_per_head"):
+        value = getattr(config, name, None)
+        if value is not None or (isinstance(config, EDMConfig) and hasattr(config, name)):
+            sizes[name] = value
+    lists = {
+        "channel_mult": (config.channel_mult, 1, _MOST_LEVELS),
+        "attn_resolutions": (config.attn_resolutions, 0, _MOST_HEIGHTS),
+        "resample_filter": (config.resample_filter, 2, _MOST_TAPS),
+    }
+    for name, (values, least, most) in lists.items():
+        if not isinstance(values, tuple) or not least <= len(values) <= most:
+            raise ValueError(f"{name} is no list of {least} to {most} numbers")
+    sizes |= {f"channel_mult[{index}]": value for index, value in enumerate(config.channel_mult)}
+    for name, value in sizes.items():
+        low = 0 if name == "num_classes" else 1
+        if type(value) is not int or not low <= value <= _LARGEST:
+            raise ValueError(f"{name} is {str(value)[:40]} instead of a whole number up to {_LARGEST}")
+    if not all(type(height) is int for height in config.attn_resolutions):
+        raise ValueError("attn_resolutions holds something else than whole numbers")
+    taps = config.resample_filter
+    numbers = all(type(tap) in (int, float) and abs(tap) < 1e6 for tap in taps)
+    if len(taps) % 2 or not numbers or not sum(taps):
+        raise ValueError(f"a resampling filter of {len(taps)} taps: an even number is needed, with a sum")
     if config.resolution % (1 << (len(config.channel_mult) - 1)):
         raise ValueError(f"{config.resolution} pixels cannot be halved {len(config.channel_mult) - 1} times")
-    taps = config.resample_filter
-    if len(taps) < 2 or len(taps) % 2:
-        raise ValueError(f"a resampling filter of {len(taps)} taps instead of an even number")
-    if isinstance(config, EDMConfig) and config.embedding not in ("positional", "fourier"):
-        raise ValueError(f"noise embedding {config.embedding!r}")
+    _check_fractions(config)
+    if isinstance(config, EDMConfig):
+        _check_edm(config)
+    elif any(config.model_channels * m % config.channels_per_head for m in config.channel_mult):
+        raise ValueError(f"levels that heads of {config.channels_per_head} channels do not divide")
+
+
+def _check_fractions(config: AnyConfig) -> None:
+    for name in ("dropout", "label_balance", "concat_balance", "res_balance", "attn_balance"):
+        value = getattr(config, name, 0)
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise ValueError(f"{name} is {str(value)[:40]} instead of a number from 0 to 1")
+    limit = getattr(config, "clip_act", None)
+    if limit is not None and not (type(limit) in (int, float) and limit > 0):
+        raise ValueError(f"clip_act is {str(limit)[:40]}")
+
+
+def _check_edm(config: EDMConfig) -> None:
+    if config.embedding not in ("positional", "fourier"):
+        raise ValueError(f"noise embedding {str(config.embedding)[:40]!r}")
+    if type(config.residual_encoder) is not bool:
+        raise ValueError("residual_encoder is neither true nor false")
+    for width in {config.model_channels, *(config.model_channels * m for m in config.channel_mult)}:
+        # Normalised in groups of four channels or more, 32 groups at most.
+        if width < 4 or width % min(32, width // 4):
+            raise ValueError(f"a level of {width} channels, which cannot be normalised in groups")
 
 
 def config_dict(config: AnyConfig) -> dict[str, Any]:

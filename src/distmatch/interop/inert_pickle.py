@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, cause
 from distmatch.interop.pickle_machine import Budget, Damaged, Function, Machine, Recorded, key
 
 # How torch before 1.6, and a tensor inside a plain pickle to this day, begins: a number, then a version.
@@ -150,7 +150,7 @@ class _Reading:
         return storage.flat.as_strided(size, stride, offset).clone()
 
     def _storage_from_bytes(self, raw: Any) -> _Storage:
-        """The storage in what ``torch.save`` wrote in its old form: four pickles, the keys, then the bytes."""
+        """The storage in what ``torch.save`` wrote in its old form: pickles, the keys, then the bytes."""
         if not isinstance(raw, bytes):
             raise Damaged("a storage that is not made of bytes")
         self.budget.spend(len(raw))
@@ -220,7 +220,7 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         # A damaged or hostile pickle can fail in any way; nothing of it has been run.
         raise UserError(
             f"{file} cannot be read as a network pickle",
-            got=f"{type(error).__name__}: {str(error)[:200]}",
+            got=cause(error),
             expected="a whole .pkl of EDM or EDM2",
             fix="it may be cut off or of another kind: download it again",
         ) from error

@@ -18,7 +18,7 @@ class VAEDecoder:
     copy of the denoiser shares it.
 
     Args:
-        vae: An ``AutoencoderKL``.
+        vae: An ``AutoencoderKL``, or a ``VQModel``, whose codes are looked up in decoding only.
         scale: Factor of raw latents, one number or one a channel.
         shift: What is taken from raw latents first, one number or one a channel.
         size: Height and width of a latent.
@@ -84,10 +84,14 @@ class VAEDecoder:
         Args:
             x: Images.
             noise: Unit normal noise like the latents, to draw from the encoder's Gaussian; None: its mean.
+                A ``VQModel`` has no Gaussian and needs none.
         """
         scale, shift = self._numbers(x)
         x = (x + 1) / 2 if self.unit_pixels else x
-        found = self._vae(x).encode(x.to(self.vae.dtype)).latent_dist
+        found = self._vae(x).encode(x.to(self.vae.dtype))
+        if not hasattr(found, "latent_dist"):
+            return (found.latents.float() - shift) * scale
+        found = found.latent_dist
         raw = found.mean.float() if noise is None else found.mean.float() + found.std.float() * noise
         return (raw - shift) * scale
 
@@ -107,7 +111,7 @@ def _built(decoder: VAEDecoder) -> dict[str, Any]:
 
 
 def vae_scaling(config: Any) -> tuple[list[float], list[float]]:
-    """Scale and shift of latents that the config of an ``AutoencoderKL`` states."""
+    """Scale and shift of latents that the config of an autoencoder states."""
     factor = float(config.scaling_factor)
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:

@@ -1,8 +1,8 @@
 """The opcodes of pickles, carried out by hand: containers, names from a list, and nothing else.
 
-Python's own unpickler calls what a pickle names, hashes what it calls a key, and takes its word for how large a
-memo must be. This one has one short function for each opcode that a pickle of networks uses. What it builds
-grows with the file, never faster.
+Python's own unpickler calls what a pickle names, hashes what it calls a key, and takes its word for how
+large a memo must be. This one has one short function for each opcode that a pickle of networks uses. What it
+builds grows with the file, never faster.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Machine:
             if budget.opcodes < 0:
                 raise Damaged(f"a file of more than {_MOST_OPCODES} opcodes")
             step, argument = _STEPS[code]
-            step(self, argument(self) if argument else None)
+            step(self, argument(self) if argument else None)  # type: ignore[arg-type]
         return self._stack.pop()
 
     # What pickletools reads arguments from: lengths in the file may be any number.

@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, cause
 from distmatch.base.files import (
     atomic_folder,
     atomic_json,
@@ -30,26 +29,24 @@ from distmatch.base.files import (
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop.card import card_of
 from distmatch.interop.diffusers_net import MODELS, DiffusersNet
-from distmatch.interop.diffusers_schedule import SCHEDULERS
+from distmatch.interop.diffusers_parts import load_autoencoder, network_like, scheduler_from
 from distmatch.interop.diffusers_teacher import (
     DiffusersSource,
     is_diffusers_folder,
-    load_autoencoder,
     load_diffusers,
     teacher_from,
 )
 from distmatch.interop.edm_checkpoint import (
     Preconditioning,
-    build_edm,
     is_network_pickle,
+    loaded_edm,
     network_of,
     read_edm,
 )
 from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
-from distmatch.interop.optional import import_diffusers
 from distmatch.nets.edm import EDMDenoiser
-from distmatch.nets.saved import CARD, EXTRA_TENSORS, extra_tensors, load_model, save_model
+from distmatch.nets.saved import CARD, EXTRA_TENSORS, extra_tensors, extra_values, load_model, save_model
 
 FORMAT = "distmatch-external-model"
 VERSION = 1
@@ -223,35 +220,23 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
     try:
         if config["kind"] == "edm":
             how = Preconditioning(**config["preconditioning"])
-            denoiser: Any = build_edm(config_from(config["network"]), how)
-            target: Any = network_of(denoiser)
+            network = config_from(config["network"])
+            denoiser: Any = loaded_edm(network, how, tensors, str(folder / _TENSORS))
         else:
-            denoiser = teacher_from(
-                _built(config["network"], MODELS),
-                _built(config["scheduler"], SCHEDULERS),
-                **config["options"],
-            )
-            target = denoiser.net.model
+            model = network_like(config["network"], MODELS, tensors, str(folder / _TENSORS))
+            scheduler = scheduler_from(config["scheduler"])
+            denoiser = teacher_from(model, scheduler, **config["options"])
+            load_into(model, tensors, str(folder / _TENSORS))
         latents = config.get("latents")
-    except (KeyError, TypeError, AttributeError) as error:
+        if latents is not None:
+            denoiser.decoder = _decoder(folder / _VAE, latents, denoiser.shape)
+    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(
             f"{folder / _CONFIG} is damaged",
-            got=f"{type(error).__name__}: {error}",
+            got=cause(error),
             fix="restore it from a copy",
         ) from error
-    load_into(target, tensors, str(folder / _TENSORS))
-    if latents is not None:
-        denoiser.decoder = _decoder(folder / _VAE, latents, denoiser.shape)
-    return denoiser.eval(), {**(config.get("extra") or {}), **extra_tensors(folder)}
-
-
-def _built(config: Mapping[str, Any], known: tuple[str, ...]) -> Any:
-    """An object of diffusers with the config it was saved with."""
-    name = config.get("_class_name")
-    if name not in known:
-        raise UserError("a class of diffusers that is not read", got=name, expected=", ".join(known))
-    with torch.random.fork_rng(devices=[]):  # loading a model draws no random number
-        return getattr(import_diffusers(), str(name)).from_config(dict(config))
+    return denoiser.eval(), {**extra_values(folder / _CONFIG, config), **extra_tensors(folder)}
 
 
 def _decoder(folder: Path, latents: Mapping[str, Any], shape: tuple[int, ...]) -> VAEDecoder:

@@ -162,6 +162,13 @@ def kind_of(config: NetConfig) -> str:
             return _DIT
 
 
+def blocks(config: NetConfig) -> int:
+    """How many blocks a network of this config has, at least; each of them has parameters."""
+    if isinstance(config, UNetConfig):
+        return config.blocks * len(config.multipliers)
+    return config.depth
+
+
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Checks the shape of one sample, ``(D,)`` or ``(C, H, W)``, and returns it as a tuple.
 

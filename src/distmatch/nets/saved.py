@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, cause
 from distmatch.base.files import (
+    WEIGHTS,
     atomic_folder,
     atomic_json,
     atomic_write,
@@ -23,7 +24,7 @@ from distmatch.base.files import (
 )
 from distmatch.diffusion.path_specs import path_from_dict, path_to_dict
 from distmatch.nets.build import build_net
-from distmatch.nets.config import from_dict, to_dict
+from distmatch.nets.config import blocks, from_dict, to_dict
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.path_denoiser import PathDenoiser
@@ -113,13 +114,24 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
             fix="use the release of distmatch that wrote it, or a newer one",
         )
     tensors = load_tensors(folder / _TENSORS)
-    denoiser = _described(folder / _CONFIG, config)
+    denoiser = _described(folder / _CONFIG, config, len(tensors))
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) == 1:
+    if len(dtypes) == 1 and dtypes <= set(WEIGHTS):
         denoiser.to(dtypes.pop())
-    denoiser.to_empty(device="cpu")
     load_into(denoiser.net, tensors, str(folder / _TENSORS))
-    return denoiser.eval(), {**(config.get("extra") or {}), **extra_tensors(folder)}
+    return denoiser.eval(), {**extra_values(folder / _CONFIG, config), **extra_tensors(folder)}
+
+
+def extra_values(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The further values in a config, which are those of a dictionary.
+
+    Raises:
+        UserError: They are something else.
+    """
+    extra = config.get("extra") or {}
+    if not isinstance(extra, dict) or not isinstance(extra.get("data") or {}, dict):
+        raise UserError(f"{source} is damaged", got="an entry extra that is no table of values")
+    return extra
 
 
 def extra_tensors(folder: Path) -> dict[str, Any]:
@@ -163,27 +175,36 @@ def _model_folder(path: Path) -> Path:
     )
 
 
-def _described(source: Path, config: dict[str, Any]) -> EDMDenoiser:
-    """The denoiser that a config describes, on the meta device: it has shapes and no memory yet."""
+def _described(source: Path, config: dict[str, Any], tensors: int) -> EDMDenoiser:
+    """The denoiser that a config describes, on the meta device: it has shapes and no memory yet.
+
+    A network of more blocks than there are ``tensors`` is not even begun.
+    """
     try:
-        denoiser = _one_level(config)
+        denoiser = _one_level(config, tensors)
         return taught_to_jump(denoiser) if config.get("jumps", False) else denoiser
     except UserError as error:
         raise UserError(f"{source} describes no model that can be built", got=str(error)) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(
             f"{source} is damaged",
-            got=f"{type(error).__name__}: {error}",
+            got=cause(error),
             expected="the fields net, shape, num_classes, sigma_data, sigma_min, sigma_max",
             fix="restore it from a copy",
         ) from error
 
 
-def _one_level(config: dict[str, Any]) -> EDMDenoiser:
+def _one_level(config: dict[str, Any], tensors: int) -> EDMDenoiser:
     """The denoiser of a config, its network of one noise level."""
     shape, num_classes = tuple(config["shape"]), config["num_classes"]
     sigmas = {name: float(config[name]) for name in ("sigma_data", "sigma_min", "sigma_max")}
     net_config = from_dict(config["net"])
+    if blocks(net_config) > tensors:
+        raise UserError(
+            "it belongs to another architecture",
+            got=f"{tensors} tensors for a network of {blocks(net_config)} blocks",
+            fix="use the config that was saved beside the tensors",
+        )
     with torch.device("meta"):
         net = build_net(net_config, shape, num_classes)
     options: dict[str, Any] = {"pfgm_dims": float(config.get("pfgm_dims", 0.0)), **sigmas}
