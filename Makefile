@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types unit install clean
+.PHONY: demo test lint types unit wheel install clean
 install: $(STAMP)
 
 # `constraints.txt` pins every direct dependency, so that two machines install the same thing.
@@ -27,6 +27,11 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/pytest -n 2
+
+# A source archive and a wheel, by the pinned hatchling of the environment: nothing is fetched.
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
