@@ -153,7 +153,7 @@ def test_unknown_names_and_missing_files(spec, word, tmp_path, monkeypatch):
 
 
 def test_other_kinds_of_file(tmp_path):
-    for name, word in (("t.csv", "type .csv"), ("t", "type unknown"), ("one.png", "a single image")):
+    for name, word in (("t.dat", "type .dat"), ("t", "type unknown"), ("one.png", "a single image")):
         (tmp_path / name).write_bytes(b"1,2")
         with pytest.raises(UserError, match=word):
             load_data(tmp_path / name)

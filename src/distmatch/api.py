@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
 from distmatch.data import Dataset, Scaling, from_arrays, load_data
+from distmatch.data.classes import names_of, share_warning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence
@@ -222,13 +224,19 @@ def evaluate(
     Args:
         x: Samples in model space, as ``student.sample`` gives them.
         reference: A :class:`Dataset`, a tensor in model space, a name or a path.
-        labels: The labels that were asked for.
+        labels: The labels that were asked for, as numbers of the reference's classes. A warning says where
+            their shares differ from those of the reference.
         features: ``auto``, ``classifier``, ``pixels``, or a function of samples.
         n: Largest block size.
         seed: Chooses the blocks.
         mixture: The exact mixture behind the reference, for mode metrics.
     """
     real = reference if isinstance(reference, (Tensor, Dataset)) else _dataset(reference)
+    known = real.labels if isinstance(real, Dataset) else None
+    if labels is not None and known is not None and isinstance(real, Dataset):
+        warning = share_warning(labels, known, names_of(real))
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
     samples = torch.as_tensor(x)
     return _evaluate(samples, real, labels=labels, features=features, n=n, seed=seed, mixture=mixture)
 

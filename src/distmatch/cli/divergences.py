@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from distmatch.base.seeds import stream_seed
 from distmatch.data import TOY_NAMES, Dataset, load_data, toy, toy_dataset
+from distmatch.data.columns import Column
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences.estimators import LowerBound
 from distmatch.metrics import Comparison, Measured, compare_datasets
@@ -32,7 +34,7 @@ def between(a: str, b: str, which: str, features: str, n: int | None, seed: int,
     where = pick_device(device)
     where = where if where.type == "cuda" else pick_device("cpu")  # tests sum in float64
     p = _samples(a, seed, "p", labels=features == "classifier")
-    q = _samples(b, seed, "q", labels=False)
+    q = _samples(b, seed, "q", labels=False, columns=p.columns)
     mixture_p, mixture_q = (_mixture(source) for source in (a, b))
     return compare_datasets(
         p,
@@ -52,10 +54,10 @@ def _mixture(source: str) -> GaussianMixture | None:
     return toy(source) if source in TOY_NAMES else None
 
 
-def _samples(source: str, seed: int, side: str, *, labels: bool) -> Dataset:
+def _samples(source: str, seed: int, side: str, *, labels: bool, columns: Sequence[Column] = ()) -> Dataset:
     if source in TOY_NAMES:  # fresh ones: the other set may be drawn from the same toy under the same seed
         return toy_dataset(source, seed=stream_seed(seed, f"evaluate/toy/{side}"))
-    return load_data(source, labels=labels)
+    return load_data(source, labels=labels, columns=columns)
 
 
 def divergence_table(a: str, b: str, found: Comparison) -> str:

@@ -148,7 +148,7 @@ def _sample_file(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
             "no real data to measure against", expected="--data, for example --data digits", fix="pass --data"
         )
     real = load_data(o.data)
-    given = load_data(o.what)
+    given = load_data(o.what, columns=real.columns)
     if given.kind != real.kind or given.shape != real.shape:
         raise UserError(
             "the samples have another shape than the real data",
@@ -174,6 +174,7 @@ def _run_folder(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """Metrics of a run's models; written to the run folder too."""
     from distmatch.cli.output import tell_conversion
     from distmatch.data import load_data
+    from distmatch.data.columns import columns_of
     from distmatch.training.evaluation import evaluate_models
     from distmatch.training.models import open_model
     from distmatch.training.runfolder import RunFolder
@@ -184,7 +185,7 @@ def _run_folder(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
     spec = o.data or model.data
     if not spec:
         raise UserError(f"{o.what} does not say what it was trained on", fix="pass --data")
-    data = load_data(spec, labels=model.num_classes > 0)
+    data = load_data(spec, labels=model.num_classes > 0, columns=columns_of(model.trained_on))
     models = {model.kind: model}
     teacher = o.teacher or (str(model.student.info.get("teacher", "")) if model.student else "")
     if model.student is not None and teacher:

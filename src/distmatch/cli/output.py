@@ -14,22 +14,29 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_folder, atomic_write
 from distmatch.data.classes import folder_names, share_warning
+from distmatch.data.columns import Column, table_text
 from distmatch.report.figures import scatter_png
 from distmatch.report.grid import save_grid
 from distmatch.training.assess import npz_bytes
 
 
 def write_samples(
-    path: Path, x: np.ndarray, labels: Tensor | None, overwrite: bool, class_names: Sequence[str] = ()
+    path: Path,
+    x: np.ndarray,
+    labels: Tensor | None,
+    overwrite: bool,
+    class_names: Sequence[str] = (),
+    columns: Sequence[Column] = (),
 ) -> None:
-    """Writes samples to an ``.npz``, a ``.png`` picture, or a folder of one file per image.
+    """Writes samples to an ``.npz``, a ``.csv``, a ``.png`` picture, or a folder of one file per image.
 
     Args:
         path: Where to; the suffix decides.
-        x: Images (N, H, W[, C]) uint8, or vectors (N, D) float32.
+        x: Images (N, H, W[, C]) uint8, or vectors (N, D) float32 or float64.
         labels: (N,), or None.
         overwrite: Whether an existing folder of ours may be replaced.
         class_names: Names of the classes: those of the sub-folders, where they can be.
+        columns: Of vectors, for a ``.csv``.
 
     Raises:
         UserError: See :func:`check_form`; or the place cannot be written.
@@ -39,9 +46,10 @@ def write_samples(
     check_form(path, images=images, overwrite=overwrite)
     if suffix == ".npz":
         atomic_write(path, npz_bytes(x, labels, class_names))
+    elif suffix == ".csv":
+        atomic_write(path, table_text(columns, x, None if labels is None else labels.numpy(), class_names))
     elif suffix == ".png" and images:
-        columns = max(1, int(np.ceil(np.sqrt(len(x)))))
-        save_grid(path, x, columns)
+        save_grid(path, x, max(1, int(np.ceil(np.sqrt(len(x))))))
     elif suffix == ".png":
         atomic_write(path, scatter_png(x))
     else:
@@ -85,11 +93,11 @@ def check_form(path: Path, *, images: bool, overwrite: bool) -> None:
         UserError: Another suffix, a folder asked for vectors, or a folder that is not ours to replace.
     """
     suffix = path.suffix.lower()
-    if suffix not in (".npz", ".png") and not (suffix == "" and images):
+    if suffix not in (".npz", ".png") and suffix != ("" if images else ".csv"):
         raise UserError(
             "samples cannot be written in this form",
             got=f"--out {path} for {'images' if images else 'vectors'}",
-            expected=".npz, .png, or for images a folder name without a suffix",
+            expected=".npz, .png, for vectors .csv, or for images a folder name without a suffix",
             fix="choose another --out",
         )
     if path.is_dir() and (suffix != "" or not (overwrite and _holds_only_images(path))):

@@ -38,12 +38,14 @@ class SampleOptions:
     n: int = 64
     """Number of samples."""
     out: Path | None = None
-    """.npz (x and labels), .png (a grid), or a folder (one file per image); unset: samples.npz, or no samples
-    where --trajectory asks for a picture."""
+    """.npz (x and labels), .csv (vectors), .png (a grid), or a folder (one file per image); unset:
+    samples.npz, or no samples where --trajectory asks for a picture."""
     classes: tuple[str, ...] = ()
     """Classes to draw, in turn, by name or number; none draws them as --class-balance says."""
     class_balance: Literal["data", "uniform"] = "data"
     """data: in the shares of the training data; uniform: evenly."""
+    clip: bool = False
+    """Move values outside the range of the training data to its edge; images always are."""
     solver: str = "heun"
     """How a teacher is sampled: heun, dpmpp-2m, tab:3, ipndm:3, ddim:1, ...; docs/solvers.md lists them."""
     steps: int = 18
@@ -89,7 +91,9 @@ def run(argv: list[str]) -> None:
     from distmatch.cli.output import check_form, tell_conversion, write_samples
     from distmatch.cli.trajectory import check_picture
     from distmatch.data.classes import names_for
+    from distmatch.data.columns import columns_of
     from distmatch.training.models import open_model, refuse_existing
+    from distmatch.training.ranges import Range, require_range
 
     out = o.out if o.out is not None or o.trajectory is not None else Path("samples.npz")
     for path in (out, o.trajectory):
@@ -104,10 +108,16 @@ def run(argv: list[str]) -> None:
         check_picture(o.trajectory, ask.teacher or model, o.n)
     labels, how = _labels(o, model)
     result: dict[str, Any] = {"n": o.n, **ask.told, **({"class_balance": how} if how else {})}
+    bounds = require_range(model.trained_on) if o.clip else Range.of(model.trained_on)
     if out is not None:
         drawn = ask.draw(o.n, labels)
+        x = model.scaling.export(drawn.x)
+        if x.ndim == 2 and bounds is not None:
+            result |= bounds.outside(x)
+            x = bounds.clip(x) if o.clip else x
         names = names_for(model.classes.names, model.num_classes)
-        write_samples(out, model.scaling.export(drawn.x), drawn.labels, o.overwrite, names)
+        columns = columns_of(model.trained_on, x.shape[1]) if x.ndim == 2 else ()
+        write_samples(out, x, drawn.labels, o.overwrite, names, columns)
         seconds = round(drawn.seconds_per_1000, 5)
         result |= {"out": str(out), "nfe": drawn.nfe, "seconds_per_1000": seconds}
     if o.trajectory is not None:
@@ -119,8 +129,18 @@ def run(argv: list[str]) -> None:
         print(f"{o.n} samples in {out} ({result['model']}, {result['nfe']} network calls each)")
         if how:
             print(f"classes: {_HOW[how]}")
+        if result.get("outside_range"):
+            print(_range_line(result, o.clip))
     for share, level in result.get("decided", {}).items():
         print(f"{float(share):.0%} of the layout is decided at sigma {level:.3g}")
+
+
+def _range_line(result: dict[str, Any], clipped: bool) -> str:
+    """What the values outside the range of the training data come to, in words."""
+    negative = ", ".join(f"{name} {share:.1%}" for name, share in result["below_zero"].items())
+    below = f"; below zero, where the data never were: {negative}" if negative else ""
+    end = "moved to its edge" if clipped else "--clip moves them to its edge"
+    return f"range: {result['outside_range']:.1%} of the values lie outside that of the data{below} ({end})"
 
 
 _HOW = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.data.arrays import from_arrays
+from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
 from distmatch.data.digits import digits
 from distmatch.data.encoded import cifar10, fashion_mnist
@@ -38,13 +39,16 @@ __all__ = [
 ]
 
 
-def load_data(spec: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
+def load_data(
+    spec: str | os.PathLike[str], *, labels: bool = True, columns: Sequence[Column] = ()
+) -> Dataset:
     """Loads data by name or from a path.
 
     Args:
-        spec: One of :data:`DATA_NAMES`, an ``.npz`` or ``.npy`` file, or a folder of images. A name
+        spec: One of :data:`DATA_NAMES`, an ``.npz``, ``.npy`` or ``.csv`` file, or a folder of images. A name
             goes before a file that is called the same; ``./digits`` means the file.
         labels: Whether to keep labels where there are any; without, those of a file are not even looked at.
+        columns: Of other data: a table must have the same, and is read in their order with their words.
 
     Raises:
         UserError: There is neither such a name nor such a file, or the file cannot be used.
@@ -58,4 +62,4 @@ def load_data(spec: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
     looks_like_path = not isinstance(spec, str) or os.sep in text or "." in text
     if not looks_like_path and not Path(text).exists():
         raise unknown_name("data name (and there is no file or folder called that)", text, DATA_NAMES)
-    return load_file(text, labels=labels)
+    return load_file(text, labels=labels, columns=columns)

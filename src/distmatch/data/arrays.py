@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
 from distmatch.data.scaling import Scaling
 
+_LOST = 1e-5  # of a column's half range: rounding beyond this asks for float64
+_PROBED, _FEWEST_PROBED = 2**21, 256  # values, and rows, that are counted: all of most tables
+_TOLD_APART = 512  # different values of a column that are enough to call it continuous
 _MOST_CLASSES = 1000  # more classes than this need as many samples, or they are not class numbers
 
 
@@ -21,6 +25,7 @@ def from_arrays(
     *,
     class_names: Sequence[str] = (),
     name: str = "array",
+    columns: tuple[Column, ...] = (),
 ) -> Dataset:
     """Makes a data set of arrays in memory.
 
@@ -31,13 +36,14 @@ def from_arrays(
         labels: (N,) whole numbers from 0, or None. All -1 means unlabelled, as everywhere in this package.
         class_names: One name for each class; by default their numbers.
         name: What to call the data in messages.
+        columns: Of a table, its columns.
 
     Raises:
         UserError: Something about the arrays is not as described; the message names it.
     """
     values = _numeric(x, name)
     _check_shape(values, name)
-    raw = _image_tensor(values, name) if values.ndim > 2 else _float_tensor(values, name)
+    raw = _image_tensor(values, name) if values.ndim > 2 else _vector_tensor(values, name)
     if bool((raw == raw[:1]).all()):
         raise UserError(
             f"{name}: all samples are the same",
@@ -56,13 +62,17 @@ def from_arrays(
                 got=f"{len(names)} names, labels up to {count - 1}",
                 expected=count,
             )
-    return Dataset(raw, classes, names, name, scaling)
+    data = Dataset(raw, classes, names, name, scaling, columns)
+    if data.kind == "vector":
+        _check_resolution(values, data)
+    return data
 
 
 def _numeric(x: np.ndarray | Tensor, name: str) -> np.ndarray:
     if isinstance(x, Tensor):
         x = x.detach().cpu()
-        x = x.float().numpy() if x.is_floating_point() else x.numpy()
+        half = x.is_floating_point() and x.dtype != torch.float64  # bfloat16 has no name in NumPy
+        x = x.float().numpy() if half else x.numpy()
     values = np.asarray(x)
     if values.dtype.kind not in "biuf":
         raise UserError(
@@ -108,6 +118,42 @@ def _float_tensor(values: np.ndarray, name: str) -> Tensor:
             fix="remove these samples or fill the gaps",
         )
     return torch.from_numpy(raw)
+
+
+def _vector_tensor(values: np.ndarray, name: str) -> Tensor:
+    """Vectors as float32, or as float64 where float32 would round away much of a column's spread."""
+    single = _float_tensor(values, name)
+    if values.dtype.kind in "iuf" and values.dtype.itemsize >= 4 and values.dtype != np.float32:
+        exact = np.array(values, dtype=np.float64, order="C")
+        spread = (exact.max(0) - exact.min(0)) / 2
+        lost = np.abs(exact - single.numpy()).max(0)
+        if bool(((lost > _LOST * spread) & (spread > 0)).any()):
+            return torch.from_numpy(exact)
+    return single
+
+
+def _check_resolution(values: np.ndarray, data: Dataset) -> None:
+    """Refuses columns whose different values become the same ones in the range of the model.
+
+    Raises:
+        UserError: A column with a few values so far out that float32 cannot tell the others apart.
+    """
+    count = min(len(values), max(_PROBED // values.shape[1], _FEWEST_PROBED))
+    rows = np.linspace(0, len(values) - 1, count).astype(np.int64)
+    scaled = data.scaling.to_model(data.raw[torch.from_numpy(rows)]).numpy()
+    before, after = ((np.diff(np.sort(v, 0), axis=0) != 0).sum(0) + 1 for v in (values[rows], scaled))
+    lost = after < 0.9 * np.minimum(before, _TOLD_APART)
+    if lost.any():
+        k = int(lost.argmax())
+        names = [f"the column {n}" for c in data.columns for n in [c.name] * c.width]
+        which = names[k] if names else f"column {k} (counted from 0)"
+        low, high = values[:, k].min(), values[:, k].max()
+        raise UserError(
+            f"{data.name}: float32 cannot tell the values of {which} apart once they are scaled",
+            got=f"{before[k]} different values become {after[k]}, in a range from {low:.6g} to {high:.6g}",
+            expected="values of which the farthest do not dwarf the others",
+            fix="take its logarithm, or leave the far values out",
+        )
 
 
 def _image_tensor(values: np.ndarray, name: str) -> Tensor:

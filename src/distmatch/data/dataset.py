@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.data.columns import Column
 from distmatch.data.scaling import Scaling
 
 _CHUNK = 4096  # samples scaled at a time when statistics are taken, to bound memory
@@ -23,11 +24,12 @@ class Dataset:
     """Samples of one shape, kept as they came.
 
     Attributes:
-        raw: Images (N, C, H, W), uint8 or float32, or vectors (N, D), float32.
+        raw: Images (N, C, H, W), uint8 or float32, or vectors (N, D), float32 or float64.
         labels: Class of each sample, (N,) int64 in 0..num_classes-1, or None.
         class_names: One name for each class, or ().
         name: What the data are called, for messages and logs.
         scaling: The map to the range of the model and back.
+        columns: Of a table, its columns; () for other data.
     """
 
     raw: Tensor
@@ -35,15 +37,16 @@ class Dataset:
     class_names: tuple[str, ...]
     name: str
     scaling: Scaling
+    columns: tuple[Column, ...] = ()
 
     def __post_init__(self) -> None:
         image = self.raw.ndim == 4 and self.raw.dtype in (torch.uint8, torch.float32)
-        vector = self.raw.ndim == 2 and self.raw.dtype == torch.float32
+        vector = self.raw.ndim == 2 and self.raw.dtype in (torch.float32, torch.float64)
         if not (image if self.scaling.kind == "image" else vector):
             raise UserError(
                 f"{self.name}: the samples do not fit their scaling",
                 got=f"{self.raw.dtype} of shape {tuple(self.raw.shape)}, scaled as {self.scaling.kind}s",
-                expected="images (N, C, H, W), uint8 or float32, or vectors (N, D), float32",
+                expected="images (N, C, H, W), uint8 or float32, or vectors (N, D), float32 or 64",
             )
         if self.labels is not None and (
             self.labels.shape != self.raw.shape[:1] or self.labels.dtype != torch.int64

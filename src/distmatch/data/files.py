@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import lzma
 import os
+import re
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.inputs import read_array_header, require_regular_file
 from distmatch.data.arrays import from_arrays
 from distmatch.data.bounds import check_bytes
+from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
 from distmatch.data.folders import IMAGE_SUFFIXES, load_folder
+from distmatch.data.tables import ONE_HOT, load_table
 
 _SAMPLE_KEYS = ("x", "images", "x_train")
 _LABEL_KEYS = ("labels", "y")
+_TABLES = (".csv", ".tsv")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib")
 # What NumPy and the zip module are known to raise on damaged files.
 _DAMAGE = (
@@ -113,21 +117,28 @@ class Archive(Mapping[str, np.ndarray]):
         return len(self.names)
 
 
-def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
+def load_file(
+    path: str | os.PathLike[str], *, labels: bool = True, columns: Sequence[Column] = ()
+) -> Dataset:
     """Reads data from a file or a folder.
 
     ``.npz``: the samples are under ``x``, ``images`` or ``x_train``, or are the only array; labels may be
     under ``labels`` or ``y`` (``y_train`` for ``x_train``), names of the classes under ``class_names``.
-    ``.npy``: the samples. A folder: see :func:`distmatch.data.folders.load_folder`.
+    ``.npy``: the samples. A folder: see :func:`distmatch.data.folders.load_folder`. ``.csv`` or ``.tsv``: see
+    :func:`distmatch.data.tables.load_table`; ``table.csv:one-hot`` encodes columns of text.
 
     Args:
         path: The file or folder.
         labels: Whether to read labels where there are any.
+        columns: Of other data: a table must have the same.
 
     Raises:
         UserError: The file is missing or is not as described.
     """
-    file = Path(os.path.expanduser(path))
+    option = re.fullmatch(r"(.+\.[ct]sv):([^/]*)", os.fspath(path), re.IGNORECASE | re.DOTALL)
+    if option and option[2] != ONE_HOT:
+        raise unknown_name("option of a table", option[2], [ONE_HOT])
+    file = Path(os.path.expanduser(option[1] if option else path))
     try:
         is_folder, exists = file.is_dir(), file.exists()
     except (OSError, ValueError) as error:
@@ -136,7 +147,7 @@ def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
         raise UserError(
             f"{file} does not exist",
             got=f"no such file or folder, seen from {Path.cwd()}",
-            expected="an .npz or .npy file or a folder of images",
+            expected="an .npz, .npy or .csv file or a folder of images",
             fix="check the path",
         )
     if is_folder:
@@ -146,6 +157,8 @@ def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
     suffix = file.suffix.lower()
     if suffix == ".npz":
         return _from_npz(file, labels)
+    if suffix in _TABLES:
+        return load_table(file, one_hot=option is not None, labels=labels, like=columns)
     if suffix == ".npy":
         return from_arrays(_read_npy(file), name=str(file))
     if suffix in _PICKLES:
@@ -159,7 +172,7 @@ def load_file(path: str | os.PathLike[str], *, labels: bool = True) -> Dataset:
     raise UserError(
         f"data of type {suffix or 'unknown'} cannot be read",
         got=str(file),
-        expected="an .npz or .npy file or a folder of images (" + ", ".join(IMAGE_SUFFIXES) + ")",
+        expected="an .npz, .npy or .csv file or a folder of images (" + ", ".join(IMAGE_SUFFIXES) + ")",
         fix="save the samples with np.savez(path, x=..., labels=...)",
     )
 

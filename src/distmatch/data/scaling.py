@@ -26,12 +26,14 @@ class Scaling:
         centre: The raw value that becomes 0; length 1, or one for each column.
         half: The raw distance from ``centre`` that becomes 1; same length, never 0.
         rule: In words, how the map was chosen.
+        precise: Whether raw values are float64, as float32 could not hold them; model values are float32.
     """
 
     kind: Literal["image", "vector"]
     centre: tuple[float, ...]
     half: tuple[float, ...]
     rule: str
+    precise: bool = False
 
     def __post_init__(self) -> None:
         sane = len(self.centre) == len(self.half) >= 1 and (self.kind == "vector" or len(self.half) == 1)
@@ -85,24 +87,28 @@ class Scaling:
     def fit_vectors(cls, raw: Tensor) -> Scaling:
         """Maps each column of ``raw`` (N, D) from its smallest and largest value to [-1, 1].
 
-        A constant column becomes 0.
+        A constant column becomes 0. Columns in float64 are mapped in float64.
         """
         low = raw.amin(0).double().cpu().numpy()
         high = raw.amax(0).double().cpu().numpy()
-        # The centre is rounded to float32, in which the data are: else a column of large values with a small
-        # spread would lose its place when the centre is subtracted.
-        centre = ((low + high) / 2).astype(np.float32).astype(np.float64)
+        precise = raw.dtype == torch.float64
+        centre = low + (high - low) / 2
+        if not precise:
+            # The centre is rounded to float32, in which the data are: else a column of large values with a
+            # small spread would lose its place when the centre is subtracted.
+            centre = centre.astype(np.float32).astype(np.float64)
         half = np.maximum(high - centre, centre - low)
         half = np.where(half > 0, half, 1.0)
-        return cls("vector", tuple(centre.tolist()), tuple(half.tolist()), "columns, from minimum to maximum")
+        rule = "columns, from minimum to maximum"
+        return cls("vector", tuple(centre.tolist()), tuple(half.tolist()), rule, precise)
 
     @classmethod
     def identity(cls, dim: int) -> Scaling:
         """Leaves vectors of ``dim`` columns as they are: for data that an exact teacher describes."""
         return cls("vector", (0.0,) * dim, (1.0,) * dim, "as they are")
 
-    def _numbers(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Centre and half range, ready to broadcast over ``like`` in float32."""
+    def _numbers(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
+        """Centre and half range, ready to broadcast over ``like``."""
         if self.kind == "image":
             return self.centre[0], self.half[0]
         if like.ndim != 2 or like.shape[1] != len(self.centre):
@@ -111,20 +117,20 @@ class Scaling:
                 got=tuple(like.shape),
                 expected=f"(N, {len(self.half)})",
             )
-        centre, half = (
-            torch.tensor(v, dtype=torch.float32, device=like.device) for v in (self.centre, self.half)
-        )
+        centre, half = (torch.tensor(v, dtype=dtype, device=like.device) for v in (self.centre, self.half))
         return centre, half
 
     def to_model(self, raw: Tensor) -> Tensor:
         """Raw values, (N, C, H, W) or (N, D), in the range of the model: float32, in [-1, 1]."""
-        centre, half = self._numbers(raw)
-        return (raw.to(torch.float32) - centre) / half
+        dtype = torch.float64 if self.precise or raw.dtype == torch.float64 else torch.float32
+        centre, half = self._numbers(raw, dtype)
+        return ((raw.to(dtype) - centre) / half).to(torch.float32)
 
     def to_raw(self, x: Tensor) -> Tensor:
-        """Model values in the units of the data: float32, neither rounded nor clipped."""
-        centre, half = self._numbers(x)
-        return x.to(torch.float32) * half + centre
+        """Model values in the units of the data: float32 or, where precise, float64; not clipped."""
+        dtype = torch.float64 if self.precise else torch.float32
+        centre, half = self._numbers(x, dtype)
+        return x.to(dtype) * half + centre
 
     def export(self, x: Tensor) -> np.ndarray:
         """What ``distmatch sample`` writes.
@@ -133,8 +139,8 @@ class Scaling:
             x: Model values, (N, C, H, W) or (N, D).
 
         Returns:
-            Images as uint8 in 0..255, clipped, (N, H, W) when grey and (N, H, W, C) otherwise; vectors as
-            float32 in their original units, (N, D).
+            Images as uint8 in 0..255, clipped, (N, H, W) when grey and (N, H, W, C) otherwise; vectors in
+            their original units, (N, D), float32 or, where precise, float64.
 
         Raises:
             UserError: A value is not finite.
@@ -148,7 +154,7 @@ class Scaling:
                 fix="the model diverged: use an earlier checkpoint or a lower learning rate",
             )
         if self.kind == "vector":
-            return self.to_raw(x).cpu().numpy()
+            return self.to_raw(x.cpu()).numpy()
         pixels = (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         if pixels.shape[1] == 1:
             return pixels[:, 0].cpu().numpy()
@@ -156,7 +162,8 @@ class Scaling:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; :meth:`from_dict` gives back an equal object."""
-        return {"kind": self.kind, "centre": list(self.centre), "half": list(self.half), "rule": self.rule}
+        said = {"kind": self.kind, "centre": list(self.centre), "half": list(self.half), "rule": self.rule}
+        return {**said, "precise": True} if self.precise else said
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scaling:
@@ -167,7 +174,7 @@ class Scaling:
         """
         try:
             centre, half = (tuple(float(v) for v in values[key]) for key in ("centre", "half"))
-            return cls(values["kind"], centre, half, str(values["rule"]))
+            return cls(values["kind"], centre, half, str(values["rule"]), values.get("precise") is True)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise

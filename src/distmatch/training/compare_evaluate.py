@@ -11,6 +11,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import atomic_write, load_tensors, save_tensors
 from distmatch.data import TOY_NAMES, Dataset, load_data, toy
+from distmatch.data.columns import columns_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.methods.student import Student
@@ -136,7 +137,9 @@ def open_bench(
         model = open_model(options.shared.teacher)
     spec = options.shared.data or (model.data if model is not None else "")
     if data is None and spec:
-        data = load_data(spec, labels=model is not None and model.num_classes > 0)
+        labelled = model is not None and model.num_classes > 0
+        columns = columns_of(model.trained_on) if model is not None else ()
+        data = load_data(spec, labels=labelled, columns=columns)
     if data is None or model is None:
         raise UserError(
             "students can only be compared against real data",

@@ -6,10 +6,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from distmatch.base.errors import UserError
 from distmatch.data import Dataset, Scaling
-from distmatch.data.classes import Classes, matched
+from distmatch.data.classes import Classes, listed, matched
+from distmatch.data.columns import columns_of
 
-_KEPT = ("scaling", "class_names", "class_counts")  # by a student that is distilled without data
+_KEPT = (
+    "scaling",
+    "minimum",
+    "maximum",
+    "columns",
+    "class_names",
+    "class_counts",
+)  # by a student that is distilled without data
 
 
 def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
@@ -19,10 +28,17 @@ def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
         data: The data.
         spec: Name or path by which they were loaded; '' for data in memory.
     """
+    vectors: dict[str, Any] = {}
+    if data.kind == "vector":
+        low, high = data.raw.amin(0), data.raw.amax(0)
+        vectors = {"minimum": low.tolist(), "maximum": high.tolist()}
+    if data.columns:
+        vectors["columns"] = [column.to_dict() for column in data.columns]
     return {
         "spec": spec,
         "name": data.name,
         "scaling": data.scaling.to_dict(),
+        **vectors,
         **Classes.of(data).to_dict(),
         "samples": len(data),
         "content_hash": data.content_hash,
@@ -59,9 +75,18 @@ def seen_by(data: Dataset, about: Mapping[str, Any], num_classes: int, whose: st
         whose: Who the model is, for messages: ``the teacher``.
 
     Raises:
-        UserError: The data have classes that the model does not know.
+        UserError: The data have classes that the model does not know, or other columns.
     """
     data = matched(data, Classes.from_dict(about, num_classes).names, num_classes, whose)
+    if data.columns and about.get("columns"):
+        known = columns_of(about)
+        if known != data.columns:
+            raise UserError(
+                f"{data.name} has other columns than the data of {whose}",
+                got=listed([column.name for column in data.columns]),
+                expected=f"{listed([column.name for column in known])}, in this order, with the same words",
+                fix="order and name the columns alike",
+            )
     if data.kind == "vector" and "scaling" in about:
         scaling = Scaling.from_dict(about["scaling"])
         if scaling.kind == "vector" and len(scaling.centre) == data.shape[0]:

@@ -39,7 +39,7 @@ def with_frozen_noise(data: Dataset, noise: float, clean_share: float, seed: int
     levels = torch.full((n,), float(noise))
     levels[order[: round(clean_share * n)]] = 0.0
     gen = generator(seed, "data noise")
-    raw = torch.empty(data.raw.shape, dtype=torch.float32)
+    raw = torch.empty(data.raw.shape, dtype=torch.float64 if data.scaling.precise else torch.float32)
     for rows in torch.arange(n).split(4096):
         x, _ = data.batch(rows)
         eps = torch.randn(x.shape, generator=gen)

@@ -14,6 +14,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.data import TOY_NAMES, Dataset, load_data
 from distmatch.data.batches import Batch, Batches
+from distmatch.data.columns import columns_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of
@@ -92,7 +93,8 @@ def prepare_distillation(
     )
     spec = options.data or str((known.get("data") or {}).get("spec", ""))
     if data is None and spec:
-        data = load_data(spec, labels=teacher.num_classes > 0)
+        columns = columns_of(known_data(teacher))
+        data = load_data(spec, labels=teacher.num_classes > 0, columns=columns)
     if data is None and distiller.needs_data:
         raise UserError(
             f"{method.name} needs real data{_for_what(method)}",
