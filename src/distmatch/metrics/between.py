@@ -18,11 +18,11 @@ from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
 from distmatch.data.dataset import Dataset
 from distmatch.discrepancies import KERNELS
-from distmatch.divergences import Divergence, Renyi, measure
-from distmatch.divergences.estimators import LowerBound, classifier_estimates
-from distmatch.metrics.distances import DISTANCES, NEIGHBOURS, Measured, Score, mmd_of, stein
+from distmatch.divergences import Divergence, Renyi, divergence, measure
+from distmatch.divergences.estimators import LowerBound, classifier_estimates, consistent
+from distmatch.metrics.distances import DISTANCES, NEIGHBOURS, Measured, Score, impossible, mmd_of, stein
 from distmatch.metrics.features import resolve_features
-from distmatch.metrics.names import ALL, EVERYTHING, STEIN, checked_names, why_not
+from distmatch.metrics.names import ALL, EVERYTHING, STEIN, checked_names, in_nats, why_not
 from distmatch.metrics.resampling import COPIES
 from distmatch.metrics.settings import FeatureChoice
 
@@ -31,6 +31,7 @@ MOST = 20_000
 LEAST = 8 * NEIGHBOURS
 """The fewest samples of a set: what nearest neighbours need, and the classifier nearly."""
 _MANY_DIMENSIONS = 32
+_LINKS = ("tv", "js", "hellinger")  # bounded, so that their bounds imply others
 _UNEVEN = 100.0  # a column so much wider than another rules every distance
 
 
@@ -69,8 +70,10 @@ def compare_samples(
 ) -> Comparison:
     """Measures how far two sets of independent samples are apart.
 
-    All f-divergences are lower bounds from one classifier (:func:`classifier_estimates`), so they are nats
-    that p and q are apart at least. The discrepancies are in the units of the samples.
+    All f-divergences are lower bounds from one classifier (:func:`classifier_estimates`), each raised to the
+    largest that the others imply (:func:`consistent`); those that are means of logarithms are in nats, the
+    others have no unit. The discrepancies are in the units of the samples. A number that no two laws can
+    have is not given; ``not_computed`` says why.
 
     Args:
         x_p: Samples of p, (n, *shape), at least 40, floating.
@@ -105,10 +108,17 @@ def compare_samples(
     found: dict[str, Measured] = {}
     with progress(len(rest) + bool(bounded), desc="divergences", enabled=not quiet, delay=1.0) as bar:
         if bounded:
-            found |= _bounds(bounded, p, q, seed)
+            bounds, withheld = _bounds(bounded, p, q, seed)
+            found |= bounds
+            absent |= withheld
             bar.update(done="classifier")
         for name in rest:
-            found[name] = computable[name](p, q, seed)
+            row = computable[name](p, q, seed)
+            why = impossible(name, row)
+            if why is None:
+                found[name] = row
+            else:
+                absent[name] = why
             bar.update(done=name)
     return Comparison({name: found[name] for name in names if name in found}, absent, _copies(p, q))
 
@@ -195,21 +205,33 @@ def _checked(x_p: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
     return x_p.reshape(len(x_p), -1).to(dtype), x_q.reshape(len(x_q), -1).to(dtype)
 
 
-def _bounds(which: list[Divergence | Renyi], p: Tensor, q: Tensor, seed: int) -> dict[str, Measured]:
-    """Lower bounds from one classifier; those of Renyi divergences by way of alpha divergences."""
+def _bounds(
+    which: list[Divergence | Renyi], p: Tensor, q: Tensor, seed: int
+) -> tuple[dict[str, Measured], dict[str, str]]:
+    """Lower bounds from one classifier, consistent with one another, and why a name has none.
+
+    Those of Renyi divergences are by way of alpha divergences.
+    """
     needed = {m.name: m for m in (m.alpha if isinstance(m, Renyi) else m for m in which)}
-    found = classifier_estimates(p, q, needed.values(), seed=seed)
-    result = {}
+    needed |= {name: divergence(name) for name in _LINKS}
+    found = consistent(classifier_estimates(p, q, needed.values(), seed=seed))
+    result, withheld = {}, {}
     for chosen in which:
         by_way = chosen.alpha if isinstance(chosen, Renyi) else chosen
-        bound = found[by_way.name]
+        if by_way.name in found.withheld:
+            withheld[chosen.name] = found.withheld[by_way.name]
+            continue
+        bound = found.bounds[by_way.name]
         if isinstance(chosen, Renyi):
             value = torch.tensor(bound.value, dtype=torch.float64)
             slope = float(chosen.slope(value))
             bound = LowerBound(float(chosen.from_alpha(value)), slope * bound.stderr, bound.n, bound.warning)
         largest = math.inf if isinstance(chosen, Renyi) else by_way.upper_bound
-        result[chosen.name] = Measured(bound, "classifier", "lower bound, nats", largest)
-    return result
+        source = found.implied.get(by_way.name)
+        how = "classifier" if source is None else f"classifier, implied by {source}"
+        unit = ", nats" if in_nats(chosen.name) else ""
+        result[chosen.name] = Measured(bound, how, f"lower bound{unit}", largest)
+    return result, withheld
 
 
 def _copies(p: Tensor, q: Tensor) -> tuple[str, ...]:

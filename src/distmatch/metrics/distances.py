@@ -203,6 +203,23 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor, int], Measured]] = {
 """What needs samples of p and of q, and a seed."""
 
 
+_NEVER_BELOW_ZERO = ("cauchy_schwarz", "sinkhorn", "kl_neighbours", "reverse_kl_neighbours")
+
+
+def impossible(name: str, row: Measured) -> str | None:
+    """Why a number is withheld that no two laws can have; None where it can be.
+
+    Estimates without bias fall below zero by their noise near zero, where they stay.
+    """
+    found = row.estimate
+    if not math.isfinite(found.value):
+        return f"came out as {found.value}" + (f": {found.warning}" if found.warning else "")
+    if name not in _NEVER_BELOW_ZERO or found.value >= 0 or found.value >= -3 * found.stderr:
+        return None
+    why = found.warning or "the samples are too few"
+    return f"came out as {found.value:.3g}, which is below the 0 that no two laws fall short of: {why}"
+
+
 def stein(x: Tensor, score: Score, seed: int, whose: str) -> Measured:
     """The squared kernel Stein discrepancy of samples to a density known by its score, with its test.
 

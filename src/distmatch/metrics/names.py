@@ -58,6 +58,15 @@ def _name(text: str) -> str:
     )
 
 
+def in_nats(name: str) -> bool:
+    """Whether a divergence is a mean of logarithms; the others are plain numbers.
+
+    Args:
+        name: From :func:`checked_names`.
+    """
+    return any(word in name for word in ("kl", "js", "jeffreys", "renyi"))
+
+
 def why_not(name: str, d: int, computable: bool, everything: bool) -> str | None:
     """Why there is no such number for these samples; None where there is one.
 

@@ -23,6 +23,7 @@ from distmatch.divergences.estimators.bounds import (
     f_gan_bound,
     nwj_bound,
 )
+from distmatch.divergences.estimators.consistent import Consistent, consistent
 from distmatch.divergences.estimators.critic import Critic, Training
 from distmatch.divergences.estimators.kl_terms import kl_estimate, kl_terms
 from distmatch.divergences.estimators.monte_carlo import (
@@ -36,6 +37,7 @@ from distmatch.divergences.estimators.variational import BOUNDS, VariationalEsti
 
 __all__ = [
     "BOUNDS",
+    "Consistent",
     "Critic",
     "LowerBound",
     "Training",
@@ -44,6 +46,7 @@ __all__ = [
     "chi_square_bound",
     "classifier_bound",
     "classifier_estimates",
+    "consistent",
     "donsker_varadhan_bound",
     "effective_number",
     "f_gan_bound",
