@@ -145,6 +145,8 @@ def test_the_seed_decides_the_samples(tmp_path: Path) -> None:
 
 def test_evaluate_a_run_writes_its_metrics_and_the_report_shows_them(place: Path) -> None:
     metrics = done("evaluate js --n 60 --steps 2 --json").json()
+    about = metrics.pop("evaluation")
+    assert (about["reference"], about["features"], len(about["fingerprint"])) == ("digits", "classifier", 8)
     assert metrics == json.loads((place / "js" / "metrics.json").read_text())
     assert set(metrics) == {"reference", "teacher", "student"}
     assert [metrics[name]["nfe"] for name in metrics] == [0, 3, 1]
@@ -157,6 +159,8 @@ def test_evaluate_a_run_writes_its_metrics_and_the_report_shows_them(place: Path
             assert file["x"].shape == (120, 8, 8)
     table = done("evaluate js --n 60 --steps 2").out
     assert "floor (real)" in table
+    assert "js against digits, the reference" in table
+    assert f"features: classifier {about['fingerprint']}" in table
     page = done("report js --json").json()["report"]
     assert "<html" in Path(page).read_text()
 
@@ -170,7 +174,10 @@ def test_exact_teachers_add_the_mode_metrics() -> None:
 def test_evaluate_a_sample_file(tmp_path: Path) -> None:
     done(f"sample js --n 60 --out {tmp_path}/a.npz")
     metrics = done(f"evaluate {tmp_path}/a.npz --data digits --features pixels --json").json()
+    assert metrics.pop("evaluation") == {"reference": "digits", "features": "pixels", "seed": 0}
     assert set(metrics) == {"reference", "samples"}
+    second = done(f"evaluate {tmp_path}/a.npz digits --features pixels --json").json()
+    assert second["samples"] == metrics["samples"]
     assert metrics["samples"]["fd"]["n"] == metrics["reference"]["fd"]["n"] == 30
 
 

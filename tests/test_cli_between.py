@@ -1,4 +1,4 @@
-"""`distmatch evaluate A B --divergences ...`: the table, the JSON, and what is refused."""
+"""`distmatch evaluate SAMPLES REFERENCE --divergences ...`: the table, the JSON, and what is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_known_laws_give_known_numbers() -> None:
-    answer = done("evaluate p.npz q.npz --divergences all --json").json()
+    answer = done("evaluate q.npz p.npz --divergences all --json").json()
     assert set(answer) == {"p", "q", "features", "seed", "estimates", "not_computed", "notes"}
     assert (answer["p"], answer["q"]) == ("p.npz", "q.npz")
     rows = answer["estimates"]
@@ -66,14 +66,16 @@ def test_known_laws_give_known_numbers() -> None:
     assert rows["mmd"]["p_value"] == rows["energy"]["p_value"] == 0.001
 
 
-def test_the_first_file_is_p_and_the_second_q(place: Path) -> None:
+def test_the_reference_is_p_and_comes_second_or_as_data(place: Path) -> None:
     wide = place / "wide.npz"
     np.savez(wide, x=3 * np.random.default_rng(1).standard_normal((1500, 1)).astype(np.float32))
     both = [
-        done(f"evaluate {a} {b} --divergences kl,kl_neighbours --json").json()["estimates"]
+        done(f"evaluate {b} {a} --divergences kl,kl_neighbours --json").json()["estimates"]
         for a, b in (("wide.npz", "q.npz"), ("q.npz", "wide.npz"))
     ]
+    as_data = done("evaluate q.npz --data wide.npz --divergences kl,kl_neighbours --json").json()
     wide.unlink()
+    assert as_data["estimates"] == both[0]
     # KL is 2.90 from the wide one to the narrow one and 0.65 the other way round.
     for name in ("kl", "kl_neighbours"):
         assert both[0][name]["value"] > 1.2
@@ -81,9 +83,9 @@ def test_the_first_file_is_p_and_the_second_q(place: Path) -> None:
 
 
 def test_the_table_has_a_row_for_each_name_in_the_order_asked_for() -> None:
-    answer = done("evaluate p.npz q.npz --divergences mmd,js,fkl,renyi:2,gjs:0.3,fisher,mmd:laplace")
+    answer = done("evaluate q.npz p.npz --divergences mmd,js,fkl,renyi:2,gjs:0.3,fisher,mmd:laplace")
     lines = answer.out.splitlines()
-    assert lines[0] == "p = p.npz, q = q.npz"
+    assert lines[0] == "p (the reference) = p.npz, q (the samples) = q.npz"
     names = [line.split()[0] for line in lines[3:9]]
     assert names == ["mmd", "js", "kl", "renyi:2", "gjs:0.3", "mmd:laplace"]
     assert ">= " in lines[4]
@@ -103,7 +105,7 @@ def test_warnings_stand_below_the_table() -> None:
 
 
 def test_a_seed_decides_everything() -> None:
-    line = "evaluate p.npz q.npz --divergences js,kl_neighbours,energy --json"
+    line = "evaluate q.npz p.npz --divergences js,kl_neighbours,energy --json"
     first, again, other = (done(f"{line} --seed {seed}").json()["estimates"] for seed in (0, 0, 1))
     assert first == again
     assert first["js"] != other["js"]
@@ -111,21 +113,21 @@ def test_a_seed_decides_everything() -> None:
 
 def test_images_by_pixels_and_by_classifier() -> None:
     names = "--divergences js,energy,frechet --json"
-    same = done(f"evaluate real.npz more.npz {names}").json()
-    lost = done(f"evaluate real.npz lost.npz {names}").json()
+    same = done(f"evaluate more.npz real.npz {names}").json()
+    lost = done(f"evaluate lost.npz real.npz {names}").json()
     assert same["estimates"]["energy"]["p_value"] > 0.05
     assert lost["estimates"]["energy"]["p_value"] == 0.001
     assert "warning" not in lost["estimates"]["energy"]
     assert "64 pixel values" in same["notes"][0]
-    seen = done(f"evaluate real.npz lost.npz {names} --features classifier").json()
+    seen = done(f"evaluate lost.npz real.npz {names} --features classifier").json()
     # Three digits in ten are missing: JS of the labels is 0.107.
     assert seen["estimates"]["js"]["value"] > 0.03
     assert "classifier of p's labels" in seen["notes"][0]
 
 
 def test_a_toy_can_be_either_side() -> None:
-    first = done("evaluate ring8 plane.npy --divergences kernel_stein,energy --n 300 --json").json()
-    second = done("evaluate plane.npy ring8 --divergences kernel_stein,energy --n 300 --json").json()
+    first = done("evaluate plane.npy ring8 --divergences kernel_stein,energy --n 300 --json").json()
+    second = done("evaluate ring8 plane.npy --divergences kernel_stein,energy --n 300 --json").json()
     for answer, whose in ((first, "samples of q, score of p"), (second, "samples of p, score of q")):
         row = answer["estimates"]["kernel_stein"]
         assert whose in row["meaning"]
@@ -143,25 +145,25 @@ def test_two_draws_of_a_toy_are_not_the_same_draw() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("p.npz q.npz", ("nothing to compare them by", "p.npz q.npz --divergences all")),
+        ("q.npz p.npz --data p.npz", ("two references", "p.npz")),
         ("p.npz --divergences all", ("two sets of samples", "plays p")),
-        ("p.npz q.npz --divergences all --data digits", ("--data",)),
-        ("p.npz q.npz --divergences all --teacher t", ("--teacher",)),
-        ("p.npz plane.npy --divergences all", ("different shapes", "(1,)", "(2,)")),
-        ("real.npz plane.npy --divergences all", ("different shapes", "images", "vectors")),
-        ("p.npz few.npz --divergences all", ("too few samples of q", "20", "40")),
-        ("p.npz q.npz --divergences js --n 10", ("too few samples", "10", "40")),
-        ("p.npz holes.npz --divergences all", ("holes.npz", "not finite")),
-        ("run q.npz --divergences all", ("run is a model", "distmatch sample run")),
-        ("p.npz model --divergences all", ("model is a model", "distmatch sample model")),
-        ("p.npz absent.npz --divergences all", ("absent.npz does not exist",)),
-        ("p.npz q.npz --divergences js,helinger", ("'helinger'", "did you mean hellinger")),
-        ("p.npz q.npz --divergences mmd:cosine", ("kernel", "laplace")),
-        ("p.npz q.npz --divergences skew_kl", ("skew_kl:0.5",)),
-        ("p.npz q.npz --divergences ,", ("no divergence was named",)),
-        ("p.npz q.npz --divergences fisher", ("nothing of this can be computed",)),
-        ("p.npz q.npz --divergences js --features classifier", ("labels",)),
-        ("p.npz q.npz --divergences js --features pixel", ("did you mean pixels",)),
+        ("q.npz p.npz --divergences all --data digits", ("--data",)),
+        ("q.npz p.npz --divergences all --teacher t", ("--teacher",)),
+        ("plane.npy p.npz --divergences all", ("different shapes", "(1,)", "(2,)")),
+        ("plane.npy real.npz --divergences all", ("different shapes", "images", "vectors")),
+        ("few.npz p.npz --divergences all", ("too few samples of q", "20", "40")),
+        ("q.npz p.npz --divergences js --n 10", ("too few samples", "10", "40")),
+        ("holes.npz p.npz --divergences all", ("holes.npz", "not finite")),
+        ("q.npz run --divergences all", ("run is a model", "distmatch sample run")),
+        ("model p.npz --divergences all", ("model is a model", "distmatch sample model")),
+        ("absent.npz p.npz --divergences all", ("absent.npz does not exist",)),
+        ("q.npz p.npz --divergences js,helinger", ("'helinger'", "did you mean hellinger")),
+        ("q.npz p.npz --divergences mmd:cosine", ("kernel", "laplace")),
+        ("q.npz p.npz --divergences skew_kl", ("skew_kl:0.5",)),
+        ("q.npz p.npz --divergences ,", ("no divergence was named",)),
+        ("q.npz p.npz --divergences fisher", ("nothing of this can be computed",)),
+        ("q.npz p.npz --divergences js --features classifier", ("labels",)),
+        ("q.npz p.npz --divergences js --features pixel", ("did you mean pixels",)),
     ],
 )
 def test_what_cannot_be_is_refused(line: str, words: tuple[str, ...], place: Path) -> None:
@@ -177,6 +179,6 @@ def test_what_cannot_be_is_refused(line: str, words: tuple[str, ...], place: Pat
 
 
 def test_json_is_finite_and_alone_on_stdout() -> None:
-    answer = done("evaluate p.npz q.npz --divergences js,frechet --json")
+    answer = done("evaluate q.npz p.npz --divergences js,frechet --json")
     json.loads(answer.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert "divergences" not in answer.out

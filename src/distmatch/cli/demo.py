@@ -66,6 +66,7 @@ def run(argv: list[str]) -> None:
     from distmatch.cli.running import check_place, open_folder, run_or_resume
     from distmatch.cli.table import metric_table
     from distmatch.data import load_data
+    from distmatch.metrics import resolve_features
     from distmatch.report import build_report, save_grid
     from distmatch.training.assess import plain
     from distmatch.training.devices import pick_device
@@ -90,8 +91,10 @@ def run(argv: list[str]) -> None:
             "teacher": open_model(str(options.out / "teacher")),
             "student": open_model(str(options.out)),
         }
+        data = load_data("digits")
+        space = resolve_features("auto", data)
         metrics = evaluate_models(
-            load_data("digits"), models, folder, seed=options.seed, device=options.device, spec="digits"
+            data, models, folder, features=space, seed=options.seed, device=options.device, spec="digits"
         )
         for name in ("reference", "teacher", "student"):
             with np.load(folder.samples / f"{name}.npz", allow_pickle=False) as file:
@@ -101,7 +104,7 @@ def run(argv: list[str]) -> None:
     if options.json:
         print_json({"run": str(folder.path), "report": str(report), "metrics": plain(metrics)})
         return
-    print(metric_table(metrics))
+    print(metric_table(metrics, space.description))
     print(f"report: {report}")
 
 

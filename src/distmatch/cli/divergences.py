@@ -1,4 +1,4 @@
-"""Divergences between two sets of samples: what `distmatch evaluate A B --divergences` loads and prints."""
+"""Divergences of samples to a reference: what `distmatch evaluate A B --divergences` loads and prints."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def between(a: str, b: str, which: str, features: str, n: int | None, seed: int,
     """Compares two sets of samples by name or path.
 
     Args:
-        a: Plays p.
-        b: Plays q.
+        a: The reference, which plays p.
+        b: The samples, which play q.
         which: Names with commas, or ``all``.
         features: ``auto``, ``pixels`` or ``classifier``.
         n: Most samples of each.
@@ -81,7 +81,7 @@ def divergence_table(a: str, b: str, found: Comparison) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
-    lines.insert(0, f"p = {a}, q = {b}")
+    lines.insert(0, f"p (the reference) = {a}, q (the samples) = {b}")
     lines += remarks
     if any(isinstance(row.estimate, LowerBound) for row in found.measured.values()):
         lines.append(">= is a lower bound, up to its error: the divergence may be far above it")
@@ -91,6 +91,8 @@ def divergence_table(a: str, b: str, found: Comparison) -> str:
         lines.append(
             f"p-values of equal p and q, from {tests[0].resamples} resamples of at most {most} samples a set"
         )
+    if found.features:
+        lines.append(f"features: {found.features}")
     lines += [f"note: {note}" for note in found.notes]
     lines += [f"not computed: {name} {why}" for name, why in found.not_computed.items()]
     return "\n".join(lines)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import parse, print_json
 
-ABOUT = """Measure samples, or the models of a run folder, against real data; or two sets by divergences.
+if TYPE_CHECKING:
+    from distmatch.metrics import Features
+
+ABOUT = """Measure samples, or the models of a run folder, against a reference; by metrics or by divergences.
+What is measured comes first, the reference second or after --data.
 
 example: distmatch evaluate runs/js
-         distmatch evaluate samples.npz --data digits
+         distmatch evaluate samples.npz digits
          distmatch evaluate samples.npz --data real.npz --features pixels --json
-         distmatch evaluate real.npz samples.npz --divergences all
-         distmatch evaluate teacher.npz student.npz --divergences js,renyi:2,mmd:laplace"""
+         distmatch evaluate samples.npz real.npz --divergences all
+         distmatch evaluate student.npz teacher.npz --divergences js,renyi:2,mmd:laplace"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +31,13 @@ class EvaluateOptions:
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
     """A sample file or folder of images, or a run folder (whose metrics.json is then written)."""
-    against: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = ""
-    """With --divergences: the samples that play q; WHAT then plays p, the target (real data or teacher)."""
+    against: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE")] = ""
+    """What it should match: real data, or samples of a teacher. The same as --data."""
     divergences: str = ""
-    """Divergences and discrepancies between two sets: all, or names with commas (kl,gjs:0.3,renyi:2,mmd)."""
+    """Divergences and discrepancies D(p, q) instead of metrics: all, or names with commas
+    (kl,gjs:0.3,renyi:2,mmd). The reference plays p, WHAT plays q."""
     data: str = ""
-    """The real data; empty takes those of the run."""
+    """The reference; empty takes the real data of the run."""
     teacher: str = ""
     """For a student's run: the teacher to stand beside it; empty takes the one it was distilled from."""
     features: str = "auto"
@@ -61,7 +66,14 @@ def run(argv: list[str]) -> None:
     o = parse(EvaluateOptions, argv, verb="evaluate", about=ABOUT)
     if o.n is not None and o.n < 1:
         raise UserError("--n must be at least 1", got=o.n)
-    if o.against or o.divergences:
+    if o.against and o.data:
+        raise UserError(
+            "two references were given",
+            got=f"{o.against} and --data {o.data}",
+            expected="one: after what is measured, or as --data",
+        )
+    o = replace(o, data=o.against or o.data, against="")
+    if o.divergences:
         _two_sets(o)
         return
     folder = Path(o.what)
@@ -77,14 +89,18 @@ def run(argv: list[str]) -> None:
             expected="samples, or a run folder, which gets the metrics.json",
             fix=f"draw samples first: distmatch sample {o.what} --n 5000 --out samples.npz",
         )
-    metrics = _run_folder(o) if _is_run(folder) else _sample_file(o)
+    metrics, space, reference = _run_folder(o) if _is_run(folder) else _sample_file(o)
     from distmatch.cli.table import metric_table
     from distmatch.training.assess import plain
 
     if o.json:
-        print_json(plain(metrics))
+        about = {"reference": reference, "features": space.name, "seed": o.seed}
+        if space.fingerprint:
+            about["fingerprint"] = space.fingerprint
+        print_json({**plain(metrics), "evaluation": about})
     else:
-        print(metric_table(metrics))
+        print(f"{o.what} against {reference}, the reference")
+        print(metric_table(metrics, space.description))
 
 
 def _is_model(folder: Path) -> bool:
@@ -99,26 +115,18 @@ def _is_run(folder: Path) -> bool:
 
 def _two_sets(o: EvaluateOptions) -> None:
     """Divergences between two sets of samples."""
-    if not o.divergences:
-        raise UserError(
-            "two sets of samples, but nothing to compare them by",
-            got=f"{o.what} and {o.against}",
-            expected="--divergences, or one set and --data",
-            fix=f"distmatch evaluate {o.what} {o.against} --divergences all",
-        )
-    if not o.against:
+    if not o.data:
         raise UserError(
             "divergences are between two sets of samples",
             got=f"{o.what} alone",
-            expected="distmatch evaluate A B --divergences all, where A plays p, the target, and B plays q",
-            fix="name the other file",
+            expected="distmatch evaluate SAMPLES REFERENCE --divergences all, where the reference plays p",
+            fix="name the reference",
         )
-    for flag, value in (("--data", o.data), ("--teacher", o.teacher)):
-        if value:
-            raise UserError(
-                f"{flag} has no part in --divergences", got=value, expected="two sets of samples alone"
-            )
-    for source in (o.what, o.against):
+    if o.teacher:
+        raise UserError(
+            "--teacher has no part in --divergences", got=o.teacher, expected="two sets of samples alone"
+        )
+    for source in (o.what, o.data):
         if _is_model(Path(source)) or _is_run(Path(source)):
             raise UserError(
                 f"{source} is a model, and divergences are taken between samples",
@@ -127,21 +135,21 @@ def _two_sets(o: EvaluateOptions) -> None:
             )
     from distmatch.cli.divergences import between, divergence_table
 
-    found = between(o.what, o.against, o.divergences, o.features, o.n, o.seed, o.device)
+    found = between(o.data, o.what, o.divergences, o.features, o.n, o.seed, o.device)
     if o.json:
-        print_json({"p": o.what, "q": o.against, "features": o.features, "seed": o.seed, **found.to_dict()})
+        print_json({"p": o.data, "q": o.what, "features": found.features, "seed": o.seed, **found.to_dict()})
     else:
-        print(divergence_table(o.what, o.against, found))
+        print(divergence_table(o.data, o.what, found))
 
 
-def _sample_file(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
-    """Metrics of a sample file, with the floor of the reference."""
+def _sample_file(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features, str]:
+    """Metrics of a sample file, with the floor of the reference; the feature space and the reference."""
     import torch
 
     from distmatch.cli.output import warn_of_shares
     from distmatch.data import TOY_NAMES, load_data, toy
     from distmatch.data.classes import matched, names_of
-    from distmatch.metrics import evaluate, plan, reference_floor
+    from distmatch.metrics import evaluate, plan, reference_floor, resolve_features
 
     if not o.data:
         raise UserError(
@@ -164,17 +172,19 @@ def _sample_file(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if labels is not None and real.labels is not None:
         warn_of_shares(labels, real.labels, names_of(real))
     mixture = toy(o.data) if o.data in TOY_NAMES else None
-    settings = plan(real, len(given), features=o.features, n=o.n, seed=o.seed)
-    common: dict[str, Any] = {"features": o.features, "n": settings.n, "seed": o.seed, "mixture": mixture}
+    space = resolve_features(o.features, real)
+    settings = plan(real, len(given), features=space, n=o.n, seed=o.seed)
+    common: dict[str, Any] = {"features": space, "n": settings.n, "seed": o.seed, "mixture": mixture}
     floor = reference_floor(real, stratified=labels is not None, **common)
-    return {"reference": floor, "samples": evaluate(x, real, labels=labels, **common)}
+    return {"reference": floor, "samples": evaluate(x, real, labels=labels, **common)}, space, o.data
 
 
-def _run_folder(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
-    """Metrics of a run's models; written to the run folder too."""
+def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features, str]:
+    """Metrics of a run's models, written to the run folder too; the feature space and the reference."""
     from distmatch.cli.output import tell_conversion
     from distmatch.data import load_data
     from distmatch.data.columns import columns_of
+    from distmatch.metrics import resolve_features
     from distmatch.training.evaluation import evaluate_models
     from distmatch.training.models import open_model
     from distmatch.training.runfolder import RunFolder
@@ -196,14 +206,16 @@ def _run_folder(o: EvaluateOptions) -> dict[str, dict[str, Any]]:
             if o.teacher:
                 raise
             print(f"warning: measured without the teacher: {error}", file=sys.stderr)
-    return evaluate_models(
+    space = resolve_features(o.features, data)
+    metrics = evaluate_models(
         data,
         models,
         RunFolder(Path(o.what)),
-        features=o.features,
+        features=space,
         n=o.n,
         sampling=Sampling(solver=o.solver, steps=o.steps, grid=o.grid, guidance=o.guidance),
         seed=o.seed,
         device=o.device,
         spec=spec,
     )
+    return metrics, space, spec

@@ -22,10 +22,14 @@ _BETTER = {
 }
 
 
-def metric_table(metrics: dict[str, dict[str, Any]]) -> str:
+def metric_table(metrics: dict[str, dict[str, Any]], features: str = "") -> str:
     """A plain-text table: a row for each metric, a column for each model, value ± standard error.
 
-    Density and Vendi are best at the floor: more means concentrated or noisy samples.
+    Density and Vendi are best at the floor: more means concentrated or noisy samples. Warnings stand below.
+
+    Args:
+        metrics: By model.
+        features: The description of the space they were measured in.
     """
     models = list(metrics)
     titles = ["floor (real)" if m == "reference" else m for m in models]
@@ -44,6 +48,14 @@ def metric_table(metrics: dict[str, dict[str, Any]]) -> str:
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
     lines.append(f"blocks of {n} samples; the floor is real data against real data at the same size")
+    if features:
+        lines.append(f"features: {features}")
+    warned: dict[str, list[str]] = {}
+    for model, block in metrics.items():
+        for key, value in block.items():
+            if isinstance(value, Estimate) and value.warning is not None:
+                warned.setdefault(value.warning, []).append(f"{key} of {model}")
+    lines += [f"warning: {', '.join(whose)}: {warning}" for warning, whose in warned.items()]
     return "\n".join(lines)
 
 

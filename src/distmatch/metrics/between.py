@@ -43,11 +43,13 @@ class Comparison:
         measured: By name.
         not_computed: Why a name has no value here.
         notes: What to bear in mind about the samples as they are.
+        features: The space they were compared in, '' for the numbers that were handed in.
     """
 
     measured: dict[str, Measured]
     not_computed: dict[str, str]
     notes: tuple[str, ...] = ()
+    features: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form ``{"estimates", "not_computed", "notes"}``."""
@@ -177,7 +179,7 @@ def compare_datasets(
         sides[0], sides[1], which, seed=seed, score_p=score_p, score_q=score_q, quiet=quiet
     )
     notes = _about_space(space.name, p.kind, sides[0]) + found.notes
-    return Comparison(found.measured, found.not_computed, notes)
+    return Comparison(found.measured, found.not_computed, notes, space.description)
 
 
 def _checked(x_p: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:

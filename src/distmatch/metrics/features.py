@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,26 @@ class Features:
         function: Maps samples (B, *shape) in model space to float32 features (B, D).
         classify: Maps samples to logits (B, num_classes), where there is a classifier.
         heldout_accuracy: Of that classifier, on reference samples it was not trained on.
+        fingerprint: Of the weights of a trained network, '' without one. Values compare only where it is the
+            same: the same training on another machine rounds otherwise and ends in other weights.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
     classify: Callable[[Tensor], Tensor] | None = None
     heldout_accuracy: Estimate | None = None
+    fingerprint: str = ""
+
+    @property
+    def description(self) -> str:
+        """The name for people, with what the errors of values in this space leave out."""
+        if not self.fingerprint:
+            return "pixels, the samples themselves" if self.name == "pixels" else self.name
+        return (
+            f"classifier {self.fingerprint}, trained on the labels of the real data. The errors do not hold "
+            "its training: another one, as on another machine, gives other values, so compare only figures "
+            "with the same fingerprint"
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Features of all samples, in batches and without gradients.
@@ -127,7 +142,16 @@ def classifier_features(dataset: Reference, cache: Path | None = None) -> Featur
         lambda x: _on_device_of(x, nets).features(x.float()),
         lambda x: _on_device_of(x, nets)(x.float()),
         smoothed_share(right, held),
+        _fingerprint(net),
     )
+
+
+def _fingerprint(net: Classifier) -> str:
+    """Eight hexadecimal digits of the weights."""
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _few_numbers(dataset: Reference | None) -> bool:

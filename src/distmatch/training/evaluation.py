@@ -11,6 +11,7 @@ from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, Dataset, toy
 from distmatch.data.classes import listed, names_of
 from distmatch.metrics import plan, resolve_features
+from distmatch.metrics.settings import FeatureChoice
 from distmatch.training.assess import HEUN, Drawn, assess, write_assessment
 from distmatch.training.models import Model
 from distmatch.training.runfolder import RunFolder
@@ -22,7 +23,7 @@ def evaluate_models(
     models: dict[str, Model],
     folder: RunFolder,
     *,
-    features: str = "auto",
+    features: FeatureChoice = "auto",
     n: int | None = None,
     sampling: Sampling = HEUN,
     seed: int = 0,
@@ -90,7 +91,8 @@ def evaluate_models(
         mixture=toy(spec) if spec in TOY_NAMES else None,
     )
     settings = plan(data, features=space, n=n, seed=seed).to_dict()
-    said = {**settings, **sampling.to_dict()}
+    fingerprint = {"fingerprint": space.fingerprint} if space.fingerprint else {}
+    said = {**settings, **fingerprint, **sampling.to_dict()}
     write_assessment(folder, metrics, drawn, data.scaling, said, data.class_names)
     return metrics
 
