@@ -10,6 +10,9 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.discrepancies.measures import Measures, checked_measures
 
+_SPARE = 1e10
+"""How far from the ends of the number range a mean must be, so that none of its large terms was out of it."""
+
 
 def checked_order(p: float) -> float:
     """The order of a Wasserstein distance.
@@ -117,11 +120,16 @@ def line_costs(u: Tensor, v: Tensor, measures: Measures, p: float) -> Tensor:
 
 
 def line_distances(u: Tensor, v: Tensor, measures: Measures, p: float) -> Tensor:
-    """W_p, the p-th roots of :func:`line_costs`, (L,), where a power of the gaps may be out of range.
+    """W_p, the p-th roots of :func:`line_costs`, (L,), also where powers of the gaps are out of range.
 
-    The gaps are divided by the largest of their row first. Where a distance is zero its gradient is zero.
+    There the gaps are divided by the largest of their row first. At a distance of zero the gradient is zero.
     """
     gaps, share = _plan(u, v, measures)
+    mean = _mean(_powers(gaps, p), share)
+    low, high = (float(z) for z in mean.detach().aminmax())
+    numbers = torch.finfo(mean.dtype)
+    if low > _SPARE * numbers.tiny and high < numbers.max / _SPARE:
+        return mean.pow(1 / p)
     largest = gaps.detach().abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest, 1.0)
     mean = _mean(_powers(gaps / scale, p), share)
