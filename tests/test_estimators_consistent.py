@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+from distmatch.base.estimate import Estimate
 from distmatch.divergences import NAMES, divergence_discrete
 from distmatch.divergences.estimators import LowerBound, consistent
 from distmatch.divergences.estimators.consistent import least_at
-from distmatch.metrics import compare_samples
+from distmatch.metrics import Measured, compare_samples
+from distmatch.metrics.distances import impossible
 
 EVERY = (*NAMES, "alpha:0.5", "gjs:0.3", "skew_kl:0.1")
 
@@ -118,3 +120,14 @@ def test_a_comparison_is_consistent_and_has_the_right_units():
     }
     for row in found.measured.values():
         assert row.estimate.stderr < 10 * max(1, abs(row.estimate.value))
+
+
+def test_a_distance_that_no_two_laws_have_is_withheld():
+    def row(value, stderr, warning=None):
+        return Measured(Estimate(value, stderr, 300, warning), "kernel densities", "nats")
+
+    apart = "the two sets hardly overlap at this bandwidth, so a few pairs decide: take a wider one"
+    assert apart in str(impossible("cauchy_schwarz", row(-3.99, 0.5, apart)))
+    assert impossible("cauchy_schwarz", row(-0.01, 0.02)) is None  # noise about zero
+    assert impossible("mmd", row(-0.5, 0.01)) is None  # a U-statistic, and says so
+    assert "inf" in str(impossible("frechet", row(math.inf, math.nan)))

@@ -15,7 +15,9 @@ from distmatch.metrics import (
     reference_floor,
     reference_labels,
 )
+from distmatch.metrics.classifier import Classifier
 from distmatch.metrics.evaluate import _measure
+from distmatch.metrics.features import _fingerprint
 from distmatch.metrics.reference import draw_reference
 
 KEYS = {"fd", "kid", "precision", "recall", "density", "coverage", "vendi"}
@@ -187,3 +189,27 @@ def test_users_mistakes(digits):
         evaluate(x, digits, labels=reference_labels(digits, 49))
     with pytest.raises(UserError, match="floating point"):
         evaluate(normal(30, 2, 0), torch.zeros(30, 2, dtype=torch.int64))
+
+
+def test_repeats_in_the_reference_are_said_where_neighbours_are_counted():
+    atoms = normal(10, 3, 0)
+    draws = torch.randint(10, (2, 400), generator=torch.Generator().manual_seed(0))
+    real, fake = (atoms[d] for d in draws)
+    found, floor = evaluate(fake, real, features="pixels"), reference_floor(real, features="pixels")
+    for block in (found, floor):
+        assert block["density"].value == pytest.approx(1, abs=0.15)  # of 20 copies each; 1 + 1/20 and noise
+        assert block["coverage"].value == 1
+        for name in ("precision", "recall", "density", "coverage"):
+            assert "repeat others" in block[name].warning
+        assert block["fd"].warning is None
+    assert evaluate(normal(200, 3, 1), normal(200, 3, 2), features="pixels")["density"].warning is None
+
+
+def test_trained_features_have_the_fingerprint_of_their_weights(features):
+    assert len(features.fingerprint) == 8
+    assert features.fingerprint in features.description
+    assert "do not hold its training" in features.description
+    weights = Classifier((3,), 2)
+    before = _fingerprint(weights)
+    weights.head.bias.data[0] += 1e-6
+    assert _fingerprint(weights) != before
