@@ -129,7 +129,7 @@ def run(argv: list[str]) -> None:
         print(f"{o.n} samples in {out} ({result['model']}, {result['nfe']} network calls each)")
         if how:
             print(f"classes: {_HOW[how]}")
-        if result.get("outside_range"):
+        if result.get("outside_range", 0) >= 0.0005 or result.get("below_zero"):
             print(_range_line(result, o.clip))
     for share, level in result.get("decided", {}).items():
         print(f"{float(share):.0%} of the layout is decided at sigma {level:.3g}")

@@ -166,7 +166,12 @@ def _places(own: tuple[str, ...], names: tuple[str, ...], num_classes: int) -> l
 
 
 def drawn_labels(
-    n: int, num_classes: int, seed: int, counts: Sequence[int] = (), balance: Balance = "data"
+    n: int,
+    num_classes: int,
+    seed: int,
+    counts: Sequence[int] = (),
+    balance: Balance = "data",
+    stream: str = "labels",
 ) -> Tensor:
     """Draws the classes of ``n`` samples, independently.
 
@@ -177,6 +182,7 @@ def drawn_labels(
         counts: How often each class occurred in the training data; () when that is not known.
         balance: ``data`` draws by ``counts``, ``uniform`` evenly among the classes that occurred. Without
             counts all classes are drawn evenly.
+        stream: Which draw of this seed.
 
     Returns:
         Int64 (n,) on the CPU.
@@ -190,7 +196,7 @@ def drawn_labels(
     if balance == "uniform":
         weights = (weights > 0).double()
     edges = weights.cumsum(0)
-    u = torch.rand(n, generator=generator(seed, "labels"), dtype=torch.float64)
+    u = torch.rand(n, generator=generator(seed, stream), dtype=torch.float64)
     return torch.searchsorted(edges, u * edges[-1], right=True).clamp(max=num_classes - 1)
 
 

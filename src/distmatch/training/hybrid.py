@@ -17,6 +17,7 @@ from distmatch.methods.hybrid import hybrid_sample
 from distmatch.methods.student import Student, checked_labels
 from distmatch.training.assess import HEUN, Drawn
 from distmatch.training.devices import pick_device
+from distmatch.training.known_data import check_same_classes
 from distmatch.training.models import Model
 from distmatch.training.sampling import Sampling
 
@@ -38,6 +39,7 @@ def plan_hybrid(
     """
     first, last = _pair(teacher, student)
     sampling.check(first)
+    check_same_classes(first, last.denoiser, "teacher and student")
     before, after = teacher.scaling, student.scaling
     if before.kind == after.kind == "vector" and (before.centre, before.half) != (after.centre, after.half):
         raise UserError(

@@ -92,3 +92,24 @@ def seen_by(data: Dataset, about: Mapping[str, Any], num_classes: int, whose: st
         if scaling.kind == "vector" and len(scaling.centre) == data.shape[0]:
             return dataclasses.replace(data, scaling=scaling)
     return data
+
+
+def check_same_classes(one: Any, other: Any, who: str) -> None:
+    """Refuses two models that number their classes differently, as far as their names are known.
+
+    Args:
+        one: A model in memory.
+        other: Another one, which is asked for the same classes.
+        who: Who they are, for the message.
+
+    Raises:
+        UserError: Both know the names of their classes, and these differ.
+    """
+    names = [Classes.from_dict(known_data(m), m.num_classes).names for m in (one, other)]
+    if all(names) and names[0] != names[1]:
+        raise UserError(
+            f"{who} do not have the same classes",
+            got=f"{listed(names[0])} and {listed(names[1])}",
+            expected="the same names in the same order",
+            fix="use models that were trained on the same classes",
+        )

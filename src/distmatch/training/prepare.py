@@ -14,6 +14,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.data import TOY_NAMES, Dataset, load_data
 from distmatch.data.batches import Batch, Batches
+from distmatch.data.classes import Classes, drawn_labels
 from distmatch.data.columns import columns_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.divergences import Divergence, divergence
@@ -245,12 +246,14 @@ def _drawer(teacher: Denoiser, data: Dataset | None, seed: int) -> Draw | None:
 
 def _empty_batches(teacher: Denoiser, run: RunOptions, device: torch.device) -> Callable[[int], Batch]:
     """Batches for methods that need no data: only their size and labels are used."""
+    counts = Classes.from_dict(known_data(teacher), teacher.num_classes).counts
 
     def batch(step: int) -> Batch:
         labels = None
         if teacher.num_classes:
-            gen = generator(run.seed, f"labels/{step}")
-            labels = torch.randint(teacher.num_classes, (run.batch,), generator=gen).to(device)
+            labels = drawn_labels(
+                run.batch, teacher.num_classes, run.seed, counts, stream=f"labels/{step}"
+            ).to(device)
         return Batch(torch.zeros(run.batch, *teacher.shape, device=device), labels)
 
     return batch

@@ -14,6 +14,7 @@ from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.path_specs import parse_path
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.solvers import find_solver, grid, snap_grid
+from distmatch.training.known_data import check_same_classes
 
 MOST_STEPS = 100_000
 """More steps than this are a slip of the keyboard, and their coefficients alone would take minutes."""
@@ -88,6 +89,8 @@ class Sampling:
         """
         if self.steps > MOST_STEPS:
             raise UserError("too many steps", got=self.steps, expected=f"at most {MOST_STEPS}")
+        if self.reference is not None:
+            check_same_classes(teacher, self.reference, "the teacher and the one that it is guided by")
         chosen, levels = find_solver(self.solver), self.levels(teacher)
         self.around(teacher)
         if chosen.stochastic:
