@@ -47,7 +47,7 @@ def test_samples_come_back_in_the_units_of_the_training_data():
 
 def test_exported_digits_are_bytes():
     teacher = dm.train("digits", steps=2, **TINY)
-    student = dm.distill(teacher, "digits", steps=2, **QUICK)
+    student = dm.distill(teacher, "digits", steps=5, **QUICK)
     images = student.export(student.sample(5))
     assert images.dtype == np.uint8
     assert images.shape == (5, 8, 8)
@@ -60,7 +60,7 @@ def test_unknown_settings_are_answered_with_the_nearest():
 
 def test_a_run_folder_can_be_written_from_python(tmp_path):
     dm.train("digits", steps=2, out=tmp_path / "teacher", **TINY)
-    student = dm.distill(tmp_path / "teacher", steps=2, out=tmp_path / "student", **QUICK)
+    student = dm.distill(tmp_path / "teacher", steps=5, out=tmp_path / "student", **QUICK)
     again = dm.Student.from_pretrained(tmp_path / "student")
     assert_same_but_for_rounding(again.sample(4, seed=3), student.sample(4, seed=3))
     with pytest.raises(dm.UserError, match="--overwrite"):
@@ -69,7 +69,7 @@ def test_a_run_folder_can_be_written_from_python(tmp_path):
 
 def test_batch_one_is_warned_of():
     with pytest.warns(UserWarning, match="batch 1 every weight is 1"):
-        dm.distill("skewed2", steps=1, fit_steps=1, **{**TINY, "batch": 1})
+        dm.distill("skewed2", steps=5, fit_steps=1, **{**TINY, "batch": 1})
 
 
 def test_dropout_resumes_to_the_bit_and_leaves_the_global_stream_alone():

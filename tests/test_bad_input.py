@@ -209,7 +209,13 @@ def test_places_and_counts_that_cannot_be_used(line: str) -> None:
 
 
 CHECKPOINTS = {
-    "train --out t --resume --width 64": ("another architecture", "(64, 64)"),
+    "train --out t --resume --width 64": ("the --width that it began with", "a run of 40"),
+    "train --out t --resume --batch 16": ("the --batch that it began with", "a run of 32"),
+    "train --out t --resume --seed 1 --lr 0.1": ("the --seed that it began with",),
+    "train --out t --resume --data ring8": ("the --data that it began with", "digits"),
+    "train --out t --resume --steps 5": ("cannot become shorter", "a run of 6"),
+    "distill --out s --resume --critic-steps 2": ("the --critic-steps that it began with",),
+    "distill --out s --resume --steps 5 --lr 0.5": ("cannot become shorter",),
     "train --out t --resume 77": ("no checkpoint of step 77", "6"),
     "train --out t --resume absent": ("absent", "missing"),
     "train --out t --resume notes": ("missing",),
@@ -224,7 +230,7 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("line", CHECKPOINTS)
 def test_checkpoints_that_do_not_fit_change_nothing(line: str) -> None:
-    refused(f"{line} --steps 8", *CHECKPOINTS[line])
+    refused(line if "--steps" in line else f"{line} --steps 8", *CHECKPOINTS[line])
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_a_distilled_gaussian_has_the_mean_and_spread_of_its_teacher() -> None:
 
     # The fitted start gives every noise nearly the same sample, so what must grow is the spread. Seeds 0 to 3
     # came within 0.05 of the mean and 14 % of the spreads; twice that is allowed.
-    assert (samples(1).std(0) / spread).max() < 0.6
+    assert (samples(4).std(0) / spread).max() < 0.6
     x = samples(1000)
     assert (x.mean(0) - mean).abs().max() < 0.1
     assert (x.std(0) / spread - 1).abs().max() < 0.28

@@ -51,6 +51,8 @@ from distmatch.nets.saved import CARD, EXTRA_TENSORS, extra_tensors, extra_value
 FORMAT = "distmatch-external-model"
 VERSION = 1
 _TENSORS, _CONFIG, _VAE = "model.safetensors", "config.json", "vae"
+MODEL_PARTS = (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD, _VAE)
+"""The names that a saved model consists of, with or without an autoencoder."""
 
 
 def is_external(denoiser: object) -> bool:
@@ -88,7 +90,7 @@ def save_denoiser(
         save_model(folder, denoiser, extra, tensors, card_of(denoiser, extra or {}, metrics=metrics))
         return
     folder = Path(folder)
-    check_model_folder(folder, (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD, _VAE))
+    check_model_folder(folder, MODEL_PARTS)
     net, described = _described(denoiser)
     decoder = getattr(denoiser, "decoder", None)
     config = {"format": FORMAT, "version": VERSION, **described, "extra": dict(extra or {})}

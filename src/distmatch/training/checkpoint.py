@@ -116,7 +116,10 @@ def unpack(tensors: dict[str, Tensor], structure: Any) -> Any:
         if name not in restored:
             value = tensors[name]
             if "dtype" in node:  # cloned, because a view as a wider type needs aligned memory
-                value = value.clone().view(getattr(torch, node["dtype"])).reshape(node["shape"])
+                dtype = getattr(torch, node["dtype"], None)
+                if not isinstance(dtype, torch.dtype):
+                    raise ValueError(f"not a type of tensors: {node['dtype']!r:.80}")
+                value = value.clone().view(dtype).reshape(node["shape"])
             restored[name] = value
         return restored[name]
 
@@ -266,7 +269,16 @@ def _read(path: Path) -> tuple[Any, Any]:
             expected="the files as they were written",
             fix="use another checkpoint, or restore this one from a copy",
         )
-    return step, unpack(tensors, structure)
+    if type(step) is not int or step < 0:
+        raise UserError(f"{path} is no checkpoint", got=f"step {step!r:.80}", expected="a number of steps")
+    try:
+        return step, unpack(tensors, structure)
+    except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
+        raise UserError(
+            f"{path} is no checkpoint",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            expected="a tree of tensors and numbers as distmatch writes it",
+        ) from error
 
 
 def _sums(tensor_file: Path, step: Any, structure: Any) -> dict[str, str]:

@@ -17,9 +17,11 @@ from distmatch.data.batches import Batch, Batches
 from distmatch.data.classes import Classes, drawn_labels
 from distmatch.data.columns import columns_of
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of
 from distmatch.methods.build import build_method
+from distmatch.methods.matching.loop import Matching
 from distmatch.methods.method import Method
 from distmatch.methods.setup import Setup
 from distmatch.methods.start import Draw, has_network
@@ -92,6 +94,8 @@ def prepare_distillation(
             **options.settings(),
         )
     )
+    if config.guidance != 1 and "guidance" not in method.ignores:
+        require_null_class(teacher)
     spec = options.data or str((known.get("data") or {}).get("spec", ""))
     if data is None and spec:
         columns = columns_of(known_data(teacher))
@@ -108,6 +112,14 @@ def prepare_distillation(
     conversion = _conversion(teacher, known)
     if data is not None:
         data = _fitting(teacher, data, run, device)
+    if isinstance(distiller, Matching) and run.steps < distiller.least_steps:
+        raise UserError(
+            "the student would never be updated",
+            got=f"--steps {run.steps} with --critic-steps {config.critic_steps} and "
+            f"--warmup-steps {config.warmup_steps}",
+            expected=f"at least {distiller.least_steps} steps",
+            fix="raise --steps",
+        )
     draw = _drawer(teacher, data, run.seed) if fresh else None
     state = distiller.init(run.seed, draw)
     if run.compile:

@@ -56,7 +56,12 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     state = method.init(run.seed)
     if run.compile:
         compile_network(state.denoiser.net)
-    extra = {"kind": "teacher", "data": describe_data(data, options.data), "seed": run.seed}
+    extra: dict[str, Any] = {
+        "kind": "teacher",
+        "data": describe_data(data, options.data),
+        "seed": run.seed,
+        "label_dropout": options.teacher.label_dropout,
+    }
 
     def finish() -> Finished:
         model = state.average.module

@@ -11,18 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distmatch.base.errors import UserError
-from distmatch.base.files import atomic_json, atomic_write
+from distmatch.base.files import atomic_json, check_model_folder
 from distmatch.data.batches import Batch
-from distmatch.divergences import divergence
-from distmatch.methods.config import DistillConfig
-from distmatch.methods.table import resolve_method
+from distmatch.interop.saved import MODEL_PARTS
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
 from distmatch.training.loop import State, restore, run_loop
 from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.runfolder import RunFolder
-from distmatch.training.toml import dataclass_to_dict, read_toml, to_toml
+from distmatch.training.segments import Changes, changes_on_resume, write_config, write_segment
 
 
 @dataclass(frozen=True)
@@ -89,14 +86,20 @@ def carry_out(
     """
     run = job.options.run
     if folder is not None:
+        check_model_folder(folder.model, MODEL_PARTS)  # what stands in the way is found now, not at the end
+        changes: Changes = {}
         if resume is not None:  # before anything is written: a checkpoint that does not fit changes nothing
-            _check_same_method(job, folder)
-            step = restore(job.state, folder, resume)
-        atomic_write(folder.config, to_toml({"verb": job.verb, **dataclass_to_dict(job.options)}))
-        atomic_json(folder.env, environment())
+            changes = changes_on_resume(job.options, folder.config)
+            restore(job.state, folder, resume)
+        again = folder.log.exists()
+        if resume is None or not folder.config.exists():
+            write_config(job.options, job.verb, folder.config)
+            atomic_json(folder.env, environment())
+        else:
+            write_segment(job.options, job.verb, folder.config, job.state.step, changes)
         with EventLog(folder.log) as log:
-            if resume is not None:
-                log.write("resume", step)
+            if again or resume is not None:  # also where it begins anew: earlier steps are void
+                log.write("resume", job.state.step, changed=changes, environment=environment())
             log.write("start", job.state.step, kind=job.verb, parameters=job.parameters(), **job.notes)
             for message in job.warnings:
                 log.write("warning", job.state.step, message=message)
@@ -122,25 +125,3 @@ def carry_out(
             done = job.state.step
             log.write("end", done, seconds=seconds, steps=done - first, memory=peak_memory())
     return finished.model, history
-
-
-def _check_same_method(job: Job, folder: RunFolder) -> None:
-    """Refuses to go on with a run of another method: networks of the same shape would let it pass."""
-    if not (isinstance(job.options, DistillOptions) and folder.config.exists()):
-        return
-    values = read_toml(folder.config)
-    before = _choice(values.get("method", DistillOptions().method), values.get("divergence"))
-    now = _choice(job.options.method, job.options.divergence)
-    for name, had, has in zip(("method", "divergence"), before, now, strict=True):
-        if had != has:
-            raise UserError(
-                f"a run goes on with the {name} that it began with",
-                got=f"--{name} {has}, in a run of {had}",
-                fix=f"leave --{name} out, or begin another run: --config {folder.config} --out FOLDER",
-            )
-
-
-def _choice(method: str, measure: str | None) -> tuple[str, str]:
-    """Method and divergence by their own names."""
-    found, name, _ = resolve_method(method, measure, DistillConfig())
-    return found.name, divergence(name).name

@@ -10,7 +10,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.denoiser import Denoiser, require_score
-from distmatch.diffusion.guidance import guided
+from distmatch.diffusion.guidance import guided, require_null_class
 from distmatch.diffusion.path_specs import parse_path
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.solvers import find_solver, grid, snap_grid
@@ -93,6 +93,8 @@ class Sampling:
             check_same_classes(teacher, self.reference, "the teacher and the one that it is guided by")
         chosen, levels = find_solver(self.solver), self.levels(teacher)
         self.around(teacher)
+        if self.guidance != 1 and self.reference is None:
+            require_null_class(teacher)
         if chosen.stochastic:
             require_score(teacher, f"the solver {self.solver}, which adds Gaussian noise,")
         if self.path and not chosen.needs_path and self.grid not in ("time", "power"):

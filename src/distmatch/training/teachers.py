@@ -54,6 +54,8 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
         return teacher, {"kind": "teacher", "conversion": _UNCOMPARED, **info}
     denoiser, info = load_denoiser(path)
     remember(denoiser, info.get("data") or {})
+    # Guidance reads it: a network that was never shown a sample without its label has no use for "no class".
+    denoiser.saw_no_class = info.get("label_dropout", 0.1) != 0
     return denoiser, info
 
 

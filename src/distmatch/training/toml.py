@@ -109,7 +109,11 @@ def _key(key: str) -> str:
 
 def _string(text: str, where: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise TypeError(f"{where} holds half a surrogate pair, which TOML cannot: {text!r}")
+        raise UserError(
+            f"{where} has no form in a config file",
+            got=f"{text[:80]!r}, with half a surrogate pair or bytes that are not UTF-8",
+            fix="name the file or folder in UTF-8",
+        )
     escaped = (_ESCAPES.get(c) or (f"\\u{ord(c):04X}" if ord(c) < 32 or ord(c) == 127 else c) for c in text)
     return f'"{"".join(escaped)}"'
 

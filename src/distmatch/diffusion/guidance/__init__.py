@@ -5,7 +5,7 @@ Weak-to-strong reflection, which needs a solver, is in :mod:`distmatch.diffusion
 
 from distmatch.diffusion.guidance.classifier import ClassifierGuided
 from distmatch.diffusion.guidance.gradient_free import GradientFree, confusion_scale
-from distmatch.diffusion.guidance.linear import Guided, guided
+from distmatch.diffusion.guidance.linear import Guided, guided, require_null_class
 from distmatch.diffusion.guidance.minority import QuantileClasses, minority_guided, minority_score
 from distmatch.diffusion.guidance.noisy_classifier import (
     NoisyClassifier,
@@ -32,4 +32,5 @@ __all__ = [
     "minority_guided",
     "minority_score",
     "regime_of",
+    "require_null_class",
 ]

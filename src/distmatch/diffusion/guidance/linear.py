@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.base.memory import out_of_memory
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.guidance.base import Features, Guidance, Pass, Where, checked_scale
 from distmatch.diffusion.guidance.wrapper import Calls, cost_of
@@ -120,6 +121,35 @@ def guided(
             fix="give a scale too, for example --guidance 2",
         )
     return denoiser
+
+
+def require_null_class(denoiser: Denoiser) -> None:
+    """Refuses a class-conditional model that does not know "no class", which guidance asks for.
+
+    It is asked once, for one sample, so that what would fail in the middle of a run fails before it.
+
+    Raises:
+        UserError: It refuses the label -1, or was trained without ever hiding a label.
+    """
+    if denoiser.num_classes == 0:
+        return
+    reason = "a teacher that was trained with --label-dropout 0"
+    if getattr(denoiser, "saw_no_class", True):
+        own = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
+        like = torch.zeros(1, device=own.device if own is not None else None)
+        try:
+            with torch.no_grad():
+                denoiser(like.new_zeros(1, *denoiser.shape), like + 1, torch.full_like(like, -1).long())
+            return
+        except (UserError, IndexError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
+            reason = str(error).split("\n")[0][:200]
+    raise UserError(
+        "guidance needs a teacher that also knows no class",
+        got=reason,
+        fix="leave --guidance at 1; or train the teacher with --label-dropout 0.1, or name its null class",
+    )
 
 
 def check_pair(main: Denoiser, reference: Denoiser) -> None:

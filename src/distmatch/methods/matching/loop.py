@@ -87,6 +87,12 @@ class Matching:
         """Whether a discriminator or a further term reads real samples."""
         return self.needs_ratio or any(term.needs_data for term in self.terms)
 
+    @property
+    def least_steps(self) -> int:
+        """Steps of a run in which the student is updated once; see :meth:`step`."""
+        every = self.config.critic_steps
+        return every * (self.config.warmup_steps // every + 1)
+
     def target_of(self, state: DistillState) -> Denoiser:
         """The denoiser that the student is drawn to."""
         return self.guided if self.target is None else self.target(state)

@@ -1,0 +1,130 @@
+"""What a resumed run may have otherwise than when it was begun, and where that is written down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distmatch.base.errors import UserError
+from distmatch.base.files import atomic_write
+from distmatch.base.inputs import read_limited
+from distmatch.divergences import divergence
+from distmatch.methods.config import DistillConfig
+from distmatch.methods.table import resolve_method
+from distmatch.training.options import DistillOptions, TrainOptions
+from distmatch.training.toml import dataclass_to_dict, read_toml, to_toml
+
+# They change how a run is carried out, not what it computes.
+_FREE = ("run.device", "run.compile", "run.keep", "run.checkpoint_every", "run.log_every")
+# Changed in the middle by those who know why; each stretch of the run is written down with its own.
+_RATES = ("lr", "lr_critic", "lr_ratio", "grad_clip")
+_PATHS = ("data", "teacher")
+_HEAD = "# until step "
+
+Changes = dict[str, tuple[Any, Any]]
+"""Options by their place in the config, as they were and as they are."""
+
+
+def changes_on_resume(options: TrainOptions | DistillOptions, config: Path) -> Changes:
+    """The options that are not those that a run was begun with.
+
+    Args:
+        options: The options it shall go on with.
+        config: Its ``config.toml``; a run without one is taken as it is.
+
+    Raises:
+        UserError: One of them would make another run of it: anything but the learning rates, the gradient
+            clipping, more steps, and how the run is carried out.
+    """
+    if not config.exists():
+        return {}
+    values = read_toml(config)
+    if isinstance(options, DistillOptions):
+        _check_same_method(options, values, config)
+    kind, now = dataclass_to_dict(type(options)()), dict(_flat(dataclass_to_dict(options)))
+    begun, plain = dict(_flat(values)), dict(_flat(kind))
+    changes: Changes = {}
+    for name, value in now.items():
+        # An option that is None is not in the file; another one that is not there is newer than the file.
+        if name in begun or plain.get(name) is None:
+            before = begun.get(name)
+            if before != value and not (name in _PATHS and _same_place(before, value)):
+                changes[name] = (before, value)
+    for name in ("method", "divergence", *_FREE):
+        changes.pop(name, None)
+    for name, (before, value) in changes.items():
+        flag = "--" + name.split(".")[-1].replace("_", "-")
+        if name == "run.steps":
+            if value < before:
+                raise UserError(
+                    "a run that goes on cannot become shorter",
+                    got=f"--steps {value}, in a run of {before}",
+                    fix=f"give --steps {before} or more, or leave it out",
+                )
+        elif name.split(".")[-1] not in _RATES:
+            raise UserError(
+                f"a run goes on with the {flag} that it began with",
+                got=f"{flag} {value}, in a run of {before}",
+                expected="the options of the run; only learning rates may change, and --steps may grow",
+                fix=f"leave {flag} out, or begin another run: --config {config} --out FOLDER",
+            )
+    return changes
+
+
+def write_config(options: TrainOptions | DistillOptions, verb: str, config: Path) -> None:
+    """Writes the ``config.toml`` of a run that begins."""
+    atomic_write(config, to_toml({"verb": verb, **dataclass_to_dict(options)}))
+
+
+def write_segment(
+    options: TrainOptions | DistillOptions, verb: str, config: Path, step: int, changes: Changes
+) -> None:
+    """Brings ``config.toml`` up to date for a run that goes on from ``step`` with other options.
+
+    It holds the options of the last stretch, as the next ``--resume`` needs them; what earlier stretches had
+    otherwise stands above them, a line each.
+    """
+    if not changes:
+        return
+    text = read_limited(config, what="a TOML file").decode()
+    earlier = [line for line in text.splitlines() if line.startswith(_HEAD)]
+    had = ", ".join(f"{name} = {before}" for name, (before, _) in changes.items())
+    lines = [*earlier, f"{_HEAD}{step}: {had}"]
+    atomic_write(config, "\n".join(lines) + "\n\n" + to_toml({"verb": verb, **dataclass_to_dict(options)}))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _same_place(before: Any, now: Any) -> bool:
+    """Whether two texts name one file or folder."""
+    try:
+        return os.path.samefile(str(before), str(now))
+    except (OSError, ValueError):
+        return False
+
+
+def _check_same_method(options: DistillOptions, values: dict[str, Any], config: Path) -> None:
+    """Refuses to go on with a run of another method: networks of the same shape would let it pass."""
+    before = _choice(values.get("method", DistillOptions().method), values.get("divergence"))
+    now = _choice(options.method, options.divergence)
+    for name, had, has in zip(("method", "divergence"), before, now, strict=True):
+        if had != has:
+            raise UserError(
+                f"a run goes on with the {name} that it began with",
+                got=f"--{name} {has}, in a run of {had}",
+                fix=f"leave --{name} out, or begin another run: --config {config} --out FOLDER",
+            )
+
+
+def _choice(method: str, measure: str | None) -> tuple[str, str]:
+    """Method and divergence by their own names."""
+    found, name, _ = resolve_method(method, measure, DistillConfig())
+    return found.name, divergence(name).name
