@@ -128,7 +128,7 @@ def test_more_seeds_can_be_asked_for_later_and_nothing_else(tmp_path: Path, fini
 
 def test_identical_methods_give_identical_samples_and_no_difference(tmp_path: Path) -> None:
     line = TWO.replace("fast=diff-instruct[lr=0.002]", "twin=diff-instruct[batch=32]")
-    done(f'{line} --budget "3 steps" --seeds 1 --out {tmp_path}/c')
+    done(f'{line} --budget "5 steps" --seeds 1 --out {tmp_path}/c')
     files = [tmp_path / "c/runs" / f"{name}-seed0/samples/student.npz" for name in ("diff-instruct", "twin")]
     with np.load(files[0]) as first, np.load(files[1]) as second:
         assert np.array_equal(first["x"], second["x"])
@@ -212,7 +212,7 @@ def test_a_failing_method_does_not_stop_the_others(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "prepare_distillation", wrapped(spoil))
-        answer = done(f'{TWO} --seeds 3 --budget "3 steps" --out {tmp_path}/c')
+        answer = done(f'{TWO} --seeds 3 --budget "5 steps" --out {tmp_path}/c')
     runs = read(tmp_path / "c")["runs"]
     assert [run["status"] for run in runs] == ["done", "failed"] * 3
     messages = [run["message"] for run in runs if run["status"] == "failed"]

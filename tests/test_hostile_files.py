@@ -10,7 +10,10 @@ import pytest
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import load_tensors, read_json
-from distmatch.base.inputs import check_npz, parse_json, parse_toml, read_limited, require_regular_file
+from distmatch.base.inputs import parse_json, parse_toml, read_limited, require_regular_file
+from distmatch.data.files import Archive
+from distmatch.report.log import curves, read_log
+from distmatch.report.run import read_samples
 from distmatch.training.toml import read_toml
 
 
@@ -74,21 +77,6 @@ def test_hostile_toml_is_one_message_at_once(text):
     assert time.perf_counter() - began < 2
 
 
-def test_archives_are_judged_by_their_headers(tmp_path):
-    path = tmp_path / "a.npz"
-    np.savez_compressed(path, x=np.zeros((20, 1000, 1000), np.uint8), labels=np.zeros(20, np.int64))
-    assert path.stat().st_size < 40_000
-    headers = check_npz(path, 40_000_000)
-    assert headers["x"].shape == (20, 1000, 1000)
-    assert headers["labels"].nbytes == 160
-    with pytest.raises(UserError, match="does not fit into memory"):
-        check_npz(path, 10_000_000)
-    assert list(check_npz(path, 10_000_000, ("labels", "others"))) == ["labels"]
-    np.savez(path, x=np.array([{}], object))
-    with pytest.raises(UserError, match="not an array of numbers"):
-        check_npz(path, 10**9)
-
-
 def _npy(shape: tuple[int, ...], content: bytes = b"") -> bytes:
     header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
@@ -102,11 +90,25 @@ def test_members_that_are_no_arrays_are_refused(member, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", member)
     with pytest.raises(UserError):
-        check_npz(tmp_path / "a.npz", 10**18)
+        Archive(tmp_path / "a.npz")["x"]
+    with pytest.raises(UserError):
+        read_samples(tmp_path / "a.npz")
 
 
 def test_what_is_no_archive_is_refused(tmp_path):
     for content in (b"", b"PK\x03\x04", json.dumps([1]).encode()):
         (tmp_path / "a.npz").write_bytes(content)
         with pytest.raises(UserError, match="cannot read"):
-            check_npz(tmp_path / "a.npz", 10**9)
+            read_samples(tmp_path / "a.npz")
+
+
+def test_a_log_with_numbers_beyond_reason_is_read(tmp_path):
+    lines = ['{"event": "train", "step": 1, "loss": 1e308}', '{"event": "train", "step": 2, "loss": 1}']
+    lines += ['{"event": "train", "step": 3, "loss": ' + "9" * 400 + "}"]
+    lines += ['{"event": "train", "step": ' + "9" * 5000 + ', "loss": 2}', "[" * 100_000, '{"a":' * 99_999]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    events = read_log(tmp_path / "log.jsonl")
+    assert len(events) == 4
+    steps, values = curves(events, "loss")
+    assert steps.tolist() == [1, 2, 3]
+    assert np.isnan(values).tolist() == [True, False, True]

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from command import TINY, checkpoints, command, contents, done, weights
-from distmatch.base.memory import out_of_memory
 from distmatch.base.errors import UserError
+from distmatch.base.memory import out_of_memory
 from distmatch.cli.main import VERBS
 from distmatch.cli.surroundings import Lossy
-from distmatch.training.toml import to_toml
 from distmatch.report.log import read_log
 from distmatch.training.checkpoint import load_checkpoint
 from distmatch.training.runfolder import create
 from distmatch.training.teacher import TeacherTraining
+from distmatch.training.toml import to_toml
 from wrong_inputs import refused
 
 SHORT = f"train {TINY} --batch 16 --log-every 1 --checkpoint-every 2 --label-dropout 0"
@@ -218,15 +218,12 @@ def test_too_few_steps_for_a_student_are_refused(run: Path, tmp_path: Path) -> N
     assert not (tmp_path / "s").exists()
 
 
-def test_guidance_without_a_null_class_is_refused_before_training(
-    run: Path, tmp_path: Path
-) -> None:
+def test_guidance_without_a_null_class_is_refused_before_training(run: Path, tmp_path: Path) -> None:
     word = "also knows no class"
     refused(f"distill --teacher {run} --guidance 2 --batch 16 --steps 10 --out {tmp_path}/s", word)
     refused(f"sample {run} --guidance 2 --n 4 --out {tmp_path}/x.npz", word)
     refused(f"evaluate {run} --guidance 2", word)
     assert not (tmp_path / "s").exists()
-    from dataclasses import replace
 
     from distmatch.training.options import DistillOptions
     from distmatch.training.prepare import prepare_distillation

@@ -13,7 +13,6 @@ import os
 import re
 import stat
 import tomllib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ DEEPEST = 200
 """Levels of nesting in JSON; nothing that is written here has a tenth of it."""
 _LONGEST_INTEGER = 40  # digits; more do not fit into any number that is used here
 _LARGEST_TOML = 2**18
-_MOST_MEMBERS = 10_000
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
     stat.S_IFCHR: "a device",
@@ -212,81 +210,6 @@ def read_array_header(handle: IO[bytes]) -> ArrayHeader:
     if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
         raise ValueError(f"a shape of {str(shape)[:80]}")
     return ArrayHeader(shape, dtype)
-
-
-def npz_headers(path: str | os.PathLike[str]) -> dict[str, ArrayHeader | None]:
-    """What is in an ``.npz`` archive, by name without ``.npy``; None for what is no array. No array is read.
-
-    Raises:
-        UserError: It is no regular file, no archive, or damaged.
-    """
-    file = require_regular_file(path, "an .npz file")
-    found: dict[str, ArrayHeader | None] = {}
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            if len(members) > _MOST_MEMBERS:
-                raise ValueError(f"{len(members)} members")
-            for member in members:
-                with archive.open(member) as handle:
-                    header, begin = _header_or_none(handle), handle.tell()
-                if header is not None and header.nbytes > member.file_size - begin:
-                    raise ValueError(f"{member.filename} ends before its array of shape {header.shape} does")
-                found[member.filename.removesuffix(".npy")] = header
-    except Exception as error:  # of the zip module and of every compression that it knows
-        raise UserError(
-            f"cannot read {file} as an .npz archive",
-            got=f"{type(error).__name__}: {str(error)[:200]}",
-            expected="a whole file of arrays",
-            fix="it may be truncated or damaged: copy or write it again",
-        ) from error
-    return found
-
-
-def _header_or_none(handle: IO[bytes]) -> ArrayHeader | None:
-    try:
-        return read_array_header(handle)
-    except ValueError:
-        return None
-
-
-def check_npz(
-    path: str | os.PathLike[str], limit_bytes: int, names: tuple[str, ...] | None = None
-) -> dict[str, ArrayHeader]:
-    """Refuses an ``.npz`` archive whose arrays are larger in memory than ``limit_bytes``; none is read.
-
-    Args:
-        path: The archive.
-        limit_bytes: Most bytes of the arrays together.
-        names: The arrays that will be read; None: all.
-
-    Returns:
-        The headers of these arrays that there are.
-
-    Raises:
-        UserError: It is no archive, one of ``names`` is no array of numbers or text, or they are too large.
-    """
-    headers = npz_headers(path)
-    chosen: dict[str, ArrayHeader] = {}
-    for name in headers if names is None else [n for n in names if n in headers]:
-        header = headers[name]
-        if header is None or header.dtype.hasobject:
-            raise UserError(
-                f"{path}: {name} is not an array of numbers",
-                got="Python objects, which are never unpickled" if header else "another kind of content",
-                expected="plain arrays, for example np.savez(path, x=np.stack(samples))",
-            )
-        chosen[name] = header
-    total = sum(header.nbytes for header in chosen.values())
-    if total > limit_bytes:
-        largest = max(chosen, key=lambda name: chosen[name].nbytes)
-        raise UserError(
-            f"{path} does not fit into memory",
-            got=f"{total / 2**20:.0f} MiB; {largest} is {chosen[largest].shape}, {chosen[largest].dtype}",
-            expected=f"at most {limit_bytes / 2**20:.0f} MiB",
-            fix="take a part of it",
-        )
-    return chosen
 
 
 def memory_bound() -> int:

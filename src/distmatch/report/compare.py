@@ -10,6 +10,7 @@ from typing import Any
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import atomic_write, read_json
+from distmatch.base.inputs import read_limited
 from distmatch.report.compare_figures import Point, front_panel
 from distmatch.report.compare_words import (
     estimate,
@@ -91,7 +92,7 @@ def render_comparison(path: Path) -> str:
         protocol=flat(record["evaluation"]),
         seconds=sum(run.get("seconds") or 0.0 for run in record["runs"]),
         command=environment.get("command"),
-        config=config.read_text(errors="replace") if config.is_file() else None,
+        config=read_limited(config).decode(errors="replace") if config.exists() else None,
         environment=[item for item in flat(environment) if item[0] != "command"],
     )
 

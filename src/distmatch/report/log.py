@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distmatch.base.errors import UserError
+from distmatch.base.inputs import parse_json, read_limited
 
 Event = dict[str, Any]
+_LARGEST = 2**28  # bytes; a million lines of a training with every value there is
+_LONGEST_LINE = 2**20
+LARGEST_VALUE = 1e200
+"""Beyond it a value is none: no picture or mean of such numbers has a meaning."""
 
 
 def _number(value: object) -> float | None:
-    """``value`` as a float, NaN for null; None where it is no number at all."""
+    """``value`` as a float, NaN for null and beyond 1e200; None where it is no number at all."""
     if value is None:
         return math.nan
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < LARGEST_VALUE else math.nan
     return None
 
 
@@ -40,22 +43,14 @@ def read_log(path: str | os.PathLike[str]) -> list[Event]:
         One dict an event, each with the key ``event``.
 
     Raises:
-        UserError: The file cannot be read.
+        UserError: The file is no regular file, cannot be read or is larger than 256 MiB.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(
-            f"cannot read the log {path}",
-            got=error.strerror,
-            expected="the log.jsonl of a run folder",
-            fix="check the path",
-        ) from error
+    text = read_limited(path, _LARGEST, "the log.jsonl of a run folder").decode("utf-8", errors="replace")
     events: list[Event] = []
     for line in text.split("\n"):
         try:
-            event = json.loads(line)
-        except ValueError:
+            event = parse_json(line) if len(line) <= _LONGEST_LINE else None
+        except UserError:
             continue
         if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             continue

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,9 @@ import numpy as np
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import read_json
-from distmatch.report.log import Event, read_log
+from distmatch.base.inputs import parse_toml, read_limited
+from distmatch.data.files import Archive
+from distmatch.report.log import LARGEST_VALUE, Event, read_log
 
 MODELS = ("reference", "teacher", "student")
 _MARKS = ("config.toml", "log.jsonl", "metrics.json", "samples")
@@ -101,14 +101,14 @@ def read_run(path: Path, *, inner: bool = True) -> Run:
 
 
 def _read_text(path: Path) -> str | None:
-    return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else None
+    return read_limited(path).decode("utf-8", errors="replace") if path.exists() else None
 
 
 def _parse_config(text: str | None) -> dict[str, Any]:
     """The options, or nothing when the text is no TOML: the page still shows the text itself."""
     try:
-        return tomllib.loads(text or "")
-    except tomllib.TOMLDecodeError:
+        return parse_toml(text or "")
+    except UserError:
         return {}
 
 
@@ -127,7 +127,7 @@ def _optional_number(path: Path, where: str, value: object) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _broken(path, where, value, "a number or null")
-    return float(value)
+    return float(value) if abs(value) < LARGEST_VALUE else math.nan
 
 
 def read_metrics(path: Path) -> dict[str, ModelMetrics]:
@@ -173,17 +173,15 @@ def read_samples(path: Path) -> Samples:
     Raises:
         UserError: It is no npz file, or ``x`` is neither images nor vectors.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            x = file["x"]
-            labels = file["labels"] if "labels" in file.files else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    archive = Archive(path)
+    if "x" not in archive:
         raise UserError(
             f"cannot read the samples {path}",
-            got=str(error),
+            got=f"arrays {', '.join(archive)[:80]}",
             expected="an npz file with x and, optionally, labels",
             fix="remove the file and sample again",
-        ) from error
+        )
+    x, labels = archive["x"], archive.get("labels")
     images = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[-1] in (1, 3, 4)))
     vectors = np.issubdtype(x.dtype, np.floating) and x.ndim == 2
     if not (images or vectors) or 0 in x.shape:
