@@ -153,7 +153,7 @@ def test_broken_samples_are_refused(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     path = tmp_path / "samples" / "student.npz"
     path.write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(UserError, match="cannot read .*student.npz"):
+    with pytest.raises(UserError, match=r"student\.npz"):
         build_report(tmp_path)
     np.savez(path, x=np.array([{"a": 1}], dtype=object))  # a pickle inside: never loaded
     with pytest.raises(UserError, match=r"student\.npz"):
