@@ -108,6 +108,8 @@ def build(name: str, teacher: EDMDenoiser, options: Options, device: torch.devic
         for group, own in given.settings().items()
     }
     groups["matching"] = replace(groups["matching"], backtrack=2 if name == "disback" else 0)
+    # ctm draws the number of its solver's steps anew each time; with one, all steps do the same work.
+    groups["consistency"] = replace(groups["consistency"], solver_steps=1)
     config = replace(config, accumulate=options.accumulate, lr_rampup=0)
     setup = Setup(
         teacher=teacher,

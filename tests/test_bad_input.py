@@ -247,7 +247,7 @@ def test_checkpoints_that_do_not_fit_change_nothing(line: str) -> None:
         "--gan-weight 0.5 --method consistency",
         "--batch 1 --method mmd",
         "--student-sigma 0.001 --method scm",
-        "--student-sigma 81",
+        "--student-sigma 200",
         "--noise-low 3 --noise-high 2",
         "--width 32",
     ],

@@ -109,12 +109,33 @@ def test_levels_of_jumps_are_in_order_and_reach_the_data() -> None:
     law = Karras(0.002, 80.0)
     g = torch.Generator().manual_seed(0)
     sigma = law.sample(20_000, g)
-    to, via = soft_consistency_levels(sigma, law, 2 / 18, torch.rand(20_000, 2, generator=g))
+    share = torch.rand(20_000, generator=g)
+    to, via = soft_consistency_levels(sigma, law, 2 / 18, share)
     assert ((to >= 0) & (to <= via) & (via <= sigma)).all()
-    assert (law.cdf(sigma) - law.cdf(via)).max() <= 2 / 18 + 1e-4
+    crossed = law.cdf(sigma) - law.cdf(via)
+    assert crossed.max() <= 2 / 18 + 1e-4
+    far = (1 - share) * law.cdf(sigma) > 2 / 18 + 1e-3  # the jump goes further down than the solver
+    torch.testing.assert_close(crossed[far], torch.full_like(crossed[far], 2 / 18), rtol=0, atol=1e-4)
+    # With the paper's 17 of 18 cells the teacher goes all the way down to the level of the jump.
+    _, near = soft_consistency_levels(sigma, law, 17 / 18, share)
+    down = torch.maximum(share, 1 - 17 / 18 / law.cdf(sigma)) * law.cdf(sigma)
+    torch.testing.assert_close(law.cdf(near), down, rtol=0, atol=1e-4)
     # The chance of the data is E[min(1, (1/18) / U)] = (1 + ln 18) / 18 with U uniform; 4 standard errors.
     chance = (1 + math.log(18)) / 18
     assert float((to == 0).double().mean()) == pytest.approx(chance, abs=4 * math.sqrt(chance / 20_000))
+
+
+def test_the_number_of_cells_that_ctm_crosses_is_drawn_as_published() -> None:
+    method = distiller(GaussianMixture([1.0], [[0.0, 0.0]], [1.3]), method="ctm")
+    state = method.init(0)
+    found = []
+    for state.step in range(2000):
+        found.append(method.term.cells(state))
+    # Uniform on 1 to 17: mean 9, standard deviation 4.9; 4 standard errors.
+    assert set(found) == set(range(1, 18))
+    assert abs(sum(found) / 2000 - 9) < 4 * 4.9 / 2000**0.5
+    assert method.term.adversary is not None
+    assert method.setup.config.gan_weight == 1
 
 
 # ------------------------------------------------------------------ losses: fixed points and gradients
@@ -171,7 +192,7 @@ def test_exact_students_are_fixed_points_up_to_the_solver(terms: Any, method: st
         exact = Flow(1.3)
         state = state_of(exact, step=20)
         if method == "ctm":
-            loss = pseudo_huber(term.reached(state, draws), term.wanted(state, draws), term._c)
+            loss = pseudo_huber(term.reached(state, draws), term.wanted(state, draws, steps), term._c)
         else:
             loss, _ = term.loss(state, draws)
         slopes.append(abs(gradient(loss, exact)))
@@ -217,14 +238,26 @@ def test_the_gradient_of_mean_flow(terms: Any) -> None:
         return ((1 - t) * y - Flow(1.3, gain)(y, sigma, None, to)) / (t * sd)
 
     change = (velocity(0.2 + 1e-6) - velocity(0.2 - 1e-6)) / 2e-6
-    weight = (error.square().sum(1) + 1e-3) ** -0.75
+    weight = (error.square().sum(1) + 4e-3) ** -0.75
     slope = float(2 * (weight[:, None] * error * change).sum().detach())
     assert gradient(term.loss(state_of(student), draws)[0], student) == pytest.approx(slope, rel=1e-6)
 
 
+def test_times_of_mean_flow_are_the_paper_s_in_the_paper_s_unit() -> None:
+    """x_t = (1 - t) x0 + t eps with unit noise and data of 1/2: logit t has means -0.6 and -4, std 1.6."""
+    teacher = GaussianMixture([1.0], [[0.0]], [0.25], sigma_min=1e-6, sigma_max=1e6)  # cuts no tails off
+    term = distiller(teacher, method="mean-flow", student_sigma=0.0).term
+    for levels, mean in ((term._levels, -0.6), (term._lower, -4.0)):
+        sigma = levels(20_000, torch.Generator().manual_seed(0)).double()
+        t = sigma / (1 + sigma)  # sigma = t / (1 - t) in that unit
+        # 4 standard errors of 20,000 draws, seed 0.
+        assert float(torch.logit(t).mean()) == pytest.approx(mean, abs=4 * 1.6 / 20_000**0.5)
+        assert float(torch.logit(t).std()) == pytest.approx(1.6, abs=4 * 1.6 / 40_000**0.5)
+
+
 @pytest.mark.parametrize("source", ["teacher", "data"])
 def test_the_gradient_of_a_pair(terms: Any, source: str) -> None:
-    """sigma_data / (t - r) times the slope of the distance by its first argument only."""
+    """1 / (t - r) times the slope of the distance by its first argument only."""
     term, draws, sd = terms("consistency", consistency_from=source), draws_of(1.3), math.sqrt(1.3)
     student, sigma = Flow(1.3, gain=0.2), draws["sigma"]
     y = draws["x0"] + sigma[:, None] * draws["noise"]
@@ -238,7 +271,7 @@ def test_the_gradient_of_a_pair(terms: Any, source: str) -> None:
 
     def loss(gain: float) -> Tensor:
         away = (Flow(1.3, gain)(y, sigma) - fixed).square().sum(1)
-        return (sd / (sigma - lower) * ((away + c**2).sqrt() - c)).sum()
+        return (1 / (sigma - lower) * ((away + c**2).sqrt() - c)).sum()
 
     slope = float((loss(0.2 + 1e-6) - loss(0.2 - 1e-6)).detach()) / 2e-6
     assert gradient(term.loss(state_of(student, step=20), draws)[0], student) == pytest.approx(
@@ -253,7 +286,7 @@ def test_the_gradient_of_a_jump_flows_through_the_frozen_target(terms: Any) -> N
     state = state_of(student)
     state.extra["target"] = target
     y = draws["x0"] + draws["sigma"][:, None] * draws["noise"]
-    wanted = term.wanted(state, draws)
+    wanted = term.wanted(state, draws, 1)
 
     def loss(gain: float) -> Tensor:
         reached = target(Flow(1.3, gain).jump(y, draws["sigma"], draws["to"]), draws["to"])

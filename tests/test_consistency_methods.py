@@ -16,7 +16,7 @@ from distmatch.data.toys import toy
 from distmatch.diffusion.noise import Karras
 from distmatch.methods.consistency.pairs import pseudo_huber
 from distmatch.methods.start import fit_to_teacher, starting_network
-from distmatch.methods.student import Student, student_levels
+from distmatch.methods.student import Student
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
 from rounding import assert_same_but_for_rounding
@@ -93,14 +93,14 @@ def test_students_are_saved_with_all_they_know(settings: dict[str, Any], tmp_pat
     student.save_pretrained(str(tmp_path / "m"))
     again = Student.from_pretrained(str(tmp_path / "m"))
     assert_same_but_for_rounding(again.sample(8, seed=3), student.sample(8, seed=3))
-    assert student.levels[0] == pytest.approx(10.0)  # not the teacher's sigma_max, 20
+    assert student.levels[0] == pytest.approx(20 * 0.7)  # not the teacher's sigma_max, 20
     assert all(torch.isfinite(value).all() for info in infos for value in info.values())
     assert {"loss", "grad_norm_student"} <= infos[-1].keys()
 
 
 def test_an_adversary_that_waits_changes_nothing() -> None:
     """Its random numbers are of a stream of its own; until it begins, the run is the same to the bit."""
-    _, without, _ = trained(4, method="ctm")
+    _, without, _ = trained(4, method="ctm", gan_weight=0.0)
     _, waiting, infos = trained(4, method="ctm", gan_weight=0.5, gan_after=0.5)
     wanted = parameters(without)
     assert all(torch.equal(parameters(waiting)[name], value) for name, value in wanted.items())
@@ -125,7 +125,8 @@ def test_terms_of_ctm_pull_as_hard_as_each_other() -> None:
     kept = no_dsm.term
     kept._accumulate = lambda state, draws, adversary: (draws, None)  # what the same step draws
     draws = kept.backward(again, batch(0), None)
-    loss = pseudo_huber(kept.reached(again, draws), kept.wanted(again, draws), kept._c).mean()
+    wanted = kept.wanted(again, draws, kept.cells(again))
+    loss = pseudo_huber(kept.reached(again, draws), wanted, kept._c).mean() / 1.4  # of 2 sigma_data
     (alone,) = torch.autograd.grad(loss, again.student.denoiser.net.last.weight)
     torch.testing.assert_close(jump, alone, rtol=1e-4, atol=1e-8)  # float32
     # |dsm part| = 2 |jump part|, up to the 1e-4 that the weight's denominator adds.
@@ -245,7 +246,7 @@ def test_a_discriminator_has_no_fake_score_to_look_at() -> None:
     [
         ("scm", {"level_std": 1.0}, "--level-std does nothing with --level-law karras"),
         ("consistency", {"consistency_from": "data", "solver_steps": 2}, "--solver-steps does nothing"),
-        ("ctm", {"gan_after": 0.1}, "--gan-after does nothing with --gan-weight 0"),
+        ("ctm", {"gan_after": 0.1, "gan_weight": 0.0}, "--gan-after does nothing with --gan-weight 0"),
     ],
 )
 def test_settings_without_effect(method: str, settings: dict[str, Any], message: str) -> None:
@@ -266,5 +267,5 @@ def test_an_exact_teacher_is_fitted_first() -> None:
     method = distiller(PAIR, method="ctm")
     state = method.init(0, lambda n: (PAIR.sample(n, seed=n), None))
     assert state.student.denoiser.jumps
-    assert state.student.levels == student_levels(1, 10.0)
+    assert state.student.levels == pytest.approx((20 * PAIR.sigma_data,))
     method.step(state, batch(0, 2))

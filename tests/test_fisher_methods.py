@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distmatch.base.errors import UserError
@@ -17,7 +18,6 @@ from distmatch.discrepancies import energy_distance
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.matching.config import MatchingConfig
 from distmatch.methods.matching.field import student_field
-from distmatch.methods.matching.objectives import adversarial_student
 from distmatch.methods.start import fit_to_teacher, starting_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import check_settings, find_method, resolve_method
@@ -68,7 +68,9 @@ def test_sid_differentiates_both_networks_by_their_input(alpha: float) -> None:
     size = (x0 - p(x)).abs().mean(1).detach()
     by_hand = through(jp - jq, 2 * (1 - alpha) * difference + residual) + through(jq, difference) - difference
     mine = student_field(method, state, x0, sigma, noise, None).gradient
-    torch.testing.assert_close(mine * x0.numel(), by_hand / size[:, None], rtol=1e-4, atol=1e-5)
+    # A length, so in that in which the data have a standard deviation of 1/2.
+    by_hand = by_hand / size[:, None] / (2 * method.teacher.sigma_data)
+    torch.testing.assert_close(mine * x0.numel(), by_hand, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("features", ["teacher", "fake", "own"])
@@ -108,7 +110,7 @@ def test_uni_instruct_differentiates_the_ratio_as_it_is_told(source: str, featur
     size = (x0 - p(x)).abs().mean(1).detach()
     by_hand = through(jp - jq, residual) + through(jq, difference) - difference
     by_hand = by_hand + (free * (difference * residual).sum(1))[:, None] * slope
-    by_hand = 2 * (h / size)[:, None] * by_hand
+    by_hand = 2 * (h / size)[:, None] * by_hand / (2 * method.teacher.sigma_data)
     mine = student_field(method, state, x0, sigma, noise, None)
     torch.testing.assert_close(mine.gradient * x0.numel(), by_hand, rtol=2e-4, atol=2e-5)
     assert {"ess", "ratio_mean", "weight_mean", "score_gap"} <= mine.info.keys()
@@ -133,10 +135,15 @@ def test_sida_s_adversarial_term_is_that_of_the_fake_score_s_features() -> None:
     x0, sigma, noise = inputs()
     leaf = x0.clone().requires_grad_()
     features = state.fake.with_features(leaf + sigma[:, None] * noise, sigma)[1]  # type: ignore[union-attr]
-    loss = adversarial_student(state.discriminator(features, sigma, None))  # type: ignore[misc]
-    (pull,) = torch.autograd.grad(0.5 * loss, leaf)
+    logit = state.discriminator(features, sigma, None)  # type: ignore[misc]
+    # The authors divide it by the mean |x0 - D_p| of each sample, here in the unit of 2 sigma_data = 1.4.
+    size = (x0 - method.teacher(x0 + sigma[:, None] * noise, sigma)).abs().mean(1) / 1.4
+    (pull,) = torch.autograd.grad(0.5 * (F.softplus(-logit) / size).mean(), leaf)
     both = student_field(method, state, x0, sigma, noise, None)
-    alone = student_field(distiller(network_teacher(), method="sid"), state, x0, sigma, noise, None)
+    assert method.objective.alpha == 1.0
+    alone = student_field(
+        distiller(network_teacher(), method="sid", sid_alpha=1.0), state, x0, sigma, noise, None
+    )
     torch.testing.assert_close(both.gradient - alone.gradient, pull, rtol=1e-3, atol=1e-6)
 
 

@@ -235,11 +235,11 @@ def test_it_brings_a_student_close_to_the_data() -> None:
 def test_levels_of_the_chain() -> None:
     time = noise_path("vp")
     first = float(time.t_of_rho(20.0))
-    uniform, quadratic = (chain_levels(4, 20.0, s) for s in ("uniform", "quadratic"))
+    uniform, quadratic = (chain_levels(4, 20.0, 0.5, s) for s in ("uniform", "quadratic"))
     for levels, power in ((uniform, 1), (quadratic, 2)):
         shares = [float(time.t_of_rho(level)) / first for level in levels]
         assert shares == pytest.approx([1, 0.75**power, 0.5**power, 0.25**power], abs=1e-5)
-    assert chain_levels(1, 2.5, "quadratic") == (2.5,)
+    assert chain_levels(1, 2.5, 0.5, "quadratic") == (2.5,)
 
 
 @pytest.mark.parametrize("chain", ["renoise", "ddim", "posterior"])

@@ -138,13 +138,12 @@ def test_the_samples_receive_exactly_the_weighted_score_difference(features: str
     state.normaliser = RatioNormaliser(state.normaliser.config)
     x0, received, parts = student_step(method, state, torch.arange(32) % 3)
     g = score_difference(parts["teacher"], parts["fake"], x0, parts["sigma"], parts["weight"])
+    g = g / (2 * teacher.sigma_data)  # in the length in which the data have a standard deviation of 1/2
     assert parts["weight"].std() > 0.02
-    if gan_weight == 0:
-        assert torch.equal(received, g / g.numel())
-    else:
-        # The teacher's pass is then part of a graph, and its kernels may differ by a rounding.
-        torch.testing.assert_close(received, g / g.numel() + parts["pull"], rtol=1e-5, atol=1e-9)
+    if gan_weight > 0:
         assert parts["pull"].abs().max() > 1e-6
+    # Samples in another unit, and a teacher's pass that is part of a graph: both differ by roundings.
+    torch.testing.assert_close(received, g / g.numel() + parts["pull"], rtol=1e-4, atol=1e-8)
     for net in (teacher, state.fake, state.discriminator):
         assert all(p.grad is None for p in net.parameters())  # type: ignore[union-attr]
 

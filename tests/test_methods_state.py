@@ -82,8 +82,8 @@ def test_a_state_of_another_network_is_refused() -> None:
 
 
 def test_levels_of_a_student_fall_from_the_first() -> None:
-    assert student_levels(1, 20.0) == (20.0,)
-    levels = student_levels(4, 80.0)
+    assert student_levels(1, 20.0, 0.5) == (20.0,)
+    levels = student_levels(4, 80.0, 0.5)
     assert levels[0] == 80.0
     steps = torch.tensor([*levels, 0.002]).double() ** (1 / 7)  # even in sigma^(1/7), down to 0.002
     torch.testing.assert_close(

@@ -268,7 +268,7 @@ def test_asking_for_the_result_changes_nothing() -> None:
 
 def test_the_bank_is_the_teachers_and_not_that_of_its_evaluation() -> None:
     ring = toy("ring8")
-    method = distiller(ring, method="dpm-ot", bank=2000, student_sigma=0.5)
+    method = distiller(ring, method="dpm-ot", bank=2000, student_sigma=0.5 / ring.sigma_data)
     bank = method.bank(method.init(0))[0]
     real = ring.sample(2000, seed=1) + 0.5 * normal(2000, 2)
     assert mmd(bank, real, "energy").value < 5e-3
@@ -289,7 +289,7 @@ def test_draws_double_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    for level in (20.0, 0.0):  # 0 is sigma_max
+    for level in (20.0 / 0.7, 0.0):  # 0 is sigma_max
         with pytest.raises(UserError, match="inside of the teacher's levels"):
             distiller(network_teacher(), method="dpm-ot", student_sigma=level)
     method = distiller(network_teacher(2), method="dpm-ot", bank=4, bank_steps=2)

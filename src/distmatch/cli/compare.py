@@ -8,6 +8,7 @@ from typing import Any
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import Place, parse_run, print_json
 from distmatch.training.compare_options import CompareOptions, Entry, entry_options
+from distmatch.training.config_format import config_text
 from distmatch.training.toml import dataclass_to_dict, to_toml
 
 ABOUT = """Distil a teacher by several methods at the same budget, and say which of them really differ.
@@ -74,7 +75,7 @@ def _dry_run(options: CompareOptions, entries: tuple[Entry, ...], place: Place) 
         impossible = [{"name": name, "reason": why} for name, why in plan.impossible]
         print_json({**shown, "budget": asdict(plan.budget), "methods": methods, "impossible": impossible})
         return
-    print(to_toml({"verb": "compare", **dataclass_to_dict(options)}))
+    print(config_text("compare", options))
     print("# not written: this is a dry run")
     for method in methods:
         print(f"\n# {method['name']}: {method['summary']} ({method['citation']})")

@@ -52,8 +52,9 @@ def recipe(options: DemoOptions) -> tuple[TrainOptions, DistillOptions]:
         teacher=str(options.out / "teacher"),
         divergence=options.divergence,
         run=replace(run, steps=student_steps, checkpoint_every=500),
-        # Digits have 17 grey values: below sigma 0.1 real and generated are told apart by that alone.
-        distill=DistillConfig(noise_low=0.1, noise_high=5.0, gan_weight=3e-2, lr_decay="cosine"),
+        # Digits have 17 grey values: below sigma 0.1 real and generated are told apart by that alone. Levels
+        # are in units of sigma_data, 0.75.
+        distill=DistillConfig(noise_low=0.13, noise_high=6.6, gan_weight=3e-2, lr_decay="cosine"),
     )
     return train, distill
 

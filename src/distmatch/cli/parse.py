@@ -14,7 +14,8 @@ import tyro
 
 from distmatch.base.errors import UserError
 from distmatch.cli.refusal import refusal
-from distmatch.training.toml import dataclass_to_dict, dict_to_dataclass, read_toml
+from distmatch.training.config_format import read_config
+from distmatch.training.toml import dataclass_to_dict, dict_to_dataclass
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ def options_from(
     Raises:
         UserError: The file is of another verb, or has unknown or wrong entries.
     """
-    values = read_toml(path)
+    values = read_config(path)
     found = values.pop("verb", verb)
     if found != verb:
         raise UserError(

@@ -12,10 +12,11 @@ from distmatch.base.errors import UserError
 from distmatch.cli.parse import Place, checkpoint_choice, print_json
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.compare_cost import step_times
+from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
 from distmatch.training.runfolder import RunFolder, check_usable, create
 from distmatch.training.runs import Job, carry_out
-from distmatch.training.toml import dataclass_to_dict, to_toml
+from distmatch.training.toml import dataclass_to_dict
 
 
 def open_folder(place: Place, inputs: tuple[str, ...] = ()) -> RunFolder:
@@ -83,7 +84,7 @@ def dry_run(job: Job, place: Place) -> None:
     if place.json:
         print_json(shown)
         return
-    print(to_toml({"verb": job.verb, **dataclass_to_dict(job.options)}))
+    print(config_text(job.verb, job.options))
     print("# not written: this is a dry run")
     print(f"# device      {shown['device']}")
     for name, count in parameters.items():

@@ -41,18 +41,18 @@ def build_method(setup: Setup) -> Distiller:
 
 def _check_levels(setup: Setup) -> None:
     teacher, cfg = setup.teacher, setup.config
-    low, high = teacher.sigma_min, teacher.sigma_max
+    low, high, data = teacher.sigma_min, teacher.sigma_max, teacher.sigma_data
     if not low < setup.first_level <= high:
         raise UserError(
             "the student must start at a noise level that the teacher knows",
-            got=f"--student-sigma {cfg.student_sigma:g}",
-            expected=f"above {low:g} and up to {high:g}, or 0 for {high:g}",
+            got=f"--student-sigma {cfg.student_sigma:g}, in units of sigma_data = {data:.4g}",
+            expected=f"above {low / data:.4g} and up to {high / data:.4g}, or 0 for that",
         )
-    last = cfg.noise_high or high
-    if setup.method.critic and not cfg.noise_low < last:
+    first, last = setup.compared_levels
+    if setup.method.critic and not first < last:
         raise UserError(
             "student and teacher are compared between two noise levels",
-            got=f"--noise-low {cfg.noise_low:g} and --noise-high {last:g}",
+            got=f"--noise-low {first / data:.4g} and --noise-high {last / data:.4g}, in units of sigma_data",
             expected="the first one below the second",
         )
 
@@ -60,7 +60,13 @@ def _check_levels(setup: Setup) -> None:
 def _matching(setup: Setup) -> Distiller:
     terms = (PairRegression(setup),) if setup.method.name == "dmd" else ()
     moments = setup.method.name == "moment-matching"
-    base = Matching(setup, _objective(setup), terms, chain="posterior" if moments else "renoise")
+    base = Matching(
+        setup,
+        _objective(setup),
+        terms,
+        chain="posterior" if moments else "renoise",
+        weigh_adversary=setup.method.name == "sida",
+    )
     if moments and setup.matching.backtrack:
         raise UserError(
             "moment-matching draws its fake score to the teacher and cannot follow recorded ones",

@@ -18,9 +18,9 @@ class DistillConfig:
 
     calls: int = 1
     """Network calls of the student: 1, or more with backward simulation."""
-    student_sigma: float = 2.5
-    """Noise level at which the student starts; 0 takes the teacher's sigma_max. A copied teacher keeps
-    more of what it knows at a level where its predictions still vary."""
+    student_sigma: float = 5.0
+    """Noise level at which the student starts, in units of sigma_data; 0 takes the teacher's sigma_max. A
+    copied teacher keeps more of what it knows at a level where its predictions still vary."""
     critic_steps: int = 5
     """K: the student moves at every K-th step."""
     order: Literal["same-batch", "alternate"] = "same-batch"
@@ -66,10 +66,10 @@ class DistillConfig:
     """Samples a noise bin needs before its own mean is used."""
     ratio_clip: float = 3.0
     """Bound on |log r| after normalisation."""
-    noise_low: float = 0.02
-    """Smallest noise level at which student and teacher are compared."""
+    noise_low: float = 0.04
+    """Smallest noise level at which student and teacher are compared, in units of sigma_data."""
     noise_high: float = 0.0
-    """Largest noise level of the comparison; 0 takes the teacher's sigma_max."""
+    """Largest noise level of the comparison, in units of sigma_data; 0 takes the teacher's sigma_max."""
     noise_rho: float = 7.0
     """Curvature of the noise-level distribution (Karras)."""
     scaling: Literal["dmd2", "score"] = "dmd2"

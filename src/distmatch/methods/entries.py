@@ -8,9 +8,9 @@ _LEVEL_SETTINGS = ("level_law", "level_mean", "level_std")
 _PAIR_SETTINGS = ("huber", "teacher_solver", "solver_steps")
 _TANGENT_SETTINGS = ("tangent", "tangent_warmup", "tangent_bound")
 
-PATH_START = 10.0
-"""Where students of whole paths start: higher levels are hardly in the training of EDM's teachers. Data of a
-spread above 1 have it in units of that."""
+PATH_START = 20.0
+"""Where students of whole paths start, in units of sigma_data: at 10 for data of standard deviation 1/2, as
+higher levels are hardly in the training of EDM's teachers."""
 
 ENTRIES = (
     Method(
@@ -83,7 +83,7 @@ ENTRIES = (
         adversarial=True,
         teacher_gradient=True,
         uses=("sid_alpha",),
-        defaults={"ratio_features": "fake"},
+        defaults={"ratio_features": "fake", "sid_alpha": 1.0},
     ),
     Method(
         name="sim",
@@ -152,7 +152,7 @@ ENTRIES = (
         adversarial=True,
         uses=(*_LEVEL_SETTINGS, *_PAIR_SETTINGS, "target_decay", "dsm_weight", "gan_after", "gamma"),
         ignores=("joint_weight", "ratio_bins", "ratio_memory", "ratio_min_count", "ratio_clip"),
-        defaults={"student_sigma": PATH_START, "gan_weight": 0.0},
+        defaults={"student_sigma": PATH_START, "gan_weight": 1.0, "solver_steps": 17},
     ),
     Method(
         name="mean-flow",
@@ -166,10 +166,12 @@ ENTRIES = (
             *("consistency_from", *_LEVEL_SETTINGS, "tangent"),
             *("to_mean", "to_std", "jump_share", "adaptive_power", "gamma"),
         ),
-        # Derivatives in its time grow with sigma, so that levels even in sigma^(1/7) drown it in noise.
+        # Derivatives in its time grow with sigma, so that levels even in sigma^(1/7) drown it in noise. The
+        # paper draws logit t from N(-0.6, 1.6), with unit noise and data of 1/2: log sigma is logit t, and
+        # log(sigma / sigma_data) is larger by log 2. In the same way -4.0 of the lower level is -3.3069.
         defaults={
             **{"student_sigma": PATH_START, "gan_weight": 0.0},
-            **{"level_law": "log-normal", "level_mean": -0.6, "level_std": 1.6},
+            **{"level_law": "log-normal", "level_mean": 0.0931, "level_std": 1.6},
         },
     ),
     Method(
@@ -222,7 +224,7 @@ ENTRIES = (
         critic=False,
         ignores=("guidance", "accumulate"),
         defaults={
-            **{"gan_weight": 0.0, "calls": 5, "student_sigma": 1.0, "lr": 0.02},
+            **{"gan_weight": 0.0, "calls": 5, "student_sigma": 1.4, "lr": 0.02},
             **{"beta2": 0.999, "lr_rampup": 0, "lr_decay": "cosine"},
         },
     ),

@@ -133,7 +133,7 @@ def _checked_level(level: float, student: Student, where: tuple[float, ...]) -> 
         "the student was not trained to take over at this level",
         got=f"{level:g}",
         expected=listed,
-        fix="choose one of these, or distil with --student-sigma at the level you want",
+        fix=f"choose one of these, or distil with --student-sigma {level / student.denoiser.sigma_data:.4g}",
     )
 
 
@@ -155,8 +155,7 @@ def _check_first(stop: float, teacher: Denoiser, student: Student) -> None:
             "data are far from it",
             got=f"sigma {stop:g} at a sigma_data of {teacher.sigma_data:.3g}",
             expected=f"sigma_data / sigma at most {MOST_SIGNAL:g}",
-            fix=f"distil with --student-sigma {teacher.sigma_data / MOST_SIGNAL:.3g} or more, or with a "
-            "consistency method",
+            fix=f"distil with --student-sigma {1 / MOST_SIGNAL:.3g} or more, or with a consistency method",
         )
 
 

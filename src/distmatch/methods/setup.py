@@ -15,13 +15,12 @@ from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.divergences import Divergence
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.consistency.config import ConsistencyConfig
-from distmatch.methods.entries import PATH_START
 from distmatch.methods.kernel.config import KernelConfig
 from distmatch.methods.matching.config import MatchingConfig
 from distmatch.methods.method import Method
 from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student
+from distmatch.methods.student import Student, student_levels
 from distmatch.methods.transport.config import TransportConfig
 from distmatch.nets.config import NetConfig
 from distmatch.nets.optim import adam
@@ -63,16 +62,31 @@ class Setup:
     transport: TransportConfig = field(default_factory=TransportConfig)
 
     @property
-    def first_level(self) -> float:
-        """Where the student starts; a default that is above the levels of the teacher comes down to them.
+    def unit(self) -> float:
+        """The length in which the data have a standard deviation of 1/2, as those of the papers have.
 
-        A default of a method of whole paths rises with the spread of wide data, which the noise must hide.
+        Losses are computed in it, so that their constants are the published ones and gradients by parameters
+        are the same for data in any unit.
         """
-        chosen, highest = self.config.student_sigma or self.teacher.sigma_max, self.teacher.sigma_max
+        return 2 * self.teacher.sigma_data
+
+    @property
+    def first_level(self) -> float:
+        """Where the student starts; a default that is above the levels of the teacher comes down to them."""
+        highest = self.teacher.sigma_max
+        chosen = self.config.student_sigma * self.teacher.sigma_data or highest
         own = self.method.defaults.get("student_sigma", DistillConfig.student_sigma)
-        if self.config.student_sigma != own:
-            return chosen
-        return min(chosen * max(1.0, self.teacher.sigma_data) if own == PATH_START else chosen, highest)
+        return min(chosen, highest) if self.config.student_sigma == own else chosen
+
+    @property
+    def compared_levels(self) -> tuple[float, float]:
+        """The smallest and the largest level at which student and teacher are compared."""
+        low, high = (v * self.teacher.sigma_data for v in (self.config.noise_low, self.config.noise_high))
+        return low, high or self.teacher.sigma_max
+
+    def student_levels(self, calls: int) -> tuple[float, ...]:
+        """The levels of a student's calls, from the first one down."""
+        return student_levels(calls, self.first_level, self.teacher.sigma_data)
 
     def adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimiser of a network, with the shared settings."""

@@ -57,6 +57,7 @@ def starting_network(teacher: Denoiser, net: NetConfig | None, seed: int, device
             sigma_data=teacher.sigma_data,
             sigma_min=teacher.sigma_min,
             sigma_max=teacher.sigma_max,
+            noise_unit=2 * teacher.sigma_data,
         )
     # In eval mode: dropout would make samples of another distribution than those of the saved student,
     # and draw from torch's global stream, which no checkpoint holds.

@@ -42,13 +42,21 @@ def chain_weights(chain: Chain, now: float, after: float, gamma: float = 0.0) ->
     return ratio**2, after * (1 - ratio**2) ** 0.5
 
 
-def student_levels(calls: int, sigma: float) -> tuple[float, ...]:
+def student_levels(calls: int, sigma: float, sigma_data: float) -> tuple[float, ...]:
     """Noise levels that a student of ``calls`` calls is evaluated at, from ``sigma`` down.
 
-    They are equally spaced in the Karras parameter, like the time steps 999, 749, 499, 249 of DMD2.
+    They are equally spaced in the Karras parameter above EDM's smallest level, 0.002 for data of standard
+    deviation 1/2, like the time steps 999, 749, 499, 249 of DMD2.
+
+    Args:
+        calls: Network calls.
+        sigma: The first level.
+        sigma_data: Standard deviation of the data.
     """
-    share = torch.arange(calls, 0, -1, dtype=torch.float64) / calls
-    return tuple(round(v, 6) for v in Karras(0.002, sigma).quantile(share).tolist())
+    if calls == 1:
+        return (sigma,)
+    share = torch.arange(calls - 1, 0, -1, dtype=torch.float64) / calls
+    return (sigma, *Karras(0.004 * sigma_data, sigma).quantile(share).tolist())
 
 
 class Student(nn.Module):

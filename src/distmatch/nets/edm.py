@@ -19,7 +19,7 @@ class EDMDenoiser(nn.Module):
 
     With ``v = sigma^2 + sigma_data^2``: ``c_skip = sigma_data^2 / v``,
     ``c_out = sigma sigma_data / sqrt(v)``, ``c_in = 1 / sqrt(v)``,
-    ``c_noise = ln(sigma) / 4``. The network then sees inputs and targets of unit variance
+    ``c_noise = ln(sigma / noise_unit) / 4``. The network then sees inputs and targets of unit variance
     at every noise level.
 
     Args:
@@ -31,13 +31,15 @@ class EDMDenoiser(nn.Module):
         sigma_max: Largest noise level; sampling starts there.
         pfgm_dims: Extra dimensions D of the Student-t noise that it was trained with (PFGM++); 0 is
             Gaussian noise.
+        noise_unit: Unit of the levels that the network is told. Published networks have 1; with twice
+            ``sigma_data`` the denoiser of scaled data is the scaled denoiser, with the same weights.
 
     Attributes:
         jumps: Whether the network knows the level to jump to; :func:`distmatch.nets.jump.as_jump` teaches it.
 
     Raises:
-        UserError: Not ``0 < sigma_min < sigma_max``, ``sigma_data`` is not positive, or ``pfgm_dims`` is
-            negative.
+        UserError: Not ``0 < sigma_min < sigma_max``, ``sigma_data`` or ``noise_unit`` is not positive, or
+            ``pfgm_dims`` is negative.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class EDMDenoiser(nn.Module):
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         pfgm_dims: float = 0.0,
+        noise_unit: float = 1.0,
     ) -> None:
         super().__init__()
         if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
@@ -70,6 +73,9 @@ class EDMDenoiser(nn.Module):
                 "the extra dimensions of PFGM++ must be positive, or 0 for Gaussian noise", got=pfgm_dims
             )
         self.pfgm_dims = float(pfgm_dims)
+        if not 0 < noise_unit < float("inf"):
+            raise UserError("the unit of noise levels must be positive", got=noise_unit)
+        self.noise_unit = float(noise_unit)
         self.jumps = False
 
     @property
@@ -142,10 +148,11 @@ class EDMDenoiser(nn.Module):
                     "this network knows one noise level and cannot jump to another",
                     fix="turn it into one that does with distmatch.nets.jump.as_jump",
                 )
-            return noise_coordinate(sigma)
+            return noise_coordinate(sigma, self.noise_unit)
         to = torch.zeros_like(sigma) if to is None else to.to(sigma.dtype).reshape(-1).expand(sigma.shape)
         # Smooth in the level, and finite at 0: below sigma_min there is nothing more to tell apart.
-        return torch.stack([noise_coordinate(sigma), noise_coordinate((to**2 + self.sigma_min**2).sqrt())], 1)
+        levels = (sigma, (to**2 + self.sigma_min**2).sqrt())
+        return torch.stack([noise_coordinate(level, self.noise_unit) for level in levels], 1)
 
     def _scales(self, level: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out at ``level``, with ``variance = level^2 + sigma_data^2``, all (B, 1, ...)."""

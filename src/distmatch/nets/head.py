@@ -63,15 +63,22 @@ class RatioHead(nn.Module):
         feature_shapes: Shapes of the features without batch, (C,) or (C, H, W) each.
         num_classes: Number of classes; 0 without.
         width: Channels inside the heads.
+        noise_unit: Unit of the noise levels, as of :class:`~distmatch.nets.edm.EDMDenoiser`.
 
     Raises:
         UserError: There is no feature, or one is neither a vector nor a map.
     """
 
     def __init__(
-        self, feature_shapes: Sequence[tuple[int, ...]], num_classes: int, *, width: int = 64
+        self,
+        feature_shapes: Sequence[tuple[int, ...]],
+        num_classes: int,
+        *,
+        width: int = 64,
+        noise_unit: float = 1.0,
     ) -> None:
         super().__init__()
+        self.noise_unit = noise_unit
         if not feature_shapes or any(len(shape) not in (1, 3) for shape in feature_shapes):
             raise UserError(
                 "a ratio head needs features that are vectors or maps",
@@ -94,7 +101,8 @@ class RatioHead(nn.Module):
             sigma: Noise levels (B,).
             labels: Classes (B,) int64, -1 for none.
         """
-        embedding = self.conditioning(noise_coordinate(sigma.to(at_least_float32(sigma))), labels)
+        level = noise_coordinate(sigma.to(at_least_float32(sigma)), self.noise_unit)
+        embedding = self.conditioning(level, labels)
         dtype = self.conditioning.mix.weight.dtype
         logits = [
             projection(head(feature.to(dtype)), embedding)
@@ -111,7 +119,8 @@ class RatioNet(nn.Module):
         num_classes: Number of classes; 0 without.
         width: Hidden units.
         depth: Residual blocks.
-        sigma_data: Standard deviation of the data; inputs are scaled by ``1 / sqrt(sigma^2 + sigma_data^2)``.
+        sigma_data: Standard deviation of the data; inputs are scaled by ``1 / sqrt(sigma^2 + sigma_data^2)``,
+            and levels are told in units of twice that.
     """
 
     def __init__(
@@ -134,5 +143,6 @@ class RatioNet(nn.Module):
         dtype = at_least_float32(x)
         sigma = sigma.to(dtype)
         c_in = (expand(sigma, x) ** 2 + self.sigma_data**2).rsqrt()
-        states, embedding = self.trunk(x.to(dtype) * c_in, noise_coordinate(sigma), labels)
+        level = noise_coordinate(sigma, 2 * self.sigma_data)
+        states, embedding = self.trunk(x.to(dtype) * c_in, level, labels)
         return self.projection(F.silu(self.norm(states[-1])), embedding)

@@ -18,9 +18,13 @@ _FREQUENCIES = 32
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def noise_coordinate(sigma: Tensor) -> Tensor:
-    """``c_noise = ln(sigma) / 4`` (Karras et al. 2022, table 1), finite at ``sigma = 0``."""
-    return sigma.clamp_min(torch.finfo(sigma.dtype).tiny).log() / 4
+def noise_coordinate(sigma: Tensor, unit: float = 1.0) -> Tensor:
+    """``c_noise = ln(sigma / unit) / 4`` (Karras et al. 2022, table 1), finite at ``sigma = 0``.
+
+    The table's unit is 1, for data of standard deviation 1/2.
+    """
+    relative = sigma if unit == 1 else sigma / unit
+    return relative.clamp_min(torch.finfo(sigma.dtype).tiny).log() / 4
 
 
 def at_least_float32(x: Tensor) -> torch.dtype:

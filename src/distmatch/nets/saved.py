@@ -32,6 +32,7 @@ from distmatch.nets.split_shortcut import SplitLayer
 
 FORMAT = "distmatch-model"
 VERSION = 1
+UNIT_VERSION = 2  # with a unit of noise levels, which earlier releases would not see
 EXTRA_TENSORS = "extra.safetensors"
 CARD = "README.md"
 _TENSORS, _CONFIG = "model.safetensors", "config.json"
@@ -66,7 +67,7 @@ def save_model(
     check_model_folder(folder, (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD))
     config = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if denoiser.noise_unit == 1 else UNIT_VERSION,
         "net": to_dict(denoiser.net.config),  # type: ignore[arg-type]
         "shape": list(denoiser.shape),
         "num_classes": denoiser.num_classes,
@@ -106,11 +107,11 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
             expected=f"format {FORMAT!r}",
             fix="give the folder that save_pretrained or a run wrote",
         )
-    if config.get("version") != VERSION:
+    if config.get("version") not in (VERSION, UNIT_VERSION):
         raise UserError(
             f"{folder} was written in another version of the format",
             got=config.get("version"),
-            expected=VERSION,
+            expected=f"{VERSION} or {UNIT_VERSION}",
             fix="use the release of distmatch that wrote it, or a newer one",
         )
     tensors = load_tensors(folder / _TENSORS)
@@ -147,6 +148,8 @@ def _parametrisation(denoiser: EDMDenoiser) -> dict[str, Any]:
         said = {"path": path_to_dict(denoiser.path), "prediction": denoiser.prediction}
     if denoiser.pfgm_dims:
         said["pfgm_dims"] = denoiser.pfgm_dims
+    if denoiser.noise_unit != 1:
+        said["noise_unit"] = denoiser.noise_unit
     if denoiser.jumps:
         said["jumps"] = True
     return said
@@ -211,4 +214,5 @@ def _one_level(config: dict[str, Any], tensors: int) -> EDMDenoiser:
     if "prediction" in config:
         path, prediction = path_from_dict(config["path"]), config["prediction"]
         return PathDenoiser(net, path, prediction, shape=shape, num_classes=num_classes, **options)
+    options["noise_unit"] = float(config.get("noise_unit", 1.0))
     return EDMDenoiser(net, shape=shape, num_classes=num_classes, **options)

@@ -12,15 +12,19 @@ class LearnedUncertainty(nn.Module):
 
     All levels then pull on the network with the same force, whatever the weighting of the loss. It
     starts at 0, where nothing is changed, and is of no use after training.
+
+    Args:
+        noise_unit: Unit of the noise levels, as of :class:`~distmatch.nets.edm.EDMDenoiser`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noise_unit: float = 1.0) -> None:
         super().__init__()
+        self.noise_unit = noise_unit
         self.last = zeroed(nn.Linear(64, 1))
 
     def forward(self, sigma: Tensor) -> Tensor:
         """The log-variance at levels ``sigma`` (B,), (B,) float32."""
-        features = fourier_features(noise_coordinate(sigma.float()))
+        features = fourier_features(noise_coordinate(sigma.float(), self.noise_unit))
         return self.last(features.to(self.last.weight.dtype))[:, 0].float()
 
 

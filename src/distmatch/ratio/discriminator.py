@@ -51,7 +51,8 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
         probe = torch.zeros(2, *features_from.shape, device=_device(features_from))
         labels = torch.zeros(2, dtype=torch.int64, device=probe.device) if num_classes else None
         _, features = features_from.with_features(probe, torch.ones(2, device=probe.device), labels)
-    return RatioHead([tuple(f.shape[1:]) for f in features], num_classes)
+    shapes = [tuple(f.shape[1:]) for f in features]
+    return RatioHead(shapes, num_classes, noise_unit=2 * features_from.sigma_data)
 
 
 def denoise_with_logit(

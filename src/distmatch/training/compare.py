@@ -26,12 +26,12 @@ from distmatch.training.compare_record import (
 )
 from distmatch.training.compare_stats import Measured
 from distmatch.training.compare_summary import summarise
+from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
 from distmatch.training.environment import environment
 from distmatch.training.prepare import prepare_distillation
 from distmatch.training.runfolder import RunFolder, create
 from distmatch.training.runs import carry_out
-from distmatch.training.toml import dataclass_to_dict, to_toml
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any
         record |= {"evaluation": prepared.bench.settings(), **prepared.bench.baseline(folder, prepared.quiet)}
     record["runs"] = all_runs(record, options)
     comparison = _Comparison(prepared, folder, record)
-    atomic_write(folder.config, to_toml({"verb": "compare", **dataclass_to_dict(options)}))
+    atomic_write(folder.config, config_text("compare", options))
     atomic_json(folder.env, environment())
     comparison.write()
     for run in record["runs"]:

@@ -8,9 +8,10 @@ from typing import Any
 from distmatch.base.errors import UserError
 from distmatch.training.compare_options import CompareOptions
 from distmatch.training.compare_plan import Plan
+from distmatch.training.config_format import read_config
 from distmatch.training.options import DistillOptions
 from distmatch.training.runfolder import RunFolder
-from distmatch.training.toml import dict_to_dataclass, read_toml
+from distmatch.training.toml import dict_to_dataclass
 
 RECORD = "compare.json"
 """Its name in the folder of a comparison."""
@@ -74,7 +75,7 @@ def check_same(options: CompareOptions, folder: RunFolder) -> None:
     """
     if not folder.config.exists():
         return
-    values = read_toml(folder.config)
+    values = read_config(folder.config)
     values.pop("verb", None)
     begun = dict_to_dataclass(CompareOptions, values, where=str(folder.config))
     names = [f.name for f in fields(options) if f.name not in (*_MAY_CHANGE, "shared")]

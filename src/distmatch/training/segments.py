@@ -13,8 +13,9 @@ from distmatch.base.inputs import read_limited
 from distmatch.divergences import divergence
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.table import resolve_method
+from distmatch.training.config_format import config_text, read_config
 from distmatch.training.options import DistillOptions, TrainOptions
-from distmatch.training.toml import dataclass_to_dict, read_toml, to_toml
+from distmatch.training.toml import dataclass_to_dict
 
 # They change how a run is carried out, not what it computes.
 _FREE = ("run.device", "run.compile", "run.keep", "run.checkpoint_every", "run.log_every")
@@ -40,7 +41,7 @@ def changes_on_resume(options: TrainOptions | DistillOptions, config: Path) -> C
     """
     if not config.exists():
         return {}
-    values = read_toml(config)
+    values = read_config(config)
     if isinstance(options, DistillOptions):
         _check_same_method(options, values, config)
     kind, now = dataclass_to_dict(type(options)()), dict(_flat(dataclass_to_dict(options)))
@@ -75,7 +76,7 @@ def changes_on_resume(options: TrainOptions | DistillOptions, config: Path) -> C
 
 def write_config(options: TrainOptions | DistillOptions, verb: str, config: Path) -> None:
     """Writes the ``config.toml`` of a run that begins."""
-    atomic_write(config, to_toml({"verb": verb, **dataclass_to_dict(options)}))
+    atomic_write(config, config_text(verb, options))
 
 
 def write_segment(
@@ -92,7 +93,7 @@ def write_segment(
     earlier = [line for line in text.splitlines() if line.startswith(_HEAD)]
     had = ", ".join(f"{name} = {before}" for name, (before, _) in changes.items())
     lines = [*earlier, f"{_HEAD}{step}: {had}"]
-    atomic_write(config, "\n".join(lines) + "\n\n" + to_toml({"verb": verb, **dataclass_to_dict(options)}))
+    atomic_write(config, "\n".join(lines) + "\n\n" + config_text(verb, options))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

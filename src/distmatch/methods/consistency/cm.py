@@ -92,5 +92,4 @@ class PairTerm:
             safe = torch.where(lower > 0, lower, sigma)
             target = torch.where(expand(lower > 0, y), student(below, safe, labels), below)
         distance = pseudo_huber(student(y, sigma, labels), target, self._c)
-        weight = sigma_data / (sigma - lower)
-        return weight * distance, {"distance": distance}
+        return distance / (sigma - lower), {"distance": distance}

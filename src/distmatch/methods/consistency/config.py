@@ -29,7 +29,8 @@ class ConsistencyConfig:
     teacher_solver: Literal["euler", "heun"] = "heun"
     """Solver of the teacher between two levels (consistency, ctm)."""
     solver_steps: int = 1
-    """Solver steps between two levels (consistency, ctm)."""
+    """Solver steps between two levels (consistency); the most of them, their number being drawn at each step,
+    and each crosses a cell of a grid of 18 levels (ctm)."""
     tangent: Literal["auto", "exact", "difference"] = "auto"
     """Derivatives of the student by forward mode, or by central differences in float64; auto takes the
     second for networks that the first does not get through (scm, mean-flow, rcm)."""
@@ -38,14 +39,14 @@ class ConsistencyConfig:
     (scm, rcm)."""
     tangent_bound: float = 0.1
     """c of the normalisation g / (|g| + c) of the tangent (scm, rcm)."""
-    to_mean: float = -4.0
+    to_mean: float = -3.3069
     """Mean of log(sigma / sigma_data) of the level to go to (mean-flow)."""
     to_std: float = 1.6
     """Spread of log(sigma / sigma_data) of the level to go to (mean-flow)."""
     jump_share: float = 0.75
     """Share of the batch that goes to another level; the rest learns the velocity at its own (mean-flow)."""
     adaptive_power: float = 0.75
-    """p of the weight 1 / (|error|^2 + 1e-3)^p; 0 is none (mean-flow)."""
+    """p of the weight 1 / (|error|^2 + 4e-3)^p, errors in units of sigma_data; 0 is none (mean-flow)."""
     target_decay: float = 0.0
     """Decay of the average network that makes targets; 0 is the student itself. The paper's 0.999 is for runs
     of tens of thousands of steps (ctm)."""

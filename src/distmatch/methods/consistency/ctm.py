@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.seeds import stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import expand
 from distmatch.diffusion.noise import Karras
@@ -29,27 +30,24 @@ _CELL = 1 / 18
 """A cell of the paper's grid of 18 levels, as a share of the Karras law: what one solver step may cross."""
 
 
-def soft_consistency_levels(
-    sigma: Tensor, law: Karras, reach: float, shares: Tensor
-) -> tuple[Tensor, Tensor]:
+def soft_consistency_levels(sigma: Tensor, law: Karras, reach: float, share: Tensor) -> tuple[Tensor, Tensor]:
     """The level s that a sample jumps to, and the level u to which the teacher takes it first.
 
     In the Karras law's own units s is uniform below t, where the lowest cell of 18 stands for the data, as on
-    the paper's grid, and u is uniform between s and t, but no further from t than the solver can go.
+    the paper's grid, and u is as far from t as the solver goes, but not below s.
 
     Args:
         sigma: Levels t, (B,).
         law: The law whose quantiles measure distances.
-        reach: How far the solver can go, in quantiles.
-        shares: Uniform numbers in [0, 1], (B, 2).
+        reach: How far the solver goes, in quantiles.
+        share: Uniform numbers in [0, 1], (B,).
 
     Returns:
         s and u, (B,) each, 0 <= s <= u <= t.
     """
     top = law.cdf(sigma)
-    bottom = shares[:, 0] * top
-    nearest = torch.maximum(bottom, top - reach)
-    middle = nearest + shares[:, 1] * (top - nearest)
+    bottom = share * top
+    middle = torch.maximum(bottom, top - reach)
     to = torch.where(bottom < _CELL, torch.zeros_like(sigma), law.quantile(bottom))
     via = law.quantile(middle).clamp_max(sigma)
     return torch.minimum(to, via), via
@@ -65,9 +63,11 @@ class TrajectoryTerm:
     """Soft consistency of jumps, and denoising at the student's own level.
 
     A jump from t to s is compared with the teacher's path from t to u and a jump from u to s, both taken on
-    to the data by an average of the network, through whose input the gradient flows. Each step of the solver
-    crosses at most one of 18 cells of levels. Denoising and the adversarial term, on the same samples, are
-    scaled so that their gradients at the last layer are as large as the first one's.
+    to the data by an average of the network, through whose input the gradient flows. The solver crosses one
+    of 18 cells of levels at a step, and a number of them that is drawn anew for each batch, from 1 (local
+    consistency) up to ``solver_steps``; 17 of them reach any level (global consistency). Denoising and the
+    adversarial term, on the same samples, are scaled so that their gradients at the last layer are as large
+    as the first one's.
 
     Attributes:
         setup: Teacher and settings.
@@ -102,8 +102,8 @@ class TrajectoryTerm:
         with torch.no_grad():
             torch._foreach_lerp_(list(target.parameters()), list(student.parameters()), 1 - cfg.target_decay)
         sigma = self._levels(n, gen)
-        shares = torch.rand(n, 2, generator=gen, device=gen.device)
-        to, via = soft_consistency_levels(sigma, self._law, cfg.solver_steps * _CELL, shares)
+        share = torch.rand(n, generator=gen, device=gen.device)
+        to, via = soft_consistency_levels(sigma, self._law, self.cells(state) * _CELL, share)
         draws = noised_draws(self.setup, state, batch, labels, sigma.to(batch.x.dtype))
         draws |= {"to": to.to(batch.x.dtype), "via": via.to(batch.x.dtype)}
         adversary = self.adversary
@@ -130,7 +130,8 @@ class TrajectoryTerm:
             some = {name: tensor[part] for name, tensor in draws.items()}
             with self.setup.autocast():
                 reached = self.reached(state, some)
-                losses = {"loss": pseudo_huber(reached, self.wanted(state, some), self._c)}
+                distance = pseudo_huber(reached, self.wanted(state, some, self.cells(state)), self._c)
+                losses = {"loss": distance / self.setup.unit}
                 if adversary is not None:
                     losses["loss_gan"] = adversary.student_loss(state, reached, some)
                 losses["loss_dsm"] = self.dsm_loss(state, some)
@@ -160,15 +161,18 @@ class TrajectoryTerm:
         y = x0 + expand(sigma, x0) * draws["noise"]
         return self._to_data(target, jumped(state.student.denoiser, y, sigma, to, labels), to, labels)
 
+    def cells(self, state: DistillState) -> int:
+        """The number of cells that the teacher crosses at this step, uniform from 1 to ``solver_steps``."""
+        drawn = stream_seed(state.generator.initial_seed(), f"cells/{state.step}")
+        return 1 + drawn % self.setup.consistency.solver_steps
+
     @torch.no_grad()
-    def wanted(self, state: DistillState, draws: Draws) -> Tensor:
-        """Where the teacher's path and a shorter jump lead, taken on to the data, (b, *shape)."""
+    def wanted(self, state: DistillState, draws: Draws, steps: int) -> Tensor:
+        """Where the teacher's path, in ``steps`` steps, and a shorter jump lead, taken on to the data."""
         cfg, target, labels = self.setup.consistency, state.extra["target"], draws.get("labels")
         x0, sigma, to, via = (draws[name] for name in ("x0", "sigma", "to", "via"))
         y = x0 + expand(sigma, x0) * draws["noise"]
-        middle = teacher_path(
-            self._guided, y, sigma, via, labels, solver=cfg.teacher_solver, steps=cfg.solver_steps
-        )
+        middle = teacher_path(self._guided, y, sigma, via, labels, solver=cfg.teacher_solver, steps=steps)
         return self._to_data(target, jumped(target, middle, via, to, labels), to, labels)
 
     def dsm_loss(self, state: DistillState, draws: Draws) -> Tensor:

@@ -24,7 +24,7 @@ from distmatch.methods.matching.view import StudentTerm
 from distmatch.methods.setup import Info, Setup, averaged
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, student_levels
+from distmatch.methods.student import Student
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.jump import as_jump
 from distmatch.nets.optim import clipped_step, rate, set_rate
@@ -91,7 +91,7 @@ class Direct:
             start = as_jump(start)
         student = Student(
             start,
-            student_levels(cfg.calls, setup.first_level),
+            setup.student_levels(cfg.calls),
             chain="jump" if self.term.jumps else "renoise",
             gamma=setup.consistency.gamma,
         )

@@ -61,7 +61,7 @@ class TangentTerm:
         """The learned weight, which starts at the prior alone."""
         if is_external(state.student.denoiser):
             allow_forward_mode(state.student.denoiser)
-        weight = LearnedUncertainty().to(self.setup.device)
+        weight = LearnedUncertainty(self.setup.unit).to(self.setup.device)
         state.extra["uncertainty"] = weight
         state.optimisers["uncertainty"] = self.setup.adam(weight, self.setup.config.lr)
 

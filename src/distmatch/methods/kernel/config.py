@@ -19,8 +19,9 @@ class KernelConfig:
     mmd_features: Literal["auto", "samples", "teacher"] = "auto"
     """What mmd compares: the samples themselves, or the inner activations of the frozen teacher. auto takes
     the teacher's for images, where it lends them."""
-    mmd_feature_sigma: float = 0.2
-    """Noise level that the teacher is told when it lends its activations on clean samples."""
+    mmd_feature_sigma: float = 0.4
+    """Noise level that the teacher is told when it lends its activations on clean samples, in units of
+    sigma_data."""
     mmd_bandwidth: float = 1.0
     """Width of the rbf kernel, in units of the spread of the features times the root of their number."""
     mmd_spacing: Literal["karras", "uniform", "quadratic"] = "karras"

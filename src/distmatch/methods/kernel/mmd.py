@@ -27,22 +27,22 @@ from distmatch.methods.state import DistillState
 from distmatch.methods.student import student_levels
 
 
-def chain_levels(calls: int, sigma: float, spacing: str) -> tuple[float, ...]:
+def chain_levels(calls: int, sigma: float, sigma_data: float, spacing: str) -> tuple[float, ...]:
     """Noise levels of a chain of ``calls`` calls from ``sigma`` down.
 
     Args:
         calls: Network calls.
         sigma: The first level.
+        sigma_data: Standard deviation of the data; the VP path is that of data of 1/2.
         spacing: ``karras``, or ``uniform`` or ``quadratic``: shares k / calls, or their squares, of the time
             of the VP path, which are the sub-sequences of DDIM.
     """
     if spacing == "karras":
-        return student_levels(calls, sigma)
-    path = noise_path("vp")
-    share = torch.arange(calls, 0, -1, dtype=torch.float64) / calls
-    levels = path.rho(path.t_of_rho(sigma) * share ** (2 if spacing == "quadratic" else 1))
-    levels[0] = sigma
-    return tuple(round(v, 6) for v in levels.tolist())
+        return student_levels(calls, sigma, sigma_data)
+    path, unit = noise_path("vp"), 2 * sigma_data
+    share = torch.arange(calls - 1, 0, -1, dtype=torch.float64) / calls
+    levels = unit * path.rho(path.t_of_rho(sigma / unit) * share ** (2 if spacing == "quadratic" else 1))
+    return (sigma, *levels.tolist())
 
 
 def mmd_with_gradient(
@@ -150,7 +150,9 @@ class ChainMMD:
         """The student's calls become a chain of DDIM, which has one noise and can be followed backwards."""
         setup = self.setup
         state.student.chain = "ddim"
-        state.student.levels = chain_levels(setup.config.calls, setup.first_level, setup.kernel.mmd_spacing)
+        state.student.levels = chain_levels(
+            setup.config.calls, setup.first_level, setup.teacher.sigma_data, setup.kernel.mmd_spacing
+        )
 
     def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
         """Adds the gradient to the student's parameters."""
@@ -209,7 +211,8 @@ class ChainMMD:
         teacher: Denoiser = self.setup.teacher
         if not (self.of_network and isinstance(teacher, FeatureDenoiser)):
             return x.flatten(1)
-        sigma = torch.full((len(x),), self.setup.kernel.mmd_feature_sigma, device=x.device, dtype=x.dtype)
+        level = self.setup.kernel.mmd_feature_sigma * teacher.sigma_data
+        sigma = torch.full((len(x),), level, device=x.device, dtype=x.dtype)
         with self.setup.autocast():
             _, layers = teacher.with_features(x, sigma, labels)
         pooled = [layer.flatten(2).mean(2) if layer.ndim > 2 else layer for layer in layers]

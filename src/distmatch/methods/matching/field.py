@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
+from distmatch.methods.matching.fisher import omega
 from distmatch.methods.matching.networks import predictions
 from distmatch.methods.matching.objectives import adversarial_student
 from distmatch.methods.matching.view import View
@@ -83,7 +84,10 @@ def student_field(
             gradient, said = objective.gradient(view, state)
             fields.append((gradient, said, len(gradient)))
         if method.config.gan_weight > 0 and view.logit is not None:
-            loss = method.config.gan_weight * adversarial_student(view.logit)
+            weight = None
+            if method.weigh_adversary:
+                weight = omega(view.teacher, view.x0, view.sigma, "dmd2")
+            loss = method.config.gan_weight * adversarial_student(view.logit, weight)
             (pull,) = torch.autograd.grad(loss, view.x0)
             pulls.append(pull * (len(view.x0) / len(x0)))
             losses.append(loss.detach() * (len(view.x0) / len(x0)))
@@ -107,7 +111,7 @@ def student_field(
         info["loss_gan"] = torch.stack(losses).sum() / method.config.gan_weight
         info["grad_gan"] = pull.norm()
         gradient = gradient + pull
-    return Field(gradient, info)
+    return Field(gradient / method.setup.unit, info)
 
 
 def _look(
@@ -119,14 +123,19 @@ def _look(
     quantile: Tensor,
     labels: Tensor | None,
 ) -> View:
-    """One pass of all networks on a part of the batch."""
+    """One pass of all networks on a part of the batch; lengths in the view are in the unit of the set-up."""
     through = method.objective.through_inputs
     grad = through or method.config.gan_weight > 0
-    leaf = x0.detach().requires_grad_(grad)
-    x = leaf + expand(sigma, leaf) * noise
+    unit = method.setup.unit
+    leaf = (x0.detach() / unit).requires_grad_(grad)
+    x = leaf + expand(sigma / unit, leaf) * noise
+    # By `alpha`, which keeps no tensor that the first backward pass through a network would free.
+    seen = torch.add(expand(sigma, leaf) * noise, leaf, alpha=unit)
     with method.setup.autocast(), torch.set_grad_enabled(grad):
-        teacher, fake, logit = predictions(method, state, x, sigma, labels, through)
-    return View(leaf, noise, sigma, x, teacher, fake, logit, quantile, None, None, labels)
+        teacher, fake, logit = predictions(method, state, seen, sigma, labels, through)
+    return View(
+        leaf, noise, sigma / unit, x, teacher / unit, fake / unit, logit, quantile, None, None, labels
+    )
 
 
 def _ratio(

@@ -30,7 +30,7 @@ from distmatch.methods.matching.view import Objective, StudentTerm
 from distmatch.methods.setup import Info, Setup, averaged, part_of, standard_normal
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Chain, Student, student_levels
+from distmatch.methods.student import Chain, Student
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.optim import clipped_step, rate, set_rate
 from distmatch.ratio.discriminator import build_discriminator, choose_source
@@ -48,6 +48,8 @@ class Matching:
         target: The denoiser that plays the teacher at a state; None is the (guided) teacher throughout.
         chain: How a student of several calls goes on. With ``posterior`` its samples are also compared with
             the teacher's on draws from the posterior, between the levels of their call and of the next.
+        weigh_adversary: Whether the adversarial loss of each sample is divided by its mean |x0 - D_p|, as the
+            score terms are (SiDA's code).
     """
 
     setup: Setup
@@ -55,14 +57,15 @@ class Matching:
     terms: tuple[StudentTerm, ...] = ()
     target: Callable[[DistillState], Denoiser] | None = None
     chain: Chain = "renoise"
+    weigh_adversary: bool = False
 
     def __post_init__(self) -> None:
         cfg, teacher = self.config, self.setup.teacher
         require_score(teacher, "a score difference")
         self.guided: Denoiser = Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher
         self.source = choose_source(cfg.ratio_features, teacher)
-        self.noise = Karras(cfg.noise_low, cfg.noise_high or teacher.sigma_max, cfg.noise_rho)
-        self.levels = student_levels(cfg.calls, self.setup.first_level)
+        self.noise = Karras(*self.setup.compared_levels, cfg.noise_rho)
+        self.levels = self.setup.student_levels(cfg.calls)
         if self.chain == "posterior":
             for call in range(cfg.calls):
                 levels_between(self.levels, call, self.noise)  # refuses calls outside of the levels

@@ -65,9 +65,10 @@ def require_weight(divergence: Divergence) -> None:
         )
 
 
-def adversarial_student(logits: Tensor) -> Tensor:
-    """Non-saturating loss of the student: E softplus(-l) on its own samples."""
-    return F.softplus(-logits.float()).mean()
+def adversarial_student(logits: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Non-saturating loss of the student: E[w softplus(-l)] on its own samples; ``weight`` None is one."""
+    loss = F.softplus(-logits.float())
+    return loss.mean() if weight is None else (weight * loss).mean()
 
 
 def adversarial_critic(real: Tensor, fake: Tensor) -> Tensor:

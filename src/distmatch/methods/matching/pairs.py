@@ -141,13 +141,13 @@ class PairRegression:
         z = made.noise[chosen].to(setup.device)
         target = made.samples[chosen].to(setup.device)
         classes = None if made.labels is None else made.labels[chosen].to(setup.device)
-        c = self.config.pair_c * setup.teacher.sigma_data
+        c, unit = self.config.pair_c * setup.teacher.sigma_data, setup.unit
         total = torch.zeros((), device=setup.device)
         for part in setup.parts(n):
             y = part_of(classes, part)
             with setup.autocast():
                 made_of = student.call(student.start(z[part]), 0, y).float()
-            loss = pair_loss(made_of, target[part], self.config.pair_loss, c).sum() / n
+            loss = pair_loss(made_of / unit, target[part] / unit, self.config.pair_loss, c / unit).sum() / n
             (self.config.pair_weight * loss).backward()
             total = total + loss.detach()
         return {"loss_pairs": total}

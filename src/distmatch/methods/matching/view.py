@@ -16,6 +16,8 @@ from distmatch.methods.state import DistillState
 class View:
     """Samples of the student, noised, and what the networks say of them: a batch, or a part of one.
 
+    All lengths, levels among them, are in a unit in which the data have a standard deviation of 1/2.
+
     Attributes:
         x0: Clean samples of the student, (B, *shape): a leaf that carries no history.
         noise: The standard normal noise on them, (B, *shape).

@@ -25,7 +25,7 @@ from distmatch.diffusion.solvers import grid, sample_teacher
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, student_levels
+from distmatch.methods.student import Student
 from distmatch.methods.transport.semi_discrete import BrenierMap
 from distmatch.methods.transport.student import TransportStudent
 from distmatch.nets.ema import EMA, ema_decay
@@ -52,9 +52,10 @@ class Transport:
         if not teacher.sigma_min < first < teacher.sigma_max:
             raise UserError(
                 "the level of the stored latents must lie inside of the teacher's levels",
-                got=f"--student-sigma {first:g}",
-                expected=f"above {teacher.sigma_min:g} and below {teacher.sigma_max:g}",
-                fix="the last calls of the teacher start there; 1 is a usual value",
+                got=f"--student-sigma {first / teacher.sigma_data:.4g}, in units of sigma_data",
+                expected=f"above {teacher.sigma_min / teacher.sigma_data:.4g} and below "
+                f"{teacher.sigma_max / teacher.sigma_data:.4g}",
+                fix="the last calls of the teacher start there; 1.4 is a usual value",
             )
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
@@ -67,7 +68,7 @@ class Transport:
         network.requires_grad_(False)
         groups = max(setup.teacher.num_classes, 1)
         transport = BrenierMap(torch.zeros(groups, own.bank, *setup.teacher.shape, device=setup.device))
-        levels = student_levels(cfg.calls, setup.first_level)
+        levels = setup.student_levels(cfg.calls)
         return DistillState(
             student=TransportStudent(network, levels, transport),
             average=EMA(transport),

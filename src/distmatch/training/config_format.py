@@ -1,0 +1,60 @@
+"""The form of config files: a number says which one, so that an older file is never misread."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from distmatch.base.errors import UserError
+from distmatch.training.toml import dataclass_to_dict, read_toml, to_toml
+
+FORMAT = 2
+"""1, or no number: noise levels of ``distill`` in the units of the data. 2: in units of ``sigma_data``."""
+
+_LEVELS = {"distill": ("student_sigma", "noise_low", "noise_high"), "kernel": ("mmd_feature_sigma",)}
+
+
+def config_text(verb: str, options: Any) -> str:
+    """A config file with the options (a dataclass) of a verb."""
+    return to_toml({"verb": verb, "format": FORMAT, **dataclass_to_dict(options)})
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The entries of a config file, without its format number.
+
+    Raises:
+        UserError: It cannot be read, is of a newer format, or of an older one and holds noise levels, whose
+            unit has changed.
+    """
+    values = read_toml(path)
+    found = values.pop("format", 1)
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        raise UserError(
+            f"{path} is of another format",
+            got=f"format = {found!r}",
+            expected=f"1 to {FORMAT}",
+            fix="use the release of distmatch that wrote it, or a newer one",
+        )
+    if found == 1 and (levels := _absolute_levels(values)):
+        raise UserError(
+            f"{path} has noise levels in the units of the data; they are now in units of sigma_data",
+            got=", ".join(levels),
+            expected=f'format = {FORMAT} at the top, and each level divided by the "sigma_data" in the '
+            "teacher's model/config.json",
+            fix="divide them and add the line; or leave these levels out, for the defaults",
+        )
+    return values
+
+
+def _absolute_levels(values: dict[str, Any]) -> list[str]:
+    """The noise levels in a config file; 0 is none, as it stands for the teacher's own."""
+    found = []
+    shared = values.get("shared")
+    for options in (values, shared if isinstance(shared, dict) else {}):
+        for group, names in _LEVELS.items():
+            table = options.get(group)
+            if isinstance(table, dict):
+                found += [f"{name} = {table[name]}" for name in names if table.get(name, 0) != 0]
+    either = "|".join(name for group in _LEVELS.values() for name in group)
+    return found + re.findall(rf"\b(?:{either})\s*=\s*[^,\]]*", str(values.get("methods", "")))
