@@ -82,8 +82,8 @@ def test_every_method_and_seed_is_an_ordinary_run(finished: Path) -> None:
 def test_the_summary_is_that_of_the_runs(finished: Path) -> None:
     record = read(finished)
     for name in ("diff-instruct", "fast"):
-        values = [run["metrics"]["recall"]["value"] for run in record["runs"] if run["name"] == name]
-        mean = record["summary"]["means"][name]["recall"]
+        values = [run["metrics"]["fd"]["value"] for run in record["runs"] if run["name"] == name]
+        mean = record["summary"]["means"][name]["fd"]
         assert mean["value"] == pytest.approx(np.mean(values))
         assert mean["stderr"] > np.std(values, ddof=1) / 2**0.5
     baseline = record["summary"]["baseline"]

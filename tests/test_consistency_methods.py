@@ -93,7 +93,7 @@ def test_students_are_saved_with_all_they_know(settings: dict[str, Any], tmp_pat
     student.save_pretrained(str(tmp_path / "m"))
     again = Student.from_pretrained(str(tmp_path / "m"))
     assert_same_but_for_rounding(again.sample(8, seed=3), student.sample(8, seed=3))
-    assert student.levels[0] == pytest.approx(20 * 0.7)  # not the teacher's sigma_max, 20
+    assert student.levels[0] == pytest.approx(14 * 0.7)  # not the teacher's sigma_max, 20
     assert all(torch.isfinite(value).all() for info in infos for value in info.values())
     assert {"loss", "grad_norm_student"} <= infos[-1].keys()
 
@@ -267,5 +267,5 @@ def test_an_exact_teacher_is_fitted_first() -> None:
     method = distiller(PAIR, method="ctm")
     state = method.init(0, lambda n: (PAIR.sample(n, seed=n), None))
     assert state.student.denoiser.jumps
-    assert state.student.levels == pytest.approx((20 * PAIR.sigma_data,))
+    assert state.student.levels == pytest.approx((14 * PAIR.sigma_data,))
     method.step(state, batch(0, 2))

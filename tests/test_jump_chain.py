@@ -113,7 +113,7 @@ def test_the_student_goes_on_from_a_teacher_as_it_does_alone() -> None:
     assert (follower.levels, follower.chain, follower.gamma) == ((1.5, 0.3), "jump", 0.5)
 
 
-@pytest.mark.parametrize(("spread", "start"), [(0.5, 10.0), (1.0, 20.0), (3.0, 60.0), (40.0, 80.0)])
+@pytest.mark.parametrize(("spread", "start"), [(0.5, 7.0), (1.0, 14.0), (3.0, 42.0), (40.0, 80.0)])
 def test_the_default_start_hides_wide_data(spread: float, start: float) -> None:
     teacher = network_teacher()
     teacher.sigma_data, teacher.sigma_max = spread, 80.0
