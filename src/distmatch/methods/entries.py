@@ -9,8 +9,8 @@ _PAIR_SETTINGS = ("huber", "teacher_solver", "solver_steps")
 _TANGENT_SETTINGS = ("tangent", "tangent_warmup", "tangent_bound")
 
 PATH_START = 14.0
-"""Where students of whole paths start, in units of sigma_data: at 10 for the toys and the digits, whose spread
-is 0.7 to 0.75. Higher levels are hardly in the training of EDM's teachers."""
+"""Where students of whole paths start, in units of sigma_data: at 10 for toys and digits, whose spread is 0.7
+to 0.75. Higher levels are hardly in the training of EDM's teachers."""
 
 ENTRIES = (
     Method(
