@@ -146,8 +146,8 @@ def open_bench(
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data",
         )
-    data = model.seen(data)
     check_fit(model.shape, model.num_classes, data)
+    data = model.seen(data)
     guidance = options.shared.distill.guidance
     sampling = Sampling(solver=options.eval_solver, steps=options.eval_steps, guidance=guidance)
     if model.teacher is not None:

@@ -30,15 +30,9 @@ def as_latents(data: Dataset, teacher: Denoiser, seed: int, device: torch.device
         UserError: The images are not of the size that the autoencoder works on.
     """
     decoder = decoder_of(teacher)
+    check_encodable(data, teacher)
     if decoder is None or tuple(data.shape) == tuple(teacher.shape):
         return data
-    if tuple(data.shape) != tuple(decoder.shape):
-        raise UserError(
-            "the teacher's autoencoder and the data do not have the same shape",
-            got=f"autoencoder {tuple(decoder.shape)}, data {tuple(data.shape)}",
-            expected=f"images {tuple(decoder.shape)}, or latents {tuple(teacher.shape)}",
-            fix="resize the images to the teacher's size",
-        )
     gen = generator(seed, "encode")
     latents = torch.empty(len(data), *teacher.shape)
     with progress(len(data), desc="encode", delay=5.0) as bar:
@@ -49,3 +43,20 @@ def as_latents(data: Dataset, teacher: Denoiser, seed: int, device: torch.device
             bar.update(len(rows))
     scaling = Scaling.for_images(-1.0, 1.0, "latents, as they are")
     return Dataset(latents, data.labels, data.class_names, f"latents of {data.name}", scaling)
+
+
+def check_encodable(data: Dataset, teacher: Denoiser) -> None:
+    """Refuses data that are neither images of the size of a teacher's autoencoder nor its latents.
+
+    Raises:
+        UserError: They are not. Data for a teacher without autoencoder are not looked at.
+    """
+    decoder = decoder_of(teacher)
+    if decoder is None or tuple(data.shape) in (tuple(teacher.shape), tuple(decoder.shape)):
+        return
+    raise UserError(
+        "the teacher's autoencoder and the data do not have the same shape",
+        got=f"autoencoder {tuple(decoder.shape)}, data {tuple(data.shape)}",
+        expected=f"images {tuple(decoder.shape)}, or latents {tuple(teacher.shape)}",
+        fix="resize the images to the teacher's size",
+    )

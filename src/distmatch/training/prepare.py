@@ -29,7 +29,7 @@ from distmatch.methods.state import DistillState
 from distmatch.methods.table import check_settings, resolve_method
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.known_data import describe_data, known_data, seen_by, without_data
-from distmatch.training.latent_data import as_latents
+from distmatch.training.latent_data import as_latents, check_encodable
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
 from distmatch.training.runs import Finished, Job
@@ -107,6 +107,10 @@ def prepare_distillation(
             fix="pass --data, or use --method diff-instruct, which needs none",
         )
     if data is not None:
+        # What does not fit is refused before anything is encoded: first the shape, which says the most.
+        check_encodable(data, teacher)
+        if decoder_of(teacher) is None:
+            check_fit(teacher.shape, teacher.num_classes, data)
         data = seen_by(data, known_data(teacher), teacher.num_classes, "the teacher")
     described = without_data(known_data(teacher)) if data is None else describe_data(data, spec)
     conversion = _conversion(teacher, known)
