@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -61,6 +62,24 @@ def test_codes_are_normal_for_the_models_own_samples_and_not_for_others() -> Non
     sizes = [float(c.square().mean()) for c in codes]
     assert abs(sizes[0] - 1) < 0.02
     assert sizes[1] > 1.05
+
+
+@pytest.mark.parametrize("eta", [0.1, 1.0])
+def test_codes_have_the_size_of_noise_and_of_what_the_model_is_off_by(eta: float) -> None:
+    """E e^2 = 1 + ((1 - k) / c)^2 Var[x0 | y]: 57 in the worst step of this grid at eta 0.1, not 1."""
+    n, variance = 4000, 0.1
+    model = GaussianMixture([1.0], [[-1.5, 0.0]], [variance])
+    levels = grid("karras", 40, 0.01, 80.0)
+    noises = encode(model, model.sample(n).double(), levels, noise_for(n), eta=eta).noises[:-1]
+    expected = []
+    for now, after in pairwise(levels[:-1].tolist()):
+        c = eta * after * math.sqrt(1 - (after / now) ** 2)
+        k = math.sqrt(after**2 - c**2) / now
+        expected.append(1 + ((1 - k) / c) ** 2 * variance * now**2 / (variance + now**2))
+    ratio = noises.square().mean((1, 2)) / torch.tensor(expected)
+    # 2 n squares of normals a step; 4 standard errors.
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=4 * math.sqrt(1 / n))
+    assert max(expected) == pytest.approx(56.7 if eta == 0.1 else 2.47, rel=0.01)
 
 
 def test_translation_takes_a_sample_to_the_other_domain_and_keeps_what_they_share() -> None:

@@ -24,6 +24,7 @@ from distmatch.diffusion.path_core import NoisePath
 Field = Callable[[Tensor, Tensor], Tensor]
 KINDS = ("linear", "trig", "encoding-decoding", "mirror")
 GAMMAS = ("brownian", "quadratic", "sine", "none")
+_PEAKS = {"brownian": 1 / 4, "quadratic": 1 / 16, "sine": 1.0, "none": 0.0}  # of gamma^2, at scale 1
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Interpolant:
         kind: ``"linear"``: a = 1 - t, b = t. ``"trig"``: cos and sin of pi t / 2, times sqrt(1 - gamma^2).
             ``"encoding-decoding"``: cos^2(pi t), of x0 up to t = 1/2 and of x1 from there on, with noise
             between. ``"mirror"``: x1 alone, noised and cleaned again.
-        gamma: ``"brownian"``: sqrt(scale t (1 - t)). ``"quadratic"``: t (1 - t). ``"sine"``: sin^2(pi t).
-            ``"none"``: no noise.
-        scale: For ``"brownian"``.
+        gamma: ``"brownian"``: sqrt(t (1 - t)). ``"quadratic"``: t (1 - t). ``"sine"``: sin^2(pi t). Each
+            times sqrt(scale). ``"none"``: no noise.
+        scale: Variance of the noise where gamma is 1: data times c want c^2 times it.
 
     Raises:
         UserError: An unknown name, or a combination that leaves nothing of the data or no noise.
@@ -74,11 +75,11 @@ class Interpolant:
             raise unknown_name("gamma", self.gamma, GAMMAS)
         if not 0 < self.scale < math.inf:
             raise UserError("the scale of gamma must be positive", got=self.scale)
-        if self.kind == "trig" and (self.gamma == "sine" or (self.gamma == "brownian" and self.scale >= 4)):
+        if self.kind == "trig" and self.scale * _PEAKS[self.gamma] >= 1:
             raise UserError(
                 "a trigonometric interpolant needs gamma below 1",
                 got=f"{self.gamma}, scale {self.scale}",
-                fix="use gamma brownian with a scale below 4, or quadratic",
+                fix="use a smaller scale: below 4 for brownian, 16 for quadratic, 1 for sine",
             )
         if self.kind in ("encoding-decoding", "mirror") and self.gamma == "none":
             raise UserError(f"the {self.kind} interpolant needs noise", fix="choose another gamma")
@@ -109,10 +110,10 @@ class Interpolant:
         if self.gamma == "brownian":
             return self.scale * t * (1 - t), self.scale * (1 - 2 * t) / 2
         if self.gamma == "quadratic":
-            return (t * (1 - t)) ** 2, t * (1 - t) * (1 - 2 * t)
+            return self.scale * (t * (1 - t)) ** 2, self.scale * t * (1 - t) * (1 - 2 * t)
         if self.gamma == "sine":
             square = (math.pi * t).sin() ** 2
-            return square**2, math.pi * square * (2 * math.pi * t).sin()
+            return self.scale * square**2, self.scale * math.pi * square * (2 * math.pi * t).sin()
         return torch.zeros_like(t), torch.zeros_like(t)
 
     def noise_path(self, *, t_min: float = 1e-3, t_max: float = 0.999, sigma_data: float = 0.5) -> NoisePath:

@@ -74,14 +74,20 @@ def kinetic_path(
 
 
 def kinetic_path_of(
-    data: Tensor, *, rho_min: float = 0.002, rho_max: float = 80.0, most: int = 4096, seed: int = 0
+    data: Tensor,
+    *,
+    rho_min: float | None = None,
+    rho_max: float | None = None,
+    most: int = 4096,
+    seed: int = 0,
 ) -> NoisePath:
     """The path of least kinetic energy for a data set.
 
     Args:
         data: Clean samples (n, *shape).
-        rho_min: Smallest noise-to-signal ratio.
-        rho_max: Largest noise-to-signal ratio.
+        rho_min: Smallest noise-to-signal ratio; by default 0.004 times the data's root mean square, which
+            is 0.002 for EDM's 0.5.
+        rho_max: Largest noise-to-signal ratio; by default 160 times it.
         most: Samples that are looked at, at most; the cost grows with its square.
         seed: Chooses them, and the noise.
     """
@@ -89,7 +95,9 @@ def kinetic_path_of(
     chosen = data[order[:most].to(data.device)].double()
     scale = float(chosen.square().mean().sqrt())
     losses = losses_of_data(chosen, scale, samples=min(len(chosen), 512), seed=seed)
-    return kinetic_path(losses, scale, rho_min=rho_min, rho_max=rho_max)
+    low = 0.004 * scale if rho_min is None else rho_min
+    high = 160 * scale if rho_max is None else rho_max
+    return kinetic_path(losses, scale, rho_min=low, rho_max=high)
 
 
 def least_energy(losses: Sequence[float] | Tensor) -> float:

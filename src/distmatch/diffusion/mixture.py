@@ -68,14 +68,15 @@ class GaussianMixture(nn.Module):
             c = c[:, None].expand(-1, dim)
         if c.ndim == 2:
             c = torch.diag_embed(c)
-        if c.shape != (len(w), dim, dim) or not torch.allclose(c, c.mT):
+        size = float(c.abs().max())  # tolerances are relative to it: data may be in any unit
+        if c.shape != (len(w), dim, dim) or float((c - c.mT).abs().max()) > 1e-5 * size:
             raise UserError(
                 "covariances must be symmetric, one for each component",
                 got=tuple(c.shape),
                 expected=(len(w), dim, dim),
             )
         values, vectors = torch.linalg.eigh(c)
-        if float(values.min()) < -1e-10:
+        if float(values.min()) < -1e-10 * size:
             raise UserError(
                 "a covariance is not positive semi-definite", got=f"eigenvalue {float(values.min()):.3g}"
             )
@@ -127,7 +128,8 @@ class GaussianMixture(nn.Module):
         vectors = self._eigenvectors.to(x.dtype)
         level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         variance = self._eigenvalues.to(x.dtype)[None] + level[:, None, None] ** 2
-        residual = x[:, None, :] - self.means.to(x.dtype)[None]
+        # The difference in float64: far from the origin the means do not fit into float32.
+        residual = (x.double()[:, None, :] - self.means[None]).to(x.dtype)
         rotated = torch.einsum("kde,bkd->bke", vectors, residual)
         log_p = -0.5 * ((rotated**2 / variance) + (2 * math.pi * variance).log()).sum(-1)
         return log_p + self._log_weights(condition, x), rotated, variance, vectors
@@ -145,16 +147,25 @@ class GaussianMixture(nn.Module):
     def _posterior(
         self, x: Tensor, sigma: Tensor | float, condition: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Responsibilities (B, K), component posterior means (B, K, D) and eigenvalue shrinkage (B, K, D)."""
+        """Responsibilities (B, K), posterior means of the components, and eigenvalue shrinkage, (B, K, D).
+
+        The means are relative to :meth:`_centre`, which keeps their digits in float32.
+        """
         log_p, rotated, variance, vectors = self._components(x, sigma, condition)
         shrink = self._eigenvalues.to(x.dtype)[None] / variance
-        means = self.means.to(x.dtype)[None] + torch.einsum("kde,bke->bkd", vectors, shrink * rotated)
+        around = (self.means - self._centre()).to(x.dtype)
+        means = around[None] + torch.einsum("kde,bke->bkd", vectors, shrink * rotated)
         return log_p.softmax(1), means, shrink
 
     def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
         """The exact denoiser E[x0 | x], (B, D)."""
         responsibility, means, _ = self._posterior(x, sigma, condition)
-        return torch.einsum("bk,bkd->bd", responsibility, means)
+        mean = torch.einsum("bk,bkd->bd", responsibility, means)
+        return (self._centre() + mean.double()).to(x.dtype)
+
+    def _centre(self) -> Tensor:
+        """The mean of all components, (D,)."""
+        return self.weights @ self.means
 
     def posterior_covariance(
         self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None
@@ -205,7 +216,9 @@ class GaussianMixture(nn.Module):
                 got=f"matrix {tuple(a.shape)}, value {tuple(y.shape)}, noise {tuple(r.shape)}",
                 expected=f"(M, {self.shape[0]}), (M,) and (M, M) or a number",
             )
-        if not torch.allclose(r, r.mT) or float(torch.linalg.eigvalsh(r).min()) < -1e-10:
+        size = float(r.abs().max())
+        skew = float((r - r.mT).abs().max()) > 1e-5 * size
+        if skew or float(torch.linalg.eigvalsh(r).min()) < -1e-10 * size:
             raise UserError("the noise of a measurement must be a covariance matrix", got=r.tolist())
         w, m, c = kalman_update(self.weights.log(), self.means, self.covariances, a, y, r)
         # A class that the measurement rules out beyond float64 keeps a weight that is nothing.

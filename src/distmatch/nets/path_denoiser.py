@@ -24,6 +24,13 @@ class PathDenoiser(EDMDenoiser):
     networks of EDM are, which is the same on every path. A path therefore changes what v and flow are, and
     with them how the network's errors are distributed over the levels.
 
+    Where the target is the noise alone (eps, score, and the flow of a path without drift), an error of it is
+    one of x0 times sigma, and at sigma = 80 the rare start that a network has hardly seen would be thrown
+    out of the data. There the network predicts what the best linear guess from x_t,
+    ``rho / (rho^2 + sigma_data^2) y``, leaves of the noise, in units of its standard deviation
+    ``sigma_data / sqrt(rho^2 + sigma_data^2)``: its errors are errors of x0 of at most their own size times
+    ``sigma_data``. The loss and its weights stay those of the target.
+
     Args:
         net: A network ``net(x, c_noise, labels)`` with ``with_features``.
         path: The path.
@@ -34,6 +41,8 @@ class PathDenoiser(EDMDenoiser):
         sigma_min: Smallest noise-to-signal ratio it is meant for.
         sigma_max: Largest noise-to-signal ratio; sampling starts there.
         pfgm_dims: As for :class:`EDMDenoiser`.
+        remainder: Predict noise as what a linear guess leaves of it. False is the whole target, as models
+            were trained that were saved before there was a choice.
 
     Raises:
         UserError: An unknown prediction, levels out of order, or a path that does not reach its prior.
@@ -51,6 +60,7 @@ class PathDenoiser(EDMDenoiser):
         sigma_min: float,
         sigma_max: float,
         pfgm_dims: float = 0.0,
+        remainder: bool = True,
     ) -> None:
         super().__init__(
             net,
@@ -64,8 +74,13 @@ class PathDenoiser(EDMDenoiser):
         check_prediction(prediction)
         check_prior(path, self.sigma_data, rho_max=min(self.sigma_max, path.rho_max))
         self.path, self.prediction = path, prediction
+        alone = prediction in ("eps", "score") or (prediction == "flow" and path.name in ("edm", "ve"))
+        self.remainder = remainder and alone
 
     def _scales(self, level: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        if self.remainder:
+            c_skip, c_out = super()._scales(level, variance)
+            return c_skip, c_out if self.prediction == "score" else -c_out
         dtype = level.dtype
         level = level.double().clamp_min(_TINY)
         c = self.path.coefficients(self.path.t_of_rho(level))

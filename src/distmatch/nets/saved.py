@@ -145,7 +145,11 @@ def _parametrisation(denoiser: EDMDenoiser) -> dict[str, Any]:
     """What a config says of a denoiser that is not EDM's with Gaussian noise; for that one, nothing."""
     said: dict[str, Any] = {}
     if isinstance(denoiser, PathDenoiser):
-        said = {"path": path_to_dict(denoiser.path), "prediction": denoiser.prediction}
+        said = {
+            "path": path_to_dict(denoiser.path),
+            "prediction": denoiser.prediction,
+            "remainder": denoiser.remainder,
+        }
     if denoiser.pfgm_dims:
         said["pfgm_dims"] = denoiser.pfgm_dims
     if denoiser.noise_unit != 1:
@@ -213,6 +217,7 @@ def _one_level(config: dict[str, Any], tensors: int) -> EDMDenoiser:
     options: dict[str, Any] = {"pfgm_dims": float(config.get("pfgm_dims", 0.0)), **sigmas}
     if "prediction" in config:
         path, prediction = path_from_dict(config["path"]), config["prediction"]
+        options["remainder"] = bool(config.get("remainder", False))
         return PathDenoiser(net, path, prediction, shape=shape, num_classes=num_classes, **options)
     options["noise_unit"] = float(config.get("noise_unit", 1.0))
     return EDMDenoiser(net, shape=shape, num_classes=num_classes, **options)

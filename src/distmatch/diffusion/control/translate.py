@@ -8,6 +8,13 @@ c = eta s' sqrt(1 - s'^2 / s^2), a state is drawn from the true posterior given 
 and its code is e = (y' - mean) / c, where the mean is the same with D(y) for x0. Decoding runs the
 stochastic sampler with the codes for noise: with the model that encoded it gives x0 back, with another one a
 translation. The step to level 0 has no noise; its code is what D is off, x0 - D(y).
+
+Codes are not the unit normals that the sampler draws. With k = sqrt(s'^2 - c^2) / s they are e = z + (1 -
+k) / c (x0 - D(y)), so that E e^2 = 1 + ((1 - k) / c)^2 Var[x0 | y] for a model's own samples. For a short
+step, d = 1 - s'/s, the excess is (1 + eta^2)^2 / (2 eta^2) d Var[x0 | y] / s^2: it goes to 0 as steps
+shrink, and the smaller eta is, the more of them that takes. The codes of one sample share its x0, so that
+they are never independent: a translation keeps what the two domains share, and its samples do not have
+exactly the distribution of the target.
 """
 
 from __future__ import annotations

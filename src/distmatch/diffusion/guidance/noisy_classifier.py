@@ -15,6 +15,7 @@ from distmatch.diffusion.denoiser import FeatureDenoiser, expand
 from distmatch.diffusion.noise import LogNormal, NoiseLevels
 
 _FREQUENCIES = 8  # sines of log sigma / 4, from a slow one to one that turns by 4 rad per doubling
+_UNIT = 0.5  # standard deviation of the data that EDM's levels are for; others have levels in proportion
 
 
 class NoisyClassifier(nn.Module):
@@ -65,7 +66,8 @@ class NoisyClassifier(nn.Module):
         """Logits (B, classes) of ``x`` (B, *shape) at levels ``sigma`` (B,); all classes alike at first."""
         dtype = self.last.weight.dtype
         turns = torch.arange(_FREQUENCIES, device=x.device, dtype=dtype) / (_FREQUENCIES - 1)
-        angle = sigma.to(dtype).clamp_min(1e-8).log()[:, None] / 4 * (0.5 * 48**turns)
+        level = sigma.to(dtype) * (_UNIT / self.sigma_data)
+        angle = level.clamp_min(1e-8).log()[:, None] / 4 * (0.5 * 48**turns)
         hidden = self.first(self._inputs(x, sigma).to(dtype))
         hidden = hidden + self.level(torch.cat([angle.cos(), angle.sin()], dim=1))
         for block in self.blocks:
@@ -129,7 +131,8 @@ def fit_noisy_classifier(
         x0: Clean samples (n, *shape), on the device of the classifier.
         labels: Classes (n,) int64.
         levels: Distribution of the noise levels in training; by default log-normal, the one of EDM but
-            wider. It should cover the levels at which the classifier will guide.
+            wider, in proportion to the classifier's ``sigma_data``, or to the spread of ``x0`` where it has
+            none. It should cover the levels at which the classifier will guide.
         steps: Training steps.
         batch: Samples in a step.
         lr: First step size.
@@ -158,7 +161,11 @@ def fit_noisy_classifier(
         )
     device = x0.device
     draws = make_generator(seed, "noisy classifier", device)
-    levels = LogNormal(-0.5, 1.8) if levels is None else levels
+    if levels is None:
+        spread = (
+            float(getattr(classifier, "sigma_data", 0) or (x0 - x0.mean(0)).square().mean().sqrt()) or _UNIT
+        )
+        levels = LogNormal(-0.5 + math.log(spread / _UNIT), 1.8)
     classifier.train()
     optimiser = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)

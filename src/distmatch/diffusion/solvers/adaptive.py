@@ -28,8 +28,9 @@ class RK45(Solver):
     is smaller, and denoises from there.
 
     Attributes:
-        rtol: Relative tolerance of a step.
-        atol: Absolute tolerance of a step.
+        rtol: Relative tolerance of a step. It is relative to the distance from what the model predicts at the
+            start, so that it does not depend on where the data lie.
+        atol: Absolute tolerance of a step, in units of the data's standard deviation ``sigma_data``.
     """
 
     rtol: float = 1e-5
@@ -50,35 +51,38 @@ class RK45(Solver):
         """Goes from the first level to the last, stopping in between only where somebody looks."""
         positive = [level for level in run.levels if level > 0]
         stops = positive if run.watched else [positive[0], positive[-1]]
+        centre = run.denoise(y, positive[0])
         for k, (now, after) in enumerate(pairwise(stops)):
-            y = self._between(run, y, now, after) if now != after else y
+            y = self._between(run, y, now, after, centre) if now != after else y
             y = visit(k if run.watched else run.steps - 1, y) if run.watched else y
         if run.levels[-1] == 0:
             now = positive[-1]
             floor = min(now, run.sigma_min) if run.sigma_min > 0 else now
             if floor < now:
-                y = self._between(run, y, now, floor)
+                y = self._between(run, y, now, floor, centre)
             y = run.denoise(y, floor)
             y = visit(run.steps - 1, y) if run.watched else y
         return y
 
-    def _between(self, run: Run, y: Tensor, start: float, end: float) -> Tensor:
+    def _between(self, run: Run, y: Tensor, start: float, end: float, centre: Tensor) -> Tensor:
         if len(y) == 0:
             return y
 
         def slope(level: float, flat: np.ndarray) -> np.ndarray:
-            state = torch.from_numpy(flat).to(y).reshape(y.shape)
+            state = centre + torch.from_numpy(flat).to(y).reshape(y.shape)
             return run.eps(state, level).double().cpu().numpy().reshape(-1)
 
         share = 1 / math.sqrt(len(y))
         # Below 100 epsilon SciPy raises the relative tolerance itself, and says so.
         rtol = max(self.rtol * share, 100 * np.finfo(float).eps)
-        flat = y.double().cpu().numpy().reshape(-1)
-        done = solve_ivp(slope, (start, end), flat, "RK45", t_eval=[end], rtol=rtol, atol=self.atol * share)
+        # A single point has no spread; the level where the step ends is the finest thing to see then.
+        atol = self.atol * share * (run.sigma_data or min(start, end))
+        flat = (y - centre).double().cpu().numpy().reshape(-1)
+        done = solve_ivp(slope, (start, end), flat, "RK45", t_eval=[end], rtol=rtol, atol=atol)
         if not done.success:
             raise UserError(
                 f"the adaptive solver gave up between levels {start:g} and {end:g}",
                 got=done.message,
                 fix="raise the tolerance, or use a solver with fixed steps",
             )
-        return torch.from_numpy(done.y[:, -1].copy()).to(y).reshape(y.shape)
+        return centre + torch.from_numpy(done.y[:, -1].copy()).to(y).reshape(y.shape)

@@ -23,6 +23,7 @@ class Run:
         normal: ``(step, draw) -> z``, unit normal noise like the state.
         path: The path whose time some solvers need; None where none was given.
         sigma_min: Smallest noise level that the model is meant for.
+        sigma_data: Standard deviation of the model's data, the unit of absolute tolerances.
         watched: Whether somebody looks at the state between the levels.
         begin: Told the number of each step before it starts; a guided model decides there whether it guides.
         restarts: Steps from which on the model is another one, as at the ends of a guidance interval. What a
@@ -34,6 +35,7 @@ class Run:
     normal: Callable[[int, int], Tensor]
     path: NoisePath | None = None
     sigma_min: float = 0.0
+    sigma_data: float = 1.0
     watched: bool = False
     begin: Callable[[int], None] = lambda k: None
     restarts: frozenset[int] = frozenset()

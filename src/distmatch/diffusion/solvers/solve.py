@@ -115,6 +115,7 @@ def solve(
         normal,
         path=None if own_path is None else noise_path(own_path),
         sigma_min=denoiser.sigma_min,
+        sigma_data=denoiser.sigma_data,
         watched=trajectory or on_step is not None,
         begin=begin,
         restarts=_restarts(counter, levels, condition),
