@@ -4,7 +4,7 @@
 
 The student is a mixture of isotropic Gaussians with learned means and widths and equal weights, sampled by
 x0 = mean_k + width_k z. So its noised density, score and ratio to the teacher are closed forms: no critic and
-no discriminator stand between divergence and result; `score_difference` and `batch_normalised` are the
+no discriminator stand between divergence and result; `score_difference` is the
 library's own. It is too small for the teacher and starts as one blob off the centre, so that it must choose.
 All runs of a table are the same but for divergence and seed. A mode counts as covered when it gets at least
 a quarter, or half, of its true share of the samples.
@@ -28,7 +28,6 @@ from distmatch.diffusion.noise import Karras
 from distmatch.divergences import Divergence, divergence
 from distmatch.methods.matching.objectives import score_difference
 from distmatch.metrics.modes import mode_counts
-from distmatch.ratio.normaliser import batch_normalised
 
 # Components of the student, and the largest noise level: about half the distance between neighbouring modes.
 CASES = {"skewed2": (2, 0.6), "grid25": (10, 0.25)}
@@ -73,7 +72,8 @@ def train(
             x = x0 + sigma[:, None] * torch.randn(o.batch, dims, generator=gen)
             student = GaussianMixture(equal, means.detach(), (2 * log_widths.detach()).exp())
             log_r = (teacher.log_prob(x, sigma) - student.log_prob(x, sigma)).clamp(-5, 5)
-            weight = batch_normalised(measure.weight(log_r))
+            weight = measure.weight(log_r)
+            weight = weight / weight.mean()
             g = score_difference(teacher(x, sigma), student(x, sigma), x0, sigma, weight)
         optimiser.zero_grad()
         x0.backward(g / g.numel())

@@ -14,7 +14,7 @@ from distmatch.methods.matching.loop import Matching
 from distmatch.methods.matching.networks import predictions
 from distmatch.methods.matching.objectives import adversarial_student, score_difference
 from distmatch.methods.state import DistillState
-from distmatch.ratio.normaliser import RatioNormaliser, batch_normalised
+from distmatch.ratio.normaliser import RatioNormaliser
 from small import PAIR, batch, distiller, network_teacher
 
 
@@ -121,8 +121,8 @@ def student_step(
         else:
             lender = method.teacher if method.source == "teacher" else state.fake
             logit = state.discriminator(lender.with_features(leaf, sigma, labels)[1], sigma, labels)
-        log_r = normaliser.update(logit, method.noise.cdf(sigma)).log_r
-        parts["weight"] = batch_normalised(method.setup.divergence.weight(log_r))
+        weigh = method.setup.divergence.weight
+        parts["weight"] = normaliser.update(logit, method.noise.cdf(sigma), weigh).weight
         (pull,) = torch.autograd.grad(method.config.gan_weight * adversarial_student(logit), leaf)
         parts["pull"] = pull
     method._push(state, x0, x, call, labels, method._field(state, x0.detach(), x, call, labels).gradient)

@@ -3,13 +3,22 @@
 Stage 1 uses that E_q[r] = 1 at every noise level: ratios are divided by a running mean of their noise bin.
 Bins hold equal *probability* of the distribution that noise levels are drawn from, so none stays empty. A
 bin whose mean rests on too few samples is pooled over all bins, and when even those are too few the ratio is
-left alone: dividing a ratio by the mean of one or two samples would make every weight equal and turn any
-divergence into reverse KL. Stage 2 divides the weights by their mean over the batch.
+left alone.
+
+Stage 2 divides the weights h(r) by their running mean over all noise levels, so that learning rates carry
+over between divergences. It is one number: a mean for each bin would cancel how h changes with the noise
+level, which is part of the divergence.
+
+Neither mean holds the batch that it is applied to, as soon as earlier batches gave enough samples. A batch
+divided by its own mean is pulled towards equal weights: at batch 2 the slope of the weight used on h(r) is
+about 1/5 for KL, and any divergence acts much like reverse KL. A mean of earlier batches is independent of
+the batch, so that the weight is h(r) times a number.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +33,8 @@ class NormaliserConfig:
 
     Attributes:
         bins: Noise bins of equal probability.
-        memory: Share of the running sums kept at each update; 0 uses the current batch alone.
+        memory: Share of the running sums kept at each update, or as much more as it takes for each bin to hold
+            ``2 min_count`` samples in the long run; 0 uses the current batch alone (FastGen for CIFAR-10).
         min_count: Samples a bin needs (decayed count) before its own mean is trusted.
         clip: Bound on |log r| after stage 1; keeps r within [exp(-clip), exp(clip)].
     """
@@ -42,24 +52,34 @@ class NormaliserConfig:
                 expected="bins >= 1, 0 <= memory < 1, min_count >= 2, clip > 0",
             )
 
+    def kept(self, batch: int) -> float:
+        """The share of the running sums that an update with ``batch`` samples keeps."""
+        if self.memory == 0:
+            return 0.0
+        return max(self.memory, 1 - batch / (2 * self.bins * self.min_count))
+
 
 @dataclass
 class NormalisedRatio:
-    """What :meth:`RatioNormaliser.update` returns.
+    """What :meth:`RatioNormaliser.update` returns. Nothing carries a gradient.
 
     Attributes:
-        log_r: Normalised, clipped log ratios (B,), float32, detached.
-        clip_fraction: Share of the batch at the clip, scalar tensor.
-        pooled: Bins whose mean was pooled, scalar tensor.
+        log_r: Normalised, clipped log ratios (B,), float32.
+        weight: h(r) / ``scale``, (B,).
+        scale: The running mean of h over student samples at all noise levels, scalar.
+        clip_fraction: Share of the batch at the clip, scalar.
+        pooled: Bins whose mean was pooled, scalar.
     """
 
     log_r: Tensor
+    weight: Tensor
+    scale: Tensor
     clip_fraction: Tensor
     pooled: Tensor
 
 
 class RatioNormaliser:
-    """Running means of the ratio by noise bin; part of the training state.
+    """Running means of the ratio and of its weight by noise bin; part of the training state.
 
     Args:
         config: The settings.
@@ -71,91 +91,109 @@ class RatioNormaliser:
 
     def __init__(self, config: NormaliserConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.total = torch.zeros(config.bins, dtype=torch.float64, device=device)
-        self.count = torch.zeros(config.bins, dtype=torch.float64, device=device)
-        self.weight = torch.zeros(config.bins, dtype=torch.float64, device=device)
+        self._sums = {
+            name: torch.zeros(config.bins, dtype=torch.float64, device=device)
+            for name in ("count", "ratio", "weight")
+        }
+
+    @property
+    def count(self) -> Tensor:
+        """Decayed number of samples of each bin (bins,)."""
+        return self._sums["count"]
 
     def bin_of(self, quantile: Tensor) -> Tensor:
         """The bin (B,) of samples whose noise level is at ``quantile`` (B,) of its distribution."""
         return (quantile * self.config.bins).long().clamp(0, self.config.bins - 1)
 
-    def update(self, log_r: Tensor, quantile: Tensor) -> NormalisedRatio:
-        """Takes a batch of student samples into the running means and normalises it (stage 1).
+    def update(self, log_r: Tensor, quantile: Tensor, weigh: Callable[[Tensor], Tensor]) -> NormalisedRatio:
+        """Normalises a batch of student samples and takes it into the running means.
 
         Args:
             log_r: Raw log ratios of samples *of the student*, (B,).
             quantile: CDF of each sample's noise level under the sampling distribution, (B,).
-
-        Returns:
-            The normalised log ratios; nothing carries a gradient.
+            weigh: h as a function of log r, (B,) to (B,).
         """
-        cfg = self.config
+        cfg, index = self.config, self.bin_of(quantile)
         raw = log_r.detach().float().clamp(-self.RAW_LIMIT, self.RAW_LIMIT)
-        index = self.bin_of(quantile)
-        self.total.mul_(cfg.memory).index_add_(0, index, raw.double().exp())
-        self.count.mul_(cfg.memory).index_add_(0, index, torch.ones_like(raw, dtype=torch.float64))
-        self.weight.mul_(cfg.memory)
-        thin = self.count < cfg.min_count
-        log_mean = torch.where(
-            thin, self._pooled_log_mean(), (self.total / self.count.clamp_min(1e-12)).log()
-        )
+        for total in self._sums.values():
+            total.mul_(cfg.kept(len(raw)))
+        # Whether the batches before this one hold enough for a mean of their own.
+        seen = self.count.sum()
+        known = seen >= cfg.min_count
+        before = self._log_means()
+        self._add("count", index, torch.ones_like(raw))
+        self._add("ratio", index, raw.exp())
+        after = self._log_means()
+        log_mean, pooled = (torch.where(known, b, a) for b, a in zip(before, after, strict=True))
         shifted = raw - log_mean[index].float()
         clipped = shifted.clamp(-cfg.clip, cfg.clip)
-        return NormalisedRatio(clipped, (shifted != clipped).float().mean(), thin.sum())
 
-    def _pooled_log_mean(self) -> Tensor:
-        """Log mean ratio over all bins; 0 while all together are too thin."""
-        mean = self.total.sum() / self.count.sum().clamp_min(1e-12)
-        return torch.where(self.count.sum() < self.config.min_count, torch.zeros_like(mean), mean.log())
+        weight = weigh(clipped)
+        earlier = self._sums["weight"].sum() / seen.clamp_min(1e-12)
+        self._add("weight", index, weight)
+        scale = torch.where(known, earlier, self._sums["weight"].sum() / self.count.sum()).clamp_min(1e-12)
+        return NormalisedRatio(
+            clipped,
+            weight / scale.to(weight.dtype),
+            scale,
+            (shifted != clipped).float().mean(),
+            pooled,
+        )
 
-    def record(self, weight: Tensor, quantile: Tensor) -> None:
-        """Takes the final weights (B,) of the batch just passed to :meth:`update` into the bin means."""
-        self.weight.index_add_(0, self.bin_of(quantile), weight.detach().double())
+    def _add(self, name: str, index: Tensor, values: Tensor) -> None:
+        self._sums[name].index_add_(0, index, values.double())
+
+    def _log_means(self) -> tuple[Tensor, Tensor]:
+        """Log mean ratio of each bin (bins,), and how many of these are pooled.
+
+        Bins that are too thin take the mean over all, which is 0 while all together are too thin.
+        """
+        count, ratio, least = self.count, self._sums["ratio"], self.config.min_count
+        thin = count < least
+        mean = ratio.sum() / count.sum().clamp_min(1e-12)
+        over_all = torch.where(count.sum() < least, torch.zeros_like(mean), mean.log())
+        return torch.where(thin, over_all, (ratio / count.clamp_min(1e-12)).log()), thin.sum()
 
     def bin_means(self) -> tuple[Tensor, Tensor]:
-        """Mean raw ratio and mean weight of each bin (bins,), NaN where nothing was seen.
+        """Mean raw ratio of each bin, and mean weight relative to that of all, (bins,), NaN for empty bins.
 
         By E_q[r] = 1 the ratios should stay near 1 at every noise level.
         """
         count = torch.where(self.count > 0, self.count, math.nan)
-        return self.total / count, self.weight / count
+        over_all = self._sums["weight"].sum() / self.count.sum()
+        return self._sums["ratio"] / count, self._sums["weight"] / count / over_all
 
-    def thin_message(self, batch: int) -> str | None:
-        """A warning for settings under which bins stay thin for good, or None.
+    def thin_message(self, batch: int, updates: int) -> str | None:
+        """A warning for settings under which bins stay thin, or None.
 
         Args:
             batch: Student samples in one update.
+            updates: Student updates in the whole run.
         """
         cfg = self.config
-        if batch < 2:
-            return "at batch 1 every weight is 1 after normalisation: any divergence acts as reverse KL."
-        steady = batch / cfg.bins / (1 - cfg.memory)
+        steady = batch / cfg.bins * min(1 / (1 - cfg.kept(batch)), updates)
         if steady > 0.999 * cfg.min_count:
             return None
         whole = "all bins together" if steady * cfg.bins >= cfg.min_count else "nothing, as all are too few"
-        return (
+        text = (
             f"ratio normalisation: a noise bin gathers {steady:.1f} samples at batch {batch}, fewer than "
             f"min_count={cfg.min_count:g}; its mean is pooled over {whole}. "
-            "Use a larger batch, fewer --ratio-bins or a --ratio-memory nearer 1."
+        )
+        if cfg.memory > 0:
+            return text + "Use a larger batch, fewer --ratio-bins or more steps."
+        return text + (
+            "Weights are divided by the mean of their own batch, which makes them more alike than h(r): at "
+            "batch 1 all are 1, as with reverse KL. Use a --ratio-memory above 0 or a larger batch."
         )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running sums."""
-        return {"total": self.total, "count": self.count, "weight": self.weight}
+        return dict(self._sums)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the running sums."""
-        self.total.copy_(state["total"])
-        self.count.copy_(state["count"])
-        self.weight.copy_(state["weight"])
-
-
-def batch_normalised(weight: Tensor) -> Tensor:
-    """Stage 2: weights with mean one over the batch.
-
-    Dividing by a clamped mean rather than mean + epsilon keeps reverse KL (all ones) exactly DMD2.
-    """
-    return weight / weight.mean().clamp_min(1e-12)
+        for name, total in self._sums.items():
+            total.copy_(state[name])
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:

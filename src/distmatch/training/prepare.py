@@ -166,7 +166,7 @@ def prepare_distillation(
             **distiller.notes(),
             **conversion,
         },
-        warnings=_warnings(method, state, run.batch),
+        warnings=_warnings(method, state, run.batch, run.steps // config.critic_steps),
         finish=finish,
         show=("loss_fake", "ess", "clip_fraction") if method.critic else ("loss",),
         advise=_advice,
@@ -183,9 +183,9 @@ def _for_what(method: Method) -> str:
     return ", for the density ratio or the adversarial term" if method.family == "matching" else ""
 
 
-def _warnings(method: Method, state: DistillState, batch: int) -> list[str]:
+def _warnings(method: Method, state: DistillState, batch: int, updates: int) -> list[str]:
     """What the user should know before the run starts."""
-    thin = state.normaliser.thin_message(batch) if method.weighted and state.normaliser else None
+    thin = state.normaliser.thin_message(batch, updates) if method.weighted and state.normaliser else None
     found = [thin] if thin else []
     if method.family == "transport" and batch != RunOptions().batch:
         found.append("--batch does nothing here: a step draws --cell-draws samples for each latent of --bank")

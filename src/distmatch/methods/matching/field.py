@@ -15,6 +15,7 @@ from distmatch.methods.matching.objectives import adversarial_student
 from distmatch.methods.matching.view import View
 from distmatch.methods.setup import Info, part_of
 from distmatch.methods.state import DistillState
+from distmatch.ratio.normaliser import NormalisedRatio, effective_sample_size
 
 if TYPE_CHECKING:
     from distmatch.methods.matching.loop import Matching
@@ -58,7 +59,7 @@ def student_field(
     slices = method.setup.parts(len(x0))
     quantile = method.noise.cdf(sigma)
     info: Info = {}
-    log_r: Tensor | None = None
+    ratio: NormalisedRatio | None = None
     if objective.through_inputs and objective.needs_ratio and len(slices) > 1:
         # Its part of the gradient depends on the whole batch's ratios, which therefore come first.
         with torch.no_grad(), method.setup.autocast():
@@ -72,15 +73,15 @@ def student_field(
                 )[2]
                 for p in slices
             ]
-        log_r = _ratio(method, state, _joined(logits), quantile, info)
+        ratio = _ratio(method, state, _joined(logits), quantile, info)
     views, fields, pulls, losses = [], [], [], []
     for part in slices:
         whole = len(slices) == 1
         view = _look(method, state, x0[part], sigma[part], noise[part], quantile[part], part_of(labels, part))
         if objective.through_inputs:
             if objective.needs_ratio and whole:
-                log_r = _ratio(method, state, view.logit, quantile, info)
-            view = replace(view, log_r=part_of(log_r, part), all_log_r=log_r)
+                ratio = _ratio(method, state, view.logit, quantile, info)
+            view = _with_ratio(view, ratio, part)
             gradient, said = objective.gradient(view, state)
             fields.append((gradient, said, len(gradient)))
         if method.config.gan_weight > 0 and view.logit is not None:
@@ -96,13 +97,11 @@ def student_field(
         gradient = torch.cat([g for g, _, _ in fields]) if len(fields) > 1 else fields[0][0]
         for key in fields[0][1]:
             info[key] = torch.stack([said[key] * (n / len(x0)) for _, said, n in fields]).sum(0)
-        if objective.needs_ratio and state.normaliser is not None:
-            info["ratio_mean"], info["weight_mean"] = state.normaliser.bin_means()
     else:
         view = views[0] if len(views) == 1 else _together(views)
         if objective.needs_ratio:
-            log_r = _ratio(method, state, view.logit, quantile, info)
-        gradient, said = objective.gradient(replace(view, log_r=log_r, all_log_r=log_r), state)
+            ratio = _ratio(method, state, view.logit, quantile, info)
+        gradient, said = objective.gradient(_with_ratio(view, ratio, slice(None)), state)
         info |= said
     gradient = gradient / gradient.numel()
     info["grad_dm"] = gradient.norm()
@@ -140,14 +139,20 @@ def _look(
 
 def _ratio(
     method: Matching, state: DistillState, logit: Tensor | None, quantile: Tensor, info: Info
-) -> Tensor:
+) -> NormalisedRatio:
     """The whole batch's normalised log ratios; the running means take them in."""
     if logit is None or state.normaliser is None:
         raise RuntimeError("this objective needs a discriminator")
-    ratio = state.normaliser.update(logit, quantile)
+    ratio = state.normaliser.update(logit, quantile, method.setup.divergence.weight)
     info["clip_fraction"] = ratio.clip_fraction
     info["pooled_bins"] = ratio.pooled
-    return ratio.log_r
+    info["ess"] = effective_sample_size(ratio.weight)
+    info["ratio_mean"], info["weight_mean"] = state.normaliser.bin_means()
+    return ratio
+
+
+def _with_ratio(view: View, ratio: NormalisedRatio | None, part: slice) -> View:
+    return view if ratio is None else replace(view, log_r=ratio.log_r[part], weight_scale=ratio.scale)
 
 
 def _detached(view: View) -> View:
@@ -171,4 +176,4 @@ def _together(views: list[View]) -> View:
     names = ("x0", "noise", "sigma", "x", "teacher", "fake", "quantile")
     joined = {name: torch.cat([getattr(view, name) for view in views]) for name in names}
     logit, labels = _joined([v.logit for v in views]), _joined([v.labels for v in views])
-    return View(**joined, logit=logit, labels=labels, log_r=None, all_log_r=None)
+    return View(**joined, logit=logit, labels=labels, log_r=None, weight_scale=None)

@@ -24,7 +24,6 @@ from distmatch.methods.matching.objectives import denoising_critic, require_weig
 from distmatch.methods.matching.view import CriticView, View
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
-from distmatch.ratio.normaliser import effective_sample_size
 
 RatioGradient = Literal["discriminator", "scores", "none"]
 
@@ -101,7 +100,7 @@ class SIM(_ThroughInputs):
 class UniInstruct(_ThroughInputs):
     """The gradient of any f-divergence by its expansion over noise levels (arXiv 2505.20755).
 
-    The weights of all three terms are divided by the batch mean of h, as in f-distill.
+    The weights of all three terms are divided by the running mean of h, as in f-distill.
 
     Attributes:
         divergence: Whose h weights the terms.
@@ -128,23 +127,9 @@ class UniInstruct(_ThroughInputs):
             return sim_loss(p, q, x0, sigma, distance="squared", scaling=self.scaling)
         log_r = self._log_r(view, state)
         loss = uni_instruct_loss(p, q, x0, view.x, sigma, log_r, self.divergence, scaling=self.scaling)
-        return loss / self._mean_weight(view)
-
-    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
-        """The gradient, with what the ratio's running means take in."""
-        gradient, info = super().gradient(view, state)
-        if view.log_r is None or view.all_log_r is None or state.normaliser is None:
+        if view.weight_scale is None:
             raise RuntimeError("Uni-Instruct was given no ratio")
-        weight = self.divergence.weight(view.log_r) / self._mean_weight(view)
-        state.normaliser.record(weight, view.quantile)
-        info["ess"] = effective_sample_size(self.divergence.weight(view.all_log_r))
-        return gradient, info
-
-    def _mean_weight(self, view: View) -> Tensor:
-        """The mean of h over the whole batch."""
-        if view.all_log_r is None:
-            raise RuntimeError("Uni-Instruct was given no ratio")
-        return self.divergence.weight(view.all_log_r).mean().clamp_min(1e-12)
+        return loss / view.weight_scale.to(loss.dtype)
 
     def _log_r(self, view: View, state: DistillState) -> Tensor:
         """The normalised log ratio with the gradient that was asked for; zero where it is clipped."""

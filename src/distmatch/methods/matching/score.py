@@ -15,7 +15,6 @@ from distmatch.methods.matching.objectives import denoising_critic, require_weig
 from distmatch.methods.matching.view import CriticView, View
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
-from distmatch.ratio.normaliser import batch_normalised, effective_sample_size
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,13 @@ class ScoreDifference:
 
     def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
         """The weighted score difference."""
-        info: Info = {}
         weight = None
-        if self.divergence is not None and view.log_r is not None and state.normaliser is not None:
-            weight = batch_normalised(self.divergence.weight(view.log_r))
-            state.normaliser.record(weight, view.quantile)
-            info["ess"] = effective_sample_size(weight)
-            info["ratio_mean"], info["weight_mean"] = state.normaliser.bin_means()
+        if self.divergence is not None and view.log_r is not None and view.weight_scale is not None:
+            weight = self.divergence.weight(view.log_r) / view.weight_scale.to(view.log_r.dtype)
         gradient = score_difference(
             view.teacher, view.fake, view.x0, view.sigma, weight, scaling=self.scaling
         )
-        info["loss_student"] = 0.5 * gradient.square().mean()
-        return gradient, info
+        return gradient, {"loss_student": 0.5 * gradient.square().mean()}
 
     def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
         """Denoising of the student's samples."""

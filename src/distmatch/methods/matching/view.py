@@ -29,7 +29,7 @@ class View:
             differentiates; None without a discriminator.
         quantile: Where each level lies in the distribution of levels, (B,), in [0, 1].
         log_r: Normalised and clipped log p/q, (B,), detached; None for objectives without a ratio.
-        all_log_r: The same of the whole batch, for means over it.
+        weight_scale: The running mean of h(r), scalar: what weights are divided by; None like ``log_r``.
         labels: Classes (B,), or None.
     """
 
@@ -42,7 +42,7 @@ class View:
     logit: Tensor | None
     quantile: Tensor
     log_r: Tensor | None
-    all_log_r: Tensor | None
+    weight_scale: Tensor | None
     labels: Tensor | None
 
 
