@@ -61,8 +61,8 @@ class DistillConfig:
     ratio_bins: int = 10
     """Noise bins of the ratio normaliser, of equal probability."""
     ratio_memory: float = 0.95
-    """Share of the running sums of the ratio kept at each student step; more is kept at small batches. 0 divides
-    by the mean of the batch itself."""
+    """Share of the running sums of the ratio kept at each student step; more is kept at small batches.
+    0 divides by the mean of the batch itself."""
     ratio_min_count: float = 64.0
     """Samples a noise bin needs before its own mean is used."""
     ratio_clip: float = 3.0
