@@ -34,7 +34,8 @@ class NormaliserConfig:
     Attributes:
         bins: Noise bins of equal probability.
         memory: Share of the running sums kept at each update, or as much more as it takes for each bin to
-            hold ``2 min_count`` samples in the long run; 0 uses the current batch alone (FastGen for CIFAR-10).
+            hold ``2 min_count`` samples in the long run; 0 uses the current batch alone, as FastGen does
+            for CIFAR-10.
         min_count: Samples a bin needs (decayed count) before its own mean is trusted.
         clip: Bound on |log r| after stage 1; keeps r within [exp(-clip), exp(clip)].
     """
