@@ -35,16 +35,19 @@ from distmatch.nets.uncertainty import LearnedUncertainty, balanced
 
 @dataclass
 class TangentTerm:
-    """The loss ``|F - sg F - g / (|g| + c)|^2`` with a learned weight for each level.
+    """The loss ``|F - sg F - g / (|g| + c)|^2``, a mean over elements, with a learned weight for each level.
 
     F is the network's output and g the tangent, so that the value of the loss is about 1 for every sample and
     says little; watch ``tangent``, the norm of g before it is bounded.
 
     Attributes:
         setup: Teacher and settings.
+        learned_weight: Whether levels are weighed as in sCM. A term that is added to another loss must not be:
+            the weight grows to 1 / E[loss], without bound as students get better, and the other loss fades.
     """
 
     setup: Setup
+    learned_weight: bool = True
     jumps = False
     needs_data = True
 
@@ -61,6 +64,8 @@ class TangentTerm:
         """The learned weight, which starts at the prior alone."""
         if is_external(state.student.denoiser):
             allow_forward_mode(state.student.denoiser)
+        if not self.learned_weight:
+            return
         weight = LearnedUncertainty(self.setup.unit).to(self.setup.device)
         state.extra["uncertainty"] = weight
         state.optimisers["uncertainty"] = self.setup.adam(weight, self.setup.config.lr)
@@ -74,10 +79,11 @@ class TangentTerm:
         """Adds the gradient to the student's parameters, and moves the learned weight."""
         sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
         draws = noised_draws(self.setup, state, batch, labels, sigma)
-        optimiser = state.optimisers["uncertainty"]
-        set_rate(optimiser, self.setup.config.lr * factor(self.setup, state))
         info = mean_backward(self.setup, draws, lambda part: self.loss(state, part))
-        clipped_step(optimiser, self.setup.config.grad_clip)
+        if self.learned_weight:
+            optimiser = state.optimisers["uncertainty"]
+            set_rate(optimiser, self.setup.config.lr * factor(self.setup, state))
+            clipped_step(optimiser, self.setup.config.grad_clip)
         return info
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
@@ -95,12 +101,15 @@ class TangentTerm:
         # F = (cos t x_t - D) / (sigma_data sin t): the change of F that the gradient sees.
         change = expand(speed / (sigma_data * sigma), y) * (out.detach() - out)
         error = (change - wanted).flatten(1).square().mean(dim=1)
+        said = {"tangent": tangent.flatten(1).norm(dim=1)}
+        if not self.learned_weight:
+            return error, said
         if self.setup.consistency.level_law == "log-normal":
             # The paper's prior weight 1 / tan t suits its own law of levels. With levels up to the student's
             # start it would hide those from the loss until the learned weight, which starts at 1, has grown.
             error = error * sigma_data / sigma
         learned = state.extra["uncertainty"](sigma)
-        return balanced(error, learned), {"tangent": tangent.flatten(1).norm(dim=1)}
+        return balanced(error, learned), said
 
     def _target(self, y: Tensor, draws: Draws) -> Tensor:
         """The denoiser of the flow that is followed; from data it is the clean sample itself."""
