@@ -134,9 +134,9 @@ def test_terms_of_ctm_pull_as_hard_as_each_other() -> None:
 
 
 @pytest.mark.parametrize("dimensions", [2, 64])
-@pytest.mark.parametrize("at", [10, 400])
+@pytest.mark.parametrize("at", [4, 400])
 def test_rcm_balances_its_two_terms_as_the_authors_do(dimensions: int, at: int) -> None:
-    """Both written as the authors' sums over elements, in TrigFlow's unit, at any number of dimensions and step."""
+    """Both as the authors' sums over elements, in TrigFlow's unit, at any number of dimensions and step."""
     teacher = network_teacher(shape=(dimensions,))
     settings = {"critic_steps": 1, "grad_clip": 0.0, "lr": 1.0, "dmd_weight": 0.3, "student_sigma": 5.0}
     method = distiller(teacher, method="rcm", **settings)
@@ -146,8 +146,7 @@ def test_rcm_balances_its_two_terms_as_the_authors_do(dimensions: int, at: int) 
         for network, factor in ((state.fake, 1.2), (student, 0.9)):
             for parameter in network.parameters():
                 parameter.mul_(factor)
-    for _ in range(0 if at == 10 else 60):  # the balance is that of any step
-        method.step(state, Batch(torch.randn(32, dimensions, generator=state.generator), None))
+    assert "uncertainty" not in state.extra  # nothing that learns to weigh one term changes the balance
     state.optimisers["student"] = torch.optim.SGD(student.parameters())
     state.step = at
     again = torch.Generator()

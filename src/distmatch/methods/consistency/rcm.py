@@ -47,13 +47,14 @@ def build_rcm(setup: Setup) -> Matching:
     The student's samples for the score difference are those of its own chain of calls (``--calls``), and only
     the last call is differentiated. There is no adversarial term.
 
-    The authors add ``|F - sg F - g / (|g| + c)|^2 + lambda |x0 - sg(x0 - d)|^2``, both as sums over the elements of
-    a sample and in the unit of the data's standard deviation, with d the score difference as DMD scales it. Here
-    both are means over elements, which leaves their balance as it is in any number of dimensions.
+    The authors add ``|F - sg F - g / (|g| + c)|^2 + lambda |x0 - sg(x0 - d)|^2``, both as sums over the
+    elements of a sample and in the unit of the data's standard deviation, with d the score difference as DMD
+    scales it. Here both are means over elements, which leaves their balance as it is in any number of
+    dimensions.
     """
     score = ScoreDifference(None, setup.config.scaling)
     own = setup.consistency
-    # The loop takes d for the gradient in the unit of the view, in which the data have standard deviation 1/2. The
-    # square's derivative is 2 d in the unit of the data's own, which is twice as much again.
+    # The loop takes d for the gradient in the unit of the view, in which the data have standard deviation 1/2.
+    # The square's derivative is 2 d in the unit of the data's own, which is twice as much again.
     objective = WeightedScoreDifference(score, 4 * own.dmd_weight, own.dmd_after * setup.total_steps)
     return Matching(setup, objective, terms=(TangentTerm(setup, learned_weight=False),))

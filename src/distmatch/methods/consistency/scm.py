@@ -42,8 +42,8 @@ class TangentTerm:
 
     Attributes:
         setup: Teacher and settings.
-        learned_weight: Whether levels are weighed as in sCM. A term that is added to another loss must not be:
-            the weight grows to 1 / E[loss], without bound as students get better, and the other loss fades.
+        learned_weight: Whether levels are weighed as in sCM. A term that is added to another loss must not
+            be: the weight grows to 1 / E[loss], without bound as students get better, and the other fades.
     """
 
     setup: Setup
