@@ -54,7 +54,7 @@ def build_rcm(setup: Setup) -> Matching:
     """
     score = ScoreDifference(None, setup.config.scaling)
     own = setup.consistency
-    # The loop takes d for the gradient in the unit of the view, in which the data have standard deviation 1/2.
-    # The square's derivative is 2 d in the unit of the data's own, which is twice as much again.
+    # The loop takes d for the gradient in the unit of the view, in which the data have standard deviation
+    # 1/2. The square's derivative is 2 d in the unit of the data's own, which is twice as much again.
     objective = WeightedScoreDifference(score, 4 * own.dmd_weight, own.dmd_after * setup.total_steps)
     return Matching(setup, objective, terms=(TangentTerm(setup, learned_weight=False),))
