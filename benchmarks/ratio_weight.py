@@ -23,7 +23,7 @@ from distmatch.divergences import Divergence, divergence
 from distmatch.ratio.normaliser import NormaliserConfig, RatioNormaliser
 
 LEVELS = Karras(0.02, 80.0, 7.0)
-SAMPLES = 60_000
+SAMPLES = 24_000
 
 
 def draw(n: int, gap: float, fixed: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
