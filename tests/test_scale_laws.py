@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -84,7 +84,9 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@settings(max_examples=4, derandomize=True, deadline=None)
+@settings(max_examples=3, derandomize=True, deadline=None)
+@example(scale=1.0, offset=1e4, dtype=torch.float32)
+@example(scale=1e-3, offset=-1e4, dtype=torch.float64)
 @given(scale=scales, offset=offsets, dtype=dtypes)
 def test_solvers(name: str, scale: float, offset: float, dtype: torch.dtype) -> None:
     offset = offset * scale
@@ -131,6 +133,7 @@ def wrappers(scale: float, offset: float) -> dict[str, Denoiser]:
 
 @pytest.mark.parametrize("name", wrappers(1.0, 0.0))
 @settings(max_examples=4, derandomize=True, deadline=None)
+@example(scale=1.0, offset=1e4, dtype=torch.float32)
 @given(scale=scales, offset=offsets, dtype=dtypes)
 def test_guidance(name: str, scale: float, offset: float, dtype: torch.dtype) -> None:
     offset, sigma = offset * scale, torch.tensor([5.0, 1.0, 0.5, 0.2], dtype=torch.float64).repeat(6)
@@ -180,18 +183,24 @@ def exact_prior(scale: float, offset: float) -> Any:
     return gaussian_prior((20 * scale) ** 2 + model.sigma_data**2, offset)
 
 
+@pytest.mark.parametrize("solver", ["rk4:16", "rk45:1e-6"])
 @few
+@example(scale=1.0, offset=1e4, dtype=torch.float64)
+@example(scale=1.0, offset=1e4, dtype=torch.float32)
 @given(scale=scales, offset=offsets, dtype=dtypes)
-def test_likelihood(scale: float, offset: float, dtype: torch.dtype) -> None:
+def test_likelihood(solver: str, scale: float, offset: float, dtype: torch.dtype) -> None:
     """Log p falls by D log c, and does not see an offset that the prior has too."""
     offset = offset * scale
     x = MEANS[LABELS] + START / 60
-    options: dict[str, Any] = {"condition": LABELS, "solver": "rk4:16"}
+    options: dict[str, Any] = {"condition": LABELS, "solver": solver}
     plain = log_likelihood(mixture(), x, prior=exact_prior(1.0, 0.0), **options)
     ours = log_likelihood(
         mixture(scale, offset), (scale * x + offset).to(dtype), prior=exact_prior(scale, offset), **options
     )
-    digits = 1e5 * torch.finfo(dtype).eps * (1 + abs(offset) / scale)
+    # rk45 may choose other steps where rounding is another.
+    digits = 100 * torch.finfo(dtype).eps * (1 + abs(offset) / scale) + (
+        1e-4 if solver == "rk45:1e-6" else 1e-10
+    )
     torch.testing.assert_close(ours.log_prob, plain.log_prob - 2 * math.log(scale), rtol=0, atol=digits)
     levels, states = LEVELS[:-1], solve(mixture(), START, LEVELS[:-1], "heun", trajectory=True).trajectory
     assert states is not None

@@ -48,8 +48,8 @@ class LogLikelihood:
         dim: Numbers in a sample.
         sigma: Level at which the density was taken.
         sigma_max: Level of the prior.
-        calls: Network calls for each sample, without that for ``prior_gap``; in a batched adaptive solve
-            the largest.
+        calls: Network calls for each sample, without those for ``prior_gap`` and for the centre of the
+            coordinates; in a batched adaptive solve the largest.
         vjps: Vector-Jacobian products for each sample.
     """
 
@@ -144,7 +144,6 @@ def log_likelihood(
     refuse_random_layers(denoiser)
     kind, count = parse_trace(trace)
     method = FlowSolver.parse(solver)
-    flow = ScaledFlow(denoiser, x.dtype)
     density = prior_density(prior, denoiser, high, dtype=x.dtype, chunk=chunk)
     dim = x[0].numel()
     parts: list[tuple[Tensor, ...]] = []
@@ -155,15 +154,16 @@ def log_likelihood(
         probes = None
         if count:
             probes = draw_probes(kind, count, len(rows), x.shape[1:], seed=seed, first=first, like=rows)
+        flow = ScaledFlow.of(denoiser, rows, high, labels)
         start: State = (
-            rows.double() / flow.radius(math.log(low)),
+            flow.scaled(math.log(low), rows),
             torch.zeros(len(rows), max(count, 1), dtype=torch.float64, device=x.device),
         )
         slope = _density_slope(flow, labels, probes, chunk)
         eps = torch.finfo(x.dtype).eps
         (z, change), calls = method.integrate(slope, start, math.log(low), math.log(high), eps)
         most = max(most, calls)
-        y = flow.radius(math.log(high)) * z
+        y = flow.position(math.log(high), z)
         prior_value, gap = _prior_and_gap(density, denoiser, y, high, labels, x.dtype)
         scale = dim * math.log(flow.radius(math.log(high)) / flow.radius(math.log(low)))
         value = prior_value + change.mean(1) + scale

@@ -160,7 +160,9 @@ def nearest_cosine(samples: Tensor, train: Tensor, *, chunk: int = 1024) -> Tens
         train: (m, *shape); its mean is subtracted from both.
         chunk: Samples at a time.
     """
-    centre = train.flatten(1).mean(0)
-    known = torch.nn.functional.normalize(train.flatten(1) - centre, dim=1)
-    ours = torch.nn.functional.normalize(samples.flatten(1) - centre, dim=1)
+    centre = train.flatten(1).double().mean(0)  # and differences in float64: a mean far out has few digits
+    known, ours = (
+        torch.nn.functional.normalize((x.flatten(1).double() - centre).to(x.dtype), dim=1)
+        for x in (train, samples)
+    )
     return torch.cat([(part @ known.T).amax(1) for part in ours.split(chunk)])

@@ -165,7 +165,7 @@ def flow_jacobian(
     if not (0 < sigma_from < math.inf and 0 < sigma_to < math.inf) or sigma_from == sigma_to:
         raise UserError("a flow needs two different positive levels", got=(sigma_from, sigma_to))
     refuse_random_layers(denoiser)
-    flow = ScaledFlow(denoiser, y.dtype)
+    flow = ScaledFlow.of(denoiser, y, max(sigma_from, sigma_to), condition)
     start, stop = math.log(sigma_from), math.log(sigma_to)
     dim = y[0].numel()
 
@@ -175,10 +175,10 @@ def flow_jacobian(
         return flow.slope(t, z, denoised), flow.pull(t) * tangent - jacobian.double() @ tangent
 
     eye = torch.eye(dim, dtype=torch.float64, device=y.device).expand(len(y), dim, dim)
-    state = (y.double() / flow.radius(start), eye.clone())
+    state = (flow.scaled(start, y), eye.clone())
     (z, tangent), _ = FlowSolver.parse(solver).integrate(slope, state, start, stop, torch.finfo(y.dtype).eps)
     grown = flow.radius(stop) / flow.radius(start)
-    return (flow.radius(stop) * z).to(y.dtype), grown * tangent
+    return flow.position(stop, z).to(y.dtype), grown * tangent
 
 
 def flow_dimension(

@@ -1,11 +1,12 @@
 """The probability-flow ODE in scaled form, with a fixed Runge-Kutta grid or SciPy's adaptive steps.
 
-With c(sigma)^2 = sigma^2 + sigma_data^2 and z = y / c, the flow dy/dsigma = (y - D) / sigma becomes
+With c(sigma)^2 = sigma^2 + sigma_data^2, m the mean of the data and z = (y - m) / c, the flow
+dy/dsigma = (y - D) / sigma becomes
 
-    dz / dlog sigma = sigma_data^2 / c^2 z - D(c z) / c,
+    dz / dlog sigma = sigma_data^2 / c^2 z - (D(m + c z) - m) / c,
 
-which is zero for data N(0, sigma_data^2 I) and fades at both ends of the noise levels for any data: a grid
-uniform in log sigma suits it.
+which is zero for data N(m, sigma_data^2 I) and fades at both ends of the noise levels for any data: a grid
+uniform in log sigma suits it. Any m gives the same flow; one far from the data would cost steps and digits.
 """
 
 from __future__ import annotations
@@ -155,10 +156,35 @@ def _moved(part: Tensor, step: float, row: Sequence[float], slopes: Sequence[Ten
 
 @dataclass(frozen=True)
 class ScaledFlow:
-    """z = y / c(sigma) at log sigma = t, for a denoiser that is called in ``dtype``."""
+    """z = (y - centre) / c(sigma) at log sigma = t, for a denoiser that is called in the dtype of a batch.
+
+    Attributes:
+        denoiser: The model.
+        dtype: In which it is called.
+        centre: The mean of the data as the model sees it from the highest level, (B, *shape) float64.
+    """
 
     denoiser: Denoiser
     dtype: torch.dtype
+    centre: Tensor
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, y: Tensor, sigma: float, condition: Tensor | None) -> ScaledFlow:
+        """The flow of a batch ``y`` (B, *shape), whose highest level is ``sigma``."""
+        level = torch.full((len(y),), sigma, dtype=y.dtype, device=y.device)
+        mean = y
+        with torch.no_grad():
+            for _ in range(3):  # D(mean) = mean holds for the mean; each pass gains (sigma_data / sigma)^2
+                mean = denoiser(mean, level, condition)
+        return cls(denoiser, y.dtype, mean.double())
+
+    def scaled(self, t: float, y: Tensor) -> Tensor:
+        """The z of positions ``y``, (B, *shape) float64."""
+        return (y.double() - self.centre) / self.radius(t)
+
+    def position(self, t: float, z: Tensor) -> Tensor:
+        """The inverse of :meth:`scaled`, float64."""
+        return self.centre + self.radius(t) * z
 
     def radius(self, t: float) -> float:
         """The radius c = sqrt(sigma^2 + sigma_data^2)."""
@@ -170,9 +196,9 @@ class ScaledFlow:
 
     def inputs(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:
         """What the denoiser takes: y (B, *shape) and sigma (B,)."""
-        y = (self.radius(t) * z).to(self.dtype)
+        y = self.position(t, z).to(self.dtype)
         return y, torch.full((len(z),), math.exp(t), dtype=self.dtype, device=z.device)
 
     def slope(self, t: float, z: Tensor, denoised: Tensor) -> Tensor:
         """The slope dz / dlog sigma, float64."""
-        return self.pull(t) * z - denoised.double() / self.radius(t)
+        return self.pull(t) * z - (denoised.double() - self.centre) / self.radius(t)
