@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import distmatch as dm
 from command import SHORT, TINY, command, done
 from distmatch.diffusion.solvers import grid
 
@@ -27,12 +28,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_command_line_counts_both(place: Path) -> None:
     told = done("sample s --hybrid-teacher t --n 20 --guidance 2 --json --overwrite").json()
-    above = int((grid("karras", 18, 0.002, 80.0) > 2.5).sum())
+    start = 5 * dm.load_teacher("t").sigma_data  # where a student starts by default
+    above = int((grid("karras", 18, 0.002, 80.0) > start).sum())
     assert told["model"] == "hybrid"
-    assert told["handover"] == 2.5
+    assert told["handover"] == pytest.approx(start)
     assert told["nfe"] == 2 * 2 * above + 1
     alone = np.load("samples.npz")["x"]
-    done("sample s --hybrid-teacher t --hybrid-level 2.5 --n 20 --guidance 2 --overwrite")
+    done(f"sample s --hybrid-teacher t --hybrid-level {told['handover']} --n 20 --guidance 2 --overwrite")
     assert np.array_equal(np.load("samples.npz")["x"], alone)
 
 

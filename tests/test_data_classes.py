@@ -129,7 +129,7 @@ def test_a_teacher_in_memory_knows_its_classes(place: Path, tmp_path: Path) -> N
     teacher = dm.load_teacher(place / "t")
     assert known_data(teacher)["class_counts"] == list(COUNTS)
     write_folders(tmp_path / "gap", [k for k in EVERY if k != 5], [str(k) for k in range(12)])
-    settings = {"steps": 1, "batch": 8, "quiet": True}
+    settings = {"steps": 5, "batch": 8, "quiet": True}
     student = dm.distill(teacher, load_data(tmp_path / "gap"), method="diff-instruct", **settings)
     assert student.classes.names[5:7] == ("5", "6")
     assert student.classes.counts == (*COUNTS[:5], 0, *COUNTS[6:])
