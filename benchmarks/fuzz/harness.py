@@ -20,8 +20,8 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -218,10 +218,11 @@ class Lines:
     """
 
     def __init__(self, files: Iterable[str]) -> None:
-        self.files, self.seen = frozenset(files), set[tuple[str, int]]()
+        self.files, self.seen, self.new = frozenset(files), set[tuple[str, int]](), False
 
-    def reach_new(self, check: Callable[[], Any]) -> bool:
-        """Runs ``check`` and says whether it came to a line for the first time."""
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Watches while it lasts; then ``new`` says whether a line was reached for the first time."""
         before = len(self.seen)
 
         def line(frame: FrameType, event: str, _: Any) -> Any:
@@ -234,11 +235,10 @@ class Lines:
 
         sys.settrace(call)
         try:
-            with suppress(Exception):  # what a refused input reached counts as well
-                check()
+            yield
         finally:
             sys.settrace(None)
-        return len(self.seen) > before
+            self.new = len(self.seen) > before
 
 
 def command_line(description: str, make: Any, check: Any, **options: Any) -> int:

@@ -20,7 +20,7 @@ from distmatch.data.classes import names_of, share_warning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence
-from distmatch.methods.start import Network, has_network
+from distmatch.methods.start import Network, check_saveable, has_network
 from distmatch.methods.student import Student
 from distmatch.metrics import evaluate as _evaluate
 from distmatch.metrics.settings import FeatureChoice
@@ -138,6 +138,8 @@ def distill(
         **dict(zip(groups, chosen, strict=True)),
     )
     given = None if isinstance(teacher, (str, os.PathLike)) else teacher
+    if out is not None:
+        check_saveable(given)
     if data is not None:
         # A saved teacher was trained on scaled data; any other one is in the units of what it is given.
         found: Dataset | None = _dataset(data, scaled=given is None or has_network(given))
@@ -199,6 +201,7 @@ def compare(
     else:
         found = _samples_of(given, shared.run.seed) if isinstance(given, GaussianMixture) else None
     inputs = [shared.teacher] if shared.teacher else []
+    check_saveable(given)
     check_usable(out, resume=resume, inputs=inputs)
     prepared = prepare_comparison(
         replace(options, shared=shared), given, found, resumed=Path(out) if resume else None, quiet=quiet

@@ -144,6 +144,7 @@ class PredictionDenoiser(nn.Module):
     def _labels(self, condition: Tensor | None, x: Tensor) -> Tensor | None:
         if self.null_class is None:
             return condition
+        check_null(condition, self.null_class, self.num_classes)
         if condition is None:
             return torch.full((len(x),), self.null_class, dtype=torch.int64, device=x.device)
         return torch.where(condition < 0, self.null_class, condition)
@@ -159,6 +160,24 @@ class PredictionDenoiser(nn.Module):
         if self.reverse_time and self.prediction == "flow":
             value = -value
         return convert(value, self.prediction, "x0", noised, coefficients)
+
+
+def check_null(labels: Tensor | None, null_class: int, num_classes: int) -> None:
+    """Refuses a class that stands for "no condition" and is counted among the classes as a label.
+
+    On an accelerator the check would have to wait for the device, and is left out.
+
+    Raises:
+        UserError: One of the labels is that class.
+    """
+    if labels is None or null_class >= num_classes or labels.device.type != "cpu":
+        return
+    if bool((labels == null_class).any()):
+        raise UserError(
+            f"class {null_class} of this teacher stands for no condition, and is no class to ask for",
+            got=f"labels with {null_class}",
+            fix="use -1 for samples without a condition",
+        )
 
 
 class PredictionFeatureDenoiser(PredictionDenoiser):
@@ -196,6 +215,48 @@ def as_denoiser(
     lends = hasattr(module, "with_features")
     kind = PredictionFeatureDenoiser if lends else PredictionDenoiser
     return kind(module, path, prediction, shape=shape, **options)
+
+
+def require_denoiser(model: object) -> None:
+    """Lets only denoisers through, and says how a network of another kind becomes one.
+
+    Raises:
+        UserError: It is no denoiser: a network as EDM's code or k-diffusion has them, or any other object.
+    """
+    said = [name for name in _CONTRACT if not hasattr(model, name)]
+    if callable(model) and not said:
+        return
+    name = type(model).__name__
+    if hasattr(model, "img_resolution") and hasattr(model, "label_dim"):
+        kind, fix = "a network of EDM's code, which takes (x, sigma, class_labels)", _EDM_LABELS
+    elif hasattr(model, "inner_model"):
+        kind, fix = "a network of k-diffusion's code, which takes (x, sigma)", _CLEAN
+    elif callable(model):
+        kind, fix = "a network or function that does not say what it predicts", _ANY
+    else:
+        kind, fix = "an object that cannot be called", _ANY
+    raise UserError(
+        f"a {name} is not a denoiser: {kind}",
+        got=f"no {', '.join(said)}" if said else name,
+        expected=f"D(x, sigma, condition) with the attributes {', '.join(_CONTRACT)}",
+        fix=fix,
+    )
+
+
+_CONTRACT = ("shape", "num_classes", "sigma_data", "sigma_min", "sigma_max")
+_CLEAN = (
+    'it returns the clean sample: teacher = dm.as_denoiser(model, "edm", "x0", '
+    "shape=(channels, height, width))"
+)
+_EDM_LABELS = (
+    f"{_CLEAN}. With classes: net = lambda x, sigma, labels: model(x, sigma, torch.eye(n)[labels]), and "
+    "num_classes=n"
+)
+_ANY = (
+    'teacher = dm.as_denoiser(model, path, prediction, shape=...), for example path "vp" and prediction '
+    '"eps" for DDPM, "edm" and "x0" for a model that returns the clean sample, "condot" and "flow" for '
+    "flow matching"
+)
 
 
 class OnPath:

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def model_card(
     facts = _facts(about, shape, num_classes, parameters)
     parts = [
         _front_matter(about, shape, num_classes, library),
-        f"# {title}" + (f": {about['method']}" if about.get("method") else ""),
+        f"# {title}" + (f": {_cell(str(about['method']))}" if about.get("method") else ""),
         purpose,
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in facts.items())]),
         "## What was lost" if student else "## Measured",
@@ -123,7 +124,7 @@ def metrics_section(metrics: Mapping[str, Any] | None) -> str:
         cells = [_measured(metrics[name].get(key)) for name in names]
         if compared:
             cells.append(_difference(metrics["student"].get(key), metrics["teacher"].get(key)))
-        lines.append(f"| {key} | {' | '.join(cells)} |")
+        lines.append(f"| {_cell(str(key))} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _DIRECTIONS])
 
 
@@ -187,7 +188,7 @@ def _hub_name(source: str) -> str:
 def _licence(about: Mapping[str, Any]) -> str:
     given = about.get("license")
     if given:
-        return f"{given}. Whoever wrote this model gave it; distmatch did not check it."
+        return f"{_cell(str(given))}. Whoever wrote this model gave it; distmatch did not check it."
     return (
         f"{LICENSE[0].upper()}{LICENSE[1:]}. A student is made from its teacher's weights or predictions: "
         "look up the terms of both before you pass it on."
@@ -212,8 +213,20 @@ def _calls(count: int) -> str:
     return "one network call" if count == 1 else f"{count} network calls"
 
 
+# What Markdown or HTML would take for more than text.
+_SPECIAL = re.compile(r"[\\`*\[\]<>&|$]")
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+
+
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text of any origin as one cell that shows it and nothing else.
+
+    Control characters, and those that turn the direction of writing, become their number.
+    """
+    unseen = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    plain = text.replace("\n", " ").replace("\t", " ")
+    shown = "".join(f"U+{ord(c):04X}" if unicodedata.category(c) in unseen else c for c in plain)
+    return _SPECIAL.sub(lambda found: _ENTITIES.get(found[0], "\\" + found[0]), shown)
 
 
 def _measured(value: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.adapters import check_null
 from distmatch.nets.layers import feature_blocks
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
@@ -45,7 +46,8 @@ class DiffusersNet(nn.Module):
                 "this network of diffusers is not read as a teacher",
                 got=self.kind,
                 expected=" or ".join(MODELS),
-                fix="networks that read text or video are not supported; wrap yours with dm.as_denoiser",
+                fix="fix what else it reads and wrap the rest: dm.as_denoiser(lambda x, t: "
+                'net(x, t, text).sample, "vp", "eps", shape=...)',
             )
         self.model = model
         self.sign = float(sign)
@@ -80,6 +82,7 @@ class DiffusersNet(nn.Module):
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor:
         """Labels with the class that stands for none where there is no condition."""
         if self.null_class is not None:
+            check_null(labels, self.null_class, self.num_classes)
             if labels is None:
                 return torch.full((len(x),), self.null_class, device=x.device)
             return torch.where(labels < 0, self.null_class, labels)

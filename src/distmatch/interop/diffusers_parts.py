@@ -26,7 +26,7 @@ NETWORKS = ("unet", "transformer")
 DECODERS = ("vae", "vqvae")
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 
-_MOST_STEPS = 100_000  # training steps of a scheduler
+_MOST_STEPS = 10_000  # training steps of a scheduler
 _LARGEST = 2**31  # of any number in the config of a network
 _MOST_ENTRIES = 1000  # of any list in it
 _MOST_BUFFERS = 2**26  # numbers that a network computes from its config: positions

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.errors import UserError, cause, unknown_name
 from distmatch.diffusion.paths import NoisePath, condot, discrete_path
 from distmatch.interop.times import Scaled
 
@@ -70,6 +70,18 @@ def read_schedule(scheduler: Any) -> Schedule:
     name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
     if name not in SCHEDULERS or config is None:
         raise _unread(name)
+    try:
+        return _understood(name, scheduler, config)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"the options of this {name} make no sense", got=cause(error), fix="check scheduler_config.json"
+        ) from error
+
+
+def _understood(name: str, scheduler: Any, config: Any) -> Schedule:
+    """What a scheduler of a known class says."""
     if name in EDM:
         return _edm(config)
     if name in FLOW:

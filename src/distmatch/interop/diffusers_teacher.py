@@ -30,6 +30,7 @@ from distmatch.interop.diffusers_schedule import read_schedule
 from distmatch.interop.latents import VAEDecoder, vae_scaling
 from distmatch.interop.optional import import_diffusers
 from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.saved import missing_model
 
 Teacher = PredictionFeatureDenoiser | EDMDenoiser
 
@@ -181,6 +182,8 @@ def load_diffusers(
         UserError: Not such a folder, files missing, weights that are pickles, something not understood.
     """
     root = Path(folder)
+    if not root.exists():
+        raise missing_model(folder, "a folder that diffusers saved")
     if not root.is_dir():
         raise UserError(
             f"{root} is not a folder", expected="a folder that diffusers saved", fix="check the path"

@@ -232,7 +232,9 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
         latents = config.get("latents")
         if latents is not None:
             denoiser.decoder = _decoder(folder / _VAE, latents, denoiser.shape)
-    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(
             f"{folder / _CONFIG} is damaged",
             got=cause(error),

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.diffusion.adapters import PredictionDenoiser
@@ -19,6 +20,7 @@ from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig, default_config
 from distmatch.nets.edm import EDMDenoiser, weighted_error
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+from distmatch.nets.saved import require_described
 
 Draw = Callable[[int], tuple[Tensor, Tensor | None]]
 
@@ -29,6 +31,39 @@ Network = EDMDenoiser | PredictionDenoiser
 def has_network(teacher: Denoiser) -> TypeGuard[Network]:
     """Whether a teacher has a network that student and critic can start from, and that can be saved."""
     return isinstance(teacher, EDMDenoiser) or is_external(teacher)
+
+
+def check_start(teacher: Denoiser, chosen: bool) -> None:
+    """Refuses a network that would silently be left out: a student of it would be another one, of any size.
+
+    Args:
+        teacher: The teacher.
+        chosen: Whether the user said which network the student has.
+
+    Raises:
+        UserError: It has a network that cannot be copied, and none was chosen.
+    """
+    if has_network(teacher) or chosen or not isinstance(teacher, PredictionDenoiser):
+        return
+    count = sum(p.numel() for p in teacher.net.parameters()) if isinstance(teacher.net, nn.Module) else 0
+    if count:
+        raise UserError(
+            "a student cannot start from a network of your own yet: it would be a fresh one of another kind",
+            got=f"a {type(teacher.net).__name__} of {count:,} parameters",
+            expected="a teacher of distmatch, diffusers, EDM or EDM2, or a choice of the student's network",
+            fix='say which network the student shall have, for example net="unet", width=64; it is first '
+            "fitted to what yours predicts",
+        )
+
+
+def check_saveable(teacher: object) -> None:
+    """Refuses, before anything is trained, a teacher whose students could not be saved.
+
+    Raises:
+        UserError: It is an EDMDenoiser around a network from elsewhere.
+    """
+    if isinstance(teacher, EDMDenoiser) and not is_external(teacher):
+        require_described(teacher)
 
 
 def starting_network(teacher: Denoiser, net: NetConfig | None, seed: int, device: torch.device) -> Network:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from distmatch.base.files import (
 )
 from distmatch.diffusion.path_specs import path_from_dict, path_to_dict
 from distmatch.nets.build import build_net
-from distmatch.nets.config import blocks, from_dict, to_dict
+from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig, blocks, from_dict, to_dict
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.path_denoiser import PathDenoiser
@@ -58,6 +59,7 @@ def save_model(
     Raises:
         UserError: The folder holds something else, or cannot be written; or the network was rewritten.
     """
+    require_described(denoiser)
     if any(isinstance(module, SplitLayer) for module in denoiser.net.modules()):
         raise UserError(
             "a network with split shortcuts cannot be saved as a model",
@@ -84,6 +86,22 @@ def save_model(
         if card:
             atomic_write(temporary / CARD, card)
         atomic_json(temporary / _CONFIG, config)
+
+
+def require_described(denoiser: EDMDenoiser) -> None:
+    """Lets networks through that can be built again from their config.
+
+    Raises:
+        UserError: The network comes from elsewhere, and no file can say what it is.
+    """
+    if not isinstance(getattr(denoiser.net, "config", None), (MLPConfig, UNetConfig, DiTConfig)):
+        raise UserError(
+            "a denoiser around a network of your own cannot be saved, nor can a student that is a copy of it",
+            got=f"a {type(denoiser.net).__name__}",
+            expected="an mlp, unet or dit of distmatch, or a network of diffusers, EDM or EDM2",
+            fix="for a student that can be saved: teacher = dm.as_denoiser(lambda x, sigma: yours(x, sigma), "
+            '"edm", "x0", shape=yours.shape), and net="unet"; or leave out the folder',
+        )
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, Any]]:
@@ -159,6 +177,19 @@ def _parametrisation(denoiser: EDMDenoiser) -> dict[str, Any]:
     return said
 
 
+# An owner and a name, as model hubs write them.
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def missing_model(path: str | os.PathLike[str], expected: str) -> UserError:
+    """The error for a model that is not there; one that looks like the id on a hub gets that advice."""
+    fix = "check the path"
+    if _HUB_ID.fullmatch(os.fspath(path)) and not Path(path).parent.exists():
+        fix = "nothing is downloaded here. If it is an id on a model hub, get its files first, for example "
+        fix += f"with: hf download {path} --local-dir FOLDER. Then give FOLDER"
+    return UserError(f"{path} does not exist", expected=expected, fix=fix)
+
+
 def _model_folder(path: Path) -> Path:
     if path.is_file():
         if path.suffix.lower() in _PICKLES:
@@ -169,9 +200,7 @@ def _model_folder(path: Path) -> Path:
             )
         raise UserError(f"{path} is a file", expected="a model folder or a run folder", fix="give its folder")
     if not path.exists():
-        raise UserError(
-            f"{path} does not exist", expected="a model folder or a run folder", fix="check the path"
-        )
+        raise missing_model(path, "a model folder or a run folder")
     for candidate in (path, path / "model"):
         if (candidate / _CONFIG).is_file():
             return candidate

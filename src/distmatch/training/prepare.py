@@ -16,6 +16,7 @@ from distmatch.data import TOY_NAMES, Dataset, load_data
 from distmatch.data.batches import Batch, Batches
 from distmatch.data.classes import Classes, drawn_labels
 from distmatch.data.columns import columns_of
+from distmatch.diffusion.adapters import require_denoiser
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence, divergence
@@ -24,7 +25,7 @@ from distmatch.methods.build import build_method
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.method import Method
 from distmatch.methods.setup import Setup
-from distmatch.methods.start import Draw, has_network
+from distmatch.methods.start import Draw, check_start, has_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import check_settings, resolve_method
 from distmatch.training.devices import compile_network, pick_device
@@ -72,8 +73,10 @@ def prepare_distillation(
                 fix="train one first: distmatch train --data digits --out runs/teacher",
             )
         teacher, known = open_teacher(options.teacher)
+    require_denoiser(teacher)
     if isinstance(teacher, nn.Module):
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    check_start(teacher, chosen=options.net != NetOptions())
     copied = has_network(teacher)
     if copied and options.net != NetOptions():
         raise UserError(
