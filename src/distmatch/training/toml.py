@@ -197,7 +197,7 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
         return {k: _convert(members[1], v, where, f"{key}.{k}") for k, v in value.items()}
     if kind is Path and isinstance(value, (str, Path)):
         return Path(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
