@@ -130,7 +130,7 @@ def test_weights_of_a_start_from_another_law_count() -> None:
 
 def test_what_needs_no_weights_gets_none() -> None:
     one = run(product([FIRST, SECOND], [1.0, 0.0]), 50, resample_below=0.0)
-    assert float(one.log_w.abs().max()) == 0
+    assert float(one.log_w.abs().max()) < 1e-12  # what roundings of float64 leave of 50 steps
     same = run(geometric(FIRST, FIRST, 1.6), 50, resample_below=0.0)
     assert float(same.log_w.abs().max()) < 1e-10
     assert float(one.ess.min()) > 1 - 1e-12

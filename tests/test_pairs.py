@@ -15,6 +15,7 @@ from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.solvers import sample_teacher
 from distmatch.methods.matching.pairs import PairRegression, make_pairs, pair_loss
+from rounding import assert_same_but_for_rounding
 from small import PAIR, batch, distiller, network_teacher
 
 
@@ -55,12 +56,12 @@ def test_pairs_lie_on_the_flow_of_the_teacher() -> None:
 def test_pairs_depend_on_the_seed_and_nothing_else() -> None:
     made = make_pairs(PAIR, 60, steps=5, seed=3, device="cpu", batch=17)
     again = make_pairs(PAIR, 60, steps=5, seed=3, device="cpu")
-    torch.testing.assert_close(made.samples, again.samples)
+    assert_same_but_for_rounding(made.samples, again.samples)  # in parts of 17
     assert torch.equal(made.noise, latents(60, (2,), 3))
     assert made.labels is not None
     assert set(made.labels.tolist()) == {0, 1}
     alone = sample_teacher(PAIR, 60, steps=5, labels=made.labels, seed=3)
-    torch.testing.assert_close(made.samples, alone)
+    assert_same_but_for_rounding(made.samples, alone)
     other = make_pairs(PAIR, 60, steps=5, seed=4, device="cpu")
     assert not torch.equal(other.noise, made.noise)
 

@@ -25,10 +25,12 @@ Where = bool | Tensor
 class Guidance(Wrapper):
     """A denoiser that corrects the prediction of ``inner``. Subclasses say how, and for which samples.
 
-    Samples that are not guided keep the prediction of ``inner`` bit for bit. In a solver the interval is
-    decided once a step, by the higher one of its two levels, which is where a sampler's step starts; so a
-    second evaluation does as the first, a step outside costs what ``inner`` costs, and going back up meets
-    the decisions of the way down. In a call by itself each sample's own level decides.
+    Samples that are not guided keep the prediction of ``inner``; a call in which none is guided is that of
+    ``inner``, bit for bit. (Beside guided samples they are part of a larger batch, which kernels may round in
+    another way.) In a solver the interval is decided once a step, by the higher one of its two levels, which
+    is where a sampler's step starts; so a second evaluation does as the first, a step outside costs what
+    ``inner`` costs, and going back up meets the decisions of the way down. In a call by itself each sample's
+    own level decides.
 
     Args:
         inner: The denoiser to guide.
