@@ -104,7 +104,11 @@ def replace_everywhere(name: str, function: Any, put: Callable[[Any, str, Any], 
 def flags_of(verb: str) -> list[str]:
     """The flags of a verb, from the fields of the dataclasses that its module defines or takes."""
     module = importlib.import_module(VERBS[verb][0])
-    kinds = [value for value in vars(module).values() if dataclasses.is_dataclass(value)]
+    kinds = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
+    ]
     names: set[str] = set()
     while kinds:
         for field in dataclasses.fields(kinds.pop()):

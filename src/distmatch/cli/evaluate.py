@@ -10,19 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from distmatch.base.errors import UserError
+from distmatch.cli.help import Help
 from distmatch.cli.parse import parse, print_json
 
 if TYPE_CHECKING:
     from distmatch.metrics import Features
 
-ABOUT = """Measure samples, or the models of a run folder, against a reference; by metrics or by divergences.
+HELP = Help(
+    """Measure samples, or the models of a run folder, against a reference; by metrics or by divergences.
 What is measured comes first, the reference second or after --data.
 
 example: distmatch evaluate runs/js
          distmatch evaluate samples.npz digits
          distmatch evaluate samples.npz --data real.npz --features pixels --json
          distmatch evaluate samples.npz real.npz --divergences all
-         distmatch evaluate student.npz teacher.npz --divergences js,renyi:2,mmd:laplace"""
+         distmatch evaluate student.npz teacher.npz --divergences js,renyi:2,mmd:laplace""",
+    short="what against divergences features teacher n seed device json",
+    groups={
+        "How the teacher is sampled": "solver steps grid guidance",
+        "This command": "seed device json",
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,7 @@ class EvaluateOptions:
 
 def run(argv: list[str]) -> None:
     """Parses, measures, prints the table."""
-    o = parse(EvaluateOptions, argv, verb="evaluate", about=ABOUT)
+    o = parse(EvaluateOptions, argv, verb="evaluate", said=HELP)
     if o.n is not None and o.n < 1:
         raise UserError("--n must be at least 1", got=o.n)
     if o.against and o.data:

@@ -39,7 +39,12 @@ def usage() -> str:
     """The help text of `distmatch` itself."""
     lines = ["usage: distmatch VERB [options]", "", "Distil a diffusion model into a one-step generator.", ""]
     lines += [f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()]
-    lines += ["", "  distmatch VERB --help shows the options of a verb, with an example.", "", "examples:"]
+    lines += [
+        "",
+        "  distmatch VERB --help shows what most people need of a verb, --help-all every option.",
+        "",
+        "examples:",
+    ]
     lines += ["  distmatch demo", "  distmatch train --data digits --out runs/teacher"]
     lines += ["  distmatch distill --teacher runs/teacher --divergence js --out runs/js"]
     return "\n".join(lines)

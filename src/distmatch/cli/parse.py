@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from distmatch.base.errors import UserError
+from distmatch.cli.help import LETTERS, Help, asked_for, flags_of, help_text
 from distmatch.cli.refusal import refusal
 from distmatch.training.config_format import read_config
 from distmatch.training.toml import dataclass_to_dict, dict_to_dataclass
@@ -28,7 +30,7 @@ class Place:
     """The run folder to write."""
     config: Path | None = None
     """Take options from this config.toml; those on the command line win."""
-    resume: str | None = None
+    resume: Annotated[str | None, tyro.conf.arg(metavar="[STEP]")] = None
     """Go on in --out from its newest checkpoint; or from a step, or a checkpoint folder."""
     overwrite: bool = False
     """Replace an existing run folder."""
@@ -38,27 +40,37 @@ class Place:
     """Print one JSON object on stdout."""
 
 
-def parse(kind: type[T], argv: Sequence[str], *, verb: str, about: str, default: T | None = None) -> T:
+def parse(kind: type[T], argv: Sequence[str], *, verb: str, said: Help, default: T | None = None) -> T:
     """Parses the options of a verb into a dataclass.
+
+    Args:
+        kind: The options' dataclass.
+        argv: The arguments after the verb.
+        verb: The verb.
+        said: What its help says.
+        default: Supplies the defaults; None takes those of the fields.
 
     Raises:
         UserError: Options that cannot be used.
         SystemExit: After `--help`.
     """
+    if asked := asked_for(argv):
+        print(help_text(kind, verb, said, default, everything=asked == "--help-all"))
+        raise SystemExit(0)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(
                 tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type,misc]
-                args=list(argv),
+                args=_in_full(argv),
                 prog=f"distmatch {verb}",
-                description=about,
                 default=default,
+                add_help=False,
             )
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        raise refusal(stop, printed.getvalue(), verb) from None
+        raise refusal(stop, printed.getvalue(), verb, flags_of(kind)) from None
 
 
 def parse_run(
@@ -66,8 +78,9 @@ def parse_run(
     argv: Sequence[str],
     *,
     verb: str,
-    about: str,
+    said: Help,
     defaults: Callable[[str | None], T] | None = None,
+    idle: Callable[[T], Iterable[str]] = lambda options: (),
 ) -> tuple[T, Place]:
     """Parses a verb that starts a run; `--config` and `--resume` supply defaults.
 
@@ -75,13 +88,14 @@ def parse_run(
         kind: The options' dataclass.
         argv: The arguments after the verb.
         verb: The verb, for messages; must match the ``verb`` of a config file.
-        about: Description and example.
+        said: What its help says.
         defaults: The options of a method (None: none was named), for a verb whose defaults depend on it.
+        idle: Names of options that do nothing with the method that is named, which its help leaves out.
 
     Raises:
         UserError: A config file that does not fit.
     """
-    arguments = _with_resume_value(argv)
+    arguments = _with_resume_value(_in_full(argv))
     out, config, resume = (_value_of(arguments, f"--{name}") for name in ("out", "config", "resume"))
     named = _value_of(arguments, "--method")
     options = kind() if defaults is None else defaults(named)
@@ -92,7 +106,9 @@ def parse_run(
         kind.__name__,
         [("options", tyro.conf.OmitArgPrefixes[kind]), ("place", tyro.conf.OmitArgPrefixes[Place])],  # type: ignore[valid-type,misc]
     )
-    parsed: Any = parse(both, arguments, verb=verb, about=about, default=both(options, Place()))
+    if named is not None:
+        said = replace(said, hidden=said.hidden.union(idle(options)))
+    parsed: Any = parse(both, arguments, verb=verb, said=said, default=both(options, Place()))
     return parsed.options, parsed.place
 
 
@@ -161,6 +177,13 @@ def checkpoint_choice(resume: str | None) -> str | int | None:
 def print_json(value: Any) -> None:
     """Prints one JSON object on stdout."""
     print(json.dumps(value, allow_nan=False))
+
+
+def _in_full(argv: Sequence[str]) -> list[str]:
+    """`-n` and the like as `--n`; where a verb has no such option, that is what its refusal names."""
+    long = {letter: f"--{name}" for name, letter in LETTERS.items()}
+    parts = [argument.partition("=") for argument in argv]
+    return [long.get(name, name) + equals + value for name, equals, value in parts]
 
 
 def _with_resume_value(argv: Sequence[str]) -> list[str]:

@@ -7,11 +7,14 @@ from typing import Annotated
 
 import tyro
 
+from distmatch.cli.help import Help
 from distmatch.cli.parse import parse, print_json
 
-ABOUT = """Write report.html, one self-contained page, from the files of a run folder.
+HELP = Help(
+    """Write report.html, one self-contained page, from the files of a run folder.
 
 example: distmatch report runs/demo"""
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,7 @@ class ReportOptions:
 
 def run(argv: list[str]) -> None:
     """Parses, builds the page, prints its path."""
-    options = parse(ReportOptions, argv, verb="report", about=ABOUT)
+    options = parse(ReportOptions, argv, verb="report", said=HELP)
     from distmatch.report import build_report
 
     path = build_report(options.run)
