@@ -56,7 +56,7 @@ class Files:
             run=RunOptions(steps=4, batch=8, checkpoint_every=2, log_every=1, device="cpu"),
         )
         self.run = RunFolder(self.folder / "run")
-        carry_out(prepare_training(options), self.run, quiet=True)
+        carry_out(prepare_training(options), self.run)
         self.state = prepare_training(options).state
         self.checkpoint = self.run.checkpoints / "step-000004"
         self.tree = json.loads((self.checkpoint / "state.json").read_text())

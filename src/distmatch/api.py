@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
+from distmatch.base.progress import quietly
 from distmatch.data import Dataset, Scaling, from_arrays, load_data
 from distmatch.data.classes import names_of, share_warning
 from distmatch.diffusion.denoiser import Denoiser
@@ -71,7 +72,7 @@ def train(
         steps: Training steps.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch train` does; None keeps everything in memory.
-        quiet: Whether to hide the progress bar.
+        quiet: Whether to say nothing of the progress.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions` or :class:`TeacherConfig`.
 
     Returns:
@@ -82,8 +83,9 @@ def train(
     """
     run, net, teacher = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig())
     options = TrainOptions(data=_name_of(data), run=run, net=net, teacher=teacher)
-    job = prepare_teacher.prepare_training(options, _dataset(data))
-    return _carried_out(job, out, [], quiet)
+    with quietly(quiet):
+        job = prepare_teacher.prepare_training(options, _dataset(data))
+        return _carried_out(job, out, [])
 
 
 def distill(
@@ -111,7 +113,7 @@ def distill(
         steps: Training steps.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
-        quiet: Whether to hide the progress bar.
+        quiet: Whether to say nothing of the progress.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, or of the groups of settings in
             :class:`DistillOptions`; what is left out has the method's own default.
 
@@ -145,8 +147,9 @@ def distill(
         found: Dataset | None = _dataset(data, scaled=given is None or has_network(given))
     else:
         found = _samples_of(given, seed) if isinstance(given, GaussianMixture) else None
-    job = prepare.prepare_distillation(options, given, found, measure)
-    return _carried_out(job, out, [source] if source else [], quiet)
+    with quietly(quiet):
+        job = prepare.prepare_distillation(options, given, found, measure)
+        return _carried_out(job, out, [source] if source else [])
 
 
 def compare(
@@ -173,7 +176,7 @@ def compare(
         budget: Of every run: a time (``"5m"``), network calls (``"200k calls"``) or steps.
         seeds: Runs of each method.
         resume: Go on with what ``out`` holds.
-        quiet: Whether to hide progress.
+        quiet: Whether to say nothing of the progress.
         **settings: Any other field of :class:`CompareOptions`; or a setting as for :func:`distill`, which
             every method gets that reads it.
 
@@ -203,12 +206,13 @@ def compare(
     inputs = [shared.teacher] if shared.teacher else []
     check_saveable(given)
     check_usable(out, resume=resume, inputs=inputs)
-    prepared = prepare_comparison(
-        replace(options, shared=shared), given, found, resumed=Path(out) if resume else None, quiet=quiet
-    )
-    with create(out, resume=resume, inputs=inputs) as folder:
-        record = carry_out_comparison(prepared, folder)
-        build_report(folder.path)
+    with quietly(quiet):
+        prepared = prepare_comparison(
+            replace(options, shared=shared), given, found, resumed=Path(out) if resume else None
+        )
+        with create(out, resume=resume, inputs=inputs) as folder:
+            record = carry_out_comparison(prepared, folder)
+            build_report(folder.path)
     return record
 
 
@@ -269,11 +273,11 @@ def _samples_of(mixture: GaussianMixture, seed: int, n: int = 20_000) -> Dataset
     return Dataset(x.cpu(), labels, (), "mixture", Scaling.identity(x.shape[1]))
 
 
-def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str], quiet: bool) -> Any:
+def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str]) -> Any:
     """The model of a job, with a run folder where one is wanted, which must not overwrite the inputs."""
     with_folder = create(out, inputs=inputs) if out is not None else None
     try:
-        model, _ = runs.carry_out(job, with_folder, quiet=quiet)
+        model, _ = runs.carry_out(job, with_folder)
     finally:
         if with_folder is not None:
             with_folder.release()
