@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from distmatch.base.errors import UserError
+from distmatch.cli.answer import print_json
 from distmatch.cli.distill import SETTINGS
 from distmatch.cli.help import Help
-from distmatch.cli.parse import Place, parse_run, print_json
+from distmatch.cli.parse import Place, parse_run
 from distmatch.training.compare_options import CompareOptions, Entry, entry_options
 from distmatch.training.config_format import config_text
 from distmatch.training.toml import dataclass_to_dict, to_toml

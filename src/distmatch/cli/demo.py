@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distmatch.base.errors import UserError
+from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import Place, options_from, parse, print_json
+from distmatch.cli.parse import Place, options_from, parse
 from distmatch.methods.config import DistillConfig
 from distmatch.training.options import DistillOptions, RunOptions, TeacherConfig, TrainOptions
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import parse_run, print_json
+from distmatch.cli.parse import parse_run
 from distmatch.methods.method import CRITIC_SETTINGS, RATIO_SETTINGS
 from distmatch.methods.table import find_method, idle_settings
 from distmatch.training.options import DistillOptions

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.parse import parse
 
 HELP = Help(
     """Check this machine and installation: versions, devices, data, places to write, speed.

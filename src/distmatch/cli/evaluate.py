@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from distmatch.base.errors import UserError
+from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.parse import parse
 
 if TYPE_CHECKING:
     from distmatch.metrics import Features
@@ -213,7 +214,7 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
         except UserError as error:
             if o.teacher:
                 raise
-            print(f"warning: measured without the teacher: {error}", file=sys.stderr)
+            warnings.warn(f"measured without the teacher: {error}", stacklevel=2)
     space = resolve_features(o.features, data)
     metrics = evaluate_models(
         data,

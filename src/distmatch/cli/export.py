@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from distmatch.base.errors import UserError
+from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.parse import parse
 
 HELP = Help(
     """Write a model for use elsewhere, or turn a teacher from elsewhere into a model folder.

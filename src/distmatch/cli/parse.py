@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,11 +171,6 @@ def _without(values: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 def checkpoint_choice(resume: str | None) -> str | int | None:
     """What `--resume` names: ``latest``, a step, or a path."""
     return int(resume) if resume is not None and resume.isdigit() else resume
-
-
-def print_json(value: Any) -> None:
-    """Prints one JSON object on stdout."""
-    print(json.dumps(value, allow_nan=False))
 
 
 def _in_full(argv: Sequence[str]) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.parse import parse
 
 HELP = Help(
     """Write report.html, one self-contained page, from the files of a run folder.

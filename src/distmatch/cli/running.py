@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distmatch.base.errors import UserError
-from distmatch.cli.parse import Place, checkpoint_choice, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.parse import Place, checkpoint_choice
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.compare_cost import step_times
 from distmatch.training.config_format import config_text
@@ -80,6 +81,7 @@ def dry_run(job: Job, place: Place) -> None:
         "seconds_once": round(once, 4),
         "estimated_seconds": round(whole, 1),
         **job.notes,
+        **({"warnings": job.warnings} if job.warnings else {}),
     }
     if place.json:
         print_json(shown)

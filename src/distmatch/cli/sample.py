@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from distmatch.base.errors import UserError
+from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.parse import parse
 
 if TYPE_CHECKING:
     from torch import Tensor

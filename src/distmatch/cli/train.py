@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import parse_run, print_json
+from distmatch.cli.parse import parse_run
 from distmatch.training.options import TrainOptions
 
 HELP = Help(
