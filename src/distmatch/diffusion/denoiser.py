@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,21 @@ class FeatureDenoiser(Denoiser, Protocol):
     ) -> tuple[Tensor, list[Tensor]]:
         """Returns the denoised ``x`` and a list of feature tensors, (B, C) or (B, C, H, W)."""
         ...
+
+
+def features_of(model: Any, *arguments: Any) -> list[Tensor]:
+    """The features of a denoiser or network where nobody reads its prediction.
+
+    A model with ``only_features`` stops at the last of them; of another one the whole pass is made.
+
+    Args:
+        model: What has ``with_features``, and perhaps ``only_features``.
+        arguments: Of either, for example x, sigma and condition.
+    """
+    if hasattr(model, "only_features"):
+        features: list[Tensor] = model.only_features(*arguments)
+        return features
+    return model.with_features(*arguments)[1]
 
 
 def expand(sigma: Tensor, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser
+from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, features_of
 from distmatch.nets.head import RatioHead, RatioNet
 
 Source = Literal["teacher", "fake", "own"]
@@ -50,7 +50,7 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
     with torch.no_grad():
         probe = torch.zeros(2, *features_from.shape, device=_device(features_from))
         labels = torch.zeros(2, dtype=torch.int64, device=probe.device) if num_classes else None
-        _, features = features_from.with_features(probe, torch.ones(2, device=probe.device), labels)
+        features = features_of(features_from, probe, torch.ones(2, device=probe.device), labels)
     shapes = [tuple(f.shape[1:]) for f in features]
     return RatioHead(shapes, num_classes, noise_unit=2 * features_from.sigma_data)
 
@@ -65,6 +65,33 @@ def denoise_with_logit(
     """One pass of a feature-lending denoiser: its prediction and the discriminator's logit (B,)."""
     prediction, features = denoiser.with_features(x, sigma, labels)  # type: ignore[attr-defined]
     return prediction, discriminator(features, sigma, labels)
+
+
+def logit_of(
+    source: Source,
+    features_from: Denoiser,
+    discriminator: nn.Module,
+    x: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None,
+    grad: bool,
+) -> Tensor:
+    """The discriminator's logit (B,) where nobody reads a prediction: the pass ends at the last feature.
+
+    Args:
+        source: What the discriminator sees.
+        features_from: The denoiser whose features it sees; unused for ``own``.
+        discriminator: From :func:`build_discriminator`.
+        x: Noised samples (B, *shape).
+        sigma: Their levels (B,).
+        labels: Their classes (B,), or None.
+        grad: Whether a gradient goes through the features; the discriminator's own needs none of them.
+    """
+    if source == "own":
+        return discriminator(x, sigma, labels)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
+        features = features_of(features_from, x, sigma, labels)
+    return discriminator(features, sigma, labels)
 
 
 def _device(denoiser: Denoiser) -> torch.device:

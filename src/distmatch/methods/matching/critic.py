@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
-from distmatch.methods.matching.networks import frozen_logit
+from distmatch.methods.matching.networks import logit_alone
 from distmatch.methods.matching.objectives import adversarial_critic, approximate_r1
 from distmatch.methods.matching.view import CriticView
 from distmatch.methods.setup import Info, noised, part_of
@@ -61,26 +61,22 @@ def critic_backward(
 
 def _part(method: Matching, state: DistillState, view: CriticView, real: list[Tensor], share: float) -> Info:
     """One part of the batch: ``real`` holds noised real samples and, with R1, noisier ones."""
-    n, head, fake, r1 = len(view.x0), state.discriminator, state.fake, method.config.r1
+    head, fake, r1 = state.discriminator, state.fake, method.config.r1
     if fake is None:
         raise RuntimeError("this state has no fake score")
-    x = torch.cat([view.x, *real])
-    count = 1 + len(real)
-    levels = view.sigma.repeat(count)
-    y = None if view.labels is None else view.labels.repeat(count)
-    logit: Tensor | None = None
+    logits: list[Tensor] = []
     info: Info = {}
     with method.setup.autocast():
         if head is not None and method.source == "fake":
-            prediction, logit = denoise_with_logit(fake, head, x, levels, y)
+            prediction, own = denoise_with_logit(fake, head, view.x, view.sigma, view.labels)
+            logits = [own, *_logits(method, state, view, real, grad=True)]  # no prediction for real samples
         else:
             prediction = fake(view.x, view.sigma, view.labels)
             if head is not None:
-                logit = frozen_logit(method, head, x, levels, y)
-        loss = method.objective.critic_loss(view, prediction[:n], state).mean()
+                logits = _logits(method, state, view, [view.x, *real], grad=False)
+        loss = method.objective.critic_loss(view, prediction, state).mean()
         info["loss_fake"] = share * loss.detach()
-        if logit is not None:
-            logits = logit.chunk(count)
+        if logits:
             ratio_loss = adversarial_critic(real=logits[1], fake=logits[0])
             info["loss_ratio"] = share * ratio_loss.detach()
             if r1 > 0:
@@ -88,3 +84,13 @@ def _part(method: Matching, state: DistillState, view: CriticView, real: list[Te
             loss = loss + (method.config.joint_weight if method.source == "fake" else 1.0) * ratio_loss
     (share * loss).backward()
     return info
+
+
+def _logits(
+    method: Matching, state: DistillState, view: CriticView, kinds: list[Tensor], grad: bool
+) -> list[Tensor]:
+    """The raw log ratios of samples of several kinds at the levels of the view, in one pass."""
+    count = len(kinds)
+    labels = None if view.labels is None else view.labels.repeat(count)
+    levels = view.sigma.repeat(count)
+    return list(logit_alone(method, state, torch.cat(kinds), levels, labels, grad).chunk(count))
