@@ -5,6 +5,7 @@ At the optimum of the logistic loss its logit is log p_t/q_t, so r = exp(logit) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -67,31 +68,43 @@ def denoise_with_logit(
     return prediction, discriminator(features, sigma, labels)
 
 
-def logit_of(
+def logits_of(
     source: Source,
     features_from: Denoiser,
     discriminator: nn.Module,
-    x: Tensor,
+    kinds: Sequence[Tensor],
     sigma: Tensor,
     labels: Tensor | None,
+    *,
     grad: bool,
-) -> Tensor:
-    """The discriminator's logit (B,) where nobody reads a prediction: the pass ends at the last feature.
+) -> list[Tensor]:
+    """The discriminator's logits of samples of several kinds, where nobody reads a prediction.
+
+    One pass of the lender, which ends at the last feature, serves all kinds. The discriminator sees one after
+    the other: what real and generated samples share (a bias, say) then cancels to the bit in its gradients.
+    Of a sum over all of them rounding would be left, which Adam makes as large as any other gradient.
 
     Args:
         source: What the discriminator sees.
         features_from: The denoiser whose features it sees; unused for ``own``.
         discriminator: From :func:`build_discriminator`.
-        x: Noised samples (B, *shape).
-        sigma: Their levels (B,).
+        kinds: Noised samples (B, *shape) each, such as generated and real ones.
+        sigma: Their levels (B,), the same for all kinds.
         labels: Their classes (B,), or None.
         grad: Whether a gradient goes through the features; the discriminator's own needs none of them.
+
+    Returns:
+        (B,) for each kind.
     """
     if source == "own":
-        return discriminator(x, sigma, labels)
+        return [discriminator(x, sigma, labels) for x in kinds]
+    count = len(kinds)
+    whole = kinds[0] if count == 1 else torch.cat(list(kinds))
+    classes = None if labels is None else labels.repeat(count)
     with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
-        features = features_of(features_from, x, sigma, labels)
-    return discriminator(features, sigma, labels)
+        features = features_of(features_from, whole, sigma.repeat(count), classes)
+    parts = zip(*(feature.chunk(count) for feature in features), strict=True)
+    return [discriminator(list(part), sigma, labels) for part in parts]
 
 
 def _device(denoiser: Denoiser) -> torch.device:

@@ -17,7 +17,7 @@ from distmatch.methods.matching.objectives import adversarial_critic, approximat
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.nets.optim import clipped_step
-from distmatch.ratio.discriminator import build_discriminator, choose_source, logit_of
+from distmatch.ratio.discriminator import build_discriminator, choose_source, logits_of
 
 
 @dataclass
@@ -62,21 +62,17 @@ class Adversary:
         names = ("noise_fake", "noise_real", "noise_r1")
         return {"level": level, **dict(zip(names, noises, strict=False))}
 
-    def logits(self, state: DistillState, kinds: list[Tensor], draws: Draws) -> tuple[Tensor, ...]:
-        """The discriminator's log ratio of noised samples of several kinds, (b,) each, in one pass."""
-        head, labels, count = state.discriminator, draws.get("labels"), len(kinds)
+    def logits(self, state: DistillState, kinds: list[Tensor], draws: Draws, *, grad: bool) -> list[Tensor]:
+        """The discriminator's log ratios of noised samples of several kinds, (b,) each."""
+        head, teacher = state.discriminator, self.setup.teacher
         if head is None:
             raise RuntimeError("this state has no discriminator")
-        x = torch.cat(kinds) if count > 1 else kinds[0]
-        level = draws["level"].repeat(count)
-        labels = None if labels is None else labels.repeat(count)
-        found = logit_of(self._source, self.setup.teacher, head, x, level, labels, grad=x.requires_grad)
-        return found.chunk(count)
+        return logits_of(self._source, teacher, head, kinds, draws["level"], draws.get("labels"), grad=grad)
 
     def student_loss(self, state: DistillState, x0: Tensor, draws: Draws) -> Tensor:
         """The student's non-saturating loss, (b,)."""
         x = x0 + expand(draws["level"], x0) * draws["noise_fake"]
-        return F.softplus(-self.logits(state, [x], draws)[0].float())
+        return F.softplus(-self.logits(state, [x], draws, grad=True)[0].float())
 
     def learn(self, state: DistillState, x0: Tensor, draws: Draws, lr_factor: float) -> Info:
         """One step of the discriminator.
@@ -101,7 +97,7 @@ class Adversary:
                 kinds = [x0[part] + level * some["noise_fake"], real + level * some["noise_real"]]
                 if cfg.r1 > 0:
                     kinds.append(kinds[1] + 0.1 * level * some["noise_r1"])
-                on_fake, on_real, *on_moved = self.logits(state, kinds, some)
+                on_fake, on_real, *on_moved = self.logits(state, kinds, some, grad=False)
                 loss = adversarial_critic(real=on_real, fake=on_fake)
                 told = loss.detach()
                 if on_moved:

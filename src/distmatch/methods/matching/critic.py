@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
-from distmatch.methods.matching.networks import logit_alone
+from distmatch.methods.matching.networks import logits_alone
 from distmatch.methods.matching.objectives import adversarial_critic, approximate_r1
 from distmatch.methods.matching.view import CriticView
 from distmatch.methods.setup import Info, noised, part_of
@@ -69,11 +68,14 @@ def _part(method: Matching, state: DistillState, view: CriticView, real: list[Te
     with method.setup.autocast():
         if head is not None and method.source == "fake":
             prediction, own = denoise_with_logit(fake, head, view.x, view.sigma, view.labels)
-            logits = [own, *_logits(method, state, view, real, grad=True)]  # no prediction for real samples
+            # Of real samples nobody reads a prediction.
+            more = logits_alone(method, state, real, view.sigma, view.labels, grad=True)
+            logits = [own, *more]
         else:
             prediction = fake(view.x, view.sigma, view.labels)
             if head is not None:
-                logits = _logits(method, state, view, [view.x, *real], grad=False)
+                kinds = [view.x, *real]
+                logits = logits_alone(method, state, kinds, view.sigma, view.labels, grad=False)
         loss = method.objective.critic_loss(view, prediction, state).mean()
         info["loss_fake"] = share * loss.detach()
         if logits:
@@ -84,13 +86,3 @@ def _part(method: Matching, state: DistillState, view: CriticView, real: list[Te
             loss = loss + (method.config.joint_weight if method.source == "fake" else 1.0) * ratio_loss
     (share * loss).backward()
     return info
-
-
-def _logits(
-    method: Matching, state: DistillState, view: CriticView, kinds: list[Tensor], grad: bool
-) -> list[Tensor]:
-    """The raw log ratios of samples of several kinds at the levels of the view, in one pass."""
-    count = len(kinds)
-    labels = None if view.labels is None else view.labels.repeat(count)
-    levels = view.sigma.repeat(count)
-    return list(logit_alone(method, state, torch.cat(kinds), levels, labels, grad).chunk(count))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from distmatch.methods.state import DistillState
-from distmatch.ratio.discriminator import denoise_with_logit, logit_of
+from distmatch.ratio.discriminator import denoise_with_logit, logits_of
 
 if TYPE_CHECKING:
     from distmatch.methods.matching.loop import Matching
@@ -42,7 +43,7 @@ def predictions(
         else:
             p = target(x, sigma, labels)
     if lends and not same:
-        logit = logit_alone(method, state, x, sigma, labels, grad=True)
+        (logit,) = logits_alone(method, state, [x], sigma, labels, grad=True)
     shares = method.source == "fake" and head is not None
     with torch.set_grad_enabled(wanted and (grad or shares)):
         if shares and head is not None:
@@ -54,20 +55,26 @@ def predictions(
     return p, q, logit
 
 
-def logit_alone(
-    method: Matching, state: DistillState, x: Tensor, sigma: Tensor, labels: Tensor | None, grad: bool
-) -> Tensor:
-    """The raw log ratio (B,) where no prediction is wanted.
+def logits_alone(
+    method: Matching,
+    state: DistillState,
+    kinds: Sequence[Tensor],
+    sigma: Tensor,
+    labels: Tensor | None,
+    *,
+    grad: bool,
+) -> list[Tensor]:
+    """The raw log ratios (B,) of samples of several kinds, where no prediction is wanted.
 
     Args:
         method: The method.
         state: The networks.
-        x: Noised samples (B, *shape).
-        sigma: Their levels (B,).
+        kinds: Noised samples (B, *shape) each.
+        sigma: Their levels (B,), the same for all kinds.
         labels: Their classes (B,), or None.
-        grad: Whether it is differentiated by ``x``, or by the weights of a fake score that lends features.
+        grad: Whether they are differentiated by the samples, or by a fake score that lends features.
     """
     lender = state.fake if method.source == "fake" else method.teacher
     if lender is None or state.discriminator is None:
         raise RuntimeError("this state has no discriminator, or no fake score to lend it features")
-    return logit_of(method.source, lender, state.discriminator, x, sigma, labels, grad)
+    return logits_of(method.source, lender, state.discriminator, kinds, sigma, labels, grad=grad)
