@@ -50,6 +50,7 @@ class Matching:
             the teacher's on draws from the posterior, between the levels of their call and of the next.
         weigh_adversary: Whether the adversarial loss of each sample is divided by its mean |x0 - D_p|, as the
             score terms are (SiDA's code).
+        first: The first step at which the objective moves the student; the fake score learns before, too.
     """
 
     setup: Setup
@@ -58,6 +59,7 @@ class Matching:
     target: Callable[[DistillState], Denoiser] | None = None
     chain: Chain = "renoise"
     weigh_adversary: bool = False
+    first: float = 0.0
 
     def __post_init__(self) -> None:
         cfg, teacher = self.config, self.setup.teacher
@@ -162,13 +164,15 @@ class Matching:
         factor = rate(state.step, self.setup.total_steps, cfg.lr_rampup, cfg.lr_decay)
         x, call = self._simulate(state, len(batch.x), labels)
         whole = len(self.setup.parts(len(x))) == 1
-        x0 = self._call(state, x, call, labels, grad=student_turn and whole)
+        objective_turn = student_turn and state.step >= self.first
+        x0 = self._call(state, x, call, labels, grad=objective_turn and whole)
         info: Info = {}
         if student_turn:
             set_rate(state.optimisers["student"], cfg.lr * factor)
-            found = self._field(state, x0.detach(), x, call, labels)
-            info |= found.info
-            self._push(state, x0 if whole else None, x, call, labels, found.gradient)
+            if objective_turn:
+                found = self._field(state, x0.detach(), x, call, labels)
+                info |= found.info
+                self._push(state, x0 if whole else None, x, call, labels, found.gradient)
             for term in self.terms:
                 info |= term.backward(state, batch, labels)
             info |= self._move_student(state)
