@@ -37,6 +37,7 @@ from distmatch.training.options import (
     TeacherConfig,
     TrainOptions,
 )
+from distmatch.training.presets import LAPTOP
 from distmatch.training.runfolder import check_usable, create
 
 Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
@@ -93,8 +94,9 @@ def distill(
     data: Data | None = None,
     *,
     divergence: str | Divergence | None = None,
-    method: str = "f-distill",
-    steps: int = 2000,
+    method: str | None = None,
+    preset: str = LAPTOP,
+    steps: int | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     quiet: bool = False,
@@ -109,13 +111,16 @@ def distill(
             teacher, or the data a saved teacher was trained on.
         divergence: A name such as ``"js"``, ``"kl"``, ``"alpha:0.5"``, or a :class:`Divergence`; None is the
             method's own (JS for f-distill).
-        method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``.
-        steps: Training steps.
+        method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``;
+            None takes that of the preset, or ``f-distill``.
+        preset: ``laptop``, the defaults for small networks, or published settings such as
+            ``paper:sid-cifar10``: see ``docs/presets.md``. All other arguments win over it.
+        steps: Training steps; None takes those of the preset, or 2000.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
         quiet: Whether to say nothing of the progress.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, or of the groups of settings in
-            :class:`DistillOptions`; what is left out has the method's own default.
+            :class:`DistillOptions`; what is left out is that of the preset or the method's own default.
 
     Returns:
         The student (the average of its weights).
@@ -123,18 +128,21 @@ def distill(
     Raises:
         UserError: Unknown settings, or parts that do not go together.
     """
-    own = DistillOptions.of(method)
+    own = DistillOptions.of(method, preset)
     groups = {name: getattr(own, name) for name in GROUPS}
+    if steps is None:
+        steps = 2000 if own.run.steps == RunOptions().steps else own.run.steps
     run, net, *chosen = _settings(
-        settings, RunOptions(steps=steps, seed=seed), NetOptions(), *groups.values()
+        settings, replace(own.run, steps=steps, seed=seed), NetOptions(), *groups.values()
     )
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
     measure = divergence if isinstance(divergence, Divergence) else None
     options = DistillOptions(
         data=_name_of(data) if data is not None else "",
         teacher=source,
-        method=method,
-        divergence=measure.name if measure else divergence,  # type: ignore[arg-type]
+        method=own.method,
+        preset=preset,
+        divergence=measure.name if measure else divergence or own.divergence,  # type: ignore[arg-type]
         run=run,
         net=net,
         **dict(zip(groups, chosen, strict=True)),

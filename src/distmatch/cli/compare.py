@@ -23,7 +23,7 @@ example: distmatch compare --methods dmd2,f-distill:js,f-distill:kl --budget 5m 
     short="methods budget seeds baseline teacher data batch seed device out config resume overwrite "
     "dry_run json",
     groups=SETTINGS,
-    hidden=frozenset({"method", "divergence", "steps"}),  # these are in --methods and --budget
+    hidden=frozenset({"method", "preset", "divergence", "steps"}),  # in --methods and --budget
 )
 
 _SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accuracy")

@@ -8,6 +8,7 @@ from distmatch.cli.parse import parse_run
 from distmatch.methods.method import CRITIC_SETTINGS, RATIO_SETTINGS
 from distmatch.methods.table import find_method, idle_settings
 from distmatch.training.options import DistillOptions
+from distmatch.training.presets import LAPTOP
 
 SETTINGS = {
     "The student and its training": "calls student_sigma guidance lr lr_decay lr_rampup beta1 beta2 "
@@ -25,7 +26,7 @@ example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
          distmatch distill --teacher runs/teacher --method dmd2 --calls 2 --out runs/two
 
 With --method NAME the help is that of this method: its defaults, and the options that it reads.""",
-    short="data teacher method divergence steps batch seed device calls guidance lr out config resume "
+    short="data teacher method preset divergence steps batch seed device calls guidance lr out config resume "
     "overwrite dry_run json",
     groups=SETTINGS,
 )
@@ -37,8 +38,10 @@ def _idle(options: DistillOptions) -> list[str]:
     return idle if method.divergences else [*idle, "divergence"]
 
 
-def _options_of(method: str | None) -> DistillOptions:
-    return DistillOptions() if method is None else DistillOptions.of(method)
+def _options_of(method: str | None, preset: str | None, begun: str | None = None) -> DistillOptions:
+    if method is None and preset in (None, LAPTOP):
+        method = begun
+    return DistillOptions.of(method, preset or LAPTOP)
 
 
 def run(argv: list[str]) -> None:

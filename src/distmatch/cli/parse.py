@@ -78,7 +78,7 @@ def parse_run(
     *,
     verb: str,
     said: Help,
-    defaults: Callable[[str | None], T] | None = None,
+    defaults: Callable[..., T] | None = None,
     idle: Callable[[T], Iterable[str]] = lambda options: (),
 ) -> tuple[T, Place]:
     """Parses a verb that starts a run; `--config` and `--resume` supply defaults.
@@ -88,7 +88,8 @@ def parse_run(
         argv: The arguments after the verb.
         verb: The verb, for messages; must match the ``verb`` of a config file.
         said: What its help says.
-        defaults: The options of a method (None: none was named), for a verb whose defaults depend on it.
+        defaults: The options of a method and a preset (None: none was named), for a verb whose defaults
+            depend on them; and, as ``begun``, of the method of a config file where neither decides it.
         idle: Names of options that do nothing with the method that is named, which its help leaves out.
 
     Raises:
@@ -96,8 +97,8 @@ def parse_run(
     """
     arguments = _with_resume_value(_in_full(argv))
     out, config, resume = (_value_of(arguments, f"--{name}") for name in ("out", "config", "resume"))
-    named = _value_of(arguments, "--method")
-    options = kind() if defaults is None else defaults(named)
+    named = _value_of(arguments, "--method"), _value_of(arguments, "--preset")
+    options = kind() if defaults is None else defaults(*named)
     file = Path(config) if config is not None else Path(out) / "config.toml" if resume and out else None
     if file is not None and (config is not None or file.exists()):
         options = options_from(kind, file, verb, named=named, defaults=defaults)
@@ -105,7 +106,7 @@ def parse_run(
         kind.__name__,
         [("options", tyro.conf.OmitArgPrefixes[kind]), ("place", tyro.conf.OmitArgPrefixes[Place])],  # type: ignore[valid-type,misc]
     )
-    if named is not None:
+    if named != (None, None):
         said = replace(said, hidden=said.hidden.union(idle(options)))
     parsed: Any = parse(both, arguments, verb=verb, said=said, default=both(options, Place()))
     return parsed.options, parsed.place
@@ -116,8 +117,8 @@ def options_from(
     path: Path,
     verb: str,
     *,
-    named: str | None = None,
-    defaults: Callable[[str | None], T] | None = None,
+    named: tuple[str | None, str | None] = (None, None),
+    defaults: Callable[..., T] | None = None,
 ) -> T:
     """The options in a config file.
 
@@ -125,7 +126,7 @@ def options_from(
         kind: The options' dataclass.
         path: The file.
         verb: The verb it must be of.
-        named: A method that is named elsewhere, and so wins over the file's.
+        named: A method and a preset that are named elsewhere, and so win over the file's.
         defaults: As for :func:`parse_run`.
 
     Raises:
@@ -140,11 +141,13 @@ def options_from(
     options = dict_to_dataclass(kind, values, where=str(path))  # checks every key
     if defaults is None:
         return options
-    method = named if named is not None else values.get("method")
-    # What another method has by default nobody has chosen for this one.
-    if "method" in values and method != values["method"]:
-        values = _without(values, dataclass_to_dict(defaults(values["method"])))
-    return dict_to_dataclass(kind, _merged(dataclass_to_dict(defaults(method)), values), where=str(path))
+    began = values.get("method"), values.get("preset")
+    method, preset = (new if new is not None else old for new, old in zip(named, began, strict=True))
+    below = defaults(named[0] if named[1] is not None else method, preset, begun=began[0])
+    # What another method or preset has by default nobody has chosen for this one.
+    if began != (None, None) and (method, preset) != began:
+        values = _without(values, dataclass_to_dict(defaults(*began)))
+    return dict_to_dataclass(kind, _merged(dataclass_to_dict(below), values), where=str(path))
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

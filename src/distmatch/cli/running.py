@@ -15,6 +15,8 @@ from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.compare_cost import step_times
 from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
+from distmatch.training.options import DistillOptions
+from distmatch.training.presets import describe
 from distmatch.training.runfolder import RunFolder, check_usable, create
 from distmatch.training.runs import Job, carry_out
 from distmatch.training.toml import dataclass_to_dict
@@ -88,6 +90,8 @@ def dry_run(job: Job, place: Place) -> None:
         return
     print(config_text(job.verb, job.options))
     print("# not written: this is a dry run")
+    if isinstance(job.options, DistillOptions):
+        print(f"# preset      {describe(job.options.preset)}")
     print(f"# device      {shown['device']}")
     for name, count in parameters.items():
         print(f"# parameters  {name}: {count:,}")
