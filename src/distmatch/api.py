@@ -15,7 +15,6 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
-from distmatch.base.progress import quietly
 from distmatch.data import Dataset, Scaling, from_arrays, load_data
 from distmatch.data.classes import names_of, share_warning
 from distmatch.diffusion.denoiser import Denoiser
@@ -37,7 +36,6 @@ from distmatch.training.options import (
     TeacherConfig,
     TrainOptions,
 )
-from distmatch.training.presets import LAPTOP
 from distmatch.training.runfolder import check_usable, create
 
 Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
@@ -73,7 +71,7 @@ def train(
         steps: Training steps.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch train` does; None keeps everything in memory.
-        quiet: Whether to say nothing of the progress.
+        quiet: Whether to hide the progress bar.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions` or :class:`TeacherConfig`.
 
     Returns:
@@ -84,9 +82,8 @@ def train(
     """
     run, net, teacher = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig())
     options = TrainOptions(data=_name_of(data), run=run, net=net, teacher=teacher)
-    with quietly(quiet):
-        job = prepare_teacher.prepare_training(options, _dataset(data))
-        return _carried_out(job, out, [])
+    job = prepare_teacher.prepare_training(options, _dataset(data))
+    return _carried_out(job, out, [], quiet)
 
 
 def distill(
@@ -94,9 +91,8 @@ def distill(
     data: Data | None = None,
     *,
     divergence: str | Divergence | None = None,
-    method: str | None = None,
-    preset: str = LAPTOP,
-    steps: int | None = None,
+    method: str = "f-distill",
+    steps: int = 2000,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     quiet: bool = False,
@@ -111,16 +107,13 @@ def distill(
             teacher, or the data a saved teacher was trained on.
         divergence: A name such as ``"js"``, ``"kl"``, ``"alpha:0.5"``, or a :class:`Divergence`; None is the
             method's own (JS for f-distill).
-        method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``;
-            None takes that of the preset, or ``f-distill``.
-        preset: ``laptop``, the defaults for small networks, or published settings such as
-            ``paper:sid-cifar10``: see ``docs/presets.md``. All other arguments win over it.
-        steps: Training steps; None takes those of the preset, or 2000.
+        method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``.
+        steps: Training steps.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
-        quiet: Whether to say nothing of the progress.
+        quiet: Whether to hide the progress bar.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, or of the groups of settings in
-            :class:`DistillOptions`; what is left out is that of the preset or the method's own default.
+            :class:`DistillOptions`; what is left out has the method's own default.
 
     Returns:
         The student (the average of its weights).
@@ -128,21 +121,18 @@ def distill(
     Raises:
         UserError: Unknown settings, or parts that do not go together.
     """
-    own = DistillOptions.of(method, preset)
+    own = DistillOptions.of(method)
     groups = {name: getattr(own, name) for name in GROUPS}
-    if steps is None:
-        steps = 2000 if own.run.steps == RunOptions().steps else own.run.steps
     run, net, *chosen = _settings(
-        settings, replace(own.run, steps=steps, seed=seed), NetOptions(), *groups.values()
+        settings, RunOptions(steps=steps, seed=seed), NetOptions(), *groups.values()
     )
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
     measure = divergence if isinstance(divergence, Divergence) else None
     options = DistillOptions(
         data=_name_of(data) if data is not None else "",
         teacher=source,
-        method=own.method,
-        preset=preset,
-        divergence=measure.name if measure else divergence or own.divergence,  # type: ignore[arg-type]
+        method=method,
+        divergence=measure.name if measure else divergence,  # type: ignore[arg-type]
         run=run,
         net=net,
         **dict(zip(groups, chosen, strict=True)),
@@ -155,9 +145,8 @@ def distill(
         found: Dataset | None = _dataset(data, scaled=given is None or has_network(given))
     else:
         found = _samples_of(given, seed) if isinstance(given, GaussianMixture) else None
-    with quietly(quiet):
-        job = prepare.prepare_distillation(options, given, found, measure)
-        return _carried_out(job, out, [source] if source else [])
+    job = prepare.prepare_distillation(options, given, found, measure)
+    return _carried_out(job, out, [source] if source else [], quiet)
 
 
 def compare(
@@ -184,7 +173,7 @@ def compare(
         budget: Of every run: a time (``"5m"``), network calls (``"200k calls"``) or steps.
         seeds: Runs of each method.
         resume: Go on with what ``out`` holds.
-        quiet: Whether to say nothing of the progress.
+        quiet: Whether to hide progress.
         **settings: Any other field of :class:`CompareOptions`; or a setting as for :func:`distill`, which
             every method gets that reads it.
 
@@ -214,13 +203,12 @@ def compare(
     inputs = [shared.teacher] if shared.teacher else []
     check_saveable(given)
     check_usable(out, resume=resume, inputs=inputs)
-    with quietly(quiet):
-        prepared = prepare_comparison(
-            replace(options, shared=shared), given, found, resumed=Path(out) if resume else None
-        )
-        with create(out, resume=resume, inputs=inputs) as folder:
-            record = carry_out_comparison(prepared, folder)
-            build_report(folder.path)
+    prepared = prepare_comparison(
+        replace(options, shared=shared), given, found, resumed=Path(out) if resume else None, quiet=quiet
+    )
+    with create(out, resume=resume, inputs=inputs) as folder:
+        record = carry_out_comparison(prepared, folder)
+        build_report(folder.path)
     return record
 
 
@@ -281,11 +269,11 @@ def _samples_of(mixture: GaussianMixture, seed: int, n: int = 20_000) -> Dataset
     return Dataset(x.cpu(), labels, (), "mixture", Scaling.identity(x.shape[1]))
 
 
-def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str]) -> Any:
+def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str], quiet: bool) -> Any:
     """The model of a job, with a run folder where one is wanted, which must not overwrite the inputs."""
     with_folder = create(out, inputs=inputs) if out is not None else None
     try:
-        model, _ = runs.carry_out(job, with_folder)
+        model, _ = runs.carry_out(job, with_folder, quiet=quiet)
     finally:
         if with_folder is not None:
             with_folder.release()

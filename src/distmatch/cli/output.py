@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,10 +75,10 @@ def tell_conversion(name: str, conversion: str) -> None:
 
 
 def warn_of_shares(labels: Tensor, reference: Tensor, names: Sequence[str]) -> None:
-    """Warns where samples hold the classes in other shares than the real data."""
+    """Says on stderr where samples hold the classes in other shares than the real data."""
     warning = share_warning(labels, reference, names)
     if warning is not None:
-        warnings.warn(warning, stacklevel=2)
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def check_form(path: Path, *, images: bool, overwrite: bool) -> None:
