@@ -38,6 +38,7 @@ class Call:
         grad: Whether gradients were enabled.
         autocast: Whether bfloat16 was.
         module: The network itself.
+        partial: Whether the pass stops at the last feature.
         reached: Numbers of the outputs that a backward pass came through.
         inputs: Numbers of the arguments that it went on to.
         to_parameters: Whether it went on to the parameters.
@@ -51,6 +52,7 @@ class Call:
     grad: bool
     autocast: bool
     module: nn.Module
+    partial: bool = False
     reached: set[int] = field(default_factory=set)
     inputs: set[int] = field(default_factory=set)
     to_parameters: bool = False
@@ -60,10 +62,9 @@ class Call:
         """What it comes to, for the table."""
         if self.tangents:
             return "jvp"
-        if not self.reached:
-            return "forward"
         ends = [name for name, there in (("weights", self.to_parameters), ("input", self.inputs)) if there]
-        return "backward to " + " and ".join(ends)
+        way = "backward to " + " and ".join(ends) if self.reached else "forward"
+        return way if not self.partial else "features" if way == "forward" else f"features, {way}"
 
 
 @contextmanager
@@ -78,10 +79,10 @@ def recorded(networks: dict[str, nn.Module]) -> Iterator[list[Call]]:
     handles: list[RemovableHandle] = []
     wrapped = []
     for name, module in networks.items():
-        for method in ("forward", "with_features"):
+        for method in ("forward", "with_features", "only_features"):
             inner = getattr(module, method, None)
             if inner is not None:
-                setattr(module, method, _listening(name, module, inner, calls, depth, handles))
+                setattr(module, method, _listening(name, module, inner, calls, depth, handles, method))
                 wrapped.append((module, method))
     try:
         yield calls
@@ -99,6 +100,7 @@ def _listening(
     calls: list[Call],
     depth: list[int],
     handles: list[RemovableHandle],
+    method: str,
 ) -> Operation:
     def heard(*args: Any, **kwargs: Any) -> Any:
         if depth[0]:
@@ -114,6 +116,7 @@ def _listening(
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(_device(flat)),
             module,
+            method == "only_features",
         )
         calls.append(call)
         depth[0] += 1

@@ -1,12 +1,14 @@
 """The Python interface: what goes in, what comes out, in whose units."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
 import distmatch as dm
+from distmatch.base import progress as progress_module
 from distmatch.data.batches import Batches
 from distmatch.training.options import NetOptions, RunOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
@@ -98,3 +100,32 @@ def test_dropout_resumes_to_the_bit_and_leaves_the_global_stream_alone():
         whole.state.denoiser.parameters(), resumed.state.denoiser.parameters(), strict=True
     ):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"fit_steps": 20}, "fit to teacher"),
+        ({"method": "dmd", "fit_steps": 5, "pairs": 64, "pair_steps": 2}, "pairs of the teacher"),
+        ({"method": "dpm-ot", "fit_steps": 5, "bank": 16, "bank_steps": 2}, "latents of the teacher"),
+    ],
+)
+def test_quiet_says_nothing(settings, said, monkeypatch, capfd):
+    """Whatever is done before the first step included. By this clock all takes long enough to be shown."""
+    clock = itertools.count(step=20.0)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    dm.distill("ring8", steps=5, width=16, depth=1, batch=32, quiet=True, **settings)
+    assert capfd.readouterr() == ("", "")
+    dm.distill("ring8", steps=5, width=16, depth=1, batch=32, **settings)
+    shown = capfd.readouterr()
+    assert said in shown.err
+    assert "distill: 5/5" in shown.err
+    assert shown.out == ""
+
+
+def test_a_quiet_comparison_says_nothing(tmp_path, capfd):
+    common = {"methods": "diff-instruct", "seeds": 1, "budget": "5 steps", "n": 60, "fit_steps": 5, **TINY}
+    dm.compare("ring8", out=tmp_path / "a", **common)
+    assert capfd.readouterr() == ("", "")
+    dm.compare("ring8", out=tmp_path / "b", **{**common, "quiet": False})
+    assert "compare: trying diff-instruct" in capfd.readouterr().err

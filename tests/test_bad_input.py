@@ -188,7 +188,7 @@ PLACES = {
     "sample t --guidance nan --out a.npz": ("--guidance must be finite",),
     "sample s --steps 3 --out a.npz": ("a student has its calls",),
     "sample u --guidance 2 --out a.npz": ("guidance needs a class-conditional teacher",),
-    "sample": ("MODEL", "`distmatch sample --help`"),
+    "sample": ("MODEL", "`distmatch sample --help-all`"),
     "evaluate absent": ("absent does not exist",),
     "evaluate images.npz": ("no real data", "--data"),
     "evaluate images.npz --data vectors.npz": ("another shape", "vectors"),

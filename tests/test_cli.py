@@ -81,9 +81,10 @@ print(seconds, [name for name in heavy if name in sys.modules])
     assert loaded == "[]"
 
 
-def test_the_module_runs_as_a_program() -> None:
+@pytest.mark.parametrize("module", ["distmatch", "distmatch.cli.main"])
+def test_the_module_runs_as_a_program(module: str) -> None:
     answer = subprocess.run(
-        [sys.executable, "-m", "distmatch", "trian"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", module, "trian"], capture_output=True, text=True, check=False
     )
     assert answer.returncode == 2
     assert "did you mean train?" in answer.stderr

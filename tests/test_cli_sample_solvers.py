@@ -110,7 +110,7 @@ def test_drawing_is_what_the_parts_give() -> None:
     mixture = GaussianMixture([0.3, 0.7], [[-1.0, 0.0], [1.0, 0.5]], [0.04, 0.09], classes=[0, 1])
     labels = torch.arange(N) % 2
     settings = Sampling(solver="tab:2", steps=6, grid="power", guidance=2.0, interval=(0.1, 9.0))
-    drawn = draw_teacher(mixture, N, labels, 3, settings, quiet=True)
+    drawn = draw_teacher(mixture, N, labels, 3, settings)
     levels = grid("power", 6, mixture.sigma_min, mixture.sigma_max, path="vp")
     guided = Guided(mixture, 2.0, interval=(0.1, 9.0))
     x = sample_teacher(guided, N, solver="tab:2", grid=levels, path="vp", labels=labels, seed=3)

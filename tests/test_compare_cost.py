@@ -19,8 +19,17 @@ from small import network_teacher
 
 
 def test_passes_of_a_network_however_it_is_entered() -> None:
-    """Three batches of 8 forward, one of 5 for the features; two come back, one only to the input."""
+    """Three batches of 8 forward, one of 5 with features, one of 100 for features alone; two come back.
+
+    The second comes back to the input only, and so past the layers that see the level alone. A pass counts
+    for the share of the parameters that it meets.
+    """
     net = network_teacher().requires_grad_(True)
+    every = {name: p.numel() for name, p in net.named_parameters()}
+    of_level = sum(n for name, n in every.items() if "conditioning" in name or "modulation" in name)
+    behind = sum(n for name, n in every.items() if name.startswith(("net.norm", "net.last")))
+    assert "net.trunk.blocks.0.modulation.weight" in every
+    assert behind > 0
     x, sigma = torch.randn(8, 2), torch.full((8,), 1.5)
     passes = Passes()
     with count_passes({"net": net, "same": net}, passes):
@@ -28,12 +37,15 @@ def test_passes_of_a_network_however_it_is_entered() -> None:
         with torch.no_grad():
             net(x, sigma)
             net.with_features(x[:5], sigma[:5])
+            net.only_features(x[:1].expand(100, -1), sigma[:1].expand(100))
         net.requires_grad_(False)
         net(x.clone().requires_grad_(), sigma).sum().backward()
-    assert passes.forward == {"net": 29, "same": 0}
-    assert passes.backward == {"net": 16, "same": 0}
+    total = sum(every.values())
+    forward = round(29 + 100 * (total - behind) / total)
+    assert passes.forward == {"net": forward, "same": 0}
+    assert passes.backward == {"net": round(8 + 8 * (total - of_level) / total), "same": 0}
     net(x, sigma)
-    assert passes.forward["net"] == 29  # the hooks are gone
+    assert passes.forward["net"] == forward  # the hooks are gone
 
 
 def test_forward_mode_derivatives_are_one_pass() -> None:

@@ -56,7 +56,7 @@ def test_the_page_has_its_pictures_and_they_are_small() -> None:
 def test_runs_use_the_calls_that_they_may_and_no_more(benchmark: ModuleType, solver: str, calls: int) -> None:
     how = benchmark.settings(solver, calls)
     mixture = GaussianMixture([1.0], [[0.0, 1.0]], [0.5])
-    used = draw_teacher(mixture, 3, None, 0, how, quiet=True).nfe
+    used = draw_teacher(mixture, 3, None, 0, how).nfe
     a_step = {"heun": 2, "pc": 2, "rhork:rk4": 4}.get(solver, 1)
     assert calls - a_step < used <= calls
 

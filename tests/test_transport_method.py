@@ -232,7 +232,7 @@ def test_it_samples_the_data_and_evens_the_cells(tmp_path: Path) -> None:
     assert isinstance(student, TransportStudent)
     x, real = student.sample(2000), toy("ring8").sample(4000, seed=9)
     assert mmd(x, real, "energy").value < 0.03
-    assert draw_student(student, 300, None, 0, batch=100, quiet=True).nfe == student.nfe == 4
+    assert draw_student(student, 300, None, 0, batch=100).nfe == student.nfe == 4
     assert len(x.unique(dim=0)) == 2000  # the calls after the map draw noise: not 128 samples
     # It comes back whole from its folder, and from a run's.
     student.save_pretrained(tmp_path / "student")

@@ -13,11 +13,13 @@ import json
 import os
 import random
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import Case, command_line, scratch
+from harness import Case, command_line
 
 from distmatch.base.errors import UserError
 from distmatch.cli import parse
@@ -40,7 +42,8 @@ class CommandLines:
     """Makes and checks the cases."""
 
     def __init__(self, folder: Path | None = None, put: Callable[[Any, str, Any], None] = setattr) -> None:
-        os.chdir(folder or scratch())
+        warnings.simplefilter("ignore")
+        os.chdir(folder or tempfile.mkdtemp())
         Path("config.toml").write_text('verb = "train"\n[run]\nsteps = 3\n')
         Path("run").mkdir()
         Path("run/config.toml").write_text('verb = "distill"\nteacher = "x"\n')
@@ -101,7 +104,11 @@ def replace_everywhere(name: str, function: Any, put: Callable[[Any, str, Any], 
 def flags_of(verb: str) -> list[str]:
     """The flags of a verb, from the fields of the dataclasses that its module defines or takes."""
     module = importlib.import_module(VERBS[verb][0])
-    kinds = [value for value in vars(module).values() if dataclasses.is_dataclass(value)]
+    kinds = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
+    ]
     names: set[str] = set()
     while kinds:
         for field in dataclasses.fields(kinds.pop()):

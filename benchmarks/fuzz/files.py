@@ -11,11 +11,13 @@ import os
 import random
 import shutil
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Case, command_line, scratch
+from harness import Case, command_line
 from values import changed_bytes, changed_value, hostile
 
 from distmatch.cli.distill import _options_of
@@ -45,14 +47,16 @@ class Files:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or scratch()
+        warnings.simplefilter("ignore")
+        shared = Path("/dev/shm")
+        self.folder = folder or Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
         options = TrainOptions(
             data="ring8",
             net=NetOptions(net="mlp", width=8, depth=1),
             run=RunOptions(steps=4, batch=8, checkpoint_every=2, log_every=1, device="cpu"),
         )
         self.run = RunFolder(self.folder / "run")
-        carry_out(prepare_training(options), self.run, quiet=True)
+        carry_out(prepare_training(options), self.run)
         self.state = prepare_training(options).state
         self.checkpoint = self.run.checkpoints / "step-000004"
         self.tree = json.loads((self.checkpoint / "state.json").read_text())
@@ -64,6 +68,7 @@ class Files:
             verb: to_toml({"verb": verb, **dataclass_to_dict(kind())}).encode()
             for verb, kind in KINDS_OF_CONFIG.items()
         }
+        self.owner = os.getpid()
 
     def make(self, rng: random.Random, number: int) -> Case:
         """One file, its kind in the label."""
@@ -144,7 +149,11 @@ def main() -> int:
     """Runs the cases that the command line asks for."""
     torch.set_num_threads(1)
     cases = Files()
-    return command_line(__doc__ or "", cases.make, cases.check)
+    try:
+        return command_line(__doc__ or "", cases.make, cases.check)
+    finally:
+        if os.getpid() == cases.owner:
+            shutil.rmtree(cases.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

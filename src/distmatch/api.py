@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
+from distmatch.base.progress import quietly
 from distmatch.data import Dataset, Scaling, from_arrays, load_data
 from distmatch.data.classes import names_of, share_warning
 from distmatch.diffusion.denoiser import Denoiser
@@ -36,6 +37,7 @@ from distmatch.training.options import (
     TeacherConfig,
     TrainOptions,
 )
+from distmatch.training.presets import LAPTOP
 from distmatch.training.runfolder import check_usable, create
 
 Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
@@ -71,7 +73,7 @@ def train(
         steps: Training steps.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch train` does; None keeps everything in memory.
-        quiet: Whether to hide the progress bar.
+        quiet: Whether to say nothing of the progress.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions` or :class:`TeacherConfig`.
 
     Returns:
@@ -82,8 +84,9 @@ def train(
     """
     run, net, teacher = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig())
     options = TrainOptions(data=_name_of(data), run=run, net=net, teacher=teacher)
-    job = prepare_teacher.prepare_training(options, _dataset(data))
-    return _carried_out(job, out, [], quiet)
+    with quietly(quiet):
+        job = prepare_teacher.prepare_training(options, _dataset(data))
+        return _carried_out(job, out, [])
 
 
 def distill(
@@ -91,8 +94,9 @@ def distill(
     data: Data | None = None,
     *,
     divergence: str | Divergence | None = None,
-    method: str = "f-distill",
-    steps: int = 2000,
+    method: str | None = None,
+    preset: str = LAPTOP,
+    steps: int | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     quiet: bool = False,
@@ -107,13 +111,16 @@ def distill(
             teacher, or the data a saved teacher was trained on.
         divergence: A name such as ``"js"``, ``"kl"``, ``"alpha:0.5"``, or a :class:`Divergence`; None is the
             method's own (JS for f-distill).
-        method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``.
-        steps: Training steps.
+        method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``;
+            None takes that of the preset, or ``f-distill``.
+        preset: ``laptop``, the defaults for small networks, or published settings such as
+            ``paper:sid-cifar10``: see ``docs/presets.md``. All other arguments win over it.
+        steps: Training steps; None takes those of the preset, or 2000.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
-        quiet: Whether to hide the progress bar.
+        quiet: Whether to say nothing of the progress.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, or of the groups of settings in
-            :class:`DistillOptions`; what is left out has the method's own default.
+            :class:`DistillOptions`; what is left out is that of the preset or the method's own default.
 
     Returns:
         The student (the average of its weights).
@@ -121,18 +128,21 @@ def distill(
     Raises:
         UserError: Unknown settings, or parts that do not go together.
     """
-    own = DistillOptions.of(method)
+    own = DistillOptions.of(method, preset)
     groups = {name: getattr(own, name) for name in GROUPS}
+    if steps is None:
+        steps = 2000 if own.run.steps == RunOptions().steps else own.run.steps
     run, net, *chosen = _settings(
-        settings, RunOptions(steps=steps, seed=seed), NetOptions(), *groups.values()
+        settings, replace(own.run, steps=steps, seed=seed), NetOptions(), *groups.values()
     )
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
     measure = divergence if isinstance(divergence, Divergence) else None
     options = DistillOptions(
         data=_name_of(data) if data is not None else "",
         teacher=source,
-        method=method,
-        divergence=measure.name if measure else divergence,  # type: ignore[arg-type]
+        method=own.method,
+        preset=preset,
+        divergence=measure.name if measure else divergence or own.divergence,  # type: ignore[arg-type]
         run=run,
         net=net,
         **dict(zip(groups, chosen, strict=True)),
@@ -145,8 +155,9 @@ def distill(
         found: Dataset | None = _dataset(data, scaled=given is None or has_network(given))
     else:
         found = _samples_of(given, seed) if isinstance(given, GaussianMixture) else None
-    job = prepare.prepare_distillation(options, given, found, measure)
-    return _carried_out(job, out, [source] if source else [], quiet)
+    with quietly(quiet):
+        job = prepare.prepare_distillation(options, given, found, measure)
+        return _carried_out(job, out, [source] if source else [])
 
 
 def compare(
@@ -173,7 +184,7 @@ def compare(
         budget: Of every run: a time (``"5m"``), network calls (``"200k calls"``) or steps.
         seeds: Runs of each method.
         resume: Go on with what ``out`` holds.
-        quiet: Whether to hide progress.
+        quiet: Whether to say nothing of the progress.
         **settings: Any other field of :class:`CompareOptions`; or a setting as for :func:`distill`, which
             every method gets that reads it.
 
@@ -203,12 +214,13 @@ def compare(
     inputs = [shared.teacher] if shared.teacher else []
     check_saveable(given)
     check_usable(out, resume=resume, inputs=inputs)
-    prepared = prepare_comparison(
-        replace(options, shared=shared), given, found, resumed=Path(out) if resume else None, quiet=quiet
-    )
-    with create(out, resume=resume, inputs=inputs) as folder:
-        record = carry_out_comparison(prepared, folder)
-        build_report(folder.path)
+    with quietly(quiet):
+        prepared = prepare_comparison(
+            replace(options, shared=shared), given, found, resumed=Path(out) if resume else None
+        )
+        with create(out, resume=resume, inputs=inputs) as folder:
+            record = carry_out_comparison(prepared, folder)
+            build_report(folder.path)
     return record
 
 
@@ -269,11 +281,11 @@ def _samples_of(mixture: GaussianMixture, seed: int, n: int = 20_000) -> Dataset
     return Dataset(x.cpu(), labels, (), "mixture", Scaling.identity(x.shape[1]))
 
 
-def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str], quiet: bool) -> Any:
+def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str]) -> Any:
     """The model of a job, with a run folder where one is wanted, which must not overwrite the inputs."""
     with_folder = create(out, inputs=inputs) if out is not None else None
     try:
-        model, _ = runs.carry_out(job, with_folder, quiet=quiet)
+        model, _ = runs.carry_out(job, with_folder)
     finally:
         if with_folder is not None:
             with_folder.release()

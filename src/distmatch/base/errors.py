@@ -31,11 +31,11 @@ class UserError(ValueError):
     def __init__(
         self, what: str, *, got: object = None, expected: object = None, fix: str | None = None
     ) -> None:
-        parts = [what]
-        for name, said in (("Got", got), ("Expected", expected), ("Fix", fix)):
-            if said is not None:
-                parts.append(f"{name}: {_short(str(said), _LONGEST)}")
-        super().__init__(" ".join(part if part.endswith((".", "?")) else f"{part}." for part in parts))
+        said = {"what": what, "got": got, "expected": expected, "fix": fix}
+        self.parts = {name: _short(str(text), _LONGEST) for name, text in said.items() if text is not None}
+        """What was said: ``what``, and of ``got``, ``expected``, ``fix`` those that were given."""
+        texts = [t if name == "what" else f"{name.title()}: {t}" for name, t in self.parts.items()]
+        super().__init__(" ".join(text if text.endswith((".", "?")) else f"{text}." for text in texts))
 
 
 class DivergedError(UserError):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,10 +17,29 @@ _LINE_FRACTION = 0.1  # and whenever this part of the work was done
 _BAR_SECONDS = 0.1  # on a terminal: how often the values are read; reading one from a GPU waits for the GPU
 
 
+_HUSHED = ContextVar("hushed", default=False)
+
+
+@contextmanager
+def quietly(quiet: bool = True) -> Iterator[None]:
+    """A context in which nothing says how far it is, at any depth of calls, where ``quiet``."""
+    before = _HUSHED.set(quiet or _HUSHED.get())
+    try:
+        yield
+    finally:
+        _HUSHED.reset(before)
+
+
+def tell(line: str) -> None:
+    """Says on stderr what is being done; nothing within :func:`quietly`."""
+    if not _HUSHED.get():
+        print(line, file=sys.stderr)
+
+
 def progress(
     total: int, *, initial: int = 0, desc: str, enabled: bool = True, delay: float = 0.0
 ) -> Progress:
-    """A context manager that shows how far a loop is.
+    """A context manager that shows how far a loop is; nothing within :func:`quietly`.
 
     Args:
         total: Number of steps at the end.
@@ -48,7 +70,9 @@ class Progress:
         self._shown_step = initial
         self._values: dict[str, Any] = {}
         self._bar: Any = None
-        enabled = enabled and self._stream is not None  # a program without a terminal may have none
+        enabled = (
+            enabled and not _HUSHED.get() and self._stream is not None
+        )  # a program without a terminal may have none
         self._lines = enabled and not self._stream.isatty()
         if enabled and not self._lines:
             self._bar = tqdm(

@@ -6,23 +6,32 @@ from dataclasses import asdict
 from typing import Any
 
 from distmatch.base.errors import UserError
-from distmatch.cli.parse import Place, parse_run, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.distill import SETTINGS
+from distmatch.cli.help import Help
+from distmatch.cli.parse import Place, parse_run
 from distmatch.training.compare_options import CompareOptions, Entry, entry_options
 from distmatch.training.config_format import config_text
 from distmatch.training.toml import dataclass_to_dict, to_toml
 
-ABOUT = """Distil a teacher by several methods at the same budget, and say which of them really differ.
+HELP = Help(
+    """Distil a teacher by several methods at the same budget, and say which of them really differ.
 
 example: distmatch compare --methods dmd2,f-distill:js,f-distill:kl --budget 5m --teacher runs/a --out runs/b
          distmatch compare --methods dmd2,sid --budget "200k calls" --seeds 5 --teacher grid25 --out runs/c
-         distmatch compare --methods "dmd2,f-distill:js[gan_weight=0.03]" --teacher runs/a --dry-run"""
+         distmatch compare --methods "dmd2,f-distill:js[gan_weight=0.03]" --teacher runs/a --dry-run""",
+    short="methods budget seeds baseline teacher data batch seed device out config resume overwrite "
+    "dry_run json",
+    groups=SETTINGS,
+    hidden=frozenset({"method", "preset", "divergence", "steps"}),  # in --methods and --budget
+)
 
 _SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accuracy")
 
 
 def run(argv: list[str]) -> None:
     """Parses, trains and measures every method, prints the table and the path of the report."""
-    options, place = parse_run(CompareOptions, argv, verb="compare", about=ABOUT)
+    options, place = parse_run(CompareOptions, argv, verb="compare", said=HELP)
     if not options.shared.teacher:
         raise UserError(
             "no teacher was named", expected="--teacher with a run folder, or ring8, grid25, skewed2"

@@ -6,14 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distmatch.base.errors import UserError
-from distmatch.cli.parse import Place, options_from, parse, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.help import Help
+from distmatch.cli.parse import Place, options_from, parse
 from distmatch.methods.config import DistillConfig
 from distmatch.training.options import DistillOptions, RunOptions, TeacherConfig, TrainOptions
 
-ABOUT = """Train a teacher on digits, distil it into a one-step student, measure both, write a report.
+HELP = Help(
+    """Train a teacher on digits, distil it into a one-step student, measure both, write a report.
 
 example: distmatch demo
          distmatch demo --fast --out runs/try"""
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,7 @@ def recipe(options: DemoOptions) -> tuple[TrainOptions, DistillOptions]:
 
 def run(argv: list[str]) -> None:
     """Parses, runs the demo, prints the table and the path of the report."""
-    options = parse(DemoOptions, argv, verb="demo", about=ABOUT)
+    options = parse(DemoOptions, argv, verb="demo", said=HELP)
     import numpy as np
 
     from distmatch.cli.running import check_place, open_folder, run_or_resume

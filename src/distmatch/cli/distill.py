@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
-from distmatch.cli.parse import parse_run, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.help import Help
+from distmatch.cli.parse import parse_run
+from distmatch.methods.method import CRITIC_SETTINGS, RATIO_SETTINGS
+from distmatch.methods.table import find_method, idle_settings
 from distmatch.training.options import DistillOptions
+from distmatch.training.presets import LAPTOP
 
-ABOUT = """Distil a teacher into a student of one call or a few.
+SETTINGS = {
+    "The student and its training": "calls student_sigma guidance lr lr_decay lr_rampup beta1 beta2 "
+    "weight_decay grad_clip ema_half_life accumulate fit_steps",
+    "The fake score (critic) and the levels of the comparison": " ".join(CRITIC_SETTINGS),
+    "The discriminator and the density ratio": " ".join(RATIO_SETTINGS),
+}
+"""Groups of the settings that methods share, for help."""
+
+HELP = Help(
+    """Distil a teacher into a student of one call or a few.
 
 example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
          distmatch distill --teacher grid25 --divergence kl --steps 2000 --out runs/grid
-         distmatch distill --teacher runs/teacher --method dmd2 --calls 2 --out runs/two"""
+         distmatch distill --teacher runs/teacher --method dmd2 --calls 2 --out runs/two
+
+With --method NAME the help is that of this method: its defaults, and the options that it reads.""",
+    short="data teacher method preset divergence steps batch seed device calls guidance lr out config resume "
+    "overwrite dry_run json",
+    groups=SETTINGS,
+)
 
 
-def _options_of(method: str | None) -> DistillOptions:
-    return DistillOptions() if method is None else DistillOptions.of(method)
+def _idle(options: DistillOptions) -> list[str]:
+    method = find_method(options.method)
+    idle = [name for _, name in idle_settings(method, options.distill, **options.settings())]
+    return idle if method.divergences else [*idle, "divergence"]
+
+
+def _options_of(method: str | None, preset: str | None, begun: str | None = None) -> DistillOptions:
+    if method is None and preset in (None, LAPTOP):
+        method = begun
+    return DistillOptions.of(method, preset or LAPTOP)
 
 
 def run(argv: list[str]) -> None:
     """Parses, distils, prints where the student is."""
-    options, place = parse_run(DistillOptions, argv, verb="distill", about=ABOUT, defaults=_options_of)
+    options, place = parse_run(
+        DistillOptions, argv, verb="distill", said=HELP, defaults=_options_of, idle=_idle
+    )
     from distmatch.cli.output import tell_conversion
     from distmatch.cli.running import check_place, dry_run, execute, open_folder, starts_afresh
     from distmatch.training.prepare import prepare_distillation

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.help import Help
+from distmatch.cli.parse import parse
 
-ABOUT = """Check this machine and installation: versions, devices, data, places to write, speed.
+HELP = Help(
+    """Check this machine and installation: versions, devices, data, places to write, speed.
 
 example: distmatch doctor --json"""
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class Check:
 
 def run(argv: list[str]) -> None:
     """Parses, checks, prints."""
-    options = parse(DoctorOptions, argv, verb="doctor", about=ABOUT)
+    options = parse(DoctorOptions, argv, verb="doctor", said=HELP)
     from distmatch.training.environment import environment
 
     env = environment()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,19 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from distmatch.base.errors import UserError
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.help import Help
+from distmatch.cli.parse import parse
 
 if TYPE_CHECKING:
     from distmatch.metrics import Features
 
-ABOUT = """Measure samples, or the models of a run folder, against a reference; by metrics or by divergences.
+HELP = Help(
+    """Measure samples, or the models of a run folder, against a reference; by metrics or by divergences.
 What is measured comes first, the reference second or after --data.
 
 example: distmatch evaluate runs/js
          distmatch evaluate samples.npz digits
          distmatch evaluate samples.npz --data real.npz --features pixels --json
          distmatch evaluate samples.npz real.npz --divergences all
-         distmatch evaluate student.npz teacher.npz --divergences js,renyi:2,mmd:laplace"""
+         distmatch evaluate student.npz teacher.npz --divergences js,renyi:2,mmd:laplace""",
+    short="what against divergences features teacher n seed device json",
+    groups={
+        "How the teacher is sampled": "solver steps grid guidance",
+        "This command": "seed device json",
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +72,7 @@ class EvaluateOptions:
 
 def run(argv: list[str]) -> None:
     """Parses, measures, prints the table."""
-    o = parse(EvaluateOptions, argv, verb="evaluate", about=ABOUT)
+    o = parse(EvaluateOptions, argv, verb="evaluate", said=HELP)
     if o.n is not None and o.n < 1:
         raise UserError("--n must be at least 1", got=o.n)
     if o.against and o.data:
@@ -205,7 +214,7 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
         except UserError as error:
             if o.teacher:
                 raise
-            print(f"warning: measured without the teacher: {error}", file=sys.stderr)
+            warnings.warn(f"measured without the teacher: {error}", stacklevel=2)
     space = resolve_features(o.features, data)
     metrics = evaluate_models(
         data,

@@ -9,15 +9,19 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from distmatch.base.errors import UserError
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.help import Help
+from distmatch.cli.parse import parse
 
-ABOUT = """Write a model for use elsewhere, or turn a teacher from elsewhere into a model folder.
+HELP = Help(
+    """Write a model for use elsewhere, or turn a teacher from elsewhere into a model folder.
 
 example: distmatch export runs/demo --to safetensors --out student
          distmatch export runs/demo --to onnx --out student-onnx --license apache-2.0
          distmatch export runs/faces --to diffusers --out pipeline
          distmatch export edm-cifar10-32x32-cond-vp.pkl --out teachers/cifar10
          distmatch export pipeline/ --null-class 10 --out teachers/mine"""
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ class ExportOptions:
 
 def run(argv: list[str]) -> None:
     """Parses, checks the model by loading it, writes it."""
-    o = parse(ExportOptions, argv, verb="export", about=ABOUT)
+    o = parse(ExportOptions, argv, verb="export", said=HELP)
     from distmatch.data import TOY_NAMES
     from distmatch.training.models import refuse_existing
 

@@ -10,10 +10,10 @@ import importlib
 import os
 import sys
 import traceback
-import warnings
 
 from distmatch.base.errors import Terminated, UserError, unknown_name
 from distmatch.base.memory import out_of_memory
+from distmatch.cli.answer import print_json, warnings_told
 from distmatch.cli.surroundings import (
     discard,
     prepare_streams,
@@ -39,7 +39,12 @@ def usage() -> str:
     """The help text of `distmatch` itself."""
     lines = ["usage: distmatch VERB [options]", "", "Distil a diffusion model into a one-step generator.", ""]
     lines += [f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()]
-    lines += ["", "  distmatch VERB --help shows the options of a verb, with an example.", "", "examples:"]
+    lines += [
+        "",
+        "  distmatch VERB --help shows what most people need of a verb, --help-all every option.",
+        "",
+        "examples:",
+    ]
     lines += ["  distmatch demo", "  distmatch train --data digits --out runs/teacher"]
     lines += ["  distmatch distill --teacher runs/teacher --divergence js --out runs/js"]
     return "\n".join(lines)
@@ -60,37 +65,26 @@ def main(argv: list[str]) -> int:
     rank = None if argv[0] == "doctor" else rank_of_several(os.environ)
     if rank:
         return 2  # the first process says why
-    try:
-        if rank == 0:
-            raise several_processes(argv[0])
-        with warnings.catch_warnings(), sigterm_as_interrupt():
-            warnings.showwarning = _show_warning
-            return _carry_out(argv[0], arguments)
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"distmatch {argv[0]}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"distmatch {argv[0]}: interrupted; a run goes on with --resume", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    except BrokenPipeError:
-        # The reader of our output has gone (for example `| head`): nothing is left to say to it.
-        discard(sys.stdout.fileno())
-        return 1
-    except SystemExit as stop:  # from the option parser, which has printed its message
-        return stop.code if isinstance(stop.code, int) else 2
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        if theirs := _of_the_machine(error):
-            print(f"distmatch {argv[0]}: {theirs}", file=sys.stderr)
-            return 2
-        print(
-            f"distmatch {argv[0]}: internal error: {type(error).__name__}: {error} (--debug shows where)",
-            file=sys.stderr,
-        )
-        return 1
+    with warnings_told():
+        try:
+            if rank == 0:
+                raise several_processes(argv[0])
+            with sigterm_as_interrupt():
+                return _carry_out(argv[0], arguments)
+        except BrokenPipeError:
+            # The reader of our output has gone (for example `| head`): nothing is left to say to it.
+            discard(sys.stdout.fileno())
+            return 1
+        except SystemExit as stop:  # after --help, or where a verb has said all
+            return stop.code if isinstance(stop.code, int) else 2
+        except (Exception, KeyboardInterrupt) as error:
+            if debug and isinstance(error, Exception):
+                traceback.print_exc()
+            text, parts, code = _failure(error)
+            print(f"distmatch {argv[0]}: {text}", file=sys.stderr)
+            if "--json" in arguments:
+                print_json({"verb": argv[0], "error": parts, "exit_code": code})
+            return code
 
 
 def _carry_out(verb: str, arguments: list[str]) -> int:
@@ -101,7 +95,19 @@ def _carry_out(verb: str, arguments: list[str]) -> int:
     return 0
 
 
-def _of_the_machine(error: Exception) -> UserError | None:
+def _failure(error: BaseException) -> tuple[str, dict[str, str], int]:
+    """What to say of an error: the message, its parts, and the exit code."""
+    theirs = error if isinstance(error, UserError) else _of_the_machine(error)
+    if theirs is not None:
+        return str(theirs), theirs.parts, 2
+    if isinstance(error, KeyboardInterrupt):
+        what, fix = "interrupted", "a run goes on with --resume"
+        return f"{what}; {fix}", {"what": what, "fix": fix}, 143 if isinstance(error, Terminated) else 130
+    what = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
+    return what, {"what": what}, 1
+
+
+def _of_the_machine(error: BaseException) -> UserError | None:
     """The message for what the user's machine refuses wherever it is met: access, space, memory."""
     refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
     if memory := out_of_memory(error):
@@ -111,10 +117,6 @@ def _of_the_machine(error: Exception) -> UserError | None:
         fix = "check the path, its permissions and the free space"
         return UserError(f"cannot use{place or ' a file'}", got=error.strerror, fix=fix)
     return None
-
-
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def entry() -> None:

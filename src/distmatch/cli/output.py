@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,10 +76,10 @@ def tell_conversion(name: str, conversion: str) -> None:
 
 
 def warn_of_shares(labels: Tensor, reference: Tensor, names: Sequence[str]) -> None:
-    """Says on stderr where samples hold the classes in other shares than the real data."""
+    """Warns where samples hold the classes in other shares than the real data."""
     warning = share_warning(labels, reference, names)
     if warning is not None:
-        print(f"warning: {warning}", file=sys.stderr)
+        warnings.warn(warning, stacklevel=2)
 
 
 def check_form(path: Path, *, images: bool, overwrite: bool) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from distmatch.base.errors import UserError
+from distmatch.cli.help import LETTERS, Help, asked_for, flags_of, help_text
 from distmatch.cli.refusal import refusal
 from distmatch.training.config_format import read_config
 from distmatch.training.toml import dataclass_to_dict, dict_to_dataclass
@@ -28,7 +29,7 @@ class Place:
     """The run folder to write."""
     config: Path | None = None
     """Take options from this config.toml; those on the command line win."""
-    resume: str | None = None
+    resume: Annotated[str | None, tyro.conf.arg(metavar="[STEP]")] = None
     """Go on in --out from its newest checkpoint; or from a step, or a checkpoint folder."""
     overwrite: bool = False
     """Replace an existing run folder."""
@@ -38,27 +39,37 @@ class Place:
     """Print one JSON object on stdout."""
 
 
-def parse(kind: type[T], argv: Sequence[str], *, verb: str, about: str, default: T | None = None) -> T:
+def parse(kind: type[T], argv: Sequence[str], *, verb: str, said: Help, default: T | None = None) -> T:
     """Parses the options of a verb into a dataclass.
+
+    Args:
+        kind: The options' dataclass.
+        argv: The arguments after the verb.
+        verb: The verb.
+        said: What its help says.
+        default: Supplies the defaults; None takes those of the fields.
 
     Raises:
         UserError: Options that cannot be used.
         SystemExit: After `--help`.
     """
+    if asked := asked_for(argv):
+        print(help_text(kind, verb, said, default, everything=asked == "--help-all"))
+        raise SystemExit(0)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(
                 tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type,misc]
-                args=list(argv),
+                args=_in_full(argv),
                 prog=f"distmatch {verb}",
-                description=about,
                 default=default,
+                add_help=False,
             )
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        raise refusal(stop, printed.getvalue(), verb) from None
+        raise refusal(stop, printed.getvalue(), verb, flags_of(kind)) from None
 
 
 def parse_run(
@@ -66,8 +77,9 @@ def parse_run(
     argv: Sequence[str],
     *,
     verb: str,
-    about: str,
-    defaults: Callable[[str | None], T] | None = None,
+    said: Help,
+    defaults: Callable[..., T] | None = None,
+    idle: Callable[[T], Iterable[str]] = lambda options: (),
 ) -> tuple[T, Place]:
     """Parses a verb that starts a run; `--config` and `--resume` supply defaults.
 
@@ -75,16 +87,18 @@ def parse_run(
         kind: The options' dataclass.
         argv: The arguments after the verb.
         verb: The verb, for messages; must match the ``verb`` of a config file.
-        about: Description and example.
-        defaults: The options of a method (None: none was named), for a verb whose defaults depend on it.
+        said: What its help says.
+        defaults: The options of a method and a preset (None: none was named), for a verb whose defaults
+            depend on them; and, as ``begun``, of the method of a config file where neither decides it.
+        idle: Names of options that do nothing with the method that is named, which its help leaves out.
 
     Raises:
         UserError: A config file that does not fit.
     """
-    arguments = _with_resume_value(argv)
+    arguments = _with_resume_value(_in_full(argv))
     out, config, resume = (_value_of(arguments, f"--{name}") for name in ("out", "config", "resume"))
-    named = _value_of(arguments, "--method")
-    options = kind() if defaults is None else defaults(named)
+    named = _value_of(arguments, "--method"), _value_of(arguments, "--preset")
+    options = kind() if defaults is None else defaults(*named)
     file = Path(config) if config is not None else Path(out) / "config.toml" if resume and out else None
     if file is not None and (config is not None or file.exists()):
         options = options_from(kind, file, verb, named=named, defaults=defaults)
@@ -92,7 +106,9 @@ def parse_run(
         kind.__name__,
         [("options", tyro.conf.OmitArgPrefixes[kind]), ("place", tyro.conf.OmitArgPrefixes[Place])],  # type: ignore[valid-type,misc]
     )
-    parsed: Any = parse(both, arguments, verb=verb, about=about, default=both(options, Place()))
+    if named != (None, None):
+        said = replace(said, hidden=said.hidden.union(idle(options)))
+    parsed: Any = parse(both, arguments, verb=verb, said=said, default=both(options, Place()))
     return parsed.options, parsed.place
 
 
@@ -101,8 +117,8 @@ def options_from(
     path: Path,
     verb: str,
     *,
-    named: str | None = None,
-    defaults: Callable[[str | None], T] | None = None,
+    named: tuple[str | None, str | None] = (None, None),
+    defaults: Callable[..., T] | None = None,
 ) -> T:
     """The options in a config file.
 
@@ -110,7 +126,7 @@ def options_from(
         kind: The options' dataclass.
         path: The file.
         verb: The verb it must be of.
-        named: A method that is named elsewhere, and so wins over the file's.
+        named: A method and a preset that are named elsewhere, and so win over the file's.
         defaults: As for :func:`parse_run`.
 
     Raises:
@@ -125,11 +141,13 @@ def options_from(
     options = dict_to_dataclass(kind, values, where=str(path))  # checks every key
     if defaults is None:
         return options
-    method = named if named is not None else values.get("method")
-    # What another method has by default nobody has chosen for this one.
-    if "method" in values and method != values["method"]:
-        values = _without(values, dataclass_to_dict(defaults(values["method"])))
-    return dict_to_dataclass(kind, _merged(dataclass_to_dict(defaults(method)), values), where=str(path))
+    began = values.get("method"), values.get("preset")
+    method, preset = (new if new is not None else old for new, old in zip(named, began, strict=True))
+    below = defaults(named[0] if named[1] is not None else method, preset, begun=began[0])
+    # What another method or preset has by default nobody has chosen for this one.
+    if began != (None, None) and (method, preset) != began:
+        values = _without(values, dataclass_to_dict(defaults(*began)))
+    return dict_to_dataclass(kind, _merged(dataclass_to_dict(below), values), where=str(path))
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +176,11 @@ def checkpoint_choice(resume: str | None) -> str | int | None:
     return int(resume) if resume is not None and resume.isdigit() else resume
 
 
-def print_json(value: Any) -> None:
-    """Prints one JSON object on stdout."""
-    print(json.dumps(value, allow_nan=False))
+def _in_full(argv: Sequence[str]) -> list[str]:
+    """`-n` and the like as `--n`; where a verb has no such option, that is what its refusal names."""
+    long = {letter: f"--{name}" for name, letter in LETTERS.items()}
+    parts = [argument.partition("=") for argument in argv]
+    return [long.get(name, name) + equals + value for name, equals, value in parts]
 
 
 def _with_resume_value(argv: Sequence[str]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 from distmatch.base.errors import UserError, unknown_name
 
@@ -13,22 +15,43 @@ _KINDS = {
 }
 
 
-def refusal(stop: BaseException, printed: str, verb: str) -> UserError:
+_ELSEWHERE = {
+    **dict.fromkeys(("--output", "--output-dir", "--outdir", "--save"), "--out"),
+    **dict.fromkeys(("--num", "--num-samples", "--n-samples", "--samples", "--num-images"), "--n"),
+    **dict.fromkeys(
+        ("--epochs", "--iterations", "--iters", "--max-steps", "--num-inference-steps"), "--steps"
+    ),
+    **dict.fromkeys(("--nfe", "--num-steps"), "--steps"),
+    **dict.fromkeys(("--batch-size", "--bs"), "--batch"),
+    **dict.fromkeys(("--learning-rate", "--rate"), "--lr"),
+    **dict.fromkeys(("--guidance-scale", "--cfg", "--cfg-scale"), "--guidance"),
+    **dict.fromkeys(("--dataset", "--train-data", "--data-dir"), "--data"),
+    **dict.fromkeys(("--model", "--arch", "--network"), "--net"),
+    "--sampler": "--solver",
+    "--class": "--classes",
+    "--teacher-model": "--teacher",
+    "--checkpoint": "--resume",
+}
+"""Options as other programs call them, and what they are called here."""
+
+
+def refusal(stop: BaseException, printed: str, verb: str, flags: Iterable[str]) -> UserError:
     """The error behind a parser that gave up.
 
     Args:
         stop: The exit that the parser raised. A message of ours that was raised while options were built
             stands in its context, and is taken as it is.
         printed: What the parser wrote to stderr: boxes of lines, divided by rules.
-        verb: The verb whose `--help` is pointed to.
+        verb: The verb whose help is pointed to.
+        flags: The options that the verb has.
     """
     cause: BaseException | None = stop
     while cause is not None:
         if isinstance(cause, UserError):
             return cause
         cause = cause.__context__
-    title, message, *rest = [*_sections(printed), "", ""]
-    see = f"`distmatch {verb} --help` shows all options"
+    title, message, *_ = [*_sections(printed), "", ""]
+    see = f"`distmatch {verb} --help-all` shows all options"
     if match := re.fullmatch(r"Error parsing (\S+): (.*)", message):
         flag, reason = match.groups()
         expected = next((text for start, text in _KINDS.items() if reason.startswith(start)), None)
@@ -38,11 +61,18 @@ def refusal(stop: BaseException, printed: str, verb: str) -> UserError:
         value, flag, choices = match.groups()
         return unknown_name(f"value of {flag}", value, re.findall(r"'([^']*)'", choices))
     if match := re.fullmatch(r"Unrecognized options: (.*)", message):
-        meant = re.findall(r"(?<!\S)--[a-z][\w-]*", " ".join(t for t in rest if t.startswith("Perhaps you")))
-        near = list(dict.fromkeys(flag for flag in meant if not flag.startswith("--no-")))[:3]
+        near = _meant(match[1].split(",")[0].strip(), list(flags))
         fix = f"did you mean {' or '.join(near)}? {see}" if near else see
         return UserError("unknown option", got=match[1], fix=fix)
     return UserError(f"{title.lower() or 'wrong options'}: {message}" if message else title, fix=see)
+
+
+def _meant(option: str, flags: list[str]) -> list[str]:
+    """The options that somebody may have meant, at most three."""
+    name = option.partition("=")[0].lower().replace("_", "-")
+    if _ELSEWHERE.get(name) in flags:
+        return [_ELSEWHERE[name]]
+    return difflib.get_close_matches(name, flags, n=3, cutoff=0.7)
 
 
 def _sections(printed: str) -> list[str]:

@@ -7,11 +7,15 @@ from typing import Annotated
 
 import tyro
 
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.help import Help
+from distmatch.cli.parse import parse
 
-ABOUT = """Write report.html, one self-contained page, from the files of a run folder.
+HELP = Help(
+    """Write report.html, one self-contained page, from the files of a run folder.
 
 example: distmatch report runs/demo"""
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class ReportOptions:
 
 def run(argv: list[str]) -> None:
     """Parses, builds the page, prints its path."""
-    options = parse(ReportOptions, argv, verb="report", about=ABOUT)
+    options = parse(ReportOptions, argv, verb="report", said=HELP)
     from distmatch.report import build_report
 
     path = build_report(options.run)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from distmatch.base.errors import UserError
-from distmatch.cli.parse import Place, checkpoint_choice, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.parse import Place, checkpoint_choice
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.compare_cost import step_times
 from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
+from distmatch.training.options import DistillOptions
+from distmatch.training.presets import describe
 from distmatch.training.runfolder import RunFolder, check_usable, create
 from distmatch.training.runs import Job, carry_out
 from distmatch.training.toml import dataclass_to_dict
@@ -80,12 +83,15 @@ def dry_run(job: Job, place: Place) -> None:
         "seconds_once": round(once, 4),
         "estimated_seconds": round(whole, 1),
         **job.notes,
+        **({"warnings": job.warnings} if job.warnings else {}),
     }
     if place.json:
         print_json(shown)
         return
     print(config_text(job.verb, job.options))
     print("# not written: this is a dry run")
+    if isinstance(job.options, DistillOptions):
+        print(f"# preset      {describe(job.options.preset)}")
     print(f"# device      {shown['device']}")
     for name, count in parameters.items():
         print(f"# parameters  {name}: {count:,}")

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from distmatch.base.errors import UserError
-from distmatch.cli.parse import parse, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.help import Help
+from distmatch.cli.parse import parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,13 +22,22 @@ if TYPE_CHECKING:
     from distmatch.training.models import Model
     from distmatch.training.sampling import Sampling
 
-ABOUT = """Draw samples from a student or a teacher.
+HELP = Help(
+    """Draw samples from a student or a teacher.
 
 example: distmatch sample runs/demo --n 64 --out samples.png
          distmatch sample runs/teacher --n 1000 --classes 3 --guidance 2 --out threes.npz
          distmatch sample runs/teacher --solver dpmpp-2m --steps 10 --out fast.png
          distmatch sample runs/demo --hybrid-teacher runs/demo/teacher --out hybrid.png
-         distmatch sample runs/teacher --trajectory decided.png"""
+         distmatch sample runs/teacher --trajectory decided.png""",
+    short="model n out classes class_balance clip solver steps guidance seed device overwrite json",
+    groups={
+        "How a teacher is sampled": "solver steps grid path guidance guidance_interval guidance_reference",
+        "Student and teacher together": "hybrid_teacher hybrid_calls hybrid_level",
+        "The picture of a teacher's way": "trajectory",
+        "This command": "seed batch device overwrite json",
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +94,7 @@ class SampleOptions:
 
 def run(argv: list[str]) -> None:
     """Parses, samples, writes."""
-    o = parse(SampleOptions, argv, verb="sample", about=ABOUT)
+    o = parse(SampleOptions, argv, verb="sample", said=HELP)
     if o.n < 1 or o.batch < 1:
         raise UserError("--n and --batch must be at least 1", got=f"{o.n} and {o.batch}")
     if not math.isfinite(o.guidance):

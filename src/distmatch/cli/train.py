@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from distmatch.cli.parse import parse_run, print_json
+from distmatch.cli.answer import print_json
+from distmatch.cli.help import Help
+from distmatch.cli.parse import parse_run
 from distmatch.training.options import TrainOptions
 
-ABOUT = """Train a diffusion teacher (EDM loss and preconditioning).
+HELP = Help(
+    """Train a diffusion teacher (EDM loss and preconditioning).
 
 example: distmatch train --data digits --steps 3000 --out runs/teacher
-         distmatch train --data my_images/ --net unet --out runs/mine --dry-run"""
+         distmatch train --data my_images/ --net unet --out runs/mine --dry-run""",
+    short="data labels steps batch seed device flip net width lr path out config resume overwrite "
+    "dry_run json",
+    groups={
+        "Path, levels and weights": "noise_mean noise_std sigma_data sigma_min sigma_max path prediction "
+        "noise_distribution logit_mean logit_std weighting min_snr_gamma learned_uncertainty",
+        "Noise on data and labels": "label_dropout condition_noise condition_noise_kind pfgm_dims "
+        "instance_noise ambient_noise ambient_clean ambient_given",
+    },
+)
 
 
 def run(argv: list[str]) -> None:
     """Parses, trains, prints where the teacher is."""
-    options, place = parse_run(TrainOptions, argv, verb="train", about=ABOUT)
+    options, place = parse_run(TrainOptions, argv, verb="train", said=HELP)
     from distmatch.cli.running import check_place, dry_run, execute, open_folder
     from distmatch.training.prepare_teacher import prepare_training
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.denoiser import Denoiser, expand, require_score
+from distmatch.diffusion.denoiser import Denoiser, expand, features_of, require_score
 from distmatch.diffusion.path_core import NoisePath, Time, check_prior
 from distmatch.diffusion.paths import DiscretePath, noise_path
 from distmatch.diffusion.predictions import Coefficients, check_prediction, convert
@@ -190,6 +190,10 @@ class PredictionFeatureDenoiser(PredictionDenoiser):
         noised, coefficients, arguments = self._inputs(x, sigma, condition)
         value, features = self.net.with_features(*arguments)  # type: ignore[attr-defined]
         return self._clean(value, noised, coefficients), features
+
+    def only_features(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> list[Tensor]:
+        """The features alone, by a pass that stops at the last of them where the network can."""
+        return features_of(self.net, *self._inputs(x, sigma, condition)[2])
 
 
 def as_denoiser(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,14 +46,19 @@ class FeatureDenoiser(Denoiser, Protocol):
         ...
 
 
-def lends_features(denoiser: object) -> TypeGuard[FeatureDenoiser]:
-    """Whether a denoiser lends activations, and so do what it wraps (``inner``) and its network (``net``)."""
-    inner: object | None = denoiser
-    while inner is not None:
-        if not hasattr(inner, "with_features"):
-            return False
-        inner = getattr(inner, "inner", None) or getattr(inner, "net", None)
-    return True
+def features_of(model: Any, *arguments: Any) -> list[Tensor]:
+    """The features of a denoiser or network where nobody reads its prediction.
+
+    A model with ``only_features`` stops at the last of them; of another one the whole pass is made.
+
+    Args:
+        model: What has ``with_features``, and perhaps ``only_features``.
+        arguments: Of either, for example x, sigma and condition.
+    """
+    if hasattr(model, "only_features"):
+        features: list[Tensor] = model.only_features(*arguments)
+        return features
+    return model.with_features(*arguments)[1]
 
 
 def expand(sigma: Tensor, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,7 +79,52 @@ class Karras:
         return self.quantile(torch.rand(n, generator=generator, device=generator.device))
 
 
-NoiseLevels = LogNormal | Karras
+@dataclass(frozen=True)
+class Truncated:
+    """A log-normal between two levels; the tails that are cut off are shared out in proportion.
+
+    Attributes:
+        law: The whole law.
+        low: Smallest level.
+        high: Largest level.
+    """
+
+    law: LogNormal
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        low, high = self._ends
+        if not high - low > 1e-6:
+            raise UserError(
+                "a log-normal law has hardly any levels between the two that it is cut off at",
+                got=f"mean {self.law.mean:.4g} and spread {self.law.std:.4g} of log sigma, between "
+                f"{self.low:.4g} and {self.high:.4g}",
+                fix="choose a mean and a spread with levels there",
+            )
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        """The shares of the whole law below the two levels."""
+        low, high = self.law.cdf(torch.tensor([self.low, self.high], dtype=torch.float64)).tolist()
+        return low, high
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The level below which a share ``u`` in [0, 1] of the samples lies."""
+        low, high = self._ends
+        return self.law.quantile(low + (high - low) * u).clamp(self.low, self.high)
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The share of samples below ``sigma``."""
+        low, high = self._ends
+        return ((self.law.cdf(sigma) - low) / (high - low)).clamp(0, 1)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws ``n`` levels on the generator's device."""
+        return self.quantile(torch.rand(n, generator=generator, device=generator.device))
+
+
+NoiseLevels = LogNormal | Karras | Truncated
 
 
 def karras_grid(steps: int, low: float, high: float, rho: float = 7.0) -> Tensor:

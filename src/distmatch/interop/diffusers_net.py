@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from distmatch.nets.layers import feature_blocks
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 MODELS = (UNET, DIT)
+
+
+class _Enough(Exception):
+    """Raised inside a pass whose remainder nobody reads."""
 
 
 class DiffusersNet(nn.Module):
@@ -102,16 +106,29 @@ class DiffusersNet(nn.Module):
         kept: dict[str, Tensor] = {}
         with self._listening(kept):
             out = self.forward(x, t, labels)
+        return out, self._maps(kept, x)
+
+    @torch.compiler.disable
+    def only_features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The outputs of the named modules alone: the pass is left when the last of them is there."""
+        kept: dict[str, Tensor] = {}
+        with suppress(_Enough), self._listening(kept, leave=True):
+            self.forward(x, t, labels)
+        return self._maps(kept, x)
+
+    def _maps(self, kept: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         height, width = x.shape[-2:]
-        return out, [_as_map(kept[name], height, width) for name in self.features]
+        return [_as_map(kept[name], height, width) for name in self.features]
 
     @contextmanager
-    def _listening(self, kept: dict[str, Tensor]) -> Iterator[None]:
-        """Keeps what the named modules return while it lasts."""
+    def _listening(self, kept: dict[str, Tensor], leave: bool = False) -> Iterator[None]:
+        """Keeps what the named modules return while it lasts; raises ``_Enough`` with all, to ``leave``."""
 
         def listener(name: str) -> Any:
             def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 kept[name] = output[0] if isinstance(output, tuple) else output
+                if leave and len(kept) == len(self.features):
+                    raise _Enough
 
             return keep
 

@@ -178,6 +178,16 @@ class EDM2UNet(nn.Module):
 
         The coarsest map is that of the middle, the others are the last of their level on the way down.
         """
+        return self._run(x, c_noise, labels, whole=True)
+
+    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The maps alone, without the way up."""
+        return self._run(x, c_noise, labels, whole=False)[1]
+
+    def _run(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output and the maps; what comes first is of no use unless the ``whole`` network is run."""
         dtype = self.out_conv.weight.dtype
         embedding = self._embedding(c_noise, labels, dtype)
         hidden = torch.cat([x.to(dtype), x.new_ones(x.shape[0], 1, *x.shape[2:], dtype=dtype)], dim=1)
@@ -194,4 +204,6 @@ class EDM2UNet(nn.Module):
             hidden = stage(hidden, embedding)
             if name.endswith("_in1"):
                 features[-1] = hidden
-        return self.out_conv(hidden, self.out_gain), features
+                if not whole:
+                    break
+        return (self.out_conv(hidden, self.out_gain) if whole else hidden), features

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError, cause, unknown_name
 from distmatch.base.files import load_into
 from distmatch.diffusion.adapters import PredictionFeatureDenoiser
+from distmatch.diffusion.denoiser import features_of
 from distmatch.diffusion.paths import edm, vp
 from distmatch.interop.edm2_unet import EDM2UNet
 from distmatch.interop.edm_config import ADM, EDM2, SONG, AnyConfig, EDM2Config, from_arguments
@@ -75,6 +76,10 @@ class Negated(nn.Module):
         """The same, with the features of the network."""
         out, features = self.net.with_features(x, t, labels)  # type: ignore[operator]
         return -out, features
+
+    def only_features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The features alone."""
+        return features_of(self.net, x, t, labels)
 
 
 def loaded_edm(

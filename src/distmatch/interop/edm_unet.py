@@ -111,6 +111,16 @@ class EDMUNet(nn.Module):
 
         The coarsest map is that of the middle, the others are the last of their level on the way down.
         """
+        return self._run(x, c_noise, labels, whole=True)
+
+    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The maps alone, without the way up."""
+        return self._run(x, c_noise, labels, whole=False)[1]
+
+    def _run(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output and the maps; what comes first is of no use unless the ``whole`` network is run."""
         embedding = self._embedding(c_noise, labels)
         hidden = image = x.to(self.map_layer0.weight.dtype)
         kept: list[Tensor] = []
@@ -135,4 +145,8 @@ class EDMUNet(nn.Module):
                 hidden = stage(hidden, embedding)
                 if name.endswith("_in1"):
                     features[-1] = hidden
-        return (hidden if self.song else self.out_conv(F.silu(self.out_norm(hidden)))), features
+                    if not whole:
+                        break
+        if whole and not self.song:
+            hidden = self.out_conv(F.silu(self.out_norm(hidden)))
+        return hidden, features

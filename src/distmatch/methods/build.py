@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import require_input_gradient
+from distmatch.methods.config import DistillConfig
 from distmatch.methods.consistency.build import build_consistency
 from distmatch.methods.consistency.direct import Direct, guided_teacher
 from distmatch.methods.kernel.imm import InductiveMatching
@@ -26,6 +27,8 @@ def build_method(setup: Setup) -> Distiller:
         UserError: Teacher, method and settings do not go together.
     """
     _check_levels(setup)
+    if setup.method.critic:
+        _refuse_idle_laws(setup.config)
     if setup.method.teacher_gradient:
         require_input_gradient(setup.teacher, setup.method.name, setup.device)
     match setup.method.family:
@@ -55,6 +58,22 @@ def _check_levels(setup: Setup) -> None:
             got=f"--noise-low {first / data:.4g} and --noise-high {last / data:.4g}, in units of sigma_data",
             expected="the first one below the second",
         )
+
+
+def _refuse_idle_laws(config: DistillConfig) -> None:
+    """Refuses settings of a law of noise levels that is not in use."""
+    idle, reason = ["noise_rho"], "--noise-law log-normal"
+    if config.noise_law == "karras":
+        idle, reason = ["noise_mean", "noise_std"], "--noise-law karras and --critic-law same"
+        if config.critic_law != "same":
+            return
+    for name in idle:
+        if (value := getattr(config, name)) != getattr(DistillConfig, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} does nothing with {reason}",
+                got=value,
+                fix="leave it out, or choose another law",
+            )
 
 
 def _matching(setup: Setup) -> Distiller:

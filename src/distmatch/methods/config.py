@@ -13,7 +13,7 @@ from distmatch.base.errors import UserError
 class DistillConfig:
     """Settings that several methods share; a method may have other defaults: see `--method NAME --help`.
 
-    The defaults are for laptop-size problems; `docs/f-distill.md` lists the published ones.
+    The defaults are for laptop-size problems; `docs/presets.md` lists the published ones.
     """
 
     calls: int = 1
@@ -47,7 +47,7 @@ class DistillConfig:
     grad_clip: float = 1.0
     """Largest gradient norm of each network; 0 leaves gradients alone."""
     ema_half_life: float = 200.0
-    """Half-life of the student average, in student updates."""
+    """Half-life of the student average, in student updates; 0 takes the last weights."""
     gan_weight: float = 1e-3
     """Weight of the adversarial term of the student; 0 leaves it out."""
     r1: float = 0.0
@@ -73,6 +73,15 @@ class DistillConfig:
     """Largest noise level of the comparison, in units of sigma_data; 0 takes the teacher's sigma_max."""
     noise_rho: float = 7.0
     """Curvature of the noise-level distribution (Karras)."""
+    noise_law: Literal["karras", "log-normal"] = "karras"
+    """Law of the levels of the comparison, between the two ends: even in sigma^(1/rho), or log-normal."""
+    critic_law: Literal["same", "log-normal"] = "same"
+    """Law of the levels at which fake score and discriminator learn: that of the comparison, or log-normal
+    over all levels of the teacher (SiD)."""
+    noise_mean: float = -0.5069
+    """Mean of log(sigma / sigma_data) of a log-normal law; this is EDM's -1.2 for data of 1/2."""
+    noise_std: float = 1.2
+    """Spread of log(sigma / sigma_data) of a log-normal law."""
     scaling: Literal["dmd2", "score"] = "dmd2"
     """dmd2: per-sample gradient scaled by mean |x0 - D_teacher|. score: the plain score difference."""
     guidance: float = 1.0
@@ -86,22 +95,26 @@ class DistillConfig:
     def __post_init__(self) -> None:
         positive = (
             *("calls", "accumulate", "critic_steps", "lr", "lr_critic", "lr_ratio", "ratio_clip"),
-            *("ema_half_life", "joint_weight", "noise_low", "noise_rho"),
+            *("joint_weight", "noise_low", "noise_rho", "noise_std"),
         )
         not_negative = (
-            "student_sigma warmup_steps lr_rampup gan_weight r1 grad_clip noise_high weight_decay fit_steps"
+            *("student_sigma", "warmup_steps", "lr_rampup", "gan_weight", "r1", "grad_clip", "noise_high"),
+            *("weight_decay", "fit_steps", "ema_half_life"),
         )
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be positive", got=getattr(self, name))
-        for name in not_negative.split():
+        for name in not_negative:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative", got=getattr(self, name))
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1)", got=getattr(self, name))
-        if not math.isfinite(self.guidance):
-            raise UserError("--guidance must be a finite number", got=self.guidance)
+        for name in ("guidance", "noise_mean"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be a finite number", got=getattr(self, name)
+                )
         if self.order == "alternate" and self.critic_steps < 2:
             raise UserError(
                 "with --order alternate a critic step must lie between student steps",

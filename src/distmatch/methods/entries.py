@@ -116,6 +116,7 @@ ENTRIES = (
         citation="Salimans et al. 2024, arXiv 2406.04103",
         limits="made for several calls: with one it is diff-instruct; one teacher call more in critic steps",
         data="no",
+        ignores=("noise_law", "critic_law", "noise_mean", "noise_std"),
         defaults={"gan_weight": 0.0},
     ),
     Method(

@@ -11,6 +11,7 @@ Need = Literal["no", "optional", "needed"]
 CRITIC_SETTINGS = (
     *("critic_steps", "order", "warmup_steps", "lr_critic"),
     *("noise_low", "noise_high", "noise_rho", "scaling"),
+    *("noise_law", "critic_law", "noise_mean", "noise_std"),
 )
 """Settings of DistillConfig that only methods with a fake score read."""
 RATIO_SETTINGS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.noise import LogNormal, Truncated
 from distmatch.divergences import Divergence
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.consistency.config import ConsistencyConfig
@@ -87,6 +89,10 @@ class Setup:
     def student_levels(self, calls: int) -> tuple[float, ...]:
         """The levels of a student's calls, from the first one down."""
         return student_levels(calls, self.first_level, self.teacher.sigma_data)
+
+    def log_normal(self, mean: float, std: float, low: float, high: float) -> Truncated:
+        """Levels between two, whose log(sigma / sigma_data) has this mean and spread before the cut."""
+        return Truncated(LogNormal(mean + math.log(self.teacher.sigma_data), std), low, high)
 
     def adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimiser of a network, with the shared settings."""

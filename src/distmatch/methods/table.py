@@ -67,6 +67,31 @@ def resolve_method(
     return method, divergence or method.default_divergence, config
 
 
+def idle_settings(method: Method, config: DistillConfig, **groups: Any) -> list[tuple[Any, str]]:
+    """The settings that a method does not read.
+
+    Args:
+        method: The method.
+        config: The shared settings.
+        groups: The settings of each family, by its name.
+
+    Returns:
+        Each with the group that it is in.
+    """
+    idle = list(method.ignores)
+    if not method.critic:
+        idle += CRITIC_SETTINGS
+    if not (method.weighted or method.adversarial):
+        idle += RATIO_SETTINGS
+    found = [(config, name) for name in idle if name not in method.uses]
+    special = {name for other in METHODS.values() for name in other.uses}
+    for family, group in groups.items():
+        for name in (f.name for f in dataclasses.fields(group)):
+            if name not in method.uses and (family != method.family or name in special):
+                found.append((group, name))
+    return found
+
+
 def check_settings(method: Method, config: DistillConfig, **groups: Any) -> None:
     """Refuses settings that the method does not read.
 
@@ -78,18 +103,7 @@ def check_settings(method: Method, config: DistillConfig, **groups: Any) -> None
     Raises:
         UserError: One was changed that does nothing here.
     """
-    idle = list(method.ignores)
-    if not method.critic:
-        idle += CRITIC_SETTINGS
-    if not (method.weighted or method.adversarial):
-        idle += RATIO_SETTINGS
-    suspects = [(config, name) for name in idle if name not in method.uses]
-    special = {name for other in METHODS.values() for name in other.uses}
-    for family, group in groups.items():
-        for name in (f.name for f in dataclasses.fields(group)):
-            if name not in method.uses and (family != method.family or name in special):
-                suspects.append((group, name))
-    for group, name in suspects:
+    for group, name in idle_settings(method, config, **groups):
         default = {f.name: f.default for f in dataclasses.fields(group)}[name]
         value = getattr(group, name)
         if value not in (default, method.defaults.get(name, default)):

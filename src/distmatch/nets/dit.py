@@ -89,14 +89,25 @@ class DiT(nn.Module):
         """Returns the output and the tokens at about 1/2 and 3/4 of the depth, as maps (B, width, h, w)."""
         embedding = self.conditioning(c_noise, labels)
         padded, offset = pad_to_multiple(x, self.config.patch)
-        patches = F.pixel_unshuffle(padded, self.config.patch).flatten(2).transpose(1, 2)
-        tokens = self.first(patches.to(self.first.weight.dtype)) + self.positions
-        features = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens, embedding)
-            if index in self.features:
-                features.append(self._as_map(tokens))
+        states = self._states(padded, embedding, len(self.blocks))
+        tokens = states[-1]
         scale, shift = self.modulation(embedding)[:, None].chunk(2, dim=2)
         pixels = self._as_map(self.last(modulate(self.norm(tokens), scale, shift)))
         out = F.pixel_shuffle(pixels, self.config.patch)
-        return crop(out, offset, x.shape[-2], x.shape[-1]), features
+        return crop(out, offset, x.shape[-2], x.shape[-1]), [self._as_map(states[i]) for i in self.features]
+
+    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The maps alone, without the blocks behind the last of them."""
+        padded, _ = pad_to_multiple(x, self.config.patch)
+        states = self._states(padded, self.conditioning(c_noise, labels), max(self.features) + 1)
+        return [self._as_map(states[i]) for i in self.features]
+
+    def _states(self, padded: Tensor, embedding: Tensor, depth: int) -> list[Tensor]:
+        """The tokens (B, N, width) after each of the first ``depth`` blocks."""
+        patches = F.pixel_unshuffle(padded, self.config.patch).flatten(2).transpose(1, 2)
+        tokens = self.first(patches.to(self.first.weight.dtype)) + self.positions
+        states = []
+        for block in self.blocks[:depth]:
+            tokens = block(tokens, embedding)
+            states.append(tokens)
+        return states

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.denoiser import Denoiser, expand, features_of
 from distmatch.diffusion.denoising import denoising_loss
 from distmatch.diffusion.weighting import edm_weight
 from distmatch.nets.layers import at_least_float32, noise_coordinate
@@ -108,6 +108,11 @@ class EDMDenoiser(nn.Module):
         out, features = self.net.with_features(inputs, c_noise, condition)  # type: ignore[operator]
         return c_skip * x + c_out * out.to(inputs.dtype), features
 
+    def only_features(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> list[Tensor]:
+        """The features alone, by a pass that stops at the last of them where the network can."""
+        inputs, c_noise, _, _ = self._preconditioned(x, sigma)
+        return features_of(self.net, inputs, c_noise, condition)
+
     def jump(self, x: Tensor, sigma: Tensor, to: Tensor, condition: Tensor | None = None) -> Tensor:
         """Takes ``x`` from ``sigma`` to ``to``: ``to/sigma x + (1 - to/sigma) D(x, sigma, condition, to)``.
 
@@ -204,6 +209,6 @@ def feature_shapes(denoiser: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
     was_training = denoiser.training
     denoiser.eval()
     with torch.no_grad():
-        _, features = denoiser.with_features(x[:1], torch.ones(1, device=x.device))  # type: ignore[operator]
+        features = features_of(denoiser, x[:1], torch.ones(1, device=x.device))
     denoiser.train(was_training)
     return [tuple(feature.shape[1:]) for feature in features]

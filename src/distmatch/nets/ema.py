@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 
+_PLAIN = 0.999  # the largest decay without compensation
+
 
 class EMA:
     """A frozen copy of a model whose parameters follow the model's.
 
     A step of an average of long half-life is often smaller than half a unit in the last place of float32, and
     would be lost. What rounding leaves of each parameter is therefore kept and added later (Kahan summation).
+    Up to a decay of 0.999 all that can be lost is 500 such units, 3e-5 of a weight, and one pass over the
+    weights is spared the five others.
 
     Args:
         model: The model to follow; it is copied and not changed.
@@ -44,7 +48,9 @@ class EMA:
         if decay == 0:
             torch._foreach_copy_(average, new)
             torch._foreach_zero_(self.rest)
-        elif average:
+        elif decay <= _PLAIN:
+            torch._foreach_lerp_(average, new, 1.0 - decay)
+        else:
             # With the average a + rest, rest becomes lerp(rest, new - a); what of it a can hold goes there.
             torch._foreach_lerp_(self.rest, torch._foreach_sub(new, average), 1.0 - decay)
             moved = torch._foreach_add(average, self.rest)

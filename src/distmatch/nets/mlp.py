@@ -44,12 +44,21 @@ class MLPTrunk(nn.Module):
         self.first = nn.Linear(inputs, config.width)
         self.blocks = nn.ModuleList(MLPBlock(config.width, config.dropout) for _ in range(config.depth))
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Returns the hidden state after each block, each (B, width), and the embedding (B, width)."""
+    def forward(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, depth: int | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Returns the hidden state after each block, each (B, width), and the embedding (B, width).
+
+        Args:
+            x: Samples.
+            c_noise: What is told of their levels.
+            labels: Classes, or None.
+            depth: How many blocks are run; None is all of them.
+        """
         embedding = self.conditioning(c_noise, labels)
         hidden = self.first(x.flatten(1).to(self.first.weight.dtype))
         states = []
-        for block in self.blocks:
+        for block in self.blocks[:depth]:
             hidden = block(hidden, embedding)
             states.append(hidden)
         return states, embedding
@@ -83,3 +92,8 @@ class MLP(nn.Module):
         states, _ = self.trunk(x, c_noise, labels)
         out = self.last(F.silu(self.norm(states[-1])))
         return out.reshape(x.shape), [states[i] for i in self.features]
+
+    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The hidden states alone, without the blocks behind the last of them."""
+        states, _ = self.trunk(x, c_noise, labels, depth=max(self.features) + 1)
+        return [states[i] for i in self.features]

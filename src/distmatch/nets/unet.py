@@ -148,6 +148,22 @@ class UNet(nn.Module):
         """
         embedding = self.conditioning(c_noise, labels)
         padded, offset = pad_to_multiple(x, self.multiple)
+        kept, features = self._way_down(padded, embedding)
+        hidden = features[-1]
+        for block in self.up:
+            if block.resample == "same":
+                hidden = torch.cat([hidden, kept.pop()], dim=1)
+            hidden = block(hidden, embedding)
+        out = self.last(F.silu(self.norm(hidden)))
+        return crop(out, offset, x.shape[-2], x.shape[-1]), features
+
+    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The features alone, without the way up."""
+        padded, _ = pad_to_multiple(x, self.multiple)
+        return self._way_down(padded, self.conditioning(c_noise, labels))[1]
+
+    def _way_down(self, padded: Tensor, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The maps that the way up takes, in the order they are made, and the features."""
         hidden = self.first(padded.to(self.first.weight.dtype))
         kept, features = [hidden], []
         for index, block in enumerate(self.down):
@@ -158,9 +174,4 @@ class UNet(nn.Module):
         for block in self.middle:
             hidden = block(hidden, embedding)
         features[-1] = hidden
-        for block in self.up:
-            if block.resample == "same":
-                hidden = torch.cat([hidden, kept.pop()], dim=1)
-            hidden = block(hidden, embedding)
-        out = self.last(F.silu(self.norm(hidden)))
-        return crop(out, offset, x.shape[-2], x.shape[-1]), features
+        return kept, features

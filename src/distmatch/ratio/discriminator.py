@@ -5,13 +5,14 @@ At the optimum of the logistic loss its logit is log p_t/q_t, so r = exp(logit) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, lends_features
+from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, features_of
 from distmatch.nets.head import RatioHead, RatioNet
 
 Source = Literal["teacher", "fake", "own"]
@@ -24,8 +25,8 @@ def choose_source(wanted: str, teacher: Denoiser) -> Source:
         UserError: Teacher features were asked for and the teacher has none.
     """
     if wanted == "auto":
-        return "teacher" if lends_features(teacher) else "own"
-    if wanted == "teacher" and not lends_features(teacher):
+        return "teacher" if isinstance(teacher, FeatureDenoiser) else "own"
+    if wanted == "teacher" and not isinstance(teacher, FeatureDenoiser):
         raise UserError(
             "the discriminator cannot use features of this teacher",
             got=type(teacher).__name__,
@@ -45,16 +46,12 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
     """
     if source == "own":
         return RatioNet(features_from.shape, num_classes, sigma_data=features_from.sigma_data)
-    if not lends_features(features_from):
-        raise UserError(
-            "the discriminator cannot use features of this denoiser",
-            got=f"a {type(features_from).__name__} whose network has no with_features",
-            fix="use --ratio-features own",
-        )
+    if not isinstance(features_from, FeatureDenoiser):
+        raise UserError("this denoiser lends no features", got=type(features_from).__name__)
     with torch.no_grad():
         probe = torch.zeros(2, *features_from.shape, device=_device(features_from))
         labels = torch.zeros(2, dtype=torch.int64, device=probe.device) if num_classes else None
-        _, features = features_from.with_features(probe, torch.ones(2, device=probe.device), labels)
+        features = features_of(features_from, probe, torch.ones(2, device=probe.device), labels)
     shapes = [tuple(f.shape[1:]) for f in features]
     return RatioHead(shapes, num_classes, noise_unit=2 * features_from.sigma_data)
 
@@ -69,6 +66,45 @@ def denoise_with_logit(
     """One pass of a feature-lending denoiser: its prediction and the discriminator's logit (B,)."""
     prediction, features = denoiser.with_features(x, sigma, labels)  # type: ignore[attr-defined]
     return prediction, discriminator(features, sigma, labels)
+
+
+def logits_of(
+    source: Source,
+    features_from: Denoiser,
+    discriminator: nn.Module,
+    kinds: Sequence[Tensor],
+    sigma: Tensor,
+    labels: Tensor | None,
+    *,
+    grad: bool,
+) -> list[Tensor]:
+    """The discriminator's logits of samples of several kinds, where nobody reads a prediction.
+
+    One pass of the lender, which ends at the last feature, serves all kinds. The discriminator sees one after
+    the other: what real and generated samples share (a bias, say) then cancels to the bit in its gradients.
+    Of a sum over all of them rounding would be left, which Adam makes as large as any other gradient.
+
+    Args:
+        source: What the discriminator sees.
+        features_from: The denoiser whose features it sees; unused for ``own``.
+        discriminator: From :func:`build_discriminator`.
+        kinds: Noised samples (B, *shape) each, such as generated and real ones.
+        sigma: Their levels (B,), the same for all kinds.
+        labels: Their classes (B,), or None.
+        grad: Whether a gradient goes through the features; the discriminator's own needs none of them.
+
+    Returns:
+        (B,) for each kind.
+    """
+    if source == "own":
+        return [discriminator(x, sigma, labels) for x in kinds]
+    count = len(kinds)
+    whole = kinds[0] if count == 1 else torch.cat(list(kinds))
+    classes = None if labels is None else labels.repeat(count)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
+        features = features_of(features_from, whole, sigma.repeat(count), classes)
+    parts = zip(*(feature.chunk(count) for feature in features), strict=True)
+    return [discriminator(list(part), sigma, labels) for part in parts]
 
 
 def _device(denoiser: Denoiser) -> torch.device:

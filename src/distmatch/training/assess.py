@@ -67,12 +67,10 @@ class _CountingStudent:
         return self.calls
 
 
-def draw_student(
-    student: Student, n: int, labels: Tensor | None, seed: int, batch: int = 1024, quiet: bool = False
-) -> Drawn:
+def draw_student(student: Student, n: int, labels: Tensor | None, seed: int, batch: int = 1024) -> Drawn:
     """Samples a student, counting calls and time."""
     counter = _CountingStudent(student)
-    with progress(n, desc="student samples", enabled=not quiet) as bar:
+    with progress(n, desc="student samples") as bar:
         began = time.perf_counter()
         x = student.sample(n, seed=seed, labels=labels, batch=batch, on_batch=bar.update)
         seconds = time.perf_counter() - began
@@ -89,7 +87,6 @@ def draw_teacher(
     *,
     batch: int = 1024,
     device: torch.device | str = "cpu",
-    quiet: bool = False,
 ) -> Drawn:
     """Samples a teacher, by default with Heun's method, counting calls and time.
 
@@ -101,14 +98,13 @@ def draw_teacher(
         sampling: Solver, grid and guidance.
         batch: Samples at a time.
         device: Where to compute.
-        quiet: Whether to hide the progress bar.
 
     Raises:
         UserError: Settings that do not go together, or not with this teacher.
     """
     sampling.check(teacher)
     counter = CallCounter(sampling.around(teacher))
-    with progress(n, desc="teacher samples", enabled=not quiet) as bar:
+    with progress(n, desc="teacher samples") as bar:
         began = time.perf_counter()
         z = sample_teacher(
             counter,

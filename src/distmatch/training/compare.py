@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distmatch.base.files import atomic_json, atomic_write, read_json
+from distmatch.base.progress import tell
 from distmatch.data import Dataset
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.training.checkpoint import list_checkpoints
@@ -45,7 +45,6 @@ class Prepared:
         data: Used instead of the data that they name.
         bench: What measures the students.
         plan: Methods, costs and steps; None where a record of them is taken up.
-        quiet: Whether to say nothing on stderr.
     """
 
     options: CompareOptions
@@ -54,7 +53,6 @@ class Prepared:
     data: Dataset | None
     bench: Bench
     plan: Plan | None
-    quiet: bool
 
 
 def prepare_comparison(
@@ -63,7 +61,6 @@ def prepare_comparison(
     data: Dataset | None = None,
     *,
     resumed: Path | None = None,
-    quiet: bool = False,
 ) -> Prepared:
     """Tries every method for a few steps; writes nothing, so that what is refused leaves all as it was.
 
@@ -72,7 +69,6 @@ def prepare_comparison(
         teacher: Used instead of the teacher that they name.
         data: Used instead of the data that they name.
         resumed: The folder of a comparison that shall go on. With a record in it nothing is tried again.
-        quiet: Whether to say nothing on stderr.
 
     Raises:
         UserError: The options make no sense, or a method cannot be used here.
@@ -80,8 +76,8 @@ def prepare_comparison(
     entries = {entry.name: entry for entry in check_options(options)}
     bench = open_bench(options, teacher, data)
     again = resumed is not None and (resumed / RECORD).exists()
-    plan = None if again else plan_comparison(options, teacher, data, quiet=quiet)
-    return Prepared(options, entries, teacher, data, bench, plan, quiet)
+    plan = None if again else plan_comparison(options, teacher, data)
+    return Prepared(options, entries, teacher, data, bench, plan)
 
 
 def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any]:
@@ -107,7 +103,7 @@ def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any
         record = read_json(folder.path / RECORD)
     else:
         record = new_record(options, prepared.plan)
-        record |= {"evaluation": prepared.bench.settings(), **prepared.bench.baseline(folder, prepared.quiet)}
+        record |= {"evaluation": prepared.bench.settings(), **prepared.bench.baseline(folder)}
     record["runs"] = all_runs(record, options)
     comparison = _Comparison(prepared, folder, record)
     atomic_write(folder.config, config_text("compare", options))
@@ -139,12 +135,12 @@ class _Comparison:
 
     def carry_out(self, run: dict[str, Any]) -> None:
         """Trains and measures one run; its entry says how that went."""
-        self._say(progress_line(self.record, run))
+        tell(progress_line(self.record, run))
         try:
             found = self._train_and_measure(run)
         except Exception as error:  # one failed run does not stop the others
             run |= {"status": "failed", "message": reason(error)}
-            self._say(f"compare: {run['name']} with seed {run['seed']} failed. {run['message']}")
+            tell(f"compare: {run['name']} with seed {run['seed']} failed. {run['message']}")
         else:
             run |= {"status": "done", **found}
 
@@ -158,20 +154,16 @@ class _Comparison:
         job = prepare_distillation(options, self.told.teacher, self.told.data, fresh=not started)
         with create(place.path, resume=_holds_something(place)) as own:
             began = time.perf_counter()
-            student, _ = carry_out(job, own, resume="latest" if started else None, quiet=self.told.quiet)
+            student, _ = carry_out(job, own, resume="latest" if started else None)
             seconds, taken = time.perf_counter() - began, memory.bytes()
             del job
             others = {name: self.record[name] for name in ("reference", "teacher")}
-            metrics = self.told.bench.student(student, own, others, self.told.quiet)
+            metrics = self.told.bench.student(student, own, others)
         # Of a resumed run only the last part was timed here.
         return {"seconds": None if started else seconds, "memory": taken, "metrics": metrics}
 
     def _place(self, run: dict[str, Any]) -> RunFolder:
         return RunFolder(self.folder.path / run["folder"])
-
-    def _say(self, line: str) -> None:
-        if not self.told.quiet:
-            print(line, file=sys.stderr)
 
 
 def _holds_something(place: RunFolder) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import statistics
 import sys
 import time
 from collections import Counter
@@ -167,23 +166,24 @@ def count_passes(networks: dict[str, nn.Module], passes: Passes) -> Iterator[Non
     """Counts the samples that pass through networks, whichever of their methods is called.
 
     The layers are what is watched: a network may be entered through `forward` or for its features. What
-    counts is the median over the layers that hold parameters, so that a pass that ends early counts where it
-    saw most of the network. A layer that two networks share belongs to the first.
+    counts is the mean over the layers that hold parameters, each by how many, so that a pass that ends early
+    counts for the share of the network that it saw. A layer that two networks share belongs to the first.
 
     Args:
         networks: By name.
         passes: What is counted is added to it when the block has ended.
     """
-    counts: dict[str, list[Counter[str]]] = {name: [] for name in networks}
+    counts: dict[str, list[tuple[int, Counter[str]]]] = {name: [] for name in networks}
     seen: set[int] = set()
     handles = []
     for name, network in networks.items():
         for layer in network.modules():
-            if id(layer) in seen or not any(True for _ in layer.parameters(recurse=False)):
+            size = sum(p.numel() for p in layer.parameters(recurse=False))
+            if id(layer) in seen or size == 0:
                 continue
             seen.add(id(layer))
             own: Counter[str] = Counter()
-            counts[name].append(own)
+            counts[name].append((size, own))
             handles.append(layer.register_forward_hook(_Watch(own)))
     try:
         yield
@@ -192,7 +192,8 @@ def count_passes(networks: dict[str, nn.Module], passes: Passes) -> Iterator[Non
             handle.remove()
         for name, layers in counts.items():
             for kind, total in (("forward", passes.forward), ("backward", passes.backward)):
-                total[name] += round(statistics.median(own[kind] for own in layers)) if layers else 0
+                samples = sum(size * own[kind] for size, own in layers)
+                total[name] += round(samples / max(1, sum(size for size, _ in layers)))
 
 
 class _Watch:

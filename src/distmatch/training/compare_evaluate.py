@@ -10,6 +10,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import atomic_write, load_tensors, save_tensors
+from distmatch.base.progress import quietly
 from distmatch.data import TOY_NAMES, Dataset, load_data, toy
 from distmatch.data.columns import columns_of
 from distmatch.diffusion.denoiser import Denoiser
@@ -61,17 +62,18 @@ class Bench:
         found = plan(self.data, features=self.space, n=self.block, seed=self.seed)
         return {**found.to_dict(), **self.sampling.to_dict()}
 
-    def draw(self, model: Model, quiet: bool) -> Drawn:
+    def draw(self, model: Model) -> Drawn:
         """The samples of a model: always from the same latents, for the same labels."""
-        model.draw(_WARM, None, self.seed, Sampling(steps=2), device=self.device, quiet=True)
+        with quietly():
+            model.draw(_WARM, None, self.seed, Sampling(steps=2), device=self.device)
         count = 2 * self.block
-        return model.draw(count, self.labels, self.seed, self.sampling, device=self.device, quiet=quiet)
+        return model.draw(count, self.labels, self.seed, self.sampling, device=self.device)
 
-    def baseline(self, folder: RunFolder, quiet: bool) -> dict[str, dict[str, Any]]:
+    def baseline(self, folder: RunFolder) -> dict[str, dict[str, Any]]:
         """Measures real data and the teacher, and writes their samples; the JSON form of both."""
         found, drawn = assess(
             self.data,
-            {"teacher": lambda count, labels: self.draw(self.teacher, quiet)},
+            {"teacher": lambda count, labels: self.draw(self.teacher)},
             conditional=self.labels is not None,
             features=self.space,
             n=self.block,
@@ -84,7 +86,7 @@ class Bench:
         return plain(found)
 
     def student(
-        self, student: Student, folder: RunFolder, others: dict[str, dict[str, Any]], quiet: bool
+        self, student: Student, folder: RunFolder, others: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
         """Measures a student and writes what was found to its run folder.
 
@@ -92,12 +94,11 @@ class Bench:
             student: The student.
             folder: The folder of its run.
             others: The JSON form of the metrics of real data and teacher, which go beside.
-            quiet: Whether to hide the progress bar.
 
         Returns:
             The JSON form of its metrics.
         """
-        drawn = self.draw(Model("student", student, None, self.data.scaling, ""), quiet)
+        drawn = self.draw(Model("student", student, None, self.data.scaling, ""))
         found = evaluate_replicates(
             drawn.x,
             self.data,

@@ -11,6 +11,7 @@ from typing import Any
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.methods.table import check_settings, find_method
 from distmatch.training.options import GROUPS, DistillOptions, RunOptions
+from distmatch.training.presets import LAPTOP
 from distmatch.training.toml import dict_to_dataclass
 
 _SETTABLE = ("run", "net", *GROUPS)
@@ -115,18 +116,23 @@ def entry_options(shared: DistillOptions, entry: Entry, *, seed: int, steps: int
     Raises:
         UserError: A setting of its own that does not exist, or that the comparison decides.
     """
-    options = DistillOptions.of(
-        entry.method,
+    own = dict(entry.settings)
+    options = DistillOptions.of(entry.method, str(own.pop("preset", LAPTOP)))
+    plain, theirs = RunOptions(), options.run
+    run = {f.name: getattr(shared.run, f.name) for f in fields(plain)}
+    run = {k: v if v != getattr(plain, k) else getattr(theirs, k) for k, v in run.items()}
+    options = replace(
+        options,
         teacher=shared.teacher,
         data=shared.data,
-        divergence=entry.divergence,
-        run=replace(shared.run, seed=seed, steps=steps),
+        divergence=entry.divergence or options.divergence,
+        run=RunOptions(**{**run, "seed": seed, "steps": steps}),
         net=shared.net,
     )
     for group, name, value in _changed(shared):
         if _reads(entry.method, group, name, value):
             options = _with(options, group, {name: value})
-    for name, value in entry.settings.items():
+    for name, value in own.items():
         options = _with(options, _group_of(name, entry), {name: value}, entry.name)
     return options
 
@@ -141,6 +147,7 @@ def check_shared(shared: DistillOptions, entries: Sequence[Entry]) -> None:
     for flag, given, fix in (
         ("--method", shared.method != plain.method, "name all methods with --methods"),
         ("--divergence", shared.divergence is not None, "put it behind its method: f-distill:js"),
+        ("--preset", shared.preset != LAPTOP, f"put it behind its method: NAME[preset={shared.preset}]"),
         ("--steps", shared.run.steps != RunOptions().steps, f'write --budget "{shared.run.steps} steps"'),
     ):
         if given:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.memory import out_of_memory
+from distmatch.base.progress import tell
 from distmatch.data import Dataset
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.methods.config import DistillConfig
@@ -77,8 +77,6 @@ def plan_comparison(
     options: CompareOptions,
     teacher: Denoiser | None = None,
     data: Dataset | None = None,
-    *,
-    quiet: bool = False,
 ) -> Plan:
     """Prepares and times every method; writes nothing and trains nothing that is kept.
 
@@ -86,7 +84,6 @@ def plan_comparison(
         options: The options.
         teacher: Used instead of the teacher that they name.
         data: Used instead of the data that they name.
-        quiet: Whether to say nothing on stderr.
 
     Raises:
         UserError: The options make no sense, or a method cannot be used with this teacher and these data,
@@ -96,8 +93,7 @@ def plan_comparison(
     methods: list[Planned] = []
     impossible: list[tuple[str, str]] = []
     for entry in entries:
-        if not quiet:
-            print(f"compare: trying {entry.name}", file=sys.stderr)
+        tell(f"compare: trying {entry.name}")
         try:
             steps = int(budget.amount) if budget.unit == "steps" else _GUESS
             chosen = entry_options(options.shared, entry, seed=options.shared.run.seed, steps=steps)

@@ -32,6 +32,6 @@ def pick_device(name: str) -> torch.device:
 
 def compile_network(net: nn.Module) -> None:
     """Compiles the entry points of a network in place; names in its state stay as they are."""
-    net.forward = torch.compile(net.forward)
-    if hasattr(net, "with_features"):
-        net.with_features = torch.compile(net.with_features)  # type: ignore[assignment,arg-type]
+    for name in ("forward", "with_features", "only_features"):
+        if hasattr(net, name):
+            setattr(net, name, torch.compile(getattr(net, name)))

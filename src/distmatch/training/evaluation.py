@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.base.progress import quietly
 from distmatch.data import TOY_NAMES, Dataset, toy
 from distmatch.data.classes import listed, names_of
 from distmatch.metrics import plan, resolve_features
@@ -29,7 +30,6 @@ def evaluate_models(
     seed: int = 0,
     device: str = "auto",
     spec: str = "",
-    quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Measures each model at the same N on the same latents and labels, and writes what was found.
 
@@ -43,7 +43,6 @@ def evaluate_models(
         seed: Seed of latents, labels and blocks.
         device: Where to sample.
         spec: Name of the data; an exact mixture's name adds the mode metrics.
-        quiet: Whether to hide progress bars.
 
     Returns:
         What ``metrics.json`` holds, with :class:`Estimate` values.
@@ -76,8 +75,9 @@ def evaluate_models(
     def drawer(model: Model) -> Any:
         def draw(count: int, labels: Tensor | None) -> Drawn:
             # A model's first calls pay for memory and threads; they are not part of its speed.
-            model.draw(min(count, 64), None, seed, Sampling(steps=2), device=device, quiet=True)
-            return model.draw(count, labels, seed, sampling, device=device, quiet=quiet)
+            with quietly():
+                model.draw(min(count, 64), None, seed, Sampling(steps=2), device=device)
+            return model.draw(count, labels, seed, sampling, device=device)
 
         return draw
 

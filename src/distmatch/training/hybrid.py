@@ -64,7 +64,6 @@ def draw_hybrid(
     level: float | None = None,
     batch: int = 1024,
     device: str = "auto",
-    quiet: bool = False,
 ) -> Drawn:
     """Samples that the teacher begins and the student ends; a guided call of the teacher counts as two.
 
@@ -79,7 +78,6 @@ def draw_hybrid(
         level: The level at which the student takes over, in place of ``calls``.
         batch: Samples at a time.
         device: Where to compute.
-        quiet: Whether to hide the progress bar.
 
     Raises:
         UserError: As :func:`plan_hybrid`.
@@ -92,7 +90,7 @@ def draw_hybrid(
             module.to(where)
     labels = checked_labels(labels, n, student.num_classes, seed, student.classes.counts)
     counter = CallCounter(sampling.around(first))
-    with progress(n, desc="hybrid samples", enabled=not quiet) as bar:
+    with progress(n, desc="hybrid samples") as bar:
         began = time.perf_counter()
         x = hybrid_sample(
             counter,

@@ -149,7 +149,6 @@ def run_loop(
     folder: RunFolder | None = None,
     desc: str = "train",
     show: tuple[str, ...] = ("loss",),
-    quiet: bool = False,
     advise: Callable[[dict[str, Any]], list[str]] = lambda means: [],
 ) -> list[dict[str, Any]]:
     """Runs ``step`` until ``state.step`` reaches ``options.steps``.
@@ -162,7 +161,6 @@ def run_loop(
         folder: Where log and checkpoints go; None keeps nothing.
         desc: Title of the progress bar.
         show: Logged values that the bar shows.
-        quiet: Whether to hide the bar.
         advise: Looks at the logged means and says what the user should know; each message is given once.
 
     Returns:
@@ -204,7 +202,7 @@ def run_loop(
     with (
         log or nullcontext(),
         deferred_interrupt() as interrupted,
-        progress(options.steps, initial=state.step, desc=desc, enabled=not quiet) as bar,
+        progress(options.steps, initial=state.step, desc=desc) as bar,
     ):
         while state.step < options.steps:
             averages.add(step(state, batches(state.step)))

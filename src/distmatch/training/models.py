@@ -85,19 +85,18 @@ class Model:
         *,
         batch: int = 1024,
         device: str = "auto",
-        quiet: bool = False,
     ) -> Drawn:
         """Draws ``n`` samples; ``sampling`` is for teachers."""
         where = pick_device(device)
         labels = checked_labels(labels, n, self.num_classes, seed, self.classes.counts)
         if self.student is not None:
-            return draw_student(self.student.to(where), n, labels, seed, batch, quiet)
+            return draw_student(self.student.to(where), n, labels, seed, batch)
         if self.teacher is None:
             raise RuntimeError("a model is a student or a teacher")
         for model in (self.teacher, sampling.reference):
             if isinstance(model, nn.Module):
                 model.to(where)
-        return draw_teacher(self.teacher, n, labels, seed, sampling, batch=batch, device=where, quiet=quiet)
+        return draw_teacher(self.teacher, n, labels, seed, sampling, batch=batch, device=where)
 
 
 def open_model(source: str) -> Model:

@@ -15,6 +15,7 @@ from distmatch.methods.matching.config import MatchingConfig
 from distmatch.methods.table import find_method, with_defaults
 from distmatch.methods.transport.config import TransportConfig
 from distmatch.nets.config import NetConfig, default_config, kind_of
+from distmatch.training.presets import LAPTOP, find_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +211,9 @@ class DistillOptions:
     """A run or model folder, a folder of diffusers, a .pkl of EDM; or ring8, grid25, skewed2 (exact)."""
     method: str = "f-distill"
     """f-distill, dmd2, sid, uni-instruct, rcm, ... (docs/methods.md); it decides the defaults below."""
+    preset: str = LAPTOP
+    """laptop, the defaults for small networks, or published settings such as paper:sid-cifar10
+    (docs/presets.md). It also decides the method where none is named; other options win over it."""
     divergence: str | None = None
     """js, kl, reverse_kl, alpha:0.5, gjs:0.3, skew_kl:0.1, ...; unset takes the method's own (js)."""
     run: RunOptions = field(default_factory=RunOptions)
@@ -221,20 +225,30 @@ class DistillOptions:
     transport: TransportConfig = field(default_factory=TransportConfig)
 
     @classmethod
-    def of(cls, method: str, **changes: Any) -> DistillOptions:
-        """The options of a method with its own defaults.
+    def of(cls, method: str | None, preset: str = LAPTOP, **changes: Any) -> DistillOptions:
+        """The options of a method with its own defaults, and what a preset has otherwise.
 
         Args:
-            method: Its name.
+            method: Its name; None takes that of the preset, or the default.
+            preset: Name of the preset.
             changes: Other fields.
 
         Raises:
-            UserError: There is no such method.
+            UserError: There is no such method or preset, or they do not go together.
         """
-        groups = [f.name for f in fields(cls) if f.name in GROUPS]
-        plain = cls(method=method)
-        own = with_defaults(find_method(method), *(getattr(plain, name) for name in groups))
-        return replace(plain, **{**dict(zip(groups, own, strict=True)), **changes})
+        chosen = find_preset(preset, None if method is None else find_method(method).name)
+        if method is None:
+            method = chosen.method if chosen else cls().method
+        plain = cls(method=method, preset=preset)
+        own = with_defaults(find_method(method), *(getattr(plain, name) for name in GROUPS))
+        fields_of = {**dict(zip(GROUPS, own, strict=True)), "run": plain.run}
+        for name, setting in chosen.settings.items() if chosen else ():
+            group = next((g for g, values in fields_of.items() if hasattr(values, name)), None)
+            if group is None:
+                fields_of[name] = setting.value  # a field of its own: the divergence
+            else:
+                fields_of[group] = replace(fields_of[group], **{name: setting.value})
+        return replace(plain, **{**fields_of, **changes})
 
     def settings(self) -> dict[str, Any]:
         """The groups of settings that belong to families of methods, by name."""

@@ -20,7 +20,7 @@ from distmatch.diffusion.adapters import require_denoiser
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence, divergence
-from distmatch.interop import decoder_of
+from distmatch.interop import decoder_of, is_external
 from distmatch.methods.build import build_method
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.method import Method
@@ -33,6 +33,7 @@ from distmatch.training.known_data import describe_data, known_data, seen_by, wi
 from distmatch.training.latent_data import as_latents, check_encodable
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
+from distmatch.training.presets import LAPTOP, find_preset, laptop_warning
 from distmatch.training.runs import Finished, Job
 from distmatch.training.teachers import open_teacher
 
@@ -62,6 +63,7 @@ def prepare_distillation(
     device = pick_device(run.device)
     name = measure.name if measure is not None else options.divergence
     method, name, config = resolve_method(options.method, name, options.distill)
+    find_preset(options.preset, method.name)  # refuses one of another method
     check_settings(method, options.distill, **options.settings())
     chosen = measure if measure is not None else divergence(name)
     known: dict[str, Any] = {}
@@ -164,12 +166,16 @@ def prepare_distillation(
         else state.modules(),
         notes={
             "method": method.name,
+            "preset": options.preset,
             **({"divergence": chosen.name} if takes else {}),
             "levels": list(state.student.levels),
             **distiller.notes(),
             **conversion,
         },
-        warnings=_warnings(method, state, run.batch, run.steps // config.critic_steps),
+        warnings=[
+            *_warnings(method, state, run.batch, run.steps // config.critic_steps),
+            *_untried(method, options, teacher, state),
+        ],
         finish=finish,
         show=("loss_fake", "ess", "clip_fraction") if method.critic else ("loss",),
         advise=_advice,
@@ -193,6 +199,24 @@ def _warnings(method: Method, state: DistillState, batch: int, updates: int) -> 
     if method.family == "transport" and batch != RunOptions().batch:
         found.append("--batch does nothing here: a step draws --cell-draws samples for each latent of --bank")
     return found
+
+
+def _untried(method: Method, options: DistillOptions, teacher: Denoiser, state: DistillState) -> list[str]:
+    """What to know where a network learns at rates that were chosen for others."""
+    if options.preset != LAPTOP or method.family == "transport":  # which trains no network
+        return []
+    usual = DistillOptions.of(method.name).distill
+    names = {"lr": "student", "lr_critic": "fake", "lr_ratio": "ratio"}
+    rates = {n: getattr(options.distill, n) for n, of in names.items() if of in state.optimisers}
+    warning = laptop_warning(
+        method,
+        rates,
+        {name: getattr(usual, name) for name in rates},
+        parameters=sum(p.numel() for p in state.student.denoiser.parameters()),
+        elsewhere=is_external(teacher),
+        shape=teacher.shape,
+    )
+    return [warning] if warning else []
 
 
 def _advice(means: dict[str, Any]) -> list[str]:

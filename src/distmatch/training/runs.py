@@ -71,7 +71,7 @@ class Job:
 
 
 def carry_out(
-    job: Job, folder: RunFolder | None = None, *, resume: str | int | None = None, quiet: bool = False
+    job: Job, folder: RunFolder | None = None, *, resume: str | int | None = None
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Runs a job to its end and saves the model.
 
@@ -79,7 +79,6 @@ def carry_out(
         job: From one of the ``prepare_`` functions.
         folder: The run folder; None keeps everything in memory.
         resume: ``latest``, a step, or a checkpoint's path; None starts afresh.
-        quiet: Whether to hide the progress bar.
 
     Returns:
         The averaged teacher or the student, and the logged history.
@@ -114,7 +113,6 @@ def carry_out(
         folder=folder,
         desc=job.verb,
         show=job.show,
-        quiet=quiet,
         advise=job.advise,
     )
     finished = job.finish()

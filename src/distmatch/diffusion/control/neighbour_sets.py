@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.control.retrieval import Neighbours
+from distmatch.diffusion.denoiser import features_of
 
 
 class SetEmbedding(nn.Module):
@@ -138,6 +139,10 @@ class NeighbourConditioned(nn.Module):
         """The same, with the features of the inner network."""
         out, features = self.net.with_features(self._widened(x, labels), c_noise, None)  # type: ignore[operator]
         return self._kept(x, out), features
+
+    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The features alone."""
+        return features_of(self.net, self._widened(x, labels), c_noise, None)
 
     def _kept(self, x: Tensor, out: Tensor) -> Tensor:
         return out[:, : x.shape[1]]

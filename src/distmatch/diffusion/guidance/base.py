@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, expand, is_diffused, lends_features
+from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, expand, features_of, is_diffused
 from distmatch.diffusion.geometry.jacobian import refuse_random_layers
 from distmatch.diffusion.guidance.wrapper import Calls, Wrapper, at_step, cost_of, regime_of
 
@@ -76,9 +76,13 @@ class Guidance(Wrapper):
         Raises:
             UserError: The inner denoiser lends none.
         """
-        if not lends_features(self.inner):
+        if not isinstance(self.inner, FeatureDenoiser):
             raise UserError("this teacher does not lend features", fix="use --ratio-features own")
         return self._run(self.inner.with_features, x, sigma, condition)
+
+    def only_features(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Features:
+        """The features of the main pass, without the reference and without what comes behind them."""
+        return features_of(self.inner, x, sigma, self._main_condition(condition))
 
     def _run(
         self, forward: Pass, x: Tensor, sigma: Tensor, condition: Tensor | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from distmatch.methods.matching.objectives import adversarial_critic, approximat
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.nets.optim import clipped_step
-from distmatch.ratio.discriminator import build_discriminator, choose_source
+from distmatch.ratio.discriminator import build_discriminator, choose_source, logits_of
 
 
 @dataclass
@@ -63,22 +62,17 @@ class Adversary:
         names = ("noise_fake", "noise_real", "noise_r1")
         return {"level": level, **dict(zip(names, noises, strict=False))}
 
-    def logit(self, state: DistillState, x0: Tensor, noise: Tensor, draws: Draws) -> Tensor:
-        """The discriminator's log ratio of samples with noise on them, (b,)."""
-        head, level, labels = state.discriminator, draws["level"], draws.get("labels")
+    def logits(self, state: DistillState, kinds: list[Tensor], draws: Draws, *, grad: bool) -> list[Tensor]:
+        """The discriminator's log ratios of noised samples of several kinds, (b,) each."""
+        head, teacher = state.discriminator, self.setup.teacher
         if head is None:
             raise RuntimeError("this state has no discriminator")
-        x = x0 + expand(level, x0) * noise
-        if self._source == "own":
-            return head(x, level, labels)
-        teacher: Any = self.setup.teacher
-        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            _, features = teacher.with_features(x, level, labels)
-        return head(features, level, labels)
+        return logits_of(self._source, teacher, head, kinds, draws["level"], draws.get("labels"), grad=grad)
 
     def student_loss(self, state: DistillState, x0: Tensor, draws: Draws) -> Tensor:
         """The student's non-saturating loss, (b,)."""
-        return F.softplus(-self.logit(state, x0, draws["noise_fake"], draws).float())
+        x = x0 + expand(draws["level"], x0) * draws["noise_fake"]
+        return F.softplus(-self.logits(state, [x], draws, grad=True)[0].float())
 
     def learn(self, state: DistillState, x0: Tensor, draws: Draws, lr_factor: float) -> Info:
         """One step of the discriminator.
@@ -99,13 +93,15 @@ class Adversary:
         for part in self.setup.parts(len(x0)):
             some = {name: tensor[part] for name, tensor in draws.items()}
             with self.setup.autocast():
-                fake = self.logit(state, x0[part], some["noise_fake"], some)
-                real = self.logit(state, some["x0"], some["noise_real"], some)
-                loss = adversarial_critic(real=real, fake=fake)
-                told = loss.detach()
+                level, real = expand(some["level"], x0), some["x0"]
+                kinds = [x0[part] + level * some["noise_fake"], real + level * some["noise_real"]]
                 if cfg.r1 > 0:
-                    moved = some["noise_real"] + 0.1 * some["noise_r1"]
-                    loss = loss + cfg.r1 * approximate_r1(real, self.logit(state, some["x0"], moved, some))
+                    kinds.append(kinds[1] + 0.1 * level * some["noise_r1"])
+                on_fake, on_real, *on_moved = self.logits(state, kinds, some, grad=False)
+                loss = adversarial_critic(real=on_real, fake=on_fake)
+                told = loss.detach()
+                if on_moved:
+                    loss = loss + cfg.r1 * approximate_r1(on_real, on_moved[0])
             share = len(some["x0"]) / len(x0)
             (share * loss).backward()
             total = total + share * told

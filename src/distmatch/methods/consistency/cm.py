@@ -21,7 +21,13 @@ from distmatch.methods.consistency.direct import (
     noised_draws,
     training_levels,
 )
-from distmatch.methods.consistency.pairs import easy_tuning, huber_scale, pseudo_huber, teacher_path
+from distmatch.methods.consistency.pairs import (
+    easy_tuning,
+    huber_scale,
+    pseudo_huber,
+    teacher_path,
+    where_needed,
+)
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 
@@ -90,6 +96,6 @@ class PairTerm:
         with torch.no_grad():
             # At level 0 a consistency function is the identity, whatever the network says.
             safe = torch.where(lower > 0, lower, sigma)
-            target = torch.where(expand(lower > 0, y), student(below, safe, labels), below)
+            target = where_needed(lower > 0, student, below, below, safe, labels)
         distance = pseudo_huber(student(y, sigma, labels), target, self._c)
         return distance / (sigma - lower), {"distance": distance}

@@ -11,7 +11,7 @@ from distmatch.base.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig:
-    """What the methods of this family have of their own."""
+    """What the consistency methods have of their own."""
 
     consistency_from: Literal["teacher", "data"] = "teacher"
     """Whose flow the student follows: the teacher's, or that of the data alone (consistency training)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from distmatch.methods.consistency.direct import (
     noised_draws,
     training_levels,
 )
-from distmatch.methods.consistency.pairs import huber_scale, pseudo_huber, teacher_path
+from distmatch.methods.consistency.pairs import huber_scale, pseudo_huber, teacher_path, where_needed
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.nets.edm import EDMDenoiser, weighted_error
@@ -125,22 +126,15 @@ class TrajectoryTerm:
         parameters = list(student.parameters())
         totals: dict[str, tuple[Tensor, ...]] = {}
         info: Info = {}
-        samples = []
+        samples: list[Tensor] = []
         for part in self.setup.parts(n):
             some = {name: tensor[part] for name, tensor in draws.items()}
-            with self.setup.autocast():
-                reached = self.reached(state, some)
-                distance = pseudo_huber(reached, self.wanted(state, some, self.cells(state)), self._c)
-                losses = {"loss": distance / self.setup.unit}
-                if adversary is not None:
-                    losses["loss_gan"] = adversary.student_loss(state, reached, some)
-                losses["loss_dsm"] = self.dsm_loss(state, some)
-            samples.append(reached.detach())
-            for name, loss in losses.items():
+            for name, loss in self._losses(state, some, adversary, samples):
                 value = loss.sum() / n
                 # The samples' graph serves the adversarial term too.
                 keep = name == "loss" and adversary is not None
                 found = torch.autograd.grad(value, parameters, materialize_grads=True, retain_graph=keep)
+                del loss  # its graph, before the next term builds its own
                 totals[name] = torch._foreach_add(totals[name], found) if name in totals else found
                 info[name] = info[name] + value.detach() if name in info else value.detach()
         last = next(i for i, p in enumerate(parameters) if p is last_layer(student).weight)
@@ -153,6 +147,29 @@ class TrajectoryTerm:
         for parameter, gradient in zip(parameters, summed, strict=True):
             parameter.grad = gradient
         return info, torch.cat(samples)
+
+    def _losses(
+        self, state: DistillState, draws: Draws, adversary: Adversary | None, samples: list[Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The terms of a part, (b,) each, one after the other; the student's clean samples are put away."""
+        with self.setup.autocast():
+            wanted = self.wanted(state, draws, self.cells(state))
+            reached = self.reached(state, draws)
+            first = pseudo_huber(reached, wanted, self._c) / self.setup.unit
+        samples.append(reached.detach())
+        if adversary is None:
+            del reached
+        yield "loss", first
+        del first
+        if adversary is not None:
+            with self.setup.autocast():
+                second = adversary.student_loss(state, reached, draws)
+            del reached
+            yield "loss_gan", second
+            del second
+        with self.setup.autocast():
+            third = self.dsm_loss(state, draws)
+        yield "loss_dsm", third
 
     def reached(self, state: DistillState, draws: Draws) -> Tensor:
         """Where the student's jump leads, taken on to the data, (b, *shape)."""
@@ -185,7 +202,7 @@ class TrajectoryTerm:
     def _to_data(self, network: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """The network's jump from levels ``sigma`` to the data; what is below sigma_min counts as there."""
         low = self.setup.teacher.sigma_min
-        return torch.where(expand(sigma > low, x), network(x, sigma.clamp_min(low), labels), x)
+        return where_needed(sigma > low, network, x, x, sigma.clamp_min(low), labels)
 
 
 def jumped(network: nn.Module, x: Tensor, sigma: Tensor, to: Tensor, labels: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from distmatch.base.seeds import generator
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
-from distmatch.diffusion.noise import Karras, LogNormal
+from distmatch.diffusion.noise import Karras
 from distmatch.methods.matching.view import StudentTerm
 from distmatch.methods.setup import Info, Setup, averaged
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
@@ -140,23 +140,7 @@ def training_levels(setup: Setup) -> Callable[[int, torch.Generator], Tensor]:
     cfg = setup.consistency
     if cfg.level_law == "karras":
         return Karras(low, high).sample
-    return truncated(log_normal(cfg.level_mean, cfg.level_std, setup.teacher.sigma_data), low, high)
-
-
-def log_normal(mean: float, std: float, sigma_data: float) -> LogNormal:
-    """The law whose log(sigma / sigma_data) has this mean and spread, so that it fits data of any size."""
-    return LogNormal(mean + float(torch.tensor(sigma_data, dtype=torch.float64).log()), std)
-
-
-def truncated(law: LogNormal, low: float, high: float) -> Callable[[int, torch.Generator], Tensor]:
-    """Samples of a law between two levels."""
-    ends = law.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
-
-    def sample(n: int, gen: torch.Generator) -> Tensor:
-        share = torch.rand(n, generator=gen, device=gen.device)
-        return law.quantile(ends[0] + (ends[1] - ends[0]) * share).clamp(low, high)
-
-    return sample
+    return setup.log_normal(cfg.level_mean, cfg.level_std, low, high).sample
 
 
 def mean_backward(setup: Setup, draws: Draws, loss: Callable[[Draws], tuple[Tensor, Info]]) -> Info:

@@ -18,11 +18,9 @@ from distmatch.diffusion.denoiser import expand
 from distmatch.methods.consistency.direct import (
     Draws,
     guided_teacher,
-    log_normal,
     mean_backward,
     noised_draws,
     training_levels,
-    truncated,
 )
 from distmatch.methods.consistency.pairs import teacher_says
 from distmatch.methods.consistency.tangents import choose_derivative, derivative_along, flow_speed
@@ -70,9 +68,8 @@ class AverageVelocityTerm:
         self._guided = guided_teacher(self.setup)
         self._how = choose_derivative(cfg.tangent, teacher)
         self._levels = training_levels(self.setup)
-        lower = log_normal(cfg.to_mean, cfg.to_std, teacher.sigma_data)
         # Far below sigma_min there is nothing to tell from the data itself.
-        self._lower = truncated(lower, 0.0, self.setup.first_level)
+        self._lower = self.setup.log_normal(cfg.to_mean, cfg.to_std, 0.0, self.setup.first_level).sample
 
     def notes(self) -> dict[str, Any]:
         """How derivatives are taken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -39,6 +40,25 @@ def easy_tuning(sigma: Tensor, sigma_data: float, stage: int) -> Tensor:
     t = sigma * (0.5 / sigma_data)
     share = max(2.0 ** -(stage + 1), _CLOSEST)
     return sigma * (1 - share * (1 + 8 * torch.sigmoid(-t))).clamp_min(0)
+
+
+def where_needed(
+    rows: Tensor, function: Callable[..., Tensor], otherwise: Tensor, *arguments: Tensor | None
+) -> Tensor:
+    """A function of each sample in the ``rows`` of a mask (b,), and ``otherwise`` (b, ...) in the others.
+
+    On a CPU the function is called with those rows alone. An accelerator would have to wait to know how many
+    they are; there it sees all rows, whose values must be such as it can take.
+    """
+    if rows.device.type != "cpu":
+        return torch.where(expand(rows, otherwise), function(*arguments), otherwise)
+    chosen = rows.nonzero().squeeze(1)
+    if len(chosen) == len(rows):
+        return function(*arguments)
+    if len(chosen) == 0:
+        return otherwise
+    found = function(*(None if value is None else value[chosen] for value in arguments))
+    return otherwise.to(found.dtype).index_put((chosen,), found)
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
@@ -81,6 +101,11 @@ def teacher_path(
     Returns:
         Samples at ``end``, (B, *shape).
     """
+
+    def mean_slope(first: Tensor, x: Tensor, sigma: Tensor, classes: Tensor | None) -> Tensor:
+        """The mean of a first slope and of that at ``x``."""
+        return (first + (x - teacher(x, sigma, classes)) / expand(sigma, x)) / 2
+
     here = start
     for index in range(1, steps + 1):
         share = index / steps
@@ -90,8 +115,7 @@ def teacher_path(
         ahead = y + expand(there - here, y) * slope
         if solver == "heun":
             safe = torch.where(there > 0, there, here)
-            second = (ahead - teacher(ahead, safe, labels)) / expand(safe, y)
-            slope = torch.where(expand(there > 0, y), (slope + second) / 2, slope)
+            slope = where_needed(there > 0, mean_slope, slope, slope, ahead, safe, labels)
             ahead = y + expand(there - here, y) * slope
         y, here = ahead, there
     return y

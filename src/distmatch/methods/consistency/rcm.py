@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,24 +18,22 @@ from distmatch.methods.state import DistillState
 
 @dataclass(frozen=True)
 class WeightedScoreDifference:
-    """The score difference of DMD times a constant, from a step on.
+    """The score difference of DMD times a constant.
 
     Attributes:
         inner: The score difference.
         weight: The constant.
-        first: The first step with it.
     """
 
     inner: ScoreDifference
     weight: float
-    first: float
     needs_ratio = False
     through_inputs = False
 
     def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
         """The gradient, weighted; what is logged is not."""
         gradient, info = self.inner.gradient(view, state)
-        return (self.weight if state.step >= self.first else 0.0) * gradient, info
+        return self.weight * gradient, info
 
     def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
         """Denoising of the student's samples."""
@@ -56,5 +55,6 @@ def build_rcm(setup: Setup) -> Matching:
     own = setup.consistency
     # The loop takes d for the gradient in the unit of the view, in which the data have standard deviation
     # 1/2. The square's derivative is 2 d in the unit of the data's own, which is twice as much again.
-    objective = WeightedScoreDifference(score, 4 * own.dmd_weight, own.dmd_after * setup.total_steps)
-    return Matching(setup, objective, terms=(TangentTerm(setup, learned_weight=False),))
+    objective = WeightedScoreDifference(score, 4 * own.dmd_weight)
+    first = own.dmd_after * setup.total_steps if own.dmd_weight > 0 else math.inf
+    return Matching(setup, objective, terms=(TangentTerm(setup, learned_weight=False),), first=first)

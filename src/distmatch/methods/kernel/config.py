@@ -11,7 +11,7 @@ from distmatch.base.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """What the methods of this family have of their own."""
+    """What the methods by samples have of their own."""
 
     mmd_kernel: Literal["auto", "cubic", "linear", "rbf", "energy"] = "auto"
     """Kernel of mmd. cubic (that of KID) sees three moments of the features, linear one; rbf and energy see

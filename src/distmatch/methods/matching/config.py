@@ -11,7 +11,7 @@ from distmatch.base.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingConfig:
-    """What single methods of this family have of their own."""
+    """What single methods with a fake score have of their own."""
 
     sid_alpha: float = 1.2
     """SiD's alpha: 0.5 is the exact Fisher divergence, 1 leaves its biased half out, 1.2 goes beyond. Lower

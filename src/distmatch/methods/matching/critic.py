@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
-from distmatch.methods.matching.networks import frozen_logit
+from distmatch.methods.matching.networks import logits_alone
 from distmatch.methods.matching.objectives import adversarial_critic, approximate_r1
 from distmatch.methods.matching.view import CriticView
 from distmatch.methods.setup import Info, noised, part_of
@@ -61,26 +60,25 @@ def critic_backward(
 
 def _part(method: Matching, state: DistillState, view: CriticView, real: list[Tensor], share: float) -> Info:
     """One part of the batch: ``real`` holds noised real samples and, with R1, noisier ones."""
-    n, head, fake, r1 = len(view.x0), state.discriminator, state.fake, method.config.r1
+    head, fake, r1 = state.discriminator, state.fake, method.config.r1
     if fake is None:
         raise RuntimeError("this state has no fake score")
-    x = torch.cat([view.x, *real])
-    count = 1 + len(real)
-    levels = view.sigma.repeat(count)
-    y = None if view.labels is None else view.labels.repeat(count)
-    logit: Tensor | None = None
+    logits: list[Tensor] = []
     info: Info = {}
     with method.setup.autocast():
         if head is not None and method.source == "fake":
-            prediction, logit = denoise_with_logit(fake, head, x, levels, y)
+            prediction, own = denoise_with_logit(fake, head, view.x, view.sigma, view.labels)
+            # Of real samples nobody reads a prediction.
+            more = logits_alone(method, state, real, view.sigma, view.labels, grad=True)
+            logits = [own, *more]
         else:
             prediction = fake(view.x, view.sigma, view.labels)
             if head is not None:
-                logit = frozen_logit(method, head, x, levels, y)
-        loss = method.objective.critic_loss(view, prediction[:n], state).mean()
+                kinds = [view.x, *real]
+                logits = logits_alone(method, state, kinds, view.sigma, view.labels, grad=False)
+        loss = method.objective.critic_loss(view, prediction, state).mean()
         info["loss_fake"] = share * loss.detach()
-        if logit is not None:
-            logits = logit.chunk(count)
+        if logits:
             ratio_loss = adversarial_critic(real=logits[1], fake=logits[0])
             info["loss_ratio"] = share * ratio_loss.detach()
             if r1 > 0:

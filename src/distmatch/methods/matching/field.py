@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
 from distmatch.methods.matching.fisher import omega
-from distmatch.methods.matching.networks import predictions
+from distmatch.methods.matching.networks import logits_alone, predictions
 from distmatch.methods.matching.objectives import adversarial_student
 from distmatch.methods.matching.view import View
 from distmatch.methods.setup import Info, part_of
@@ -64,16 +64,17 @@ def student_field(
         # Its part of the gradient depends on the whole batch's ratios, which therefore come first.
         with torch.no_grad(), method.setup.autocast():
             logits = [
-                predictions(
+                logits_alone(
                     method,
                     state,
-                    x0[p] + expand(sigma[p], x0) * noise[p],
+                    [x0[p] + expand(sigma[p], x0) * noise[p]],
                     sigma[p],
                     part_of(labels, p),
-                )[2]
+                    grad=False,
+                )[0]
                 for p in slices
             ]
-        ratio = _ratio(method, state, _joined(logits), quantile, info)
+        ratio = _ratio(method, state, torch.cat(logits), quantile, info)
     views, fields, pulls, losses = [], [], [], []
     for part in slices:
         whole = len(slices) == 1

@@ -21,7 +21,7 @@ from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import Guided
-from distmatch.diffusion.noise import Karras
+from distmatch.diffusion.noise import Karras, NoiseLevels, Truncated
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.matching.critic import critic_backward
 from distmatch.methods.matching.field import Field, student_field
@@ -50,6 +50,7 @@ class Matching:
             the teacher's on draws from the posterior, between the levels of their call and of the next.
         weigh_adversary: Whether the adversarial loss of each sample is divided by its mean |x0 - D_p|, as the
             score terms are (SiDA's code).
+        first: The first step at which the objective moves the student; the fake score learns before, too.
     """
 
     setup: Setup
@@ -58,17 +59,30 @@ class Matching:
     target: Callable[[DistillState], Denoiser] | None = None
     chain: Chain = "renoise"
     weigh_adversary: bool = False
+    first: float = 0.0
 
     def __post_init__(self) -> None:
         cfg, teacher = self.config, self.setup.teacher
         require_score(teacher, "a score difference")
         self.guided: Denoiser = Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher
         self.source = choose_source(cfg.ratio_features, teacher)
-        self.noise = Karras(*self.setup.compared_levels, cfg.noise_rho)
+        self._range = Karras(*self.setup.compared_levels, cfg.noise_rho)
+        self.noise = self._law(cfg.noise_law, self._range.low, self._range.high)
+        self.critic_noise = (
+            self.noise
+            if cfg.critic_law == "same"
+            else self._law(cfg.critic_law, teacher.sigma_min, teacher.sigma_max)
+        )
         self.levels = self.setup.student_levels(cfg.calls)
         if self.chain == "posterior":
             for call in range(cfg.calls):
-                levels_between(self.levels, call, self.noise)  # refuses calls outside of the levels
+                levels_between(self.levels, call, self._range)  # refuses calls outside of the levels
+
+    def _law(self, name: str, low: float, high: float) -> Karras | Truncated:
+        cfg = self.config
+        if name == "karras":
+            return self._range
+        return self.setup.log_normal(cfg.noise_mean, cfg.noise_std, low, high)
 
     @property
     def config(self) -> DistillConfig:
@@ -114,7 +128,9 @@ class Matching:
         cfg, setup = self.config, self.setup
         start = starting_network(self.teacher, setup.net, seed, setup.device)
         if draw is not None and not has_network(self.teacher):
-            seen = Karras(self.noise.low, max(self.noise.high, setup.first_level), self.noise.rho)
+            ends = (self.noise, self.critic_noise)
+            high = max(setup.first_level, *(law.high for law in ends))
+            seen = Karras(min(law.low for law in ends), high, cfg.noise_rho)
             fit_to_teacher(start, self.teacher, draw, seen, cfg.fit_steps, seed)
         student = Student(start, self.levels, chain=self.chain)
         fake = copy.deepcopy(start)
@@ -162,13 +178,15 @@ class Matching:
         factor = rate(state.step, self.setup.total_steps, cfg.lr_rampup, cfg.lr_decay)
         x, call = self._simulate(state, len(batch.x), labels)
         whole = len(self.setup.parts(len(x))) == 1
-        x0 = self._call(state, x, call, labels, grad=student_turn and whole)
+        objective_turn = student_turn and state.step >= self.first
+        x0 = self._call(state, x, call, labels, grad=objective_turn and whole)
         info: Info = {}
         if student_turn:
             set_rate(state.optimisers["student"], cfg.lr * factor)
-            found = self._field(state, x0.detach(), x, call, labels)
-            info |= found.info
-            self._push(state, x0 if whole else None, x, call, labels, found.gradient)
+            if objective_turn:
+                found = self._field(state, x0.detach(), x, call, labels)
+                info |= found.info
+                self._push(state, x0 if whole else None, x, call, labels, found.gradient)
             for term in self.terms:
                 info |= term.backward(state, batch, labels)
             info |= self._move_student(state)
@@ -176,7 +194,7 @@ class Matching:
             set_rate(state.optimisers["fake"], cfg.lr_critic * factor)
             if "ratio" in state.optimisers:
                 set_rate(state.optimisers["ratio"], cfg.lr_ratio * factor)
-            sigma, noise = self._noise_on(state, x0.detach(), x, call)
+            sigma, noise = self._noise_on(state, x0.detach(), x, call, self.critic_noise)
             info |= critic_backward(self, state, x0.detach(), sigma, noise, batch.x, labels)
             info |= self._move_critic(state)
         state.step += 1
@@ -214,13 +232,15 @@ class Matching:
 
     def _field(self, state: DistillState, x0: Tensor, x: Tensor, call: int, labels: Tensor | None) -> Field:
         """The gradient of everything by the student's samples."""
-        sigma, noise = self._noise_on(state, x0, x, call)
+        sigma, noise = self._noise_on(state, x0, x, call, self.noise)
         return student_field(self, state, x0, sigma, noise, labels)
 
-    def _noise_on(self, state: DistillState, x0: Tensor, x: Tensor, call: int) -> tuple[Tensor, Tensor]:
-        """Levels (B,) and unit noise (B, *shape) on samples ``x0`` that a call made from ``x``."""
+    def _noise_on(
+        self, state: DistillState, x0: Tensor, x: Tensor, call: int, law: NoiseLevels
+    ) -> tuple[Tensor, Tensor]:
+        """Levels (B,) by a law and unit noise (B, *shape) on samples ``x0`` that a call made from ``x``."""
         posterior = self.chain == "posterior"
-        levels = levels_between(self.levels, call, self.noise) if posterior else self.noise
+        levels = levels_between(self.levels, call, self._range) if posterior else law
         sigma = levels.sample(len(x0), state.generator)
         noise = standard_normal(x0, state.generator)
         if posterior and call:

@@ -1,14 +1,15 @@
-"""One pass of teacher, fake score and discriminator, with the features of the one that lends them."""
+"""The passes of teacher, fake score and discriminator: one each, and none further than somebody reads."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distmatch.methods.state import DistillState
-from distmatch.ratio.discriminator import denoise_with_logit
+from distmatch.ratio.discriminator import denoise_with_logit, logits_of
 
 if TYPE_CHECKING:
     from distmatch.methods.matching.loop import Matching
@@ -41,8 +42,8 @@ def predictions(
             p, logit = denoise_with_logit(target, head, x, sigma, labels)
         else:
             p = target(x, sigma, labels)
-    if lends and not same and head is not None:
-        _, logit = denoise_with_logit(method.guided, head, x, sigma, labels)
+    if lends and not same:
+        (logit,) = logits_alone(method, state, [x], sigma, labels, grad=True)
     shares = method.source == "fake" and head is not None
     with torch.set_grad_enabled(wanted and (grad or shares)):
         if shares and head is not None:
@@ -54,13 +55,26 @@ def predictions(
     return p, q, logit
 
 
-def frozen_logit(
-    method: Matching, head: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None
-) -> Tensor:
-    """The discriminator's logit (B,) where nothing but itself learns from it."""
-    if method.source == "own":
-        return head(x, sigma, labels)
-    lender: Any = method.teacher  # unguided: only its features are wanted
-    with torch.no_grad():
-        _, features = lender.with_features(x, sigma, labels)
-    return head(features, sigma, labels)
+def logits_alone(
+    method: Matching,
+    state: DistillState,
+    kinds: Sequence[Tensor],
+    sigma: Tensor,
+    labels: Tensor | None,
+    *,
+    grad: bool,
+) -> list[Tensor]:
+    """The raw log ratios (B,) of samples of several kinds, where no prediction is wanted.
+
+    Args:
+        method: The method.
+        state: The networks.
+        kinds: Noised samples (B, *shape) each.
+        sigma: Their levels (B,), the same for all kinds.
+        labels: Their classes (B,), or None.
+        grad: Whether they are differentiated by the samples, or by a fake score that lends features.
+    """
+    lender = state.fake if method.source == "fake" else method.teacher
+    if lender is None or state.discriminator is None:
+        raise RuntimeError("this state has no discriminator, or no fake score to lend it features")
+    return logits_of(method.source, lender, state.discriminator, kinds, sigma, labels, grad=grad)

@@ -10,7 +10,7 @@ from distmatch.base.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TransportConfig:
-    """What the methods of this family have of their own."""
+    """What the transport to stored points has of its own."""
 
     bank: int = 512
     """Latents of the teacher that noise is mapped to, for each class. No more different ones can come out."""

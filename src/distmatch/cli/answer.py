@@ -1,0 +1,36 @@
+"""What a command answers with: one JSON object on stdout where that is asked for, and warnings on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+_TOLD: ContextVar[tuple[str, ...]] = ContextVar("told", default=())
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Within it warnings are lines on stderr, and :func:`print_json` adds those that came before it."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+        _TOLD.set((*_TOLD.get(), str(message)))
+
+    before = _TOLD.set(())
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        _TOLD.reset(before)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Prints one JSON object on stdout; what there was to warn of stands under ``warnings``."""
+    told = [*value.get("warnings", ()), *_TOLD.get()]
+    print(json.dumps({**value, "warnings": told} if told else value, allow_nan=False))

@@ -1,0 +1,190 @@
+"""SiD and what builds on its code (SiDA, Uni-Instruct), and Diff-Instruct, on which it builds."""
+
+from __future__ import annotations
+
+from distmatch.training.published.preset import CIFAR10, IMAGENET64, Preset, Value, adam, of_run
+from distmatch.training.published.units import karras_level, level, log_level, steps, updates
+
+_DROPOUT = "student and fake score have dropout, the fake score augmentation; here neither"
+_FRESH = "the critic moves first, and the student on fresh samples; here both on the same"
+_HALF = "fp16 and Adam's epsilon 1e-6; here --precision, and 1e-8"
+_CLIP = "gradients of the fake score are cut off at 1 by element; here not"
+_CIFAR = ("EDM's DDPM++ on CIFAR-10, with and without classes", CIFAR10)
+_IMAGENET = ("EDM's ADM on ImageNet-64", IMAGENET64)
+
+
+def _average(millions: float, batch: int, place: str) -> dict[str, Value]:
+    value = updates(millions * 1e6, batch)
+    return {"ema_half_life": Value(value, f"{millions:g} Mimg in batches of {batch}", place)}
+
+
+def _shared(lr: float, batch: int, millions: float, *, script: str, stem: str) -> dict[str, Value]:
+    """What SiD, SiDA and Uni-Instruct share.
+
+    Args:
+        lr: Learning rate.
+        batch: Samples a step.
+        millions: Half-life of the average, in millions of images.
+        script: The file of the commands.
+        stem: Of the names of the other files.
+    """
+    loss, loop, train = f"{stem}_loss.py", f"{stem}_training_loop.py", f"{stem}_train.py"
+    return {
+        **adam(lr, 0.0, 0.999, script, train),
+        "lr_rampup": Value(0, "none", loop),
+        "grad_clip": Value(0.0, "none of the norm", loop),
+        "critic_steps": Value(1, "1", loop),
+        "student_sigma": Value(level(2.5), "init_sigma 2.5", script),
+        "noise_low": Value(level(0.002), "0.002", loss),
+        "noise_high": Value(karras_level(0.8), "tmax 800 of 1000 of EDM's grid: 24.4", script),
+        "critic_law": Value("log-normal", "as in EDM's training", loss),
+        "noise_mean": Value(log_level(-1.2), "P_mean -1.2", loss),
+        "noise_std": Value(1.2, "P_std 1.2", loss),
+        **_average(millions, batch, train if millions == 0.5 else script),
+    }
+
+
+def _adversary(batch: int, lr: float, script: str, loop: str) -> dict[str, Value]:
+    return {
+        "lr_ratio": Value(lr, f"{lr:g}, with the fake score", script),
+        "ratio_features": Value("fake", "of the fake score, which learns from it", loop),
+        "warmup_steps": Value(steps(1e5, batch), "100 kimg", loop),
+    }
+
+
+def _sid() -> list[Preset]:
+    source = "mingyuanzhou/SiD; Zhou et al. 2024, arXiv 2404.04057"
+    script = "run_sid.sh"
+    alpha = {"sid_alpha": Value(1.2, "alpha 1.2", script)}
+    duration = "the scripts stop at 100 Mimg; the steps are those of the released network"
+    cifar, imagenet = (_shared(lr, b, m, script=script, stem="sid") for lr, b, m in _SIZES)
+    return [
+        Preset(
+            name="paper:sid-cifar10",
+            method="sid",
+            title=_CIFAR[0],
+            shape=_CIFAR[1],
+            source=source,
+            settings={
+                **alpha,
+                **cifar,
+                **of_run(256, steps(403_968e3, 256), "403,968 kimg, without classes", "README.md"),
+            },
+            differs=(duration + "; 713,312 kimg with classes", _DROPOUT, _FRESH),
+        ),
+        Preset(
+            name="paper:sid-imagenet64",
+            method="sid",
+            title=_IMAGENET[0],
+            shape=_IMAGENET[1],
+            source=source,
+            settings={
+                **alpha,
+                **imagenet,
+                **of_run(8192, steps(939_176e3, 8192), "939,176 kimg", "README.md"),
+            },
+            differs=(duration, _DROPOUT, _FRESH, _HALF),
+        ),
+    ]
+
+
+_SIZES = ((1e-5, 256, 0.5), (4e-6, 8192, 2.0))
+"""Learning rate, batch and half-life of the average, of CIFAR-10 and of ImageNet-64."""
+
+
+def _sida() -> list[Preset]:
+    script, loop = "run_sida.sh", "sida_training_loop.py"
+    differs = (
+        "the adversary joins after 200 kimg; here when the student begins",
+        "the discriminator's loss has EDM's weight of its level beside the fake score's; here --joint-weight",
+        _CLIP,
+        _DROPOUT,
+        _FRESH,
+    )
+    found = []
+    for (lr, batch, millions), (title, shape), name in zip(
+        _SIZES, (_CIFAR, _IMAGENET), ("cifar10", "imagenet64"), strict=True
+    ):
+        # Both losses are sums over the elements of a sample, of which ours are means; their ratio stays.
+        gan = Value(1e-4, "lsg_gan 0.01 beside lsg 100", script)
+        large = name == "imagenet64"
+        length = (100e6, "duration 100 Mimg, from SiD's generator", script)
+        if not large:
+            length = (300e6, "duration 300 Mimg", "sida_train.py")
+        found.append(
+            Preset(
+                name=f"paper:sida-{name}",
+                method="sida",
+                title=title,
+                shape=shape,
+                source="mingyuanzhou/SiD, branch sida; Zhou et al. 2024, arXiv 2410.14919",
+                settings={
+                    "sid_alpha": Value(1.0, "alpha 1", script),
+                    **_shared(lr, batch, millions, script=script, stem="sida"),
+                    **_adversary(batch, lr, script, loop),
+                    "gan_weight": gan,
+                    **of_run(batch, steps(length[0], batch), *length[1:]),
+                },
+                differs=(*differs, _HALF) if large else differs,
+            )
+        )
+    return found
+
+
+def _uni_instruct() -> list[Preset]:
+    script, loop = "run_uni_instruct.sh", "fsim_training_loop.py"
+    differs = (
+        "the ratio comes from the discriminator's loss; here from its logit",
+        "the student begins as SiD's generator; here as the teacher",
+        "the weight of the adversary is not converted, as it acts in another way",
+        _CLIP,
+        _DROPOUT,
+        _FRESH,
+    )
+    return [
+        Preset(
+            name=f"paper:uni-instruct-{name}",
+            method="uni-instruct",
+            title=title,
+            shape=shape,
+            source="a-little-hoof/Uni_Instruct; Wang et al. 2025, arXiv 2505.20755",
+            settings={
+                "divergence": Value("kl", "Forward-KL", script),
+                **_shared(lr, batch, millions, script=script, stem="fsim"),
+                **_adversary(batch, lr, script, loop),
+                "ratio_warmup": Value(steps(2e5, batch), "200 kimg", loop),
+                **of_run(batch, steps(300e6, batch), "duration 300 Mimg", script),
+            },
+            differs=(*differs, _HALF) if name == "imagenet64" else differs,
+        )
+        for (lr, batch, millions), (title, shape), name in zip(
+            _SIZES, (_CIFAR, _IMAGENET), ("cifar10", "imagenet64"), strict=True
+        )
+    ]
+
+
+def _diff_instruct() -> Preset:
+    train, loss, readme = "di_train.py", "di_loss.py", "README.md"
+    return Preset(
+        name="paper:diff-instruct-cifar10",
+        method="diff-instruct",
+        title="EDM's DDPM++ on CIFAR-10, without classes",
+        shape=CIFAR10,
+        source="pkulwj1994/diff_instruct; Luo et al. 2023, arXiv 2305.18455",
+        settings={
+            **adam(1e-5, 0.0, 0.999, readme, train),
+            "lr_rampup": Value(0, "lr_warmup_kimg -1", readme),
+            "critic_steps": Value(1, "1", "di_training_loop.py"),
+            "student_sigma": Value(level(1.0), "init_sigma 1.0", readme),
+            "noise_law": Value("log-normal", "as in EDM's training", loss),
+            "noise_mean": Value(log_level(-1.2), "P_mean -1.2", loss),
+            "noise_std": Value(1.2, "P_std 1.2", loss),
+            **_average(0.5, 128, train),
+            "batch": Value(128, "128", readme),
+            "steps": Value(steps(200e6, 128), "duration 200 Mimg", train),
+        },
+        differs=("the difference of the denoisers has no weight; here --scaling", _DROPOUT),
+    )
+
+
+PRESETS = (*_sid(), *_sida(), *_uni_instruct(), _diff_instruct())
