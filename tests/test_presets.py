@@ -57,7 +57,7 @@ def warned(options: DistillOptions, teacher: Denoiser, data: Dataset) -> list[st
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_of_its_method_and_builds_a_job(name: str) -> None:
+def test_every_preset_is_of_its_method_and_moves_a_student(name: str) -> None:
     """Only options that the method reads; and nothing that its other settings leave without effect."""
     preset = PRESETS[name]
     method = find_method(preset.method)
@@ -74,6 +74,14 @@ def test_every_preset_is_of_its_method_and_builds_a_job(name: str) -> None:
     assert preset.differs
     assert "arXiv" in preset.source or "publish none" in preset.source
     assert warned(options, own_teacher(), points()) == []
+    job = prepare_distillation(replace(options, run=replace(options.run, batch=16)), own_teacher(), points())
+    before = [p.clone() for p in job.state.student.denoiser.parameters()]
+    least = options.distill.critic_steps * (options.distill.warmup_steps // options.distill.critic_steps + 1)
+    for step in range(least):
+        job.step(job.state, job.batches(step))
+    pairs = zip(before, job.state.student.denoiser.parameters(), strict=True)
+    # DisBack's student waits until its copies are recorded.
+    assert preset.method == "disback" or any(not torch.equal(a, b) for a, b in pairs)
 
 
 def test_the_page_shows_the_tables_as_they_are() -> None:

@@ -52,6 +52,7 @@ def _consistency() -> list[Preset]:
                 "consistency_from": Value("teacher", "consistency_distillation", launch),
                 "lr": Value(8e-6, "8e-6", launch),
                 "weight_decay": Value(0.0, "0", launch),
+                "student_sigma": Value(0.0, "sigma_max " + _HIGHEST, "scripts/launch.sh"),
                 "level_law": Value("karras", "uniform on 40 levels", launch),
                 "ema_half_life": Value(half_life(0.9999432189950708), "decay 0.9999432189950708", launch),
                 **of_run(2048, 600_000, "600000", launch),
