@@ -210,6 +210,11 @@ def test_labels_follow_the_network() -> None:
     assert net.told[2].tolist() == [2, 3, 0]
     foreign(y, sigma)
     assert net.told[2].tolist() == [3, 3, 3]
+    among = as_denoiser(net, shape=(2,), num_classes=3, null_class=1)
+    with pytest.raises(UserError, match="class 1 of this teacher stands for no condition"):
+        among(y, sigma, torch.tensor([2, 1, 0]))
+    among(y, sigma, labels)
+    assert net.told[2].tolist() == [2, 1, 0]
     teacher = mixture([0, 1])
     exact = as_denoiser(network(vp(), "v", teacher), "vp", "v", shape=(2,), num_classes=2)
     y, sigma, labels = points(), torch.logspace(-1, 1, 64, dtype=torch.float64), torch.arange(64) % 3 - 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,39 @@ def test_the_head_names_teacher_and_data_as_hubs_read_them(tmp_path: Path, teach
     head = yaml.safe_load((tmp_path / "m/README.md").read_text().split("---")[1])
     assert head.get("base_model") == base
     assert head["datasets"] == ["pictures-of-birds.npz"]
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "a\u202egnp.exe",
+    "[b](javascript:alert(1))",
+    "![c](http://x/y)",
+    "`d`",
+    "e|f\n# g",
+    "&lt;h",
+    "$i$",
+]
+
+
+def test_names_of_any_origin_are_shown_and_do_nothing(tmp_path: Path) -> None:
+    """Class names and paths come from files of others; a hub renders Markdown with HTML in it."""
+    data = {"spec": HOSTILE[0], "samples": 3, "content_hash": HOSTILE[1], "class_names": HOSTILE}
+    info = INFO | {"data": data, "teacher": HOSTILE[1], "method": HOSTILE[0], "license": HOSTILE[2]}
+    metrics = {name: {HOSTILE[1]: values["fd"]} for name, values in METRICS.items()}
+    student(len(HOSTILE), info).save_pretrained(tmp_path / "m", metrics=metrics)
+    _, head, body = (tmp_path / "m/README.md").read_text().split("---\n", 2)
+    assert "\u202e" not in head + body
+    assert "U+202E" in body
+    prose = body.replace("<!-- metrics -->", "").replace("<!-- end of metrics -->", "")
+    assert "<" not in prose.split("```")[0] + prose.split("```")[2]
+    # Back from escapes of Markdown, then from those of HTML, the names are what they were.
+    (line,) = (line for line in body.splitlines() if line.startswith("| classes |"))
+    shown = line.removeprefix("| classes | ").removesuffix(" |")
+    assert html.unescape(re.sub(r"\\(.)", r"\1", shown)) == (
+        f"{len(HOSTILE)} ({', '.join(HOSTILE)})".replace("\u202e", "U+202E").replace("\n", " ")
+    )
+    assert not re.search(r"(?<!\\)[\[\]`$|]", shown)
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:

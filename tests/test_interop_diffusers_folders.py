@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusers_models import diffusers, dit, schedule, unet, vae
+from distmatch import load_teacher
 from distmatch.base.errors import UserError
 from distmatch.interop.diffusers_teacher import (
     check_teacher,
@@ -78,6 +79,108 @@ def test_latent_folders_bring_their_autoencoder(tmp_path):
     assert_same_but_for_rounding(back.decoder.decode(z), expected)
     sigma, labels = torch.ones(1), torch.tensor([1])
     assert_same_but_for_rounding(back(z, sigma, labels), teacher(z, sigma, labels))
+
+
+def ldm(folder):
+    """A pipeline on the latents of a quantising autoencoder, as LDM's are stored."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        codec = diffusers.VQModel(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=3,
+            sample_size=16,
+            num_vq_embeddings=16,
+        ).eval()
+    diffusers.LDMPipeline(codec, unet(), schedule("ddim sample")).save_pretrained(folder)
+    return codec
+
+
+def test_latents_of_a_quantising_autoencoder_are_decoded(tmp_path):
+    codec = ldm(tmp_path / "ldm")
+    teacher = load_diffusers(tmp_path / "ldm")
+    assert (teacher.shape, teacher.decoder.shape) == ((3, 8, 8), (3, 16, 16))
+    z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = codec.decode(z / codec.config.scaling_factor).sample
+        assert_same_but_for_rounding(teacher.decoder.decode(z), expected)
+
+
+def test_a_part_that_is_not_read_is_named(tmp_path):
+    """Without it the samples would be something else: latents taken for pixels, for example."""
+    ldm(tmp_path / "ldm")
+    (tmp_path / "ldm" / "vqvae").rename(tmp_path / "ldm" / "quantiser")
+    with pytest.raises(UserError, match=r"a part that is not read.*Got: quantiser\."):
+        load_diffusers(tmp_path / "ldm")
+
+
+def test_an_autoencoder_that_is_listed_and_missing_is_asked_for(tmp_path):
+    ldm(tmp_path / "ldm")
+    (tmp_path / "ldm" / "vqvae").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"lists an autoencoder that is not in it.*vqvae/config\.json"):
+        load_diffusers(tmp_path / "ldm")
+    assert load_diffusers(tmp_path / "ldm", vae=False).decoder is None
+    assert load_diffusers(tmp_path / "ldm", vae=tmp_path / "elsewhere").decoder is not None
+
+
+TEXT = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer", "vae": "AutoencoderKL"}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "part", "network"),
+    [
+        ("StableDiffusionPipeline", "unet", "UNet2DConditionModel"),
+        ("StableDiffusion3Pipeline", "transformer", "SD3Transformer2DModel"),
+        ("FluxPipeline", "transformer", "FluxTransformer2DModel"),
+        ("PixArtAlphaPipeline", "transformer", "PixArtTransformer2DModel"),
+    ],
+)
+def test_pipelines_that_read_text_are_refused_with_what_to_do(pipeline, part, network, tmp_path):
+    parts = {**TEXT, part: network, "scheduler": "DDPMScheduler"}
+    for name, kind in parts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"_class_name": kind}))
+    index = {"_class_name": pipeline, **{name: ["library", kind] for name, kind in parts.items()}}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError) as whole:
+        load_external(tmp_path)
+    with pytest.raises(UserError) as alone:
+        load_diffusers(tmp_path / part)
+    for caught, words in ((whole, (pipeline, "conditioned on text", "text_encoder")), (alone, (network,))):
+        message = str(caught.value)
+        assert all(word in message for word in (*words, "UNet2DModel", "as_denoiser(", "fix the text"))
+        assert "did you mean" not in message
+
+
+def test_a_pipeline_with_a_scheduler_of_another_kind_is_refused_with_what_to_do(tmp_path):
+    """``ScoreSdeVeScheduler`` is near to many names and is none of them."""
+    diffusers.ScoreSdeVePipeline(unet(), diffusers.ScoreSdeVeScheduler()).save_pretrained(tmp_path / "ve")
+    with pytest.raises(UserError) as caught:
+        load_external(tmp_path / "ve")
+    assert all(words in str(caught.value) for words in ("ScoreSdeVeScheduler", "as_denoiser(", 'path="ve"'))
+    assert "did you mean" not in str(caught.value)
+
+
+def test_an_id_on_a_hub_is_not_taken_for_a_wrong_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for load in (load_diffusers, load_teacher):
+        with pytest.raises(UserError, match=r"nothing is downloaded.*hf download google/ddpm-cifar10-32"):
+            load("google/ddpm-cifar10-32")
+
+
+def test_tied_weights_of_a_network_are_saved(tmp_path):
+    """Safetensors refuse two names of one memory."""
+    teacher = teacher_from(unet(), schedule("ddim sample"))
+    norms = [module for module in teacher.net.model.modules() if isinstance(module, nn.GroupNorm)]
+    first, second = [norm for norm in norms if norm.num_channels == norms[0].num_channels][:2]
+    nn.init.normal_(first.weight)
+    second.weight = first.weight
+    save_denoiser(tmp_path / "model", teacher)
+    back, _ = load_denoiser(tmp_path / "model")
+    x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 10.0])
+    assert_same_but_for_rounding(back(x, sigma), teacher(x, sigma))
 
 
 @pytest.mark.parametrize("name", ["ddpm v cosine", "edm euler v", "flow shifted"])

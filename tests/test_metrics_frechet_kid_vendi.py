@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from distmatch.base.errors import UserError
 from distmatch.metrics import frechet_distance, kernel_distance, vendi_score
 from distmatch.metrics.frechet import frechet_replicates
 from distmatch.metrics.kid import kid_replicates
@@ -155,3 +156,21 @@ def test_jackknife_matches_the_spread_over_repetitions():
         errors.append(jackknife_stderr(rows))
     ratio = torch.stack(errors).square().mean(0).sqrt() / torch.stack(values).std(0)
     assert ((ratio > 0.75) & (ratio < 1.25)).all(), ratio
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_sets_that_have_no_distance_are_refused(distance):
+    good = normal(20, 3, 0)
+    broken = good.clone()
+    broken[4, 1] = torch.nan
+    for bad, said in ((good[:1], "too few"), (broken, "not finite"), (good[:, :2], "dimension")):
+        for pair in ((bad, good), (good, bad)):
+            with pytest.raises(UserError, match=said):
+                distance(*pair)
+
+
+def test_a_score_of_no_samples_is_refused():
+    assert vendi_score(normal(1, 3, 0)) == pytest.approx(1)
+    for bad, said in ((normal(0, 3, 0), "too few"), (torch.full((4, 2), torch.inf), "not finite")):
+        with pytest.raises(UserError, match=said):
+            vendi_score(bad)

@@ -13,13 +13,11 @@ import json
 import os
 import random
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import Case, command_line
+from harness import Case, command_line, scratch
 
 from distmatch.base.errors import UserError
 from distmatch.cli import parse
@@ -42,8 +40,7 @@ class CommandLines:
     """Makes and checks the cases."""
 
     def __init__(self, folder: Path | None = None, put: Callable[[Any, str, Any], None] = setattr) -> None:
-        warnings.simplefilter("ignore")
-        os.chdir(folder or tempfile.mkdtemp())
+        os.chdir(folder or scratch())
         Path("config.toml").write_text('verb = "train"\n[run]\nsteps = 3\n')
         Path("run").mkdir()
         Path("run/config.toml").write_text('verb = "distill"\nteacher = "x"\n')

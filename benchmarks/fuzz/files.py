@@ -11,13 +11,11 @@ import os
 import random
 import shutil
 import sys
-import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Case, command_line
+from harness import Case, command_line, scratch
 from values import changed_bytes, changed_value, hostile
 
 from distmatch.cli.distill import _options_of
@@ -47,9 +45,7 @@ class Files:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        warnings.simplefilter("ignore")
-        shared = Path("/dev/shm")
-        self.folder = folder or Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
+        self.folder = folder or scratch()
         options = TrainOptions(
             data="ring8",
             net=NetOptions(net="mlp", width=8, depth=1),
@@ -68,7 +64,6 @@ class Files:
             verb: to_toml({"verb": verb, **dataclass_to_dict(kind())}).encode()
             for verb, kind in KINDS_OF_CONFIG.items()
         }
-        self.owner = os.getpid()
 
     def make(self, rng: random.Random, number: int) -> Case:
         """One file, its kind in the label."""
@@ -149,11 +144,7 @@ def main() -> int:
     """Runs the cases that the command line asks for."""
     torch.set_num_threads(1)
     cases = Files()
-    try:
-        return command_line(__doc__ or "", cases.make, cases.check)
-    finally:
-        if os.getpid() == cases.owner:
-            shutil.rmtree(cases.folder, ignore_errors=True)
+    return command_line(__doc__ or "", cases.make, cases.check)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A check is called with one case after another in a forked process. A case fails when it raises something
 else than the allowed errors, takes longer than the limit (the kernel ends the process, even in a loop of C
 code), asks for more memory than the limit, or crashes the process. The next process goes on behind it.
+Time is that of the processor, so that a busy machine fails nothing; one that waits is ended by the clock.
 
 Every case is made from the seed and its number alone, so a failure can be made again; its bytes are saved.
 """
@@ -10,16 +11,20 @@ Every case is made from the seed and its number alone, so a failure can be made 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import mmap
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
+import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,8 +34,11 @@ from typing import Any
 
 from distmatch.base.errors import UserError
 
+WAITS = 20
+"""How much longer than on the processor a case may take on the clock: other processes run too."""
+
 _SHARED = 2**20  # bytes of the shared page: counters, and the case under way
-_HEAD = struct.Struct("<qqqq")  # next case, accepted, refused, size of the case under way
+_HEAD = struct.Struct("<qqqqq")  # next case, accepted, refused, peak memory, size of the case under way
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Summary:
         refused: Cases that ended in one of the allowed errors.
         failures: The others.
         seconds: Wall time.
-        peak_bytes: Largest resident memory of a process beyond what it started with.
+        peak_bytes: Largest resident memory of a case that ended by itself, beyond what it began with.
     """
 
     cases: int = 0
@@ -87,7 +95,7 @@ class Summary:
         """One line."""
         return (
             f"{self.cases} cases in {self.seconds:.0f} s: {self.accepted} accepted, {self.refused} refused, "
-            f"{len(self.failures)} failures; at most {self.peak_bytes / 2**20:.0f} MiB beyond the start"
+            f"{len(self.failures)} failures; at most {self.peak_bytes / 2**20:.0f} MiB resident"
         )
 
 
@@ -114,7 +122,7 @@ def run(
         seed: Seed of all of them.
         seconds: No new case is begun after that long.
         allowed: Errors that refuse an input as they should.
-        limit_s: Longest time of one case.
+        limit_s: Longest time of the processor for one case, in seconds; on the clock ``WAITS`` times that.
         limit_bytes: Address space that a process may take beyond what it has when it starts.
         save: Folder for the bytes of the cases that fail.
         most_failures: The run ends after that many.
@@ -122,21 +130,20 @@ def run(
     begin, summary, shared = time.monotonic(), Summary(), mmap.mmap(-1, _SHARED)
     number = 0
     while number < cases and len(summary.failures) < most_failures and time.monotonic() - begin < seconds:
-        shared[: _HEAD.size] = _HEAD.pack(number, 0, 0, 0)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        shared[: _HEAD.size] = _HEAD.pack(number, 0, 0, summary.peak_bytes, 0)
         child = os.fork()
         if child == 0:
             _work(shared, make, check, cases, seed, begin + seconds, allowed, limit_s, limit_bytes)
-        _, status, used = os.wait4(child, 0)
-        number, accepted, refused, size = _HEAD.unpack(shared[: _HEAD.size])
+        _, status = os.waitpid(child, 0)
+        number, accepted, refused, summary.peak_bytes, size = _HEAD.unpack(shared[: _HEAD.size])
         summary.accepted += accepted
         summary.refused += refused
-        summary.peak_bytes = max(summary.peak_bytes, 1024 * (used.ru_maxrss - before))
         if status != 0:
             label, what, content = _under_way(shared, size)
             if os.WIFSIGNALED(status):
                 died = signal.Signals(os.WTERMSIG(status))
-                what = f"longer than {limit_s:g} s" if died == signal.SIGALRM else f"ended by {died.name}"
+                late = {signal.SIGPROF: f"longer than {limit_s:g} s", signal.SIGALRM: "does not end"}
+                what = late.get(died, f"ended by {died.name}")
             summary.failures.append(Failure(number, label, what, _saved(save, seed, number, content)))
             number += 1
     summary.cases, summary.seconds = number, time.monotonic() - begin
@@ -155,38 +162,47 @@ def _work(
     limit_bytes: int,
 ) -> None:
     """The forked process: it never returns. It exits with 0 at the end, with 1 at a failure."""
-    number, accepted, refused, _ = _HEAD.unpack(shared[: _HEAD.size])
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    number, accepted, refused, peak, _ = _HEAD.unpack(shared[: _HEAD.size])
+    for late in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(late, signal.SIG_DFL)
     limit = _address_space() + limit_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while number < cases and time.monotonic() < until:
         case = make(random.Random(f"{seed}/{number}"), number)
-        _note(shared, number, accepted, refused, case, "")
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        _note(shared, (number, accepted, refused, peak), case, "")
+        before = _resident_from_here()
+        _limit(limit_s)
         try:
             check(case)
             accepted += 1
         except allowed:
             refused += 1
         except BaseException as error:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            _limit(0)
             last = traceback.extract_tb(error.__traceback__)[-1]
             what = f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"
-            _note(shared, number, accepted, refused, case, what)
+            _note(shared, (number, accepted, refused, peak), case, what)
             os._exit(1)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _limit(0)
+        peak = max(peak, _resident("VmHWM") - before)
         number += 1
-    shared[: _HEAD.size] = _HEAD.pack(number, accepted, refused, 0)
+    shared[: _HEAD.size] = _HEAD.pack(number, accepted, refused, peak, 0)
     os._exit(0)
 
 
-def _note(shared: mmap.mmap, number: int, accepted: int, refused: int, case: Case, what: str) -> None:
+def _limit(seconds: float) -> None:
+    """Lets the kernel end this process so much later; 0: never."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, WAITS * seconds)
+
+
+def _note(shared: mmap.mmap, counts: tuple[int, int, int, int], case: Case, what: str) -> None:
     """Writes down the case under way where the first process reads it when this one has died."""
     words = json.dumps([case.label[:200], what]).encode()
     room = _SHARED - _HEAD.size - len(words) - 1
     raw = words + b"\n" + case.content[:room]
-    shared[: _HEAD.size] = _HEAD.pack(number, accepted, refused, len(raw))
+    shared[: _HEAD.size] = _HEAD.pack(*counts, len(raw))
     shared[_HEAD.size : _HEAD.size + len(raw)] = raw
 
 
@@ -208,6 +224,31 @@ def _saved(folder: Path | None, seed: int, number: int, content: bytes) -> Path 
 def _address_space() -> int:
     """Bytes of address space that this process has."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _resident_from_here() -> int:
+    """Bytes of resident memory; from here on the kernel's peak of it begins anew."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return _resident("VmRSS")
+
+
+def _resident(name: str) -> int:
+    """Bytes of resident memory now (VmRSS), or at most since the peak began anew (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split(maxsplit=1)[0])
+
+
+def scratch() -> Path:
+    """A folder for the files of the cases, in memory where that is possible, removed when the run ends.
+
+    Warnings are silent from here on: cases are made to cause them.
+    """
+    warnings.simplefilter("ignore")
+    shared = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared if shared.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # forked processes end without it
+    return folder
 
 
 class Lines:

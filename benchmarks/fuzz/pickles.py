@@ -10,11 +10,10 @@ import pickletools
 import random
 import struct
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from harness import Case, Lines, command_line
+from harness import Case, Lines, command_line, scratch
 
 from distmatch.interop import edm_checkpoint, edm_config, inert_pickle, pickle_machine
 from distmatch.interop.edm_checkpoint import Preconditioning, build_edm, read_edm
@@ -41,7 +40,7 @@ class Pickles:
     """Makes and checks the cases."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm"))
+        self.folder = scratch()
         self.corpus = [*self._valid(), pickle.dumps(torch.ones(3), 2), pickle.dumps({"ema": [1.5, None]}, 4)]
         self.lines = Lines([m.__file__ for m in (edm_checkpoint, edm_config, inert_pickle, pickle_machine)])
         self.count = 0
@@ -64,8 +63,8 @@ class Pickles:
         kind = rng.random()
         if kind < 0.35:
             return Case("generated", self._generated(rng))
-        # The large one is read slowly: it is one in fifty.
-        source = self.corpus[0] if rng.random() < 0.02 else rng.choice(self.corpus[1:])
+        # The large one is read slowly: it is one in ten.
+        source = self.corpus[0] if rng.random() < 0.1 else rng.choice(self.corpus[1:])
         if kind < 0.65:
             return Case("bytes", self._changed_bytes(rng, source))
         return Case("opcodes", self._changed_opcodes(rng, source))

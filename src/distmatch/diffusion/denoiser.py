@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,6 +59,16 @@ def features_of(model: Any, *arguments: Any) -> list[Tensor]:
         features: list[Tensor] = model.only_features(*arguments)
         return features
     return model.with_features(*arguments)[1]
+
+
+def lends_features(denoiser: object) -> TypeGuard[FeatureDenoiser]:
+    """Whether a denoiser lends activations, and so do what it wraps (``inner``) and its network (``net``)."""
+    inner: object | None = denoiser
+    while inner is not None:
+        if not hasattr(inner, "with_features"):
+            return False
+        inner = getattr(inner, "inner", None) or getattr(inner, "net", None)
+    return True
 
 
 def expand(sigma: Tensor, x: Tensor) -> Tensor:

@@ -47,9 +47,7 @@ def check_components(root: Path) -> None:
     Raises:
         UserError: It has another part, or reads text.
     """
-    index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
-    index = index if isinstance(index, dict) else {}
-    listed = {n for n, v in index.items() if isinstance(v, list) and len(v) == 2 and v != [None, None]}
+    index, listed = _index(root)
     stored = {file.parent.name for file in root.glob(f"*/{CONFIG}")}
     unread = sorted((listed | stored) - {*NETWORKS, *DECODERS, "scheduler"})
     if any(name.startswith(_TEXT) for name in unread):
@@ -66,6 +64,30 @@ def check_components(root: Path) -> None:
             expected=f"{', '.join(NETWORKS)}, scheduler, {', '.join(DECODERS)}",
             fix="if the network can do without, put its folder and the scheduler's alone into a new one",
         )
+
+
+def decoder_folder(root: Path) -> Path | None:
+    """The folder of a pipeline's autoencoder; None for a pipeline without one.
+
+    Raises:
+        UserError: It has one that is not there: its samples would be latents, and look like small pictures.
+    """
+    place = part(root, DECODERS, CONFIG, alone=False)
+    missing = sorted(_index(root)[1] & {*DECODERS})
+    if place is None and missing:
+        raise UserError(
+            f"{root} lists an autoencoder that is not in it",
+            got=f"no {missing[0]}/{CONFIG}",
+            fix="copy the folder again, give the autoencoder's folder as vae, or pass vae=False for latents",
+        )
+    return place
+
+
+def _index(root: Path) -> tuple[dict[str, Any], set[str]]:
+    """The index of a pipeline, and the names of the parts that it lists."""
+    index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
+    index = index if isinstance(index, dict) else {}
+    return index, {n for n, v in index.items() if isinstance(v, list) and len(v) == 2 and v != [None, None]}
 
 
 _WRAP = (

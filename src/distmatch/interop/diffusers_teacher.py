@@ -15,11 +15,11 @@ from distmatch.interop.conversion import Conversion, check_conversion
 from distmatch.interop.diffusers_net import DiffusersNet
 from distmatch.interop.diffusers_parts import (
     CONFIG,
-    DECODERS,
     INDEX,
     NETWORKS,
     SCHEDULER,
     check_components,
+    decoder_folder,
     load_autoencoder,
     load_network,
     load_scheduler,
@@ -211,7 +211,7 @@ def load_diffusers(
         )
     decoder = None
     if vae is not False:
-        place = part(root, DECODERS, CONFIG, alone=False) if vae is True else Path(str(vae))
+        place = decoder_folder(root) if vae is True else Path(str(vae))
         decoder = load_autoencoder(place) if place is not None else None
     teacher = teacher_from(model, load_scheduler(plan), vae=decoder, **options)
     if check:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from distmatch.discrepancies.samples import checked_pair
 from distmatch.metrics.resampling import group_bounds, kept
 
 
@@ -89,5 +90,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     Returns:
         The distance, in squared units of the features; 0 for identical sets.
+
+    Raises:
+        UserError: Fewer than two samples, values that are not finite, or sets of different dimension.
     """
-    return float(frechet_replicates(a, b)[0])
+    return float(frechet_replicates(*checked_pair(a, b, names=("a", "b")))[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distmatch.discrepancies.samples import checked_pair
 from distmatch.metrics.resampling import membership
 
 _ROWS = 2048
@@ -63,5 +64,8 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
     Returns:
         The estimate, in units of the kernel.
+
+    Raises:
+        UserError: Fewer than two samples, values that are not finite, or sets of different dimension.
     """
-    return float(kid_replicates(a, b)[0])
+    return float(kid_replicates(*checked_pair(a, b, names=("a", "b")))[0])

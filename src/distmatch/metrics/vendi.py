@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from distmatch.discrepancies.samples import checked
 from distmatch.metrics.resampling import group_bounds, kept
 
 
@@ -65,5 +66,8 @@ def vendi_score(x: Tensor) -> float:
 
     Returns:
         The score, between 1 and min(N, D + 1).
+
+    Raises:
+        UserError: No samples, or values that are not finite.
     """
-    return float(vendi_replicates(x)[0])
+    return float(vendi_replicates(checked(x, "x", least=1))[0])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, features_of
+from distmatch.diffusion.denoiser import Denoiser, features_of, lends_features
 from distmatch.nets.head import RatioHead, RatioNet
 
 Source = Literal["teacher", "fake", "own"]
@@ -25,8 +25,8 @@ def choose_source(wanted: str, teacher: Denoiser) -> Source:
         UserError: Teacher features were asked for and the teacher has none.
     """
     if wanted == "auto":
-        return "teacher" if isinstance(teacher, FeatureDenoiser) else "own"
-    if wanted == "teacher" and not isinstance(teacher, FeatureDenoiser):
+        return "teacher" if lends_features(teacher) else "own"
+    if wanted == "teacher" and not lends_features(teacher):
         raise UserError(
             "the discriminator cannot use features of this teacher",
             got=type(teacher).__name__,
@@ -46,8 +46,12 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
     """
     if source == "own":
         return RatioNet(features_from.shape, num_classes, sigma_data=features_from.sigma_data)
-    if not isinstance(features_from, FeatureDenoiser):
-        raise UserError("this denoiser lends no features", got=type(features_from).__name__)
+    if not lends_features(features_from):
+        raise UserError(
+            "the discriminator cannot use features of this denoiser",
+            got=f"a {type(features_from).__name__} whose network has no with_features",
+            fix="use --ratio-features own",
+        )
     with torch.no_grad():
         probe = torch.zeros(2, *features_from.shape, device=_device(features_from))
         labels = torch.zeros(2, dtype=torch.int64, device=probe.device) if num_classes else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, expand, features_of, is_diffused
+from distmatch.diffusion.denoiser import Denoiser, expand, features_of, is_diffused, lends_features
 from distmatch.diffusion.geometry.jacobian import refuse_random_layers
 from distmatch.diffusion.guidance.wrapper import Calls, Wrapper, at_step, cost_of, regime_of
 
@@ -76,7 +76,7 @@ class Guidance(Wrapper):
         Raises:
             UserError: The inner denoiser lends none.
         """
-        if not isinstance(self.inner, FeatureDenoiser):
+        if not lends_features(self.inner):
             raise UserError("this teacher does not lend features", fix="use --ratio-features own")
         return self._run(self.inner.with_features, x, sigma, condition)
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, features_of, require_score
+from distmatch.diffusion.denoiser import Denoiser, features_of, lends_features, require_score
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.chunks import rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
@@ -131,7 +131,7 @@ class ChainMMD:
     def __post_init__(self) -> None:
         require_score(self.setup.teacher, "a chain from Gaussian noise")
         chosen, teacher = self.setup.kernel.mmd_features, self.setup.teacher
-        lends = isinstance(teacher, FeatureDenoiser)
+        lends = lends_features(teacher)
         if chosen == "teacher" and not lends:
             raise UserError(
                 "this teacher lends no features",
@@ -209,7 +209,7 @@ class ChainMMD:
     def _raw(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """What is compared of samples (b, *shape), before it is scaled, (b, F)."""
         teacher: Denoiser = self.setup.teacher
-        if not (self.of_network and isinstance(teacher, FeatureDenoiser)):
+        if not (self.of_network and lends_features(teacher)):
             return x.flatten(1)
         level = self.setup.kernel.mmd_feature_sigma * teacher.sigma_data
         sigma = torch.full((len(x),), level, device=x.device, dtype=x.dtype)
