@@ -98,14 +98,18 @@ def in_plain_words(x: Tensor, y: Tensor, kernel: Kernel, labels: Tensor | None) 
     return total
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+# Labels of about equal shares are compared group by group, very unequal ones all at once.
+LABELS = {"none": None, "even": [0, 1, 2] * 4 + [0], "uneven": [0] * 5 + [1] + [0] * 5 + [2, 2]}
+
+
+@pytest.mark.parametrize("given", LABELS)
 @pytest.mark.parametrize("name", ["cubic", "linear", "rbf", "energy"])
 def test_value_and_gradient_in_chunks_are_those_of_the_sum_over_pairs(
-    name: Any, labelled: bool, monkeypatch: pytest.MonkeyPatch
+    name: Any, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = feature_kernel(distiller(network_teacher(), method="mmd", mmd_kernel=name).setup.kernel, True, 3)
     x, y = normal(13, 3).requires_grad_(), 1 + 0.5 * normal(13, 3, seed=1)
-    labels = torch.arange(13) % 3 if labelled else None
+    labels = None if LABELS[given] is None else torch.tensor(LABELS[given])
     expected = in_plain_words(x, y, kernel, labels)
     (slope,) = torch.autograd.grad(expected, x)
     monkeypatch.setattr("distmatch.methods.kernel.mmd.rows_per_chunk", lambda columns, device: 5)

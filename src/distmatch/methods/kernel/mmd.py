@@ -56,7 +56,8 @@ def mmd_with_gradient(
 
     Distances lose digits where samples are close, so those are in float64; inner products do not, and are in
     float32 for samples in it. Rows are taken in chunks, whose gradient is complete when they are left: the
-    kernel is symmetric, so a pair within ``x`` counts twice in that of its row.
+    kernel is symmetric, so a pair within ``x`` counts twice in that of its row. On a CPU pairs of different
+    labels, which do not count, are not computed.
 
     Args:
         x: (n, d), n >= 2.
@@ -69,35 +70,50 @@ def mmd_with_gradient(
     """
     n = len(x)
     exact = torch.promote_types(x.dtype, torch.float32) if kernel.of_products else torch.float64
-    pool = kernel.scaled(torch.cat([x.detach(), y]).to(exact))
+    rows, there = _groups(labels, n, x.device)
+    scaled = [kernel.scaled(sample.detach().to(exact))[rows] for sample in (x, y)]
+    pool = torch.cat(scaled, 1)
+    own = None if labels is None else labels[rows]
     apart = n * (n - 1)
     across = -2 / (n**2 if labels is None else apart)
     gradient = torch.empty_like(x)
     value = torch.zeros((), dtype=torch.float64, device=x.device)
-    step = rows_per_chunk(2 * n, x.device)
-    for low in range(0, n, step):
-        chunk = slice(low, min(low + step, n))
-        counted = _counted(labels, chunk, n, exact, x.device)
-        weights = torch.cat([counted, counted if labels is not None else torch.ones_like(counted)], 1)
-        weights *= torch.cat([counted.new_full((n,), 2 / apart), counted.new_full((n,), across)])
+    step = rows_per_chunk(2 * rows.numel(), x.device)
+    for low in range(0, rows.shape[1], step):
+        chunk = slice(low, low + step)
+        pairs = there[:, chunk, None] & there[:, None]
+        if own is not None:
+            pairs &= own[:, chunk, None] == own[:, None]
+        others = pairs & (rows[:, chunk, None] != rows[:, None])
+        counted = torch.cat([others * (2 / apart), (pairs if own is None else others) * across], 2).to(exact)
         with torch.enable_grad():
-            rows = x[chunk].detach().requires_grad_()
-            values = kernel.of_scaled(kernel.scaled(rows.to(exact)), pool)
-            (gradient[chunk],) = torch.autograd.grad(values, rows, weights)
-        terms = (values.detach() * weights).unflatten(1, (2, n)).sum((0, 2), dtype=torch.float64)
-        real = kernel.of_scaled(pool[n:][chunk], pool[n:]) * counted
+            some = x.detach()[rows[:, chunk]].requires_grad_()
+            values = kernel.of_scaled(kernel.scaled(some.to(exact)), pool)
+            (found,) = torch.autograd.grad(values, some, counted)
+        gradient[rows[:, chunk][there[:, chunk]]] = found[there[:, chunk]]
+        terms = (values.detach() * counted).unflatten(2, (2, -1)).sum((0, 1, 3), dtype=torch.float64)
+        real = kernel.of_scaled(scaled[1][:, chunk], scaled[1]) * others
         value += terms[0] / 2 + terms[1] + real.sum(dtype=torch.float64) / apart
     return value, gradient
 
 
-def _counted(labels: Tensor | None, rows: slice, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Which pairs of different samples, of one label where there are labels, count: (rows, n), 1 or 0."""
-    if labels is None:
-        counted = torch.ones(rows.stop - rows.start, n, dtype=dtype, device=device)
-    else:
-        counted = (labels[rows, None] == labels).to(dtype)
-    counted.diagonal(rows.start).zero_()
-    return counted
+def _groups(labels: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows that are compared with one another, (G, m), and which of them do more than fill a group up.
+
+    Those of each label, if that makes the pairs fewer; else all, in one group. An accelerator would have to
+    wait to know how large the groups are.
+    """
+    every = torch.arange(n, device=device)
+    if labels is not None and device.type == "cpu":
+        order = labels.argsort(stable=True)
+        counts = labels[order].unique_consecutive(return_counts=True)[1]
+        longest = int(counts.max())
+        if len(counts) * longest**2 < n**2:
+            place = torch.arange(longest)
+            start = counts.cumsum(0) - counts
+            rows = order[(start[:, None] + place).clamp_max(n - 1)]
+            return rows, place < counts[:, None]
+    return every[None], torch.ones(1, n, dtype=torch.bool, device=device)
 
 
 def feature_kernel(config: KernelConfig, of_network: bool, width: int) -> Kernel:
