@@ -118,6 +118,6 @@ def test_recipes_of_teachers_are_configs(recipe: Path) -> None:
     options = options_from(TrainOptions, recipe, "train")
     assert recipe.name in PAGE
     assert options.data == recipe.stem
-    net = build_net(options.net.resolve((1, 28, 28)), (1, 28, 28), 10)
+    net = build_net(options.net.resolve((1, 28, 28), "cpu"), (1, 28, 28), 10)
     count = sum(p.numel() for p in net.parameters())
     assert f"{count / 1e6:.2f} million" in recipe.read_text()

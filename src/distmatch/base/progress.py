@@ -36,6 +36,14 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr)
 
 
+def in_words(seconds: float) -> str:
+    """A length of time: ``45 s``, ``12 min``, ``29 h 03 min``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def progress(
     total: int, *, initial: int = 0, desc: str, enabled: bool = True, delay: float = 0.0
 ) -> Progress:

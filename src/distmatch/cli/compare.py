@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distmatch.base.errors import UserError
+from distmatch.base.progress import in_words
 from distmatch.cli.answer import print_json
 from distmatch.cli.distill import SETTINGS
 from distmatch.cli.help import Help
@@ -23,7 +24,7 @@ example: distmatch compare --methods dmd2,f-distill:js,f-distill:kl --budget 5m 
     short="methods budget seeds baseline teacher data batch seed device out config resume overwrite "
     "dry_run json",
     groups=SETTINGS,
-    hidden=frozenset({"method", "preset", "divergence", "steps"}),  # in --methods and --budget
+    hidden=frozenset({"method", "preset", "divergence", "steps", "grid"}),  # in --methods and --budget
 )
 
 _SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accuracy")
@@ -36,7 +37,7 @@ def run(argv: list[str]) -> None:
         raise UserError(
             "no teacher was named", expected="--teacher with a run folder, or ring8, grid25, skewed2"
         )
-    _check_resume(place)
+    _check_place(place)
     from distmatch.cli.running import check_place, open_folder
     from distmatch.report import build_report
     from distmatch.training.compare import carry_out_comparison, prepare_comparison
@@ -59,7 +60,9 @@ def run(argv: list[str]) -> None:
     print(f"report: {report}")
 
 
-def _check_resume(place: Place) -> None:
+def _check_place(place: Place) -> None:
+    if place.grid is not None:
+        raise UserError("--grid is for the dry runs of train and distill", got=f"--grid {place.grid}")
     if place.resume not in (None, "latest"):
         raise UserError(
             "a comparison is resumed as a whole, every run from its newest checkpoint",
@@ -96,13 +99,13 @@ def _dry_run(options: CompareOptions, entries: tuple[Entry, ...], place: Place) 
         each = 1000 * method["seconds_per_step"]
         print(f"# a step      {each:.1f} ms, {method['calls_per_step']:.2f} network calls")
         if method["seconds_once"]:
-            print(f"# once        {method['seconds_once']:.0f} s, {method['calls_once']:.0f} network calls")
-        print(
-            f"# time        about {method['estimated_seconds']:.0f} s for each seed: {method['steps']} steps"
-        )
+            once = in_words(method["seconds_once"])
+            print(f"# once        {once}, {method['calls_once']:.0f} network calls")
+        whole = in_words(method["estimated_seconds"])
+        print(f"# time        about {whole} for each seed: {method['steps']} steps")
     for name, why in plan.impossible:
         print(f"\n# {name} cannot be used: {why}")
-    print(f"\n# in all      about {total:.0f} s for {options.seeds} seeds, the evaluation not counted")
+    print(f"\n# in all      about {in_words(total)} for {options.seeds} seeds, the evaluation not counted")
 
 
 def _different(values: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Place:
     """Replace an existing run folder."""
     dry_run: bool = False
     """Show the resolved options, sizes and an estimated time; write nothing."""
+    grid: Path | None = None
+    """With --dry-run: a .png to write, some of the data as they were read."""
     json: bool = False
     """Print one JSON object on stdout."""
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distmatch.base.errors import UserError
+from distmatch.base.progress import in_words
 from distmatch.cli.answer import print_json
+from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
 from distmatch.cli.parse import Place, checkpoint_choice
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.compare_cost import step_times
@@ -20,6 +22,8 @@ from distmatch.training.presets import describe
 from distmatch.training.runfolder import RunFolder, check_usable, create
 from distmatch.training.runs import Job, carry_out
 from distmatch.training.toml import dataclass_to_dict
+
+_LONG, _SMALL_BATCH = 7200.0, 64  # seconds from which on a dry run proposes a batch that makes a run shorter
 
 
 def open_folder(place: Place, inputs: tuple[str, ...] = ()) -> RunFolder:
@@ -40,8 +44,9 @@ def check_place(place: Place, inputs: tuple[str, ...] = ()) -> None:
     """Tells at once what :func:`open_folder` would refuse; a dry run needs no place.
 
     Raises:
-        UserError: No `--out`, or a folder that cannot be used.
+        UserError: No `--out`, a folder that cannot be used, or a `--grid` that cannot be written.
     """
+    check_grid(place.grid, dry_run=place.dry_run, overwrite=place.overwrite)
     if not place.dry_run:
         check_usable(
             _out(place),
@@ -65,14 +70,23 @@ def starts_afresh(place: Place) -> bool:
 
 
 def dry_run(job: Job, place: Place) -> None:
-    """Shows what a run would do, from a few real steps of it, and writes nothing."""
+    """Shows what a run would do, from a few real steps of it; writes nothing but the grid that is asked for.
+
+    Raises:
+        UserError: A grid is asked for, and there are no data.
+    """
+    if place.grid is not None:
+        if job.data is None:
+            raise UserError("there are no data to show", got=f"--grid {place.grid}", fix="leave it out")
+        write_grid(place.grid, job.data, job.options.run.seed, place.overwrite)
+    found = describe_found(job.data) if job.data is not None else None
     parameters = job.parameters()
     run = job.options.run
     once, seconds = step_times(job, pick_device(run.device))
     trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
     memory = round((4 * sum(parameters.values()) + 12 * trained) / 2**20, 1)  # gradients and two Adam moments
     whole = once + seconds * run.steps
-    timing = f"{whole:.0f} s ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
+    timing = f"{in_words(whole)} ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
     shown = {
         "verb": job.verb,
         "options": dataclass_to_dict(replace(job.options)),
@@ -83,6 +97,7 @@ def dry_run(job: Job, place: Place) -> None:
         "seconds_once": round(once, 4),
         "estimated_seconds": round(whole, 1),
         **job.notes,
+        **({"found": found} if found else {}),
         **({"warnings": job.warnings} if job.warnings else {}),
     }
     if place.json:
@@ -92,13 +107,25 @@ def dry_run(job: Job, place: Place) -> None:
     print("# not written: this is a dry run")
     if isinstance(job.options, DistillOptions):
         print(f"# preset      {describe(job.options.preset)}")
+    for line in found_lines(found) if found else ():
+        print(f"# {line}")
+    if place.grid is not None:
+        print(f"# grid        {place.grid}")
     print(f"# device      {shown['device']}")
     for name, count in parameters.items():
         print(f"# parameters  {name}: {count:,}")
     print(f"# memory      about {memory} MiB for weights, gradients and Adam, activations on top")
     print(f"# time        about {timing}")
     if once >= 1:
-        print(f"# of these    about {once:.0f} s for what is made once, before the first step")
+        print(f"# of these    about {in_words(once)} for what is made once, before the first step")
+    if larger := job.notes.get("larger_net"):
+        print(
+            f"# network     {job.options.net.net} is the default on a CPU; --net {larger['net']}, with "
+            f"{larger['parameters']:,} parameters, would take about {in_words(larger['work'] * whole)}"
+        )
+    if job.verb == "train" and whole > _LONG and run.batch > _SMALL_BATCH:
+        shorter = in_words(whole * _SMALL_BATCH / run.batch)
+        print(f"# shorter     with --batch {_SMALL_BATCH} about {shorter}, and noisier steps")
     for message in job.warnings:
         print(f"# warning     {message}")
 

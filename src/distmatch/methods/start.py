@@ -83,7 +83,7 @@ def starting_network(teacher: Denoiser, net: NetConfig | None, seed: int, device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "network"))
             fresh = build_net(
-                net or default_config("auto", teacher.shape), teacher.shape, teacher.num_classes
+                net or default_config("auto", teacher.shape, device.type), teacher.shape, teacher.num_classes
             )
         network = EDMDenoiser(
             fresh,

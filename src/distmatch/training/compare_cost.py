@@ -25,6 +25,7 @@ from distmatch.training.runs import Job
 
 _LEAST_STEPS = 5  # in a block
 _ONCE_SECONDS, _ONCE_CALLS = 20.0, 5.0  # a first step that costs so many others makes something once
+_SLOW = 2.0  # seconds of a first step after which the fewest others do, where nothing is compared
 _MOMENTS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of the run: some methods do other things first than later
 
 
@@ -118,6 +119,8 @@ def step_times(job: Job, device: torch.device) -> tuple[float, float]:
     options = job.options
     period, block = _steps_to_time(options) if isinstance(options, DistillOptions) else (1, _LEAST_STEPS)
     first = _advance(job, 1, device)
+    if first > _SLOW:
+        block = period
     job.state.step = period * (options.run.steps // (2 * period))
     if options.run.compile:  # the student's step is compiled when it first comes
         first += _advance(job, block, device)

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from distmatch.base.errors import UserError
+from distmatch.base.progress import in_words
 from distmatch.training.compare_options import CompareOptions
 from distmatch.training.compare_plan import Plan
 from distmatch.training.config_format import read_config
@@ -59,12 +60,8 @@ def progress_line(record: dict[str, Any], run: dict[str, Any]) -> str:
     left = sum(cost[r["name"]] for r in runs if r["status"] == "pending")
     return (
         f"compare: run {1 + runs.index(run)} of {len(runs)}, {run['name']} with seed {run['seed']}: "
-        f"{method['steps']} steps, about {_duration(cost[run['name']])}; all in about {_duration(left)}"
+        f"{method['steps']} steps, about {in_words(cost[run['name']])}; all in about {in_words(left)}"
     )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def check_same(options: CompareOptions, folder: RunFolder) -> None:

@@ -129,7 +129,7 @@ def open_model(source: str) -> Model:
     )
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Path, overwrite: bool, option: str = "--out") -> None:
     """Raises for an output that exists, unless it may be replaced."""
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists", fix="choose another --out, or replace it with --overwrite")
+        raise UserError(f"{path} exists", fix=f"choose another {option}, or replace it with --overwrite")

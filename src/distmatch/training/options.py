@@ -14,7 +14,7 @@ from distmatch.methods.kernel.config import KernelConfig
 from distmatch.methods.matching.config import MatchingConfig
 from distmatch.methods.table import find_method, with_defaults
 from distmatch.methods.transport.config import TransportConfig
-from distmatch.nets.config import NetConfig, default_config, kind_of
+from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
 from distmatch.training.presets import LAPTOP, find_preset
 
 
@@ -22,8 +22,9 @@ from distmatch.training.presets import LAPTOP, find_preset
 class NetOptions:
     """The network. Only what its kind has can be set; the rest stays at the default for the data."""
 
-    net: Literal["auto", "mlp", "unet", "dit"] = "auto"
-    """Kind of network; auto takes an MLP for vectors and 8x8 images, a UNet for other images."""
+    net: Literal["auto", "mlp", "unet", "unet-small", "dit"] = "auto"
+    """Kind of network; auto takes an MLP for vectors and grey 8x8 images, a U-Net for other images: unet on
+    an accelerator, unet-small, with a tenth of its work or less, on a CPU."""
     width: int | None = None
     """Hidden units (mlp), channels at full resolution (unet), token size (dit)."""
     depth: int | None = None
@@ -41,13 +42,29 @@ class NetOptions:
     dropout: float | None = None
     """Dropout while training (mlp, unet)."""
 
-    def resolve(self, shape: Sequence[int]) -> NetConfig:
+    def settled(self, shape: Sequence[int], device: str) -> NetOptions:
+        """The same options with ``auto`` replaced where it depends on the device.
+
+        A run that goes on elsewhere so goes on with its network.
+
+        Args:
+            shape: Shape of one sample.
+            device: Type of the device that the run begins on.
+        """
+        kind = auto_kind(shape, device)
+        return replace(self, net=kind) if self.net == "auto" and kind != "mlp" else self  # type: ignore[arg-type]
+
+    def resolve(self, shape: Sequence[int], device: str) -> NetConfig:
         """The network's config for samples of this shape.
+
+        Args:
+            shape: Shape of one sample.
+            device: Type of the device that the run begins on.
 
         Raises:
             UserError: An option was set that this kind of network does not have.
         """
-        config = default_config(self.net, shape)
+        config = default_config(self.net, shape, device)
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "net"}
         given = {name: value for name, value in given.items() if value is not None}
         known = {f.name for f in fields(config)}

@@ -95,7 +95,7 @@ def prepare_distillation(
             total_steps=run.steps,
             device=device,
             bf16=run.precision == "bf16",
-            net=None if copied else options.net.resolve(teacher.shape),
+            net=None if copied else options.net.resolve(teacher.shape, device.type),
             **options.settings(),
         )
     )
@@ -119,6 +119,7 @@ def prepare_distillation(
         data = seen_by(data, known_data(teacher), teacher.num_classes, "the teacher")
     described = without_data(known_data(teacher)) if data is None else describe_data(data, spec)
     conversion = _conversion(teacher, known)
+    found = data
     if data is not None:
         data = _fitting(teacher, data, run, device)
     if isinstance(distiller, Matching) and run.steps < distiller.least_steps:
@@ -179,6 +180,7 @@ def prepare_distillation(
         finish=finish,
         show=("loss_fake", "ess", "clip_fraction") if method.critic else ("loss",),
         advise=_advice,
+        data=found,
     )
 
 

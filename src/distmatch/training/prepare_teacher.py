@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from distmatch.diffusion.kinetic import kinetic_path_of
 from distmatch.diffusion.path_core import NoisePath
 from distmatch.diffusion.path_specs import KINETIC
 from distmatch.interop import save_denoiser
+from distmatch.nets.config import SMALL_UNET
+from distmatch.nets.work import network_work
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.known_data import describe_data, remember
 from distmatch.training.noisy_data import with_frozen_noise
-from distmatch.training.options import RunOptions, TeacherConfig, TrainOptions
+from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.runs import Finished, Job
 from distmatch.training.teacher import TeacherTraining
 
@@ -44,9 +47,12 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     device = pick_device(run.device)
     data = load_data(options.data, labels=options.labels) if data is None else data
     sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
+    chosen = options.net.settled(data.shape, device.type)
+    larger = _larger(chosen, data) if chosen != options.net and device.type == "cpu" else None
+    options = replace(options, net=chosen)
     method = TeacherTraining(
         config=options.teacher,
-        net=options.net.resolve(data.shape),
+        net=chosen.resolve(data.shape, device.type),
         shape=data.shape,
         num_classes=data.num_classes,
         sigma_data=sigma_data,
@@ -83,10 +89,28 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
             "sigma_data": state.denoiser.sigma_data,
             "path": method.objective.path.name,
             "prediction": method.objective.prediction,
+            **({"larger_net": larger} if larger else {}),
         },
         warnings=method.warnings,
         finish=finish,
         show=("loss",),
+        remarks=[_remark(larger)] if larger else [],
+        data=data,
+    )
+
+
+def _larger(chosen: NetOptions, data: Dataset) -> dict[str, Any]:
+    """The network that an accelerator would have by default, beside the one that was chosen for a CPU."""
+    shape, classes = data.shape, data.num_classes
+    nets = (chosen, replace(chosen, net="unet"))
+    small, large = (network_work(net.resolve(shape, "cpu"), shape, classes) for net in nets)
+    return {"net": "unet", "parameters": large[0], "work": round(large[1] / small[1], 1), "chosen": small[0]}
+
+
+def _remark(larger: dict[str, Any]) -> str:
+    return (
+        f"network: {SMALL_UNET}, the default on a CPU, with {larger['chosen']:,} parameters; --net unet has "
+        f"{larger['parameters']:,} and {larger['work']:.0f} times the work"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from distmatch.base.files import atomic_json, check_model_folder
+from distmatch.base.progress import tell
+from distmatch.data import Dataset
 from distmatch.data.batches import Batch
 from distmatch.interop.saved import MODEL_PARTS
 from distmatch.training.environment import environment, peak_memory
@@ -51,6 +53,8 @@ class Job:
         finish: Gives the trained model and the way to save it.
         show: Logged values for the progress bar.
         advise: What the user should know of logged values.
+        remarks: What was decided for the user, said as the run starts.
+        data: The real data, before any encoding; None where there are none.
     """
 
     verb: str
@@ -64,6 +68,8 @@ class Job:
     finish: Callable[[], Finished]
     show: tuple[str, ...]
     advise: Callable[[dict[str, Any]], list[str]] = lambda means: []
+    remarks: Sequence[str] = ()
+    data: Dataset | None = None
 
     def parameters(self) -> dict[str, int]:
         """Parameter count of each network."""
@@ -104,6 +110,8 @@ def carry_out(
                 log.write("warning", job.state.step, message=message)
     for message in job.warnings:
         warnings.warn(message, stacklevel=2)
+    for remark in job.remarks:
+        tell(remark)
     began, first = time.perf_counter(), job.state.step
     history = run_loop(
         job.step,

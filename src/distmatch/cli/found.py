@@ -1,0 +1,68 @@
+"""What a dry run found in the data: numbers, shape, classes, range, and a picture where one is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmatch.base.errors import UserError
+from distmatch.base.seeds import generator
+from distmatch.cli.output import write_samples
+from distmatch.data import Dataset
+from distmatch.data.classes import Classes, listed, names_of
+from distmatch.training.models import refuse_existing
+
+_IMAGES, _POINTS = 64, 2000  # in a picture
+
+
+def check_grid(path: Path | None, *, dry_run: bool, overwrite: bool) -> None:
+    """Tells at once whether the picture of the data can be written.
+
+    Raises:
+        UserError: There is no dry run, it is no .png, or it exists.
+    """
+    if path is None:
+        return
+    if not dry_run:
+        raise UserError("--grid is part of a dry run", got=f"--grid {path}", fix="add --dry-run")
+    if path.suffix.lower() != ".png":
+        raise UserError("the grid is a picture", got=f"--grid {path}", expected="a name that ends in .png")
+    refuse_existing(path, overwrite, "--grid")
+
+
+def describe_found(data: Dataset) -> dict[str, Any]:
+    """What was found, as JSON: ``samples``, ``shape``, ``classes`` with their counts, ``range``, ..."""
+    counts = Classes.of(data).counts
+    return {
+        "name": data.name,
+        "kind": data.kind,
+        "samples": len(data),
+        "shape": list(data.shape),
+        "classes": dict(zip(names_of(data), counts, strict=True)) if counts else {},
+        "range": [float(data.raw.min()), float(data.raw.max())],
+        "scaling": data.scaling.rule,
+    }
+
+
+def found_lines(found: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    low, high = found["range"]
+    shape = "x".join(map(str, found["shape"]))
+    classes = [f"{name} {count:,}" for name, count in found["classes"].items()]
+    return [
+        f"data        {found['name']}: {found['samples']:,} {found['kind']}s of {shape}, values from "
+        f"{low:.6g} to {high:.6g} ({found['scaling']})",
+        f"classes     {len(classes)}: {listed(classes)}" if classes else "classes     none",
+    ]
+
+
+def write_grid(path: Path, data: Dataset, seed: int, overwrite: bool) -> None:
+    """A picture of some of the data, drawn at random, images in the order of their classes."""
+    count = _IMAGES if data.kind == "image" else _POINTS
+    rows = torch.randperm(len(data), generator=generator(seed, "grid"))[:count]
+    if data.labels is not None:
+        rows = rows[data.labels[rows].argsort(stable=True)]
+    x, labels = data.batch(rows)
+    write_samples(path, data.scaling.export(x), labels, overwrite)
