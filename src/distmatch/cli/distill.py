@@ -27,7 +27,7 @@ example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
 
 With --method NAME the help is that of this method: its defaults, and the options that it reads.""",
     short="data teacher method preset divergence steps batch seed device calls guidance lr out config resume "
-    "overwrite dry_run grid json",
+    "overwrite dry_run json",
     groups=SETTINGS,
 )
 

@@ -34,7 +34,7 @@ class Place:
     overwrite: bool = False
     """Replace an existing run folder."""
     dry_run: bool = False
-    """Show the resolved options, sizes and an estimated time; write nothing."""
+    """Show the resolved options, the data, sizes and an estimated time; write nothing."""
     grid: Path | None = None
     """With --dry-run: a .png to write, some of the data as they were read."""
     json: bool = False

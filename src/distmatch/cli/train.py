@@ -13,7 +13,7 @@ HELP = Help(
 example: distmatch train --data digits --steps 3000 --out runs/teacher
          distmatch train --data my_images/ --net unet --out runs/mine --dry-run""",
     short="data labels steps batch seed device flip net width lr path out config resume overwrite "
-    "dry_run grid json",
+    "dry_run json",
     groups={
         "Path, levels and weights": "noise_mean noise_std sigma_data sigma_min sigma_max path prediction "
         "noise_distribution logit_mean logit_std weighting min_snr_gamma learned_uncertainty",
