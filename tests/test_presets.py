@@ -350,7 +350,7 @@ def test_the_size_is_above_what_train_builds_by_itself() -> None:
     from distmatch.nets.config import default_config
 
     for shape in ((2,), (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 128, 128)):
-        net = build_net(default_config("auto", shape), shape, 10)
+        net = build_net(default_config("auto", shape, "cuda"), shape, 10)
         assert sum(p.numel() for p in net.parameters()) < presets.LAPTOP_PARAMETERS
 
 
