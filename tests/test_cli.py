@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -197,6 +199,25 @@ def test_doctor_finds_this_machine_healthy() -> None:
     assert answer["ok"] is True
     assert {"torch", "training step", "cache"} <= {check["name"] for check in answer["checks"]}
     assert "ok       torch" in done("doctor").out
+
+
+def test_doctor_lists_the_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    answer = done("doctor --json").json()
+    checks = {check["name"]: check for check in answer["checks"]}
+    for name in ("diffusers", "onnx", "onnxscript"):
+        assert (checks[name]["ok"], checks[name]["detail"]) == (True, real(name))
+    assert checks["onnxruntime"]["ok"] is None
+    assert checks["onnxruntime"]["fix"] == "pip install distmatch[onnx]"
+    assert answer["ok"] is True
+    assert re.search(r"absent   onnxruntime: .*\n +fix: pip install distmatch\[onnx\]", done("doctor").out)
 
 
 @pytest.mark.parametrize("verb", ["train", "distill"])

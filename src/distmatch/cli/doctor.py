@@ -58,19 +58,39 @@ def run(argv: list[str]) -> None:
     checks = [
         _attempt(check) for check in (_torch_check, _step_check(options.seed), _gloo, _cache, _data, _space)
     ]
+    checks += _optional_packages()
     healthy = all(check.ok is not False for check in checks)
     if options.json:
         print_json({"ok": healthy, "checks": [vars(check) for check in checks], "environment": env})
     else:
         for key, value in env.items():
-            print(f"{key:12} {value}")
+            print(f"{key:12} {_words(value)}")
         for check in checks:
             mark = {True: "ok", False: "PROBLEM", None: "absent"}[check.ok]
             print(f"{mark:8} {check.name}: {check.detail}")
-            if check.ok is False and check.fix:
+            if not check.ok and check.fix:
                 print(f"         fix: {check.fix}")
     if not healthy:
         raise SystemExit(1)
+
+
+def _words(value: Any) -> str:
+    """A value of the environment for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(one)}" for key, one in value.items())
+    return "; ".join(map(_words, value)) if isinstance(value, list) else str(value)
+
+
+def _optional_packages() -> list[Check]:
+    from distmatch.interop.optional import DIFFUSERS, ONNX
+
+    found = [(package, package.version) for package in (DIFFUSERS, *ONNX)]
+    return [
+        Check(package.name, True, version)
+        if version
+        else Check(package.name, None, f"{package.task} it", package.install)
+        for package, version in found
+    ]
 
 
 def _attempt(check: Callable[[], Check]) -> Check:

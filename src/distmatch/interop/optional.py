@@ -3,9 +3,62 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+from dataclasses import dataclass
 from typing import Any
 
 from distmatch.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptionalPackage:
+    """A package that only some tasks need.
+
+    Attributes:
+        name: Of the package.
+        task: What needs it.
+        extra: The extra of ours that installs it.
+    """
+
+    name: str
+    task: str
+    extra: str
+
+    @property
+    def install(self) -> str:
+        """How to get it."""
+        return f"pip install distmatch[{self.extra}]"
+
+    @property
+    def version(self) -> str | None:
+        """The version that is installed, or None."""
+        try:
+            return importlib.metadata.version(self.name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def load(self) -> Any:
+        """The package.
+
+        Raises:
+            UserError: It is not installed.
+        """
+        try:
+            return importlib.import_module(self.name)
+        except ImportError as error:
+            raise UserError(
+                f"{self.task} the package {self.name}, which is not installed",
+                got=str(error),
+                fix=self.install,
+            ) from error
+
+
+DIFFUSERS = OptionalPackage("diffusers", "models of diffusers need", "diffusers")
+ONNX = (
+    OptionalPackage("onnx", "export to ONNX needs", "onnx"),
+    OptionalPackage("onnxscript", "export to ONNX needs", "onnx"),
+    OptionalPackage("onnxruntime", "the check of a model exported to ONNX needs", "onnx"),
+)
 
 
 def import_diffusers() -> Any:
@@ -14,7 +67,7 @@ def import_diffusers() -> Any:
     Raises:
         UserError: It is not installed.
     """
-    return _package("diffusers", "teachers of diffusers need the package diffusers", "diffusers")
+    return DIFFUSERS.load()
 
 
 def import_onnxruntime() -> Any:
@@ -23,17 +76,5 @@ def import_onnxruntime() -> Any:
     Raises:
         UserError: One of onnx, onnxscript and onnxruntime is not installed.
     """
-    for name in ("onnx", "onnxscript"):
-        _package(name, f"export to ONNX needs the package {name}", "onnx")
-    return _package("onnxruntime", "an exported model is checked with the package onnxruntime", "onnx")
-
-
-def _package(name: str, what: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"{what}, which is not installed",
-            got=str(error),
-            fix=f"pip install distmatch[{extra}]",
-        ) from error
+    *_, runtime = [package.load() for package in ONNX]
+    return runtime
