@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -57,17 +58,27 @@ class Kill:
     torn: int
 
 
+def program(line: list[str]) -> subprocess.Popen[bytes]:
+    """A command line of distmatch in a process of its own."""
+    command = [sys.executable, "-m", "distmatch", *line]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
 class Run:
-    """One run folder and the processes that work in it, one after the other."""
+    """One run folder and the processes that work in it, one after the other.
 
-    def __init__(self, start: list[str], out: Path) -> None:
-        self.verb, self.start, self.out = start[0], start, out
+    Args:
+        start: The command line that starts the run, without `--out`.
+        out: The run folder.
+        spawn: Begins a process with a command line, as :func:`program` does.
+    """
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def __init__(self, start: list[str], out: Path, spawn: Callable[[list[str]], Any] = program) -> None:
+        self.verb, self.start, self.out, self.spawn = start[0], start, out, spawn
+
+    def _spawn(self) -> Any:
         begun = list_checkpoints(self.out / "checkpoints") or (self.out / "log.jsonl").exists()
-        line = [self.verb, "--resume"] if begun else self.start
-        command = [sys.executable, "-m", "distmatch", *line, "--out", str(self.out)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return self.spawn([*([self.verb, "--resume"] if begun else self.start), "--out", str(self.out)])
 
     def events(self) -> list[dict[str, object]]:
         """The whole lines of the log."""
@@ -81,7 +92,7 @@ class Run:
                 continue
         return found
 
-    def begin(self) -> subprocess.Popen[bytes]:
+    def begin(self) -> Any:
         """Starts or resumes the run, and returns once the process has begun to train."""
         log = self.out / "log.jsonl"
         before = log.stat().st_size if log.exists() else 0
@@ -123,7 +134,13 @@ class Run:
         return (self.out / "model" / "model.safetensors").read_bytes()
 
 
-def study(start: list[str], folder: Path, kills: int, moments: random.Random) -> Iterator[Kill | bool]:
+def study(
+    start: list[str],
+    folder: Path,
+    kills: int,
+    moments: random.Random,
+    spawn: Callable[[list[str]], Any] = program,
+) -> Iterator[Kill | bool]:
     """Kills a run again and again.
 
     Args:
@@ -131,11 +148,12 @@ def study(start: list[str], folder: Path, kills: int, moments: random.Random) ->
         folder: An empty folder for two run folders.
         kills: How often to kill.
         moments: Draws the moments.
+        spawn: Begins a process with a command line.
 
     Yields:
         Each kill, and at last whether the weights equal those of an undisturbed run.
     """
-    whole, broken = Run(start, folder / "whole"), Run(start, folder / "broken")
+    whole, broken = (Run(start, folder / name, spawn) for name in ("whole", "broken"))
     seconds = whole.finish()
     for _ in range(kills):
         # On average all kills together come to half of the run, so that it does not end before the last.

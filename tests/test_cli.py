@@ -83,6 +83,14 @@ print(seconds, [name for name in heavy if name in sys.modules])
     assert loaded == "[]"
 
 
+def test_the_compiler_of_torch_is_loaded_by_those_who_use_it() -> None:
+    """It takes a second of every command line, as much as the rest of torch."""
+    script = "import sys, distmatch.cli.running, distmatch.interop, distmatch.training.prepare\n"
+    script += "print([name for name in sys.modules if name.startswith(('torch._dynamo', 'torch._inductor'))])"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout == "[]\n"
+
+
 @pytest.mark.parametrize("module", ["distmatch", "distmatch.cli.main"])
 def test_the_module_runs_as_a_program(module: str) -> None:
     answer = subprocess.run(

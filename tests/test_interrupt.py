@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import runpy
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,24 +12,30 @@ import pytest
 
 from command import TINY, checkpoints, command, done, weights
 from distmatch.training.checkpoint import load_checkpoint
+from processes import Forked
 
 # The full study with 20 kills of each verb is the program itself: python benchmarks/kill9.py
 KILL9 = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "kill9.py"))
+DISTILL = f"distill {TINY} --fit-steps 20 --critic-steps 1"
 FREQUENT = "--batch 32 --log-every 1 --checkpoint-every 5"
 
 
-@pytest.mark.parametrize("verb", ["train", "distill"])
-def test_ctrl_c_leaves_a_run_that_goes_on(verb: str, tmp_path: Path) -> None:
-    """The signal arrives at an arbitrary step; the step is finished, saved and announced."""
-    steps = 300
-    start = f"train {TINY}" if verb == "train" else f"distill --teacher ring8 {TINY} --fit-steps 20"
+@pytest.mark.parametrize(
+    ("verb", "number", "code"), [("train", signal.SIGINT, 130), ("distill", signal.SIGTERM, 143)]
+)
+def test_a_signal_leaves_a_run_that_goes_on(
+    verb: str, number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    """It arrives at an arbitrary step; the step is finished, saved and announced."""
+    steps = 300 if verb == "train" else 100
+    start = f"train {TINY}" if verb == "train" else f"{DISTILL} --teacher ring8"
     line = f"{start} --batch 32 --log-every 1 --steps {steps}"
-    run = KILL9["Run"](line.split(), tmp_path / "run")
+    run = KILL9["Run"](line.split(), tmp_path / "run", Forked)
     process = run.begin()
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     text = errors.decode()
     assert "interrupted" in text
     assert "--resume" in text
@@ -44,7 +48,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on(verb: str, tmp_path: Path) -> None:
 
     # In processes of their own, as the first part was: what other tests imported may add in another order.
     for rest in (f"{verb} --out {tmp_path}/run --resume", f"{line} --out {tmp_path}/whole"):
-        subprocess.run([sys.executable, "-m", "distmatch", *rest.split()], check=True, capture_output=True)
+        process = Forked(rest.split())
+        process.communicate(timeout=60)
+        assert process.returncode == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
@@ -66,8 +72,8 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_kill_9_at_three_moments(tmp_path: Path) -> None:
-    start = f"distill --teacher skewed2 {TINY} --fit-steps 20 {FREQUENT} --steps 120"
-    *kills, equal = KILL9["study"](start.split(), tmp_path, 3, random.Random(4))
+    start = f"{DISTILL} --teacher skewed2 {FREQUENT} --steps 120"
+    *kills, equal = KILL9["study"](start.split(), tmp_path, 3, random.Random(4), Forked)
     assert len(kills) == 3
     assert all(kill.step - kill.checkpoint <= 6 for kill in kills)
     assert equal is True

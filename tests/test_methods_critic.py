@@ -14,18 +14,20 @@ from small import distiller
 REAL = GaussianMixture([1.0], [[0.6]], [0.36], sigma_max=2.0)
 
 
-@pytest.mark.parametrize("features", ["own", "fake"])
-def test_critic_and_discriminator_learn_the_exact_score_and_ratio(features: str) -> None:
+@pytest.mark.parametrize(("features", "steps", "lr"), [("own", 125, 4e-3), ("fake", 250, 2e-3)])
+def test_critic_and_discriminator_learn_the_exact_score_and_ratio(
+    features: str, steps: int, lr: float
+) -> None:
     # An untrained network returns 0, so the student is x0 = c_skip s z, c_skip = sigma_data^2 / (s^2 +
     # sigma_data^2), with s its first level: exactly N(0, spread^2). It never moves: the warm-up never ends.
-    settings = {"warmup_steps": 10**6, "lr_critic": 2e-3, "lr_ratio": 2e-3, "ratio_features": features}
-    method = distiller(REAL, "js", noise_low=0.1, beta1=0.9, total_steps=250, lr_decay="cosine", **settings)
+    settings = {"warmup_steps": 10**6, "lr_critic": lr, "lr_ratio": lr, "ratio_features": features}
+    method = distiller(REAL, "js", noise_low=0.1, beta1=0.9, total_steps=steps, lr_decay="cosine", **settings)
     state = method.init(0)
     level = state.student.levels[0]
     spread = REAL.sigma_data**2 * level / (level**2 + REAL.sigma_data**2)
     student = GaussianMixture([1.0], [[0.0]], [spread**2])
     drawn = torch.Generator().manual_seed(0)
-    for _ in range(250):
+    for _ in range(steps):
         method.step(state, Batch(REAL.sample(512, generator=drawn), None))
     assert state.updates == 0
     x0 = torch.cat([REAL.sample(2000, generator=drawn), student.sample(2000, generator=drawn)])
@@ -37,7 +39,8 @@ def test_critic_and_discriminator_learn_the_exact_score_and_ratio(features: str)
         usual = exact.abs() < 4  # where both have samples to learn from
         error = (logit - exact)[usual].square().mean().sqrt() / exact[usual].std()
         miss = (fake - student(x, levels))[x.abs()[:, 0] < 2 * (spread**2 + sigma**2) ** 0.5]
-        # Measured 0.05 to 0.16 of the ratio's spread, and at most 0.02; untrained: 1, and above 0.25.
+        # Seeds 0 to 2: at most 0.16 (own) and 0.26 (fake) of the ratio's spread, and at most 0.034;
+        # untrained: 1, and above 0.25.
         assert error < 0.3, (sigma, float(error))
         assert miss.square().mean().sqrt() < 0.05, sigma
 

@@ -1,9 +1,12 @@
 """bfloat16 autocast and torch.compile change speed, not the result beyond rounding."""
 
+import functools
+import os
 import shutil
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from distmatch.data import load_data
 from distmatch.nets.edm import EDMDenoiser
@@ -46,11 +49,25 @@ def test_bf16_distillation_keeps_ratio_statistics_in_high_precision():
     assert all(torch.isfinite(v).all() for k, v in info.items() if v.ndim == 0)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_training_equals_eager():
+COMPILES = "DISTMATCH_COMPILE" in os.environ and shutil.which("g++") is not None
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # the graphs of forward and backward pass, run as they are
+        pytest.param(
+            "inductor", marks=pytest.mark.skipif(not COMPILES, reason="compiles C++ for half a minute")
+        ),
+    ],
+)
+def test_compiled_training_equals_eager(backend, monkeypatch):
+    graphs = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
     eager, compiled = teacher_after(3), teacher_after(3, compile=True)
     assert list(eager.state_dict()) == list(compiled.state_dict())
     torch.testing.assert_close(weights(eager), weights(compiled), rtol=1e-3, atol=1e-4)
+    assert graphs.frame_count > 0
 
 
 @pytest.mark.gpu

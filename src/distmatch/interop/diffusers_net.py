@@ -35,6 +35,9 @@ class DiffusersNet(nn.Module):
         UserError: Another kind of network, or a module that it does not have.
     """
 
+    uncompiled = ("only_features",)
+    """What ``training/devices.py`` leaves as it is: no graph can be left by an exception."""
+
     def __init__(
         self,
         model: Any,
@@ -108,7 +111,6 @@ class DiffusersNet(nn.Module):
             out = self.forward(x, t, labels)
         return out, self._maps(kept, x)
 
-    @torch.compiler.disable
     def only_features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """The outputs of the named modules alone: the pass is left when the last of them is there."""
         kept: dict[str, Tensor] = {}

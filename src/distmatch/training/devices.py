@@ -34,4 +34,5 @@ def compile_network(net: nn.Module) -> None:
     """Compiles the entry points of a network in place; names in its state stay as they are."""
     for name in ("forward", "with_features", "only_features"):
         if hasattr(net, name):
-            setattr(net, name, torch.compile(getattr(net, name)))
+            change = torch.compiler.disable if name in getattr(net, "uncompiled", ()) else torch.compile
+            setattr(net, name, change(getattr(net, name)))

@@ -1,0 +1,72 @@
+"""Command lines in processes of their own, without the seconds that each would need to import torch.
+
+They are forked from a server that has imported it and has done nothing else: equal command lines compute with
+equal libraries in equal order, whatever the tests before have done in their process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from distmatch.cli.main import entry
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["torch._dynamo", "sklearn.datasets", "matplotlib.figure"]
+    + [f"distmatch.{name}" for name in ("cli.train", "cli.distill", "training.prepare", "methods.build")]
+    + ["distmatch.report.build", "distmatch.training.assess"]
+)
+
+
+class Forked:
+    """``python -m distmatch LINE``, with what ``subprocess.Popen`` offers.
+
+    Args:
+        line: The command line.
+    """
+
+    def __init__(self, line: list[str]) -> None:
+        handle, name = tempfile.mkstemp()
+        os.close(handle)
+        self._errors = Path(name)
+        self._process = _SERVER.Process(target=_main, args=(line, name))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; minus the number of the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Sends SIGKILL."""
+        self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal."""
+        if self._process.pid is not None and self.poll() is None:
+            os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[bytes, bytes]:
+        """Waits for the end; nothing, and what it wrote to stderr."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise TimeoutError
+        errors = self._errors.read_bytes()
+        self._errors.unlink(missing_ok=True)
+        return b"", errors
+
+
+def _main(line: list[str], errors: str) -> None:
+    """The forked process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_TRUNC), 2)
+    sys.argv = ["distmatch", *line]
+    entry()
