@@ -16,8 +16,8 @@ import torch
 
 from command import command, contents, done
 from distmatch.base.errors import UserError
+from distmatch.data import Scaling, from_arrays
 from distmatch.interop import onnx_export as module
-from distmatch.interop.frozen import Portable
 from distmatch.interop.onnx_export import export_onnx
 from distmatch.methods.student import Student
 from distmatch.nets.build import build_net
@@ -96,6 +96,68 @@ def test_images(tmp_path: Path) -> None:
     assert [i.name for i in session(tmp_path / "out").get_inputs()] == ["noise"]
 
 
+def units(student: Student, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The graph's output in units of the data, and what the student exports of the same noise."""
+    gen = torch.Generator().manual_seed(5)
+    noise = torch.randn(7, *student.shape, generator=gen)
+    labels = torch.arange(7) % student.num_classes if student.num_classes else None
+    fed = {"noise": noise.numpy(), **({"labels": labels.numpy()} if labels is not None else {})}
+    (found,) = session(folder).run(["data"], fed)
+    with torch.no_grad():
+        return found, student.export(student([noise], labels))
+
+
+@pytest.mark.parametrize("far", [0.0, 1.7e9])
+def test_vectors_come_out_in_the_units_of_their_columns(far: float, tmp_path: Path) -> None:
+    """Euros, and seconds since 1970, which float32 does not hold."""
+    raw = np.linspace([9.0, far], [250_000.0, far + 86_401.0], 99)
+    scaling = from_arrays(raw if far else raw.astype("float32")).scaling
+    student = Student(network_teacher(3), (2.5,), {"data": {"scaling": scaling.to_dict()}})
+    export_onnx(student, tmp_path / "out")
+    found, expected = units(student, tmp_path / "out")
+    assert found.dtype == expected.dtype == (np.float64 if far else np.float32)
+    half = np.array([124_995.5, 43_200.5])
+    assert np.abs((found - expected) / half).max() < 1e-4
+    assert np.abs(found - raw.mean(0)).max() > 1e3  # not in units of the model
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["outputs"] == {"samples": ["batch", 2], "data": ["batch", 2]}
+    assert 'session.run(["data"], inputs)' in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_come_out_as_bytes(channels: int, tmp_path: Path) -> None:
+    shape = (channels, 9, 6)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = build_net(UNetConfig(width=8, multipliers=(1,), blocks=1, attention=()), shape, 4)
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    info = {"data": {"scaling": Scaling.for_images(0, 1, "floats").to_dict()}}
+    student = Student(EDMDenoiser(net, shape=shape, num_classes=4), (2.5,), info)
+    export_onnx(student, tmp_path / "out")
+    found, expected = units(student, tmp_path / "out")
+    assert found.dtype == np.uint8
+    assert found.shape == expected.shape == ((7, 9, 6) if channels == 1 else (7, 9, 6, 3))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert len(np.unique(found)) > 50
+
+
+def test_a_graph_with_other_units_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = module._write_graph
+
+    def other(graph: module._Outputs, names: list[str], path: Path) -> None:
+        right, graph.scaling = graph.scaling, Scaling("vector", (0.0, 0.0), (3.0, 3.001), "wrong")
+        write(graph, names, path)
+        graph.scaling = right
+
+    monkeypatch.setattr(module, "_write_graph", other)
+    scaling = Scaling("vector", (0.0, 0.0), (3.0, 3.0), "right")
+    student = Student(network_teacher(), (2.5,), {"data": {"scaling": scaling.to_dict()}})
+    with pytest.raises(UserError, match="does not give the student's samples"):
+        export_onnx(student, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_networks_of_diffusers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     import diffusers_models as models
@@ -126,7 +188,7 @@ def test_the_command_and_weights_in_a_file_of_their_own(
     assert "distmatch-onnx" in again.err
 
     # A graph of other numbers, in the place of a good one, does not stay.
-    def others(portable: Portable, names: list[str], path: Path) -> None:
+    def others(graph: object, names: list[str], path: Path) -> None:
         for file in ("model.onnx", "model.onnx.data"):
             shutil.copy(tmp_path / "moved" / file, path.parent)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,6 +107,21 @@ class Scaling:
         """Leaves vectors of ``dim`` columns as they are: for data that an exact teacher describes."""
         return cls("vector", (0.0,) * dim, (1.0,) * dim, "as they are")
 
+    @classmethod
+    def known(cls, about: Mapping[str, Any], shape: Sequence[int]) -> Scaling:
+        """That of the data of a saved model; without one vectors stay as they are, and images lie in [-1, 1].
+
+        Args:
+            about: What the model keeps of its data.
+            shape: Shape of one sample.
+
+        Raises:
+            UserError: A field is missing or is not what it should be.
+        """
+        if "scaling" in about:
+            return cls.from_dict(about["scaling"])
+        return cls.identity(shape[0]) if len(shape) == 1 else cls.for_images(-1.0, 1.0, "model space")
+
     def _numbers(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
         """Centre and half range, ready to broadcast over ``like``."""
         if self.kind == "image":
@@ -153,12 +168,14 @@ class Scaling:
                 got=f"{bad} of {x.numel()} values are NaN or infinite",
                 fix="the model diverged: use an earlier checkpoint or a lower learning rate",
             )
+        return self.in_units(x.cpu()).contiguous().numpy()
+
+    def in_units(self, x: Tensor) -> Tensor:
+        """What :meth:`export` gives, of model values that are finite, as a tensor on their device."""
         if self.kind == "vector":
-            return self.to_raw(x.cpu()).numpy()
+            return self.to_raw(x)
         pixels = (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        if pixels.shape[1] == 1:
-            return pixels[:, 0].cpu().numpy()
-        return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; :meth:`from_dict` gives back an equal object."""

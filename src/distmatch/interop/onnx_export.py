@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_folder, atomic_json, atomic_write, check_model_folder
+from distmatch.data import Scaling
 from distmatch.diffusion.latents import decoder_of
 from distmatch.interop.card import card_of
 from distmatch.interop.frozen import Portable, StudentLike
@@ -37,7 +39,9 @@ def export_onnx(
 
     The graph has the inputs ``noise``, ``noise_1``, ..., unit noise for each call, each (B, *shape) float32,
     and ``labels`` (B,) int64 for a student with classes. Its output ``samples`` (B, *shape) is in model
-    space: images in [-1, 1], or latents where the student works on them.
+    space: images in [-1, 1], or latents where the student works on them. Its output ``data`` holds the same
+    samples in the units of the data, as `distmatch sample` writes them: images as uint8, (B, H, W) when grey
+    and (B, H, W, C) otherwise; vectors as they were before they were scaled. Latents have none.
 
     Args:
         student: The student.
@@ -54,24 +58,54 @@ def export_onnx(
     runtime = import_onnxruntime()
     folder = Path(folder)
     check_model_folder(folder, (_GRAPH, _WEIGHTS, _CONFIG, CARD))
-    portable = Portable(student)
     about = student.description()
+    latent = decoder_of(student.denoiser) is not None
+    scaling = None if latent else Scaling.known(about.get("data") or {}, student.shape)
+    portable = Portable(student)
+    graph = _Outputs(portable, scaling)
     names = _input_names(portable)
+    with torch.no_grad():
+        made = [output[0] for output in graph(*portable.inputs(2))]
     config = {
         "format": FORMAT,
         "version": VERSION,
         "inputs": {name: ["batch", *(student.shape if name != "labels" else ())] for name in names},
-        "outputs": {"samples": ["batch", *student.shape]},
-        "space": "latents" if decoder_of(student.denoiser) is not None else "samples",
+        "outputs": {n: ["batch", *x.shape] for n, x in zip(graph.names, made, strict=True)},
+        "space": "latents" if latent else "samples",
         "extra": about,
     }
-    card = card_of(student.denoiser, about, usage=_usage(student, names), library="onnx", metrics=metrics)
+    card = card_of(
+        student.denoiser,
+        about,
+        usage=_usage(student, names, graph.names[-1]),
+        library="onnx",
+        metrics=metrics,
+    )
     with atomic_folder(folder) as temporary:
-        _write_graph(portable, names, temporary / _GRAPH)
-        difference = _difference(runtime, portable, names, temporary / _GRAPH)
+        _write_graph(graph, names, temporary / _GRAPH)
+        difference = _difference(runtime, graph, names, temporary / _GRAPH)
         atomic_json(temporary / _CONFIG, config)
         atomic_write(temporary / CARD, card)
     return difference
+
+
+class _Outputs(nn.Module):
+    """A student in plain operations, with its samples in model space and in the units of the data.
+
+    Args:
+        portable: The student.
+        scaling: That of its data; None leaves the second output out.
+    """
+
+    def __init__(self, portable: Portable, scaling: Scaling | None) -> None:
+        super().__init__()
+        self.portable, self.scaling = portable, scaling
+        self.names = ["samples"] if scaling is None else ["samples", "data"]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, in the order of their names."""
+        x = self.portable(*inputs)
+        return (x,) if self.scaling is None else (x, self.scaling.in_units(x))
 
 
 def _input_names(portable: Portable) -> list[str]:
@@ -79,17 +113,17 @@ def _input_names(portable: Portable) -> list[str]:
     return [*noise, *(["labels"] if portable.conditional else [])]
 
 
-def _write_graph(portable: Portable, names: list[str], path: Path) -> None:
+def _write_graph(graph: _Outputs, names: list[str], path: Path) -> None:
     batch = torch.export.Dim("batch", min=1)
-    weights = sum(p.numel() * p.element_size() for p in portable.parameters())
+    weights = sum(p.numel() * p.element_size() for p in graph.parameters())
     try:
         with _quiet():
             torch.onnx.export(
-                portable,
-                portable.inputs(2),
+                graph,
+                graph.portable.inputs(2),
                 path,
                 input_names=names,
-                output_names=["samples"],
+                output_names=graph.names,
                 dynamo=True,
                 opset_version=_OPSET,
                 dynamic_shapes=(tuple({0: batch} for _ in names),),
@@ -105,8 +139,11 @@ def _write_graph(portable: Portable, names: list[str], path: Path) -> None:
         ) from error
 
 
-def _difference(runtime: Any, portable: Portable, names: list[str], path: Path) -> float:
+def _difference(runtime: Any, graph: _Outputs, names: list[str], path: Path) -> float:
     """The largest difference between graph and student, at batch sizes that the graph was not made at.
+
+    Samples in units of the data count by the half range of their column, bytes by that of a byte, one of them
+    left aside for a value on the border of two.
 
     Raises:
         UserError: It is too large.
@@ -117,12 +154,15 @@ def _difference(runtime: Any, portable: Portable, names: list[str], path: Path) 
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     worst = relative = 0.0
     for n in _BATCHES:
-        inputs = portable.inputs(n, seed=n)
+        inputs = graph.portable.inputs(n, seed=n)
         fed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        found = torch.from_numpy(session.run(["samples"], fed)[0])
-        expected = portable.expected(inputs)
-        far = float((found - expected).abs().max())
-        worst, relative = max(worst, far), max(relative, far / max(1.0, float(expected.abs().max())))
+        found = [torch.from_numpy(value) for value in session.run(graph.names, fed)]
+        expected = graph.portable.expected(inputs)
+        far = float((found[0] - expected).abs().max())
+        worst, size = max(worst, far), max(1.0, float(expected.abs().max()))
+        relative = max(relative, far / size)
+        if graph.scaling is not None:
+            relative = max(relative, _in_units(graph.scaling, found[1], expected) / size)
     if not relative <= TOLERANCE:
         raise UserError(
             "the graph does not give the student's samples, so it was not kept",
@@ -131,6 +171,18 @@ def _difference(runtime: Any, portable: Portable, names: list[str], path: Path) 
             fix="export it with --to safetensors; another version of onnxruntime may do better",
         )
     return worst
+
+
+def _in_units(scaling: Scaling, found: Tensor, expected: Tensor) -> float:
+    """How far samples in units of the data are from those that they should be, in units of model space."""
+    right = scaling.in_units(expected)
+    if found.shape != right.shape or found.dtype != right.dtype:
+        return float("inf")
+    if scaling.kind == "image":
+        return max(0.0, (float((found.int() - right.int()).abs().max()) - 1) / 127.5)
+    half = torch.tensor(scaling.half, dtype=torch.float64)
+    rounding = 2 * torch.finfo(right.dtype).eps * right.abs().double()  # of values far from 0
+    return float((((found - right).abs().double() - rounding).clamp(min=0) / half).max())
 
 
 @contextlib.contextmanager
@@ -150,7 +202,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _usage(student: StudentLike, names: list[str]) -> str:
+def _usage(student: StudentLike, names: list[str], output: str) -> str:
     shape = ", ".join(map(str, student.shape))
     feeds = [f'    "{name}": rng.standard_normal((16, {shape})).astype("float32"),' for name in names]
     if names[-1] == "labels":
@@ -165,6 +217,6 @@ def _usage(student: StudentLike, names: list[str]) -> str:
             "inputs = {",
             *feeds,
             "}",
-            'samples = session.run(["samples"], inputs)[0]',
+            f'samples = session.run(["{output}"], inputs)[0]',
         ]
     )

@@ -110,13 +110,7 @@ def open_model(source: str) -> Model:
         return Model(source, None, mixture, Scaling.identity(mixture.shape[0]), source)
     denoiser, info = open_denoiser(source)
     data = info.get("data") or {}
-    shape = (decoder_of(denoiser) or denoiser).shape
-    if "scaling" in data:
-        scaling = Scaling.from_dict(data["scaling"])
-    elif len(shape) == 1:
-        scaling = Scaling.identity(shape[0])
-    else:
-        scaling = Scaling.for_images(-1.0, 1.0, "model space")
+    scaling = Scaling.known(data, (decoder_of(denoiser) or denoiser).shape)
     student = student_from(denoiser, info) if info.get("kind") == "student" else None
     return Model(
         source,
