@@ -182,3 +182,23 @@ def test_json_is_finite_and_alone_on_stdout() -> None:
     answer = done("evaluate q.npz p.npz --divergences js,frechet --json")
     json.loads(answer.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert "divergences" not in answer.out
+
+
+def test_other_shares_of_classes_are_told(tmp_path: Path) -> None:
+    """Of the two sets by their names, where both have labels."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((300, 2)).astype(np.float32)
+    common = {"class_names": ["cat", "dog"]}
+    np.savez(tmp_path / "even.npz", x=x, labels=np.arange(300) % 2, **common)
+    np.savez(tmp_path / "cats.npz", x=x[::-1], labels=np.arange(300) % 10 > 7, **common)
+    np.savez(tmp_path / "swapped.npz", x=x[::-1], labels=1 - np.arange(300) % 2, class_names=["dog", "cat"])
+    np.savez(tmp_path / "birds.npz", x=x[::-1], labels=np.arange(300) % 2, class_names=["owl", "wren"])
+    np.savez(tmp_path / "none.npz", x=x[::-1])
+
+    def warned(samples: str) -> str:
+        line = f"evaluate {tmp_path}/{samples}.npz {tmp_path}/even.npz --divergences energy --json"
+        return " ".join(done(line).json().get("warnings", []))
+
+    assert "class cat: 80.0% of the samples, 50.0% of the real data" in warned("cats")
+    assert "not compared" in warned("birds")
+    assert warned("none") == warned("swapped") == ""

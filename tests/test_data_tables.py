@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,6 +151,26 @@ def test_a_table_goes_in_and_comes_back(place: Path, tmp_path: Path) -> None:
     assert 0 < said["outside_range"] < 1
     answer = done(f"evaluate {tmp_path}/x.csv --data {place}/flats.csv:one-hot --features pixels")
     assert "fd" in answer.out
+
+
+def test_columns_of_whole_numbers_stay_whole(place: Path, tmp_path: Path) -> None:
+    done(f"sample {place}/t --steps 2 --n 200 --out {tmp_path}/x.csv")
+    done(f"sample {place}/t --steps 2 --n 200 --out {tmp_path}/x.npz")
+    _, *rows = (tmp_path / "x.csv").read_text().splitlines()
+    price, sold = ([row.split(",")[k] for row in rows] for k in (0, 2))
+    assert all(re.fullmatch(r"-?[1-9]\d*|0", cell) for cell in price)
+    assert all("." in cell for cell in sold)  # of fractions
+    plain = np.load(tmp_path / "x.npz")["x"][:, 0]
+    assert np.abs(plain - np.rint(plain)).max() > 0.1
+    np.testing.assert_array_equal(np.array(price, float), np.rint(plain))
+    like = (Column("a", whole=True), Column("w", ("x", "y")), Column("b"))
+    x = np.array([[-0.4, 0.2, 0.8, 1.5], [2.5e18, 1, 0, -2]])
+    assert table_text(like, x) == "a,w,b\n0,y,1.5\n2500000000000000000,x,-2.0\n"
+    data = load_data(written(tmp_path / "t.csv", "a,b,c\n1,2.0,2.5\n3,4,5\n"))
+    assert [c.whole for c in data.columns] == [True, True, False]
+    again = columns_of({"columns": [c.to_dict() for c in data.columns]})
+    assert [c.whole for c in again] == [True, True, False]
+    assert again == (Column("a"), Column("b"), Column("c"))  # a part may be whole by chance
 
 
 def test_clipping_is_asked_for(place: Path, tmp_path: Path) -> None:

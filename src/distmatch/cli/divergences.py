@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
+from distmatch.base.errors import UserError
 from distmatch.base.seeds import stream_seed
+from distmatch.cli.output import warn_of_shares
 from distmatch.data import TOY_NAMES, Dataset, load_data, toy, toy_dataset
+from distmatch.data.classes import matched, names_of
 from distmatch.data.columns import Column
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences.estimators import LowerBound
@@ -33,8 +37,9 @@ def between(a: str, b: str, which: str, features: str, n: int | None, seed: int,
     checked_names(which)  # before anything is read
     where = pick_device(device)
     where = where if where.type == "cuda" else pick_device("cpu")  # tests sum in float64
-    p = _samples(a, seed, "p", labels=features == "classifier")
-    q = _samples(b, seed, "q", labels=False, columns=p.columns)
+    p = _samples(a, seed, "p")
+    q = _samples(b, seed, "q", columns=p.columns)
+    _compare_classes(p, q)
     mixture_p, mixture_q = (_mixture(source) for source in (a, b))
     return compare_datasets(
         p,
@@ -54,10 +59,23 @@ def _mixture(source: str) -> GaussianMixture | None:
     return toy(source) if source in TOY_NAMES else None
 
 
-def _samples(source: str, seed: int, side: str, *, labels: bool, columns: Sequence[Column] = ()) -> Dataset:
+def _compare_classes(p: Dataset, q: Dataset) -> None:
+    """Warns where two labelled sets hold the classes in other shares, or are of other classes."""
+    if p.labels is None or q.labels is None:
+        return
+    try:
+        labels = matched(q, names_of(p), p.num_classes, "the reference").labels
+    except UserError as error:
+        warnings.warn(f"shares of the classes were not compared: {error}", stacklevel=2)
+        return
+    if labels is not None:
+        warn_of_shares(labels, p.labels, names_of(p))
+
+
+def _samples(source: str, seed: int, side: str, *, columns: Sequence[Column] = ()) -> Dataset:
     if source in TOY_NAMES:  # fresh ones: the other set may be drawn from the same toy under the same seed
         return toy_dataset(source, seed=stream_seed(seed, f"evaluate/toy/{side}"))
-    return load_data(source, labels=labels, columns=columns)
+    return load_data(source, columns=columns)
 
 
 def divergence_table(a: str, b: str, found: Comparison) -> str:

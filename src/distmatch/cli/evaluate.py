@@ -50,7 +50,7 @@ class EvaluateOptions:
     teacher: str = ""
     """For a student's run: the teacher to stand beside it; empty takes the one it was distilled from."""
     features: str = "auto"
-    """classifier, pixels, or auto: classifier where there are labels."""
+    """classifier, pixels, or auto: classifier where there are labels; pixels with --divergences."""
     n: int | None = None
     """Samples in a block, the same for all; unset takes half the data, at most 5000. With --divergences the
     most of each set, at most 20,000."""

@@ -102,7 +102,7 @@ def run(argv: list[str]) -> None:
     from distmatch.cli.output import check_form, tell_conversion, write_samples
     from distmatch.cli.trajectory import check_picture
     from distmatch.data.classes import names_for
-    from distmatch.data.columns import columns_of
+    from distmatch.data.columns import columns_of, rounded
     from distmatch.training.models import open_model, refuse_existing
     from distmatch.training.ranges import Range, require_range
 
@@ -123,11 +123,13 @@ def run(argv: list[str]) -> None:
     if out is not None:
         drawn = ask.draw(o.n, labels)
         x = model.scaling.export(drawn.x)
+        columns = columns_of(model.trained_on, x.shape[1]) if x.ndim == 2 else ()
+        if out.suffix.lower() == ".csv":
+            x = rounded(columns, x)
         if x.ndim == 2 and bounds is not None:
             result |= bounds.outside(x)
             x = bounds.clip(x) if o.clip else x
         names = names_for(model.classes.names, model.num_classes)
-        columns = columns_of(model.trained_on, x.shape[1]) if x.ndim == 2 else ()
         write_samples(out, x, drawn.labels, o.overwrite, names, columns)
         seconds = round(drawn.seconds_per_1000, 5)
         result |= {"out": str(out), "nfe": drawn.nfe, "seconds_per_1000": seconds}

@@ -226,7 +226,7 @@ def share_warning(labels: Tensor, reference: Tensor, names: Sequence[str]) -> st
     return (
         f"the samples hold the classes in other shares than the real data (class {name}: "
         f"{float(shares[0, worst]):.1%} of the samples, {float(shares[1, worst]):.1%} of the real data): "
-        "that alone is a difference, and fd and kid measure it too"
+        "that alone is a difference, which all that compares the two sets measures too"
     )
 
 

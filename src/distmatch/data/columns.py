@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,13 @@ class Column:
         name: Its name in the header.
         values: Of a column of text that is encoded one-hot, the words, one element of the vector for each;
             () for a column of numbers, which is one element.
+        whole: Whether all its numbers were whole. A part of a table may be so by chance: columns are equal
+            without it.
     """
 
     name: str
     values: tuple[str, ...] = ()
+    whole: bool = field(default=False, compare=False)
 
     @property
     def width(self) -> int:
@@ -34,7 +37,7 @@ class Column:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"name": self.name, "values": list(self.values)}
+        return {"name": self.name, "values": list(self.values), **({"whole": True} if self.whole else {})}
 
 
 def columns_of(about: Mapping[str, Any], width: int | None = None) -> tuple[Column, ...]:
@@ -46,8 +49,11 @@ def columns_of(about: Mapping[str, Any], width: int | None = None) -> tuple[Colu
             None takes the description as it is, () without one.
     """
     try:
-        found = tuple(Column(str(c["name"]), tuple(map(str, c["values"]))) for c in about["columns"])
-    except (KeyError, TypeError):
+        found = tuple(
+            Column(str(c["name"]), tuple(map(str, c["values"])), c.get("whole") is True)
+            for c in about["columns"]
+        )
+    except (KeyError, TypeError, AttributeError):
         found = ()
     if width is None or sum(column.width for column in found) == width:
         return found
@@ -59,10 +65,16 @@ def element_names(columns: Sequence[Column]) -> list[str | None]:
     return [name for c in columns for name in ([None] * len(c.values) if c.values else [c.name])]
 
 
+def rounded(columns: Sequence[Column], x: np.ndarray) -> np.ndarray:
+    """Vectors (N, D) as a table has them: those of columns of whole numbers are whole."""
+    whole = np.array([c.whole and not c.values for c in columns for _ in range(c.width)], dtype=bool)
+    return np.where(whole, np.rint(x), x) if whole.any() else x
+
+
 def table_text(
     columns: Sequence[Column], x: np.ndarray, labels: np.ndarray | None = None, names: Sequence[str] = ()
 ) -> str:
-    """A table as CSV, with a header; numbers in the fewest digits that give them back.
+    """A table as CSV, with a header; numbers in the fewest digits that give them back, whole ones rounded.
 
     Args:
         columns: The columns, whose widths add up to D.
@@ -77,6 +89,8 @@ def table_text(
         begin += column.width
         if column.values:
             cells.append([column.values[k] for k in part.argmax(1)])
+        elif column.whole:
+            cells.append([f"{v:.0f}" for v in np.rint(part[:, 0]) + 0.0])  # + 0.0: no -0
         else:
             cells.append([str(v) for v in part[:, 0]])
     header = [column.name for column in columns]

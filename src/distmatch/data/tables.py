@@ -125,9 +125,10 @@ def _column(file: Path, name: str, cells: Sequence[str], one_hot: bool) -> Colum
     Raises:
         UserError: Text that is not to be, or cannot be encoded.
     """
-    text = [k for k, cell in enumerate(cells) if _number(cell) is None]
+    numbers = [_number(cell) for cell in cells]
+    text = [k for k, number in enumerate(numbers) if number is None]
     if not text:
-        return Column(name)
+        return Column(name, whole=all(n is not None and n.is_integer() for n in numbers))
     words = in_order(sorted(set(cells)))
     got = f"{cells[text[0]][:40]!r} in row {text[0] + 1}, {len(text)} such cells of {len(cells)}"
     if len(text) < len(cells) / 2:
