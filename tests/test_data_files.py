@@ -294,6 +294,36 @@ def test_sub_folders_are_classes(tmp_path):
         load_data(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (("train", "test"), r"parts of a data set.*test, train.*Fix: name one of them: .*/train\."),
+        (("Train", "VAL"), r"parts of a data set.*Fix: .*/Train\."),
+        (("train/cat", "train/dog", "test/cat", "test/dog"), r"parts of a data set.*Fix: .*/train\."),
+        (("train/cat", "train/dog", "val/cat", "val/dog", "extra"), r"parts of a data set.*train, val\."),
+        (("train2017", "val2017", "test-images"), r"parts of a data set"),
+        (("train/cat", "train/dog"), r"folders inside of folders.*train/cat.*Fix: name .*/train if"),
+        (("cat", "cat/small", "dog"), r"folders inside of folders.*cat/small"),
+        (("cat/1/deep", "dog/1/deep"), r"folders inside of folders.*cat/1/deep"),
+        (("", "cat", "dog"), "both in itself and in sub-folders"),
+    ],
+)
+def test_folders_of_which_it_is_unclear_what_the_classes_are(folders, words, tmp_path):
+    for k, name in enumerate(folders):
+        write_images(tmp_path / name, IMAGES[k % 5 : k % 5 + 2])
+    with pytest.raises(UserError, match=words):
+        load_data(tmp_path)
+
+
+def test_the_part_that_is_named_is_read_with_its_classes(tmp_path):
+    for k, name in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
+        write_images(tmp_path / name, IMAGES[k : k + 2])
+    assert load_data(tmp_path / "train").class_names == ("cat", "dog")
+    write_images(tmp_path / "things/train", IMAGES[:2])  # on rails
+    write_images(tmp_path / "things/ship", IMAGES[2:4])
+    assert load_data(tmp_path / "things").class_names == ("ship", "train")
+
+
 def test_one_sub_folder_is_no_class(tmp_path):
     write_images(tmp_path / "images", IMAGES)
     assert load_data(tmp_path).labels is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,14 @@ def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
             fix="move them",
         )
     parts = sorted(groups)
-    if len(parts) > 1 and all(name.lower() in _SPLITS for name in parts):
+    # By the first word: val2017, test-images. One of them among others may be a class.
+    splits = [name for name in parts if re.split("[^a-z]", name.lower())[0] in _SPLITS]
+    if len(splits) > 1:
         raise UserError(
             f"{folder} holds parts of a data set, not classes",
-            got=f"the sub-folders {', '.join(parts)}",
+            got=f"the sub-folders {', '.join(splits)}",
             expected="one folder of images, or one with a sub-folder for each class",
-            fix=f"name one of them: {folder / parts[-1 if 'train' in parts[-1].lower() else 0]}",
+            fix=f"name one of them: {folder / next((n for n in splits if 'train' in n.lower()), splits[0])}",
         )
     for name in parts:
         deep = next((f for f in groups[name] if len(f.relative_to(folder).parts) > 2), None)
