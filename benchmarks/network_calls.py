@@ -39,7 +39,8 @@ class Call:
         autocast: Whether bfloat16 was.
         module: The network itself.
         partial: Whether the pass stops at the last feature.
-        reached: Numbers of the outputs that a backward pass came through.
+        passes: The backward passes that went on to inputs or parameters, with the numbers of the outputs that
+            each came through. One that ends at the last layer, to weigh losses, is left out.
         inputs: Numbers of the arguments that it went on to.
         to_parameters: Whether it went on to the parameters.
     """
@@ -53,7 +54,7 @@ class Call:
     autocast: bool
     module: nn.Module
     partial: bool = False
-    reached: set[int] = field(default_factory=set)
+    passes: dict[int, set[int]] = field(default_factory=dict)
     inputs: set[int] = field(default_factory=set)
     to_parameters: bool = False
 
@@ -63,7 +64,7 @@ class Call:
         if self.tangents:
             return "jvp"
         ends = [name for name, there in (("weights", self.to_parameters), ("input", self.inputs)) if there]
-        way = "backward to " + " and ".join(ends) if self.reached else "forward"
+        way = "backward to " + " and ".join(ends) if self.passes else "forward"
         return way if not self.partial else "features" if way == "forward" else f"features, {way}"
 
 
@@ -135,27 +136,35 @@ def _watch(call: Call, given: list[Any], outputs: list[Any]) -> list[RemovableHa
     """Notes where backward passes through the call come from and where they go; returns what to undo."""
     parameter = next((p for p in call.module.parameters() if p.requires_grad), None)
     edge = None if parameter is None else get_gradient_edge(parameter).node
-    passes: set[int] = set()
+    reached: dict[int, set[int]] = {}
 
     def through(number: int) -> None:
-        call.reached.add(number)
-        passes.add(torch._C._current_graph_task_id())
+        reached.setdefault(torch._C._current_graph_task_id(), set()).add(number)
         try:
             going = edge is not None and torch._C._will_engine_execute_node(edge)
         except RuntimeError:  # torch.autograd.grad for given tensors; the parameter's own hook tells
             going = False
-        call.to_parameters = call.to_parameters or going
+        if going:
+            arrived()
 
-    def arrived(_: Tensor) -> None:
-        if torch._C._current_graph_task_id() in passes:
+    def arrived(*_: Tensor) -> None:
+        number = torch._C._current_graph_task_id()
+        if number in reached:
             call.to_parameters = True
+            call.passes[number] = reached[number]
+
+    def came_out(number: int) -> None:
+        this = torch._C._current_graph_task_id()
+        if this in reached:  # else it came from another call on the same input
+            call.inputs.add(number)
+            call.passes[this] = reached[this]
 
     for number, output in enumerate(outputs):
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(lambda _, n=number: through(n))
     for number, value in enumerate(given):
         if isinstance(value, Tensor) and value.requires_grad:
-            value.register_hook(lambda _, n=number: call.inputs.add(n))
+            value.register_hook(lambda _, n=number: came_out(n))
     return [] if parameter is None else [parameter.register_hook(arrived)]
 
 
@@ -208,7 +217,7 @@ def replay(calls: list[Call]) -> Callable[[], None]:
 def _ready(call: Call) -> Callable[[], None]:
     values = [v.tensor() if isinstance(v, _Ready) else v for v in call.arguments]
     device = _device(values)
-    wanted = [values[i].requires_grad_() for i in sorted(call.inputs)] if call.reached else []
+    wanted = [values[i].requires_grad_() for i in sorted(call.inputs)]
 
     def made(flat: list[Any]) -> list[Any]:
         args, kwargs = tree_unflatten(flat, call.structure)
@@ -229,15 +238,14 @@ def _ready(call: Call) -> Callable[[], None]:
     def plain() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=call.autocast), torch.set_grad_enabled(call.grad):
             out = made(values)
-        if not call.reached:
-            return
-        loss = torch.stack([out[i].float().mean() for i in sorted(call.reached)]).sum()
-        if call.to_parameters:
-            loss.backward()
-            for value in wanted:
-                value.grad = None
-        elif wanted:
-            torch.autograd.grad(loss, wanted)
+        for left, reached in zip(reversed(range(len(call.passes))), call.passes.values(), strict=True):
+            loss = torch.stack([out[i].float().mean() for i in sorted(reached)]).sum()
+            if call.to_parameters:
+                loss.backward(retain_graph=left > 0)
+                for value in wanted:
+                    value.grad = None
+            elif wanted:
+                torch.autograd.grad(loss, wanted, retain_graph=left > 0)
 
     if not call.tangents:
         return plain

@@ -126,7 +126,9 @@ def test_terms_of_ctm_pull_as_hard_as_each_other() -> None:
     kept._accumulate = lambda state, draws, adversary: (draws, None)  # what the same step draws
     draws = kept.backward(again, batch(0), None)
     wanted = kept.wanted(again, draws, kept.cells(again))
-    loss = pseudo_huber(kept.reached(again, draws), wanted, kept._c).mean() / 1.4  # of 2 sigma_data
+    loss = (
+        pseudo_huber(kept.reached(again, kept.jump(again, draws), draws), wanted, kept._c).mean() / 1.4
+    )  # of 2 sigma_data
     (alone,) = torch.autograd.grad(loss, again.student.denoiser.net.last.weight)
     torch.testing.assert_close(jump, alone, rtol=1e-4, atol=1e-8)  # float32
     # |dsm part| = 2 |jump part|, up to the 1e-4 that the weight's denominator adds.

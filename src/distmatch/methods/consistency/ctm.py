@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,66 +117,100 @@ class TrajectoryTerm:
     def _accumulate(
         self, state: DistillState, draws: Draws, adversary: Adversary | None
     ) -> tuple[Info, Tensor]:
-        """Gradients of the terms over the whole batch, then their sum, since the weights need them all.
+        """Adds the gradients of all terms, scaled to each other, to those of the student's parameters.
 
         Returns:
             What to log, and the student's clean samples (B, *shape).
         """
-        student, n = state.student.denoiser, len(draws["x0"])
-        parameters = list(student.parameters())
-        totals: dict[str, tuple[Tensor, ...]] = {}
         info: Info = {}
         samples: list[Tensor] = []
-        for part in self.setup.parts(n):
-            some = {name: tensor[part] for name, tensor in draws.items()}
-            for name, loss in self._losses(state, some, adversary, samples):
-                value = loss.sum() / n
-                # The samples' graph serves the adversarial term too.
-                keep = name == "loss" and adversary is not None
-                found = torch.autograd.grad(value, parameters, materialize_grads=True, retain_graph=keep)
-                del loss  # its graph, before the next term builds its own
-                totals[name] = torch._foreach_add(totals[name], found) if name in totals else found
-                info[name] = info[name] + value.detach() if name in info else value.detach()
-        last = next(i for i, p in enumerate(parameters) if p is last_layer(student).weight)
-        weights = {"loss_dsm": self.setup.consistency.dsm_weight, "loss_gan": self.setup.config.gan_weight}
-        first = summed = totals.pop("loss")
-        for name, gradients in totals.items():
-            scale = weights[name] * balance(first[last], gradients[last])
-            info[name.replace("loss", "weight")] = scale
-            summed = torch._foreach_add(summed, torch._foreach_mul(gradients, scale))
-        for parameter, gradient in zip(parameters, summed, strict=True):
-            parameter.grad = gradient
+
+        def consistency(jump: Tensor, some: Draws) -> Iterator[tuple[str, Tensor]]:
+            wanted = self.wanted(state, some, self.cells(state))
+            x0 = self.reached(state, jump, some)
+            samples.append(x0.detach())
+            yield "loss", pseudo_huber(x0, wanted, self._c) / self.setup.unit
+            if adversary is not None:
+                yield "loss_gan", adversary.student_loss(state, x0, some)
+
+        def denoising(clean: Tensor, some: Draws) -> Iterator[tuple[str, Tensor]]:
+            yield "loss_dsm", weighted_error(clean, some["x0"], some["sigma"], self.setup.teacher.sigma_data)
+
+        at_last: dict[str, Tensor] = {}
+        self._balanced(state, draws, self.jump, consistency, at_last, info)
+        self._balanced(state, draws, self.denoised, denoising, at_last, info)
         return info, torch.cat(samples)
 
-    def _losses(
-        self, state: DistillState, draws: Draws, adversary: Adversary | None, samples: list[Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The terms of a part, (b,) each, one after the other; the student's clean samples are put away."""
-        with self.setup.autocast():
-            wanted = self.wanted(state, draws, self.cells(state))
-            reached = self.reached(state, draws)
-            first = pseudo_huber(reached, wanted, self._c) / self.setup.unit
-        samples.append(reached.detach())
-        if adversary is None:
-            del reached
-        yield "loss", first
-        del first
-        if adversary is not None:
-            with self.setup.autocast():
-                second = adversary.student_loss(state, reached, draws)
-            del reached
-            yield "loss_gan", second
-            del second
-        with self.setup.autocast():
-            third = self.dsm_loss(state, draws)
-        yield "loss_dsm", third
+    def _balanced(
+        self,
+        state: DistillState,
+        draws: Draws,
+        call: Callable[[DistillState, Draws], Tensor],
+        losses: Callable[[Tensor, Draws], Iterator[tuple[str, Tensor]]],
+        at_last: dict[str, Tensor],
+        info: Info,
+    ) -> None:
+        """Adds the gradient of losses of one call of the student, scaled by what they are at the last layer.
 
-    def reached(self, state: DistillState, draws: Draws) -> Tensor:
-        """Where the student's jump leads, taken on to the data, (b, *shape)."""
-        target, labels = state.extra["target"], draws.get("labels")
-        x0, sigma, to = draws["x0"], draws["sigma"], draws["to"]
+        The scales need the gradients of the whole batch, but at one layer only, to which they are taken from
+        the output by themselves. One backward pass then serves all losses. A batch in parts makes its calls
+        again for it, so that the graph of one part is held.
+
+        Args:
+            state: The networks.
+            draws: Of the whole batch.
+            call: The student's output (b, *shape) for a part.
+            losses: Their names and values (b,) for an output and a part.
+            at_last: Gradients at the last layer by name, to which these are added; "loss" is the measure.
+            info: Where mean losses and scales are put.
+        """
+        last = last_layer(state.student.denoiser).weight
+        weights = {"loss_dsm": self.setup.consistency.dsm_weight, "loss_gan": self.setup.config.gan_weight}
+        n = len(draws["x0"])
+        parts = [{name: tensor[part] for name, tensor in draws.items()} for part in self.setup.parts(n)]
+        pulls: list[dict[str, Tensor]] = []
+        for some in parts:
+            pulls.append({})
+            with self.setup.autocast():
+                out = call(state, some)
+            leaf = out.detach().requires_grad_()
+            with self.setup.autocast():
+                for name, loss in losses(leaf, some):
+                    value = loss.sum() / n
+                    (pull,) = torch.autograd.grad(value, leaf, retain_graph=True)
+                    (slope,) = torch.autograd.grad(out, last, pull, retain_graph=True)
+                    at_last[name] = at_last[name] + slope if name in at_last else slope
+                    info[name] = info[name] + value.detach() if name in info else value.detach()
+                    pulls[-1][name] = pull
+                    del loss, value
+        scales: dict[str, Tensor | float] = {}
+        for name in pulls[0]:
+            scales[name] = 1.0
+            if name != "loss":
+                scales[name] = weights[name] * balance(at_last["loss"], at_last[name])
+                info[name.replace("loss", "weight")] = torch.as_tensor(scales[name])
+        for some, own in zip(parts, pulls, strict=True):
+            if len(parts) > 1:
+                with self.setup.autocast():
+                    out = call(state, some)
+            out.backward(torch.stack([scales[name] * pull for name, pull in own.items()]).sum(0))
+
+    def jump(self, state: DistillState, draws: Draws) -> Tensor:
+        """The student's jump from t to s, (b, *shape)."""
+        x0, sigma = draws["x0"], draws["sigma"]
         y = x0 + expand(sigma, x0) * draws["noise"]
-        return self._to_data(target, jumped(state.student.denoiser, y, sigma, to, labels), to, labels)
+        return jumped(state.student.denoiser, y, sigma, draws["to"], draws.get("labels"))
+
+    def reached(self, state: DistillState, jump: Tensor, draws: Draws) -> Tensor:
+        """Where a jump to s leads, taken on to the data, (b, *shape)."""
+        return self._to_data(state.extra["target"], jump, draws["to"], draws.get("labels"))
+
+    def denoised(self, state: DistillState, draws: Draws) -> Tensor:
+        """The student's jump to the own level, which denoises, (b, *shape)."""
+        x0, sigma = draws["x0"], draws["sigma"]
+        y = x0 + expand(sigma, x0) * draws["noise"]
+        clean: Tensor = state.student.denoiser(y, sigma, draws.get("labels"), sigma)
+        return clean
 
     def cells(self, state: DistillState) -> int:
         """The number of cells that the teacher crosses at this step, uniform from 1 to ``solver_steps``."""
@@ -191,13 +225,6 @@ class TrajectoryTerm:
         y = x0 + expand(sigma, x0) * draws["noise"]
         middle = teacher_path(self._guided, y, sigma, via, labels, solver=cfg.teacher_solver, steps=steps)
         return self._to_data(target, jumped(target, middle, via, to, labels), to, labels)
-
-    def dsm_loss(self, state: DistillState, draws: Draws) -> Tensor:
-        """Denoising by the jump to the own level, (b,)."""
-        x0, sigma = draws["x0"], draws["sigma"]
-        y = x0 + expand(sigma, x0) * draws["noise"]
-        clean = state.student.denoiser(y, sigma, draws.get("labels"), sigma)
-        return weighted_error(clean, x0, sigma, self.setup.teacher.sigma_data)
 
     def _to_data(self, network: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """The network's jump from levels ``sigma`` to the data; what is below sigma_min counts as there."""
