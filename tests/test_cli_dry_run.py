@@ -52,6 +52,7 @@ def test_a_dry_run_says_what_it_found_in_the_data() -> None:
     text = done(f"train --data flats.csv {TINY} --batch 8 --dry-run").out
     assert "# data        flats.csv: 40 vectors of 2, values from -9.75 to 217" in text
     assert "# classes     none" in text
+    assert "# columns     2: price, size" in text
     text = done(f"distill --teacher ring8 {TINY} --batch 8 --fit-steps 1 --dry-run").out
     assert "# data        ring8: 20,000 vectors of 2" in text
 

@@ -43,6 +43,7 @@ def describe_found(data: Dataset) -> dict[str, Any]:
         "classes": dict(zip(names_of(data), counts, strict=True)) if counts else {},
         "range": [float(data.raw.min()), float(data.raw.max())],
         "scaling": data.scaling.rule,
+        **({"columns": [column.to_dict() for column in data.columns]} if data.columns else {}),
     }
 
 
@@ -51,10 +52,15 @@ def found_lines(found: dict[str, Any]) -> list[str]:
     low, high = found["range"]
     shape = "x".join(map(str, found["shape"]))
     classes = [f"{name} {count:,}" for name, count in found["classes"].items()]
+    columns = [
+        f"{c['name']} ({len(c['values'])} words)" if c["values"] else c["name"]
+        for c in found.get("columns", ())
+    ]
     return [
         f"data        {found['name']}: {found['samples']:,} {found['kind']}s of {shape}, values from "
         f"{low:.6g} to {high:.6g} ({found['scaling']})",
         f"classes     {len(classes)}: {listed(classes)}" if classes else "classes     none",
+        *([f"columns     {len(columns)}: {listed(columns)}"] if columns else []),
     ]
 
 
