@@ -118,6 +118,9 @@ def test_images_get_a_small_unet_on_a_cpu_and_it_is_said(place: Path) -> None:
     assert answer["options"]["net"]["net"] == "unet-small"
     assert answer["larger_net"]["net"] == "unet"
     assert answer["larger_net"]["parameters"] > 4 * answer["parameters"]["teacher"]
+    ratio = answer["larger_net"]["estimated_seconds"] / answer["estimated_seconds"]
+    assert ratio == pytest.approx(answer["larger_net"]["work"], rel=0.01)
+    assert ratio > 5
     text = done(line).out
     assert 'net = "unet-small"' in text  # the config of a run says it, so that it goes on with it elsewhere
     share = re.search(r"--net unet, with ([\d,]+) parameters, would take about \d+", text)

@@ -87,6 +87,9 @@ def dry_run(job: Job, place: Place) -> None:
     memory = round((4 * sum(parameters.values()) + 12 * trained) / 2**20, 1)  # gradients and two Adam moments
     whole = once + seconds * run.steps
     timing = f"{in_words(whole)} ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
+    larger = job.notes.get("larger_net")
+    if larger:
+        larger = {**larger, "estimated_seconds": round(larger["work"] * whole, 1)}
     shown = {
         "verb": job.verb,
         "options": dataclass_to_dict(replace(job.options)),
@@ -97,6 +100,7 @@ def dry_run(job: Job, place: Place) -> None:
         "seconds_once": round(once, 4),
         "estimated_seconds": round(whole, 1),
         **job.notes,
+        **({"larger_net": larger} if larger else {}),
         **({"found": found} if found else {}),
         **({"warnings": job.warnings} if job.warnings else {}),
     }
@@ -118,10 +122,10 @@ def dry_run(job: Job, place: Place) -> None:
     print(f"# time        about {timing}")
     if once >= 1:
         print(f"# of these    about {in_words(once)} for what is made once, before the first step")
-    if larger := job.notes.get("larger_net"):
+    if larger:
         print(
             f"# network     {job.options.net.net} is the default on a CPU; --net {larger['net']}, with "
-            f"{larger['parameters']:,} parameters, would take about {in_words(larger['work'] * whole)}"
+            f"{larger['parameters']:,} parameters, would take about {in_words(larger['estimated_seconds'])}"
         )
     if job.verb == "train" and whole > _LONG and run.batch > _SMALL_BATCH:
         shorter = in_words(whole * _SMALL_BATCH / run.batch)
