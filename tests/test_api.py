@@ -10,6 +10,7 @@ import torch
 import distmatch as dm
 from distmatch.base import progress as progress_module
 from distmatch.data.batches import Batches
+from distmatch.metrics import classifier
 from distmatch.training.options import NetOptions, RunOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
 from rounding import assert_same_but_for_rounding
@@ -121,6 +122,17 @@ def test_quiet_says_nothing(settings, said, monkeypatch, capfd):
     assert said in shown.err
     assert "distill: 5/5" in shown.err
     assert shown.out == ""
+
+
+def test_a_quiet_evaluation_says_nothing(tmp_path, monkeypatch, capfd):
+    clock = itertools.count(step=20.0)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(classifier, "_STEPS", (5, 5))
+    x, labels = dm.load_data("digits").batch(torch.arange(0, 1797, 2))
+    for quiet in (True, False):
+        monkeypatch.setenv("DISTMATCH_CACHE", str(tmp_path / str(quiet)))
+        dm.evaluate(x, "digits", labels=labels, n=60, quiet=quiet)
+        assert ("feature network" in capfd.readouterr().err) == (not quiet)
 
 
 def test_a_quiet_comparison_says_nothing(tmp_path, capfd):

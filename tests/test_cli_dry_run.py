@@ -75,6 +75,9 @@ def test_a_long_training_has_a_shorter_one_proposed() -> None:
     hours = [int(m[1]) + int(m[2]) / 60 for m in (whole, shorter)]
     assert hours[1] == pytest.approx(hours[0] / 2, abs=0.02)
     assert "shorter" not in done(f"{line} 10").out
+    distill = f"distill --teacher ring8 {TINY} --batch 128 --dry-run --steps 10_000_000"
+    assert "# shorter" in done(f"{distill} --method diff-instruct").out
+    assert "# shorter" not in done(f"{distill} --method dpm-ot --bank 16 --bank-steps 2").out
 
 
 @pytest.mark.parametrize("data", ["pets.npz --net mlp --width 8 --depth 1", f"flats.csv {TINY}"])

@@ -233,6 +233,7 @@ def evaluate(
     n: int | None = None,
     seed: int = 0,
     mixture: GaussianMixture | None = None,
+    quiet: bool = False,
 ) -> dict[str, Estimate]:
     """Measures generated samples against real ones; see :func:`distmatch.metrics.evaluate`.
 
@@ -245,6 +246,7 @@ def evaluate(
         n: Largest block size.
         seed: Chooses the blocks.
         mixture: The exact mixture behind the reference, for mode metrics.
+        quiet: Whether to say nothing of the progress.
     """
     real = reference if isinstance(reference, (Tensor, Dataset)) else _dataset(reference)
     known = real.labels if isinstance(real, Dataset) else None
@@ -253,7 +255,8 @@ def evaluate(
         if warning is not None:
             warnings.warn(warning, stacklevel=2)
     samples = torch.as_tensor(x)
-    return _evaluate(samples, real, labels=labels, features=features, n=n, seed=seed, mixture=mixture)
+    with quietly(quiet):
+        return _evaluate(samples, real, labels=labels, features=features, n=n, seed=seed, mixture=mixture)
 
 
 def _dataset(data: Data, *, scaled: bool = True) -> Dataset:

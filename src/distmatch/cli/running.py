@@ -13,11 +13,12 @@ from distmatch.base.progress import in_words
 from distmatch.cli.answer import print_json
 from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
 from distmatch.cli.parse import Place, checkpoint_choice
+from distmatch.methods.table import find_method
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.compare_cost import step_times
 from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
-from distmatch.training.options import DistillOptions
+from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.presets import describe
 from distmatch.training.runfolder import RunFolder, check_usable, create
 from distmatch.training.runs import Job, carry_out
@@ -127,11 +128,16 @@ def dry_run(job: Job, place: Place) -> None:
             f"# network     {job.options.net.net} is the default on a CPU; --net {larger['net']}, with "
             f"{larger['parameters']:,} parameters, would take about {in_words(larger['estimated_seconds'])}"
         )
-    if job.verb == "train" and whole > _LONG and run.batch > _SMALL_BATCH:
-        shorter = in_words(whole * _SMALL_BATCH / run.batch)
+    if whole > _LONG and run.batch > _SMALL_BATCH and _steps_grow_with_batch(job):
+        shorter = in_words(once + (whole - once) * _SMALL_BATCH / run.batch)
         print(f"# shorter     with --batch {_SMALL_BATCH} about {shorter}, and noisier steps")
     for message in job.warnings:
         print(f"# warning     {message}")
+
+
+def _steps_grow_with_batch(job: Job) -> bool:
+    """Whether a smaller batch makes for shorter steps; those of the transport methods do not look at it."""
+    return isinstance(job.options, TrainOptions) or find_method(job.options.method).family != "transport"
 
 
 def execute(job: Job, folder: RunFolder, place: Place) -> dict[str, Any]:
