@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import distmatch as dm
 from command import TINY, command, contents, done
 from distmatch.base.progress import in_words
+from distmatch.cli import found
 from distmatch.training.options import NetOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
 
@@ -93,6 +95,20 @@ def test_a_grid_of_the_data_is_all_that_a_dry_run_writes(data: str, place: Path)
     done(f"{line} --batch 8 --dry-run --grid seen.png --overwrite")
     assert contents(place) == after  # the same samples again
     os.unlink("seen.png")
+
+
+def test_the_images_of_a_grid_are_in_the_order_of_their_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(found, "write_samples", lambda *given: written.append(given))
+    data = dm.load_data("pets.npz")
+    found.write_grid(Path("a.png"), data, seed=0, overwrite=False)
+    ((_, x, labels, _),) = written
+    assert labels.tolist() == sorted(labels.tolist())
+    assert set(labels.tolist()) == {0, 1}
+    assert data.labels is not None
+    pixels = data.scaling.export(data.batch(torch.arange(70))[0])
+    own = {image.tobytes(): int(label) for image, label in zip(pixels, data.labels, strict=True)}
+    assert [own[image.tobytes()] for image in x] == labels.tolist()
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,13 @@ def test_images_come_out_as_bytes(channels: int, tmp_path: Path) -> None:
     assert len(np.unique(found)) > 50
 
 
+def test_latents_have_no_units_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "decoder_of", lambda model: object())
+    export_onnx(Student(network_teacher(), (2.5,)), tmp_path / "out")
+    assert [output.name for output in session(tmp_path / "out").get_outputs()] == ["samples"]
+    assert json.loads((tmp_path / "out/config.json").read_text())["space"] == "latents"
+
+
 def test_a_graph_with_other_units_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = module._write_graph
 
