@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from distmatch.base.errors import UserError
 from distmatch.report import build_report
+from distmatch.report.compare_figures import _near
 from distmatch.report.compare_words import sentence
 from distmatch.report.table import METRICS
 
@@ -139,6 +141,14 @@ def test_a_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert "student 1 + 0.2" in text
     assert "50 MiB" in text
     assert "12 s 3 s of it once" in text
+
+
+def test_two_groups_of_methods_are_all_shown() -> None:
+    """The Frechet distances of four methods near the real data and three at twice theirs; one that is lost."""
+    found = [0.085, 0.085, 0.0866, 0.087, 0.156, 0.18, 0.186]
+    assert _near(found).all()
+    assert _near([*found, 14.0, math.inf, math.nan]).tolist() == [True] * 7 + [False] * 3
+    assert _near([1.0, 1.0, 1.0]).all()
 
 
 def test_a_method_far_from_all_others_does_not_press_them_together(tmp_path: Path) -> None:

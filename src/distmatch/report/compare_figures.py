@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from distmatch.base.estimate import Estimate
 from distmatch.report.figures import panel
 from distmatch.report.svg import ACCENT, INK, MUTED, SOFT, to_svg
 
-_FAR = 10.0
-"""A value is far from the others at so many times their median distance from the middle."""
+_FAR = 4.0
+"""A value is far from the others at so many interquartile ranges from the nearer quartile."""
 
 
 @dataclass(frozen=True)
@@ -54,42 +54,59 @@ def front_panel(
     """
     figure, axes = panel(420.0, 320.0)
     axes.grid(axis="x", color=axes.get_ygridlines()[0].get_color(), linewidth=0.7)
-    across = _window([p.x.value for p in points])
-    upward = _window([p.y.value for p in points])
-    front = sorted((np.clip(p.x.value, *across), np.clip(p.y.value, *upward)) for p in points if p.on_front)
+    axes.margins(0.12)
+    kept = _near([p.x.value for p in points]) & _near([p.y.value for p in points])
+    for p, near in zip(points, kept, strict=True):
+        if near:
+            _mark(axes, p, (p.x.value, p.y.value), "o" if p.is_method else "D")
+    sides = axes.get_xlim(), axes.get_ylim()
+
+    def shown(p: Point) -> tuple[float, float]:
+        return float(np.clip(p.x.value, *sides[0])), float(np.clip(p.y.value, *sides[1]))
+
+    for p, near in zip(points, kept, strict=True):
+        if not near and np.isfinite(p.x.value + p.y.value):
+            _mark(axes, p, shown(p), _arrow(p, shown(p), lower_is_better))
+    front = sorted(shown(p) for p in points if p.on_front)
     if front:
-        axes.step(*zip(*front, strict=True), where="pre", color=SOFT, linewidth=1.6)
-    for p in points:
-        colour = (ACCENT if p.on_front else INK) if p.is_method else MUTED
-        x, y = np.clip(p.x.value, *across), np.clip(p.y.value, *upward)
-        outside = bool(np.isfinite(x + y)) and (x, y) != (p.x.value, p.y.value)
-        axes.errorbar(
-            *(x, y),
-            xerr=None if outside else _bar(p.x),
-            yerr=None if outside else _bar(p.y),
-            fmt=_arrow(p, (x, y), lower_is_better) if outside else "o" if p.is_method else "D",
-            color=colour,
-            markersize=5,
-            elinewidth=1.0,
-        )
-        right = outside and across[0] < x and x > (across[0] + across[1]) / 2
-        axes.annotate(
-            f"{p.label} ({p.x.value:.3g}, {p.y.value:.3g})" if outside else p.label,
-            (x, y),
-            xytext=(-6 if right else 6, 5),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            color=colour,
-            fontsize=12,
-        )
+        axes.step(*zip(*front, strict=True), where="pre", color=SOFT, linewidth=1.6, zorder=0)
+    axes.set_xlim(*sides[0])
+    axes.set_ylim(*sides[1])
     if lower_is_better:
         axes.invert_yaxis()
     axes.set_xlabel(f"{x_title} →", color=MUTED, fontsize=11)
     axes.set_ylabel(f"{y_title} →" + (" (lower is up)" if lower_is_better else ""), color=MUTED, fontsize=11)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.margins(0.12)
     return to_svg(figure, alt)
+
+
+def _mark(axes: Axes, point: Point, at: tuple[float, float], marker: str) -> None:
+    """A point with its errors and its name, or with its values if it is drawn at the edge."""
+    colour = (ACCENT if point.on_front else INK) if point.is_method else MUTED
+    outside = at != (point.x.value, point.y.value)
+    axes.errorbar(
+        *at,
+        xerr=None if outside else _bar(point.x),
+        yerr=None if outside else _bar(point.y),
+        fmt=marker,
+        color=colour,
+        markersize=5,
+        elinewidth=1.0,
+        clip_on=not outside,
+    )
+    left, right = axes.get_xlim()
+    turned = outside and at[0] > (left + right) / 2
+    axes.annotate(
+        f"{point.label} ({point.x.value:.3g}, {point.y.value:.3g})" if outside else point.label,
+        at,
+        # The teacher often lies on the real data: its name goes below, theirs above.
+        xytext=(-6 if turned else 6, -13 if point.label == "Teacher" else 5),
+        textcoords="offset points",
+        ha="right" if turned else "left",
+        color=colour,
+        fontsize=12,
+    )
 
 
 def _arrow(point: Point, shown: tuple[float, float], turned: bool) -> str:
@@ -99,16 +116,15 @@ def _arrow(point: Point, shown: tuple[float, float], turned: bool) -> str:
     return "v" if (point.y.value < shown[1]) != turned else "^"
 
 
-def _window(values: Sequence[float]) -> tuple[Any, Any]:
-    """The range of the values without those that lie far from all others, which would press them together."""
+def _near(values: Sequence[float]) -> np.ndarray:
+    """Which values do not lie so far from the others that they would press these together."""
     found = np.array(values)
-    found = found[np.isfinite(found)]
-    if not len(found):
-        return -np.inf, np.inf
-    away = np.abs(found - np.median(found))
-    kept = found[away <= _FAR * np.median(away)] if np.median(away) > 0 else found
-    room = 0.25 * np.ptp(kept)
-    return max(kept.min() - room, found.min()), min(kept.max() + room, found.max())
+    finite = np.isfinite(found)
+    if not finite.any():
+        return finite
+    low, high = np.quantile(found[finite], (0.25, 0.75))
+    away = np.where(finite, np.maximum(low - found, found - high), np.inf)
+    return finite & ((away <= _FAR * (high - low)) | (high == low))
 
 
 def _bar(value: Estimate) -> float | None:
