@@ -144,7 +144,7 @@ def test_a_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
 
 
 def test_two_groups_of_methods_are_all_shown() -> None:
-    """The Frechet distances of four methods near the real data and three at twice theirs; one that is lost."""
+    """Frechet distances of four near the real data and three at twice theirs; one that is lost."""
     found = [0.085, 0.085, 0.0866, 0.087, 0.156, 0.18, 0.186]
     assert _near(found).all()
     assert _near([*found, 14.0, math.inf, math.nan]).tolist() == [True] * 7 + [False] * 3
