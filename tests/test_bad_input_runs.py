@@ -118,19 +118,29 @@ def _run(verb: str, out: Path, options: str = "") -> str:
     return f"{start} --batch 32 --checkpoint-every 2 --log-every 1 --out {out} {options}"
 
 
-@pytest.mark.parametrize("verb", ["train", "distill"])
+@pytest.fixture(scope="module", params=["train", "distill"])
+def halved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, inputs: Path
+) -> tuple[str, Path, Path]:
+    """A verb, a run of it, and the first half of the same run."""
+    verb, folder = str(request.param), tmp_path_factory.mktemp("halved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        done(_run(verb, folder / "whole", "--steps 8"))
+        done(_run(verb, folder / "half", "--steps 4"))
+    return verb, folder / "whole", folder / "half"
+
+
 @pytest.mark.parametrize("call", ["write", "replace", "fsync", "limit"])
 def test_a_full_disk_loses_no_checkpoint(
-    call: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, halved: tuple[str, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever write fails first: the message says so, and the run goes on once there is space."""
-    done(_run(verb, tmp_path / "whole", "--steps 8"))
-    done(_run(verb, tmp_path / "run", "--steps 4"))
-    resume = f"{verb} --out {tmp_path}/run --resume --steps 8"
+    verb, whole, half = halved
     for spared in (0,) if call == "limit" else (0, 1, 2, 3, 5, 8):
         run = tmp_path / f"run-{spared}"
-        shutil.copytree(tmp_path / "run", run)
-        line = resume.replace(f"{tmp_path}/run", str(run))
+        shutil.copytree(half, run)
+        line = f"{verb} --out {run} --resume --steps 8"
         with monkeypatch.context() as patch:
             if call != "limit":
                 patch.setattr(os, call, _failing(getattr(os, call), spared))
@@ -145,7 +155,7 @@ def test_a_full_disk_loses_no_checkpoint(
         assert load_checkpoint(run / "checkpoints")[0] >= 4
         assert not list(run.rglob("*.tmp"))
         done(line)
-        assert weights(run) == weights(tmp_path / "whole")
+        assert weights(run) == weights(whole)
 
 
 def refused_after_start(line: str, *words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -151,17 +152,23 @@ def solved_exactly(model: Denoiser, y: Tensor, levels: Tensor) -> Tensor:
 
 
 REMEMBERING = ["ipndm:3", "tab:2", "dpmpp-2m", "ghvb:2.5"]
+LIMITED = Guided(TEACHER, 3.0, interval=(0.3, 4.0))
+
+
+@cache
+def in_steps(steps: int) -> tuple[Tensor, Tensor]:
+    """Levels, and where LIMITED leads through them."""
+    levels = grid("karras", steps, 0.05, 20.0, to_zero=False)
+    return levels, solved_exactly(LIMITED, 20 * X, levels)
 
 
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_starting_anew_at_the_ends_of_the_interval_keeps_the_order(name: str) -> None:
     # The slope jumps by J there. Carried over, it leaves an error of order J h; started anew, of order h^2.
-    limited = Guided(TEACHER, 3.0, interval=(0.3, 4.0))
     errors = []
     for steps in (80, 160):
-        levels = grid("karras", steps, 0.05, 20.0, to_zero=False)
-        truth = solved_exactly(limited, 20 * X, levels)
-        for model in (limited, Carrying(limited)):
+        levels, truth = in_steps(steps)
+        for model in (LIMITED, Carrying(LIMITED)):
             end = solve(model, 20 * X, levels, name, condition=LABELS, path="vp").y
             errors.append(float((end - truth).norm(dim=1).mean()))
     anew, carried = errors[::2], errors[1::2]
