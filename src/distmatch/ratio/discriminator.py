@@ -48,7 +48,7 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
         return RatioNet(features_from.shape, num_classes, sigma_data=features_from.sigma_data)
     if not lends_features(features_from):
         raise UserError(
-            "the discriminator cannot use features of this denoiser",
+            "this denoiser lends no features to the discriminator",
             got=f"a {type(features_from).__name__} whose network has no with_features",
             fix="use --ratio-features own",
         )
