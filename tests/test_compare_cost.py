@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 
+from distmatch.training import compare_cost
 from distmatch.training.compare_cost import Passes, PeakMemory, count_passes, measure_cost, step_times
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare import prepare_distillation
@@ -83,20 +84,31 @@ def test_a_small_discriminator_counts_by_its_share_and_an_exact_teacher_not_at_a
     assert cost.step.calls == pytest.approx(others + share * ratio)
 
 
-def test_what_is_made_once_is_no_part_of_a_step() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Time that passes only where a test says so: nothing else is on this machine, and nobody waits."""
+    found = SimpleNamespace(now=0.0)
+    found.perf_counter = lambda: found.now
+    monkeypatch.setattr(compare_cost, "time", found)
+    return found
+
+
+def test_what_is_made_once_is_no_part_of_a_step(clock: SimpleNamespace) -> None:
     options = DistillOptions.of("diff-instruct", run=RunOptions(batch=16, steps=1000))
     job = prepare_distillation(options, network_teacher(), fresh=False)
-    step, started = job.step, time.perf_counter()
+    step = job.step
 
     def slow_at_first(state: Any, batch: Any) -> Any:
         if state.step == 0:
             job.networks["teacher"](torch.zeros(1600, 2), torch.ones(1600))
-            time.sleep(3)
+            clock.now += 3
+        clock.now += 0.01
         return step(state, batch)
 
     job.step = slow_at_first
     cost = measure_cost(job, batch=16)
-    assert 3 <= cost.once.seconds < time.perf_counter() - started
+    assert cost.once.seconds == pytest.approx(3)
+    assert cost.step.seconds == pytest.approx(0.01)
     assert cost.once.calls == pytest.approx(100, abs=5)
     assert cost.step.calls == pytest.approx(3.6)
     assert cost.seconds(10) == pytest.approx(cost.once.seconds + 10 * cost.step.seconds)
@@ -104,7 +116,7 @@ def test_what_is_made_once_is_no_part_of_a_step() -> None:
     assert plain.once.calls == 0
 
 
-def test_a_dry_run_times_whole_periods_and_what_is_made_once() -> None:
+def test_a_dry_run_times_whole_periods_and_what_is_made_once(clock: SimpleNamespace) -> None:
     settings = replace(DistillOptions.of("diff-instruct").distill, critic_steps=8)
     options = DistillOptions.of("diff-instruct", run=RunOptions(batch=16, steps=400), distill=settings)
     job = prepare_distillation(options, network_teacher(), fresh=False)
@@ -112,14 +124,14 @@ def test_a_dry_run_times_whole_periods_and_what_is_made_once() -> None:
 
     def slow_when_the_student_moves(state: Any, batch: Any) -> Any:
         seen.append(state.step)
-        time.sleep(4 if state.step == 0 else 0.16 if (state.step + 1) % 8 == 0 else 0)
+        clock.now += 4 if state.step == 0 else 0.16 if (state.step + 1) % 8 == 0 else 0.01
         return step(state, batch)
 
     job.step = slow_when_the_student_moves
     once, seconds = step_times(job, torch.device("cpu"))
     assert seen == [0, *range(200, 208)]
-    assert 3.5 < once < 5
-    assert 0.02 <= seconds < 0.15  # an eighth of 0.16 s, and the steps themselves
+    assert seconds == pytest.approx((0.16 + 7 * 0.01) / 8)
+    assert once == pytest.approx(4 - seconds)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets the peak of a process back")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,49 @@ def test_made_command_lines_are_taken_or_refused(
 def test_an_integer_that_no_float_holds_is_refused() -> None:
     with pytest.raises(UserError, match="lr"):
         dict_to_dataclass(TrainOptions, {"teacher": {"lr": 10**400}})
+
+
+def misbehave(case: Any) -> None:
+    """What a reader may do with a case."""
+    match case.label:
+        case "refused":
+            raise UserError("no")
+        case "raises":
+            raise ValueError("odd")
+        case "computes":
+            while True:
+                pass
+        case "waits":
+            time.sleep(100)
+        case "asks":
+            bytearray(2**31)
+        case "holds":
+            bytearray(b"x") * (60 * 2**20)
+        case "dies":
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+
+def test_the_harness_tells_what_a_reader_must_not_do(
+    fuzz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = fuzz("harness")
+    monkeypatch.setattr(harness, "WAITS", 10)
+    labels = ["fine", "refused", "raises", "computes", "waits", "holds", "asks", "dies", "fine"]
+
+    def make(_: random.Random, number: int) -> Any:
+        return harness.Case(labels[number], labels[number].encode())
+
+    found = harness.run(make, misbehave, cases=len(labels), limit_s=0.2, save=tmp_path)
+    assert (found.cases, found.accepted, found.refused) == (9, 3, 1)
+    assert 55 * 2**20 < found.peak_bytes < 100 * 2**20
+    said = {failure.label: failure.what for failure in found.failures}
+    assert said.keys() == {"raises", "computes", "waits", "asks", "dies"}
+    for label, what in (
+        ("raises", "ValueError: odd"),
+        ("computes", "longer than 0.2 s"),
+        ("waits", "does not end"),
+        ("asks", "MemoryError"),
+        ("dies", "SIGUSR2"),
+    ):
+        assert what in said[label]
+    assert all(failure.saved.read_bytes() == failure.label.encode() for failure in found.failures)
