@@ -8,6 +8,7 @@ All contenders of a quantity run in one process, on the same inputs, in turns; a
 rounds. An error is relative to a reference value: for Sinkhorn ours in float64 at a tolerance of 1e-8, which
 the tests hold against both packages, otherwise the other package's. The last column divides a contender's
 time by that of the fastest setting of ours whose error is no larger, or below 1e-6 (the rounding of float32).
+With `--threads 1` times are those of the processor, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -265,15 +266,18 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def run(race: Race, rounds: int) -> Iterator[str]:
+def run(race: Race, rounds: int, threads: int) -> Iterator[str]:
     """The lines of one race."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    if threads:
+        torch.set_num_threads(threads)  # again: importing numba, as dcor does, puts torch back to all cores
     seconds: dict[str, list[float]] = {who: [] for who in race.contenders}
     errors: dict[str, float] = {}
     for _ in range(rounds):
         for who, call in race.contenders.items():
-            began = time.perf_counter()
+            began = clock()
             value = call()
-            seconds[who].append(time.perf_counter() - began)
+            seconds[who].append(clock() - began)
             errors[who] = abs(value - race.reference) / abs(race.reference)
     medians = {who: statistics.median(times) for who, times in seconds.items()}
     for who, median in medians.items():
@@ -299,7 +303,7 @@ def main(options: Options) -> None:
         print("\n| quantity | contender | seconds | relative error | time over ours |\n|---|---|---|---|---|")
     for part in options.parts:
         for race in RACES[part](options) if part in RACES else ():
-            for line in run(race, options.rounds):
+            for line in run(race, options.rounds, options.threads):
                 print(line, flush=True)
     for line in coverage_rows() if "coverage" in options.parts else ():
         print(line, flush=True)
