@@ -141,9 +141,9 @@ def test_the_number_of_cells_that_ctm_crosses_is_drawn_as_published() -> None:
 # ------------------------------------------------------------------ losses: fixed points and gradients
 
 
-def state_of(student: nn.Module, step: int = 0) -> Any:
+def state_of(student: nn.Module, step: int = 0, log_variance: float = 0.0) -> Any:
     weight = nn.Module()
-    weight.forward = lambda sigma: torch.zeros_like(sigma)  # type: ignore[method-assign]
+    weight.forward = lambda sigma: torch.full_like(sigma, log_variance)  # type: ignore[method-assign]
     return SimpleNamespace(
         student=SimpleNamespace(denoiser=student), extra={"uncertainty": weight, "target": student}, step=step
     )
@@ -202,9 +202,13 @@ def test_exact_students_are_fixed_points_up_to_the_solver(terms: Any, method: st
     assert slopes[0] / slopes[1] == pytest.approx(4, rel=0.3)
 
 
+@pytest.mark.parametrize("log_variance", [-1000.0, 0.0, 3.0])
 @pytest.mark.parametrize("law", ["karras", "log-normal"])
-def test_the_gradient_of_scm_is_the_bounded_tangent_s(terms: Any, law: str) -> None:
-    """-2/D w g / (|g| + c) dF/dtheta, with dF/dtheta by central differences; w = sigma_data / sigma or 1."""
+def test_the_gradient_of_scm_is_the_bounded_tangent_s(terms: Any, law: str, log_variance: float) -> None:
+    """-2/D w g / (|g| + c) dF/dtheta, with dF/dtheta by central differences; w = sigma_data / sigma or 1.
+
+    The learned weight exp(-u) divides it by e^u + 1/8, where 1/8 is the loss of a tangent of length c.
+    """
     term, draws, sd = terms("scm", tangent_warmup=0.0, level_law=law), draws_of(1.3), math.sqrt(1.3)
     student, sigma = Flow(1.3, gain=0.2), draws["sigma"]
     y = draws["x0"] + sigma[:, None] * draws["noise"]
@@ -217,10 +221,11 @@ def test_the_gradient_of_scm_is_the_bounded_tangent_s(terms: Any, law: str) -> N
     change = (output(0.2 + 1e-6) - output(0.2 - 1e-6)) / 2e-6
     prior = sd / sigma if law == "log-normal" else torch.ones_like(sigma)
     slope = -(prior[:, None] * wanted * change).sum()  # 2 / D = 1 in two dimensions
-    values, info = term.loss(state_of(student), draws)
-    assert gradient(values, student) == pytest.approx(float(slope.detach()), rel=1e-7)
-    # The value is |bounded g|^2, below 1, whatever the data.
-    assert ((values * 2 / prior) < 1).all()
+    values, info = term.loss(state_of(student, log_variance=log_variance), draws)
+    scale = math.exp(log_variance) + 1 / 8
+    assert gradient(values, student) == pytest.approx(float(slope.detach()) / scale, rel=1e-7)
+    # The value, before it is weighed, is |bounded g|^2, below 1, whatever the data.
+    assert (((values - math.log(scale)) * scale * 2 / prior) < 1).all()
     assert (info["tangent"] > 0).all()
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from diffusers_models import diffusers, dit, schedule, unet, vae
 from distmatch import load_teacher
 from distmatch.base.errors import UserError
+from distmatch.interop.diffusers_parts import scheduler_from
 from distmatch.interop.diffusers_teacher import (
     check_teacher,
     is_diffusers_folder,
@@ -284,3 +285,14 @@ def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(UserError, match=r"pip install distmatch\[diffusers\]"):
         load_external(folder)
+
+
+@pytest.mark.parametrize("key", ["num_train_timesteps", "solver_order"])
+@pytest.mark.parametrize("name", ["EDMDPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_a_scheduler_does_not_say_how_much_memory_is_taken(name, key):
+    """Both are lengths of lists that diffusers makes when it reads a config (found by fuzzing)."""
+    kept = scheduler_from({"_class_name": name, key: 2})
+    assert kept.config[key] == 2
+    for wrong in (10**12, 0, "2"):
+        with pytest.raises(UserError, match="makes no sense"):
+            scheduler_from({"_class_name": name, key: wrong})

@@ -27,6 +27,7 @@ DECODERS = ("vae", "vqvae")
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 
 _MOST_STEPS = 10_000  # training steps of a scheduler
+_MOST_ORDERS = 100  # of its solver; diffusers has up to 4
 _LARGEST = 2**31  # of any number in the config of a network
 _MOST_ENTRIES = 1000  # of any list in it
 _MOST_BUFFERS = 2**26  # numbers that a network computes from its config: positions
@@ -156,6 +157,14 @@ def scheduler_from(config: Any, source: str = "the scheduler's config") -> Any:
             got=str(steps)[:80],
             expected=f"num_train_timesteps from 2 to {_MOST_STEPS}",
         )
+    for kind in ("solver_order", "predictor_order", "corrector_order"):  # lengths of lists that are made
+        order = config.get(kind, 1)
+        if type(order) is not int or not 1 <= order <= _MOST_ORDERS:
+            raise UserError(
+                f"{source} has an order of its solver that makes no sense",
+                got=str(order)[:80],
+                expected=f"{kind} from 1 to {_MOST_ORDERS}",
+            )
     if betas is not None and not (isinstance(betas, list) and 2 <= len(betas) <= _MOST_STEPS):
         raise UserError(f"{source} has noise rates that are no list", expected="trained_betas: numbers")
     try:

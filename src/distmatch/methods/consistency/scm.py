@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distmatch.data.batches import Batch
@@ -108,7 +110,11 @@ class TangentTerm:
             # The paper's prior weight 1 / tan t suits its own law of levels. With levels up to the student's
             # start it would hide those from the loss until the learned weight, which starts at 1, has grown.
             error = error * sigma_data / sigma
-        learned = state.extra["uncertainty"](sigma)
+        # A tangent far shorter than the bound c makes the loss small, and its inverse a weight without limit:
+        # on toys that ruins a student that has nearly arrived. So (1/2)^2 / D, the loss of a tangent of
+        # length c, is added to the expected loss, of which the paper's longer tangents hardly take notice.
+        least = torch.full_like(sigma, math.log(0.25 / math.prod(self.setup.teacher.shape)))
+        learned = torch.logaddexp(state.extra["uncertainty"](sigma), least)
         return balanced(error, learned), said
 
     def _target(self, y: Tensor, draws: Draws) -> Tensor:
