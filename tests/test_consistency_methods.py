@@ -261,9 +261,12 @@ def distance_to_modes(student: Student) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_on_ring8(ring: EDMDenoiser, method: str) -> None:
-    """From one call of the teacher, at the centre of the ring. Seed 0, a short run: far from done."""
+    """From one call of the teacher, at the centre of the ring. Seed 0, a short run: far from done.
+
+    Seeds 0 to 2 came to at most 0.36 of the distance at the start.
+    """
     exact = toy("ring8")
-    steps = 250
+    steps = 250 if method == "mean-flow" else 125
     settings = {"critic_steps": 1} if method == "rcm" else {}
     made = distiller(
         ring, method=method, total_steps=steps, lr=1e-3, lr_decay="cosine", ema_half_life=20.0, **settings
@@ -274,7 +277,7 @@ def test_trains_on_ring8(ring: EDMDenoiser, method: str) -> None:
         made.step(state, Batch(exact.sample(64, seed=10_000 + step), None))
     end = distance_to_modes(made.result(state, {}))
     assert start > 7
-    assert end < 0.6 * start
+    assert end < 0.5 * start
 
 
 # ------------------------------------------------------------------ refusals
