@@ -112,7 +112,7 @@ def run(
     save: Path | None = None,
     most_failures: int = 20,
 ) -> Summary:
-    """Makes and checks cases, each under its limits.
+    """Makes and checks cases, each under its limits, until all are done or Ctrl-C.
 
     Args:
         make: Makes the case of a number from a random stream of its own, seeded by ``seed`` and the number.
@@ -134,10 +134,12 @@ def run(
         child = os.fork()
         if child == 0:
             _work(shared, make, check, cases, seed, begin + seconds, allowed, limit_s, limit_bytes)
-        _, status = os.waitpid(child, 0)
+        status = _ended(child)
         number, accepted, refused, summary.peak_bytes, size = _HEAD.unpack(shared[: _HEAD.size])
         summary.accepted += accepted
         summary.refused += refused
+        if status is None:
+            break
         if status != 0:
             label, what, content = _under_way(shared, size)
             if os.WIFSIGNALED(status):
@@ -148,6 +150,16 @@ def run(
             number += 1
     summary.cases, summary.seconds = number, time.monotonic() - begin
     return summary
+
+
+def _ended(child: int) -> int | None:
+    """How a process ended; None where Ctrl-C came first, which ends it too."""
+    try:
+        return os.waitpid(child, 0)[1]
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return None
 
 
 def _work(
@@ -165,6 +177,7 @@ def _work(
     number, accepted, refused, peak, _ = _HEAD.unpack(shared[: _HEAD.size])
     for late in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(late, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the first process, which prints what came of it
     limit = _address_space() + limit_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,28 +1,31 @@
-"""Network pickles: changed bytes and opcodes of valid ones, and streams of opcodes from nothing.
+"""Network pickles: changed bytes, opcodes and options of valid ones, and streams of opcodes from nothing.
 
 Inputs that reach new lines of the reader are kept and changed further.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import pickletools
 import random
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import Case, Lines, command_line, scratch
+from values import changed_value, hostile
 
 from distmatch.interop import edm_checkpoint, edm_config, inert_pickle, pickle_machine
 from distmatch.interop.edm_checkpoint import Preconditioning, build_edm, read_edm
-from distmatch.interop.edm_config import EDMConfig
+from distmatch.interop.edm_config import from_arguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from edm_pickles import write_pickle
 
-TRACED = 6  # one case in so many is traced
+TRACED = 12  # one case in so many is traced
 MOST_KEPT = 400
 NAMES = """
 collections OrderedDict,builtins set,builtins frozenset,builtins object,builtins slice,dnnlib.util EasyDict,
@@ -32,6 +35,19 @@ torch.nn Linear,
 torch_utils.persistence _reconstruct_persistent_obj,copyreg _reconstructor,os system,numpy dtype
 """.replace("\n", "").split(",")
 WORDS = "ema class_name EDMPrecond state _modules _parameters _buffers _init_kwargs model a sigma_min storage"
+SIZES = {"img_resolution": 4, "img_channels": 1, "label_dim": 2, "model_channels": 4}
+SIZES |= {"num_blocks": 1, "channel_mult": [1], "attn_resolutions": []}
+NETWORKS = {  # by the name of the outer class and of the network: architecture, preconditioning, what it says
+    ("EDMPrecond", "SongUNet"): ("song", "edm", {"sigma_min": 0, "sigma_max": float("inf")}),
+    ("EDMPrecond", "DhariwalUNet"): ("adm", "edm", {"sigma_data": 0.5}),
+    ("VPPrecond", "SongUNet"): (
+        "song",
+        "vp",
+        {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5},
+    ),
+    ("VEPrecond", "SongUNet"): ("song", "ve", {"sigma_min": 0.02, "sigma_max": 100}),
+    ("Precond", "UNet"): ("edm2", "edm", {"sigma_data": 0.5, "logvar_channels": 8}),
+}
 BARE = b"()]}N\x88\x89.0012QRabdeilostu\x81\x85\x86\x87\x8f\x90\x91\x92\x93\x94"
 NUMBERS = (0, 1, 2, 5, 255, 2**16, 2**31 - 1, -(2**31))
 
@@ -41,31 +57,56 @@ class Pickles:
 
     def __init__(self) -> None:
         self.folder = scratch()
-        self.corpus = [*self._valid(), pickle.dumps(torch.ones(3), 2), pickle.dumps({"ema": [1.5, None]}, 4)]
+        self.networks = {names: self._network(*names) for names in NETWORKS}
+        self.whole = [self._written(*names, *self.networks[names]) for names in NETWORKS]
+        for content in self.whole:
+            self._read(content)
+        small = {"ema": torch.nn.Linear(1, 1)}  # the opcodes of modules, and much faster to read
+        self.corpus = [pickle.dumps(small, 2), pickle.dumps(small, 4), pickle.dumps(torch.ones(3), 2)]
+        self.corpus.append(pickle.dumps({"ema": [1.5, None]}, 4))
         self.lines = Lines([m.__file__ for m in (edm_checkpoint, edm_config, inert_pickle, pickle_machine)])
         self.count = 0
 
-    def _valid(self) -> list[bytes]:
-        sizes = {"resolution": 4, "channels": 1, "model_channels": 4, "num_blocks": 1}
-        teacher = build_edm(
-            EDMConfig(architecture="song", channel_mult=(1,), attn_resolutions=(), **sizes), Preconditioning()
-        )
-        arguments = {"img_resolution": 4, "img_channels": 1, "label_dim": 0, "model_channels": 4}
-        arguments |= {"num_blocks": 1, "channel_mult": [1], "attn_resolutions": []}
-        path = self.folder / "valid.pkl"
-        write_pickle(path, teacher, "EDMPrecond", "SongUNet", arguments)
+    def _network(self, outer: str, inner: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """A small network of a class, the options that it was built with, and what its outer class says."""
+        architecture, kind, said = NETWORKS[outer, inner]
+        options = dict(SIZES) if architecture == "edm2" else {**SIZES, "model_type": inner}
+        options |= {"channels_per_head": 4} if architecture == "edm2" else {}
+        teacher = build_edm(from_arguments(architecture, options), Preconditioning(kind=kind))
+        return teacher, options, said
+
+    def _written(self, outer: str, inner: str, teacher: Any, options: Any, said: dict[str, Any]) -> bytes:
+        """The network as a pickle."""
+        path = self.folder / f"written-{os.getpid()}.pkl"
+        slot = "unet" if inner == "UNet" else "model"
+        write_pickle(path, teacher, outer, inner, options, slot=slot, **said)
+        return path.read_bytes()
+
+    def _read(self, content: bytes) -> None:
+        path = self.folder / "case.pkl"
+        path.write_bytes(content)
         read_edm(path)
-        small = {"ema": torch.nn.Linear(1, 1)}  # the opcodes of modules, and much faster to read
-        return [path.read_bytes(), pickle.dumps(small, 2), pickle.dumps(small, 4)]
+
+    def _changed_options(self, rng: random.Random) -> bytes:
+        """A network that says something else of itself than its weights do."""
+        names = rng.choice(list(self.networks))
+        teacher, options, said = self.networks[names]
+        if rng.random() < 0.1:
+            names = rng.choice(list(self.networks))
+        changed = changed_value(rng, options, rng.randint(1, 2))
+        said = {name: hostile(rng) if rng.random() < 0.2 else value for name, value in said.items()}
+        return self._written(*names, teacher, changed if isinstance(changed, dict) else options, said)
 
     def make(self, rng: random.Random, number: int) -> Case:
         """A case."""
         kind = rng.random()
         if kind < 0.35:
             return Case("generated", self._generated(rng))
-        # The large one is read slowly: it is one in ten.
-        source = self.corpus[0] if rng.random() < 0.1 else rng.choice(self.corpus[1:])
-        if kind < 0.65:
+        if kind < 0.4:
+            return Case("options", self._changed_options(rng))
+        # Whole networks are read slowly: they are one in ten.
+        source = rng.choice(self.whole if rng.random() < 0.1 else self.corpus)
+        if kind < 0.7:
             return Case("bytes", self._changed_bytes(rng, source))
         return Case("opcodes", self._changed_opcodes(rng, source))
 
@@ -137,15 +178,13 @@ class Pickles:
 
     def check(self, case: Case) -> None:
         """Reads a case as a teacher; one in a few with a look at the lines it reaches."""
-        path = self.folder / "case.pkl"
-        path.write_bytes(case.content)
         self.count += 1
-        if self.count % TRACED or len(case.content) > 20_000:
-            read_edm(path)
+        if self.count % TRACED:
+            self._read(case.content)
             return
         try:
             with self.lines.watch():
-                read_edm(path)
+                self._read(case.content)
         finally:
             if self.lines.new and len(self.corpus) < MOST_KEPT:
                 self.corpus.append(case.content)
