@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,21 @@ def test_nothing_a_user_wrote_becomes_markup(tmp_path: Path) -> None:
     assert "<script" not in text
     assert "<i>" not in text
     assert parsed.text.count(EVIL) >= 7
+
+
+def test_half_a_surrogate_pair_is_shown_as_one_mark(tmp_path: Path) -> None:
+    """Folders whose names are not UTF-8 hold one in Python, and JSON can: no file holds it."""
+    half = "a\ud800b"
+    folder = make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff")))
+    (folder / "env.json").write_text(json.dumps({"command": half}))
+    metrics = demo_metrics()
+    metrics["student"][half] = estimate(1.0, 0.1)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    events = [{"event": "train", "step": step, half: 1.0, "loss": 2.0} for step in (1, 2)]
+    write_log(folder / "log.jsonl", [{"event": "warning", "step": 1, "message": half}, *events])
+    text, parsed = page(folder)
+    assert "run-\ufffd" in parsed.text
+    assert text.count("a\ufffdb") >= 4
 
 
 @pytest.mark.parametrize("dims", [1, 2, 5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -13,6 +14,9 @@ from distmatch.report.table import digits, error_digits, show_sigmas
 
 def page(template: str, **values: Any) -> str:
     """A page as HTML text.
+
+    Names of files that are not UTF-8, and what others wrote into a log, may hold half a surrogate pair, which
+    no file can: the page has U+FFFD in its place.
 
     Args:
         template: Name of a file beside this one.
@@ -33,7 +37,7 @@ def page(template: str, **values: Any) -> str:
         "duration": duration,
         "base64": lambda data: base64.b64encode(data).decode("ascii"),
     }
-    return environment.get_template(template).render(**values)
+    return re.sub("[\ud800-\udfff]", "\ufffd", environment.get_template(template).render(**values))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -34,7 +34,7 @@ def to_svg(figure: Figure, alt: str) -> Markup:
         no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     text = buffer.getvalue()
-    salt = "f" + hashlib.sha256((alt + text).encode()).hexdigest()[:8]
+    salt = "f" + hashlib.sha256((alt + text).encode(errors="surrogatepass")).hexdigest()[:8]
     view = re.search(r'viewBox="([^"]+)"', text)
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.S)
