@@ -10,7 +10,7 @@ import torch
 import distmatch as dm
 from distmatch.base import progress as progress_module
 from distmatch.data.batches import Batches
-from distmatch.metrics import classifier
+from distmatch.metrics import classifier, reference_labels
 from distmatch.training.options import NetOptions, RunOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
 from rounding import assert_same_but_for_rounding
@@ -141,3 +141,19 @@ def test_a_quiet_comparison_says_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     dm.compare("ring8", out=tmp_path / "b", **{**common, "quiet": False})
     assert "compare: trying diff-instruct" in capfd.readouterr().err
+
+
+def test_a_student_is_measured_by_samples_of_its_own():
+    teacher = dm.train("digits", steps=2, **TINY)
+    student = dm.distill(teacher, "digits", steps=5, **QUICK)
+    found = dm.evaluate(student, "digits", n=60, features="pixels", quiet=True)
+    data = dm.load_data("digits")
+    labels = reference_labels(data, 120, seed=0)
+    same = dm.evaluate(student.sample(120, labels=labels), data, labels=labels, n=60, features="pixels")
+    assert found == same
+
+
+@pytest.mark.parametrize("wrong", [Shifted(), "runs/none", dm.load_data("digits"), ["a"]])
+def test_what_is_no_samples_is_refused_with_the_way_out(wrong):
+    with pytest.raises(dm.UserError, match=r"no samples to measure.*distmatch evaluate|no samples.*sample\("):
+        dm.evaluate(wrong, "digits")

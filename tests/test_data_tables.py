@@ -249,3 +249,20 @@ def test_a_column_that_its_far_values_flatten_is_named(dtype: type) -> None:
         from_arrays(three)
     heavy = np.random.default_rng(0).standard_cauchy((20_000, 1)).astype(dtype)
     assert len(from_arrays(heavy)) == 20_000
+
+
+def test_samples_are_measured_as_rows_of_the_table(place: Path, tmp_path: Path) -> None:
+    """The same samples soft, in an .npz, and as the rows of a .csv: the same figures."""
+    for form in ("csv", "npz"):
+        done(f"sample {place}/t --steps 2 --n 120 --out {tmp_path}/x.{form}")
+    against = f"{place}/flats.csv:one-hot --features pixels --json"
+    rows, soft = (done(f"evaluate {tmp_path}/x.{form} {against}").json() for form in ("csv", "npz"))
+    assert soft["samples"] == rows["samples"]
+    assert any("rows of the table" in note for note in soft["evaluation"]["notes"])
+    assert any("30 samples are small" in note for note in soft["evaluation"]["notes"])
+    real = load_data(f"{place}/flats.csv:one-hot")
+    model, labels = real.batch(torch.arange(60))
+    noisy = model + 0.4 / 90 * torch.tensor([1.0, 90, 90, 90, 0]) * torch.rand(60, 5)
+    assert torch.equal(real.as_rows(noisy), model)  # bit for bit: equal rows are copies
+    plain = from_arrays(model.numpy(), labels)
+    assert torch.equal(plain.as_rows(noisy), noisy)

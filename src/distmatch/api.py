@@ -24,11 +24,13 @@ from distmatch.divergences import Divergence
 from distmatch.methods.start import Network, check_saveable, has_network
 from distmatch.methods.student import Student
 from distmatch.metrics import evaluate as _evaluate
-from distmatch.metrics.settings import FeatureChoice
+from distmatch.metrics import reference_labels
+from distmatch.metrics.settings import MOST_IN_BLOCK, FeatureChoice
 from distmatch.report import build_report
 from distmatch.training import prepare, prepare_teacher, runs, teachers
 from distmatch.training.compare import carry_out_comparison, prepare_comparison
 from distmatch.training.compare_options import CompareOptions
+from distmatch.training.known_data import seen_by
 from distmatch.training.options import (
     GROUPS,
     DistillOptions,
@@ -225,7 +227,7 @@ def compare(
 
 
 def evaluate(
-    x: Tensor | np.ndarray,
+    x: Tensor | np.ndarray | Student,
     reference: Data,
     *,
     labels: Tensor | None = None,
@@ -238,7 +240,9 @@ def evaluate(
     """Measures generated samples against real ones; see :func:`distmatch.metrics.evaluate`.
 
     Args:
-        x: Samples in model space, as ``student.sample`` gives them.
+        x: Samples in model space, as ``student.sample`` gives them; or a :class:`Student`, of which as many
+            are drawn with ``seed`` as the reference has (at most two blocks), asked for its classes in their
+            shares.
         reference: A :class:`Dataset`, a tensor in model space, a name or a path.
         labels: The labels that were asked for, as numbers of the reference's classes. A warning says where
             their shares differ from those of the reference.
@@ -247,16 +251,55 @@ def evaluate(
         seed: Chooses the blocks.
         mixture: The exact mixture behind the reference, for mode metrics.
         quiet: Whether to say nothing of the progress.
+
+    Raises:
+        UserError: ``x`` is no samples and no student, or does not fit the reference.
     """
+    if not isinstance(x, Student):
+        x = _samples(x)
     real = reference if isinstance(reference, (Tensor, Dataset)) else _dataset(reference)
+    if isinstance(x, Student):
+        x, labels, real = _drawn(x, real, labels, n, seed)
     known = real.labels if isinstance(real, Dataset) else None
     if labels is not None and known is not None and isinstance(real, Dataset):
         warning = share_warning(labels, known, names_of(real))
         if warning is not None:
             warnings.warn(warning, stacklevel=2)
-    samples = torch.as_tensor(x)
     with quietly(quiet):
-        return _evaluate(samples, real, labels=labels, features=features, n=n, seed=seed, mixture=mixture)
+        return _evaluate(x, real, labels=labels, features=features, n=n, seed=seed, mixture=mixture)
+
+
+def _samples(x: Any) -> Tensor:
+    """Samples as a tensor.
+
+    Raises:
+        UserError: They are none: a name, a teacher, a data set.
+    """
+    try:
+        return torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        named = isinstance(x, (str, os.PathLike))
+        raise UserError(
+            "these are no samples to measure",
+            got=f"{x!r:.80}" if named else type(x).__name__,
+            expected="a tensor or array of samples in model space, or a Student",
+            fix="for a run folder or a file use the command distmatch evaluate, or load the student with "
+            "dm.Student.from_pretrained(folder)"
+            if named
+            else "draw samples first: dm.evaluate(student.sample(1000), ...)",
+        ) from error
+
+
+def _drawn(
+    student: Student, real: Tensor | Dataset, labels: Tensor | None, n: int | None, seed: int
+) -> tuple[Tensor, Tensor | None, Tensor | Dataset]:
+    """Samples of a student, the labels asked for, and the reference in its numbers of classes and scaling."""
+    if isinstance(real, Dataset):
+        real = seen_by(real, student.info.get("data") or {}, student.num_classes, "the student")
+    count = min(len(real), 2 * (n or MOST_IN_BLOCK)) if labels is None else len(labels)
+    if labels is None and student.num_classes and isinstance(real, Dataset) and real.labels is not None:
+        labels = reference_labels(real, count, seed=seed)
+    return student.sample(count, seed=seed, labels=labels), labels, real
 
 
 def _dataset(data: Data, *, scaled: bool = True) -> Dataset:

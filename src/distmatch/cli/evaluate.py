@@ -98,18 +98,20 @@ def run(argv: list[str]) -> None:
             expected="samples, or a run folder, which gets the metrics.json",
             fix=f"draw samples first: distmatch sample {o.what} --n 5000 --out samples.npz",
         )
-    metrics, space, reference = _run_folder(o) if _is_run(folder) else _sample_file(o)
+    metrics, space, reference, notes = _run_folder(o) if _is_run(folder) else _sample_file(o)
     from distmatch.cli.table import metric_table
     from distmatch.training.assess import plain
 
     if o.json:
-        about = {"reference": reference, "features": space.name, "seed": o.seed}
+        about: dict[str, Any] = {"reference": reference, "features": space.name, "seed": o.seed}
         if space.fingerprint:
             about["fingerprint"] = space.fingerprint
+        if notes:
+            about["notes"] = notes
         print_json({**plain(metrics), "evaluation": about})
     else:
         print(f"{o.what} against {reference}, the reference")
-        print(metric_table(metrics, space.description))
+        print(metric_table(metrics, space.description, notes))
 
 
 def _is_model(folder: Path) -> bool:
@@ -151,14 +153,15 @@ def _two_sets(o: EvaluateOptions) -> None:
         print(divergence_table(o.data, o.what, found))
 
 
-def _sample_file(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features, str]:
-    """Metrics of a sample file, with the floor of the reference; the feature space and the reference."""
+def _sample_file(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features, str, list[str]]:
+    """Metrics of a sample file, with the floor; the feature space, the reference, remarks."""
     import torch
 
     from distmatch.cli.output import warn_of_shares
     from distmatch.data import TOY_NAMES, load_data, toy
     from distmatch.data.classes import matched, names_of
     from distmatch.metrics import evaluate, plan, reference_floor, resolve_features
+    from distmatch.metrics.notes import notes_on
 
     if not o.data:
         raise UserError(
@@ -185,15 +188,17 @@ def _sample_file(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Feature
     settings = plan(real, len(given), features=space, n=o.n, seed=o.seed)
     common: dict[str, Any] = {"features": space, "n": settings.n, "seed": o.seed, "mixture": mixture}
     floor = reference_floor(real, stratified=labels is not None, **common)
-    return {"reference": floor, "samples": evaluate(x, real, labels=labels, **common)}, space, o.data
+    metrics = {"reference": floor, "samples": evaluate(x, real, labels=labels, **common)}
+    return metrics, space, o.data, notes_on(real, space, settings.n)
 
 
-def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features, str]:
-    """Metrics of a run's models, written to the run folder too; the feature space and the reference."""
+def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features, str, list[str]]:
+    """Metrics of a run's models, written to the run folder too; the feature space, the reference, remarks."""
     from distmatch.cli.output import tell_conversion
     from distmatch.data import load_data
     from distmatch.data.columns import columns_of
     from distmatch.metrics import resolve_features
+    from distmatch.metrics.notes import notes_on
     from distmatch.training.evaluation import evaluate_models
     from distmatch.training.models import open_model
     from distmatch.training.runfolder import RunFolder
@@ -227,4 +232,4 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
         device=o.device,
         spec=spec,
     )
-    return metrics, space, spec
+    return metrics, space, spec, notes_on(data, space, metrics["reference"]["fd"].n)

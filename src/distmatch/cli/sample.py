@@ -102,7 +102,7 @@ def run(argv: list[str]) -> None:
     from distmatch.cli.output import check_form, tell_conversion, write_samples
     from distmatch.cli.trajectory import check_picture
     from distmatch.data.classes import names_for
-    from distmatch.data.columns import columns_of, rounded
+    from distmatch.data.columns import columns_of, decoded
     from distmatch.training.models import open_model, refuse_existing
     from distmatch.training.ranges import Range, require_range
 
@@ -125,7 +125,7 @@ def run(argv: list[str]) -> None:
         x = model.scaling.export(drawn.x)
         columns = columns_of(model.trained_on, x.shape[1]) if x.ndim == 2 else ()
         if out.suffix.lower() == ".csv":
-            x = rounded(columns, x)
+            x = decoded(columns, x)
         if x.ndim == 2 and bounds is not None:
             result |= bounds.outside(x)
             x = bounds.clip(x) if o.clip else x

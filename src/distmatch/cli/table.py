@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from distmatch.base.estimate import Estimate
@@ -22,7 +23,7 @@ _BETTER = {
 }
 
 
-def metric_table(metrics: dict[str, dict[str, Any]], features: str = "") -> str:
+def metric_table(metrics: dict[str, dict[str, Any]], features: str = "", notes: Sequence[str] = ()) -> str:
     """A plain-text table: a row for each metric, a column for each model, value ± standard error.
 
     Density and Vendi are best at the floor: more means concentrated or noisy samples. Warnings stand below.
@@ -30,6 +31,7 @@ def metric_table(metrics: dict[str, dict[str, Any]], features: str = "") -> str:
     Args:
         metrics: By model.
         features: The description of the space they were measured in.
+        notes: Remarks on all of it.
     """
     models = list(metrics)
     titles = ["floor (real)" if m == "reference" else m for m in models]
@@ -50,6 +52,7 @@ def metric_table(metrics: dict[str, dict[str, Any]], features: str = "") -> str:
     lines.append(f"blocks of {n} samples; the floor is real data against real data at the same size")
     if features:
         lines.append(f"features: {features}")
+    lines += [f"note: {note}" for note in notes]
     warned: dict[str, list[str]] = {}
     for model, block in metrics.items():
         for key, value in block.items():

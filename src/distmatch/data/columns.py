@@ -65,10 +65,32 @@ def element_names(columns: Sequence[Column]) -> list[str | None]:
     return [name for c in columns for name in ([None] * len(c.values) if c.values else [c.name])]
 
 
-def rounded(columns: Sequence[Column], x: np.ndarray) -> np.ndarray:
-    """Vectors (N, D) as a table has them: those of columns of whole numbers are whole."""
-    whole = np.array([c.whole and not c.values for c in columns for _ in range(c.width)], dtype=bool)
-    return np.where(whole, np.rint(x), x) if whole.any() else x
+def is_coded(columns: Sequence[Column]) -> bool:
+    """Whether a table holds words or whole numbers, between which a model's values may lie."""
+    return any(column.values or column.whole for column in columns)
+
+
+def decoded(columns: Sequence[Column], x: np.ndarray) -> np.ndarray:
+    """Vectors (N, D) as the rows of a table: whole numbers are rounded, of a word the largest element is 1.
+
+    Args:
+        columns: The columns, whose widths add up to D; () changes nothing.
+        x: Vectors in the units of the data.
+
+    Returns:
+        (N, D), of the type of ``x``.
+    """
+    if not is_coded(columns):
+        return x
+    rows, begin = x.copy(), 0
+    for column in columns:
+        part = rows[:, begin : begin + column.width]
+        if column.values:
+            part[:] = part.argmax(1)[:, None] == np.arange(column.width)
+        elif column.whole:
+            np.rint(part, out=part)
+        begin += column.width
+    return rows
 
 
 def table_text(

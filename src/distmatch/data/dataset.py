@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.data.columns import Column
+from distmatch.data.columns import Column, decoded, is_coded
 from distmatch.data.scaling import Scaling
 
 _CHUNK = 4096  # samples scaled at a time when statistics are taken, to bound memory
@@ -109,6 +109,22 @@ class Dataset:
                 raise UserError("only images can be mirrored", got=f"{self.name}, which holds vectors")
             x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(-1), x)
         return x, None if self.labels is None else self.labels[where]
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        """Samples as these data would hold them: of a table words and whole numbers, no values between.
+
+        Args:
+            x: Samples (N, *shape) in model space.
+
+        Returns:
+            The same for other data and for tables of real numbers alone; else (N, D) float32 with what
+            ``distmatch sample --out x.csv`` writes, in model space.
+        """
+        if not is_coded(self.columns):
+            return x
+        raw = decoded(self.columns, self.scaling.to_raw(x).detach().cpu().numpy())
+        # In the type of the data, so that equal values become equal: a real word and a sampled one.
+        return self.scaling.to_model(torch.from_numpy(raw).to(self.raw.dtype)).to(x.device)
 
     def std(self) -> float:
         """Standard deviation of all scaled values about their common mean: ``sigma_data`` of EDM."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
+from distmatch.data.columns import decoded, is_coded
 from distmatch.data.dataset import Dataset
 from distmatch.discrepancies import KERNELS
 from distmatch.divergences import Divergence, Renyi, divergence, measure
@@ -170,6 +171,8 @@ def compare_datasets(
     for side, data in (("p", p), ("q", q)):
         order = torch.randperm(len(data), generator=seeds.generator(seed, f"between/{side}/chosen"))
         part = data.raw[order[: min(n or MOST, MOST)]]
+        if side == "q":  # as rows of p, where p is a table: words and whole numbers, nothing between
+            part = torch.from_numpy(decoded(p.columns, part.cpu().numpy()))
         if not raw:  # features are made for the range of the model, p's where it is a fitted one
             part = (p if p.kind == "vector" else data).scaling.to_model(part)
         sides.append(space(part.to(device)))
@@ -179,6 +182,8 @@ def compare_datasets(
         sides[0], sides[1], which, seed=seed, score_p=score_p, score_q=score_q, quiet=quiet
     )
     notes = _about_space(space.name, p.kind, sides[0]) + found.notes
+    if is_coded(p.columns):
+        notes = ("q is compared as rows of the table p: words and whole numbers, nothing between", *notes)
     return Comparison(found.measured, found.not_computed, notes, space.description)
 
 

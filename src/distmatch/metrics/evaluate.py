@@ -17,6 +17,7 @@ from torch import Tensor
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
+from distmatch.data.dataset import Dataset
 from distmatch.metrics.features import resolve_features
 from distmatch.metrics.frechet import frechet_replicates
 from distmatch.metrics.kid import kid_replicates
@@ -75,6 +76,9 @@ def evaluate(
     equal to the reference they are conservative for ``fd`` and ``kid``, whose first derivative vanishes
     there.
 
+    Where the reference is a table with words or whole numbers, samples are measured as rows of such a table
+    (:meth:`~distmatch.data.Dataset.as_rows`): no value between two words would ever be written.
+
     Args:
         x: Generated samples (M, *shape), floating, in model space ([-1, 1] for images).
         reference: The reference set, or a tensor like ``x``.
@@ -110,6 +114,8 @@ def evaluate_replicates(
 ) -> Evaluation:
     """:func:`evaluate` with the replicates, for models that are to be compared with each other."""
     _check(x, reference, labels)
+    if isinstance(reference, Dataset):
+        x = reference.as_rows(x)
     space = resolve_features(features, None if isinstance(reference, Tensor) else reference)
     size = plan(reference, len(x), features=space, n=n, seed=seed).n
     if labels is not None:

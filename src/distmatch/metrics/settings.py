@@ -14,7 +14,7 @@ from distmatch.metrics.reference import Reference
 GROUPS = 10
 K_PRECISION = 3
 K_COVERAGE = 5
-_MOST = 5000
+MOST_IN_BLOCK = 5000
 _LEAST = 2 * (K_COVERAGE + 1)
 
 FeatureChoice = str | Features | Callable[[Tensor], Tensor]
@@ -69,7 +69,7 @@ def plan(
     Raises:
         UserError: Fewer than 12 samples per block.
     """
-    limits = [(len(reference) // 2, "use a larger reference"), (_MOST if n is None else n, "raise n")]
+    limits = [(len(reference) // 2, "use a larger reference"), (MOST_IN_BLOCK if n is None else n, "raise n")]
     if samples is not None:
         limits.append((samples // 2, "generate more samples"))
     least, fix = min(limits)
