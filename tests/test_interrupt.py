@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from command import TINY, checkpoints, command, done, weights
+from command import TINY, checkpoints, command, contents, done, weights
+from distmatch.cli.parse import Place
 from distmatch.training.checkpoint import load_checkpoint
 from processes import Forked
 
@@ -37,10 +38,10 @@ def test_a_signal_leaves_a_run_that_goes_on(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     text = errors.decode()
-    assert "interrupted" in text
-    assert "--resume" in text
     assert "Traceback" not in text
     step, _ = load_checkpoint(tmp_path / "run" / "checkpoints")
+    fix = f"go on from step {step} with: distmatch {verb} --resume --out {tmp_path}/run"
+    assert text.splitlines()[-1] == f"distmatch {verb}: interrupted; {fix}"
     assert 0 < step < steps
     assert [e["step"] for e in run.events() if e["event"] == "train"][-1] == step
     assert checkpoints(tmp_path / "run") == [f"step-{step:06d}"]
@@ -52,6 +53,44 @@ def test_a_signal_leaves_a_run_that_goes_on(
         process.communicate(timeout=60)
         assert process.returncode == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("verb", ["train", "distill", "compare", "demo"])
+def test_without_a_run_there_is_nothing_to_resume(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before the folder is begun, and before the first checkpoint."""
+    from distmatch.cli import compare, demo, distill, running, train
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    module = {"train": train, "distill": distill, "compare": compare, "demo": demo}[verb]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run", stop)
+        found = command(f"{verb} --out {tmp_path}/run --json")
+    assert found.code == 130
+    assert found.json()["error"] == {"what": "interrupted; nothing was written"}
+    assert contents(tmp_path) == {}
+
+    place = Place(out=tmp_path / "a run")
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run" / ".lock").touch()
+    for held in ("", f"; go on with: distmatch {verb} --resume --out '{tmp_path}/a run'"):
+        with pytest.raises(KeyboardInterrupt) as error, running.going_on(verb, place):
+            raise KeyboardInterrupt
+        assert "; ".join(["", *error.value.args]) == held
+        (tmp_path / "a run" / "config.toml").touch()
+
+
+def test_a_demo_goes_on_with_its_options(tmp_path: Path) -> None:
+    from distmatch.cli.running import going_on
+
+    (tmp_path / "teacher").mkdir()
+    options = ["--fast", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt) as error, going_on("demo", Place(out=tmp_path), options):
+        raise KeyboardInterrupt
+    assert error.value.args == (f"go on with: distmatch demo --resume --fast --out {tmp_path}",)
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

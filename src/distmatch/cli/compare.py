@@ -38,7 +38,7 @@ def run(argv: list[str]) -> None:
             "no teacher was named", expected="--teacher with a run folder, or ring8, grid25, skewed2"
         )
     _check_place(place)
-    from distmatch.cli.running import check_place, open_folder
+    from distmatch.cli.running import check_place, going_on, open_folder
     from distmatch.report import build_report
     from distmatch.training.compare import carry_out_comparison, prepare_comparison
     from distmatch.training.compare_plan import check_options
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> None:
         return
     check_place(place, inputs)
     prepared = prepare_comparison(options, resumed=place.out if place.resume is not None else None)
-    with open_folder(place, inputs) as folder:
+    with open_folder(place, inputs) as folder, going_on("compare", place):
         record = carry_out_comparison(prepared, folder)
         report = build_report(folder.path)
     if place.json:

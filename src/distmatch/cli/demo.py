@@ -68,7 +68,7 @@ def run(argv: list[str]) -> None:
     options = parse(DemoOptions, argv, verb="demo", said=HELP)
     import numpy as np
 
-    from distmatch.cli.running import check_place, open_folder, run_or_resume
+    from distmatch.cli.running import check_place, going_on, open_folder, run_or_resume
     from distmatch.cli.table import metric_table
     from distmatch.data import load_data
     from distmatch.metrics import resolve_features
@@ -88,7 +88,8 @@ def run(argv: list[str]) -> None:
     check_place(place)
     pick_device(options.device)
     prepare_distillation(replace(distill, teacher="ring8", data="ring8"), fresh=False)
-    with open_folder(place) as folder:
+    again = [option for option in argv if option not in ("--resume", "--overwrite")]
+    with open_folder(place) as folder, going_on("demo", place, again):
         inner = replace(place, out=options.out / "teacher", overwrite=False)
         run_or_resume(lambda _: prepare_training(train), inner)
         run_or_resume(lambda fresh: prepare_distillation(distill, fresh=fresh), place, folder)

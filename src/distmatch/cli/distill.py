@@ -50,7 +50,7 @@ def run(argv: list[str]) -> None:
         DistillOptions, argv, verb="distill", said=HELP, defaults=_options_of, idle=_idle
     )
     from distmatch.cli.output import tell_conversion
-    from distmatch.cli.running import check_place, dry_run, execute, open_folder, starts_afresh
+    from distmatch.cli.running import check_place, dry_run, execute, going_on, open_folder, starts_afresh
     from distmatch.training.prepare import prepare_distillation
 
     check_place(place, (options.data, options.teacher))
@@ -59,7 +59,7 @@ def run(argv: list[str]) -> None:
     if place.dry_run:
         dry_run(job, place)
         return
-    with open_folder(place, (options.data, options.teacher)) as folder:
+    with open_folder(place, (options.data, options.teacher)) as folder, going_on("distill", place):
         result = execute(job, folder, place)
     if place.json:
         print_json(result)

@@ -22,6 +22,7 @@ from distmatch.cli.surroundings import (
     sigterm_as_interrupt,
 )
 
+_RUNS = ("demo", "train", "distill", "compare")  # verbs that write nothing before they have a run folder
 VERBS = {
     "demo": ("distmatch.cli.demo", "train, distil, measure and report on digits, in minutes"),
     "train": ("distmatch.cli.train", "train a diffusion teacher"),
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if debug and isinstance(error, Exception):
                 traceback.print_exc()
-            text, parts, code = _failure(error)
+            text, parts, code = _failure(error, argv[0])
             print(f"distmatch {argv[0]}: {text}", file=sys.stderr)
             if "--json" in arguments:
                 print_json({"verb": argv[0], "error": parts, "exit_code": code})
@@ -95,14 +96,18 @@ def _carry_out(verb: str, arguments: list[str]) -> int:
     return 0
 
 
-def _failure(error: BaseException) -> tuple[str, dict[str, str], int]:
+def _failure(error: BaseException, verb: str) -> tuple[str, dict[str, str], int]:
     """What to say of an error: the message, its parts, and the exit code."""
     theirs = error if isinstance(error, UserError) else _of_the_machine(error)
     if theirs is not None:
         return str(theirs), theirs.parts, 2
     if isinstance(error, KeyboardInterrupt):
-        what, fix = "interrupted", "a run goes on with --resume"
-        return f"{what}; {fix}", {"what": what, "fix": fix}, 143 if isinstance(error, Terminated) else 130
+        code = 143 if isinstance(error, Terminated) else 130
+        if error.args:  # a run on disk: the command that goes on with it
+            what, fix = "interrupted", str(error.args[0])
+            return f"{what}; {fix}", {"what": what, "fix": fix}, code
+        left = "nothing was written" if verb in _RUNS else "nothing is left half-written"
+        return f"interrupted; {left}", {"what": f"interrupted; {left}"}, code
     what = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
     return what, {"what": what}, 1
 
@@ -127,6 +132,9 @@ def entry() -> None:
         sys.stdout.flush()
     except OSError:  # said already, or nobody reads it
         discard(sys.stdout.fileno())
+    if code in (130, 143):  # an import that was cut in half can crash the interpreter as it takes itself down
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
 from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.presets import describe
-from distmatch.training.runfolder import RunFolder, check_usable, create
+from distmatch.training.runfolder import RunFolder, check_usable, create, holds_something
 from distmatch.training.runs import Job, carry_out
 from distmatch.training.toml import dataclass_to_dict
 
@@ -63,6 +65,27 @@ def _out(place: Place) -> Path:
     return place.out
 
 
+@contextmanager
+def going_on(verb: str, place: Place, options: Sequence[str] | None = None) -> Iterator[None]:
+    """Within it an interruption says how to go on, where the folder holds a run by then.
+
+    Args:
+        verb: The verb.
+        place: Where the run is.
+        options: Those that have to be given again; None: `--out` alone, the others are in the run's config.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        folder = RunFolder(_out(place))
+        if holds_something(folder):
+            saved = list_checkpoints(folder.checkpoints)
+            given = ["--out", str(place.out)] if options is None else options
+            command = shlex.join(["distmatch", verb, "--resume", *given])
+            stop.args = (f"go on{f' from step {max(saved)}' if saved else ''} with: {command}",)
+        raise
+
+
 def starts_afresh(place: Place) -> bool:
     """Whether training begins at step 0: not resumed, or killed before its first checkpoint."""
     if place.resume is None or place.out is None:
@@ -76,10 +99,8 @@ def dry_run(job: Job, place: Place) -> None:
     Raises:
         UserError: A grid is asked for, and there are no data.
     """
-    if place.grid is not None:
-        if job.data is None:
-            raise UserError("there are no data to show", got=f"--grid {place.grid}", fix="leave it out")
-        write_grid(place.grid, job.data, job.options.run.seed, place.overwrite)
+    if place.grid is not None and job.data is None:
+        raise UserError("there are no data to show", got=f"--grid {place.grid}", fix="leave it out")
     found = describe_found(job.data) if job.data is not None else None
     parameters = job.parameters()
     run = job.options.run
@@ -87,6 +108,8 @@ def dry_run(job: Job, place: Place) -> None:
     trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
     memory = round((4 * sum(parameters.values()) + 12 * trained) / 2**20, 1)  # gradients and two Adam moments
     whole = once + seconds * run.steps
+    if place.grid is not None and job.data is not None:
+        write_grid(place.grid, job.data, run.seed, place.overwrite)
     timing = f"{in_words(whole)} ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
     larger = job.notes.get("larger_net")
     if larger:

@@ -139,7 +139,8 @@ def run(argv: list[str]) -> None:
         print_json(result)
         return
     if out is not None:
-        print(f"{o.n} samples in {out} ({result['model']}, {result['nfe']} network calls each)")
+        calls = "1 network call" if result["nfe"] == 1 else f"{result['nfe']} network calls"
+        print(f"{o.n} samples in {out} ({result['model']}, {calls} each)")
         if how:
             print(f"classes: {_HOW[how]}")
         if result.get("outside_range", 0) >= 0.0005 or result.get("below_zero"):

@@ -26,7 +26,7 @@ example: distmatch train --data digits --steps 3000 --out runs/teacher
 def run(argv: list[str]) -> None:
     """Parses, trains, prints where the teacher is."""
     options, place = parse_run(TrainOptions, argv, verb="train", said=HELP)
-    from distmatch.cli.running import check_place, dry_run, execute, open_folder
+    from distmatch.cli.running import check_place, dry_run, execute, going_on, open_folder
     from distmatch.training.prepare_teacher import prepare_training
 
     check_place(place, (options.data,))
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> None:
     if place.dry_run:
         dry_run(job, place)
         return
-    with open_folder(place, (options.data,)) as folder:
+    with open_folder(place, (options.data,)) as folder, going_on("train", place):
         result = execute(job, folder, place)
     if place.json:
         print_json(result)

@@ -30,7 +30,7 @@ from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
 from distmatch.training.environment import environment
 from distmatch.training.prepare import prepare_distillation
-from distmatch.training.runfolder import RunFolder, create
+from distmatch.training.runfolder import RunFolder, create, holds_something
 from distmatch.training.runs import carry_out
 
 
@@ -152,7 +152,7 @@ class _Comparison:
         started = bool(list_checkpoints(place.checkpoints))
         memory = PeakMemory(pick_device(options.run.device))
         job = prepare_distillation(options, self.told.teacher, self.told.data, fresh=not started)
-        with create(place.path, resume=_holds_something(place)) as own:
+        with create(place.path, resume=holds_something(place)) as own:
             began = time.perf_counter()
             student, _ = carry_out(job, own, resume="latest" if started else None)
             seconds, taken = time.perf_counter() - began, memory.bytes()
@@ -164,8 +164,3 @@ class _Comparison:
 
     def _place(self, run: dict[str, Any]) -> RunFolder:
         return RunFolder(self.folder.path / run["folder"])
-
-
-def _holds_something(place: RunFolder) -> bool:
-    """Whether a run was begun in a folder; the lock alone is no beginning."""
-    return place.path.is_dir() and any(entry.name != ".lock" for entry in place.path.iterdir())

@@ -188,6 +188,11 @@ def _in_the_way(path: Path, expected: str) -> UserError:
     )
 
 
+def holds_something(run: RunFolder) -> bool:
+    """Whether a run was begun in a folder; the lock alone is no beginning."""
+    return bool(_content(run.path))
+
+
 def _content(folder: Path) -> list[str]:
     """Names in the folder but for the lock file, sorted; none if there is no folder."""
     return sorted(e.name for e in folder.iterdir() if e.name != LOCK) if folder.is_dir() else []
