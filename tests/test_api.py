@@ -157,3 +157,10 @@ def test_a_student_is_measured_by_samples_of_its_own():
 def test_what_is_no_samples_is_refused_with_the_way_out(wrong):
     with pytest.raises(dm.UserError, match=r"no samples to measure.*distmatch evaluate|no samples.*sample\("):
         dm.evaluate(wrong, "digits")
+
+
+def test_warnings_of_a_run_point_at_the_line_that_started_it():
+    teacher = dm.train("digits", steps=2, **TINY)
+    with pytest.warns(UserWarning, match="ratio normalisation") as found:
+        dm.distill(teacher, "digits", steps=5, **QUICK)
+    assert {w.filename for w in found} == {__file__}

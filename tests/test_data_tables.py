@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -266,3 +267,44 @@ def test_samples_are_measured_as_rows_of_the_table(place: Path, tmp_path: Path) 
     assert torch.equal(real.as_rows(noisy), model)  # bit for bit: equal rows are copies
     plain = from_arrays(model.numpy(), labels)
     assert torch.equal(plain.as_rows(noisy), noisy)
+
+
+def test_constant_columns_come_back_to_the_bit(tmp_path: Path) -> None:
+    rows = [f"{k % 7 + 0.5},0.1,{k % 3}" for k in range(60)]
+    path = written(tmp_path / "t.csv", "\n".join(["a,unit,b", *rows]))
+    run = done(f"train --data {path} {TINY} {SHORT} --dry-run")
+    assert re.search(r"constant +unit:", run.out)
+    done(f"train --data {path} {TINY} {SHORT} --out {tmp_path}/t")
+    said = done(f"sample {tmp_path}/t --steps 2 --n 50 --out {tmp_path}/x.csv --json").json()
+    done(f"sample {tmp_path}/t --steps 2 --n 50 --out {tmp_path}/x.npz")
+    assert all(line.split(",")[1] == "0.1" for line in (tmp_path / "x.csv").read_text().splitlines()[1:])
+    x = np.load(tmp_path / "x.npz")["x"]
+    assert (x[:, 1] == np.float32(0.1)).all()
+    real = load_data(path)
+    assert real.constant_columns() == ["unit"]
+    low, high = real.raw.amin(0).numpy(), real.raw.amax(0).numpy()
+    written_rows = load_data(tmp_path / "x.csv").raw.numpy()
+    outside = ((written_rows < low) | (written_rows > high))[:, [0, 2]].mean()
+    assert said["outside_range"] == pytest.approx(outside)
+    again = Scaling.from_dict(real.scaling.to_dict())
+    assert again == real.scaling
+    assert again.constant == (1,)
+    # Samples from elsewhere that vary there are not made equal to the data.
+    other = real.scaling.to_model(real.raw + torch.tensor([0.0, 0.3, 0.0]))
+    assert float(real.as_rows(other)[:, 1].min()) == pytest.approx(0.3)
+
+
+def test_an_index_and_decimal_commas_are_named(tmp_path: Path) -> None:
+    text = "\n".join([",a", *(f"{k},{k * k % 5}" for k in range(9))])
+    with pytest.warns(UserWarning, match=r"counts 0, 1, 2.*index=False") as found:
+        load_data(written(tmp_path / "t.csv", text))
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_data(written(tmp_path / "t.csv", "n" + text))
+    for option in ("", ":one-hot"):
+        path = written(tmp_path / "u.csv", "income;n\n1,5;1\n2;2\n-3,25;4\n")
+        with pytest.raises(
+            UserError, match=r"income holds numbers with decimal commas.*'1,5' in row 1, 2 such"
+        ):
+            load_data(f"{path}{option}")

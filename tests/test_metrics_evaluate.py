@@ -5,6 +5,7 @@ import torch
 
 from distmatch import data
 from distmatch.base.errors import UserError
+from distmatch.base.estimate import Estimate
 from distmatch.metrics import (
     Features,
     classifier_features,
@@ -16,7 +17,7 @@ from distmatch.metrics import (
     reference_labels,
 )
 from distmatch.metrics.classifier import Classifier
-from distmatch.metrics.evaluate import _measure
+from distmatch.metrics.evaluate import _replicates, _summary, _unstable
 from distmatch.metrics.features import _fingerprint
 from distmatch.metrics.reference import draw_reference
 
@@ -59,7 +60,7 @@ def test_the_values_are_those_of_the_blocks():
     for name in ("precision", "recall", "density", "coverage"):
         assert floor[name].value == pytest.approx(sum(getattr(p, name) for p in both) / 2, rel=1e-9)
     # one reference block against itself, through the same door
-    values, _ = _measure(a, a)
+    values, _ = _summary(_replicates(a, a))
     assert values[0] == pytest.approx(0, abs=1e-9)
     assert values[2:6].tolist() == [1, 1, 1, 1]
 
@@ -213,3 +214,22 @@ def test_trained_features_have_the_fingerprint_of_their_weights(features):
     before = _fingerprint(weights)
     weights.head.bias.data[0] += 1e-6
     assert _fingerprint(weights) != before
+
+
+def test_errors_that_no_share_can_have_are_called_unstable():
+    """Of v in [0, 1] with mean v the spread is at most sqrt(v (1 - v))."""
+    replicates = torch.tensor([[0.4] * 4 + [0.0] * 10, [0.0] * 14], dtype=torch.float64)
+    for name, value, stderr, said in (
+        ("precision", 0.0, 0.15, True),
+        ("recall", 1.0, 0.24, True),
+        ("coverage", 0.01169, 0.12, True),
+        ("density", 0.01, 0.12, True),
+        ("density", 1.2, 0.4, False),
+        ("precision", 0.97, 0.04, False),
+        ("recall", 0.5, 0.3, False),
+        ("recall", 0.0, 0.0, False),
+    ):
+        why = _unstable(name, Estimate(value, stderr, 100), replicates)
+        assert (why is not None) == said, (name, value, stderr)
+        if why is not None:
+            assert "0 to 0.4" in why

@@ -294,12 +294,14 @@ def _drawn(
     student: Student, real: Tensor | Dataset, labels: Tensor | None, n: int | None, seed: int
 ) -> tuple[Tensor, Tensor | None, Tensor | Dataset]:
     """Samples of a student, the labels asked for, and the reference in its numbers of classes and scaling."""
+    about = student.info.get("data") or {}
     if isinstance(real, Dataset):
-        real = seen_by(real, student.info.get("data") or {}, student.num_classes, "the student")
+        real = seen_by(real, about, student.num_classes, "the student")
     count = min(len(real), 2 * (n or MOST_IN_BLOCK)) if labels is None else len(labels)
     if labels is None and student.num_classes and isinstance(real, Dataset) and real.labels is not None:
         labels = reference_labels(real, count, seed=seed)
-    return student.sample(count, seed=seed, labels=labels), labels, real
+    x = student.sample(count, seed=seed, labels=labels)
+    return Scaling.known(about, x.shape[1:]).settled(x), labels, real
 
 
 def _dataset(data: Data, *, scaled: bool = True) -> Dataset:

@@ -34,7 +34,7 @@ def check_grid(path: Path | None, *, dry_run: bool, overwrite: bool) -> None:
 
 def describe_found(data: Dataset) -> dict[str, Any]:
     """What was found, as JSON: ``samples``, ``shape``, ``classes`` with their counts, ``range``, ..."""
-    counts = Classes.of(data).counts
+    counts, constant = Classes.of(data).counts, data.constant_columns()
     return {
         "name": data.name,
         "kind": data.kind,
@@ -43,6 +43,7 @@ def describe_found(data: Dataset) -> dict[str, Any]:
         "classes": dict(zip(names_of(data), counts, strict=True)) if counts else {},
         "range": [float(data.raw.min()), float(data.raw.max())],
         "scaling": data.scaling.rule,
+        **({"constant": constant} if constant else {}),
         **({"columns": [column.to_dict() for column in data.columns]} if data.columns else {}),
     }
 
@@ -61,6 +62,11 @@ def found_lines(found: dict[str, Any]) -> list[str]:
         f"{low:.6g} to {high:.6g} ({found['scaling']})",
         f"classes     {len(classes)}: {listed(classes)}" if classes else "classes     none",
         *([f"columns     {len(columns)}: {listed(columns)}"] if columns else []),
+        *(
+            [f"constant    {listed(found['constant'])}: of one value only, which samples repeat"]
+            if found.get("constant")
+            else []
+        ),
     ]
 
 

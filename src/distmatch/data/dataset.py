@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.data.columns import Column, decoded, is_coded
+from distmatch.data.columns import Column, columns_of, decoded, element_names, is_coded
 from distmatch.data.scaling import Scaling
 
 _CHUNK = 4096  # samples scaled at a time when statistics are taken, to bound memory
@@ -109,6 +109,12 @@ class Dataset:
                 raise UserError("only images can be mirrored", got=f"{self.name}, which holds vectors")
             x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(-1), x)
         return x, None if self.labels is None else self.labels[where]
+
+    def constant_columns(self) -> list[str]:
+        """Names of the columns of numbers that hold one value only, "column 3" where they have none."""
+        names = element_names(self.columns or columns_of({}, self.shape[0])) if self.kind == "vector" else []
+        same = (self.raw == self.raw[:1]).all(0).tolist() if names else []
+        return [name for name, one in zip(names, same, strict=True) if one and name is not None]
 
     def as_rows(self, x: Tensor) -> Tensor:
         """Samples as these data would hold them: of a table words and whole numbers, no values between.

@@ -27,6 +27,7 @@ class Scaling:
         half: The raw distance from ``centre`` that becomes 1; same length, never 0.
         rule: In words, how the map was chosen.
         precise: Whether raw values are float64, as float32 could not hold them; model values are float32.
+        constant: Of vectors, the columns that hold one value only: ``centre``, whatever a model gives there.
     """
 
     kind: Literal["image", "vector"]
@@ -34,11 +35,20 @@ class Scaling:
     half: tuple[float, ...]
     rule: str
     precise: bool = False
+    constant: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         sane = len(self.centre) == len(self.half) >= 1 and (self.kind == "vector" or len(self.half) == 1)
         finite = bool(np.isfinite(self.centre).all() and np.isfinite(self.half).all())
-        if self.kind not in ("image", "vector") or not sane or not finite or min(self.half) <= 0:
+        fixed = all(type(k) is int and 0 <= k < len(self.half) for k in self.constant)
+        if (
+            self.kind not in ("image", "vector")
+            or not sane
+            or not finite
+            or min(self.half) <= 0
+            or not fixed
+            or (self.kind == "image" and self.constant)
+        ):
             raise UserError(
                 "this is not a scaling",
                 got=f"kind {self.kind!r}, {len(self.centre)} centres, {len(self.half)} half ranges",
@@ -87,7 +97,8 @@ class Scaling:
     def fit_vectors(cls, raw: Tensor) -> Scaling:
         """Maps each column of ``raw`` (N, D) from its smallest and largest value to [-1, 1].
 
-        A constant column becomes 0. Columns in float64 are mapped in float64.
+        A constant column becomes 0, and samples have its value again. Columns in float64 are mapped in
+        float64.
         """
         low = raw.amin(0).double().cpu().numpy()
         high = raw.amax(0).double().cpu().numpy()
@@ -98,9 +109,10 @@ class Scaling:
             # small spread would lose its place when the centre is subtracted.
             centre = centre.astype(np.float32).astype(np.float64)
         half = np.maximum(high - centre, centre - low)
+        constant = tuple(np.flatnonzero(half == 0).tolist())
         half = np.where(half > 0, half, 1.0)
         rule = "columns, from minimum to maximum"
-        return cls("vector", tuple(centre.tolist()), tuple(half.tolist()), rule, precise)
+        return cls("vector", tuple(centre.tolist()), tuple(half.tolist()), rule, precise, constant)
 
     @classmethod
     def identity(cls, dim: int) -> Scaling:
@@ -147,6 +159,14 @@ class Scaling:
         centre, half = self._numbers(x, dtype)
         return x.to(dtype) * half + centre
 
+    def settled(self, x: Tensor) -> Tensor:
+        """Samples of a model, in model space, with what it makes of constant columns put back to 0."""
+        if not self.constant:
+            return x
+        constant = set(self.constant)
+        moving = [float(k not in constant) for k in range(len(self.half))]
+        return x * torch.tensor(moving, dtype=x.dtype, device=x.device)
+
     def export(self, x: Tensor) -> np.ndarray:
         """What ``distmatch sample`` writes.
 
@@ -173,14 +193,15 @@ class Scaling:
     def in_units(self, x: Tensor) -> Tensor:
         """What :meth:`export` gives, of model values that are finite, as a tensor on their device."""
         if self.kind == "vector":
-            return self.to_raw(x)
+            return self.to_raw(self.settled(x))
         pixels = (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; :meth:`from_dict` gives back an equal object."""
         said = {"kind": self.kind, "centre": list(self.centre), "half": list(self.half), "rule": self.rule}
-        return {**said, "precise": True} if self.precise else said
+        precise = {"precise": True} if self.precise else {}
+        return {**said, **precise, **({"constant": list(self.constant)} if self.constant else {})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scaling:
@@ -191,7 +212,8 @@ class Scaling:
         """
         try:
             centre, half = (tuple(float(v) for v in values[key]) for key in ("centre", "half"))
-            return cls(values["kind"], centre, half, str(values["rule"]), values.get("precise") is True)
+            precise, constant = values.get("precise") is True, tuple(values.get("constant", ()))
+            return cls(values["kind"], centre, half, str(values["rule"]), precise, constant)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise

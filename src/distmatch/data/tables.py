@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from distmatch.base.errors import UserError
+from distmatch.base.stack import caller_level
 from distmatch.data.arrays import from_arrays
 from distmatch.data.bounds import check_bytes
 from distmatch.data.classes import in_order, listed
@@ -20,6 +23,7 @@ ONE_HOT = "one-hot"
 """The option after the file's name that encodes columns of text."""
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-"}
 _MOST_VALUES = 100  # words of a column; more are names or remarks
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _MOST_CLASSES = 1000
 _SWELL = 20  # times its size in the file that the text of a table takes while it is read
 
@@ -50,6 +54,7 @@ def load_table(
         raise UserError(f"{file} has no column besides {label}", expected="columns of numbers")
     for name, column in cells.items():
         _refuse_missing(file, name, column)
+    _warn_of_index(file, rows, header[0])
     columns = _like(file, cells, like) if like else [_column(file, n, c, one_hot) for n, c in cells.items()]
     x = np.concatenate([_elements(file, c, cells[c.name]) for c in columns], 1)
     found: np.ndarray | None = None
@@ -80,10 +85,10 @@ def _read(file: Path) -> tuple[list[str], list[list[str]]]:
         raise UserError(f"{file} is empty", expected="a line of names and rows of numbers")
     header = rows[0]
     if all(_number(cell) is not None for cell in header):
-        header = [f"column {k + 1}" for k in range(len(header))]
+        header = [_unnamed(k) for k in range(len(header))]
     else:
         rows = rows[1:]
-    names = [name or f"column {k + 1}" for k, name in enumerate(header)]
+    names = [name or _unnamed(k) for k, name in enumerate(header)]
     double = next((name for k, name in enumerate(names) if name in names[:k]), None)
     if double is not None:
         raise UserError(f"{file} has two columns of one name", got=double[:80], fix="rename one of them")
@@ -98,6 +103,24 @@ def _read(file: Path) -> tuple[list[str], list[list[str]]]:
     if not rows:
         raise UserError(f"{file} has no rows", got=f"a line of names: {listed(names)}")
     return names, rows
+
+
+def _warn_of_index(file: Path, rows: list[list[str]], first: str) -> None:
+    """Warns of the index that pandas writes: a column without a name that counts the rows."""
+    if (
+        first in (_unnamed(0), "Unnamed: 0")
+        and len(rows) > 2
+        and all(row[0] == str(k) for k, row in enumerate(rows))
+    ):
+        warnings.warn(
+            f"{file}: the first column has no name and counts 0, 1, 2, ...: is it an index? It is learned as "
+            "if it were data. Write the table without it: to_csv(..., index=False)",
+            stacklevel=caller_level(),
+        )
+
+
+def _unnamed(k: int) -> str:
+    return f"column {k + 1}"
 
 
 def _number(cell: str) -> float | None:
@@ -129,6 +152,14 @@ def _column(file: Path, name: str, cells: Sequence[str], one_hot: bool) -> Colum
     text = [k for k, number in enumerate(numbers) if number is None]
     if not text:
         return Column(name, whole=all(n is not None and n.is_integer() for n in numbers))
+    commas = [k for k in text if _DECIMAL_COMMA.fullmatch(cells[k])]
+    if len(commas) == len(text):
+        raise UserError(
+            f"{file}: the column {name} holds numbers with decimal commas",
+            got=f"{cells[text[0]][:40]!r} in row {text[0] + 1}, {len(commas)} such cells of {len(cells)}",
+            expected="decimal points, as in 3.5",
+            fix="write it again so: pd.read_csv(file, sep=';', decimal=',').to_csv(new, index=False)",
+        )
     words = in_order(sorted(set(cells)))
     got = f"{cells[text[0]][:40]!r} in row {text[0] + 1}, {len(text)} such cells of {len(cells)}"
     if len(text) < len(cells) / 2:

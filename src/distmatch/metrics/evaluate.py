@@ -8,6 +8,7 @@ stratified by label differ less than independent samples do, so a ``kid`` below 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,7 @@ from distmatch.metrics.vendi import vendi_replicates
 
 _NAMES = ("fd", "kid", "precision", "recall", "density", "coverage", "vendi")
 _HALVED = ("precision", "recall", "density", "coverage")
+_ROUGH = 0.05  # an error below this is no reason to doubt a share
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def evaluate_replicates(
     samples = _reference_samples(reference, size, seed, stratified=labels is not None).to(x.device)
     real = space(samples).to(_device(x)).split(size)
     blocks = [_replicates(g, r) for g, r in zip(generated, real, strict=True)]
-    result = _with_repeats(_combine([_summary(block) for block in blocks], size), real)
+    result = _doubtful(_combine([_summary(block) for block in blocks], size), blocks, real)
     if labels is not None and space.classify is not None:
         asked = labels[order]
         right = (space.predict(chosen).cpu() == asked)[asked >= 0]
@@ -171,7 +173,8 @@ def reference_floor(
     size = plan(reference, features=space, n=n, seed=seed).n
     samples = _reference_samples(reference, size, seed, stratified=stratified)
     first, second = space(samples).to(_device(samples)).split(size)
-    result = _with_repeats(_combine([_measure(first, second, both_ways=True)], size), (first, second))
+    block = _replicates(first, second, both_ways=True)
+    result = _doubtful(_combine([_summary(block)], size), [block], (first, second))
     if space.heldout_accuracy is not None:
         result["label_accuracy"] = space.heldout_accuracy
     return result | _mode_estimates(samples, mixture)
@@ -204,11 +207,6 @@ def _summary(replicates: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack([replicates[k][0] for k in _NAMES]), torch.stack(errors)
 
 
-def _measure(generated: Tensor, real: Tensor, *, both_ways: bool = False) -> tuple[Tensor, Tensor]:
-    """Values and standard errors of one pair of blocks."""
-    return _summary(_replicates(generated, real, both_ways=both_ways))
-
-
 def _combine(pairs: list[tuple[Tensor, Tensor]], size: int) -> dict[str, Estimate]:
     """The mean over independent pairs of blocks."""
     values = torch.stack([v for v, _ in pairs]).mean(0).tolist()
@@ -216,16 +214,41 @@ def _combine(pairs: list[tuple[Tensor, Tensor]], size: int) -> dict[str, Estimat
     return {name: Estimate(v, e, size) for name, v, e in zip(_NAMES, values, errors, strict=True)}
 
 
-def _with_repeats(found: dict[str, Estimate], real: Sequence[Tensor]) -> dict[str, Estimate]:
-    """The estimates, those of nearest-neighbour balls with a warning where the reference repeats itself."""
+def _doubtful(
+    found: dict[str, Estimate], blocks: Sequence[dict[str, Tensor]], real: Sequence[Tensor]
+) -> dict[str, Estimate]:
+    """The estimates, with warnings where one is unstable or nearest-neighbour balls mean little."""
     share = sum(map(repeats, real)) / len(real)
-    if share <= COPIES:
-        return found
-    why = (
+    copies = (
         f"{share:.0%} of the reference samples repeat others: many nearest-neighbour balls have no size, and "
         "only copies fall into them"
+        if share > COPIES
+        else None
     )
-    return {k: replace(v, warning=why) if k in _HALVED else v for k, v in found.items()}
+    result = dict(found)
+    for name in _HALVED:
+        why = [copies, _unstable(name, found[name], torch.cat([block[name][1:] for block in blocks]))]
+        if any(why):
+            result[name] = replace(found[name], warning="; ".join(w for w in why if w))
+    return result
+
+
+def _unstable(name: str, found: Estimate, halves: Tensor) -> str | None:
+    """Why an estimate cannot be read as value and error, or None.
+
+    A share v of independent samples has a spread of at most sqrt(v (1 - v)). An error above the largest that
+    the value allows comes from halves that say something else than the whole: radii of nearest-neighbour
+    balls that a few samples decide. Density may exceed 1, so that only its lower end counts.
+    """
+    v = max(found.value, 0.0)
+    most = v if name == "density" else math.sqrt(v * max(1 - v, 0.0))
+    if found.stderr <= max(most, _ROUGH):
+        return None
+    low, high = float(halves.min()), float(halves.max())
+    return (
+        f"unstable: halves of the samples give {low:.2g} to {high:.2g}, as a few of them decide which balls "
+        "are large. Do not read it as value and error"
+    )
 
 
 def _mode_estimates(x: Tensor, mixture: Mixture | None) -> dict[str, Estimate]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distmatch.base.errors import DivergedError, Terminated, UserError
 from distmatch.base.progress import progress
+from distmatch.base.stack import caller_level
 from distmatch.data.batches import Batch
 from distmatch.training.checkpoint import load_checkpoint, save_checkpoint
 from distmatch.training.log import EventLog
@@ -216,7 +217,7 @@ def run_loop(
                 for message in advise(means):
                     if message not in told:
                         told.add(message)
-                        warnings.warn(message, stacklevel=2)
+                        warnings.warn(message, stacklevel=caller_level())
                         if log:
                             log.write("warning", done, message=message)
                 averages.clear()

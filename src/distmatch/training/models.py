@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +86,19 @@ class Model:
         batch: int = 1024,
         device: str = "auto",
     ) -> Drawn:
-        """Draws ``n`` samples; ``sampling`` is for teachers."""
+        """Draws ``n`` samples; ``sampling`` is for teachers. Constant columns of vectors are constant."""
         where = pick_device(device)
         labels = checked_labels(labels, n, self.num_classes, seed, self.classes.counts)
         if self.student is not None:
-            return draw_student(self.student.to(where), n, labels, seed, batch)
+            drawn = draw_student(self.student.to(where), n, labels, seed, batch)
+            return replace(drawn, x=self.scaling.settled(drawn.x))
         if self.teacher is None:
             raise RuntimeError("a model is a student or a teacher")
         for model in (self.teacher, sampling.reference):
             if isinstance(model, nn.Module):
                 model.to(where)
-        return draw_teacher(self.teacher, n, labels, seed, sampling, batch=batch, device=where)
+        drawn = draw_teacher(self.teacher, n, labels, seed, sampling, batch=batch, device=where)
+        return replace(drawn, x=self.scaling.settled(drawn.x))
 
 
 def open_model(source: str) -> Model:

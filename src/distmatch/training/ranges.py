@@ -45,14 +45,16 @@ class Range:
             x: Vectors (n, D) in the units of the data.
 
         Returns:
-            ``outside_range``, the share of the values, and ``below_zero``: for each column that was never
-            negative in the training data, the share of its values that are, where there are any.
+            ``outside_range``, the share of the values in columns that are not constant, and
+            ``below_zero``: for each column that was never negative in the training data, the share of its
+            values that are, where there are any.
         """
         counted = np.array([name is not None for name in self.names])
+        varied = counted & (self.low < self.high)
         beyond = (x < self.low) | (x > self.high)
         negative = ((x < 0) & (self.low >= 0) & counted).mean(0)
         return {
-            "outside_range": float(beyond[:, counted].mean()) if counted.any() else 0.0,
+            "outside_range": float(beyond[:, varied].mean()) if varied.any() else 0.0,
             "below_zero": {str(self.names[k]): float(negative[k]) for k in np.flatnonzero(negative)},
         }
 

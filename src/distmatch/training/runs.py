@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distmatch.base.files import atomic_json, check_model_folder
 from distmatch.base.progress import tell
+from distmatch.base.stack import caller_level
 from distmatch.data import Dataset
 from distmatch.data.batches import Batch
 from distmatch.interop.saved import MODEL_PARTS
@@ -109,7 +110,7 @@ def carry_out(
             for message in job.warnings:
                 log.write("warning", job.state.step, message=message)
     for message in job.warnings:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=caller_level())
     for remark in job.remarks:
         tell(remark)
     began, first = time.perf_counter(), job.state.step
