@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import distmatch as dm
 from command import TINY, command, contents, done
 from distmatch.base.progress import in_words
 from distmatch.cli import found
-from distmatch.training.options import NetOptions, TrainOptions
+from distmatch.methods.config import DistillConfig
+from distmatch.methods.table import find_method, idle_settings
+from distmatch.training.options import DistillOptions, NetOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
 
 
@@ -128,6 +131,36 @@ def test_a_grid_that_cannot_be_is_refused(line: str, words: str, place: Path) ->
     assert contents(place) == before
 
 
+@pytest.mark.parametrize(
+    ("method", "divergence"), [("f-distill", "js"), ("dmd2", "reverse_kl"), ("consistency", None)]
+)
+def test_a_dry_run_shows_what_a_method_reads_and_its_divergence(method: str, divergence: str | None) -> None:
+    line = f"distill --teacher ring8 --method {method} {TINY} --batch 8 --fit-steps 1 --dry-run"
+    text = done(line).out
+    end = f", divergence {divergence}" if divergence else ""
+    assert f"# method      {method}{end}\n" in text
+    shown = tomllib.loads(text)
+    assert shown.get("divergence") == divergence
+    tables = {name: set(value) for name, value in shown.items() if isinstance(value, dict)}
+    own = find_method(method)
+    assert tables.keys() == {"run", "net", "distill", own.family}
+    assert own.critic == ("lr_critic" in tables["distill"])
+    idle = {name for _, name in idle_settings(own, DistillConfig(), **DistillOptions().settings())}
+    assert not idle & set.union(*tables.values())
+    whole = done(f"{line} --json").json()["options"]  # programs get all of it
+    assert whole["divergence"] == divergence
+    assert {"matching", "consistency", "kernel", "transport"} < whole.keys()
+
+
+def test_a_student_of_a_network_is_said_to_be_a_copy() -> None:
+    done(f"train --data ring8 {TINY} --steps 1 --batch 8 --out own")
+    text = done("distill --teacher own --method diff-instruct --batch 8 --dry-run").out
+    assert "# network     copied from the teacher" in text
+    assert "net" not in tomllib.loads(text)
+    refused = command("distill --teacher own --net mlp --dry-run").err
+    assert "--net auto" in refused
+
+
 # ---- the default network
 
 
@@ -152,7 +185,7 @@ def test_images_get_a_small_unet_on_a_cpu_and_it_is_said(place: Path) -> None:
 def test_digits_and_vectors_keep_their_network() -> None:
     for data in ("digits", "ring8"):
         job = prepare_training(TrainOptions(data=data))
-        assert job.options.net == NetOptions()
+        assert job.options.net == NetOptions(net="mlp")
         assert not job.remarks
 
 
@@ -164,7 +197,7 @@ def test_a_run_that_began_on_a_cpu_keeps_its_network_elsewhere() -> None:
     other = NetOptions().settled((3, 12, 10), "cuda")
     assert other.net == "unet"
     assert other.settled((3, 12, 10), "cpu") == other
-    assert NetOptions().settled((1, 8, 8), "cpu") == NetOptions()
+    assert NetOptions().settled((1, 8, 8), "cpu") == NetOptions(net="mlp")
 
 
 def test_a_run_says_which_network_it_took_and_goes_on_with_it(capfd: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ def test_a_run_gets_the_defaults_of_its_method_then_what_is_shared_then_its_own(
     assert [o.distill.gan_weight for o in runs] == [0.03, 0.0, 0.5]  # diff-instruct has no such term
     assert [o.run.batch for o in runs] == [128, 128, 64]
     assert all(o.distill.lr == 2e-4 and o.run.seed == 7 and o.run.steps == 99 for o in runs)
-    assert [o.divergence for o in runs] == [None, None, "kl"]
+    assert [o.divergence for o in runs] == ["reverse_kl", "reverse_kl", "kl"]
     assert all(o.teacher == "ring8" for o in runs)
 
 

@@ -57,7 +57,7 @@ def run(argv: list[str]) -> None:
     job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run)
     tell_conversion(options.teacher, str(job.notes.get("conversion", "")))
     if place.dry_run:
-        dry_run(job, place)
+        dry_run(job, place, idle=_idle(options))
         return
     with open_folder(place, (options.data, options.teacher)) as folder, going_on("distill", place):
         result = execute(job, folder, place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.compare_cost import step_times
 from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
-from distmatch.training.options import DistillOptions, TrainOptions
+from distmatch.training.options import DistillOptions, NetOptions, TrainOptions
 from distmatch.training.presets import describe
 from distmatch.training.runfolder import RunFolder, check_usable, create, holds_something
 from distmatch.training.runs import Job, carry_out
@@ -93,8 +93,13 @@ def starts_afresh(place: Place) -> bool:
     return place.resume == "latest" and not list_checkpoints(place.out / "checkpoints")
 
 
-def dry_run(job: Job, place: Place) -> None:
+def dry_run(job: Job, place: Place, idle: Iterable[str] = ()) -> None:
     """Shows what a run would do, from a few real steps of it; writes nothing but the grid that is asked for.
+
+    Args:
+        job: The run.
+        place: Where it would go.
+        idle: Names of options that do nothing here: `config.toml` holds them, people need not read them.
 
     Raises:
         UserError: A grid is asked for, and there are no data.
@@ -131,15 +136,20 @@ def dry_run(job: Job, place: Place) -> None:
     if place.json:
         print_json(shown)
         return
-    print(config_text(job.verb, job.options))
+    copied = isinstance(job.options, DistillOptions) and job.options.net == NetOptions()
+    print(config_text(job.verb, job.options, without={*idle, *(["net"] if copied else [])}))
     print("# not written: this is a dry run")
     if isinstance(job.options, DistillOptions):
+        divergence = job.notes.get("divergence")
+        print(f"# method      {job.notes['method']}{f', divergence {divergence}' if divergence else ''}")
         print(f"# preset      {describe(job.options.preset)}")
     for line in found_lines(found) if found else ():
         print(f"# {line}")
     if place.grid is not None:
         print(f"# grid        {place.grid}")
     print(f"# device      {shown['device']}")
+    if copied:
+        print("# network     copied from the teacher")
     for name, count in parameters.items():
         print(f"# parameters  {name}: {count:,}")
     print(f"# memory      about {memory} MiB for weights, gradients and Adam, activations on top")

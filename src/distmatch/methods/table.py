@@ -34,6 +34,11 @@ def with_defaults(method: Method, *groups: Any) -> tuple[Any, ...]:
     return tuple(result)
 
 
+def own_divergence(method: Method) -> str | None:
+    """The divergence that a method minimises where none is chosen; None for one that minimises none."""
+    return method.default_divergence if method.divergences == "any" else method.divergences or None
+
+
 def resolve_method(
     name: str, divergence: str | None, config: DistillConfig
 ) -> tuple[Method, str, DistillConfig]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 from distmatch.base.errors import UserError
@@ -15,9 +16,21 @@ FORMAT = 2
 _LEVELS = {"distill": ("student_sigma", "noise_low", "noise_high"), "kernel": ("mmd_feature_sigma",)}
 
 
-def config_text(verb: str, options: Any) -> str:
-    """A config file with the options (a dataclass) of a verb."""
-    return to_toml({"verb": verb, "format": FORMAT, **dataclass_to_dict(options)})
+def config_text(verb: str, options: Any, without: Collection[str] = ()) -> str:
+    """A config file with the options (a dataclass) of a verb.
+
+    Args:
+        verb: The verb.
+        options: Its options.
+        without: Options and tables to leave out, by name; a table that is then empty goes too.
+    """
+    values: dict[str, Any] = {}
+    for key, value in dataclass_to_dict(options).items():
+        if isinstance(value, dict):
+            value = {name: inner for name, inner in value.items() if name not in without}
+        if key not in without and value != {}:
+            values[key] = value
+    return to_toml({"verb": verb, "format": FORMAT, **values})
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from distmatch.methods.config import DistillConfig
 from distmatch.methods.consistency.config import ConsistencyConfig
 from distmatch.methods.kernel.config import KernelConfig
 from distmatch.methods.matching.config import MatchingConfig
-from distmatch.methods.table import find_method, with_defaults
+from distmatch.methods.table import find_method, own_divergence, with_defaults
 from distmatch.methods.transport.config import TransportConfig
 from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
 from distmatch.training.presets import LAPTOP, find_preset
@@ -43,16 +43,15 @@ class NetOptions:
     """Dropout while training (mlp, unet)."""
 
     def settled(self, shape: Sequence[int], device: str) -> NetOptions:
-        """The same options with ``auto`` replaced where it depends on the device.
+        """The same options with ``auto`` replaced by what it stands for.
 
-        A run that goes on elsewhere so goes on with its network.
+        A run that goes on elsewhere, or with other defaults, so goes on with its network.
 
         Args:
             shape: Shape of one sample.
             device: Type of the device that the run begins on.
         """
-        kind = auto_kind(shape, device)
-        return replace(self, net=kind) if self.net == "auto" and kind != "mlp" else self  # type: ignore[arg-type]
+        return replace(self, net=auto_kind(shape, device)) if self.net == "auto" else self  # type: ignore[arg-type]
 
     def resolve(self, shape: Sequence[int], device: str) -> NetConfig:
         """The network's config for samples of this shape.
@@ -256,8 +255,9 @@ class DistillOptions:
         chosen = find_preset(preset, None if method is None else find_method(method).name)
         if method is None:
             method = chosen.method if chosen else cls().method
-        plain = cls(method=method, preset=preset)
-        own = with_defaults(find_method(method), *(getattr(plain, name) for name in GROUPS))
+        found = find_method(method)
+        plain = cls(method=method, preset=preset, divergence=own_divergence(found))
+        own = with_defaults(found, *(getattr(plain, name) for name in GROUPS))
         fields_of = {**dict(zip(GROUPS, own, strict=True)), "run": plain.run}
         for name, setting in chosen.settings.items() if chosen else ():
             group = next((g for g, values in fields_of.items() if hasattr(values, name)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -84,8 +84,11 @@ def prepare_distillation(
         raise UserError(
             "the student copies the teacher's network",
             got=", ".join(f"--{name} {value}" for name, value in _given(options.net).items()),
-            fix="leave these options out; they are for students of exact teachers",
+            fix="leave these options out (--net auto, where a config file has one); they are for students of "
+            "exact teachers",
         )
+    if not copied:
+        options = replace(options, net=options.net.settled(teacher.shape, device.type))
     distiller = build_method(
         Setup(
             teacher=teacher,

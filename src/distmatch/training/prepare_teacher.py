@@ -48,7 +48,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     data = load_data(options.data, labels=options.labels) if data is None else data
     sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
     chosen = options.net.settled(data.shape, device.type)
-    larger = _larger(chosen, data) if chosen != options.net and device.type == "cpu" else None
+    larger = _larger(chosen, data) if options.net.net == "auto" and chosen.net == SMALL_UNET else None
     options = replace(options, net=chosen)
     method = TeacherTraining(
         config=options.teacher,

@@ -55,6 +55,8 @@ def changes_on_resume(options: TrainOptions | DistillOptions, config: Path) -> C
                 changes[name] = (before, value)
     for name in ("method", "divergence", *_FREE):
         changes.pop(name, None)
+    if changes.get("net.net", ("",))[0] == "auto":  # older files; another network does not fit the checkpoint
+        del changes["net.net"]
     for name, (before, value) in changes.items():
         flag = "--" + name.split(".")[-1].replace("_", "-")
         if name == "run.steps":
