@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from distmatch.base.errors import UserError
 from distmatch.training import compare as module
 from distmatch.training.options import DistillOptions
 from distmatch.training.runs import Job
+from processes import Forked
 from small import PAIR
 
 COMMON = "--teacher ring8 --net mlp --width 16 --depth 1 --batch 32 --fit-steps 5 --n 50 --log-every 1"
@@ -179,14 +180,13 @@ def test_ctrl_c_and_resume_give_what_an_undisturbed_comparison_gives(
 
 def test_kill_9_and_resume_give_what_an_undisturbed_comparison_gives(tmp_path: Path, finished: Path) -> None:
     line = f"{TWO} --checkpoint-every 2 --out {tmp_path}/c"
-    process = multiprocessing.get_context("fork").Process(target=command, args=(line,))
-    process.start()
+    process = Forked(shlex.split(line))
     checkpoints = tmp_path / "c/runs/fast-seed0/checkpoints"
-    while process.is_alive() and not list(checkpoints.glob("step-*")):
+    while process.poll() is None and not list(checkpoints.glob("step-*")):
         time.sleep(0.002)
     process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert [run["status"] for run in read(tmp_path / "c")["runs"]].count("pending") >= 2
     done(f"compare --out {tmp_path}/c --resume")
     assert results(tmp_path / "c") == results(finished)
