@@ -48,6 +48,9 @@ DATA = {
     "model.pt": ("pickle", "was not opened"),
     "hollow": ("hollow",),
     "notes": ("notes",),
+    "images:one-hot": (":one-hot is for tables", "leave it out: images."),
+    "digits:one-hot": (":one-hot is for tables", "leave it out: digits."),
+    "picture.png": ("picture.png is a single image", "--out samples.npz"),
     "digitz": ("unknown data name", "did you mean digits?"),
     "wrong.toml": ("cannot be read", ".npz"),
 }
@@ -140,7 +143,8 @@ def test_options_that_cannot_be_used(line: str, words: tuple[str, ...]) -> None:
 
 
 MODELS = {
-    "absent": ("absent does not exist",),
+    "absent": ("absent does not exist", "diffusers", ".pkl of EDM", "ring8, grid25, skewed2"),
+    "begun": ("begun is a run that has not finished", "distmatch train --resume --out begun"),
     "notes": ("notes holds no model",),
     "model.pt": ("pickle", "was not opened"),
     "models/pickled": ("pickle", "was not opened", "safetensors"),
@@ -190,6 +194,13 @@ PLACES = {
     "sample u --guidance 2 --out a.npz": ("guidance needs a class-conditional teacher",),
     "sample": ("MODEL", "`distmatch sample --help-all`"),
     "evaluate absent": ("absent does not exist",),
+    "evaluate absent.csv:one-hot images.npz": ("absent.csv:one-hot does not exist",),
+    "evaluate picture.png digits": ("picture.png is a single image", "--out samples.npz"),
+    "evaluate digits images.npz": ("digits is a data set", "distmatch evaluate images.npz digits"),
+    "evaluate images.npz s": ("s is a run", "distmatch evaluate s images.npz"),
+    "evaluate s t": ("t is a run", "distmatch sample t"),
+    "evaluate s --data t/model": ("t/model is a model", "distmatch sample t/model"),
+    "evaluate begun": ("begun is a run that has not finished", "distmatch train --resume --out begun"),
     "evaluate images.npz": ("no real data", "--data"),
     "evaluate images.npz --data vectors.npz": ("another shape", "vectors"),
     "evaluate t/model": ("t/model is a model folder", "distmatch sample"),

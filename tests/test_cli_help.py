@@ -83,6 +83,10 @@ def test_the_help_of_a_method_is_its_own() -> None:
     names = shown(text)
     assert {"sid_alpha", "critic_steps", "lr", "out"} <= set(names)
     assert not {"gan_weight", "imm_particles", "tangent", "bank", "sim_c", "divergence"} & set(names)
+    short = done("distill --method sid --help").out
+    assert "--method sid --out" in short
+    assert "--method dmd2" not in short
+    assert "--divergence" not in short
     answer = command("distill --method sid --gan-weight 0.5 --teacher ring8 --out never")
     assert "--gan-weight does nothing with --method sid" in answer.err
     assert "critic_steps" not in shown(done("distill --method scm --help-all").out)

@@ -154,6 +154,15 @@ def test_a_table_goes_in_and_comes_back(place: Path, tmp_path: Path) -> None:
     assert "fd" in answer.out
 
 
+def test_options_of_a_table_on_both_sides(place: Path, tmp_path: Path) -> None:
+    """What is measured may be named as the reference is; and a student of a table is drawn as one."""
+    flats = f"{place}/flats.csv:one-hot"
+    assert "fd" in done(f"evaluate {flats} {flats} --features pixels").out
+    line = f"distill --teacher {place}/t {SHORT}"
+    for method in ("f-distill", "sid"):  # with real data, and without
+        assert "--n 64 --out samples.csv" in done(f"{line} --method {method} --out {tmp_path}/{method}").out
+
+
 def test_columns_of_whole_numbers_stay_whole(place: Path, tmp_path: Path) -> None:
     done(f"sample {place}/t --steps 2 --n 200 --out {tmp_path}/x.csv")
     done(f"sample {place}/t --steps 2 --n 200 --out {tmp_path}/x.npz")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from command import SHORT, TINY, command, done, weights
 
@@ -45,6 +46,9 @@ def make_inputs(folder: Path) -> None:
         np.save("vectors.npy", rng.normal(size=(40, 3)))
         Path("cut.npy").write_bytes(Path("vectors.npy").read_bytes()[:300])
         Path("data.pkl").write_bytes(pickle.dumps(images))
+        Path("begun").mkdir()
+        shutil.copy("t/config.toml", "begun/config.toml")
+        Image.fromarray(images[0]).save("picture.png")
         Path("hollow").mkdir()
         Path("notes").mkdir()
         Path("notes/read.txt").write_text("words")

@@ -26,6 +26,12 @@ example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
          distmatch distill --teacher runs/teacher --method dmd2 --calls 2 --out runs/two
 
 With --method NAME the help is that of this method: its defaults, and the options that it reads.""",
+    named="""Distil a teacher into a student of one call or a few, by {method}.
+
+example: distmatch distill --teacher runs/teacher --method {method} --out runs/student
+         distmatch distill --teacher grid25 --method {method} --steps 2000 --out runs/grid
+
+The defaults are those of {method}; options that it does not read are left out.""",
     short="data teacher method preset divergence steps batch seed device calls guidance lr out config resume "
     "overwrite dry_run json",
     groups=SETTINGS,
@@ -49,8 +55,10 @@ def run(argv: list[str]) -> None:
     options, place = parse_run(
         DistillOptions, argv, verb="distill", said=HELP, defaults=_options_of, idle=_idle
     )
+    from distmatch.base.files import read_json
     from distmatch.cli.output import tell_conversion
     from distmatch.cli.running import check_place, dry_run, execute, going_on, open_folder, starts_afresh
+    from distmatch.data.columns import columns_of
     from distmatch.training.prepare import prepare_distillation
 
     check_place(place, (options.data, options.teacher))
@@ -66,4 +74,6 @@ def run(argv: list[str]) -> None:
     else:
         print(f"student in {result['model']} after {result['steps']} steps")
         print(f"next: distmatch evaluate {place.out}")
-        print(f"      distmatch sample {place.out} --n 64 --out samples.png")
+        about = read_json(folder.model / "config.json")["extra"].get("data") or {}
+        form = "csv" if columns_of(about) else "png"  # a table is read again as it was read
+        print(f"      distmatch sample {place.out} --n 64 --out samples.{form}")

@@ -24,7 +24,7 @@ What is measured comes first, the reference second or after --data.
 example: distmatch evaluate runs/js
          distmatch evaluate samples.npz digits
          distmatch evaluate samples.npz --data real.npz --features pixels --json
-         distmatch evaluate samples.npz real.npz --divergences all
+         distmatch evaluate samples.npz digits --divergences all
          distmatch evaluate student.npz teacher.npz --divergences js,renyi:2,mmd:laplace""",
     short="what against divergences features teacher n seed device json",
     groups={
@@ -85,8 +85,11 @@ def run(argv: list[str]) -> None:
     if o.divergences:
         _two_sets(o)
         return
-    folder = Path(o.what)
+    from distmatch.data.files import data_path
+
+    folder, _ = data_path(o.what)
     if not folder.exists():
+        _refuse_name(o)
         raise UserError(
             f"{o.what} does not exist",
             expected="a sample file, a folder of images or a run folder",
@@ -98,6 +101,7 @@ def run(argv: list[str]) -> None:
             expected="samples, or a run folder, which gets the metrics.json",
             fix=f"draw samples first: distmatch sample {o.what} --n 5000 --out samples.npz",
         )
+    _refuse_reference(o, folder)
     metrics, space, reference, notes = _run_folder(o) if _is_run(folder) else _sample_file(o)
     from distmatch.cli.table import metric_table
     from distmatch.training.assess import plain
@@ -121,7 +125,34 @@ def _is_model(folder: Path) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "model").is_dir() or (folder / "config.toml").exists()
+    return (folder / "model" / "config.json").is_file() or (folder / "config.toml").exists()
+
+
+def _refuse_name(o: EvaluateOptions) -> None:
+    """Refuses the name of a data set as what is measured: it is what samples are measured against."""
+    from distmatch.data import DATA_NAMES
+
+    if o.what in DATA_NAMES:
+        raise UserError(
+            f"{o.what} is a data set, and what is measured comes first",
+            expected="samples or a run, then the real data",
+            fix=f"distmatch evaluate {o.data or 'samples.npz'} {o.what}",
+        )
+
+
+def _refuse_reference(o: EvaluateOptions, folder: Path) -> None:
+    """Refuses a model as the reference."""
+    reference = Path(o.data)
+    if not reference.is_dir() or not o.data or not (_is_run(reference) or _is_model(reference)):
+        return
+    swapped = _is_run(reference) and not _is_run(folder)
+    raise UserError(
+        f"{o.data} is a {'run' if _is_run(reference) else 'model'}, and the reference is data",
+        expected="a run or samples first, then real data or samples",
+        fix=f"name the run first: distmatch evaluate {o.data} {o.what}"
+        if swapped
+        else f"draw samples of it: distmatch sample {o.data} --n 5000 --out samples.npz",
+    )
 
 
 def _two_sets(o: EvaluateOptions) -> None:

@@ -33,6 +33,7 @@ class Help:
 
     Attributes:
         about: Description and examples.
+        named: The same where a method is named, for which `{method}` stands; '' keeps ``about``.
         short: Names of the options that `--help` shows, with spaces; '' shows all.
         groups: Names of options, with spaces, by the title of their group; the others stand in a group for
             each dataclass, titled by its docstring.
@@ -40,6 +41,7 @@ class Help:
     """
 
     about: str
+    named: str = ""
     short: str = ""
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
     hidden: frozenset[str] = frozenset()

@@ -110,6 +110,8 @@ def parse_run(
     )
     if named != (None, None):
         said = replace(said, hidden=said.hidden.union(idle(options)))
+    if named[0] is not None and said.named:
+        said = replace(said, about=said.named.format(method=named[0]))
     parsed: Any = parse(both, arguments, verb=verb, said=said, default=both(options, Place()))
     return parsed.options, parsed.place
 

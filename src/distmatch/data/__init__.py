@@ -59,7 +59,7 @@ def load_data(
         return data if labels else data.without_labels()
     if not text:
         raise UserError("no data were named", expected=f"a path, or one of {', '.join(DATA_NAMES)}")
-    looks_like_path = not isinstance(spec, str) or os.sep in text or "." in text
+    looks_like_path = not isinstance(spec, str) or os.sep in text or "." in text or ":one-hot" in text
     if not looks_like_path and not Path(text).exists():
         raise unknown_name("data name (and there is no file or folder called that)", text, DATA_NAMES)
     return load_file(text, labels=labels, columns=columns)

@@ -117,6 +117,26 @@ class Archive(Mapping[str, np.ndarray]):
         return len(self.names)
 
 
+def data_path(spec: str | os.PathLike[str]) -> tuple[Path, bool]:
+    """The file or folder that is named, and whether its words are to be encoded (``table.csv:one-hot``).
+
+    Raises:
+        UserError: Another option than that, or that one for something else than a table.
+    """
+    text = os.fspath(spec)
+    option = re.fullmatch(r"(.+\.[ct]sv):([^/]*)", text, re.IGNORECASE | re.DOTALL)
+    if option and option[2] != ONE_HOT:
+        raise unknown_name("option of a table", option[2], [ONE_HOT])
+    if not option and text.endswith(f":{ONE_HOT}"):
+        raise UserError(
+            f":{ONE_HOT} is for tables",
+            got=text,
+            expected="a .csv or .tsv file before it",
+            fix=f"leave it out: {text.removesuffix(f':{ONE_HOT}')}",
+        )
+    return Path(os.path.expanduser(option[1] if option else spec)), option is not None
+
+
 def load_file(
     path: str | os.PathLike[str], *, labels: bool = True, columns: Sequence[Column] = ()
 ) -> Dataset:
@@ -135,10 +155,7 @@ def load_file(
     Raises:
         UserError: The file is missing or is not as described.
     """
-    option = re.fullmatch(r"(.+\.[ct]sv):([^/]*)", os.fspath(path), re.IGNORECASE | re.DOTALL)
-    if option and option[2] != ONE_HOT:
-        raise unknown_name("option of a table", option[2], [ONE_HOT])
-    file = Path(os.path.expanduser(option[1] if option else path))
+    file, one_hot = data_path(path)
     try:
         is_folder, exists = file.is_dir(), file.exists()
     except (OSError, ValueError) as error:
@@ -158,7 +175,7 @@ def load_file(
     if suffix == ".npz":
         return _from_npz(file, labels)
     if suffix in _TABLES:
-        return load_table(file, one_hot=option is not None, labels=labels, like=columns)
+        return load_table(file, one_hot=one_hot, labels=labels, like=columns)
     if suffix == ".npy":
         return from_arrays(_read_npy(file), name=str(file))
     if suffix in _PICKLES:
@@ -168,7 +185,12 @@ def load_file(
             fix="save its arrays with np.savez(path, x=..., labels=...), where you trust it",
         )
     if suffix in IMAGE_SUFFIXES:
-        raise UserError(f"{file} is a single image", expected="a folder of images", fix=f"use {file.parent}")
+        raise UserError(
+            f"{file} is a single image",
+            expected="a folder of images, or an .npz",
+            fix="name the folder with the images; a picture of samples is not taken apart: draw them again "
+            "with --out samples.npz, or into a folder",
+        )
     raise UserError(
         f"data of type {suffix or 'unknown'} cannot be read",
         got=str(file),

@@ -209,7 +209,8 @@ class TrainOptions:
     """Everything `distmatch train` can be told."""
 
     data: str = "digits"
-    """digits, fashion_mnist, cifar10, ring8, grid25, skewed2, a .npz or .npy file, or a folder of images."""
+    """A folder of images, a .npz or .npy, a .csv (x.csv:one-hot encodes its words); or digits, fashion_mnist,
+    cifar10, ring8, grid25, skewed2."""
     labels: bool = True
     """Use the labels, when there are any."""
     run: RunOptions = field(default_factory=RunOptions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop import load_denoiser, load_diffusers, read_edm
 from distmatch.interop.diffusers_teacher import is_diffusers_folder
 from distmatch.interop.edm_checkpoint import is_network_pickle
+from distmatch.nets.saved import missing_model
+from distmatch.training.config_format import read_config
 from distmatch.training.known_data import remember
 
 _UNCOMPARED = "not compared with its original, whose code is not run"
@@ -52,11 +55,30 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
     if is_network_pickle(path):
         teacher, info = read_edm(path)
         return teacher, {"kind": "teacher", "conversion": _UNCOMPARED, **info}
+    if not path.exists():
+        expected = f"a run or model folder, a folder of diffusers, a .pkl of EDM, or {', '.join(TOY_NAMES)}"
+        raise missing_model(path, expected)
+    _refuse_unfinished(path)
     denoiser, info = load_denoiser(path)
     remember(denoiser, info.get("data") or {})
     # Guidance reads it: a network that was never shown a sample without its label has no use for "no class".
     denoiser.saw_no_class = info.get("label_dropout", 0.1) != 0
     return denoiser, info
+
+
+def _refuse_unfinished(path: Path) -> None:
+    """Refuses a run that was begun and has no model yet, with the command that goes on with it."""
+    models = (path / "config.json", path / "model" / "config.json")
+    if not (path / "config.toml").is_file() or any(model.is_file() for model in models):
+        return
+    verb = read_config(path / "config.toml").get("verb")
+    if verb in ("train", "distill"):
+        raise UserError(
+            f"{path} is a run that has not finished",
+            got="no model in it",
+            expected="the model that a run writes when it ends",
+            fix=f"go on with it: distmatch {verb} --resume --out {shlex.quote(str(path))}",
+        )
 
 
 def open_teacher(source: str | os.PathLike[str], **options: Any) -> tuple[Denoiser, dict[str, Any]]:
