@@ -164,3 +164,23 @@ def test_warnings_of_a_run_point_at_the_line_that_started_it():
     with pytest.warns(UserWarning, match="ratio normalisation") as found:
         dm.distill(teacher, "digits", steps=5, **QUICK)
     assert {w.filename for w in found} == {__file__}
+
+
+def test_a_teacher_in_memory_knows_its_data_by_name():
+    teacher = dm.train("digits", steps=2, **TINY)
+    student = dm.distill(teacher, steps=5, **QUICK)
+    assert student.info["data"]["spec"] == "digits"
+    assert student.info["data"]["content_hash"] == dm.load_data("digits").content_hash
+    part = dm.train(dm.load_data("digits").subset(torch.arange(64)), steps=2, **TINY)
+    with pytest.raises(dm.UserError, match="needs real data"):  # the name alone would give other data
+        dm.distill(part, steps=5, **QUICK)
+    with pytest.raises(dm.UserError, match="needs real data"):
+        dm.distill(Shifted(), steps=5, **QUICK)
+
+
+@pytest.mark.parametrize(("samples", "said"), [(9, "9 samples, and a batch of 32"), (32, None)])
+def test_data_smaller_than_a_batch_are_warned_of(samples, said):
+    data = dm.load_data("digits").subset(torch.arange(samples))
+    options = TrainOptions(run=RunOptions(batch=32), net=NetOptions(width=16, depth=1))
+    found = prepare_training(options, data).warnings
+    assert [said in w for w in found] == ([True] if said else [])

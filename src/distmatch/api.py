@@ -30,7 +30,7 @@ from distmatch.report import build_report
 from distmatch.training import prepare, prepare_teacher, runs, teachers
 from distmatch.training.compare import carry_out_comparison, prepare_comparison
 from distmatch.training.compare_options import CompareOptions
-from distmatch.training.known_data import seen_by
+from distmatch.training.known_data import name_of_data, seen_by
 from distmatch.training.options import (
     GROUPS,
     DistillOptions,
@@ -110,7 +110,7 @@ def distill(
         teacher: Any :class:`~distmatch.diffusion.denoiser.Denoiser`, or what :func:`load_teacher` takes.
         data: Real samples for the density ratio and the adversarial term, as for :func:`train`. Vectors for a
             teacher that was not trained here are taken as they are, unscaled. None takes samples of an exact
-            teacher, or the data a saved teacher was trained on.
+            teacher, or the data that a teacher says it was trained on, by name or path.
         divergence: A name such as ``"js"``, ``"kl"``, ``"alpha:0.5"``, or a :class:`Divergence`; None is the
             method's own (JS for f-distill).
         method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``;
@@ -130,6 +130,8 @@ def distill(
     Raises:
         UserError: Unknown settings, or parts that do not go together.
     """
+    if data is None and not isinstance(teacher, (str, os.PathLike)):
+        data = name_of_data(teacher)
     own = DistillOptions.of(method, preset)
     groups = {name: getattr(own, name) for name in GROUPS}
     if steps is None:
@@ -196,6 +198,8 @@ def compare(
     Raises:
         UserError: Unknown settings, or a method that cannot be used here; nothing is trained then.
     """
+    if data is None and not isinstance(teacher, (str, os.PathLike)):
+        data = name_of_data(teacher)
     shared = DistillOptions()
     groups = {name: getattr(shared, name) for name in ("run", "net", *GROUPS)}
     text = methods if isinstance(methods, str) else ",".join(methods)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distmatch.base.errors import UserError
-from distmatch.data import Dataset, Scaling
+from distmatch.data import Dataset, Scaling, load_data
 from distmatch.data.classes import Classes, listed, matched
 from distmatch.data.columns import columns_of
 
@@ -58,6 +58,33 @@ def known_data(denoiser: Any) -> dict[str, Any]:
             return dict(about)
         denoiser = getattr(denoiser, "inner", None)
     return {}
+
+
+def name_of_data(denoiser: Any) -> str | None:
+    """Name or path of the data that a model in memory was trained on, where these are still there.
+
+    None where it says none, or where what the name gives now are other data: those it was trained on may have
+    had no file, or a part of one.
+    """
+    about = known_data(denoiser)
+    spec = str(about.get("spec") or "")
+    try:
+        found = load_data(spec, labels=denoiser.num_classes > 0, columns=columns_of(about)) if spec else None
+    except UserError:
+        return None
+    return spec if found is not None and found.content_hash == about.get("content_hash") else None
+
+
+def few_samples(data: Dataset, batch: int) -> list[str]:
+    """A warning where a batch is larger than the data; nothing otherwise."""
+    if len(data) >= batch:
+        return []
+    times = batch / len(data)
+    often = f"about {times:.0f} times" if times >= 1.5 else "once or twice"
+    return [
+        f"{len(data)} samples, and a batch of {batch}: every step sees each of them {often}, and a "
+        f"model learns so few by heart. Use more data, or --batch {len(data)} or less to save time"
+    ]
 
 
 def without_data(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from distmatch.methods.start import Draw, check_start, has_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import check_settings, resolve_method
 from distmatch.training.devices import compile_network, pick_device
-from distmatch.training.known_data import describe_data, known_data, seen_by, without_data
+from distmatch.training.known_data import describe_data, few_samples, known_data, seen_by, without_data
 from distmatch.training.latent_data import as_latents, check_encodable
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
@@ -177,6 +177,7 @@ def prepare_distillation(
             **conversion,
         },
         warnings=[
+            *(few_samples(found, run.batch) if found is not None and method.family != "transport" else ()),
             *_warnings(method, state, run.batch, run.steps // config.critic_steps),
             *_untried(method, options, teacher, state),
         ],

@@ -19,7 +19,7 @@ from distmatch.interop import save_denoiser
 from distmatch.nets.config import SMALL_UNET
 from distmatch.nets.work import network_work
 from distmatch.training.devices import compile_network, pick_device
-from distmatch.training.known_data import describe_data, remember
+from distmatch.training.known_data import describe_data, few_samples, remember
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.runs import Finished, Job
@@ -91,7 +91,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
             "prediction": method.objective.prediction,
             **({"larger_net": larger} if larger else {}),
         },
-        warnings=method.warnings,
+        warnings=[*few_samples(data, run.batch), *method.warnings],
         finish=finish,
         show=("loss",),
         remarks=[_remark(larger)] if larger else [],
