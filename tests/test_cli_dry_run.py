@@ -19,6 +19,7 @@ from distmatch.base.progress import in_words
 from distmatch.cli import found
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.table import find_method, idle_settings
+from distmatch.training.compare_cost import PeakMemory
 from distmatch.training.options import DistillOptions, NetOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
 
@@ -161,6 +162,20 @@ def test_a_student_of_a_network_is_said_to_be_a_copy() -> None:
     assert "--net auto" in refused
 
 
+def test_the_memory_of_the_steps_is_measured_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"train {TINY} --batch 20000 --dry-run"
+    answer = done(f"{line} --json").json()
+    known = PeakMemory(torch.device("cpu")).bytes() is not None
+    if known:  # Linux; 17 numbers of a sample and layer of width 40, to say the least
+        assert answer["peak_memory_mib"] > answer["memory_mib"] + 10
+        assert re.search(
+            r"# memory      about .*, with activations [\d,]+ MiB at most, measured", done(line).out
+        )
+    monkeypatch.setattr(PeakMemory, "bytes", lambda self: None)
+    assert done(f"{line} --json").json()["peak_memory_mib"] is None
+    assert "activations on top" in done(line).out
+
+
 # ---- the default network
 
 
@@ -171,7 +186,7 @@ def test_images_get_a_small_unet_on_a_cpu_and_it_is_said(place: Path) -> None:
     assert answer["larger_net"]["net"] == "unet"
     assert answer["larger_net"]["parameters"] > 4 * answer["parameters"]["teacher"]
     ratio = answer["larger_net"]["estimated_seconds"] / answer["estimated_seconds"]
-    assert ratio == pytest.approx(answer["larger_net"]["work"], rel=0.01)
+    assert ratio == pytest.approx(answer["larger_net"]["times_the_work"], rel=0.01)
     assert ratio > 5
     text = done(line).out
     assert 'net = "unet-small"' in text  # the config of a run says it, so that it goes on with it elsewhere

@@ -165,3 +165,14 @@ def test_a_plain_callable_can_be_distilled(method: str, features: str) -> None:
         dm.distill(Formula(), data, steps=2, **options | {"ratio_features": "teacher"})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="needs real data"):
         dm.distill(Formula(), steps=2, **QUICK)  # type: ignore[arg-type]
+
+
+def test_a_student_is_shown_in_a_line() -> None:
+    model = student(3)
+    count = sum(p.numel() for p in model.parameters())
+    model.info["method"] = "dmd2"
+    assert repr(model) == (
+        "Student(method='dmd2', divergence='js', calls=3, levels=(20, 4, 0.7), shape=(2,), "
+        f"{count:,} parameters)"
+    )
+    assert repr(Student(model.denoiser, (20.0,))).startswith("Student(calls=1, levels=(20), shape=(2,), ")

@@ -73,7 +73,8 @@ def test_every_preset_is_of_its_method_and_moves_a_student(name: str) -> None:
         assert place
     assert preset.differs
     assert "arXiv" in preset.source or "publish none" in preset.source
-    assert warned(options, own_teacher(), points()) == []
+    (warning,) = warned(options, own_teacher(), points())  # published for other networks
+    assert f"--preset {name} is in force" in warning
     short = replace(options.distill, warmup_steps=0)
     options = replace(options, run=replace(options.run, batch=16), distill=short)
     job = prepare_distillation(options, own_teacher(), points())
@@ -239,6 +240,24 @@ def test_what_does_not_fit_is_refused(line: str, said: str, tmp_path: Path) -> N
     assert answer.code == 2
     assert said in answer.err
     assert not any(tmp_path.iterdir())
+
+
+def test_published_settings_on_a_small_network_are_not_taken_without_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = DistillOptions.of(None, SID)
+    usual = DistillOptions.of("sid")
+    (warning,) = warned(options, own_teacher(), points())
+    assert f"--preset {SID} is in force, --lr 1e-05, --lr-critic 1e-05, --steps" in warning
+    assert f"--preset laptop has --lr {usual.distill.lr:g}" in warning
+    run = replace(options.run, steps=50)
+    mine = replace(options, run=run, distill=replace(options.distill, lr=1e-4, lr_critic=1e-4))
+    assert warned(mine, own_teacher(), points()) == []
+    assert "--steps" not in warned(replace(options, run=run), own_teacher(), points())[0]
+    told = done(f"distill {SHORT} --preset {SID} --steps 3 --dry-run --json").json()["warnings"]
+    assert any("published for EDM's DDPM++" in message for message in told)
+    monkeypatch.setattr(presets, "LAPTOP_PARAMETERS", 100)
+    assert warned(options, own_teacher(), points()) == []
 
 
 def test_the_fix_names_the_presets_of_the_method() -> None:

@@ -88,7 +88,8 @@ def student_events(steps: int = 3000) -> list[dict[str, Any]]:
     message = "ratio normalisation: a noise bin gathers 51.2 samples at batch 256; its mean is pooled."
     events.insert(40, {"event": "warning", "step": 195, "time": 1e9 + 9, "message": message})
     events.append({"event": "end", "step": steps, "time": 1e9 + steps * 0.046})
-    events.append({"event": "evaluate", "step": None, "time": 2e9, "features": "classifier", "n": 800})
+    measured = {"features": "classifier", "n": 800, "groups": 10, "guidance": 1.0, "reference": False}
+    events.append({"event": "evaluate", "step": None, "time": 2e9, **measured})
     return events
 
 
@@ -289,7 +290,8 @@ def test_all_parts_are_there(built: tuple[str, Page]) -> None:
     _, parsed = built
     assert "Not in this folder" not in parsed.text
     assert "finished at step 3,000" in parsed.text
-    assert "Measured with features classifier, n 800." in parsed.text
+    assert "Measured with classifier features, blocks of 800 samples, " in parsed.text
+    assert "standard errors from 10 jackknife groups." in parsed.text  # the rest is as usual and not said
     assert "The run took 2 min" in parsed.text
     assert "method dmd2" in parsed.text  # the log knows better than the config what was resolved
     assert "ratio normalisation: a noise bin gathers 51.2 samples" in parsed.text

@@ -17,7 +17,7 @@ from distmatch.cli.found import check_grid, describe_found, found_lines, write_g
 from distmatch.cli.parse import Place, checkpoint_choice
 from distmatch.methods.table import find_method
 from distmatch.training.checkpoint import list_checkpoints
-from distmatch.training.compare_cost import step_times
+from distmatch.training.compare_cost import PeakMemory, step_times
 from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
 from distmatch.training.options import DistillOptions, NetOptions, TrainOptions
@@ -109,22 +109,28 @@ def dry_run(job: Job, place: Place, idle: Iterable[str] = ()) -> None:
     found = describe_found(job.data) if job.data is not None else None
     parameters = job.parameters()
     run = job.options.run
-    once, seconds = step_times(job, pick_device(run.device))
+    device = pick_device(run.device)
+    peak = PeakMemory(device)
+    once, seconds = step_times(job, device)
+    used = peak.bytes()
     trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
-    memory = round((4 * sum(parameters.values()) + 12 * trained) / 2**20, 1)  # gradients and two Adam moments
+    weights = 4 * sum(parameters.values())
+    memory = round((weights + 12 * trained) / 2**20, 1)  # gradients and two Adam moments
+    most = None if used is None else round((weights + used) / 2**20, 1)
     whole = once + seconds * run.steps
     if place.grid is not None and job.data is not None:
         write_grid(place.grid, job.data, run.seed, place.overwrite)
     timing = f"{in_words(whole)} ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
     larger = job.notes.get("larger_net")
     if larger:
-        larger = {**larger, "estimated_seconds": round(larger["work"] * whole, 1)}
+        larger = {**larger, "estimated_seconds": round(larger["times_the_work"] * whole, 1)}
     shown = {
         "verb": job.verb,
         "options": dataclass_to_dict(replace(job.options)),
-        "device": str(pick_device(run.device)),
+        "device": str(device),
         "parameters": parameters,
         "memory_mib": memory,
+        "peak_memory_mib": most,
         "seconds_per_step": round(seconds, 4),
         "seconds_once": round(once, 4),
         "estimated_seconds": round(whole, 1),
@@ -152,7 +158,8 @@ def dry_run(job: Job, place: Place, idle: Iterable[str] = ()) -> None:
         print("# network     copied from the teacher")
     for name, count in parameters.items():
         print(f"# parameters  {name}: {count:,}")
-    print(f"# memory      about {memory} MiB for weights, gradients and Adam, activations on top")
+    measured = "activations on top" if most is None else f"with activations {most:.0f} MiB at most, measured"
+    print(f"# memory      about {memory} MiB for weights, gradients and Adam, {measured}")
     print(f"# time        about {timing}")
     if once >= 1:
         print(f"# of these    about {in_words(once)} for what is made once, before the first step")

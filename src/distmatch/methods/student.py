@@ -94,6 +94,15 @@ class Student(nn.Module):
         self.gamma = gamma
         self.info = dict(info or {})
 
+    def __repr__(self) -> str:
+        """In a line; ``student.denoiser`` shows the layers."""
+        known = {name: self.info.get(name) for name in ("method", "divergence")}
+        said = [f"{name}={value!r}" for name, value in known.items() if value is not None]
+        levels = ", ".join(f"{level:.4g}" for level in self.levels)
+        parameters = sum(p.numel() for p in self.parameters())
+        said += [f"calls={len(self.levels)}", f"levels=({levels})", f"shape={tuple(self.shape)}"]
+        return f"{type(self).__name__}({', '.join(said)}, {parameters:,} parameters)"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""

@@ -18,6 +18,21 @@ from distmatch.report.samples import samples_section
 from distmatch.report.table import doubts, headline, speed_up, table
 from distmatch.report.training import curve_charts, noise_charts
 
+_PROTOCOL = {
+    "features": "{} features",
+    "n": "blocks of {} samples",
+    "groups": "standard errors from {} jackknife groups",
+    "k_precision": "{} nearest neighbours for precision and recall",
+    "k_coverage": "{} nearest neighbours for density and coverage",
+    "solver": "the teacher sampled with {}",
+    "steps": "{} solver steps",
+    "grid": "levels spaced as {}",
+    "path": "on the noise path {}",
+    "guidance": "guidance scale {}",
+    "interval": "guided at noise levels {} only",
+    "reference": "guided by a weaker model",
+}
+"""What an ``evaluate`` event says, in words for a reader."""
 _LEAD_OPTIONS = ("divergence", "method", "data", "steps", "seed")
 
 
@@ -100,9 +115,12 @@ def lead_options(config: dict[str, Any], events: list[Event]) -> list[tuple[str,
 
 
 def protocol(events: list[Event]) -> list[tuple[str, str]]:
-    """How the metrics were measured: what the last ``evaluate`` event says."""
+    """How the metrics were measured: what the last ``evaluate`` event says, each by its name and in words."""
     last = next((e for e in reversed(events) if e["event"] == "evaluate"), {})
-    return flat({k: v for k, v in last.items() if k not in ("event", "step", "time")})
+    found = flat({k: v for k, v in last.items() if k not in ("event", "step", "time")})
+    usual = {"guidance": ("1", "1.0"), "reference": ("False",)}
+    told = [(key, value) for key, value in found if value not in usual.get(key, ())]
+    return [(key, _PROTOCOL.get(key, f"{key} {{}}").replace("{}", value)) for key, value in told]
 
 
 def status(events: list[Event]) -> str:

@@ -154,7 +154,7 @@ def assess(
     labels = reference_labels(data, 2 * block, seed=seed) if conditional else None
     common: dict[str, Any] = {"features": features, "n": block, "seed": seed, "mixture": mixture}
     floor = reference_floor(data, stratified=labels is not None, **common)
-    result: dict[str, dict[str, Any]] = {"reference": {"nfe": 0, "seconds_per_1000": 0.0, **floor}}
+    result: dict[str, dict[str, Any]] = {"reference": {"nfe": None, "seconds_per_1000": None, **floor}}
     drawn: dict[str, Drawn] = {"reference": _reference(data, labels, 2 * block, seed)}
     for name, draw in models.items():
         samples = draw(2 * block, labels)

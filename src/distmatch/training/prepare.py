@@ -33,7 +33,7 @@ from distmatch.training.known_data import describe_data, few_samples, known_data
 from distmatch.training.latent_data import as_latents, check_encodable
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
-from distmatch.training.presets import LAPTOP, find_preset, laptop_warning
+from distmatch.training.presets import find_preset, laptop_warning, paper_warning
 from distmatch.training.runs import Finished, Job
 from distmatch.training.teachers import open_teacher
 
@@ -209,16 +209,24 @@ def _warnings(method: Method, state: DistillState, batch: int, updates: int) -> 
 
 def _untried(method: Method, options: DistillOptions, teacher: Denoiser, state: DistillState) -> list[str]:
     """What to know where a network learns at rates that were chosen for others."""
-    if options.preset != LAPTOP or method.family == "transport":  # which trains no network
+    if method.family == "transport":  # which trains no network
         return []
-    usual = DistillOptions.of(method.name).distill
+    usual = DistillOptions.of(method.name)
     names = {"lr": "student", "lr_critic": "fake", "lr_ratio": "ratio"}
     rates = {n: getattr(options.distill, n) for n, of in names.items() if of in state.optimisers}
+    theirs = {name: getattr(usual.distill, name) for name in rates}
+    parameters = sum(p.numel() for p in state.student.denoiser.parameters())
+    if preset := find_preset(options.preset):
+        if is_external(teacher):
+            return []
+        given = {**rates, "steps": options.run.steps}
+        warning = paper_warning(preset, given, {**theirs, "steps": usual.run.steps}, parameters=parameters)
+        return [warning] if warning else []
     warning = laptop_warning(
         method,
         rates,
-        {name: getattr(usual, name) for name in rates},
-        parameters=sum(p.numel() for p in state.student.denoiser.parameters()),
+        theirs,
+        parameters=parameters,
         elsewhere=is_external(teacher),
         shape=teacher.shape,
     )

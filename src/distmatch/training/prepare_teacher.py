@@ -104,13 +104,20 @@ def _larger(chosen: NetOptions, data: Dataset) -> dict[str, Any]:
     shape, classes = data.shape, data.num_classes
     nets = (chosen, replace(chosen, net="unet"))
     small, large = (network_work(net.resolve(shape, "cpu"), shape, classes) for net in nets)
-    return {"net": "unet", "parameters": large[0], "work": round(large[1] / small[1], 1), "chosen": small[0]}
+    times = round(large[1] / small[1], 1)
+    return {
+        "net": "unet",
+        "parameters": large[0],
+        "times_the_work": times,
+        "chosen_net": chosen.net,
+        "chosen_parameters": small[0],
+    }
 
 
 def _remark(larger: dict[str, Any]) -> str:
     return (
-        f"network: {SMALL_UNET}, the default on a CPU, with {larger['chosen']:,} parameters; --net unet has "
-        f"{larger['parameters']:,} and {larger['work']:.0f} times the work"
+        f"network: {SMALL_UNET}, the default on a CPU, with {larger['chosen_parameters']:,} parameters; "
+        f"--net unet has {larger['parameters']:,} and {larger['times_the_work']:.0f} times the work"
     )
 
 

@@ -69,6 +69,41 @@ def closest(presets: list[Preset], shape: tuple[int, ...]) -> list[Preset]:
     return sorted(presets, key=lambda preset: abs(math.log(math.prod(preset.shape)) - size))
 
 
+def paper_warning(
+    preset: Preset, options: Mapping[str, Any], usual: Mapping[str, Any], *, parameters: int
+) -> str | None:
+    """What to know before a small network that was trained here learns with published settings.
+
+    Args:
+        preset: The preset.
+        options: Learning rates of the run that do something, and its steps, by field name.
+        usual: Those of the preset ``laptop``.
+        parameters: Of the student.
+
+    Returns:
+        The warning; None where none of these is the preset's alone, or the network is of a published size.
+    """
+    own = {name: setting.value for name, setting in preset.settings.items()}
+    kept = {
+        name: value for name, value in options.items() if name in own and value == own[name] != usual[name]
+    }
+    if not kept or parameters >= LAPTOP_PARAMETERS:
+        return None
+    return (
+        f"--preset {preset.name} is in force, {_flags(kept)}: published for {preset.title}. This network, of "
+        f"{parameters:,} parameters, was trained here; --preset {LAPTOP} has "
+        f"{_flags({name: usual[name] for name in kept})}"
+    )
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+    """Options as they are typed."""
+    return ", ".join(
+        f"--{name.replace('_', '-')} {value if isinstance(value, int) else f'{value:g}'}"
+        for name, value in values.items()
+    )
+
+
 def laptop_warning(
     method: Method,
     rates: Mapping[str, Any],
@@ -91,7 +126,7 @@ def laptop_warning(
     Returns:
         The warning; None where the defaults are for such a network, or all learning rates are others.
     """
-    kept = [f"--{name.replace('_', '-')} {value:g}" for name, value in rates.items() if value == usual[name]]
+    kept = {name: value for name, value in rates.items() if value == usual[name]}
     if not kept or not (elsewhere or parameters >= LAPTOP_PARAMETERS):
         return None
     found = closest(of_method(method.name), shape)
@@ -102,7 +137,7 @@ def laptop_warning(
         rate = near.settings["lr"].value
         advice = f"none is published for {method.name} (docs/presets.md); {near.name} has --lr {rate:g}"
     return (
-        f"--preset {LAPTOP} is in force, {', '.join(kept)}: for networks of fewer than {_MILLIONS} million "
+        f"--preset {LAPTOP} is in force, {_flags(kept)}: for networks of fewer than {_MILLIONS} million "
         f"parameters that were trained here. This one has {parameters:,}"
         f"{' and comes from elsewhere' if elsewhere else ''}, and such rates can spoil it; {advice}"
     )
