@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from command import TINY, command, done
 from distmatch.base.errors import UserError
 from distmatch.base.memory import out_of_memory
-from distmatch.cli import sample
+from distmatch.cli import main, sample
 
 NAMES = {"what": "", "got": "Got: ", "expected": "Expected: ", "fix": "Fix: "}
 
@@ -95,3 +96,18 @@ def test_a_dry_run_and_a_run_that_failed_say_what_they_warned_of(tmp_path: Path)
     assert answer.json()["warnings"] == warned
     assert done(f"{line} --out {tmp_path}/other").json()["warnings"] == warned
     assert "warnings" not in done(f"train {TINY} --batch 32 --dry-run --json").json()
+
+
+@pytest.mark.parametrize("code", [0, 2, 130, 143])
+def test_interrupted_commands_end_without_taking_the_interpreter_down(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an import left half-done could crash it; every other end is the usual one."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(main, "prepare_streams", lambda: None)
+    monkeypatch.setattr(main, "main", lambda argv: code)
+    with pytest.raises(SystemExit) as stop:
+        main.entry()
+    assert stop.value.code == code
+    assert ended == [code] * (code > 2)

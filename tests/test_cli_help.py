@@ -83,6 +83,7 @@ def test_the_help_of_a_method_is_its_own() -> None:
     names = shown(text)
     assert {"sid_alpha", "critic_steps", "lr", "out"} <= set(names)
     assert not {"gan_weight", "imm_particles", "tangent", "bank", "sim_c", "divergence"} & set(names)
+    assert all(word in done("train --help").out for word in ("digits", "skewed2", ".csv", ":one-hot"))
     short = done("distill --method sid --help").out
     assert "--method sid --out" in short
     assert "--method dmd2" not in short

@@ -209,8 +209,8 @@ class TrainOptions:
     """Everything `distmatch train` can be told."""
 
     data: str = "digits"
-    """A folder of images, a .npz or .npy, a .csv (x.csv:one-hot encodes its words); or digits, fashion_mnist,
-    cifar10, ring8, grid25, skewed2."""
+    """digits, fashion_mnist, cifar10, ring8, grid25, skewed2, a folder of images, a .npz, .npy or .csv file
+    (x.csv:one-hot where it has words)."""
     labels: bool = True
     """Use the labels, when there are any."""
     run: RunOptions = field(default_factory=RunOptions)
