@@ -216,14 +216,15 @@ def test_trained_features_have_the_fingerprint_of_their_weights(features):
     assert _fingerprint(weights) != before
 
 
-def test_errors_that_no_share_can_have_are_called_unstable():
-    """Of v in [0, 1] with mean v the spread is at most sqrt(v (1 - v))."""
+def test_shares_whose_errors_reach_far_out_of_their_range_are_called_unstable():
+    """Value and error may leave [0, 1] by 0.05; figures of collapsed models, and ordinary ones."""
     replicates = torch.tensor([[0.4] * 4 + [0.0] * 10, [0.0] * 14], dtype=torch.float64)
     for name, value, stderr, said in (
         ("precision", 0.0, 0.15, True),
         ("recall", 1.0, 0.24, True),
         ("coverage", 0.01169, 0.12, True),
         ("density", 0.01, 0.12, True),
+        ("precision", 0.0575, 0.2, True),
         ("density", 1.2, 0.4, False),
         ("precision", 0.97, 0.04, False),
         ("recall", 0.5, 0.3, False),
@@ -233,3 +234,17 @@ def test_errors_that_no_share_can_have_are_called_unstable():
         assert (why is not None) == said, (name, value, stderr)
         if why is not None:
             assert "0 to 0.4" in why
+
+
+def test_a_collapsed_model_is_called_unstable_and_its_figures_stay(digits):
+    """400 noisy copies of one digit: which halves hold its few neighbours decides the precision."""
+    x, _ = digits.batch(torch.arange(1797))
+    collapsed = x[:1] + 0.3 * normal(400, 64, 0).reshape(400, 1, 8, 8)
+    found = evaluate(collapsed, digits, features="pixels", n=200)
+    precision = found["precision"]
+    assert precision.value - precision.stderr < -0.05
+    assert precision.warning is not None
+    assert "unstable" in precision.warning
+    assert found["fd"].warning is None
+    fresh = evaluate(x[:400], digits, features="pixels", n=200)
+    assert all(estimate.warning is None for estimate in fresh.values())

@@ -8,7 +8,6 @@ stratified by label differ less than independent samples do, so a ``kid`` below 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,7 +30,7 @@ from distmatch.metrics.vendi import vendi_replicates
 
 _NAMES = ("fd", "kid", "precision", "recall", "density", "coverage", "vendi")
 _HALVED = ("precision", "recall", "density", "coverage")
-_ROUGH = 0.05  # an error below this is no reason to doubt a share
+_FAR_OUT = 0.05  # how far value and error may leave [0, 1]: near its ends that is no reason for doubt
 
 
 @dataclass(frozen=True)
@@ -236,13 +235,11 @@ def _doubtful(
 def _unstable(name: str, found: Estimate, halves: Tensor) -> str | None:
     """Why an estimate cannot be read as value and error, or None.
 
-    A share v of independent samples has a spread of at most sqrt(v (1 - v)). An error above the largest that
-    the value allows comes from halves that say something else than the whole: radii of nearest-neighbour
-    balls that a few samples decide. Density may exceed 1, so that only its lower end counts.
+    An error that reaches far out of [0, 1] comes from halves that say something else than the whole: radii of
+    nearest-neighbour balls that a few samples decide. Density may exceed 1, so that its lower end counts.
     """
-    v = max(found.value, 0.0)
-    most = v if name == "density" else math.sqrt(v * max(1 - v, 0.0))
-    if found.stderr <= max(most, _ROUGH):
+    room = found.value if name == "density" else min(found.value, 1 - found.value)
+    if found.stderr <= room + _FAR_OUT:
         return None
     low, high = float(halves.min()), float(halves.max())
     return (
