@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import signal
@@ -86,7 +87,9 @@ def misbehave(case: Any) -> None:
         case "asks":
             bytearray(2**31)
         case "holds":
-            bytearray(b"x") * (60 * 2**20)
+            # Mapped: the allocator may hand out what this process freed before, which is resident already.
+            with mmap.mmap(-1, 60 * 2**20) as held:
+                held[:: mmap.PAGESIZE] = b"x" * (len(held) // mmap.PAGESIZE)
         case "dies":
             os.kill(os.getpid(), signal.SIGUSR2)
 
