@@ -5,7 +5,7 @@
 
 A cycle, in the middle of a run, is K steps for a method whose student moves at every K-th, else one step. Its
 network calls are listened to once, and made again on ready inputs: the same networks in the same order and
-precision, forward and backward to what they reached, without optimisers, averages, noise, ratios or losses.
+precision, forward and backward to what they reached, without optimizers, averages, noise, ratios or losses.
 The updates that any training must make, Adam's and the moving average's, are timed on their own; `beyond` is
 the overhead without them. All sides run in one process, in turns; figures are the median over the rounds of
 the ratio of neighbouring runs, and the ratio of the smallest times. On a CPU times are those of the

@@ -5,32 +5,38 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
 from distmatch.base.progress import quietly
-from distmatch.data import Dataset, Scaling, from_arrays, load_data
+from distmatch.data import Dataset
 from distmatch.data.classes import names_of, share_warning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence
-from distmatch.methods.start import Network, check_saveable, has_network
+from distmatch.methods.start import Network, check_saveable
 from distmatch.methods.student import Student
 from distmatch.metrics import evaluate as _evaluate
-from distmatch.metrics import reference_labels
-from distmatch.metrics.settings import MOST_IN_BLOCK, FeatureChoice
+from distmatch.metrics.settings import FeatureChoice
 from distmatch.report import build_report
 from distmatch.training import prepare, prepare_teacher, runs, teachers
+from distmatch.training.arguments import (
+    Data,
+    as_dataset,
+    as_samples,
+    drawn_from,
+    name_of,
+    real_data,
+    settings_of,
+)
 from distmatch.training.compare import carry_out_comparison, prepare_comparison
 from distmatch.training.compare_options import CompareOptions
-from distmatch.training.known_data import name_of_data, seen_by
+from distmatch.training.known_data import name_of_data
 from distmatch.training.options import (
     GROUPS,
     DistillOptions,
@@ -41,8 +47,6 @@ from distmatch.training.options import (
 )
 from distmatch.training.presets import LAPTOP
 from distmatch.training.runfolder import check_usable, create
-
-Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
 
 
 def load_teacher(source: str | os.PathLike[str], **options: Any) -> Denoiser:
@@ -84,10 +88,12 @@ def train(
     Raises:
         UserError: Unknown settings, or data that cannot be used.
     """
-    run, net, teacher = _settings(settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig())
-    options = TrainOptions(data=_name_of(data), run=run, net=net, teacher=teacher)
+    run, net, teacher = settings_of(
+        settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig()
+    )
+    options = TrainOptions(data=name_of(data), run=run, net=net, teacher=teacher)
     with quietly(quiet):
-        job = prepare_teacher.prepare_training(options, _dataset(data))
+        job = prepare_teacher.prepare_training(options, as_dataset(data))
         return _carried_out(job, out, [])
 
 
@@ -130,19 +136,19 @@ def distill(
     Raises:
         UserError: Unknown settings, or parts that do not go together.
     """
-    if data is None and not isinstance(teacher, (str, os.PathLike)):
-        data = name_of_data(teacher)
+    given = None if isinstance(teacher, (str, os.PathLike)) else teacher
+    data = name_of_data(given) if data is None and given is not None else data
     own = DistillOptions.of(method, preset)
     groups = {name: getattr(own, name) for name in GROUPS}
     if steps is None:
         steps = 2000 if own.run.steps == RunOptions().steps else own.run.steps
-    run, net, *chosen = _settings(
+    run, net, *chosen = settings_of(
         settings, replace(own.run, steps=steps, seed=seed), NetOptions(), *groups.values()
     )
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
     measure = divergence if isinstance(divergence, Divergence) else None
     options = DistillOptions(
-        data=_name_of(data) if data is not None else "",
+        data=name_of(data) if data is not None else "",
         teacher=source,
         method=own.method,
         preset=preset,
@@ -151,14 +157,9 @@ def distill(
         net=net,
         **dict(zip(groups, chosen, strict=True)),
     )
-    given = None if isinstance(teacher, (str, os.PathLike)) else teacher
     if out is not None:
         check_saveable(given)
-    if data is not None:
-        # A saved teacher was trained on scaled data; any other one is in the units of what it is given.
-        found: Dataset | None = _dataset(data, scaled=given is None or has_network(given))
-    else:
-        found = _samples_of(given, seed) if isinstance(given, GaussianMixture) else None
+    found = real_data(given, data, seed)
     with quietly(quiet):
         job = prepare.prepare_distillation(options, given, found, measure)
         return _carried_out(job, out, [source] if source else [])
@@ -198,25 +199,20 @@ def compare(
     Raises:
         UserError: Unknown settings, or a method that cannot be used here; nothing is trained then.
     """
-    if data is None and not isinstance(teacher, (str, os.PathLike)):
-        data = name_of_data(teacher)
+    given = None if isinstance(teacher, (str, os.PathLike)) else teacher
+    data = name_of_data(given) if data is None and given is not None else data
     shared = DistillOptions()
     groups = {name: getattr(shared, name) for name in ("run", "net", *GROUPS)}
     text = methods if isinstance(methods, str) else ",".join(methods)
     first = CompareOptions(methods=text, budget=budget, seeds=seeds)
-    options, *chosen = _settings(settings, first, *groups.values())
-    named = isinstance(teacher, (str, os.PathLike))
+    options, *chosen = settings_of(settings, first, *groups.values())
     shared = replace(
         shared,
-        teacher=os.fspath(teacher) if named else "",  # type: ignore[arg-type]
-        data=_name_of(data) if data is not None else "",
+        teacher=os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else "",
+        data=name_of(data) if data is not None else "",
         **dict(zip(groups, chosen, strict=True)),
     )
-    given: Any = None if named else teacher
-    if data is not None:
-        found: Dataset | None = _dataset(data, scaled=given is None or has_network(given))
-    else:
-        found = _samples_of(given, shared.run.seed) if isinstance(given, GaussianMixture) else None
+    found = real_data(given, data, shared.run.seed)
     inputs = [shared.teacher] if shared.teacher else []
     check_saveable(given)
     check_usable(out, resume=resume, inputs=inputs)
@@ -260,10 +256,10 @@ def evaluate(
         UserError: ``x`` is no samples and no student, or does not fit the reference.
     """
     if not isinstance(x, Student):
-        x = _samples(x)
-    real = reference if isinstance(reference, (Tensor, Dataset)) else _dataset(reference)
+        x = as_samples(x)
+    real = reference if isinstance(reference, (Tensor, Dataset)) else as_dataset(reference)
     if isinstance(x, Student):
-        x, labels, real = _drawn(x, real, labels, n, seed)
+        x, labels, real = drawn_from(x, real, labels, n, seed)
     known = real.labels if isinstance(real, Dataset) else None
     if labels is not None and known is not None and isinstance(real, Dataset):
         warning = share_warning(labels, known, names_of(real))
@@ -271,66 +267,6 @@ def evaluate(
             warnings.warn(warning, stacklevel=2)
     with quietly(quiet):
         return _evaluate(x, real, labels=labels, features=features, n=n, seed=seed, mixture=mixture)
-
-
-def _samples(x: Any) -> Tensor:
-    """Samples as a tensor.
-
-    Raises:
-        UserError: They are none: a name, a teacher, a data set.
-    """
-    try:
-        return torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        named = isinstance(x, (str, os.PathLike))
-        raise UserError(
-            "these are no samples to measure",
-            got=f"{x!r:.80}" if named else type(x).__name__,
-            expected="a tensor or array of samples in model space, or a Student",
-            fix="for a run folder or a file use the command distmatch evaluate, or load the student with "
-            "dm.Student.from_pretrained(folder)"
-            if named
-            else "draw samples first: dm.evaluate(student.sample(1000), ...)",
-        ) from error
-
-
-def _drawn(
-    student: Student, real: Tensor | Dataset, labels: Tensor | None, n: int | None, seed: int
-) -> tuple[Tensor, Tensor | None, Tensor | Dataset]:
-    """Samples of a student, the labels asked for, and the reference in its numbers of classes and scaling."""
-    about = student.info.get("data") or {}
-    if isinstance(real, Dataset):
-        real = seen_by(real, about, student.num_classes, "the student")
-    count = min(len(real), 2 * (n or MOST_IN_BLOCK)) if labels is None else len(labels)
-    if labels is None and student.num_classes and isinstance(real, Dataset) and real.labels is not None:
-        labels = reference_labels(real, count, seed=seed)
-    x = student.sample(count, seed=seed, labels=labels)
-    return Scaling.known(about, x.shape[1:]).settled(x), labels, real
-
-
-def _dataset(data: Data, *, scaled: bool = True) -> Dataset:
-    """A data set from anything that can be one; ``scaled`` False takes vectors as they are."""
-    if isinstance(data, Dataset):
-        return data
-    if isinstance(data, (str, os.PathLike)):
-        return load_data(data)
-    found = from_arrays(data, None, name="array")
-    if not scaled and found.kind == "vector":
-        return replace(found, scaling=Scaling.identity(found.shape[0]))
-    return found
-
-
-def _name_of(data: Data) -> str:
-    if isinstance(data, Dataset):
-        return data.name
-    return os.fspath(data) if isinstance(data, (str, os.PathLike)) else "array"
-
-
-def _samples_of(mixture: GaussianMixture, seed: int, n: int = 20_000) -> Dataset:
-    """Real data for an exact teacher: its own samples, unscaled, as the teacher must match."""
-    x, component = mixture.sample_with_components(n, seed=seed)
-    labels = mixture.classes.cpu()[component.cpu()] if mixture.num_classes else None
-    return Dataset(x.cpu(), labels, (), "mixture", Scaling.identity(x.shape[1]))
 
 
 def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str]) -> Any:
@@ -342,19 +278,3 @@ def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list
         if with_folder is not None:
             with_folder.release()
     return model
-
-
-def _settings(given: dict[str, Any], *targets: Any) -> tuple[Any, ...]:
-    """Puts each keyword into the dataclass that has a field of that name."""
-    known = {f.name for target in targets for f in fields(target)}
-    for name in given:
-        if name not in known:
-            raise unknown_name("setting", name, sorted(known))
-    result = []
-    for target in targets:
-        own = {f.name for f in fields(target)}
-        try:
-            result.append(replace(target, **{k: v for k, v in given.items() if k in own}))
-        except TypeError as error:
-            raise UserError("a setting has the wrong type", got=str(error)) from error
-    return tuple(result)

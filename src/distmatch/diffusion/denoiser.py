@@ -61,6 +61,11 @@ def features_of(model: Any, *arguments: Any) -> list[Tensor]:
     return model.with_features(*arguments)[1]
 
 
+def pooled(features: list[Tensor]) -> Tensor:
+    """Features (B, C) or (B, C, H, W) as one (B, sum of C), averaged over positions."""
+    return torch.cat([f.flatten(2).mean(2) if f.ndim > 2 else f for f in features], dim=1)
+
+
 def lends_features(denoiser: object) -> TypeGuard[FeatureDenoiser]:
     """Whether a denoiser lends activations, and so do what it wraps (``inner``) and its network (``net``)."""
     inner: object | None = denoiser

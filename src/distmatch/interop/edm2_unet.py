@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distmatch.interop.edm_blocks import attend, double, halve, one_hot, smoothing, unit
+from distmatch.interop.edm_blocks import FeatureUNet, attend, double, halve, one_hot, smoothing, unit
 from distmatch.interop.edm_config import EDM2Config, Stage, plan
 from distmatch.nets.layers import at_least_float32
 
@@ -125,7 +125,7 @@ class MPBlock(nn.Module):
         return x if limit is None else x.clamp(-limit, limit)
 
 
-class EDM2UNet(nn.Module):
+class EDM2UNet(FeatureUNet):
     """A network ``net(x, c_noise, labels)`` with the layers of an EDM2 checkpoint.
 
     Args:
@@ -167,27 +167,9 @@ class EDM2UNet(nn.Module):
             vector = mp_sum(vector, self.emb_label(rows), self.config.label_balance)
         return mp_silu(vector)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Maps ``x`` (B, C, H, W), ``c_noise`` (B,) and labels (B,), -1 for none, to (B, C, H, W)."""
-        return self.with_features(x, c_noise, labels)[0]
-
-    def with_features(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The output and one map (B, C_l, H_l, W_l) per resolution, finest first.
-
-        The coarsest map is that of the middle, the others are the last of their level on the way down.
-        """
-        return self._run(x, c_noise, labels, whole=True)
-
-    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """The maps alone, without the way up."""
-        return self._run(x, c_noise, labels, whole=False)[1]
-
     def _run(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None, whole: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """The output and the maps; what comes first is of no use unless the ``whole`` network is run."""
         dtype = self.out_conv.weight.dtype
         embedding = self._embedding(c_noise, labels, dtype)
         hidden = torch.cat([x.to(dtype), x.new_ones(x.shape[0], 1, *x.shape[2:], dtype=dtype)], dim=1)

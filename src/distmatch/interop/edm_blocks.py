@@ -170,3 +170,30 @@ def unit(x: Tensor, dims: int | list[int], eps: float = 1e-4) -> Tensor:
     """``x`` over its root mean square along ``dims`` (EDM2, equation 47); ``eps`` keeps zeros finite."""
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=at_least_float32(x))
     return x / (eps + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
+
+
+class FeatureUNet(nn.Module):
+    """What the U-Nets of EDM and EDM2 share: the ways to call them."""
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Maps ``x`` (B, C, H, W), ``c_noise`` (B,) and labels (B,), -1 for none, to (B, C, H, W)."""
+        return self._run(x, c_noise, labels, whole=True)[0]
+
+    def with_features(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output and one map (B, C_l, H_l, W_l) per resolution, finest first.
+
+        The coarsest map is that of the middle, the others are the last of their level on the way down.
+        """
+        return self._run(x, c_noise, labels, whole=True)
+
+    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The maps alone, without the way up."""
+        return self._run(x, c_noise, labels, whole=False)[1]
+
+    def _run(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output and the maps; the first is of no use unless the ``whole`` network is run."""
+        raise NotImplementedError

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distmatch.interop.edm_blocks import Block, Conv, norm, one_hot
+from distmatch.interop.edm_blocks import Block, Conv, FeatureUNet, norm, one_hot
 from distmatch.interop.edm_config import ADM, EDMConfig, plan
 from distmatch.nets.layers import at_least_float32
 
@@ -28,7 +28,7 @@ class _Fourier(nn.Module):
         self.register_buffer("freqs", 16 * torch.randn(size // 2))
 
 
-class EDMUNet(nn.Module):
+class EDMUNet(FeatureUNet):
     """A network ``net(x, c_noise, labels)`` with the layers of an EDM checkpoint.
 
     Augmentation labels, which these networks see in training only, are zero when sampling and left out here.
@@ -100,27 +100,9 @@ class EDMUNet(nn.Module):
             vector = vector + self.map_label(one_hot(labels, count, vector))
         return F.silu(vector)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Maps ``x`` (B, C, H, W), ``c_noise`` (B,) and labels (B,), -1 for none, to (B, C, H, W)."""
-        return self.with_features(x, c_noise, labels)[0]
-
-    def with_features(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The output and one map (B, C_l, H_l, W_l) per resolution, finest first.
-
-        The coarsest map is that of the middle, the others are the last of their level on the way down.
-        """
-        return self._run(x, c_noise, labels, whole=True)
-
-    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """The maps alone, without the way up."""
-        return self._run(x, c_noise, labels, whole=False)[1]
-
     def _run(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None, whole: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """The output and the maps; what comes first is of no use unless the ``whole`` network is run."""
         embedding = self._embedding(c_noise, labels)
         hidden = image = x.to(self.map_layer0.weight.dtype)
         kept: list[Tensor] = []

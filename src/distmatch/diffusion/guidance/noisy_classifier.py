@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator as make_generator
-from distmatch.diffusion.denoiser import FeatureDenoiser, expand, features_of
+from distmatch.diffusion.denoiser import FeatureDenoiser, expand, features_of, pooled
 from distmatch.diffusion.noise import LogNormal, NoiseLevels
 
 _FREQUENCIES = 8  # sines of log sigma / 4, from a slow one to one that turns by 4 rad per doubling
@@ -80,12 +80,7 @@ class NoisyClassifier(nn.Module):
             return (x * (expand(sigma, x) ** 2 + self.sigma_data**2).rsqrt()).flatten(1)
         # In training nothing before the features learns; in guidance the gradient comes back through them.
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            return _pooled(features_of(teacher, x, sigma, None))
-
-
-def _pooled(features: list[Tensor]) -> Tensor:
-    """Features (B, C) or (B, C, H, W) as one (B, sum of C), averaged over positions."""
-    return torch.cat([f.flatten(2).mean(2) if f.ndim > 2 else f for f in features], dim=1)
+            return pooled(features_of(teacher, x, sigma, None))
 
 
 def _feature_size(teacher: FeatureDenoiser) -> int:
@@ -93,7 +88,7 @@ def _feature_size(teacher: FeatureDenoiser) -> int:
     like = next(teacher.parameters(), torch.zeros(())) if isinstance(teacher, nn.Module) else torch.zeros(())
     with torch.no_grad():
         zeros = torch.zeros(1, *teacher.shape, dtype=like.dtype, device=like.device)
-        return _pooled(features_of(teacher, zeros, zeros.new_ones(1), None)).shape[1]
+        return pooled(features_of(teacher, zeros, zeros.new_ones(1), None)).shape[1]
 
 
 def classifier_loss(

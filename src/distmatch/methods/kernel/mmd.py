@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoiser import Denoiser, features_of, lends_features, require_score
+from distmatch.diffusion.denoiser import Denoiser, features_of, lends_features, pooled, require_score
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.chunks import rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
@@ -230,9 +230,7 @@ class ChainMMD:
         level = self.setup.kernel.mmd_feature_sigma * teacher.sigma_data
         sigma = torch.full((len(x),), level, device=x.device, dtype=x.dtype)
         with self.setup.autocast():
-            layers = features_of(teacher, x, sigma, labels)
-        pooled = [layer.flatten(2).mean(2) if layer.ndim > 2 else layer for layer in layers]
-        return torch.cat([layer.to(x.dtype) for layer in pooled], 1)
+            return pooled(features_of(teacher, x, sigma, labels)).to(x.dtype)
 
     def _scaled(self, state: DistillState, values: Tensor) -> Tensor:
         """Features of about unit spread: that of the first real batch, or of the data."""

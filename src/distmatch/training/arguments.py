@@ -1,0 +1,110 @@
+"""What a Python program hands in, as what training and evaluation take: data sets, samples, settings."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError, unknown_name
+from distmatch.data import Dataset, Scaling, from_arrays, load_data
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.methods.start import has_network
+from distmatch.methods.student import Student
+from distmatch.metrics import reference_labels
+from distmatch.metrics.settings import MOST_IN_BLOCK
+from distmatch.training.known_data import seen_by
+
+Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
+
+
+def real_data(teacher: Denoiser | None, data: Data | None, seed: int) -> Dataset | None:
+    """The real data of a distillation; None leaves them to what a folder says of its teacher.
+
+    A saved teacher was trained on scaled data; any other one is in the units of what it is given.
+    """
+    if data is not None:
+        return as_dataset(data, scaled=teacher is None or has_network(teacher))
+    return _samples_of(teacher, seed) if isinstance(teacher, GaussianMixture) else None
+
+
+def as_dataset(data: Data, *, scaled: bool = True) -> Dataset:
+    """A data set from anything that can be one; ``scaled`` False takes vectors as they are."""
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, (str, os.PathLike)):
+        return load_data(data)
+    found = from_arrays(data, None, name="array")
+    if not scaled and found.kind == "vector":
+        return replace(found, scaling=Scaling.identity(found.shape[0]))
+    return found
+
+
+def name_of(data: Data) -> str:
+    """The name that a run notes for data."""
+    if isinstance(data, Dataset):
+        return data.name
+    return os.fspath(data) if isinstance(data, (str, os.PathLike)) else "array"
+
+
+def _samples_of(mixture: GaussianMixture, seed: int, n: int = 20_000) -> Dataset:
+    """Real data for an exact teacher: its own samples, unscaled, as the teacher must match."""
+    x, component = mixture.sample_with_components(n, seed=seed)
+    labels = mixture.classes.cpu()[component.cpu()] if mixture.num_classes else None
+    return Dataset(x.cpu(), labels, (), "mixture", Scaling.identity(x.shape[1]))
+
+
+def as_samples(x: Any) -> Tensor:
+    """Samples as a tensor.
+
+    Raises:
+        UserError: They are none: a name, a teacher, a data set.
+    """
+    try:
+        return torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        named = isinstance(x, (str, os.PathLike))
+        raise UserError(
+            "these are no samples to measure",
+            got=f"{x!r:.80}" if named else type(x).__name__,
+            expected="a tensor or array of samples in model space, or a Student",
+            fix="for a run folder or a file use the command distmatch evaluate, or load the student with "
+            "dm.Student.from_pretrained(folder)"
+            if named
+            else "draw samples first: dm.evaluate(student.sample(1000), ...)",
+        ) from error
+
+
+def drawn_from(
+    student: Student, real: Tensor | Dataset, labels: Tensor | None, n: int | None, seed: int
+) -> tuple[Tensor, Tensor | None, Tensor | Dataset]:
+    """Samples of a student, the labels asked for, and the reference in its numbers of classes and scaling."""
+    about = student.info.get("data") or {}
+    if isinstance(real, Dataset):
+        real = seen_by(real, about, student.num_classes, "the student")
+    count = min(len(real), 2 * (n or MOST_IN_BLOCK)) if labels is None else len(labels)
+    if labels is None and student.num_classes and isinstance(real, Dataset) and real.labels is not None:
+        labels = reference_labels(real, count, seed=seed)
+    x = student.sample(count, seed=seed, labels=labels)
+    return Scaling.known(about, x.shape[1:]).settled(x), labels, real
+
+
+def settings_of(given: dict[str, Any], *targets: Any) -> tuple[Any, ...]:
+    """Puts each keyword into the dataclass that has a field of that name."""
+    known = {f.name for target in targets for f in fields(target)}
+    for name in given:
+        if name not in known:
+            raise unknown_name("setting", name, sorted(known))
+    result = []
+    for target in targets:
+        own = {f.name for f in fields(target)}
+        try:
+            result.append(replace(target, **{k: v for k, v in given.items() if k in own}))
+        except TypeError as error:
+            raise UserError("a setting has the wrong type", got=str(error)) from error
+    return tuple(result)
