@@ -11,8 +11,6 @@ import torch
 # numbers of threads differ in the last bit.
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
-# dcor, which distance covariances are compared with, would be compiled for half a minute first.
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 # The same examples on every machine and in every run: a failure can be repeated.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
