@@ -1,6 +1,7 @@
 """Settings for all tests."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -21,3 +22,13 @@ hypothesis.settings.load_profile("repeatable")
 def _same_threads() -> None:
     """Other packages that tests compare with set the number of threads of the whole process."""
     torch.set_num_threads(THREADS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks: tests of the command line by their folder, and as `unit` all that have no other of our marks."""
+    commands = Path(__file__).parent / "cli"
+    for item in items:
+        if commands in item.path.parents:
+            item.add_marker("cli")
+        if not any(item.get_closest_marker(name) for name in ("cli", "statistical", "gpu")):
+            item.add_marker("unit")

@@ -13,7 +13,7 @@ from distmatch.data.batches import Batches
 from distmatch.metrics import classifier, reference_labels
 from distmatch.training.options import NetOptions, RunOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
-from rounding import assert_same_but_for_rounding
+from tests.helpers.rounding import assert_same_but_for_rounding
 
 QUICK = {"batch": 32, "quiet": True}
 TINY = {"width": 16, "depth": 1, **QUICK}

@@ -16,7 +16,7 @@ from distmatch.diffusion.guidance import Guided
 from distmatch.interop.saved import save_denoiser
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.ratio.discriminator import build_discriminator, choose_source
-from small import network_teacher
+from tests.helpers.small import network_teacher
 
 QUICK: dict[str, Any] = {"steps": 1, "data": "digits", "batch": 4, "critic_steps": 1}
 

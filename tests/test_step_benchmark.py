@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from distmatch.methods.table import METHODS
-from small import batch, network_teacher
+from tests.helpers.small import batch, network_teacher
 
 
 class Multiplications(TorchDispatchMode):

@@ -22,8 +22,8 @@ from distmatch.interop import edm_checkpoint, edm_config, inert_pickle, pickle_m
 from distmatch.interop.edm_checkpoint import Preconditioning, build_edm, read_edm
 from distmatch.interop.edm_config import from_arguments
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from edm_pickles import write_pickle
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.helpers.edm_pickles import write_pickle
 
 TRACED = 12  # one case in so many is traced
 MOST_KEPT = 400
