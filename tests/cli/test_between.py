@@ -46,6 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.statistical
 def test_known_laws_give_known_numbers() -> None:
     answer = done("evaluate q.npz p.npz --divergences all --json").json()
     assert set(answer) == {"p", "q", "features", "seed", "estimates", "not_computed", "notes"}

@@ -188,6 +188,7 @@ def test_names_that_no_folder_can_have_become_numbers() -> None:
     assert from_folder_name("100%") == "100%"  # nobody quoted this
 
 
+@pytest.mark.statistical
 def test_classes_are_drawn_in_the_shares_of_the_training_data(place: Path, tmp_path: Path) -> None:
     """10,000 draws, seed 0: each share within 4 sigma of its own; the share of class 11 is 90 of 147."""
     student = Student.from_pretrained(place / "s")

@@ -36,6 +36,7 @@ def test_epochs_and_seeds_differ():
     assert not torch.equal(BatchOrder(100, 100, seed=-1).indices(0), a.indices(0))
 
 
+@pytest.mark.statistical
 def test_permutations_are_uniform():
     """The 6 orders of 3 samples come equally often (chi-square, 5 degrees of freedom: above 30.9 by 1e-5)."""
     rows = BatchOrder(3, 3 * 6000, seed=0).indices(0).reshape(6000, 3)

@@ -14,6 +14,7 @@ from distmatch.data.encoded import decode_residual
 N = 40_000
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", TOY_NAMES)
 def test_samples_have_the_moments_of_the_mixture(name):
     """Mean, second moments and mode shares lie within 5 standard errors of their closed forms (seed 1)."""
@@ -31,6 +32,7 @@ def test_samples_have_the_moments_of_the_mixture(name):
     assert bool(((share - w).abs() < 5 * (w * (1 - w) / N).sqrt()).all())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", TOY_NAMES)
 def test_samples_are_those_of_the_exact_teacher_unscaled(name):
     mixture, data = toy(name), toy_dataset(name, N, seed=0)

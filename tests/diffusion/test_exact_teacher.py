@@ -119,6 +119,7 @@ def test_conditioning_keeps_the_components_of_the_class() -> None:
         torch.testing.assert_close(teacher.log_prob(x, 0.6, labels)[chosen], alone.log_prob(x[chosen], 0.6))
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("condition", [None, 0])
 def test_samples_have_the_moments_of_the_mixture(condition: int | None) -> None:
     teacher, n = mixture([0, 1, 0]), 40_000
@@ -177,6 +178,7 @@ def test_teacher_samples_do_not_depend_on_the_batch_and_follow_labels() -> None:
     assert sample_teacher(teacher, 0).shape == (0, 2)
 
 
+@pytest.mark.statistical
 def test_teacher_samples_have_the_moments_of_the_mixture() -> None:
     n = 3000
     x = sample_teacher(mixture(), n, steps=30, seed=0, batch=n)
@@ -189,6 +191,7 @@ def test_teacher_samples_have_the_moments_of_the_mixture() -> None:
 LEVELS = [LogNormal(), LogNormal(0.4, 0.7), Karras(), Karras(0.02, 20.0, 3.0)]
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("noise", LEVELS)
 def test_noise_levels_follow_their_quantiles(noise: LogNormal | Karras) -> None:
     u = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)

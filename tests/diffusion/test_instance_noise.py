@@ -18,6 +18,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("plane", "whole"), [(1, 3), (2, 5)])
 def test_the_slope_is_the_codimension(plane: int, whole: int) -> None:
     basis = torch.linalg.qr(randn(whole, plane))[0]

@@ -104,6 +104,7 @@ def test_velocity_is_the_transport_minus_the_noises_score(interpolant: Interpola
     assert bool((torch.linalg.eigvalsh(covariance) > 0).all())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("interpolant", ALL, ids=by_name)
 def test_the_losses_are_smallest_at_the_truth(interpolant: Interpolant) -> None:
     # loss(f + d) - loss(f) = E|d|^2 / 2 for the minimiser f, and only for it: to 4 standard errors.
@@ -139,6 +140,7 @@ def test_noise_of_both_signs_tames_the_ends() -> None:
     assert max(spread) < 5 * min(spread)  # gamma' is 5000 at the first
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("forwards", [True, False])
 @pytest.mark.parametrize("diffusion", [0.0, 0.1, 1.0])
 def test_ode_and_sdes_have_the_same_laws(diffusion: float, forwards: bool) -> None:

@@ -169,6 +169,7 @@ def test_the_sampler_prior_gives_the_density_of_the_generator() -> None:
     torch.testing.assert_close(result.log_prob, truth, rtol=0, atol=1e-9)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_hutchinson_likelihoods_agree_within_their_standard_errors(kind: str) -> None:
     teacher = random_mixture(3)

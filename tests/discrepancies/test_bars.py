@@ -68,6 +68,7 @@ def variances(monkeypatch):
     return told
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", AT_ZERO)
 def test_at_zero_the_variance_is_the_degenerate_one_and_the_jackknife_says_twice_that(name, variances):
     # 400 repetitions (seeds 0..799). The jackknife varies by at most 140 % (one component), so its mean by
@@ -184,6 +185,7 @@ def test_in_high_dimension_a_value_far_from_zero_is_claimed():
     )  # between 1/sqrt(2), all degenerate, and 1; the spread of 60 has 9 % of its own
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("gap", [0.3, 0.5])
 def test_claimed_intervals_cover_small_gaps(gap):
     # n = 100, 400 repetitions (seeds 0..799): binomial sd 1.1 % at 95 %. Where not all are claimed the low
@@ -194,6 +196,7 @@ def test_claimed_intervals_cover_small_gaps(gap):
     assert covered(claimed, energy_1d(gap, 1.0, 1.0)) >= 0.90
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("rho", [0.2, 0.4])
 def test_claimed_intervals_cover_weak_dependence(rho):
     # As above; n = 200.

@@ -37,6 +37,7 @@ def test_the_plug_in_is_the_integral_over_scikit_learns_density_estimate(element
     assert cauchy_schwarz(x, y, bandwidth=h, estimator="biased").value == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("d", "shift", "scale"), [(1, 0.0, 3.0), (1, 1.0, 1.0), (2, 1.0, 1.0)])
 def test_intervals_cover_the_blurred_closed_form(d, shift, scale):
     # 200 repetitions (seeds 0..399): binomial sd 1.5 %.
@@ -53,6 +54,7 @@ def test_intervals_cover_the_blurred_closed_form(d, shift, scale):
     assert values.mean() == pytest.approx(truth, abs=0.3 * values.std())
 
 
+@pytest.mark.statistical
 def test_equal_covariances_give_the_kl_divergence_as_the_blur_goes():
     # D_CS = |gap|^2 / (2 s^2) = KL for equal covariances; n = 1500, h = 0.2, within 4 standard errors.
     value = cauchy_schwarz(samples(1500, 1, 0), samples(1500, 1, 1, 1.0), bandwidth=0.2)

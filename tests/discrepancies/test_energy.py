@@ -39,6 +39,7 @@ def test_sorting_gives_what_the_matrix_gives():
     assert (fast.value, fast.stderr) == pytest.approx((slow.value, slow.stderr), rel=1e-9)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 def test_intervals_cover_the_closed_form(shift):
     # 200 repetitions (seeds 0..399): binomial sd 1.5 %.

@@ -87,6 +87,7 @@ def test_the_terms_behind_the_error_bar_are_the_row_sums(d):
     assert distance_covariance(x, y).stderr == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("rho", [0.5, 0.8])
 def test_intervals_cover_the_normal_closed_form(rho):
     # 200 repetitions (seeds 0..199): binomial sd 1.5 %.
@@ -142,6 +143,7 @@ def test_the_gradient_is_the_same_without_the_part_that_does_not_hold_the_first(
     torch.testing.assert_close(whole, about)
 
 
+@pytest.mark.statistical
 def test_only_the_joint_forms_see_xor():
     # For fair bits U is +-1/2, so the triple term is (1/2)^3 and CCdCov an exact number too.
     f, a, b = xor(400, 0)
@@ -166,6 +168,7 @@ def exact_xor_concatenated():
     return float((centre(a) * centre(b)).mean())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("about_first", [False, True])
 def test_joint_intervals_cover(about_first):
     # The truth from 20 samples of 600: an error a tenth of that of n = 120. 200 repetitions: sd 1.5 %.
@@ -184,6 +187,7 @@ def test_joint_intervals_cover(about_first):
     assert 0.90 <= covered(runs, truth) <= 0.99
 
 
+@pytest.mark.statistical
 def test_the_level_and_power_of_the_independence_test():
     # 100 nulls at 10 %, sd 3 %; the relation y = x^2 has correlation zero.
     g = torch.Generator().manual_seed(0)

@@ -113,6 +113,7 @@ def test_half_of_the_biased_form_is_that_of_geomloss():
     assert mmd(x, y, gaussian(0.8), estimator="biased").value == pytest.approx(2 * float(peer), rel=1e-6)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("estimator", ["unbiased", "linear", "block"])
 @pytest.mark.parametrize("shift", [0.0, 0.8])
 def test_intervals_cover_the_closed_form(estimator, shift):
@@ -155,6 +156,7 @@ def test_a_step_down_the_gradient_brings_samples_closer():
     assert mmd_loss(x - 10 * g, y) < before
 
 
+@pytest.mark.statistical
 def test_the_level_of_the_permutation_test():
     # 200 nulls at 10 %: binomial sd 2.1 %, so 3 sd. Unequal sizes, bandwidth from the data.
     g = torch.Generator().manual_seed(0)

@@ -42,11 +42,13 @@ def fisher_truth():
     return float((PRECISION @ MEAN).square().sum() + ((PRECISION - eye) @ (PRECISION - eye)).trace())
 
 
+@pytest.mark.statistical
 def test_fisher_intervals_cover_the_gaussian_form(fisher_truth):
     draws = [samples(200, 2, i) for i in range(200)]
     assert 0.90 <= covered([fisher_divergence(-x, normal_score(x)) for x in draws], fisher_truth) <= 0.99
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("projections", [None, 1, 4])
 def test_hyvarinen_is_half_the_fisher_divergence_plus_a_constant(projections, fisher_truth):
     # For p standard normal in 2-D the constant is -E|s_p|^2 / 2 = -1.
@@ -89,6 +91,7 @@ def test_the_sliced_trace_is_exact_for_every_sign_in_one_dimension():
     assert constant.value == pytest.approx(0.5)
 
 
+@pytest.mark.statistical
 def test_denoising_is_explicit_score_matching_to_the_blurred_law():
     # p = N(0, 1), sigma = 0.5: p blurred is N(0, 1.25), the constant is E|e / sigma|^2 - E|s|^2 = 4 - 0.8;
     # q with score -x / 2 is at (0.8 - 0.5)^2 1.25. n = 200000: five standard errors are 0.02.
@@ -139,6 +142,7 @@ def test_the_stein_kernel_is_the_definition_by_autograd(kernel):
         assert float(found[i, j]) == pytest.approx(float(expected), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("shift", [0.5, 0.8])
 def test_stein_intervals_cover_the_closed_form(shift):
     truth = shifted_stein(torch.full((2,), shift), 1.0)
@@ -164,6 +168,7 @@ def test_stein_sums_and_gradients(kernel, estimator, monkeypatch):
     assert torch.autograd.gradcheck(lambda a: kernel_stein_loss(a, -a, **options), x)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("kernel", ["imq", "gaussian"])
 def test_the_level_and_power_of_the_stein_test(kernel):
     # 200 nulls at 10 %: binomial sd 2.1 %; the wild bootstrap is asymptotic, n = 80.

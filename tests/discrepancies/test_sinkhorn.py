@@ -241,6 +241,7 @@ def estimates(d, n, share, repetitions):
     return truth, [sinkhorn_estimate(x, y, epsilon=epsilon, tol=1e-2) for x, y in pairs]
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("d", "share"), [(2, 0.2), (4, 0.5)])
 def test_sinkhorn_bars_cover_the_closed_form(d, share):
     """60 repetitions; 51 or fewer hits have a probability below 1% at a true coverage of 93%.
@@ -256,6 +257,7 @@ def test_sinkhorn_bars_cover_the_closed_form(d, share):
     assert np.mean([e.stderr for e in found]) == pytest.approx(spread, rel=0.25)
 
 
+@pytest.mark.statistical
 def test_sinkhorn_says_where_its_bias_cannot_be_taken_off():
     """Small epsilon in ten dimensions: the value is off by ten bars, and every result says so."""
     truth, found = estimates(10, n=150, share=0.05, repetitions=5)

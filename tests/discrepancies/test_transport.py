@@ -91,6 +91,7 @@ def test_equal_and_unequal_sizes_and_weights_tell_one_story():
     assert sliced_wasserstein(y, x, b=a, directions=directions).value == pytest.approx(first.value)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("d", [2, 10])
 def test_a_shift_costs_its_square_over_d(d):
     """W_2 along t of x and x + c is |t.c| exactly, whose square has mean |c|^2 / d over directions."""
@@ -105,6 +106,7 @@ def angles(count):
     return torch.stack([turn.cos(), turn.sin()], 1)
 
 
+@pytest.mark.statistical
 def test_sliced_bars_cover_the_mean_over_all_directions():
     """200 seeds of 40 directions in the plane, truth from a dense fan of them."""
     x, y = normal(40, 2), normal(60, 2, seed=1) * torch.tensor([1.0, 3.0]) + torch.tensor([1.0, 0.0])

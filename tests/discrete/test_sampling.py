@@ -37,6 +37,7 @@ def p_value(tokens: torch.Tensor, log_p: torch.Tensor) -> float:
     return float(stats.chisquare(counts.numpy(), (expected * counts.sum() / expected.sum()).numpy()).pvalue)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("sampler", ["any-order", "tweedie", "euler", "forward"])
 def test_the_law_of_the_samples_is_the_joint_law(sampler):
     # 400 steps: two of the four tokens fall into the same step with probability 1.5%, which moves no cell by

@@ -86,6 +86,7 @@ def test_exact_bound_and_exact_likelihood_are_averages_over_orders():
     assert bool((exact_bound(model, x) > -mixture).all())
 
 
+@pytest.mark.statistical
 @torch.no_grad()
 def test_bounds_with_error_bars_cover_the_exact_bound():
     model, x = Lookup(), table().sample(400, rng())

@@ -134,6 +134,7 @@ def test_discrepancies_agree_with_integrals_on_a_line():
     assert wasserstein2_squared(p, q).item() == pytest.approx(0.8**2 + (1.2 - math.sqrt(1.6)) ** 2)
 
 
+@pytest.mark.statistical
 def test_discrepancies_agree_with_direct_formulas_in_many_dimensions():
     p, q = random_gaussian(6, 7), random_gaussian(6, 8)
     a, b = p.covariance.numpy(), q.covariance.numpy()

@@ -9,9 +9,21 @@ import torch
 from torch import nn
 
 from distmatch.interop.edm_blocks import Conv
-from distmatch.interop.edm_checkpoint import network_of
+from distmatch.interop.edm_checkpoint import Preconditioning, build_edm, network_of
+from distmatch.interop.edm_config import from_arguments
 
 SOURCE = "raise RuntimeError('source text of a pickle was run')"
+SMALL = {"img_resolution": 8, "img_channels": 3, "label_dim": 2, "num_blocks": 1}
+SMALL |= {"channel_mult": [1, 2], "attn_resolutions": [4]}
+NCSNPP = {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
+NCSNPP |= {"resample_filter": [1, 3, 3, 1]}
+
+EDM_CASES = {
+    "edm": ("EDMPrecond", {"model_type": "SongUNet", "model_channels": 16, "augment_dim": 9, **NCSNPP}),
+    "adm": ("EDMPrecond", {"model_type": "DhariwalUNet", "model_channels": 64}),
+    "vp": ("VPPrecond", {"model_type": "SongUNet", "model_channels": 16}),
+    "ve": ("VEPrecond", {"model_type": "SongUNet", "model_channels": 16, **NCSNPP}),
+}
 
 
 class EasyDict(dict):
@@ -93,3 +105,20 @@ def fill(net):
     for index, name in enumerate(names):
         wave = torch.sin(torch.arange(state[name].numel(), dtype=torch.float64) * 0.7 + index) * 0.2
         state[name].copy_(wave.reshape(state[name].shape))
+
+
+def teacher_and_pickle(folder, case):
+    """A small teacher of one of ``EDM_CASES``, and the pickle of it in ``folder``."""
+    torch.manual_seed(1)
+    outer, options = EDM_CASES[case]
+    arguments = {**SMALL, "use_fp16": True, **options}
+    inner = arguments["model_type"]
+    config = from_arguments("adm" if inner == "DhariwalUNet" else "song", arguments)
+    kind = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}[outer]
+    ends = {"ve": (0.02, 100.0)}.get(kind, (0.002, 80.0))
+    teacher = build_edm(config, Preconditioning(kind=kind, sigma_min=ends[0], sigma_max=ends[1])).eval()
+    said = {"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5}
+    said = {"sigma_min": 0.02, "sigma_max": 100} if kind == "ve" else said
+    said = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5} if kind == "vp" else said
+    path = write_pickle(folder / f"{case}.pkl", teacher, outer, inner, arguments, **said)
+    return teacher, path

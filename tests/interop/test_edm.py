@@ -14,13 +14,8 @@ from distmatch.interop.edm_unet import EDMUNet
 from distmatch.interop.saved import convert_edm, load_denoiser, load_external, save_denoiser
 from distmatch.nets.edm import EDMDenoiser
 from tests.helpers import edm_pickles
-from tests.helpers.edm_pickles import fill, write_pickle
+from tests.helpers.edm_pickles import EDM_CASES, NCSNPP, SMALL, fill, teacher_and_pickle, write_pickle
 from tests.helpers.rounding import assert_same_but_for_rounding
-
-SMALL = {"img_resolution": 8, "img_channels": 3, "label_dim": 2, "num_blocks": 1}
-SMALL |= {"channel_mult": [1, 2], "attn_resolutions": [4]}
-NCSNPP = {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
-NCSNPP |= {"resample_filter": [1, 3, 3, 1]}
 
 # Sum, sum of squares and two pixels of the output for the weights of `fill`, in float64. The first three were
 # computed with NVIDIA Modulus 0.5.0 (Apache-2.0), whose attention is float32; the last with that of the
@@ -115,30 +110,6 @@ def test_edm2_keeps_magnitudes_and_ignores_the_length_of_weights():
     net.enc["8x8_block0"].conv_res0.weight.mul_(3.0)
     # Up to the 1e-4 that keeps rows of zeros finite, in rows of length about sqrt(576).
     assert torch.allclose(net(x, c_noise, torch.full((16,), -1)), none, atol=1e-3)
-
-
-EDM_CASES = {
-    "edm": ("EDMPrecond", {"model_type": "SongUNet", "model_channels": 16, "augment_dim": 9, **NCSNPP}),
-    "adm": ("EDMPrecond", {"model_type": "DhariwalUNet", "model_channels": 64}),
-    "vp": ("VPPrecond", {"model_type": "SongUNet", "model_channels": 16}),
-    "ve": ("VEPrecond", {"model_type": "SongUNet", "model_channels": 16, **NCSNPP}),
-}
-
-
-def teacher_and_pickle(folder, case):
-    torch.manual_seed(1)
-    outer, options = EDM_CASES[case]
-    arguments = {**SMALL, "use_fp16": True, **options}
-    inner = arguments["model_type"]
-    config = from_arguments("adm" if inner == "DhariwalUNet" else "song", arguments)
-    kind = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}[outer]
-    ends = {"ve": (0.02, 100.0)}.get(kind, (0.002, 80.0))
-    teacher = build_edm(config, Preconditioning(kind=kind, sigma_min=ends[0], sigma_max=ends[1])).eval()
-    said = {"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5}
-    said = {"sigma_min": 0.02, "sigma_max": 100} if kind == "ve" else said
-    said = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5} if kind == "vp" else said
-    path = write_pickle(folder / f"{case}.pkl", teacher, outer, inner, arguments, **said)
-    return teacher, path
 
 
 @pytest.mark.parametrize("case", EDM_CASES)

@@ -14,8 +14,7 @@ from distmatch.interop.edm_checkpoint import read_edm
 from distmatch.interop.edm_config import from_arguments
 from distmatch.interop.inert_pickle import read_pickle
 from tests.helpers import edm_pickles
-from tests.helpers.edm_pickles import write_pickle
-from tests.interop.test_edm import SMALL, teacher_and_pickle
+from tests.helpers.edm_pickles import SMALL, teacher_and_pickle, write_pickle
 
 
 class Runs:

@@ -16,7 +16,7 @@ from distmatch.methods.start import has_network, starting_network
 from distmatch.training.latent_data import as_latents
 from distmatch.training.teachers import open_denoiser
 from tests.helpers.command import command, done
-from tests.interop.test_edm import teacher_and_pickle
+from tests.helpers.edm_pickles import teacher_and_pickle
 
 diffusers = pytest.importorskip("diffusers")
 from tests.helpers import diffusers_models as models  # noqa: E402
@@ -132,6 +132,7 @@ def test_latents_are_decoded_by_teacher_and_student() -> None:
     assert command("sample of_latent --n 1 --out f.npz").err.count("difference") == 0
 
 
+@pytest.mark.statistical
 def test_encoded_data_have_the_moments_of_the_encoder() -> None:
     teacher = dm.load_teacher("latent")
     data = load_data("images.npz")

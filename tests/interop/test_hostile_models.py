@@ -17,8 +17,7 @@ from distmatch.interop.saved import load_denoiser, save_denoiser
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
-from tests.helpers.edm_pickles import write_pickle
-from tests.interop.test_edm import SMALL, teacher_and_pickle
+from tests.helpers.edm_pickles import SMALL, teacher_and_pickle, write_pickle
 
 DOUBLING = b")" + b"2\x86" * 60  # () then sixty times (x, x): 60 objects, 2^60 of them to hash
 STORAGE = pickle.dumps(torch.zeros(4), 2)

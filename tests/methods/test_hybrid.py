@@ -124,6 +124,7 @@ def test_a_guided_call_of_the_teacher_counts_twice() -> None:
 # ------------------------------------------------------------------- what it does, in closed form
 
 
+@pytest.mark.statistical
 def test_the_teacher_leaves_the_noised_law_at_the_handover() -> None:
     """Gaussian data and exact scores: the state that is handed over has the mean and variance of p_tau.
 

@@ -54,6 +54,7 @@ def shift_truth(name):
     return float(divergence_1d(name, log_normal(1.0), log_normal(0.0), -12, 13))
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", [*NAMES, "alpha:0.5", "gjs:0.3", "skew_kl:0.1", "renyi:0.5", "renyi:2"])
 def test_bounds_are_below_the_truth_and_not_far_below(plane, name):
     row = plane[2].measured[name]
@@ -136,6 +137,7 @@ def test_equal_laws_are_not_told_apart():
         assert rows[name].estimate.value < 4 * rows[name].estimate.stderr + 1e-9
 
 
+@pytest.mark.statistical
 def test_the_jackknife_error_is_the_spread():
     """Forty repetitions: their spread is known to 11 %, the mean error to less; a fifth is allowed for."""
     found = []
@@ -166,6 +168,7 @@ def test_resampled_takes_the_same_groups_from_both():
     assert found.warning is None
 
 
+@pytest.mark.statistical
 def test_the_score_of_p_is_for_samples_of_q():
     def score(x):
         return -x

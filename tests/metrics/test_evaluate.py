@@ -74,6 +74,7 @@ def test_same_seed_same_values_and_the_order_of_samples_is_not_trusted():
     assert abs(z(evaluate(tails, reference)["fd"], evaluate(x, reference)["fd"])) < 2
 
 
+@pytest.mark.statistical
 def test_fresh_data_scores_the_floor():
     # Independent repetitions; the mean difference in units of its own spread.
     rows = []
@@ -85,6 +86,7 @@ def test_fresh_data_scores_the_floor():
     assert (table.mean(0).abs() < 4 * table.std(0) / 40**0.5).all()
 
 
+@pytest.mark.statistical
 def test_standard_errors_match_the_spread_over_repetitions():
     # 60 repetitions know the spread to 9 %; half-samples and the jackknife are then allowed a bias of 20 %.
     results = [evaluate(normal(240, 4, 2 * i) * 1.2 + 0.5, normal(240, 4, 2 * i + 1)) for i in range(60)]

@@ -60,6 +60,7 @@ def test_frechet_of_identical_sets_is_zero():
     assert frechet_distance(a[:5], a[:5]) < 1e-6
 
 
+@pytest.mark.statistical
 def test_frechet_bias_is_the_predicted_52_over_n():
     # E FD = (2 d + d (d + 1) / 2) / N to first order in 1/N, for two samples of N(0, I_8).
     n, repeats = 1000, 100
@@ -91,6 +92,7 @@ def test_kid_in_several_chunks_of_rows_equals_the_sum_in_one(monkeypatch):
     assert kernel_distance(a, b) == pytest.approx(whole, rel=1e-10)
 
 
+@pytest.mark.statistical
 def test_kid_is_unbiased_at_equal_distributions():
     pairs = [(normal(40, 5, 2 * i), normal(40, 5, 2 * i + 1)) for i in range(300)]
     values = torch.tensor([kernel_distance(a, b) for a, b in pairs])
@@ -143,6 +145,7 @@ def test_jackknife_of_a_mean_is_the_textbook_standard_error():
     assert math.isnan(float(jackknife_stderr(x[:1])))
 
 
+@pytest.mark.statistical
 def test_jackknife_matches_the_spread_over_repetitions():
     # Ten groups leave 9 degrees of freedom; the root mean square over 80 repetitions is then good to 3 %, and
     # the actual spread to 8 %. The bound of 25 % is three sigma of their ratio.

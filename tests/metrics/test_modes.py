@@ -61,6 +61,7 @@ def test_responsibilities_by_hand():
     assert float(mode_counts(torch.tensor([[0.3]]), two).histogram[0]) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.statistical
 def test_shares_of_a_mixture_are_its_weights_also_where_components_overlap():
     g = torch.Generator().manual_seed(0)
     close = mixture([0.7, 0.3], [[0.0], [1.0]], [[[1.0]], [[0.25]]])
@@ -72,6 +73,7 @@ def test_shares_of_a_mixture_are_its_weights_also_where_components_overlap():
     assert mode_counts(x, close).kl.value < 1e-3
 
 
+@pytest.mark.statistical
 def test_standard_errors_match_the_spread_over_repetitions():
     # Away from q = p, with all counts large, the delta method is exact to order 1 / n; the spread over 200
     # repetitions is good to 5 %.

@@ -142,6 +142,7 @@ def test_duplicates_collapse_recall():
     assert prdc(real, collapsed).precision > 0.8
 
 
+@pytest.mark.statistical
 def test_expected_coverage_and_density_at_equal_distributions():
     n, m, k, repeats = 60, 40, 5, 150
     expected = 1 - math.prod((n - i) / (m + n - i) for i in range(1, k + 1))
@@ -152,6 +153,7 @@ def test_expected_coverage_and_density_at_equal_distributions():
     assert abs(float(got[:, 2].mean()) - 1) < 4 * float(error[2])
 
 
+@pytest.mark.statistical
 def test_standard_errors_match_the_spread_over_repetitions():
     # The jackknife would be off by 1.3 to 2.6 here. Over 80 repetitions the ratio is good to 10 %; the small
     # bias that remains comes from the halves being half as dense.

@@ -66,6 +66,7 @@ def test_loss_weight_cancels_c_out(sigma: float) -> None:
     torch.testing.assert_close(loss, torch.full((4,), 4.0, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_gaussian_data_make_the_target_white(sigma: float) -> None:
     # F's target has unit variance, and for Gaussian data it is uncorrelated with F's input: 0 is optimal.

@@ -35,6 +35,7 @@ def log_ratio(n: int, g: torch.Generator) -> Tensor:
     return SHIFT * torch.randn(n, generator=g) - SHIFT**2 / 2
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("memory", [0.0, 0.95])
 def test_bin_means_are_the_true_ones_and_the_exact_ratio_comes_back(memory: float) -> None:
     normaliser = RatioNormaliser(NormaliserConfig(memory=memory))
@@ -154,6 +155,7 @@ def test_weights_of_reverse_kl_stay_exactly_one(size: int) -> None:
         assert torch.equal(weight.weight, torch.ones(size))
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("batch", [8, 32])
 @pytest.mark.parametrize("name", ["kl", "js", "hellinger"])
 def test_small_batches_use_the_weight_that_is_true(name: str, batch: int) -> None:

@@ -33,6 +33,7 @@ def covers(estimate, value):
     return abs(estimate.value - value) <= 1.96 * estimate.stderr
 
 
+@pytest.mark.statistical
 def test_the_true_ratio_passes():
     mass = mass_tests(log_r(draw(5000, 1)), log_r(draw(5000, 2, 0.0, 1.0)))
     assert isinstance(mass, MassTests)
@@ -141,6 +142,7 @@ def test_means_dominated_by_few_samples_carry_a_warning():
     assert mean_estimate(torch.full((5,), 2.0)).stderr == 0.0
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("which", ["kl", "reverse_kl", "js", "hellinger", "pearson", "tv", "le_cam"])
 def test_values_from_the_exact_ratio(which, both):
@@ -151,6 +153,7 @@ def test_values_from_the_exact_ratio(which, both):
     assert estimate.stderr < 0.05 * exact(which) + 0.02
 
 
+@pytest.mark.statistical
 def test_error_bars_cover_the_truth():
     """200 repetitions with the exact ratio; 90% to 99% are 2.6 sigma of the binomial around 95%."""
     names = ("kl", "js", "hellinger")
@@ -174,6 +177,7 @@ def exact_value(name):
     return VALUES.setdefault(name, exact(name))
 
 
+@pytest.mark.statistical
 def test_error_bars_of_a_fitted_ratio_cover_the_truth():
     """The bound that uses both samples misses the truth only by the square of the error of the ratio."""
     hits = 0
@@ -190,6 +194,7 @@ def test_a_fitted_ratio_gives_no_error_bar_from_one_sample():
     assert divergence_from_ratio("kl", fit, draw(500, 3, 0.0, 1.0), draw(500, 4)).stderr > 0
 
 
+@pytest.mark.statistical
 def test_a_wrong_ratio_only_lowers_the_value_from_two_samples():
     x_p, x_q = draw(40_000, 3), draw(40_000, 4, 0.0, 1.0)
     for wrong in WRONG.values():

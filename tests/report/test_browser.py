@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distmatch.report import build_report
-from tests.report.test_pages import make_run, make_vectors
+from tests.helpers.report_runs import make_run, make_vectors
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = [

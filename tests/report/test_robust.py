@@ -12,7 +12,7 @@ import pytest
 
 from distmatch.base.errors import UserError
 from distmatch.report import build_report
-from tests.report.test_pages import (
+from tests.helpers.report_runs import (
     demo_metrics,
     estimate,
     make_run,

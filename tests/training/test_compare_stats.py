@@ -85,6 +85,7 @@ def test_what_both_have_in_common_cancels() -> None:
     assert seed_mean("fd", list(a.values())).stderr > replicate_stderr("fd", table) > 0
 
 
+@pytest.mark.statistical
 def test_the_paired_error_is_that_of_repeated_measurements() -> None:
     """Two Gaussian models on common noise, measured on 30 data sets: how much the difference varies."""
     gaps, errors = [], []
@@ -101,6 +102,7 @@ def test_the_paired_error_is_that_of_repeated_measurements() -> None:
     assert np.mean(errors) < 0.4 * alone  # far below what independent samples would give
 
 
+@pytest.mark.statistical
 def test_no_difference_is_claimed_in_more_than_5_percent_of_cases() -> None:
     """Seeds that vary by 1, a measurement that errs by 0.3 in common, three seeds, no true difference.
 

@@ -28,7 +28,7 @@ from distmatch.training.prepare import prepare_distillation
 from distmatch.training.presets import LAPTOP, PRESETS, find_preset, of_method
 from distmatch.training.published import units
 from tests.helpers.command import TINY, command, done
-from tests.interop.test_edm import teacher_and_pickle
+from tests.helpers.edm_pickles import teacher_and_pickle
 
 DOCS = Path(__file__).parents[2] / "docs"
 SID = "paper:sid-cifar10"

@@ -89,6 +89,7 @@ def test_every_parametrisation_learns_the_exact_denoiser(path: str, prediction: 
     assert after < before / 8
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow", "score"])
 @pytest.mark.parametrize("name", ["vp", "edm", "condot", "trigflow"])
 def test_the_network_predicts_its_target_in_units_of_its_spread(name: str, prediction: str) -> None:

@@ -87,6 +87,7 @@ def test_noisy_samples_give_the_clean_loss_with_a_smaller_weight() -> None:
     assert float(at.abs().max()) < 1e-20
 
 
+@pytest.mark.statistical
 def test_clean_and_noisy_samples_together_recover_the_covariance() -> None:
     # A linear denoiser x -> A_sigma x fitted at one level by least squares on both kinds of samples, each
     # with its own regression, is S (S + sigma^2)^-1 of the clean data, and S follows.

@@ -66,6 +66,7 @@ def test_or_of_two_halves_follows_the_sde_of_the_whole() -> None:
     assert coarse / fine > 2.2
 
 
+@pytest.mark.statistical
 def test_or_of_two_halves_samples_the_whole() -> None:
     n = 2000
     levels = grid("log", 250, 0.02, 40.0)

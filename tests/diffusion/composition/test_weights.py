@@ -62,6 +62,7 @@ CASES = {  # target, powers of the two Gaussians, whether the unweighted run is 
 }
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", CASES)
 def test_weighted_particles_have_the_target_and_unweighted_ones_do_not(name: str) -> None:
     target, powers = CASES[name]
@@ -77,6 +78,7 @@ def test_weighted_particles_have_the_target_and_unweighted_ones_do_not(name: str
     assert not passes(run(target, resample_below=0.0, clamp=1e-12))  # all weights alike
 
 
+@pytest.mark.statistical
 def test_plain_guidance_is_what_the_unweighted_particles_are() -> None:
     """The drift of the corrector is that of guidance: same noise, same samples."""
     target = geometric(SECOND, FIRST, 1.6)
@@ -92,6 +94,7 @@ def test_plain_guidance_is_what_the_unweighted_particles_are() -> None:
     torch.testing.assert_close(done.y, guided.y, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("zeta", [1.0, 1.5**-0.5, 0.5])
 def test_annealing_has_the_same_weights_at_every_noise_scale(zeta: float) -> None:
     """Target score, tempered noise, and less noise still, never resampled: the weights alone do it."""
@@ -105,6 +108,7 @@ def test_annealing_has_the_same_weights_at_every_noise_scale(zeta: float) -> Non
     assert abs(v / variance - 1) < 4 * math.sqrt(2 / size) + 0.05
 
 
+@pytest.mark.statistical
 def test_the_normaliser_is_estimated() -> None:
     """log (Z_end / Z_start) in closed form, from a start that is drawn from the target itself."""
     for target, powers in CASES.values():
@@ -116,6 +120,7 @@ def test_the_normaliser_is_estimated() -> None:
         assert abs(float(done.log_normaliser) - change) < 0.03 + 0.06 * abs(change), (powers, change)
 
 
+@pytest.mark.statistical
 def test_weights_of_a_start_from_another_law_count() -> None:
     """A start shifted by a third of its width, with its importance weights, ends where the right one does."""
     target, powers = CASES["product"]
@@ -136,6 +141,7 @@ def test_what_needs_no_weights_gets_none() -> None:
     assert float(one.ess.min()) > 1 - 1e-12
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("zeta", [1.0, 0.7])
 def test_a_linear_reward_shifts_a_gaussian(zeta: float) -> None:
     """N(-1, .5) exp(1.5 x) is N(-1 + .75, .5); without weights the shift comes out wrong."""
@@ -146,6 +152,7 @@ def test_a_linear_reward_shifts_a_gaussian(zeta: float) -> None:
     assert abs(v - 0.5) < 3 * 0.5 * math.sqrt(40 / N)
 
 
+@pytest.mark.statistical
 def test_a_reward_that_sets_in_late_needs_its_weights() -> None:
     late = Target([FIRST], [1.0], reward=lambda x: 1.5 * x[:, 0], strength=lambda s: 0.0 if s > 0.3 else 1.0)
     assert abs(moments(run(late))[0] + 0.25) < 0.12
@@ -153,6 +160,7 @@ def test_a_reward_that_sets_in_late_needs_its_weights() -> None:
     assert abs(float(plain.y.mean()) + 0.25) > 0.3
 
 
+@pytest.mark.statistical
 def test_a_reward_on_a_product_of_models() -> None:
     target = Target([FIRST, SECOND], [1.0, 1.0], reward=lambda x: -0.5 * (x[:, 0] - 2) ** 2)
     mean, variance, _ = gaussian_target((1.0, 1.0))

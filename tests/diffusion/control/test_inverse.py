@@ -73,6 +73,7 @@ def sampled(on_step: bool, levels: Tensor) -> Tensor:
     return solve(exact, y, levels, "reverse-diffusion", noise=noise).y
 
 
+@pytest.mark.statistical
 def test_the_corrected_posterior_is_calibrated_and_replacement_is_not() -> None:
     levels = grid("log", 100, 0.02, 20.0)
     corrected, replaced = sampled(False, levels), sampled(True, levels)

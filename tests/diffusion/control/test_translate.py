@@ -54,6 +54,7 @@ def test_a_code_is_the_noise_of_the_sampler() -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.statistical
 def test_codes_are_normal_for_the_models_own_samples_and_not_for_others() -> None:
     """Over fine steps the codes of on-model samples are unit normal; samples far off need longer ones."""
     n, levels = 400, grid("log", 300, 0.05, 20.0)
@@ -64,6 +65,7 @@ def test_codes_are_normal_for_the_models_own_samples_and_not_for_others() -> Non
     assert sizes[1] > 1.05
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("eta", [0.1, 1.0])
 def test_codes_have_the_size_of_noise_and_of_what_the_model_is_off_by(eta: float) -> None:
     """E e^2 = 1 + ((1 - k) / c)^2 Var[x0 | y]: 57 in the worst step of this grid at eta 0.1, not 1."""

@@ -68,6 +68,7 @@ def test_all_estimates_find_the_dimension_of_a_plane(k: int, dim: int) -> None:
     assert flow.spectrum.shape == (4, dim)
 
 
+@pytest.mark.statistical
 def test_flipd_is_the_slope_of_the_log_density() -> None:
     x, step = places(10, 2, 0.1)[0], 1e-5
     for condition in (None, torch.arange(10) % 2):

@@ -68,6 +68,7 @@ def test_a_network_without_biases_is_its_jacobian() -> None:
 # Two denoisers.
 
 
+@pytest.mark.statistical
 def test_disagreement_falls_as_one_over_the_data() -> None:
     held_out = TRUTH.sample(1000, seed=99).double()
     means = []
@@ -83,6 +84,7 @@ def test_disagreement_falls_as_one_over_the_data() -> None:
     assert math.log(means[0] / means[1]) / math.log(16) == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.statistical
 def test_equal_models_agree_and_memorising_ones_do_not() -> None:
     data = TRUTH.sample(60).double()
     held_out = TRUTH.sample(2000, seed=5).double()
@@ -97,6 +99,7 @@ def test_equal_models_agree_and_memorising_ones_do_not() -> None:
     assert abs(open_gap.value) < 4 * open_gap.stderr < 0.5
 
 
+@pytest.mark.statistical
 def test_errors_and_disagreement_are_their_closed_forms() -> None:
     held_out = TRUTH.sample(4000).double()
     shifted = GaussianMixture([1.0], [[0.3, 1.0, -1.0]], [[1.0, 0.5, 0.2]])
@@ -114,6 +117,7 @@ def test_errors_and_disagreement_are_their_closed_forms() -> None:
         agreement(TRUTH, shifted, held_out, [0.0])
 
 
+@pytest.mark.statistical
 def test_ratios_have_honest_errors() -> None:
     g = torch.Generator().manual_seed(0)
     scores = []
@@ -127,6 +131,7 @@ def test_ratios_have_honest_errors() -> None:
     assert ratio_of(torch.ones(3), torch.zeros(3)).value == math.inf
 
 
+@pytest.mark.statistical
 def test_cosines_find_pairs_and_copies() -> None:
     x = TRUTH.sample(300).double()
     assert sample_cosine(x, x).value == pytest.approx(1)
@@ -145,6 +150,7 @@ def normal(n: int, dim: int, seed: int) -> Tensor:
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("radius", ["mahalanobis", "norm"])
 def test_the_p_value_is_valid_when_nothing_is_wrong(radius: str) -> None:
     p, share = [], []
@@ -160,6 +166,7 @@ def test_the_p_value_is_valid_when_nothing_is_wrong(radius: str) -> None:
     assert np.mean(np.array(share) < 0.5) > 0.25  # and it is not empty
 
 
+@pytest.mark.statistical
 def test_the_null_law_is_beta_binomial() -> None:
     counts = []
     for seed in range(2000):
@@ -187,6 +194,7 @@ def test_the_p_value_is_that_of_counting_orders() -> None:
         assert row.p_value == pytest.approx(min(1, 2 * tail), rel=1e-9)
 
 
+@pytest.mark.statistical
 def test_heavy_and_light_tails_are_found() -> None:
     real = normal(2000, 4, 0)
     g = np.random.default_rng(0)
@@ -216,6 +224,7 @@ def test_the_spread_is_the_ratio_of_standard_deviations() -> None:
     assert np.std(scores) == pytest.approx(1, abs=0.28)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("index", [1.0, 0.0, -0.3, -1.0])
 def test_the_tail_index_and_its_error(index: float) -> None:
     g = np.random.default_rng(1)

@@ -27,6 +27,7 @@ X = 2 * torch.randn(24, 2, dtype=torch.float64, generator=GENERATOR)
 PLAIN = GaussianMixture([1.0], [[0.0, 0.0]], [1.0])
 
 
+@pytest.mark.statistical
 def test_the_minority_score_of_a_gaussian_is_its_algebra() -> None:
     # D = k y with k = v / (v + s^2): E|x0 - D|^2 = (1 - k)^2 |x0|^2 + d k^2 s^2.
     v, s = 0.5, 0.8

@@ -196,6 +196,7 @@ def test_a_churned_step_is_algorithm_2_of_edm() -> None:
     torch.testing.assert_close(ours, x, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_samples_have_the_moments_of_correlated_gaussian_data(name: str) -> None:
     mean, covariance = torch.tensor([0.5, -1.0]).double(), torch.tensor([[0.3, 0.15], [0.15, 0.2]]).double()

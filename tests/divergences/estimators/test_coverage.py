@@ -57,6 +57,7 @@ def critic(x):
     return 0.8 * (SHIFT * x - 0.5 * SHIFT**2)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", ["kl", "js", "neyman"])
 @pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalised"])
 def test_monte_carlo(name, method):
@@ -64,17 +65,20 @@ def test_monte_carlo(name, method):
     assert 0.90 <= share <= 0.99
 
 
+@pytest.mark.statistical
 def test_monte_carlo_two_sided():
     share = covered(lambda x_p, x_q: monte_carlo_two_sided("tv", at(x_q), at(x_p)), exact("tv"))
     assert 0.90 <= share <= 0.99
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalised"])
 def test_renyi(method):
     share = covered(lambda _, x_q: renyi_monte_carlo(0.5, *at(x_q), method=method), 0.25 * SHIFT**2)
     assert 0.90 <= share <= 0.99
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("term", ["k1", "k3"])
 def test_kl_terms(term):
     assert 0.90 <= covered(lambda _, x_q: kl_estimate(*at(x_q), term), 0.5 * SHIFT**2) <= 0.99
@@ -89,6 +93,7 @@ VARIANCE = math.exp(2 * A * A - 2 * B) - math.exp(A * A - 2 * B)
 CHI_SQUARE = math.exp(A * A - 2 * B) * (math.exp(A * SHIFT) - 1) ** 2 / VARIANCE
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(
     ("bound", "truth"),
     [
@@ -103,6 +108,7 @@ def test_bounds_cover_what_the_critic_can_show(bound, truth):
     assert 0.90 <= covered(lambda x_p, x_q: bound(critic(x_p), critic(x_q)), truth) <= 0.99
 
 
+@pytest.mark.statistical
 def test_nearest_neighbours():
     share = covered(lambda x_p, x_q: kl_neighbours(x_p, x_q), 0.5 * SHIFT**2, repetitions=100)
     assert 0.90 <= share <= 1.0  # 100 repetitions: all of them may cover

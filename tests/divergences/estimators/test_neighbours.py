@@ -66,6 +66,7 @@ def test_the_kth_of_those_left_is_counted_without_those_gone():
     assert neighbours._kth_of_others(distances, gone, 2).tolist() == [2.0, 4.0, 2.0, 4.0]
 
 
+@pytest.mark.statistical
 def test_two_normals_on_a_line():
     found = kl_neighbours(draw(2000, seed=2) + 1.0, draw(2000, seed=3))
     assert found.reliable

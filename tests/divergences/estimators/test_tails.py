@@ -24,6 +24,7 @@ def levels(n: int) -> np.ndarray:
     return (np.arange(n) + 0.5) / n
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("index", [-0.3, 0.0, 0.2, 0.5, 0.9])
 def test_the_index_and_scale_of_a_pareto_law_are_found(index):
     """Exact quantiles, 425 in the tail; the prior implied by the grid moves the index by a few hundredths."""
@@ -129,11 +130,13 @@ def test_a_wider_p_is_noticed(name):
     assert warned(ONE_SIDED[name], 0.0, WIDE) >= (0.95 if name in sure else 0.5 if name == "js" else 0.6)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", ONE_SIDED)
 def test_a_far_p_is_always_noticed(name):
     assert warned(ONE_SIDED[name], 5.0) == 1.0
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", ["kl", "kl plain", "kl self-normalised", "js", "k3"])
 def test_a_near_p_is_hardly_ever_a_cause_for_warning(name):
     assert warned(ONE_SIDED[name], 0.5) <= 0.1
@@ -169,6 +172,7 @@ def test_the_error_of_two_sides_is_that_of_both_with_what_is_unseen():
     assert found.stderr == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.statistical
 def test_neighbours_notice_samples_of_p_beyond_those_of_q():
     def knn(x_p, x_q, *_):
         return kl_neighbours(x_p, x_q)

@@ -41,6 +41,7 @@ def test_the_parts_are_disjoint_and_complete():
     assert not any(p.requires_grad for p in critic.parameters())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("bound", ["js", "kl", "nwj", "donsker_varadhan", "chi_square", "tv"])
 def test_a_trained_critic_comes_close_to_the_truth(bound):
     """Two normals a unit apart; the critic may lose a little, the test part of 667 adds its error."""
@@ -60,6 +61,7 @@ def test_a_trained_critic_comes_close_to_the_truth(bound):
     assert (again.value, again.stderr) == (found.value, found.stderr)
 
 
+@pytest.mark.statistical
 def test_equal_distributions_show_no_divergence():
     found = VariationalEstimator("kl", training=QUICK).fit(draw(900, 5), draw(900, 5, seed=1))
     assert abs(found.value) <= 3 * found.stderr + 1e-12
@@ -78,6 +80,7 @@ def test_a_critic_that_cannot_see_says_so(bound):
     assert "says nothing" not in (seen.warning or "")
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_equal_distributions_in_few_dimensions_are_no_cause_for_warning(d):
     for seed in range(3):

@@ -105,6 +105,7 @@ def test_pseudo_huber_is_a_square_and_then_a_norm() -> None:
     assert torch.isfinite(slope).all()
 
 
+@pytest.mark.statistical
 def test_levels_of_jumps_are_in_order_and_reach_the_data() -> None:
     law = Karras(0.002, 80.0)
     g = torch.Generator().manual_seed(0)
@@ -125,6 +126,7 @@ def test_levels_of_jumps_are_in_order_and_reach_the_data() -> None:
     assert float((to == 0).double().mean()) == pytest.approx(chance, abs=4 * math.sqrt(chance / 20_000))
 
 
+@pytest.mark.statistical
 def test_the_number_of_cells_that_ctm_crosses_is_drawn_as_published() -> None:
     method = distiller(GaussianMixture([1.0], [[0.0, 0.0]], [1.3]), method="ctm")
     state = method.init(0)
@@ -250,6 +252,7 @@ def test_the_gradient_of_mean_flow(terms: Any) -> None:
     assert gradient(term.loss(state_of(student), draws)[0], student) == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.statistical
 def test_times_of_mean_flow_are_the_paper_s_in_the_paper_s_unit() -> None:
     """x_t = (1 - t) x0 + t eps with unit noise and data of 1/2: logit t has means -0.6 and -4, std 1.6."""
     teacher = GaussianMixture([1.0], [[0.0]], [0.25], sigma_min=1e-6, sigma_max=1e6)  # cuts no tails off

@@ -157,6 +157,7 @@ def test_only_particles_of_the_same_class_are_compared() -> None:
     torch.testing.assert_close(mixed, alone.reshape(10, 4).mean(1), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("n", [6, 10, 30, 250])
 def test_every_class_has_its_share_whatever_the_batch(n: int) -> None:
     method, state = small(10)

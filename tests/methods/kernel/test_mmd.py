@@ -55,6 +55,7 @@ def test_the_statistic_is_that_of_discrepancies_whatever_the_order(name: Any) ->
     assert unbiased_mmd(x, x, kernel) < 0  # the pairs i = i count across, and not within
 
 
+@pytest.mark.statistical
 def test_the_statistic_of_the_same_law_is_zero_on_average() -> None:
     kernel = polynomial(3)
     values = torch.stack(

@@ -68,6 +68,7 @@ def test_one_step_of_one_call_is_diff_instruct_to_the_bit(scaling: Any) -> None:
     assert not all(torch.equal(one[name], two[name]) for name in one)  # the critic is drawn to the teacher
 
 
+@pytest.mark.statistical
 def test_posterior_noise_is_that_of_the_diffusion() -> None:
     # Of a pair z_s = x0 + s e, z_t = z_s + sqrt(t^2 - s^2) e' the law of z_s given z_t and x0 is known: draws
     # of it must have the joint moments of the pair itself.

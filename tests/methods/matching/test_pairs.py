@@ -162,6 +162,7 @@ def test_pairs_are_those_of_the_guided_teacher() -> None:
     torch.testing.assert_close(made.samples, guided)
 
 
+@pytest.mark.statistical
 def test_the_regression_brings_a_lost_mode_back() -> None:
     """A score difference between two distant modes pulls nothing across; the pairs do.
 
