@@ -26,7 +26,7 @@ from distmatch.data import toy
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise import Karras
 from distmatch.divergences import Divergence, divergence
-from distmatch.methods.matching.objectives import score_difference
+from distmatch.losses import score_difference
 from distmatch.metrics.modes import mode_counts
 
 # Components of the student, and the largest noise level: about half the distance between neighbouring modes.

@@ -16,6 +16,7 @@ ROOMS = [
     "divergences",
     "discrepancies",
     "diffusion",
+    "losses",
     "discrete",
     "nets",
     "data",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distmatch.base.version import __version__
 
 if TYPE_CHECKING:
-    from distmatch import divergences
+    from distmatch import divergences, losses
     from distmatch.api import compare, distill, evaluate, load_teacher, train
     from distmatch.base.errors import UserError
     from distmatch.base.estimate import Estimate
@@ -57,13 +57,14 @@ __all__ = [
     "hybrid_sample",
     "load_data",
     "load_teacher",
+    "losses",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "divergences":
-        return importlib.import_module("distmatch.divergences")
+    if name in ("divergences", "losses"):
+        return importlib.import_module(f"distmatch.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value

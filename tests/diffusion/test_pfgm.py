@@ -12,13 +12,13 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import latents
 from distmatch.diffusion.denoiser import has_score
-from distmatch.diffusion.denoising import denoising_loss
 from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.pfgm import StudentTTeacher, pfgm_dims, start_noise, student_t
 from distmatch.diffusion.solvers import sample_teacher
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
+from distmatch.training.objective import denoiser_loss
 from distmatch.training.options import TeacherConfig
 from distmatch.training.sampling import Sampling
 from distmatch.training.teacher import TeacherTraining
@@ -113,7 +113,7 @@ def test_the_loss_is_smallest_at_the_exact_teacher() -> None:
     weight = torch.ones_like(sigma)
 
     def loss(denoiser: object) -> Tensor:
-        return denoising_loss(denoiser, x0, sigma, noise, weight)  # type: ignore[arg-type]
+        return denoiser_loss(denoiser, x0, sigma, noise, weight)  # type: ignore[arg-type]
 
     gaussian = GaussianMixture([1 / 3] * 3, POINTS, [0.0] * 3)
     for other in (StudentTTeacher(POINTS, 40.0), gaussian):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
 from distmatch.divergences import NAMES
+from distmatch.losses import adversarial_generator_loss, score_difference
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.matching.networks import predictions
-from distmatch.methods.matching.objectives import adversarial_student, score_difference
 from distmatch.methods.state import DistillState
 from distmatch.ratio.normaliser import RatioNormaliser
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
@@ -123,7 +123,9 @@ def student_step(
             logit = state.discriminator(lender.with_features(leaf, sigma, labels)[1], sigma, labels)
         weigh = method.setup.divergence.weight
         parts["weight"] = normaliser.update(logit, method.noise.cdf(sigma), weigh).weight
-        (pull,) = torch.autograd.grad(method.config.gan_weight * adversarial_student(logit), leaf)
+        (pull,) = torch.autograd.grad(
+            method.config.gan_weight * adversarial_generator_loss(logit).mean(), leaf
+        )
         parts["pull"] = pull
     method._push(state, x0, x, call, labels, method._field(state, x0.detach(), x, call, labels).gradient)
     return x0, x0.grad, parts  # type: ignore[return-value]

@@ -8,11 +8,20 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser
+from distmatch.losses import edm_weight
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
-from distmatch.nets.edm import EDMDenoiser, edm_loss, feature_shapes
+from distmatch.nets.edm import EDMDenoiser, feature_shapes
+from distmatch.training.objective import denoiser_loss
 
 SIGMAS = (0.002, 0.1, 0.5, 3.0, 80.0)
+
+
+def edm_loss(
+    denoiser: EDMDenoiser, x0: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None = None
+) -> Tensor:
+    """The loss that trains an EDM denoiser, (B,)."""
+    return denoiser_loss(denoiser, x0, sigma, noise, edm_weight(sigma, denoiser.sigma_data), labels)
 
 
 class Probe(nn.Module):

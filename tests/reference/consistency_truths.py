@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distmatch.methods.consistency.tangents import derivative_along, trig_speed, trig_tangent
+from distmatch.losses import scm_tangent, trigflow_speed
+from distmatch.methods.consistency.tangents import derivative_along
 from distmatch.nets.build import build_net
 from distmatch.nets.config import DiTConfig, MLPConfig, NetConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -57,10 +58,10 @@ def tangent_of(
     student: nn.Module, y: Tensor, sigma: Tensor, target: Tensor, sd: float, rho: float = 1.0
 ) -> Tensor:
     """sCM's tangent in units of sigma_data, by forward mode."""
-    speed = trig_speed(sigma, sd)
+    speed = trigflow_speed(sigma, sd)
     slope = (speed / sigma)[:, None] * (y - target)
     value, derivative = derivative_along(student, y, sigma, slope, speed)
-    return trig_tangent(value, target, derivative, sigma, sd, rho)
+    return scm_tangent(value, target, derivative, sigma, sd, rho)
 
 
 NETS: list[tuple[NetConfig, tuple[int, ...]]] = [

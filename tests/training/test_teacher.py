@@ -13,22 +13,20 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoising import denoising_loss
 from distmatch.diffusion.kinetic import kinetic_path
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.path_levels import PathLevels
 from distmatch.diffusion.path_specs import parse_path, path_from_dict, path_to_dict
 from distmatch.diffusion.paths import noise_path
 from distmatch.diffusion.predictions import convert
-from distmatch.diffusion.weighting import edm_weight, min_snr_weight, target_weight
+from distmatch.losses import edm_weight, min_snr_weight, target_weight, uncertainty_loss
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
-from distmatch.nets.edm import edm_loss
 from distmatch.nets.path_denoiser import PathDenoiser, target_scale
 from distmatch.nets.saved import load_model, save_model
-from distmatch.nets.uncertainty import LearnedUncertainty, balanced
+from distmatch.nets.uncertainty import LearnedUncertainty
 from distmatch.training.checkpoint import pack, unpack
-from distmatch.training.objective import build_objective
+from distmatch.training.objective import build_objective, denoiser_loss
 from distmatch.training.options import TeacherConfig
 from distmatch.training.teacher import TeacherState, TeacherTraining
 from tests.helpers.rounding import assert_same_but_for_rounding
@@ -198,7 +196,8 @@ def test_edm_stays_as_it_was() -> None:
     gen.set_state(state.generator.get_state())
     data = batch(0)
     sigma = torch.exp(-1.2 + 1.2 * torch.randn(256, generator=gen))
-    expected = edm_loss(state.denoiser, data.x, sigma, torch.randn(data.x.shape, generator=gen)).mean()
+    noise, weight = torch.randn(data.x.shape, generator=gen), edm_weight(sigma, state.denoiser.sigma_data)
+    expected = denoiser_loss(state.denoiser, data.x, sigma, noise, weight).mean()
     assert torch.equal(method.step(state, data)["loss"], expected.detach())
     assert "uncertainty" not in state.state_dict()
 
@@ -228,18 +227,18 @@ def test_levels_follow_the_time_of_the_path(name: str, spacing: str) -> None:
 def test_learned_uncertainty_finds_the_log_loss_of_each_level() -> None:
     head = LearnedUncertainty()
     sigma = torch.logspace(-2, 1, 256)
-    assert torch.equal(balanced(torch.full((256,), 0.7), head(sigma)), torch.full((256,), 0.7))
+    assert torch.equal(uncertainty_loss(torch.full((256,), 0.7), head(sigma)), torch.full((256,), 0.7))
     truth = 0.3 + sigma.log().cos()
     optimiser = torch.optim.Adam(head.parameters(), 0.05)
     for _ in range(400):
         optimiser.zero_grad()
-        balanced(truth.exp(), head(sigma)).mean().backward()
+        uncertainty_loss(truth.exp(), head(sigma)).mean().backward()
         optimiser.step()
     assert float((head(sigma) - truth).detach().abs().max()) < 0.05
     # d/du (loss e^-u + u) = 1 - loss e^-u, by finite differences.
     u = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
     loss = torch.tensor([2.0], dtype=torch.float64)
-    torch.autograd.gradcheck(lambda v: balanced(loss, v), (u,))
+    torch.autograd.gradcheck(lambda v: uncertainty_loss(loss, v), (u,))
 
 
 def test_a_resumed_run_is_the_whole_run() -> None:
@@ -285,7 +284,7 @@ def test_no_loss_waits_for_the_device(name: str) -> None:
     objective = build_objective(TeacherConfig(path=name, prediction="flow"), 0.5, path)
     denoiser = objective.denoiser(build_net(NET, (2,), 0), (2,), 0).to("meta")
     x0, noise, sigma = (torch.empty(*shape, device="meta") for shape in ((4, 2), (4, 2), (4,)))
-    loss = denoising_loss(denoiser, x0, sigma, noise, objective.weight(sigma), data_noise=sigma)
+    loss = denoiser_loss(denoiser, x0, sigma, noise, objective.weight(sigma), data_noise=sigma)
     assert loss.device.type == "meta"
     loss.mean().backward()
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from distmatch.data import from_arrays
 from distmatch.data.batches import Batch, Batches
-from distmatch.diffusion.denoising import denoising_loss, noisy_mean
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.losses import noisy_mean
 from distmatch.nets.build import build_net
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
-from distmatch.nets.edm import edm_loss
 from distmatch.nets.layers import Conditioning, Perturbation
 from distmatch.training.noisy_data import with_frozen_noise
+from distmatch.training.objective import denoiser_loss
 from distmatch.training.options import RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
 from distmatch.training.teacher import TeacherTraining
@@ -56,8 +56,8 @@ def test_clean_samples_have_the_loss_of_edm_to_the_bit() -> None:
     x0, noise = torch.randn(2, 512, 2, generator=gen())
     sigma = torch.exp(-1.2 + 1.2 * torch.randn(512, generator=gen(2)))
     weight = (sigma**2 + 0.36) / (sigma * 0.6) ** 2
-    ambient = denoising_loss(state.denoiser, x0, sigma, noise, weight, data_noise=torch.zeros(512))
-    assert torch.equal(ambient, edm_loss(state.denoiser, x0, sigma, noise))
+    ambient = denoiser_loss(state.denoiser, x0, sigma, noise, weight, data_noise=torch.zeros(512))
+    assert torch.equal(ambient, denoiser_loss(state.denoiser, x0, sigma, noise, weight))
 
 
 def test_noisy_samples_give_the_clean_loss_with_a_smaller_weight() -> None:
@@ -74,7 +74,7 @@ def test_noisy_samples_give_the_clean_loss_with_a_smaller_weight() -> None:
     gaps = []
     for start, share in ((x0 + s * first, noisy), (x0, None)):
         loss = [
-            denoising_loss(d, start, level, second, weight, data_noise=share)  # type: ignore[arg-type]
+            denoiser_loss(d, start, level, second, weight, data_noise=share)  # type: ignore[arg-type]
             for d in (worse, MIXTURE)
         ]
         gaps.append((loss[0] - loss[1]).double())
@@ -83,7 +83,7 @@ def test_noisy_samples_give_the_clean_loss_with_a_smaller_weight() -> None:
     assert abs(ratio / (1 - s**2 / sigma**2) ** 2 - 1) < 4 * error
     assert error < 0.1
     # At sigma = s a sample teaches nothing.
-    at = denoising_loss(worse, x0, noisy, second, weight, data_noise=noisy)  # type: ignore[arg-type]
+    at = denoiser_loss(worse, x0, noisy, second, weight, data_noise=noisy)  # type: ignore[arg-type]
     assert float(at.abs().max()) < 1e-20
 
 
@@ -104,7 +104,7 @@ def test_clean_and_noisy_samples_together_recover_the_covariance() -> None:
     def closure() -> Tensor:
         optimiser.zero_grad()
         denoiser = lambda x, sigma, condition=None: x @ matrix.T  # noqa: E731
-        loss = denoising_loss(denoiser, y, sigma_all, fresh, weight, data_noise=levels).mean()  # type: ignore[arg-type]
+        loss = denoiser_loss(denoiser, y, sigma_all, fresh, weight, data_noise=levels).mean()  # type: ignore[arg-type]
         loss.backward()
         return loss
 

@@ -16,9 +16,10 @@ from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import NoiseLevels
 from distmatch.interop import is_external
+from distmatch.losses import denoising_loss, edm_weight
 from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig, default_config
-from distmatch.nets.edm import EDMDenoiser, weighted_error
+from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
 from distmatch.nets.saved import require_described
 
@@ -125,7 +126,8 @@ def fit_to_teacher(
             x = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=gen, device=device)
             with torch.no_grad():
                 target = teacher(x, sigma, labels)
-            loss = weighted_error(network(x, sigma, labels), target, sigma, network.sigma_data).mean()
+            weight = edm_weight(sigma, network.sigma_data)
+            loss = denoising_loss(network(x, sigma, labels), target, weight).mean()
             loss.backward()
             clipped_step(optimiser, 1.0)
             bar.update(1, loss=loss.detach())

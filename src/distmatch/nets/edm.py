@@ -1,4 +1,4 @@
-"""EDM preconditioning and loss (Karras et al. 2022, table 1): a network becomes a denoiser."""
+"""EDM preconditioning (Karras et al. 2022, table 1): a network becomes a denoiser."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, expand, features_of
-from distmatch.diffusion.denoising import denoising_loss
-from distmatch.diffusion.weighting import edm_weight
+from distmatch.diffusion.denoiser import expand, features_of
 from distmatch.nets.layers import at_least_float32, noise_coordinate
 
 
@@ -162,43 +160,6 @@ class EDMDenoiser(nn.Module):
     def _scales(self, level: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out at ``level``, with ``variance = level^2 + sigma_data^2``, all (B, 1, ...)."""
         return self.sigma_data**2 / variance, level * self.sigma_data * variance.rsqrt()
-
-
-def edm_loss(
-    denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, condition: Tensor | None = None
-) -> Tensor:
-    """The weighted denoising loss of EDM, per sample.
-
-    The weight ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2`` gives every noise level the
-    same expected loss, 1, while the network still returns 0 and the data have variance ``sigma_data^2``.
-
-    Args:
-        denoiser: The denoiser to train.
-        x0: Clean samples (B, *shape).
-        sigma: Noise levels (B,), positive.
-        noise: Standard normal noise like ``x0``; it is scaled by ``sigma`` here.
-        condition: Labels (B,) int64, -1 for none.
-
-    Returns:
-        The loss (B,), averaged over the dimensions of a sample.
-    """
-    weight = edm_weight(sigma, denoiser.sigma_data)
-    return denoising_loss(denoiser, x0, sigma, noise, weight, condition)
-
-
-def weighted_error(prediction: Tensor, target: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """The EDM-weighted square error of denoised samples, per sample.
-
-    Args:
-        prediction: D(x, sigma), (B, *shape).
-        target: What it should be, (B, *shape): clean samples, or another denoiser's prediction.
-        sigma: Noise levels (B,).
-        sigma_data: Standard deviation of the data.
-
-    Returns:
-        (B,), averaged over the dimensions of a sample.
-    """
-    return edm_weight(sigma, sigma_data) * (prediction - target).flatten(1).square().mean(dim=1)
 
 
 def feature_shapes(denoiser: nn.Module, x: Tensor) -> list[tuple[int, ...]]:

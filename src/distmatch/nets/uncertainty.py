@@ -8,7 +8,7 @@ from distmatch.nets.layers import fourier_features, noise_coordinate, zeroed
 
 
 class LearnedUncertainty(nn.Module):
-    """u(sigma), trained with ``loss exp(-u) + u``: it comes to log E[loss] at each level.
+    """u(sigma), trained by :func:`~distmatch.losses.uncertainty_loss`: it comes to log E[loss] at each level.
 
     All levels then pull on the network with the same force, whatever the weighting of the loss. It
     starts at 0, where nothing is changed, and is of no use after training.
@@ -26,8 +26,3 @@ class LearnedUncertainty(nn.Module):
         """The log-variance at levels ``sigma`` (B,), (B,) float32."""
         features = fourier_features(noise_coordinate(sigma.float(), self.noise_unit))
         return self.last(features.to(self.last.weight.dtype))[:, 0].float()
-
-
-def balanced(loss: Tensor, log_variance: Tensor) -> Tensor:
-    """``loss exp(-u) + u``, (B,): at its smallest, 1 + log loss, where u is the log of the expected loss."""
-    return loss * (-log_variance).exp() + log_variance

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import LogNormal
 from distmatch.diffusion.path_core import NoisePath, check_prior
 from distmatch.diffusion.path_levels import PathLevels
 from distmatch.diffusion.path_specs import parse_path
-from distmatch.diffusion.weighting import edm_weight, min_snr_weight, target_weight
+from distmatch.losses import denoising_loss, edm_weight, min_snr_weight, noisy_mean, target_weight
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.path_denoiser import PathDenoiser
 from distmatch.training.options import TeacherConfig
@@ -75,6 +76,40 @@ class Objective:
         if self.prediction == "f":
             return EDMDenoiser(net, **common)
         return PathDenoiser(net, self.path, self.prediction, **common)
+
+
+def denoiser_loss(
+    denoiser: Denoiser,
+    x0: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    weight: Tensor,
+    condition: Tensor | None = None,
+    *,
+    data_noise: Tensor | None = None,
+) -> Tensor:
+    """``weight |D(x0 + sigma noise) - x0|^2`` per sample, averaged over its dimensions, (B,).
+
+    From noisy data a sample that is itself ``x0 + s n`` is taken to the level sigma by ``sqrt(sigma^2 -
+    s^2)`` of fresh noise, and the prediction is turned into that of the sample
+    (:func:`~distmatch.losses.noisy_mean`). The minimiser is the same D.
+
+    Args:
+        denoiser: The denoiser to train.
+        x0: Samples (B, *shape).
+        sigma: Noise levels (B,), positive; not below ``data_noise``.
+        noise: Unit noise like ``x0``, of standard deviation 1 where Gaussian; it is scaled here.
+        weight: (B,).
+        condition: Labels (B,) int64, -1 for none.
+        data_noise: Standard deviation s of the noise that is in each sample already, (B,); None for 0.
+    """
+    if data_noise is None:
+        return denoising_loss(denoiser(x0 + expand(sigma, x0) * noise, sigma, condition), x0, weight)
+    # For s = 0 the root is sigma and the mean D, both exactly: IEEE's root of a square is exact.
+    fresh = ((sigma - data_noise) * (sigma + data_noise)).clamp_min(0).sqrt()
+    x = x0 + expand(fresh, x0) * noise
+    prediction = noisy_mean(denoiser(x, sigma, condition), x, sigma, data_noise)
+    return denoising_loss(prediction, x0, weight)
 
 
 def build_objective(config: TeacherConfig, sigma_data: float, path: NoisePath | None = None) -> Objective:

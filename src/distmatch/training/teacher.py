@@ -15,17 +15,17 @@ from distmatch.base.errors import UserError
 from distmatch.base.files import load_into
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoising import denoising_loss
 from distmatch.diffusion.path_core import NoisePath, check_prior
 from distmatch.diffusion.pfgm import student_t
+from distmatch.losses import uncertainty_loss
 from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.layers import Conditioning, Perturbation
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
-from distmatch.nets.uncertainty import LearnedUncertainty, balanced
-from distmatch.training.objective import Objective, build_objective
+from distmatch.nets.uncertainty import LearnedUncertainty
+from distmatch.training.objective import Objective, build_objective, denoiser_loss
 from distmatch.training.options import TeacherConfig
 
 
@@ -183,8 +183,8 @@ class TeacherTraining:
             self._dropout_stream(state),
             torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext(),
         ):
-            losses = denoising_loss(state.denoiser, x0, sigma, noise, weight, labels, data_noise=batch.noise)
-        total = losses if state.uncertainty is None else balanced(losses, state.uncertainty(sigma))
+            losses = denoiser_loss(state.denoiser, x0, sigma, noise, weight, labels, data_noise=batch.noise)
+        total = losses if state.uncertainty is None else uncertainty_loss(losses, state.uncertainty(sigma))
         total.mean().backward()
         norm = clipped_step(state.optimiser, cfg.grad_clip)
         state.step += 1

@@ -11,13 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.methods.consistency.mean_flow import identity_error
-from distmatch.methods.consistency.tangents import (
-    bounded,
-    derivative_along,
-    flow_speed,
-    trig_speed,
-)
+from distmatch.losses import flow_speed, mean_flow_error, trigflow_speed
+from distmatch.losses.tangents import bounded_tangent
+from distmatch.methods.consistency.tangents import derivative_along
 from distmatch.nets.config import MLPConfig, NetConfig
 from distmatch.nets.jump import as_jump
 from tests.reference.consistency_truths import (
@@ -91,7 +87,9 @@ def test_bounded_tangents_are_shorter_than_one() -> None:
     """From nothing to very much."""
     g = torch.randn(5, 3, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
     sizes = torch.tensor([0.0, 1e-6, 0.1, 1.0, 1e6], dtype=F64)
-    norms = bounded(g / g.flatten(1).norm(dim=1)[:, None, None, None] * sizes[:, None, None, None], 0.1)
+    norms = bounded_tangent(
+        g / g.flatten(1).norm(dim=1)[:, None, None, None] * sizes[:, None, None, None], 0.1
+    )
     assert torch.allclose(norms.flatten(1).norm(dim=1), sizes / (sizes + 0.1), atol=1e-12)
     assert (norms.flatten(1).norm(dim=1) < 1).all()
 
@@ -119,7 +117,7 @@ def test_forward_mode_agrees_with_central_differences(config: NetConfig, shape: 
     g = torch.Generator().manual_seed(2)
     sigma, labels = torch.tensor([0.01, 0.5, 3.0, 80.0], dtype=F64), torch.tensor([0, -1, 2, 1])
     x = torch.randn(4, *shape, generator=g, dtype=F64) * sigma.reshape(-1, *[1] * len(shape))
-    dx, speed = torch.randn(4, *shape, generator=g, dtype=F64), trig_speed(sigma, 0.5)
+    dx, speed = torch.randn(4, *shape, generator=g, dtype=F64), trigflow_speed(sigma, 0.5)
     arguments = (student, x, sigma, dx, speed, labels, sigma / 3)
     value, exact = derivative_along(*arguments)
     middle, difference = derivative_along(*arguments, how="difference")
@@ -182,8 +180,8 @@ def test_the_exact_average_velocity_satisfies_the_identity(sd: float, variance: 
         value, derivative = exact(y, sigma, None, sigma), torch.zeros_like(y)
     else:
         value, derivative = derivative_along(exact, y, sigma, slope, speed, to=to)
-    assert identity_error(value, target, derivative, sigma, to, sd).abs().max() < 1e-9
-    wrong = identity_error(value, target, derivative + 0.1 * value, sigma, to + 0.01 * sigma, sd)
+    assert mean_flow_error(value, target, derivative, sigma, to, sd).abs().max() < 1e-9
+    wrong = mean_flow_error(value, target, derivative + 0.1 * value, sigma, to + 0.01 * sigma, sd)
     assert wrong.abs().max() > 1e-3
     t, r = rectified(sigma, sd)[:, None], rectified(to, sd)[:, None]
     x = (1 - t) * y
@@ -212,7 +210,7 @@ def test_the_identity_in_the_paper_s_coordinates(sd: float) -> None:
     speed = flow_speed(sigma, sd)
     slope = (speed / sigma)[:, None] * (y - target)
     value, derivative = derivative_along(student, y, sigma, slope, speed, to=to)
-    ours = sd * identity_error(value, target, derivative, sigma, to, sd)
+    ours = sd * mean_flow_error(value, target, derivative, sigma, to, sd)
     assert torch.allclose(ours, wanted, rtol=1e-5, atol=1e-6)
 
 

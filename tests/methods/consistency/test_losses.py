@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise import Karras
-from distmatch.methods.consistency.ctm import jumped, soft_consistency_levels
-from distmatch.methods.consistency.mean_flow import identity_error
-from distmatch.methods.consistency.pairs import easy_tuning, pseudo_huber, teacher_path
-from distmatch.methods.consistency.tangents import (
-    bounded,
-    derivative_along,
-    flow_speed,
-)
+from distmatch.losses import ctm_levels, ect_lower_level, flow_speed, mean_flow_error, pseudo_huber
+from distmatch.losses.tangents import bounded_tangent
+from distmatch.methods.consistency.ctm import jumped
+from distmatch.methods.consistency.pairs import teacher_path
+from distmatch.methods.consistency.tangents import derivative_along
 from distmatch.nets.jump import as_jump
 from tests.helpers.small import distiller
 from tests.reference.consistency_truths import (
@@ -83,14 +80,14 @@ def test_a_step_to_the_data_is_finite_beside_others() -> None:
 
 def test_levels_of_pairs() -> None:
     """At stage 0 low levels go to the data; later stages halve the distance; in units of sigma_data."""
-    first = easy_tuning(SIGMA, 0.5, 0)
+    first = ect_lower_level(SIGMA, 0.5, 0)
     assert (first[:3] == 0).all()
     assert first[-1] == pytest.approx(40.0, rel=1e-12)  # 80 (1 - 1/2 (1 + 8 sigmoid(-80)))
-    gaps = [SIGMA - easy_tuning(SIGMA, 0.5, stage) for stage in (4, 5)]
+    gaps = [SIGMA - ect_lower_level(SIGMA, 0.5, stage) for stage in (4, 5)]
     assert torch.allclose(gaps[0], 2 * gaps[1])
-    assert torch.allclose(easy_tuning(3 * SIGMA, 1.5, 3), 3 * easy_tuning(SIGMA, 0.5, 3))
+    assert torch.allclose(ect_lower_level(3 * SIGMA, 1.5, 3), 3 * ect_lower_level(SIGMA, 0.5, 3))
     # The closest that pairs come: 0.001 of the level (times the factor at high levels, 1).
-    assert 1 - easy_tuning(SIGMA, 0.5, 40)[-1] / 80 == pytest.approx(1e-3, rel=1e-6)
+    assert 1 - ect_lower_level(SIGMA, 0.5, 40)[-1] / 80 == pytest.approx(1e-3, rel=1e-6)
 
 
 def test_pseudo_huber_is_a_square_and_then_a_norm() -> None:
@@ -111,14 +108,14 @@ def test_levels_of_jumps_are_in_order_and_reach_the_data() -> None:
     g = torch.Generator().manual_seed(0)
     sigma = law.sample(20_000, g)
     share = torch.rand(20_000, generator=g)
-    to, via = soft_consistency_levels(sigma, law, 2 / 18, share)
+    to, via = ctm_levels(sigma, law, 2 / 18, share)
     assert ((to >= 0) & (to <= via) & (via <= sigma)).all()
     crossed = law.cdf(sigma) - law.cdf(via)
     assert crossed.max() <= 2 / 18 + 1e-4
     far = (1 - share) * law.cdf(sigma) > 2 / 18 + 1e-3  # the jump goes further down than the solver
     torch.testing.assert_close(crossed[far], torch.full_like(crossed[far], 2 / 18), rtol=0, atol=1e-4)
     # With the paper's 17 of 18 cells the teacher goes all the way down to the level of the jump.
-    _, near = soft_consistency_levels(sigma, law, 17 / 18, share)
+    _, near = ctm_levels(sigma, law, 17 / 18, share)
     down = torch.maximum(share, 1 - 17 / 18 / law.cdf(sigma)) * law.cdf(sigma)
     torch.testing.assert_close(law.cdf(near), down, rtol=0, atol=1e-4)
     # The chance of the data is E[min(1, (1/18) / U)] = (1 + ln 18) / 18 with U uniform; 4 standard errors.
@@ -214,7 +211,7 @@ def test_the_gradient_of_scm_is_the_bounded_tangent_s(terms: Any, law: str, log_
     term, draws, sd = terms("scm", tangent_warmup=0.0, level_law=law), draws_of(1.3), math.sqrt(1.3)
     student, sigma = Flow(1.3, gain=0.2), draws["sigma"]
     y = draws["x0"] + sigma[:, None] * draws["noise"]
-    wanted = bounded(tangent_of(student, y, sigma, posterior_mean(y, sigma, 1.3), sd), 0.1)
+    wanted = bounded_tangent(tangent_of(student, y, sigma, posterior_mean(y, sigma, 1.3), sd), 0.1)
 
     def output(gain: float) -> Tensor:
         t = torch.atan(sigma / sd)[:, None]
@@ -240,7 +237,7 @@ def test_the_gradient_of_mean_flow(terms: Any) -> None:
     value, derivative = derivative_along(
         student, y, sigma, (speed / sigma)[:, None] * (y - target), speed, to=to
     )
-    error = identity_error(value, target, derivative, sigma, to, sd)
+    error = mean_flow_error(value, target, derivative, sigma, to, sd)
     t = rectified(sigma, sd)[:, None]
 
     def velocity(gain: float) -> Tensor:
@@ -271,7 +268,7 @@ def test_the_gradient_of_a_pair(terms: Any, source: str) -> None:
     term, draws, sd = terms("consistency", consistency_from=source), draws_of(1.3), math.sqrt(1.3)
     student, sigma = Flow(1.3, gain=0.2), draws["sigma"]
     y = draws["x0"] + sigma[:, None] * draws["noise"]
-    lower = easy_tuning(sigma, sd, 4)  # step 20 of 40 in 8 stages
+    lower = ect_lower_level(sigma, sd, 4)  # step 20 of 40 in 8 stages
     mixture = GaussianMixture([1.0], [[0.0, 0.0]], [1.3])
     below = draws["x0"] + lower[:, None] * draws["noise"]
     if source == "teacher":

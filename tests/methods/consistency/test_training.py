@@ -14,7 +14,7 @@ from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.data.toys import toy
 from distmatch.diffusion.noise import Karras
-from distmatch.methods.consistency.pairs import pseudo_huber
+from distmatch.losses import pseudo_huber
 from distmatch.methods.start import fit_to_teacher, starting_network
 from distmatch.methods.student import Student
 from distmatch.nets.config import MLPConfig

@@ -14,14 +14,8 @@ from distmatch.data.toys import toy
 from distmatch.diffusion.denoiser import expand
 from distmatch.discrepancies.kernels import laplace as laplace_kernel
 from distmatch.discrepancies.mmd import mmd, mmd_loss
-from distmatch.methods.kernel.imm import (
-    group_statistic,
-    laplace,
-    lower_level,
-    output_scale,
-    quadratic,
-    time_weight,
-)
+from distmatch.losses import imm_lower_level, imm_weight
+from distmatch.losses.kernel import group_mmd, imm_output_scale, laplace_profile, quadratic_profile
 from distmatch.methods.state import DistillState
 from distmatch.training.checkpoint import pack
 from tests.helpers.small import batch, distiller, network_teacher
@@ -42,26 +36,26 @@ def small(classes: int = 0, **settings: Any) -> tuple[Any, DistillState]:
 
 def test_the_statistic_is_the_biased_one_of_each_group() -> None:
     x, y = normal(5, 4, 3), normal(5, 4, 3, seed=1)
-    found = group_statistic(x, y, laplace)
+    found = group_mmd(x, y, laplace_profile)
     for g in range(5):
         expected = mmd_loss(x[g], y[g], laplace_kernel(1.0), estimator="biased")
         # Its kernel is floored where particles coincide: exp(-1e-8) for 1.
         torch.testing.assert_close(found[g], expected, rtol=0, atol=1e-7)
     assert (found > 0).all()
-    torch.testing.assert_close(group_statistic(x, x.flip(1), laplace), torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(group_mmd(x, x.flip(1), laplace_profile), torch.zeros(5, dtype=torch.float64))
 
 
 def test_the_quadratic_kernel_sees_the_means_alone() -> None:
     x, y = normal(5, 4, 3), normal(5, 4, 3, seed=1)
     expected = (x.mean(1) - y.mean(1)).square().sum(1)
-    torch.testing.assert_close(group_statistic(x, y, quadratic), expected)
+    torch.testing.assert_close(group_mmd(x, y, quadratic_profile), expected)
 
 
 def test_one_particle_and_the_quadratic_kernel_are_consistency_training() -> None:
     method, state = small(imm_particles=1)
     network: Any = state.student.denoiser
     draws = method.term.draw(state, batch(0), None)
-    loss, _ = method.term.loss(state, draws, quadratic)
+    loss, _ = method.term.loss(state, draws, "quadratic")
     parameters = list(network.parameters())
     found = torch.autograd.grad(loss.sum(), parameters)
     # By hand: |f(y_t, t, s) - sg f(y_r, r, s)|^2 with the same sample and noise in both.
@@ -71,7 +65,7 @@ def test_one_particle_and_the_quadratic_kernel_are_consistency_training() -> Non
         y = x0 + level[:, None] * noise
         kept = (draws["s"] / level)[:, None]
         ends.append(kept * y + (1 - kept) * network(y, level, None, draws["s"]))
-    by_hand = time_weight(draws["time"], 4.0) * (ends[0] - ends[1].detach()).square().sum(1)
+    by_hand = imm_weight(draws["time"], 4.0) * (ends[0] - ends[1].detach()).square().sum(1)
     for mine, theirs in zip(found, torch.autograd.grad(by_hand.sum(), parameters), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()) + 1e-12)
 
@@ -110,7 +104,9 @@ def test_levels_are_in_order_and_reach_from_the_data_to_the_first_level() -> Non
     gap = (20 - 0.002) / 2**12
     free = r > s
     torch.testing.assert_close((t - r)[free], torch.full_like(t[free], gap), rtol=0, atol=1e-5)
-    assert torch.equal(lower_level(t, s, 0.0, 20.0, 0), s)  # a gap of the whole range: straight to the target
+    assert torch.equal(
+        imm_lower_level(t, s, 0.0, 20.0, 0), s
+    )  # a gap of the whole range: straight to the target
     # sigma / sigma_data = tau / (1 - tau), tau uniform.
     torch.testing.assert_close(t / 0.7, draws["time"] / (1 - draws["time"]))
     assert abs(float(draws["time"].mean()) - 0.5 * (0.002 / 0.702 + 20 / 20.7)) < 0.015
@@ -126,7 +122,7 @@ def test_the_weight_falls_with_the_signal_to_noise_ratio() -> None:
     fall = -(log_snr(time + step) - log_snr(time - step)) / (2 * step)
     rest = (1 - time) / ((1 - time) ** 2 + time**2)
     expected = 0.5 * torch.sigmoid(4.0 - log_snr(time)) * fall * rest
-    torch.testing.assert_close(time_weight(time, 4.0), expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(imm_weight(time, 4.0), expected, rtol=1e-7, atol=0)
 
 
 def test_the_kernel_measures_in_units_of_the_networks_output() -> None:
@@ -136,7 +132,7 @@ def test_the_kernel_measures_in_units_of_the_networks_output() -> None:
     before = (s / t)[:, None] * x + (1 - s / t)[:, None] * network(x, t)
     bias.data += 1.0  # the last layer's: it moves F by one
     moved = (s / t)[:, None] * x + (1 - s / t)[:, None] * network(x, t) - before
-    torch.testing.assert_close(moved, output_scale(t, s, 0.7)[:, None].expand(6, 2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(moved, imm_output_scale(t, s, 0.7)[:, None].expand(6, 2), rtol=1e-6, atol=0)
 
 
 def test_only_particles_of_the_same_class_are_compared() -> None:
@@ -176,8 +172,8 @@ def test_every_particle_counts_alike_whatever_the_labels_beside_it() -> None:
     """A group of labels 0, 0, 0, 1 is 3/4 the MMD^2 of three particles and 1/4 that of one."""
     x, y = normal(5, 4, 3), normal(5, 4, 3, seed=1)
     labels = torch.tensor([0, 0, 0, 1]).expand(5, 4)
-    found = group_statistic(x, y, laplace, labels[:, :, None] == labels[:, None])
-    first, last = (group_statistic(x[:, p], y[:, p], laplace) for p in (slice(3), slice(3, 4)))
+    found = group_mmd(x, y, laplace_profile, labels[:, :, None] == labels[:, None])
+    first, last = (group_mmd(x[:, p], y[:, p], laplace_profile) for p in (slice(3), slice(3, 4)))
     torch.testing.assert_close(found, 0.75 * first + 0.25 * last)
 
 

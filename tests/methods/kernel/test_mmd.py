@@ -15,8 +15,9 @@ from distmatch.data.toys import toy
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.kernels import Kernel, polynomial
 from distmatch.discrepancies.mmd import mmd, mmd_loss
+from distmatch.losses import mmd_with_gradient
 from distmatch.methods.config import DistillConfig
-from distmatch.methods.kernel.mmd import chain_levels, feature_kernel, mmd_with_gradient
+from distmatch.methods.kernel.mmd import chain_levels, feature_kernel
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, chain_weights
 from distmatch.methods.table import METHODS, check_settings
@@ -113,7 +114,7 @@ def test_value_and_gradient_in_chunks_are_those_of_the_sum_over_pairs(
     labels = None if LABELS[given] is None else torch.tensor(LABELS[given])
     expected = in_plain_words(x, y, kernel, labels)
     (slope,) = torch.autograd.grad(expected, x)
-    monkeypatch.setattr("distmatch.methods.kernel.mmd.rows_per_chunk", lambda columns, device: 5)
+    monkeypatch.setattr("distmatch.losses.kernel.rows_per_chunk", lambda columns, device: 5)
     value, gradient = mmd_with_gradient(x.detach(), y, kernel, labels)
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient, slope)

@@ -15,7 +15,8 @@ from distmatch.data.toys import toy
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise import Karras
 from distmatch.discrepancies.mmd import mmd
-from distmatch.methods.matching.moments import auxiliary_error, levels_between, posterior_noise
+from distmatch.losses import edm_weight, moment_matching_loss, posterior_noise
+from distmatch.methods.matching.moments import levels_between
 from distmatch.methods.student import Student
 from distmatch.training.checkpoint import pack
 from tests.helpers.small import batch, distiller, network_teacher
@@ -29,11 +30,13 @@ def test_the_auxiliary_denoiser_lies_half_way_between_samples_and_teacher() -> N
     x0, teacher = normal(6, 2), normal(6, 2, seed=1)
     sigma = torch.linspace(0.1, 3.0, 6, dtype=torch.float64)
     middle = ((x0 + teacher) / 2).requires_grad_()
-    (slope,) = torch.autograd.grad(auxiliary_error(middle, x0, teacher, sigma, 0.5).sum(), middle)
+    (slope,) = torch.autograd.grad(
+        moment_matching_loss(middle, x0, teacher, edm_weight(sigma, 0.5)).sum(), middle
+    )
     torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0)
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
     expected = weight * ((x0 - middle).square() + (teacher - middle).square()).mean(1)
-    torch.testing.assert_close(auxiliary_error(middle, x0, teacher, sigma, 0.5), expected)
+    torch.testing.assert_close(moment_matching_loss(middle, x0, teacher, edm_weight(sigma, 0.5)), expected)
 
 
 def test_at_the_optimum_the_gradient_is_half_of_that_of_the_reverse_kl() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.guidance import Guided
+from distmatch.losses import score_difference
 from distmatch.methods.matching.backtrack import Path as CopyPath
-from distmatch.methods.matching.objectives import score_difference
 from distmatch.methods.state import DistillState
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.training.checkpoint import load_checkpoint, pack, save_checkpoint

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import divergence
-from distmatch.methods.matching.fisher import distance_slope, sid_loss, sim_loss, uni_instruct_loss
+from distmatch.losses import sid_loss, sim_loss, uni_instruct_loss
+from distmatch.losses.fisher import distance_slope
 from tests.reference.exact_students import (
     GAUSSIAN,
     MIXTURE,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import NAMES, Divergence, custom, divergence, divergence_1d
-from distmatch.methods.matching.objectives import (
-    adversarial_critic,
-    adversarial_student,
+from distmatch.losses import (
+    adversarial_discriminator_loss,
+    adversarial_generator_loss,
     approximate_r1,
     score_difference,
 )
@@ -211,17 +211,17 @@ def test_scalings_weights_and_dtypes_of_the_score_difference() -> None:
 def test_the_discriminator_is_at_rest_where_its_logit_is_the_log_ratio() -> None:
     # Two points with p = (3/4, 1/4) and q = (1/4, 3/4), as samples in those proportions.
     logit = torch.tensor([3.0, 1 / 3]).log().requires_grad_()
-    loss = adversarial_critic(real=logit[[0, 0, 0, 1]], fake=logit[[0, 1, 1, 1]])
+    loss = adversarial_discriminator_loss(real=logit[[0, 0, 0, 1]], fake=logit[[0, 1, 1, 1]])
     (slope,) = torch.autograd.grad(loss, logit)
     torch.testing.assert_close(slope, torch.zeros(2), rtol=0, atol=1e-6)
-    assert adversarial_critic(torch.zeros(3), torch.zeros(5)).item() == pytest.approx(
+    assert adversarial_discriminator_loss(torch.zeros(3), torch.zeros(5)).item() == pytest.approx(
         2 * math.log(2), rel=1e-6
     )
 
 
 def test_the_adversarial_term_pulls_towards_the_real() -> None:
     logit = torch.linspace(-5, 5, 11).requires_grad_()
-    (slope,) = torch.autograd.grad(adversarial_student(logit), logit)
+    (slope,) = torch.autograd.grad(adversarial_generator_loss(logit).mean(), logit)
     torch.testing.assert_close(slope, -torch.sigmoid(-logit.detach()) / 11)
     r1 = approximate_r1(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.0]))
     assert r1.item() == pytest.approx((0.25 + 1.0) / 2)

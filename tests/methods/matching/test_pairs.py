@@ -14,7 +14,8 @@ from distmatch.base.seeds import latents
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.solvers import sample_teacher
-from distmatch.methods.matching.pairs import PairRegression, make_pairs, pair_loss
+from distmatch.losses import pair_regression_loss
+from distmatch.methods.matching.pairs import PairRegression, make_pairs
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
 
@@ -69,9 +70,11 @@ def test_pairs_depend_on_the_seed_and_nothing_else() -> None:
 def test_the_losses() -> None:
     x = torch.tensor([[3.0, -4.0], [0.1, 0.1]], dtype=torch.float64)
     y = torch.zeros_like(x)
-    torch.testing.assert_close(pair_loss(x, y, "squared", 1.0), torch.tensor([12.5, 0.01]).double())
+    torch.testing.assert_close(
+        pair_regression_loss(x, y, kind="squared", c=1.0), torch.tensor([12.5, 0.01]).double()
+    )
     expected = torch.tensor([math.sqrt(12.5 + 0.04) - 0.2, math.sqrt(0.01 + 0.04) - 0.2]).double()
-    torch.testing.assert_close(pair_loss(x, y, "huber", 0.2), expected)
+    torch.testing.assert_close(pair_regression_loss(x, y, kind="huber", c=0.2), expected)
 
 
 @pytest.mark.parametrize(("kind", "weight"), [("squared", 0.25), ("huber", 2.0)])

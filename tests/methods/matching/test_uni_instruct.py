@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import NAMES, Divergence, custom, divergence, divergence_1d
-from distmatch.methods.matching.fisher import sid_loss, sim_loss, uni_instruct_loss, weight_derivatives
+from distmatch.losses import sid_loss, sim_loss, uni_instruct_loss, weight_derivatives
 from tests.reference.exact_students import (
     GAUSSIAN,
     MIXTURE,

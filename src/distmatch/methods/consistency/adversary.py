@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import stream_seed
 from distmatch.diffusion.denoiser import expand
 from distmatch.diffusion.noise import Karras
+from distmatch.losses import adversarial_discriminator_loss, adversarial_generator_loss, approximate_r1
 from distmatch.methods.consistency.direct import Draws
-from distmatch.methods.matching.objectives import adversarial_critic, approximate_r1
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.nets.optim import clipped_step
@@ -72,7 +71,7 @@ class Adversary:
     def student_loss(self, state: DistillState, x0: Tensor, draws: Draws) -> Tensor:
         """The student's non-saturating loss, (b,)."""
         x = x0 + expand(draws["level"], x0) * draws["noise_fake"]
-        return F.softplus(-self.logits(state, [x], draws, grad=True)[0].float())
+        return adversarial_generator_loss(self.logits(state, [x], draws, grad=True)[0])
 
     def learn(self, state: DistillState, x0: Tensor, draws: Draws, lr_factor: float) -> Info:
         """One step of the discriminator.
@@ -98,7 +97,7 @@ class Adversary:
                 if cfg.r1 > 0:
                     kinds.append(kinds[1] + 0.1 * level * some["noise_r1"])
                 on_fake, on_real, *on_moved = self.logits(state, kinds, some, grad=False)
-                loss = adversarial_critic(real=on_real, fake=on_fake)
+                loss = adversarial_discriminator_loss(real=on_real, fake=on_fake)
                 told = loss.detach()
                 if on_moved:
                     loss = loss + cfg.r1 * approximate_r1(on_real, on_moved[0])

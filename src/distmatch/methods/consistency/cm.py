@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import expand
+from distmatch.losses import consistency_loss, ect_lower_level, pseudo_huber_scale
 from distmatch.methods.consistency.direct import (
     Draws,
     guided_teacher,
@@ -21,13 +22,7 @@ from distmatch.methods.consistency.direct import (
     noised_draws,
     training_levels,
 )
-from distmatch.methods.consistency.pairs import (
-    easy_tuning,
-    huber_scale,
-    pseudo_huber,
-    teacher_path,
-    where_needed,
-)
+from distmatch.methods.consistency.pairs import teacher_path, where_needed
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 
@@ -52,7 +47,7 @@ class PairTerm:
         self._guided = guided_teacher(self.setup)
         self._levels = training_levels(self.setup)
         teacher = self.setup.teacher
-        self._c = huber_scale(self.setup.consistency.huber, teacher.shape, teacher.sigma_data)
+        self._c = pseudo_huber_scale(self.setup.consistency.huber, teacher.shape, teacher.sigma_data)
 
     def notes(self) -> dict[str, Any]:
         """Nothing that the options do not say."""
@@ -79,7 +74,7 @@ class PairTerm:
             self.setup.teacher.sigma_data,
         )
         x0, sigma, labels = draws["x0"], draws["sigma"], draws.get("labels")
-        lower = easy_tuning(sigma, sigma_data, self.stage(state.step))
+        lower = ect_lower_level(sigma, sigma_data, self.stage(state.step))
         y = x0 + expand(sigma, x0) * draws["noise"]
         if settings.consistency_from == "data":
             below = x0 + expand(lower, x0) * draws["noise"]
@@ -97,5 +92,5 @@ class PairTerm:
             # At level 0 a consistency function is the identity, whatever the network says.
             safe = torch.where(lower > 0, lower, sigma)
             target = where_needed(lower > 0, student, below, below, safe, labels)
-        distance = pseudo_huber(student(y, sigma, labels), target, self._c)
-        return distance / (sigma - lower), {"distance": distance}
+        loss = consistency_loss(student(y, sigma, labels), target, sigma, lower, self._c)
+        return loss, {"distance": loss.detach() * (sigma - lower)}

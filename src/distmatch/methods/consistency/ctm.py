@@ -13,6 +13,15 @@ from distmatch.base.seeds import stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import expand
 from distmatch.diffusion.noise import Karras
+from distmatch.losses import (
+    CTM_CELL,
+    adaptive_weight,
+    ctm_levels,
+    denoising_loss,
+    edm_weight,
+    pseudo_huber,
+    pseudo_huber_scale,
+)
 from distmatch.methods.consistency.adversary import Adversary
 from distmatch.methods.consistency.direct import (
     Draws,
@@ -21,42 +30,11 @@ from distmatch.methods.consistency.direct import (
     noised_draws,
     training_levels,
 )
-from distmatch.methods.consistency.pairs import huber_scale, pseudo_huber, teacher_path, where_needed
+from distmatch.methods.consistency.pairs import teacher_path, where_needed
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
-from distmatch.nets.edm import EDMDenoiser, weighted_error
+from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA
-
-_CELL = 1 / 18
-"""A cell of the paper's grid of 18 levels, as a share of the Karras law: what one solver step may cross."""
-
-
-def soft_consistency_levels(sigma: Tensor, law: Karras, reach: float, share: Tensor) -> tuple[Tensor, Tensor]:
-    """The level s that a sample jumps to, and the level u to which the teacher takes it first.
-
-    In the Karras law's own units s is uniform below t, where the lowest cell of 18 stands for the data, as on
-    the paper's grid, and u is as far from t as the solver goes, but not below s.
-
-    Args:
-        sigma: Levels t, (B,).
-        law: The law whose quantiles measure distances.
-        reach: How far the solver goes, in quantiles.
-        share: Uniform numbers in [0, 1], (B,).
-
-    Returns:
-        s and u, (B,) each, 0 <= s <= u <= t.
-    """
-    top = law.cdf(sigma)
-    bottom = share * top
-    middle = torch.maximum(bottom, top - reach)
-    to = torch.where(bottom < _CELL, torch.zeros_like(sigma), law.quantile(bottom))
-    via = law.quantile(middle).clamp_max(sigma)
-    return torch.minimum(to, via), via
-
-
-def balance(reference: Tensor, other: Tensor) -> Tensor:
-    """``|reference| / |other|`` of two gradients, at most 1e4 (CTM, as for VQGAN's adaptive weight)."""
-    return (reference.norm() / (other.norm() + 1e-4)).clamp(0, 1e4)
 
 
 @dataclass
@@ -83,7 +61,7 @@ class TrajectoryTerm:
         self._guided = guided_teacher(self.setup)
         self._levels = training_levels(self.setup)
         self._law = Karras(teacher.sigma_min, self.setup.first_level)
-        self._c = huber_scale(cfg.huber, teacher.shape, teacher.sigma_data)
+        self._c = pseudo_huber_scale(cfg.huber, teacher.shape, teacher.sigma_data)
         self.adversary = Adversary(self.setup) if self.setup.config.gan_weight > 0 else None
 
     def notes(self) -> dict[str, Any]:
@@ -104,7 +82,7 @@ class TrajectoryTerm:
             torch._foreach_lerp_(list(target.parameters()), list(student.parameters()), 1 - cfg.target_decay)
         sigma = self._levels(n, gen)
         share = torch.rand(n, generator=gen, device=gen.device)
-        to, via = soft_consistency_levels(sigma, self._law, self.cells(state) * _CELL, share)
+        to, via = ctm_levels(sigma, self._law, self.cells(state) * CTM_CELL, share)
         draws = noised_draws(self.setup, state, batch, labels, sigma.to(batch.x.dtype))
         draws |= {"to": to.to(batch.x.dtype), "via": via.to(batch.x.dtype)}
         adversary = self.adversary
@@ -134,7 +112,8 @@ class TrajectoryTerm:
                 yield "loss_gan", adversary.student_loss(state, x0, some)
 
         def denoising(clean: Tensor, some: Draws) -> Iterator[tuple[str, Tensor]]:
-            yield "loss_dsm", weighted_error(clean, some["x0"], some["sigma"], self.setup.teacher.sigma_data)
+            weight = edm_weight(some["sigma"], self.setup.teacher.sigma_data)
+            yield "loss_dsm", denoising_loss(clean, some["x0"], weight)
 
         at_last: dict[str, Tensor] = {}
         self._balanced(state, draws, self.jump, consistency, at_last, info)
@@ -187,7 +166,7 @@ class TrajectoryTerm:
         for name in pulls[0]:
             scales[name] = 1.0
             if name != "loss":
-                scales[name] = weights[name] * balance(at_last["loss"], at_last[name])
+                scales[name] = weights[name] * adaptive_weight(at_last["loss"], at_last[name])
                 info[name.replace("loss", "weight")] = torch.as_tensor(scales[name])
         for some, own in zip(parts, pulls, strict=True):
             if len(parts) > 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import expand
+from distmatch.losses import flow_direction, flow_speed, mean_flow_error, mean_flow_loss
 from distmatch.methods.consistency.direct import (
     Draws,
     guided_teacher,
@@ -23,32 +24,9 @@ from distmatch.methods.consistency.direct import (
     training_levels,
 )
 from distmatch.methods.consistency.pairs import teacher_says
-from distmatch.methods.consistency.tangents import choose_derivative, derivative_along, flow_speed
+from distmatch.methods.consistency.tangents import choose_derivative, derivative_along
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
-
-_FLOOR = 4e-3  # 1e-3 for errors in units of data of standard deviation 1/2, as published
-
-
-def identity_error(
-    jump: Tensor, target: Tensor, derivative: Tensor, sigma: Tensor, to: Tensor, sigma_data: float
-) -> Tensor:
-    """``u - (v - (t - r) du/dt)`` in units of sigma_data: what the MeanFlow identity says is zero.
-
-    With u = (x_t - g) / t and v = (x_t - target) / t it is ``((r/t) (target - g) - (1 - r/t) t dg/dt) / t``.
-    At r = t this is the error of the velocity, and at r = 0 the derivative of a consistency function.
-
-    Args:
-        jump: g = D(y, sigma, to), (B, ...).
-        target: The denoiser of the flow: the teacher's D(y, sigma), or the clean samples of y.
-        derivative: t dg/dt along that flow, (B, ...).
-        sigma: Levels of t, (B,).
-        to: Levels of r, (B,).
-        sigma_data: Standard deviation of the data.
-    """
-    t, r = sigma / (sigma + sigma_data), to / (to + sigma_data)
-    stays = expand(r / t, jump)
-    return (stays * (target - jump) - (1 - stays) * derivative) / (expand(t, jump) * sigma_data)
 
 
 @dataclass
@@ -100,12 +78,9 @@ class AverageVelocityTerm:
         y = x0 + expand(sigma, x0) * draws["noise"]
         target = x0 if cfg.consistency_from == "data" else teacher_says(self._guided, y, draws)
         speed = flow_speed(sigma, sigma_data)
-        slope = expand(speed / sigma, y) * (y - target)
+        slope = flow_direction(y, target, sigma, speed)
         value, derivative = derivative_along(student, y, sigma, slope, speed, labels, to, how=self._how)
-        error = identity_error(value, target, derivative, sigma, to, sigma_data)
+        error = mean_flow_error(value, target, derivative, sigma, to, sigma_data)
         out = student(y, sigma, labels, to)
-        # u = (x_t - g) / t: the change of u that the gradient sees.
-        change = expand((sigma + sigma_data) / (sigma * sigma_data), y) * (out.detach() - out)
-        square = (error + change).flatten(1).square().sum(dim=1)
-        weight = (square.detach() + _FLOOR) ** -cfg.adaptive_power
-        return weight * square, {"identity_error": square}
+        loss = mean_flow_loss(out, error, sigma, sigma_data, power=cfg.adaptive_power)
+        return loss, {"identity_error": error.flatten(1).square().sum(dim=1)}

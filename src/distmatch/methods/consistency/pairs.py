@@ -1,8 +1,7 @@
-"""Two points of one path: their levels, the teacher's steps between them, a distance of what they lead to."""
+"""From one point of a path to another: what the teacher predicts, and its steps between two levels."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,33 +12,12 @@ from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.methods.consistency.direct import Draws
 
 _RHO = 7.0  # the levels between two are even in sigma^(1/7), as Karras et al. (2022) sample
-_CLOSEST = 1 - 0.999
 
 
 @torch.no_grad()
 def teacher_says(teacher: Denoiser, y: Tensor, draws: Draws) -> Tensor:
     """The teacher's D at the levels and labels of the draws."""
     return teacher(y, draws["sigma"], draws.get("labels"))
-
-
-def easy_tuning(sigma: Tensor, sigma_data: float, stage: int) -> Tensor:
-    """The lower level of a pair: ``t - t 2^-(stage + 1) (1 + 8 sigmoid(-t))``, at least 0.
-
-    The mapping of easy consistency tuning (Geng et al. 2024, arXiv 2406.14548) for data of standard deviation
-    1/2, to which levels are scaled here. At stage 0 the low levels go all the way to the data, which is plain
-    denoising, and at each further stage the two levels of a pair come closer by half.
-
-    Args:
-        sigma: The upper levels (B,).
-        sigma_data: Standard deviation of the data.
-        stage: Number of the stage, from 0.
-
-    Returns:
-        (B,), in [0, sigma).
-    """
-    t = sigma * (0.5 / sigma_data)
-    share = max(2.0 ** -(stage + 1), _CLOSEST)
-    return sigma * (1 - share * (1 + 8 * torch.sigmoid(-t))).clamp_min(0)
 
 
 def where_needed(
@@ -59,21 +37,6 @@ def where_needed(
         return otherwise
     found = function(*(None if value is None else value[chosen] for value in arguments))
     return otherwise.to(found.dtype).index_put((chosen,), found)
-
-
-def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """``sqrt(|a - b|^2 + c^2) - c`` of each sample, (B,): a square when small, then linear.
-
-    Song & Dhariwal 2023 (arXiv 2310.14189).
-    """
-    square = (a - b).flatten(1).square().sum(dim=1)
-    # The root has no derivative at 0, where its argument may be when c is 0 and a is b.
-    return (square + c**2).clamp_min(torch.finfo(square.dtype).tiny).sqrt() - c
-
-
-def huber_scale(huber: float, shape: tuple[int, ...], sigma_data: float) -> float:
-    """The c of the pseudo-Huber distance for samples of this shape and size."""
-    return huber * sigma_data * math.sqrt(math.prod(shape))
 
 
 @torch.no_grad()

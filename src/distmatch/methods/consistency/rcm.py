@@ -9,8 +9,7 @@ from torch import Tensor
 
 from distmatch.methods.consistency.scm import TangentTerm
 from distmatch.methods.matching.loop import Matching
-from distmatch.methods.matching.objectives import denoising_critic
-from distmatch.methods.matching.score import ScoreDifference
+from distmatch.methods.matching.score import ScoreDifference, denoising_critic
 from distmatch.methods.matching.view import CriticView, View
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState

@@ -12,6 +12,7 @@ from torch import Tensor
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import expand
 from distmatch.interop import is_external
+from distmatch.losses import flow_direction, scm_loss, scm_tangent, trigflow_speed, uncertainty_loss
 from distmatch.methods.consistency.direct import (
     Draws,
     factor,
@@ -21,18 +22,11 @@ from distmatch.methods.consistency.direct import (
     training_levels,
 )
 from distmatch.methods.consistency.pairs import teacher_says
-from distmatch.methods.consistency.tangents import (
-    allow_forward_mode,
-    bounded,
-    choose_derivative,
-    derivative_along,
-    trig_speed,
-    trig_tangent,
-)
+from distmatch.methods.consistency.tangents import allow_forward_mode, choose_derivative, derivative_along
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.nets.optim import clipped_step, set_rate
-from distmatch.nets.uncertainty import LearnedUncertainty, balanced
+from distmatch.nets.uncertainty import LearnedUncertainty
 
 
 @dataclass
@@ -94,15 +88,12 @@ class TangentTerm:
         sigma, labels = draws["sigma"], draws.get("labels")
         y = draws["x0"] + expand(sigma, draws["x0"]) * draws["noise"]
         target = self._target(y, draws)
-        speed = trig_speed(sigma, sigma_data)
-        slope = expand(speed / sigma, y) * (y - target)
+        speed = trigflow_speed(sigma, sigma_data)
+        slope = flow_direction(y, target, sigma, speed)
         value, derivative = derivative_along(student, y, sigma, slope, speed, labels, how=self._how)
-        tangent = trig_tangent(value, target, derivative, sigma, sigma_data, self.warmth(state.step))
-        wanted = bounded(tangent, self.setup.consistency.tangent_bound)
+        tangent = scm_tangent(value, target, derivative, sigma, sigma_data, self.warmth(state.step))
         out = student(y, sigma, labels)
-        # F = (cos t x_t - D) / (sigma_data sin t): the change of F that the gradient sees.
-        change = expand(speed / (sigma_data * sigma), y) * (out.detach() - out)
-        error = (change - wanted).flatten(1).square().mean(dim=1)
+        error = scm_loss(out, tangent, sigma, sigma_data, c=self.setup.consistency.tangent_bound)
         said = {"tangent": tangent.flatten(1).norm(dim=1)}
         if not self.learned_weight:
             return error, said
@@ -115,7 +106,7 @@ class TangentTerm:
         # length c, is added to the expected loss, of which the paper's longer tangents hardly take notice.
         least = torch.full_like(sigma, math.log(0.25 / math.prod(self.setup.teacher.shape)))
         learned = torch.logaddexp(state.extra["uncertainty"](sigma), least)
-        return balanced(error, learned), said
+        return uncertainty_loss(error, learned), said
 
     def _target(self, y: Tensor, draws: Draws) -> Tensor:
         """The denoiser of the flow that is followed; from data it is the clean sample itself."""

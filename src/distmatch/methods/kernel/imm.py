@@ -11,9 +11,8 @@ In this frame the interpolant of DDIM from y at level t to level s, at predictio
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,74 +20,10 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import expand, require_score
+from distmatch.losses.kernel import imm_loss, imm_lower_level, imm_weight
 from distmatch.methods.consistency.direct import Draws, mean_backward
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
-
-Profile = Callable[[Tensor], Tensor]
-"""A kernel as a function of the square distance."""
-
-
-def laplace(squares: Tensor) -> Tensor:
-    """The kernel exp(-d) of square distances d^2, its gradient finite where they are 0."""
-    return (-squares.clamp_min(1e-16).sqrt()).exp()
-
-
-def quadratic(squares: Tensor) -> Tensor:
-    """The kernel -d^2 / 2, whose MMD^2 is the square distance of the means."""
-    return -squares / 2
-
-
-def group_statistic(x: Tensor, y: Tensor, profile: Profile, same: Tensor | None = None) -> Tensor:
-    """The biased MMD^2 of groups of particles: all pairs, those of a particle with itself included.
-
-    Of a group with several labels it is the mean of the MMD^2 of each label, by their shares of the group, so
-    that every particle counts as much as any other, whatever the labels of its neighbours.
-
-    Args:
-        x: Groups (G, M, d).
-        y: Groups (G, M, d).
-        profile: The kernel.
-        same: Which pairs count, (G, M, M), those of equal labels; None is all.
-
-    Returns:
-        (G,).
-    """
-
-    def mean(a: Tensor, b: Tensor) -> Tensor:
-        # By differences, not by inner products: x and y lie close to each other.
-        values = profile((a[:, :, None] - b[:, None]).square().sum(-1))
-        return (values.mean(2) if same is None else (values * same).sum(2) / same.sum(2)).mean(1)
-
-    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
-
-
-def lower_level(t: Tensor, s: Tensor, low: float, high: float, halvings: int) -> Tensor:
-    """The level r in [s, t] from which the target jumps: 2^-halvings of the range of levels below t."""
-    return torch.maximum(s, t - (high - low) * 0.5**halvings)
-
-
-def time_weight(time: Tensor, offset: float) -> Tensor:
-    """The weight of a group at time tau of the straight path, where sigma / sigma_data = tau / (1 - tau).
-
-    Half of sigmoid(b - lambda) times -dlambda/dtau = 2 / (tau (1 - tau)), the fall of the log signal-to-noise
-    ratio lambda = 2 log((1 - tau) / tau), times (1 - tau) / ((1 - tau)^2 + tau^2).
-
-    Args:
-        time: tau in (0, 1), (B,).
-        offset: b.
-    """
-    log_snr = 2 * torch.log((1 - time) / time)
-    fall = 1 / (time * (1 - time))
-    return torch.sigmoid(offset - log_snr) * fall * (1 - time) / ((1 - time) ** 2 + time**2)
-
-
-def output_scale(t: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """How far a unit of the network's output moves a jump from level t to s; the kernel's unit of length.
-
-    With D = c_skip y + c_out F it is (1 - s / t) c_out(t) = (t - s) sigma_data / sqrt(t^2 + sigma_data^2).
-    """
-    return (t - s) * sigma_data * (t**2 + sigma_data**2).rsqrt()
 
 
 @dataclass
@@ -152,19 +87,21 @@ class InductiveMatching:
         # Neither to where it starts, where the unit of length is 0, nor to level 0, from where none starts.
         target = time * share[1].clamp(1e-6, 0.999)
         t, s = (sigma_data * u / (1 - u) for u in (time, target))
-        r = lower_level(t, s, setup.teacher.sigma_min, high, own.imm_halvings)
+        r = imm_lower_level(t, s, setup.teacher.sigma_min, high, own.imm_halvings)
         draws = {"x0": x0, "noise": noise, "t": t, "s": s, "r": r, "time": time}
         if labels is not None:
             draws["labels"] = labels.unflatten(0, (count, particles))
         return draws
 
-    def loss(self, state: DistillState, draws: Draws, profile: Profile = laplace) -> tuple[Tensor, Info]:
+    def loss(
+        self, state: DistillState, draws: Draws, kernel: Literal["laplace", "quadratic"] = "laplace"
+    ) -> tuple[Tensor, Info]:
         """The loss of each group, (g,).
 
         Args:
             state: The student.
             draws: From :meth:`draw`, or a part of it.
-            profile: The kernel of square distances in units of its length.
+            kernel: As for :func:`~distmatch.losses.imm_loss`.
         """
         x0, noise, labels = draws["x0"], draws["noise"], draws.get("labels")
         network: Any = state.student.denoiser
@@ -180,9 +117,13 @@ class InductiveMatching:
 
         with torch.no_grad():
             fixed = jumped(draws["r"])
-        moved = jumped(draws["t"])
-        unit = output_scale(draws["t"], draws["s"], self.setup.teacher.sigma_data)
-        length = expand(unit * moved.shape[-1], moved) if profile is laplace else 1.0
-        same = None if labels is None else labels[:, :, None] == labels[:, None]
-        statistic = group_statistic(moved / length, fixed / length, profile, same)
-        return time_weight(draws["time"], self.setup.kernel.imm_offset) * statistic, {}
+        loss = imm_loss(
+            jumped(draws["t"]),
+            fixed,
+            draws["t"],
+            draws["s"],
+            self.setup.teacher.sigma_data,
+            labels,
+            kernel=kernel,
+        )
+        return imm_weight(draws["time"], self.setup.kernel.imm_offset) * loss, {}

@@ -19,8 +19,8 @@ from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, features_of, lends_features, pooled, require_score
 from distmatch.diffusion.paths import noise_path
-from distmatch.discrepancies.chunks import rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
+from distmatch.losses.kernel import mmd_with_gradient
 from distmatch.methods.kernel.config import KernelConfig
 from distmatch.methods.setup import Info, Setup, part_of
 from distmatch.methods.state import DistillState
@@ -43,77 +43,6 @@ def chain_levels(calls: int, sigma: float, sigma_data: float, spacing: str) -> t
     share = torch.arange(calls - 1, 0, -1, dtype=torch.float64) / calls
     levels = unit * path.rho(path.t_of_rho(sigma / unit) * share ** (2 if spacing == "quadratic" else 1))
     return (sigma, *levels.tolist())
-
-
-def mmd_with_gradient(
-    x: Tensor, y: Tensor, kernel: Kernel, labels: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The unbiased MMD^2 of two samples of the same number, and its gradient at the first, in one pass.
-
-    With labels it is that of the joint laws of sample and label under the product kernel
-    k(x, x') [label = label'], both samples having the same labels. Sample i of one is then tied by its label
-    to sample i of the other, and those pairs are left out across the samples too.
-
-    Distances lose digits where samples are close, so those are in float64; inner products do not, and are in
-    float32 for samples in it. Rows are taken in chunks, whose gradient is complete when they are left: the
-    kernel is symmetric, so a pair within ``x`` counts twice in that of its row. On a CPU pairs of different
-    labels, which do not count, are not computed.
-
-    Args:
-        x: (n, d), n >= 2.
-        y: (n, d).
-        kernel: Of the samples.
-        labels: (n,), or None.
-
-    Returns:
-        The value () in float64, negative at times, and the gradient (n, d) as ``x``.
-    """
-    n = len(x)
-    exact = torch.promote_types(x.dtype, torch.float32) if kernel.of_products else torch.float64
-    rows, there = _groups(labels, n, x.device)
-    scaled = [kernel.scaled(sample.detach().to(exact))[rows] for sample in (x, y)]
-    pool = torch.cat(scaled, 1)
-    own = None if labels is None else labels[rows]
-    apart = n * (n - 1)
-    across = -2 / (n**2 if labels is None else apart)
-    gradient = torch.empty_like(x)
-    value = torch.zeros((), dtype=torch.float64, device=x.device)
-    step = rows_per_chunk(2 * rows.numel(), x.device)
-    for low in range(0, rows.shape[1], step):
-        chunk = slice(low, low + step)
-        pairs = there[:, chunk, None] & there[:, None]
-        if own is not None:
-            pairs &= own[:, chunk, None] == own[:, None]
-        others = pairs & (rows[:, chunk, None] != rows[:, None])
-        counted = torch.cat([others * (2 / apart), (pairs if own is None else others) * across], 2).to(exact)
-        with torch.enable_grad():
-            some = x.detach()[rows[:, chunk]].requires_grad_()
-            values = kernel.of_scaled(kernel.scaled(some.to(exact)), pool)
-            (found,) = torch.autograd.grad(values, some, counted)
-        gradient[rows[:, chunk][there[:, chunk]]] = found[there[:, chunk]]
-        terms = (values.detach() * counted).unflatten(2, (2, -1)).sum((0, 1, 3), dtype=torch.float64)
-        real = kernel.of_scaled(scaled[1][:, chunk], scaled[1]) * others
-        value += terms[0] / 2 + terms[1] + real.sum(dtype=torch.float64) / apart
-    return value, gradient
-
-
-def _groups(labels: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows that are compared with one another, (G, m), and which of them do more than fill a group up.
-
-    Those of each label, if that makes the pairs fewer; else all, in one group. An accelerator would have to
-    wait to know how large the groups are.
-    """
-    every = torch.arange(n, device=device)
-    if labels is not None and device.type == "cpu":
-        order = labels.argsort(stable=True)
-        counts = labels[order].unique_consecutive(return_counts=True)[1]
-        longest = int(counts.max())
-        if len(counts) * longest**2 < n**2:
-            place = torch.arange(longest)
-            start = counts.cumsum(0) - counts
-            rows = order[(start[:, None] + place).clamp_max(n - 1)]
-            return rows, place < counts[:, None]
-    return every[None], torch.ones(1, n, dtype=torch.bool, device=device)
 
 
 def feature_kernel(config: KernelConfig, of_network: bool, width: int) -> Kernel:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
+from distmatch.losses import adversarial_discriminator_loss, approximate_r1
 from distmatch.methods.matching.networks import logits_alone
-from distmatch.methods.matching.objectives import adversarial_critic, approximate_r1
 from distmatch.methods.matching.view import CriticView
 from distmatch.methods.setup import Info, noised, part_of
 from distmatch.methods.state import DistillState
@@ -79,7 +79,7 @@ def _part(method: Matching, state: DistillState, view: CriticView, real: list[Te
         loss = method.objective.critic_loss(view, prediction, state).mean()
         info["loss_fake"] = share * loss.detach()
         if logits:
-            ratio_loss = adversarial_critic(real=logits[1], fake=logits[0])
+            ratio_loss = adversarial_discriminator_loss(real=logits[1], fake=logits[0])
             info["loss_ratio"] = share * ratio_loss.detach()
             if r1 > 0:
                 ratio_loss = ratio_loss + r1 * approximate_r1(logits[1], logits[2])

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
-from distmatch.methods.matching.fisher import omega
+from distmatch.losses import adversarial_generator_loss, difference_weight
 from distmatch.methods.matching.networks import logits_alone, predictions
-from distmatch.methods.matching.objectives import adversarial_student
 from distmatch.methods.matching.view import View
 from distmatch.methods.setup import Info, part_of
 from distmatch.methods.state import DistillState
@@ -86,10 +85,11 @@ def student_field(
             gradient, said = objective.gradient(view, state)
             fields.append((gradient, said, len(gradient)))
         if method.config.gan_weight > 0 and view.logit is not None:
-            weight = None
+            adversarial = adversarial_generator_loss(view.logit)
             if method.weigh_adversary:
-                weight = omega(view.teacher, view.x0, view.sigma, "dmd2")
-            loss = method.config.gan_weight * adversarial_student(view.logit, weight)
+                weight = difference_weight(view.teacher, view.x0, view.sigma, "dmd2")
+                adversarial = weight * adversarial
+            loss = method.config.gan_weight * adversarial.mean()
             (pull,) = torch.autograd.grad(loss, view.x0)
             pulls.append(pull * (len(view.x0) / len(x0)))
             losses.append(loss.detach() * (len(view.x0) / len(x0)))

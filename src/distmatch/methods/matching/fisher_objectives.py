@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from distmatch.divergences import Divergence
-from distmatch.methods.matching.fisher import (
-    Distance,
-    Scaling,
-    omega,
-    sid_loss,
-    sim_loss,
-    uni_instruct_loss,
-)
-from distmatch.methods.matching.objectives import denoising_critic, require_weight
+from distmatch.losses import difference_weight, log_ratio_slope, sid_loss, sim_loss, uni_instruct_loss
+from distmatch.losses.fisher import Distance
+from distmatch.losses.matching import Scaling
+from distmatch.methods.matching.score import denoising_critic, require_weight
 from distmatch.methods.matching.view import CriticView, View
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
@@ -48,7 +43,7 @@ class _ThroughInputs:
         loss = self.loss(leaves, state)
         loss.sum().backward()
         gap = (leaves.teacher - leaves.fake).detach().float().square().flatten(1).mean(1)
-        gap = omega(leaves.teacher, leaves.x0, leaves.sigma, self.scaling) * gap
+        gap = difference_weight(leaves.teacher, leaves.x0, leaves.sigma, self.scaling) * gap
         info = {"loss_student": loss.detach().sum() / leaves.x0.numel(), "score_gap": gap.mean()}
         return _pulled_back(view, leaves), info
 
@@ -63,7 +58,7 @@ class SiD(_ThroughInputs):
 
     Attributes:
         alpha: 1/2 is the exact Fisher divergence; at 1 its biased term is gone; the authors go on to 1.2.
-        scaling: As for :func:`~distmatch.methods.matching.fisher.omega`.
+        scaling: As for :func:`~distmatch.losses.difference_weight`.
     """
 
     alpha: float = 1.2
@@ -71,7 +66,7 @@ class SiD(_ThroughInputs):
     needs_ratio = False
 
     def loss(self, view: View, state: DistillState) -> Tensor:
-        """As :func:`~distmatch.methods.matching.fisher.sid_loss`."""
+        """As :func:`~distmatch.losses.sid_loss`."""
         return sid_loss(view.teacher, view.fake, view.x0, view.sigma, alpha=self.alpha, scaling=self.scaling)
 
 
@@ -80,9 +75,9 @@ class SIM(_ThroughInputs):
     """Score implicit matching (arXiv 2410.16794).
 
     Attributes:
-        distance: As for :func:`~distmatch.methods.matching.fisher.distance_slope`.
+        distance: As for :func:`~distmatch.losses.fisher.distance_slope`.
         c: Where the distance turns from quadratic to linear.
-        scaling: As for :func:`~distmatch.methods.matching.fisher.sim_loss`.
+        scaling: As for :func:`~distmatch.losses.sim_loss`.
     """
 
     distance: Distance = "huber"
@@ -91,7 +86,7 @@ class SIM(_ThroughInputs):
     needs_ratio = False
 
     def loss(self, view: View, state: DistillState) -> Tensor:
-        """As :func:`~distmatch.methods.matching.fisher.sim_loss`."""
+        """As :func:`~distmatch.losses.sim_loss`."""
         p, q, x0, sigma = view.teacher, view.fake, view.x0, view.sigma
         return sim_loss(p, q, x0, sigma, distance=self.distance, c=self.c, scaling=self.scaling)
 
@@ -108,7 +103,7 @@ class UniInstruct(_ThroughInputs):
             ``scores``: it is s_p - s_q, which both networks know already. ``none``: a biased gradient.
         warmup: Steps of the run before which it is SIM with the squared distance, while the discriminator
             learns.
-        scaling: As for :func:`~distmatch.methods.matching.fisher.omega`.
+        scaling: As for :func:`~distmatch.losses.difference_weight`.
     """
 
     divergence: Divergence
@@ -121,7 +116,7 @@ class UniInstruct(_ThroughInputs):
         require_weight(self.divergence)
 
     def loss(self, view: View, state: DistillState) -> Tensor:
-        """As :func:`~distmatch.methods.matching.fisher.uni_instruct_loss`, or of SIM while it warms up."""
+        """As :func:`~distmatch.losses.uni_instruct_loss`, or of SIM while it warms up."""
         p, q, x0, sigma = view.teacher, view.fake, view.x0, view.sigma
         if state.step < self.warmup:
             return sim_loss(p, q, x0, sigma, distance="squared", scaling=self.scaling)
@@ -142,8 +137,7 @@ class UniInstruct(_ThroughInputs):
         if self.ratio_gradient == "discriminator":
             slope = logit - logit.detach()
         else:
-            push = (view.teacher - view.fake).detach().flatten(1) / view.sigma[:, None] ** 2
-            slope = (push * (view.x - view.x.detach()).flatten(1)).sum(1)
+            slope = log_ratio_slope(view.teacher, view.fake, view.x, view.sigma)
         return log_r + torch.where(free, slope.to(log_r.dtype), 0.0)
 
 

@@ -22,10 +22,11 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, NoiseLevels, Truncated
+from distmatch.losses import posterior_noise
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.matching.critic import critic_backward
 from distmatch.methods.matching.field import Field, student_field
-from distmatch.methods.matching.moments import levels_between, posterior_noise
+from distmatch.methods.matching.moments import levels_between
 from distmatch.methods.matching.view import Objective, StudentTerm
 from distmatch.methods.setup import Info, Setup, averaged, part_of, standard_normal
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network

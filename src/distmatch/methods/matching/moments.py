@@ -15,49 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import Karras
-from distmatch.methods.matching.objectives import score_difference
+from distmatch.losses import edm_weight, moment_matching_loss, score_difference
 from distmatch.methods.matching.view import CriticView, View
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
-from distmatch.nets.edm import weighted_error
-
-
-def auxiliary_error(
-    prediction: Tensor, x0: Tensor, teacher: Tensor, sigma: Tensor, sigma_data: float
-) -> Tensor:
-    """The loss w (|x~ - g|^2 + |g - D_p|^2) for each sample, with EDM's weight; means over the dimensions.
-
-    Args:
-        prediction: g(z_s), (B, *shape).
-        x0: The student's samples x~, (B, *shape).
-        teacher: D_p(z_s), (B, *shape).
-        sigma: Levels (B,).
-        sigma_data: Standard deviation of the data.
-
-    Returns:
-        (B,).
-    """
-    to_samples = weighted_error(prediction, x0, sigma, sigma_data)
-    return to_samples + weighted_error(prediction, teacher, sigma, sigma_data)
-
-
-def posterior_noise(x0: Tensor, x: Tensor, now: float, sigma: Tensor, noise: Tensor) -> Tensor:
-    """The noise eps for which ``x0 + sigma eps`` is a draw from q(z_s | z_t = x, x0).
-
-    The posterior of the variance-exploding diffusion has mean x0 + (sigma / now)^2 (x - x0) and variance
-    sigma^2 (1 - (sigma / now)^2).
-
-    Args:
-        x0: Clean samples (B, *shape).
-        x: The states at level ``now`` that they were made from, (B, *shape).
-        now: Level of ``x``.
-        sigma: Levels to go to (B,), at most ``now``.
-        noise: Fresh standard normal noise (B, *shape).
-    """
-    ratio = expand(sigma / now, x0)
-    return ratio * (x - x0) / now + (1 - ratio**2).clamp_min(0).sqrt() * noise
 
 
 def levels_between(levels: tuple[float, ...], call: int, noise: Karras) -> Karras:
@@ -98,4 +61,5 @@ class MomentMatching:
         """Half-way between the student's samples and the teacher."""
         with torch.no_grad():
             teacher = self.teacher(view.x, view.sigma, view.labels)
-        return auxiliary_error(prediction, view.x0, teacher, view.sigma, self.teacher.sigma_data)
+        weight = edm_weight(view.sigma, self.teacher.sigma_data)
+        return moment_matching_loss(prediction, view.x0, teacher, weight)

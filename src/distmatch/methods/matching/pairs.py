@@ -9,7 +9,6 @@ punishes detail that is only displaced.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.solvers import grid, sample_teacher, snap_grid
+from distmatch.losses import pair_regression_loss
 from distmatch.methods.matching.config import MatchingConfig
 from distmatch.methods.setup import Info, Setup, part_of
 from distmatch.methods.state import DistillState
@@ -67,22 +67,6 @@ def make_pairs(
             teacher, n, grid=levels, labels=labels, seed=seed, batch=batch, device=device, on_batch=bar.update
         )
     return Pairs(latents(n, teacher.shape, seed), samples, labels)
-
-
-def pair_loss(prediction: Tensor, target: Tensor, kind: Literal["squared", "huber"], c: float) -> Tensor:
-    """How far samples are from what they should be, (B,).
-
-    ``squared`` is the mean square difference d^2 of a sample's elements, ``huber`` is sqrt(d^2 + c^2) - c:
-    quadratic where d is small against c, and d where it is large.
-
-    Args:
-        prediction: (B, *shape).
-        target: (B, *shape).
-        kind: Which of them.
-        c: Positive, in units of the data; only ``huber`` reads it.
-    """
-    square = (prediction - target).square().flatten(1).mean(1)
-    return square if kind == "squared" else (square + c**2).sqrt() - c
 
 
 @dataclass
@@ -135,19 +119,22 @@ class PairRegression:
 
     def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
         """Adds the gradient on as many pairs as the batch has samples, drawn anew at each step."""
-        made, setup, student = self.pairs(), self.setup, state.student
+        recorded, setup, student = self.pairs(), self.setup, state.student
         n = len(batch.x)
-        chosen = torch.randint(len(made.noise), (n,), generator=generator(self._seed, f"step/{state.step}"))
-        z = made.noise[chosen].to(setup.device)
-        target = made.samples[chosen].to(setup.device)
-        classes = None if made.labels is None else made.labels[chosen].to(setup.device)
+        chosen = torch.randint(
+            len(recorded.noise), (n,), generator=generator(self._seed, f"step/{state.step}")
+        )
+        z = recorded.noise[chosen].to(setup.device)
+        target = recorded.samples[chosen].to(setup.device)
+        classes = None if recorded.labels is None else recorded.labels[chosen].to(setup.device)
         c, unit = self.config.pair_c * setup.teacher.sigma_data, setup.unit
         total = torch.zeros((), device=setup.device)
         for part in setup.parts(n):
             y = part_of(classes, part)
             with setup.autocast():
                 made_of = student.call(student.start(z[part]), 0, y).float()
-            loss = pair_loss(made_of / unit, target[part] / unit, self.config.pair_loss, c / unit).sum() / n
+            made, wanted = made_of / unit, target[part] / unit
+            loss = pair_regression_loss(made, wanted, kind=self.config.pair_loss, c=c / unit).sum() / n
             (self.config.pair_weight * loss).backward()
             total = total + loss.detach()
         return {"loss_pairs": total}

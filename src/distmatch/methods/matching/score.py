@@ -10,11 +10,32 @@ from typing import Literal
 
 from torch import Tensor
 
+from distmatch.base.errors import UserError
 from distmatch.divergences import Divergence
-from distmatch.methods.matching.objectives import denoising_critic, require_weight, score_difference
+from distmatch.losses import denoising_loss, edm_weight, score_difference
 from distmatch.methods.matching.view import CriticView, View
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
+
+
+def require_weight(divergence: Divergence) -> None:
+    """Refuses a divergence whose weight h can not drive a student.
+
+    Raises:
+        UserError: It has no second derivative.
+    """
+    if not divergence.differentiable:
+        raise UserError(
+            f"{divergence.name} has no second derivative, so its weight is zero almost everywhere",
+            fix="choose another divergence; le_cam and js are bounded too",
+        )
+
+
+def denoising_critic(view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
+    """The usual loss of a fake score: EDM-weighted denoising of the student's samples, (B,)."""
+    if state.fake is None:
+        raise RuntimeError("this state has no fake score")
+    return denoising_loss(prediction, view.x0, edm_weight(view.sigma, state.fake.sigma_data))
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,7 @@ class ScoreDifference:
 
     Attributes:
         divergence: Whose h(r) weights it; None leaves it unweighted (reverse KL).
-        scaling: As for :func:`~distmatch.methods.matching.objectives.score_difference`.
+        scaling: As for :func:`~distmatch.losses.score_difference`.
     """
 
     divergence: Divergence | None

@@ -1,12 +1,13 @@
-"""Losses of the Fisher family, as plain functions: SiD, SIM with several distances, Uni-Instruct.
+"""Losses of the Fisher family: SiD, SIM with several distances, Uni-Instruct.
 
-Detach rules: teacher and fake score are frozen *functions*. Their parameters do not learn here, but both must
-be differentiated by their input x_t = x0 + sigma eps, so the tensors passed in hang on the leaf x0. Only what
-is called a weight below is detached. With D for denoisers and Delta = D_p - D_q the score difference is
+What to detach: teacher and fake score are frozen *functions*. Their parameters do not learn here, but both
+must be differentiated with respect to their input x_t = x0 + sigma eps, so compute them with gradients
+enabled, from an ``x0`` that requires a gradient (the generator's samples, or a leaf in their place). What is
+called a weight below is detached inside. With D for denoisers and Delta = D_p - D_q the score difference is
 delta = s_p - s_q = Delta / sigma^2, and s_q(x_t) - s(x_t | x0) = (D_q - x0) / sigma^2.
 
-What makes these losses tractable: (D_q - x0) has mean zero given x_t, for whatever student. Differentiating
-E[u(x_t) (D_q - x0)] = 0 trades the unknown dependence of D_q on the student's parameters for a gradient
+What makes these losses tractable: (D_q - x0) has mean zero given x_t, for whatever generator. Differentiating
+E[u(x_t) (D_q - x0)] = 0 trades the unknown dependence of D_q on the generator's parameters for a gradient
 through the samples (score projection; SiD, arXiv 2404.04057).
 """
 
@@ -18,30 +19,9 @@ import torch
 from torch import Tensor
 
 from distmatch.divergences import Divergence
-from distmatch.nets.layers import at_least_float32
+from distmatch.losses.matching import Scaling, difference_weight
 
-Scaling = Literal["dmd2", "score"]
 Distance = Literal["huber", "squared", "absolute"]
-
-
-def omega(teacher: Tensor, x0: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
-    """The weight of each sample that turns products of two differences of denoisers into a loss.
-
-    Args:
-        teacher: D_p(x_t), (B, ...).
-        x0: The student's clean samples, (B, ...).
-        sigma: Noise levels (B,).
-        scaling: ``score``: sigma^-4, which makes them products of two scores: the exact divergences.
-            ``dmd2``: 1 / mean|x0 - D_p| (SiD's choice), which makes noise levels comparable.
-
-    Returns:
-        (B,), detached.
-    """
-    if scaling == "score":
-        return sigma.to(at_least_float32(teacher)) ** -4
-    dtype = at_least_float32(teacher)
-    size = (x0.detach().to(dtype) - teacher.detach().to(dtype)).abs().flatten(1).mean(1)
-    return 1.0 / size.clamp_min(1e-5)
 
 
 def sid_loss(
@@ -53,26 +33,26 @@ def sid_loss(
     alpha: float = 1.2,
     scaling: Scaling = "dmd2",
 ) -> Tensor:
-    """SiD's loss of the student, omega [(1 - alpha) |Delta|^2 + Delta . (D_q - x0)], summed over a sample.
+    """SiD's loss of the generator, w [(1 - alpha) |Delta|^2 + Delta . (D_q - x0)], summed over a sample.
 
     With a perfect fake score and ``scaling="score"`` its gradient is half that of the Fisher divergence
     E_q|s_p - s_q|^2 at alpha = 1/2, and the second term alone at alpha = 1. Its mean is (1 - alpha)
     E|Delta|^2: negative for alpha > 1, so it does not measure progress.
 
     Args:
-        teacher: D_p(x_t), (B, ...), hanging on ``x0``.
+        teacher: D_p(x_t), (B, ...), a function of ``x0``.
         fake: D_q(x_t), likewise.
-        x0: The student's clean samples, (B, ...).
+        x0: The generator's clean samples, (B, ...).
         sigma: Noise levels (B,).
         alpha: SiD's alpha.
-        scaling: As for :func:`omega`.
+        scaling: As for :func:`~distmatch.losses.matching.difference_weight`.
 
     Returns:
-        (B,), the loss of each sample.
+        (B,), the loss of each sample: a sum over its elements.
     """
     difference, residual = _differences(teacher, fake, x0)
     square, crossed = _dot(difference, difference), _dot(difference, residual)
-    return omega(teacher, x0, sigma, scaling) * ((1.0 - alpha) * square + crossed)
+    return difference_weight(teacher, x0, sigma, scaling) * ((1.0 - alpha) * square + crossed)
 
 
 def distance_slope(y: Tensor, distance: Distance, c: float) -> Tensor:
@@ -105,14 +85,14 @@ def sim_loss(
     c: float = 0.3,
     scaling: Scaling = "dmd2",
 ) -> Tensor:
-    """SIM's loss of the student, d'(w Delta) . w (D_q - x0) (arXiv 2410.16794, theorem 1).
+    """SIM's loss of the generator, d'(w Delta) . w (D_q - x0) (arXiv 2410.16794, theorem 1).
 
-    Its gradient is that of E_pi[d(s_p - s_q)] under samples pi of the student that are held fixed.
+    Its gradient is that of E_pi[d(s_p - s_q)] under samples pi of the generator that are held fixed.
 
     Args:
-        teacher: D_p(x_t), (B, ...), hanging on ``x0``.
+        teacher: D_p(x_t), (B, ...), a function of ``x0``.
         fake: D_q(x_t), likewise.
-        x0: The student's clean samples, (B, ...).
+        x0: The generator's clean samples, (B, ...).
         sigma: Noise levels (B,).
         distance: As for :func:`distance_slope`.
         c: Likewise, in units of w Delta.
@@ -120,10 +100,10 @@ def sim_loss(
             that c is a share of the typical denoising error at that level, and the outer one is left out.
 
     Returns:
-        (B,), the loss of each sample.
+        (B,), the loss of each sample: a sum over its elements.
     """
     difference, residual = _differences(teacher, fake, x0)
-    weight = omega(teacher, x0, sigma, scaling)
+    weight = difference_weight(teacher, x0, sigma, scaling)
     inner = (weight.sqrt() if scaling == "score" else weight)[:, None]
     loss = _dot(distance_slope(inner * difference, distance, c), residual)
     return loss * weight.sqrt() if scaling == "score" else loss
@@ -167,18 +147,18 @@ def uni_instruct_loss(
     Reverse KL is SiD with alpha = 1/2 (twice); forward KL is the first term alone.
 
     Args:
-        teacher: D_p(x_t), (B, ...), hanging on ``x0``.
+        teacher: D_p(x_t), (B, ...), a function of ``x0``.
         fake: D_q(x_t), likewise.
-        x0: The student's clean samples, (B, ...).
+        x0: The generator's clean samples, (B, ...).
         x: x_t, (B, ...), likewise.
         sigma: Noise levels (B,).
-        log_r: log p/q at x_t, (B,), hanging on ``x0``: the first term is differentiated through h(r) too.
+        log_r: log p/q at x_t, (B,), a function of ``x0``: the first term is differentiated through h(r) too.
             A detached one gives a biased gradient of the spread.
         divergence: Whose h it is.
-        scaling: As for :func:`omega`.
+        scaling: As for :func:`~distmatch.losses.matching.difference_weight`.
 
     Returns:
-        (B,), the loss of each sample.
+        (B,), the loss of each sample: a sum over its elements.
     """
     difference, residual = _differences(teacher, fake, x0)
     _, first, second = weight_derivatives(divergence, log_r.detach())
@@ -189,12 +169,31 @@ def uni_instruct_loss(
     loss = 2.0 * h * _dot(difference, residual)
     loss = loss + (h - first).detach() * square
     loss = loss - _dot(push, x.to(push.dtype).flatten(1))
-    return omega(teacher, x0, sigma, scaling) * loss
+    return difference_weight(teacher, x0, sigma, scaling) * loss
+
+
+def log_ratio_slope(teacher: Tensor, fake: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """Zero, with the gradient of log p/q in ``x``: the score difference s_p - s_q.
+
+    Added to a detached log ratio it is what :func:`uni_instruct_loss` wants, without differentiating a
+    discriminator.
+
+    Args:
+        teacher: D_p(x_t), (B, ...); it is detached here.
+        fake: D_q(x_t), likewise.
+        x: x_t, (B, ...), a function of ``x0``.
+        sigma: Noise levels (B,).
+
+    Returns:
+        (B,).
+    """
+    scores = (teacher - fake).detach().flatten(1) / sigma[:, None] ** 2
+    return (scores * (x - x.detach()).flatten(1)).sum(1)
 
 
 def _differences(teacher: Tensor, fake: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     """D_p - D_q and D_q - x0, (B, n)."""
-    dtype = at_least_float32(teacher)
+    dtype = torch.promote_types(teacher.dtype, torch.float32)
     p, q, x = (v.to(dtype).flatten(1) for v in (teacher, fake, x0))
     return p - q, q - x
 
