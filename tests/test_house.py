@@ -113,6 +113,38 @@ def test_a_room_imports_only_from_rooms_above_it(room):
         assert imported_rooms(file) <= allowed, f"{file.relative_to(PACKAGE)} reaches down"
 
 
+CYCLES = [{"distmatch.methods.student", "distmatch.methods.transport.student"}]
+"""A saved student is opened by the class of its kind, which builds on the common one."""
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    """Imports for types and inside functions count: modules in a circle cannot be read one by one."""
+    names = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = ["distmatch", *file.relative_to(PACKAGE).with_suffix("").parts]
+        names[".".join(parts).removesuffix(".__init__")] = file
+    graph: dict[str, set[str]] = {}
+    for name, file in names.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[name] |= {full if full in names else node.module for full in found}
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+        graph[name] &= set(names) - {name}
+    reached = {name: set(graph[name]) for name in graph}
+    grew = True
+    while grew:
+        grew = False
+        for further in reached.values():
+            more = further.union(*(reached[name] for name in further))
+            grew |= len(more) > len(further)
+            further |= more
+    circles = {frozenset(m for m in reached[name] if name in reached[m]) for name in graph}
+    assert [set(circle) for circle in circles if circle] == CYCLES
+
+
 def test_every_room_is_in_the_table():
     rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
     assert rooms <= set(ROOMS)

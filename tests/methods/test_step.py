@@ -116,18 +116,18 @@ def student_step(
     normaliser = RatioNormaliser(state.normaliser.config)
     if state.discriminator is not None:
         leaf = x.clone().requires_grad_()
-        if method.source == "own":
+        if method.compared.source == "own":
             logit = state.discriminator(leaf, sigma, labels)
         else:
-            lender = method.teacher if method.source == "teacher" else state.fake
+            lender = method.teacher if method.compared.source == "teacher" else state.fake
             logit = state.discriminator(lender.with_features(leaf, sigma, labels)[1], sigma, labels)
         weigh = method.setup.divergence.weight
         parts["weight"] = normaliser.update(logit, method.noise.cdf(sigma), weigh).weight
-        (pull,) = torch.autograd.grad(
-            method.config.gan_weight * adversarial_generator_loss(logit).mean(), leaf
-        )
-        parts["pull"] = pull
-    method._push(state, x0, x, call, labels, method._field(state, x0.detach(), x, call, labels).gradient)
+        adversarial = method.config.gan_weight * adversarial_generator_loss(logit).mean()
+        (parts["adversarial"],) = torch.autograd.grad(adversarial, leaf)
+    method._backward(
+        state, x0, x, call, labels, method._gradient(state, x0.detach(), x, call, labels).gradient
+    )
     return x0, x0.grad, parts  # type: ignore[return-value]
 
 
@@ -143,9 +143,9 @@ def test_the_samples_receive_exactly_the_weighted_score_difference(features: str
     g = g / (2 * teacher.sigma_data)  # in the length in which the data have a standard deviation of 1/2
     assert parts["weight"].std() > 0.02
     if gan_weight > 0:
-        assert parts["pull"].abs().max() > 1e-6
+        assert parts["adversarial"].abs().max() > 1e-6
     # Samples in another unit, and a teacher's pass that is part of a graph: both differ by roundings.
-    torch.testing.assert_close(received, g / g.numel() + parts["pull"], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(received, g / g.numel() + parts["adversarial"], rtol=1e-4, atol=1e-8)
     for net in (teacher, state.fake, state.discriminator):
         assert all(p.grad is None for p in net.parameters())  # type: ignore[union-attr]
 
@@ -235,7 +235,7 @@ def test_the_teacher_is_guided_and_the_critic_is_not(features: str) -> None:
         torch.arange(16) % 2,
     )
     with torch.no_grad():
-        mine, fake, logit = predictions(method, state, x, sigma, y)
+        mine, fake, logit = predictions(method.compared, state, x, sigma, y)
         plain, none = teacher(x, sigma, y), teacher(x, sigma, torch.full_like(y, -1))
         rounding = {"rtol": 1e-5, "atol": 1e-6}  # two batches against one of twice the size
         torch.testing.assert_close(mine, none + 2.5 * (plain - none), **rounding)

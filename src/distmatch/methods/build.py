@@ -10,12 +10,12 @@ from distmatch.methods.consistency.direct import Direct, guided_teacher
 from distmatch.methods.kernel.imm import InductiveMatching
 from distmatch.methods.kernel.mmd import ChainMMD
 from distmatch.methods.matching.backtrack import Backtracking
-from distmatch.methods.matching.fisher_objectives import SIM, SiD, UniInstruct
+from distmatch.methods.matching.fisher import SIM, SiD, UniInstruct
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.matching.moments import MomentMatching
 from distmatch.methods.matching.pairs import PairRegression
 from distmatch.methods.matching.score import ScoreDifference
-from distmatch.methods.matching.view import Objective
+from distmatch.methods.matching.scores import MatchingObjective
 from distmatch.methods.setup import Distiller, Setup
 from distmatch.methods.transport.dpm_ot import Transport
 
@@ -84,7 +84,7 @@ def _matching(setup: Setup) -> Distiller:
         _objective(setup),
         terms,
         chain="posterior" if moments else "renoise",
-        weigh_adversary=setup.method.name == "sida",
+        scaled_adversary=setup.method.name == "sida",
     )
     if moments and setup.matching.backtrack:
         raise UserError(
@@ -95,7 +95,7 @@ def _matching(setup: Setup) -> Distiller:
     return Backtracking(base) if setup.matching.backtrack else base
 
 
-def _objective(setup: Setup) -> Objective:
+def _objective(setup: Setup) -> MatchingObjective:
     own, scaling = setup.matching, setup.config.scaling
     match setup.method.name:
         case "sid" | "sida":

@@ -83,7 +83,7 @@ def test_copies_are_recorded_on_the_way_and_served_backwards() -> None:
     assert all(torch.equal(v, state.student.state_dict()[k]) for k, v in start.items())
     served = []
     for _ in range(12):
-        served.append(method.base.target_of(state))
+        served.append(method.base.compared.target_of(state))
         advance(method, state, 1)
     # Two updates each (one in two steps), the copy nearest to the student first, the teacher in the end.
     near, middle = state.extra["target_2"], state.extra["target_1"]
@@ -119,7 +119,7 @@ def test_all_targets_are_guided_or_none() -> None:
         state = method.init(0)
         for updates in (0, 2, 4):
             state.updates = updates
-            target = method.base.target_of(state)
+            target = method.base.compared.target_of(state)
             assert isinstance(target, Guided) == (scale != 1)
             assert not isinstance(target, Guided) or target.scale == scale
         advance(method, state, 3, classes=3)

@@ -17,7 +17,7 @@ from distmatch.diffusion.noise import Karras
 from distmatch.discrepancies import energy_distance
 from distmatch.methods.config import DistillConfig
 from distmatch.methods.matching.config import MatchingConfig
-from distmatch.methods.matching.field import student_field
+from distmatch.methods.matching.generator import generator_gradient
 from distmatch.methods.start import fit_to_teacher, starting_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import check_settings, find_method, resolve_method
@@ -67,7 +67,7 @@ def test_sid_differentiates_both_networks_by_their_input(alpha: float) -> None:
     difference, residual = (p(x) - q(x)).detach(), (q(x) - x0).detach()
     size = (x0 - p(x)).abs().mean(1).detach()
     by_hand = through(jp - jq, 2 * (1 - alpha) * difference + residual) + through(jq, difference) - difference
-    mine = student_field(method, state, x0, sigma, noise, None).gradient
+    mine = generator_gradient(method.compared, state, x0, sigma, noise, None).gradient
     # A length, so in that in which the data have a standard deviation of 1/2.
     by_hand = by_hand / size[:, None] / (2 * method.teacher.sigma_data)
     torch.testing.assert_close(mine * x0.numel(), by_hand, rtol=1e-4, atol=1e-5)
@@ -111,7 +111,7 @@ def test_uni_instruct_differentiates_the_ratio_as_it_is_told(source: str, featur
     by_hand = through(jp - jq, residual) + through(jq, difference) - difference
     by_hand = by_hand + (free * (difference * residual).sum(1))[:, None] * slope
     by_hand = 2 * (h / size)[:, None] * by_hand / (2 * method.teacher.sigma_data)
-    mine = student_field(method, state, x0, sigma, noise, None)
+    mine = generator_gradient(method.compared, state, x0, sigma, noise, None)
     torch.testing.assert_close(mine.gradient * x0.numel(), by_hand, rtol=2e-4, atol=2e-5)
     assert {"ess", "ratio_mean", "weight_mean", "score_gap"} <= mine.info.keys()
 
@@ -123,14 +123,14 @@ def test_the_adversarial_term_adds_its_own_gradient(name: str, features: str) ->
     for weight in (0.0, 0.3, 0.6):
         state = moved(distiller(network_teacher(), method=name, ratio_features=features))
         method = distiller(network_teacher(), method=name, gan_weight=weight, ratio_features=features)
-        found.append(student_field(method, state, *inputs(), None).gradient)
+        found.append(generator_gradient(method.compared, state, *inputs(), None).gradient)
     assert (found[1] - found[0]).norm() > 1e-3
     torch.testing.assert_close(found[2] - found[0], 2 * (found[1] - found[0]), rtol=1e-3, atol=1e-6)
 
 
 def test_sida_s_adversarial_term_is_that_of_the_fake_score_s_features() -> None:
     method = distiller(network_teacher(), method="sida", gan_weight=0.5)
-    assert method.source == "fake"
+    assert method.compared.source == "fake"
     state = moved(method)
     x0, sigma, noise = inputs()
     leaf = x0.clone().requires_grad_()
@@ -139,10 +139,10 @@ def test_sida_s_adversarial_term_is_that_of_the_fake_score_s_features() -> None:
     # The authors divide it by the mean |x0 - D_p| of each sample, here in the unit of 2 sigma_data = 1.4.
     size = (x0 - method.teacher(x0 + sigma[:, None] * noise, sigma)).abs().mean(1) / 1.4
     (pull,) = torch.autograd.grad(0.5 * (F.softplus(-logit) / size).mean(), leaf)
-    both = student_field(method, state, x0, sigma, noise, None)
+    both = generator_gradient(method.compared, state, x0, sigma, noise, None)
     assert method.objective.alpha == 1.0
-    alone = student_field(
-        distiller(network_teacher(), method="sid", sid_alpha=1.0), state, x0, sigma, noise, None
+    alone = generator_gradient(
+        distiller(network_teacher(), method="sid", sid_alpha=1.0).compared, state, x0, sigma, noise, None
     )
     torch.testing.assert_close(both.gradient - alone.gradient, pull, rtol=1e-3, atol=1e-6)
 

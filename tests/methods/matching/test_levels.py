@@ -40,18 +40,18 @@ def test_a_log_normal_between_two_levels_is_that_of_scipy() -> None:
 def levels_seen(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The levels that student and critic are given in 30 steps of 200, in units of sigma_data."""
     seen: dict[str, list[torch.Tensor]] = {"student": [], "critic": []}
-    field, critic = loop.student_field, loop.critic_backward
+    generator, fake_score = loop.generator_gradient, loop.fake_score_backward
 
-    def told_field(method: Any, state: Any, x0: Any, sigma: Any, *rest: Any) -> Any:
+    def recorded_generator(method: Any, state: Any, x0: Any, sigma: Any, *rest: Any) -> Any:
         seen["student"].append(sigma)
-        return field(method, state, x0, sigma, *rest)
+        return generator(method, state, x0, sigma, *rest)
 
-    def told_critic(method: Any, state: Any, x0: Any, sigma: Any, *rest: Any) -> Any:
+    def recorded_fake_score(method: Any, state: Any, x0: Any, sigma: Any, *rest: Any) -> Any:
         seen["critic"].append(sigma)
-        return critic(method, state, x0, sigma, *rest)
+        return fake_score(method, state, x0, sigma, *rest)
 
-    monkeypatch.setattr(loop, "student_field", told_field)
-    monkeypatch.setattr(loop, "critic_backward", told_critic)
+    monkeypatch.setattr(loop, "generator_gradient", recorded_generator)
+    monkeypatch.setattr(loop, "fake_score_backward", recorded_fake_score)
     method = distiller(network_teacher(), method="sid", critic_steps=1, **settings)
     state = method.init(0)
     for step in range(30):

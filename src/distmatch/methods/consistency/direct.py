@@ -1,6 +1,6 @@
 """The loop of methods that train one network on one loss, without a critic.
 
-A loss is a :class:`~distmatch.methods.matching.view.StudentTerm`, as it is for a method that adds it to a
+A loss is a :class:`~distmatch.methods.matching.scores.StudentTerm`, as it is for a method that adds it to a
 score difference: it draws its random numbers for the whole batch, adds its gradient to those of the student's
 parameters part by part, and moves what it owns beside the student.
 """
@@ -20,7 +20,7 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras
-from distmatch.methods.matching.view import StudentTerm
+from distmatch.methods.matching.scores import StudentTerm
 from distmatch.methods.setup import Info, Setup, averaged
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState

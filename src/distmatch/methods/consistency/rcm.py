@@ -9,8 +9,8 @@ from torch import Tensor
 
 from distmatch.methods.consistency.scm import TangentTerm
 from distmatch.methods.matching.loop import Matching
-from distmatch.methods.matching.score import ScoreDifference, denoising_critic
-from distmatch.methods.matching.view import CriticView, View
+from distmatch.methods.matching.score import ScoreDifference, fake_score_denoising
+from distmatch.methods.matching.scores import NoisedSamples, Scores
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 
@@ -29,14 +29,14 @@ class WeightedScoreDifference:
     needs_ratio = False
     through_inputs = False
 
-    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
+    def gradient(self, scores: Scores, state: DistillState) -> tuple[Tensor, Info]:
         """The gradient, weighted; what is logged is not."""
-        gradient, info = self.inner.gradient(view, state)
+        gradient, info = self.inner.gradient(scores, state)
         return self.weight * gradient, info
 
-    def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
+    def fake_score_loss(self, samples: NoisedSamples, prediction: Tensor, state: DistillState) -> Tensor:
         """Denoising of the student's samples."""
-        return denoising_critic(view, prediction, state)
+        return fake_score_denoising(samples, prediction, state)
 
 
 def build_rcm(setup: Setup) -> Matching:
@@ -52,7 +52,7 @@ def build_rcm(setup: Setup) -> Matching:
     """
     score = ScoreDifference(None, setup.config.scaling)
     own = setup.consistency
-    # The loop takes d for the gradient in the unit of the view, in which the data have standard deviation
+    # The loop takes d for the gradient in the unit of the scores, in which the data have standard deviation
     # 1/2. The square's derivative is 2 d in the unit of the data's own, which is twice as much again.
     objective = WeightedScoreDifference(score, 4 * own.dmd_weight)
     first = own.dmd_after * setup.total_steps if own.dmd_weight > 0 else math.inf

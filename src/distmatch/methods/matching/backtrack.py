@@ -106,7 +106,7 @@ class Backtracking:
         """The denoiser that the student is drawn to now."""
         index = self.path.target(state.updates)
         if index == 0:
-            return self.base.guided
+            return self.base.compared.guided
         recorded: Any = state.extra[_name(index)]
         scale = self.base.config.guidance
         return Guided(recorded, scale) if scale != 1 else recorded

@@ -1,10 +1,10 @@
 """The loop of all methods with a fake score: who learns when, from which samples, and what reaches whom.
 
-Detach rules (getting these wrong is the classic mistake): whatever the objective, it comes to one vector
-field at the student's samples, which enters the backward pass as the gradient of x0. For a score difference
-teacher, fake score and weight are constants in it. The Fisher family differentiates teacher and fake score by
-their *input*, and the adversarial term the discriminator by its own; both only with respect to x0, so no
-gradient ever reaches teacher, critic or discriminator from the student's side.
+What is detached (getting this wrong is the classic mistake): every objective ends in one gradient at the
+student's samples, which enters the backward pass as the gradient of x0. For a score difference teacher, fake
+score and weight are constants in it. The Fisher family differentiates teacher and fake score with respect to
+their *input*, and the adversarial term the discriminator with respect to its own; both only down to x0, so no
+gradient ever reaches teacher, fake score or discriminator from the student's loss.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, NoiseLevels, Truncated
 from distmatch.losses import posterior_noise
 from distmatch.methods.config import DistillConfig
-from distmatch.methods.matching.critic import critic_backward
-from distmatch.methods.matching.field import Field, student_field
+from distmatch.methods.matching.fake_score import fake_score_backward
+from distmatch.methods.matching.generator import GeneratorGradient, generator_gradient
 from distmatch.methods.matching.moments import levels_between
-from distmatch.methods.matching.view import Objective, StudentTerm
+from distmatch.methods.matching.networks import Comparison
+from distmatch.methods.matching.scores import MatchingObjective, StudentTerm
 from distmatch.methods.setup import Info, Setup, averaged, part_of, standard_normal
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
@@ -49,30 +50,39 @@ class Matching:
         target: The denoiser that plays the teacher at a state; None is the (guided) teacher throughout.
         chain: How a student of several calls goes on. With ``posterior`` its samples are also compared with
             the teacher's on draws from the posterior, between the levels of their call and of the next.
-        weigh_adversary: Whether the adversarial loss of each sample is divided by its mean |x0 - D_p|, as the
-            score terms are (SiDA's code).
+        scaled_adversary: As in :class:`~distmatch.methods.matching.networks.Comparison`.
         first: The first step at which the objective moves the student; the fake score learns before, too.
     """
 
     setup: Setup
-    objective: Objective
+    objective: MatchingObjective
     terms: tuple[StudentTerm, ...] = ()
     target: Callable[[DistillState], Denoiser] | None = None
     chain: Chain = "renoise"
-    weigh_adversary: bool = False
+    scaled_adversary: bool = False
     first: float = 0.0
 
     def __post_init__(self) -> None:
         cfg, teacher = self.config, self.setup.teacher
         require_score(teacher, "a score difference")
-        self.guided: Denoiser = Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher
-        self.source = choose_source(cfg.ratio_features, teacher)
         self._range = Karras(*self.setup.compared_levels, cfg.noise_rho)
         self.noise = self._law(cfg.noise_law, self._range.low, self._range.high)
         self.critic_noise = (
             self.noise
             if cfg.critic_law == "same"
             else self._law(cfg.critic_law, teacher.sigma_min, teacher.sigma_max)
+        )
+        self.compared = Comparison(
+            setup=self.setup,
+            objective=self.objective,
+            guided=Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher,
+            target=self.target,
+            source=choose_source(cfg.ratio_features, teacher),
+            noise=self.noise,
+            gan_weight=cfg.gan_weight,
+            scaled_adversary=self.scaled_adversary,
+            r1=cfg.r1,
+            joint_weight=cfg.joint_weight,
         )
         self.levels = self.setup.student_levels(cfg.calls)
         if self.chain == "posterior":
@@ -110,10 +120,6 @@ class Matching:
         """Steps of a run in which the student is updated once; see :meth:`step`."""
         every = self.config.critic_steps
         return every * (self.config.warmup_steps // every + 1)
-
-    def target_of(self, state: DistillState) -> Denoiser:
-        """The denoiser that the student is drawn to."""
-        return self.guided if self.target is None else self.target(state)
 
     def notes(self) -> dict[str, Any]:
         """The borders of the noise bins."""
@@ -163,10 +169,11 @@ class Matching:
         return state
 
     def _discriminator(self, fake: Denoiser, seed: int) -> nn.Module:
-        features_from = self.teacher if self.source == "teacher" else fake
+        source = self.compared.source
+        features_from = self.teacher if source == "teacher" else fake
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "discriminator"))
-            head = build_discriminator(self.source, features_from, self.teacher.num_classes)
+            head = build_discriminator(source, features_from, self.teacher.num_classes)
         return head.to(self.setup.device)
 
     def step(self, state: DistillState, batch: Batch) -> Info:
@@ -185,9 +192,9 @@ class Matching:
         if student_turn:
             set_rate(state.optimisers["student"], cfg.lr * factor)
             if objective_turn:
-                found = self._field(state, x0.detach(), x, call, labels)
+                found = self._gradient(state, x0.detach(), x, call, labels)
                 info |= found.info
-                self._push(state, x0 if whole else None, x, call, labels, found.gradient)
+                self._backward(state, x0 if whole else None, x, call, labels, found.gradient)
             for term in self.terms:
                 info |= term.backward(state, batch, labels)
             info |= self._move_student(state)
@@ -196,7 +203,7 @@ class Matching:
             if "ratio" in state.optimisers:
                 set_rate(state.optimisers["ratio"], cfg.lr_ratio * factor)
             sigma, noise = self._noise_on(state, x0.detach(), x, call, self.critic_noise)
-            info |= critic_backward(self, state, x0.detach(), sigma, noise, batch.x, labels)
+            info |= fake_score_backward(self.compared, state, x0.detach(), sigma, noise, batch.x, labels)
             info |= self._move_critic(state)
         state.step += 1
         return info
@@ -231,10 +238,12 @@ class Matching:
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _field(self, state: DistillState, x0: Tensor, x: Tensor, call: int, labels: Tensor | None) -> Field:
-        """The gradient of everything by the student's samples."""
+    def _gradient(
+        self, state: DistillState, x0: Tensor, x: Tensor, call: int, labels: Tensor | None
+    ) -> GeneratorGradient:
+        """The gradient of everything with respect to the student's samples."""
         sigma, noise = self._noise_on(state, x0, x, call, self.noise)
-        return student_field(self, state, x0, sigma, noise, labels)
+        return generator_gradient(self.compared, state, x0, sigma, noise, labels)
 
     def _noise_on(
         self, state: DistillState, x0: Tensor, x: Tensor, call: int, law: NoiseLevels
@@ -248,7 +257,7 @@ class Matching:
             noise = posterior_noise(x0, x, self.levels[call], sigma, noise)
         return sigma, noise
 
-    def _push(
+    def _backward(
         self,
         state: DistillState,
         x0: Tensor | None,

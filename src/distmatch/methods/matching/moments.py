@@ -18,7 +18,7 @@ from torch import Tensor
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import Karras
 from distmatch.losses import edm_weight, moment_matching_loss, score_difference
-from distmatch.methods.matching.view import CriticView, View
+from distmatch.methods.matching.scores import NoisedSamples, Scores
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
 
@@ -52,14 +52,16 @@ class MomentMatching:
     needs_ratio = False
     through_inputs = False
 
-    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
+    def gradient(self, scores: Scores, state: DistillState) -> tuple[Tensor, Info]:
         """The auxiliary denoiser's distance to the teacher, held fixed."""
-        gradient = score_difference(view.teacher, view.fake, view.x0, view.sigma, scaling=self.scaling)
+        gradient = score_difference(
+            scores.teacher, scores.fake, scores.x0, scores.sigma, scaling=self.scaling
+        )
         return gradient, {"loss_student": 0.5 * gradient.square().mean()}
 
-    def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
+    def fake_score_loss(self, samples: NoisedSamples, prediction: Tensor, state: DistillState) -> Tensor:
         """Half-way between the student's samples and the teacher."""
         with torch.no_grad():
-            teacher = self.teacher(view.x, view.sigma, view.labels)
-        weight = edm_weight(view.sigma, self.teacher.sigma_data)
-        return moment_matching_loss(prediction, view.x0, teacher, weight)
+            teacher = self.teacher(samples.x, samples.sigma, samples.labels)
+        weight = edm_weight(samples.sigma, self.teacher.sigma_data)
+        return moment_matching_loss(prediction, samples.x0, teacher, weight)

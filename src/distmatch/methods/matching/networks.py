@@ -1,62 +1,107 @@
-"""The passes of teacher, fake score and discriminator: one each, and none further than somebody reads."""
+"""The networks that a student is compared by, and their passes, each no further than its result is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.noise import NoiseLevels
+from distmatch.methods.matching.scores import MatchingObjective
+from distmatch.methods.setup import Setup
 from distmatch.methods.state import DistillState
-from distmatch.ratio.discriminator import denoise_with_logit, logits_of
+from distmatch.ratio.discriminator import Source, denoise_with_logit, logits_of
 
-if TYPE_CHECKING:
-    from distmatch.methods.matching.loop import Matching
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How a student is compared with its teacher; the same in all steps of a run.
+
+    Attributes:
+        setup: Teacher, unit of length, precision and parts of a batch.
+        objective: What becomes of the scores.
+        guided: The teacher with guidance.
+        target: The denoiser that takes the teacher's place at a state; None is ``guided`` throughout.
+        source: Where the discriminator's features come from.
+        noise: The distribution of the noise levels at which the student learns.
+        gan_weight: Weight of the adversarial term of the student; 0 leaves it out.
+        scaled_adversary: Whether the adversarial loss of each sample is divided by its mean |x0 - D_p|, as
+            the score terms are (SiDA's code).
+        r1: Weight of the approximate R1 penalty on the discriminator.
+        joint_weight: Weight of the discriminator's loss where its features are those of the fake score.
+    """
+
+    setup: Setup
+    objective: MatchingObjective
+    guided: Denoiser
+    target: Callable[[DistillState], Denoiser] | None
+    source: Source
+    noise: NoiseLevels
+    gan_weight: float
+    scaled_adversary: bool
+    r1: float
+    joint_weight: float
+
+    @property
+    def teacher(self) -> Denoiser:
+        """The frozen teacher, unguided."""
+        return self.setup.teacher
+
+    def target_of(self, state: DistillState) -> Denoiser:
+        """The denoiser that the student learns to match."""
+        return self.guided if self.target is None else self.target(state)
 
 
 def predictions(
-    method: Matching, state: DistillState, x: Tensor, sigma: Tensor, labels: Tensor | None, grad: bool = False
+    compared: Comparison,
+    state: DistillState,
+    x: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None,
+    grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Target's and critic's denoised x and the raw log ratio; one pass each serves all three.
+    """The denoised x of target and fake score and the raw log ratio; one pass each serves all three.
 
     Args:
-        method: The method, for its teacher and where its features come from.
+        compared: The teacher, and where features come from.
         state: The networks.
         x: Noised samples (B, *shape).
         sigma: Their levels (B,).
         labels: Their classes (B,), or None.
-        grad: Whether both denoisers are differentiated by ``x``. If not, only the discriminator is, and
-            only where gradients are enabled.
+        grad: Whether both denoisers are differentiated with respect to ``x``. If not, only the discriminator
+            is, and only where gradients are enabled.
     """
-    head, target, fake = state.discriminator, method.target_of(state), state.fake
+    head, target, fake = state.discriminator, compared.target_of(state), state.fake
     if fake is None:
         raise RuntimeError("this state has no fake score")
     logit = None
-    lends = method.source == "teacher" and head is not None
+    on_teacher = compared.source == "teacher" and head is not None
     # A target that is not the teacher (a recorded one) has other features than the head was trained on.
-    same = method.target is None or target is method.guided
+    same = compared.target is None or target is compared.guided
     wanted = torch.is_grad_enabled()
-    with torch.set_grad_enabled(wanted and (grad or (lends and same))):
-        if lends and same and head is not None:
+    with torch.set_grad_enabled(wanted and (grad or (on_teacher and same))):
+        if on_teacher and same and head is not None:
             p, logit = denoise_with_logit(target, head, x, sigma, labels)
         else:
             p = target(x, sigma, labels)
-    if lends and not same:
-        (logit,) = logits_alone(method, state, [x], sigma, labels, grad=True)
-    shares = method.source == "fake" and head is not None
-    with torch.set_grad_enabled(wanted and (grad or shares)):
-        if shares and head is not None:
+    if on_teacher and not same:
+        (logit,) = discriminator_logits(compared, state, [x], sigma, labels, grad=True)
+    on_fake = compared.source == "fake" and head is not None
+    with torch.set_grad_enabled(wanted and (grad or on_fake)):
+        if on_fake and head is not None:
             q, logit = denoise_with_logit(fake, head, x, sigma, labels)
         else:
             q = fake(x, sigma, labels)
-    if head is not None and method.source == "own":
+    if head is not None and compared.source == "own":
         logit = head(x, sigma, labels)
     return p, q, logit
 
 
-def logits_alone(
-    method: Matching,
+def discriminator_logits(
+    compared: Comparison,
     state: DistillState,
     kinds: Sequence[Tensor],
     sigma: Tensor,
@@ -67,14 +112,14 @@ def logits_alone(
     """The raw log ratios (B,) of samples of several kinds, where no prediction is wanted.
 
     Args:
-        method: The method.
+        compared: The teacher, and where features come from.
         state: The networks.
         kinds: Noised samples (B, *shape) each.
         sigma: Their levels (B,), the same for all kinds.
         labels: Their classes (B,), or None.
-        grad: Whether they are differentiated by the samples, or by a fake score that lends features.
+        grad: Whether the features carry a gradient: to the samples, or to the fake score that they come from.
     """
-    lender = state.fake if method.source == "fake" else method.teacher
-    if lender is None or state.discriminator is None:
-        raise RuntimeError("this state has no discriminator, or no fake score to lend it features")
-    return logits_of(method.source, lender, state.discriminator, kinds, sigma, labels, grad=grad)
+    features_from = state.fake if compared.source == "fake" else compared.teacher
+    if features_from is None or state.discriminator is None:
+        raise RuntimeError("this state has no discriminator, or no fake score for its features")
+    return logits_of(compared.source, features_from, state.discriminator, kinds, sigma, labels, grad=grad)

@@ -13,7 +13,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.divergences import Divergence
 from distmatch.losses import denoising_loss, edm_weight, score_difference
-from distmatch.methods.matching.view import CriticView, View
+from distmatch.methods.matching.scores import NoisedSamples, Scores
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
 
@@ -31,11 +31,11 @@ def require_weight(divergence: Divergence) -> None:
         )
 
 
-def denoising_critic(view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
+def fake_score_denoising(samples: NoisedSamples, prediction: Tensor, state: DistillState) -> Tensor:
     """The usual loss of a fake score: EDM-weighted denoising of the student's samples, (B,)."""
     if state.fake is None:
         raise RuntimeError("this state has no fake score")
-    return denoising_loss(prediction, view.x0, edm_weight(view.sigma, state.fake.sigma_data))
+    return denoising_loss(prediction, samples.x0, edm_weight(samples.sigma, state.fake.sigma_data))
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class ScoreDifference:
         """Only a weighted gradient does."""
         return self.divergence is not None
 
-    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
+    def gradient(self, scores: Scores, state: DistillState) -> tuple[Tensor, Info]:
         """The weighted score difference."""
         weight = None
-        if self.divergence is not None and view.log_r is not None and view.weight_scale is not None:
-            weight = self.divergence.weight(view.log_r) / view.weight_scale.to(view.log_r.dtype)
+        if self.divergence is not None and scores.log_r is not None and scores.weight_scale is not None:
+            weight = self.divergence.weight(scores.log_r) / scores.weight_scale.to(scores.log_r.dtype)
         gradient = score_difference(
-            view.teacher, view.fake, view.x0, view.sigma, weight, scaling=self.scaling
+            scores.teacher, scores.fake, scores.x0, scores.sigma, weight, scaling=self.scaling
         )
         return gradient, {"loss_student": 0.5 * gradient.square().mean()}
 
-    def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
+    def fake_score_loss(self, samples: NoisedSamples, prediction: Tensor, state: DistillState) -> Tensor:
         """Denoising of the student's samples."""
-        return denoising_critic(view, prediction, state)
+        return fake_score_denoising(samples, prediction, state)

@@ -15,8 +15,8 @@ from distmatch.divergences import Divergence
 from distmatch.losses import difference_weight, log_ratio_slope, sid_loss, sim_loss, uni_instruct_loss
 from distmatch.losses.fisher import Distance
 from distmatch.losses.matching import Scaling
-from distmatch.methods.matching.score import denoising_critic, require_weight
-from distmatch.methods.matching.view import CriticView, View
+from distmatch.methods.matching.score import fake_score_denoising, require_weight
+from distmatch.methods.matching.scores import NoisedSamples, Scores
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
 
@@ -29,27 +29,27 @@ class _ThroughInputs:
     through_inputs = True
     scaling: Scaling
 
-    def loss(self, view: View, state: DistillState) -> Tensor:
-        """The loss of each sample, (B,), as a function of the tensors in a view."""
+    def loss(self, scores: Scores, state: DistillState) -> Tensor:
+        """The loss of each sample, (B,), as a function of the tensors in a scores."""
         raise NotImplementedError
 
-    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
+    def gradient(self, scores: Scores, state: DistillState) -> tuple[Tensor, Info]:
         """The gradient of the loss by the samples, through all networks, and what to log of it.
 
         The loss itself measures no progress: its mean is zero for SIM and forward KL and negative for SiD
         with alpha > 1. ``score_gap``, the weighted |D_p - D_q|^2 of an element, does.
         """
-        leaves = _leaves(view)
+        leaves = _leaves(scores)
         loss = self.loss(leaves, state)
         loss.sum().backward()
         gap = (leaves.teacher - leaves.fake).detach().float().square().flatten(1).mean(1)
         gap = difference_weight(leaves.teacher, leaves.x0, leaves.sigma, self.scaling) * gap
         info = {"loss_student": loss.detach().sum() / leaves.x0.numel(), "score_gap": gap.mean()}
-        return _pulled_back(view, leaves), info
+        return _through_networks(scores, leaves), info
 
-    def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
+    def fake_score_loss(self, samples: NoisedSamples, prediction: Tensor, state: DistillState) -> Tensor:
         """Denoising of the student's samples."""
-        return denoising_critic(view, prediction, state)
+        return fake_score_denoising(samples, prediction, state)
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ class SiD(_ThroughInputs):
     scaling: Scaling = "dmd2"
     needs_ratio = False
 
-    def loss(self, view: View, state: DistillState) -> Tensor:
+    def loss(self, scores: Scores, state: DistillState) -> Tensor:
         """As :func:`~distmatch.losses.sid_loss`."""
-        return sid_loss(view.teacher, view.fake, view.x0, view.sigma, alpha=self.alpha, scaling=self.scaling)
+        p, q, x0, sigma = scores.teacher, scores.fake, scores.x0, scores.sigma
+        return sid_loss(p, q, x0, sigma, alpha=self.alpha, scaling=self.scaling)
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ class SIM(_ThroughInputs):
     scaling: Scaling = "dmd2"
     needs_ratio = False
 
-    def loss(self, view: View, state: DistillState) -> Tensor:
+    def loss(self, scores: Scores, state: DistillState) -> Tensor:
         """As :func:`~distmatch.losses.sim_loss`."""
-        p, q, x0, sigma = view.teacher, view.fake, view.x0, view.sigma
+        p, q, x0, sigma = scores.teacher, scores.fake, scores.x0, scores.sigma
         return sim_loss(p, q, x0, sigma, distance=self.distance, c=self.c, scaling=self.scaling)
 
 
@@ -115,20 +116,20 @@ class UniInstruct(_ThroughInputs):
     def __post_init__(self) -> None:
         require_weight(self.divergence)
 
-    def loss(self, view: View, state: DistillState) -> Tensor:
+    def loss(self, scores: Scores, state: DistillState) -> Tensor:
         """As :func:`~distmatch.losses.uni_instruct_loss`, or of SIM while it warms up."""
-        p, q, x0, sigma = view.teacher, view.fake, view.x0, view.sigma
+        p, q, x0, sigma = scores.teacher, scores.fake, scores.x0, scores.sigma
         if state.step < self.warmup:
             return sim_loss(p, q, x0, sigma, distance="squared", scaling=self.scaling)
-        log_r = self._log_r(view, state)
-        loss = uni_instruct_loss(p, q, x0, view.x, sigma, log_r, self.divergence, scaling=self.scaling)
-        if view.weight_scale is None:
+        log_r = self._log_r(scores, state)
+        loss = uni_instruct_loss(p, q, x0, scores.x, sigma, log_r, self.divergence, scaling=self.scaling)
+        if scores.weight_scale is None:
             raise RuntimeError("Uni-Instruct was given no ratio")
-        return loss / view.weight_scale.to(loss.dtype)
+        return loss / scores.weight_scale.to(loss.dtype)
 
-    def _log_r(self, view: View, state: DistillState) -> Tensor:
+    def _log_r(self, scores: Scores, state: DistillState) -> Tensor:
         """The normalised log ratio with the gradient that was asked for; zero where it is clipped."""
-        log_r, logit, normaliser = view.log_r, view.logit, state.normaliser
+        log_r, logit, normaliser = scores.log_r, scores.logit, state.normaliser
         if log_r is None or logit is None or normaliser is None:
             raise RuntimeError("Uni-Instruct was given no ratio")
         if self.ratio_gradient == "none":
@@ -137,28 +138,30 @@ class UniInstruct(_ThroughInputs):
         if self.ratio_gradient == "discriminator":
             slope = logit - logit.detach()
         else:
-            slope = log_ratio_slope(view.teacher, view.fake, view.x, view.sigma)
+            slope = log_ratio_slope(scores.teacher, scores.fake, scores.x, scores.sigma)
         return log_r + torch.where(free, slope.to(log_r.dtype), 0.0)
 
 
-def _leaves(view: View) -> View:
+def _leaves(scores: Scores) -> Scores:
     """The same tensors, each by itself."""
-    names = ("x0", "x", "teacher", "fake") if view.logit is None else ("x0", "x", "teacher", "fake", "logit")
-    return replace(view, **{name: getattr(view, name).detach().requires_grad_() for name in names})
+    names = ["x0", "x", "teacher", "fake"]
+    if scores.logit is not None:
+        names.append("logit")
+    return replace(scores, **{name: getattr(scores, name).detach().requires_grad_() for name in names})
 
 
-def _pulled_back(view: View, leaves: View) -> Tensor:
-    """The gradient by ``x0`` from those by what hangs on it.
+def _through_networks(scores: Scores, leaves: Scores) -> Tensor:
+    """The gradient with respect to ``x0``, from those with respect to the leaves.
 
-    Teacher and fake score are gone through one after the other, not in one pass: where they are equal, their
-    parts then cancel to the last bit, and a student that has arrived stays.
+    The backward passes of teacher and fake score are two, not one: where the networks are equal, the parts
+    then cancel to the last bit, and a student that has converged stays where it is.
     """
-    shared = view.logit is not None  # the adversarial term may still need what the networks kept
-    outputs, slopes = [view.teacher], [leaves.teacher.grad]
-    if view.logit is not None and leaves.logit is not None and leaves.logit.grad is not None:
-        outputs, slopes = [*outputs, view.logit], [*slopes, leaves.logit.grad]
-    (total,) = torch.autograd.grad(outputs, view.x0, slopes, retain_graph=shared)
-    (other,) = torch.autograd.grad(view.fake, view.x0, leaves.fake.grad, retain_graph=shared)
+    shared = scores.logit is not None  # the adversarial term may still need the graph
+    outputs, slopes = [scores.teacher], [leaves.teacher.grad]
+    if scores.logit is not None and leaves.logit is not None and leaves.logit.grad is not None:
+        outputs, slopes = [*outputs, scores.logit], [*slopes, leaves.logit.grad]
+    (total,) = torch.autograd.grad(outputs, scores.x0, slopes, retain_graph=shared)
+    (other,) = torch.autograd.grad(scores.fake, scores.x0, leaves.fake.grad, retain_graph=shared)
     total = total + other
     for leaf in (leaves.x0, leaves.x):
         total = total if leaf.grad is None else total + leaf.grad

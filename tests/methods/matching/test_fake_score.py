@@ -1,4 +1,4 @@
-"""The critic and the discriminator, trained by the method's own steps, learn what is known exactly."""
+"""The fake score and the discriminator, trained by the method's own steps, learn what is known exactly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from distmatch.data.batches import Batch
 from distmatch.diffusion.mixture import GaussianMixture
-from distmatch.methods.matching import critic
+from distmatch.methods.matching import fake_score
 from distmatch.methods.matching.networks import predictions
 from tests.helpers.small import distiller
 
@@ -34,7 +34,7 @@ def test_critic_and_discriminator_learn_the_exact_score_and_ratio(
     for sigma in (0.15, 0.4, 1.2):
         x, levels = x0 + sigma * torch.randn(x0.shape, generator=drawn), torch.full((4000,), sigma)
         with torch.no_grad():
-            _, fake, logit = predictions(method, state, x, levels, None)
+            _, fake, logit = predictions(method.compared, state, x, levels, None)
         exact = REAL.log_prob(x, sigma) - student.log_prob(x, sigma)
         usual = exact.abs() < 4  # where both have samples to learn from
         error = (logit - exact)[usual].square().mean().sqrt() / exact[usual].std()
@@ -56,7 +56,7 @@ def test_r1_compares_real_samples_with_slightly_noisier_ones(monkeypatch: pytest
         seen["compared"] = clean, perturbed
         return (clean - perturbed).square().mean()
 
-    monkeypatch.setattr(critic, "approximate_r1", spy)
+    monkeypatch.setattr(fake_score, "approximate_r1", spy)
     real = REAL.sample(4000, seed=0)
     for _ in range(2):  # after the first step the logits are no longer all zero
         method.step(state, Batch(real, None))

@@ -1,4 +1,4 @@
-"""What a student's objective may look at, and what it has to give."""
+"""The scores at a batch of noised samples, and what an objective makes of them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from distmatch.methods.state import DistillState
 
 
 @dataclass(frozen=True)
-class View:
-    """Samples of the student, noised, and what the networks say of them: a batch, or a part of one.
+class Scores:
+    """Noised samples of the student and the predictions of all networks for them: a batch, or a part of one.
 
     All lengths, levels among them, are in a unit in which the data have a standard deviation of 1/2.
 
     Attributes:
-        x0: Clean samples of the student, (B, *shape): a leaf that carries no history.
+        x0: Clean samples of the student, (B, *shape): a leaf of the graph.
         noise: The standard normal noise on them, (B, *shape).
         sigma: Noise levels (B,).
         x: x0 + sigma noise.
-        teacher: D_p(x), (B, *shape). It hangs on ``x0`` for objectives with ``through_inputs``.
+        teacher: D_p(x), (B, *shape); differentiable in ``x0`` for objectives with ``through_inputs``.
         fake: D_q(x), likewise.
-        logit: The discriminator's log ratio as it comes, (B,), hanging on ``x0`` where the objective
-            differentiates; None without a discriminator.
+        logit: The discriminator's raw log ratio, (B,), differentiable in ``x0`` for the adversarial term and
+            for objectives with ``through_inputs``; None without a discriminator.
         quantile: Where each level lies in the distribution of levels, (B,), in [0, 1].
         log_r: Normalised and clipped log p/q, (B,), detached; None for objectives without a ratio.
         weight_scale: The running mean of h(r), scalar: what weights are divided by; None like ``log_r``.
@@ -46,40 +46,9 @@ class View:
     labels: Tensor | None
 
 
-class Objective(Protocol):
-    """A gradient field at the student's samples, and the loss of the fake score.
-
-    Attributes:
-        needs_ratio: Whether it reads ``log_r``.
-        through_inputs: Whether it differentiates teacher, fake score and discriminator by their input. If
-            not, it is given detached tensors of the whole batch at once.
-    """
-
-    @property
-    def needs_ratio(self) -> bool:
-        """Whether ``log_r`` is wanted."""
-        ...
-
-    @property
-    def through_inputs(self) -> bool:
-        """Whether the view must hang on ``x0``."""
-        ...
-
-    def gradient(self, view: View, state: DistillState) -> tuple[Tensor, Info]:
-        """The gradient of the loss of each sample by its ``x0``, (B, *shape), detached, float32 or better.
-
-        The loop divides it by the number of elements of the whole batch.
-        """
-        ...
-
-    def critic_loss(self, view: CriticView, prediction: Tensor, state: DistillState) -> Tensor:
-        """The loss of the fake score for each sample, (B,)."""
-        ...
-
-
 @dataclass(frozen=True)
-class CriticView:
-    """What the fake score learns from.
+class NoisedSamples:
+    """What the fake score learns from: noised samples of the student.
 
     Attributes:
         x0: Clean samples of the student, (B, *shape).
@@ -92,6 +61,37 @@ class CriticView:
     sigma: Tensor
     x: Tensor
     labels: Tensor | None
+
+
+class MatchingObjective(Protocol):
+    """The gradient at the student's samples, and the loss of the fake score.
+
+    Attributes:
+        needs_ratio: Whether it reads ``log_r``.
+        through_inputs: Whether it differentiates teacher, fake score and discriminator with respect to their
+            input. If not, it receives detached tensors of the whole batch at once.
+    """
+
+    @property
+    def needs_ratio(self) -> bool:
+        """Whether ``log_r`` is wanted."""
+        ...
+
+    @property
+    def through_inputs(self) -> bool:
+        """Whether the scores must be differentiable in ``x0``."""
+        ...
+
+    def gradient(self, scores: Scores, state: DistillState) -> tuple[Tensor, Info]:
+        """The gradient of each sample's loss with respect to its ``x0``, (B, *shape), detached.
+
+        In float32 or better. The loop divides it by the number of elements of the whole batch.
+        """
+        ...
+
+    def fake_score_loss(self, samples: NoisedSamples, prediction: Tensor, state: DistillState) -> Tensor:
+        """The loss of the fake score for each sample, (B,)."""
+        ...
 
 
 class StudentTerm(Protocol):

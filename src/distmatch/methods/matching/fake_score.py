@@ -1,25 +1,20 @@
-"""The other side: the fake score learns to denoise student samples, the discriminator to tell them apart."""
+"""What learns beside the student: the fake score and the discriminator, both from its samples."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import expand
 from distmatch.losses import adversarial_discriminator_loss, approximate_r1
-from distmatch.methods.matching.networks import logits_alone
-from distmatch.methods.matching.view import CriticView
+from distmatch.methods.matching.networks import Comparison, discriminator_logits
+from distmatch.methods.matching.scores import NoisedSamples
 from distmatch.methods.setup import Info, noised, part_of
 from distmatch.methods.state import DistillState
 from distmatch.ratio.discriminator import denoise_with_logit
 
-if TYPE_CHECKING:
-    from distmatch.methods.matching.loop import Matching
 
-
-def critic_backward(
-    method: Matching,
+def fake_score_backward(
+    compared: Comparison,
     state: DistillState,
     x0: Tensor,
     sigma: Tensor,
@@ -27,10 +22,10 @@ def critic_backward(
     real: Tensor,
     labels: Tensor | None,
 ) -> Info:
-    """Adds the gradients of the critic's and the discriminator's losses to their parameters.
+    """Adds the gradients of the fake score's and the discriminator's losses to their parameters.
 
     Args:
-        method: The method.
+        compared: Objective, teacher and settings.
         state: The networks and random streams.
         x0: Samples of the student, (B, *shape), detached.
         sigma: Noise levels (B,).
@@ -38,19 +33,19 @@ def critic_backward(
         real: Real samples; read only with a discriminator.
         labels: Classes of both, (B,), or None.
     """
-    n, head, r1 = len(x0), state.discriminator, method.config.r1
+    n, head, r1 = len(x0), state.discriminator, compared.r1
     kinds = [x0 + expand(sigma, x0) * noise]
     if head is not None:
         kinds.append(noised(real, sigma, state.ratio_generator))
         if r1 > 0:
             kinds.append(noised(kinds[1], 0.1 * sigma, state.ratio_generator))
-    slices = method.setup.parts(n)
+    slices = compared.setup.parts(n)
     total: Info = {}
     for part in slices:
         info = _part(
-            method,
+            compared,
             state,
-            CriticView(x0[part], sigma[part], kinds[0][part], part_of(labels, part)),
+            NoisedSamples(x0[part], sigma[part], kinds[0][part], part_of(labels, part)),
             [kind[part] for kind in kinds[1:]],
             (part.stop - part.start) / n,
         )
@@ -58,31 +53,35 @@ def critic_backward(
     return total
 
 
-def _part(method: Matching, state: DistillState, view: CriticView, real: list[Tensor], share: float) -> Info:
+def _part(
+    compared: Comparison, state: DistillState, samples: NoisedSamples, real: list[Tensor], share: float
+) -> Info:
     """One part of the batch: ``real`` holds noised real samples and, with R1, noisier ones."""
-    head, fake, r1 = state.discriminator, state.fake, method.config.r1
+    head, fake, r1 = state.discriminator, state.fake, compared.r1
     if fake is None:
         raise RuntimeError("this state has no fake score")
     logits: list[Tensor] = []
     info: Info = {}
-    with method.setup.autocast():
-        if head is not None and method.source == "fake":
-            prediction, own = denoise_with_logit(fake, head, view.x, view.sigma, view.labels)
-            # Of real samples nobody reads a prediction.
-            more = logits_alone(method, state, real, view.sigma, view.labels, grad=True)
+    with compared.setup.autocast():
+        if head is not None and compared.source == "fake":
+            prediction, own = denoise_with_logit(fake, head, samples.x, samples.sigma, samples.labels)
+            # The predictions for real samples are not read.
+            more = discriminator_logits(compared, state, real, samples.sigma, samples.labels, grad=True)
             logits = [own, *more]
         else:
-            prediction = fake(view.x, view.sigma, view.labels)
+            prediction = fake(samples.x, samples.sigma, samples.labels)
             if head is not None:
-                kinds = [view.x, *real]
-                logits = logits_alone(method, state, kinds, view.sigma, view.labels, grad=False)
-        loss = method.objective.critic_loss(view, prediction, state).mean()
+                kinds = [samples.x, *real]
+                logits = discriminator_logits(
+                    compared, state, kinds, samples.sigma, samples.labels, grad=False
+                )
+        loss = compared.objective.fake_score_loss(samples, prediction, state).mean()
         info["loss_fake"] = share * loss.detach()
         if logits:
             ratio_loss = adversarial_discriminator_loss(real=logits[1], fake=logits[0])
             info["loss_ratio"] = share * ratio_loss.detach()
             if r1 > 0:
                 ratio_loss = ratio_loss + r1 * approximate_r1(logits[1], logits[2])
-            loss = loss + (method.config.joint_weight if method.source == "fake" else 1.0) * ratio_loss
+            loss = loss + (compared.joint_weight if compared.source == "fake" else 1.0) * ratio_loss
     (share * loss).backward()
     return info
