@@ -161,6 +161,41 @@ def test_ode_and_sdes_have_the_same_laws(diffusion: float, forwards: bool) -> No
         assert float((y - transport(exact.velocity, x, times)).abs().mean()) > 0.1
 
 
+@pytest.mark.parametrize("diffusion", [0.3, 1.0, 3.0])
+def test_the_noise_bounds_what_a_wrong_velocity_does(diffusion: float) -> None:
+    # KL(rho || rho_hat) <= int E|b + e s - b_hat - e s_hat|^2 dt / 4 e for an SDE; for the ODE no such thing.
+    # A velocity that is wrong by a constant moves all samples alike when the noise is the same, so both laws
+    # are Gaussian with one covariance.
+    interpolant, wrong = Interpolant("linear", "brownian"), torch.tensor([0.4, -0.3], dtype=F64)
+    exact, times = Exact(interpolant), torch.linspace(0.02, 0.98, 801, dtype=F64)
+    _, (_, covariance, *_) = (exact.law(t[None]) for t in times[[0, -1]])
+    x = M0 + randn(8, 2)
+
+    def moved(diffusion: float) -> Tensor:
+        ends = [
+            transport(
+                velocity,
+                x,
+                times,
+                interpolant=interpolant,
+                noise=exact.noise,
+                diffusion=diffusion,
+                draws=SampleNoise(1, torch.arange(8), (2,)),
+            )
+            for velocity in (exact.velocity, lambda x, t: exact.velocity(x, t) + wrong)
+        ]
+        shift = ends[1] - ends[0]
+        torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=0, atol=1e-9)
+        return shift[0]
+
+    shift = moved(diffusion)
+    kl = 0.5 * float(shift @ torch.linalg.solve(covariance[0], shift))
+    bound = 0.96 * float(wrong @ wrong) / (4 * diffusion)
+    assert 0.02 * bound < kl <= bound
+    shift = moved(0.0)
+    assert 0.5 * float(shift @ torch.linalg.solve(covariance[0], shift)) > kl
+
+
 def test_a_diffusion_that_vanishes_goes_from_end_to_end() -> None:
     interpolant = Interpolant("linear", "brownian")
     exact, n = Exact(interpolant), 10000

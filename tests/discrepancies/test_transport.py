@@ -101,6 +101,22 @@ def test_a_shift_costs_its_square_over_d(d):
     assert sliced_wasserstein(x, x).value == 0
 
 
+@pytest.mark.parametrize("d", [2, 5])
+def test_sliced_is_at_most_the_share_of_one_axis(d):
+    """SW_2^2 <= W_2^2 / d: along an orthonormal frame the best pairing costs at most its whole cost."""
+    x, y = normal(40, d), 0.4 * normal(40, d, seed=1) + normal(d, seed=2)
+    costs = torch.cdist(x, y) ** 2
+    rows, columns = linear_sum_assignment(costs)
+    whole = float(costs[rows, columns].mean())
+    for seed in range(5):
+        frame = torch.linalg.qr(normal(d, d, seed=10 + seed))[0]
+        sliced = sliced_wasserstein(x, y, directions=frame).value ** 2
+        assert 0.3 * whole / d < sliced <= whole / d
+    # A shift alone costs every axis its part: nothing is lost.
+    shifted = sliced_wasserstein(x, x + normal(d, seed=3), directions=frame).value ** 2
+    assert shifted == pytest.approx(float(normal(d, seed=3).square().sum()) / d)
+
+
 def angles(count):
     turn = torch.arange(count, dtype=torch.float64) * math.pi / count
     return torch.stack([turn.cos(), turn.sin()], 1)

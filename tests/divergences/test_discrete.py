@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
+from scipy.stats import multinomial
 from torch.distributions import Categorical, kl_divergence
 
 from distmatch.base.errors import UserError
@@ -126,6 +127,21 @@ def test_renyi_keeps_its_digits_near_order_one_and_near_zero():
 def test_what_is_no_distribution_is_a_user_error(p, q, says):
     with pytest.raises(UserError, match=says):
         divergence_discrete("js", p, q)
+
+
+@pytest.mark.parametrize("n", [40, 80])
+def test_divergences_of_counts_are_too_large_by_what_is_known(n):
+    """The expectation over all outcomes of n draws from p: KL by (K - 1) / 2n, JS of two by (K - 1) / 4n."""
+    p = np.array([0.3, 0.3, 0.4])
+    counts = np.array([[i, j, n - i - j] for i in range(n + 1) for j in range(n + 1 - i)])
+    chance = torch.from_numpy(multinomial(n, p).pmf(counts))
+    likely = chance > 1e-9
+    shares, chance = torch.from_numpy(counts / n)[likely], chance[likely]
+    kl = (chance * divergence_discrete("kl", shares, torch.from_numpy(p))).sum().item()
+    js = (chance[:, None] * chance * divergence_discrete("js", shares[:, None], shares)).sum().item()
+    # The next order in 1 / n: sum(1 / p) - 1 over 12 n^2 for KL (Miller; Harris), of the same size for JS.
+    assert kl == pytest.approx(1 / n + ((1 / p).sum() - 1) / (12 * n**2), rel=0.005 * 40 / n)
+    assert js == pytest.approx(2 / 8 * 2 / n, rel=0.04 * 40 / n)
 
 
 def test_one_outcome_batches_and_half_precision():

@@ -216,6 +216,30 @@ def test_the_numerical_conjugates_match_their_lambert_forms():
     )
 
 
+# The powers of r as which f'' falls for large r and rises for small r.
+TAILS = {
+    "reverse_kl": (-2, -2),
+    "softened_reverse_kl": (-3, -2),
+    "js": (-2, -1),
+    "hellinger": (-1.5, -1.5),
+    "kl": (-1, -1),
+    "jeffreys": (-1, -2),
+    "pearson": (0, 0),
+    "neyman": (-3, -3),
+    "softened_kl": (-1, 0),
+    "le_cam": (-3, 0),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_the_tails_of_the_curvature_say_what_is_forgiven(name):
+    """Xu et al. (f-distill), table 6: a smaller right tail and a larger left one seek modes more."""
+    d2f = divergence(name).d2f
+    for end, power in zip((60.0, -60.0), TAILS[name], strict=True):
+        near, far = d2f(torch.tensor([end, end + math.copysign(1.0, end)], dtype=torch.float64)).log()
+        assert math.copysign(1.0, end) * (far - near).item() == pytest.approx(power, abs=1e-9)
+
+
 def test_pointwise_identities_between_weights():
     x = torch.linspace(-10, 10, 101, dtype=torch.float64)
     h = {name: divergence(name).weight(x) for name in NAMES}

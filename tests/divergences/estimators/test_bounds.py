@@ -124,6 +124,20 @@ def test_the_chi_square_bound_is_the_corrected_quotient():
     )
 
 
+def test_the_best_critic_of_the_chi_square_bound_is_the_ratio():
+    """(E_p T - E_q T)^2 / Var_q T is Pearson's chi squared at T = r, and less elsewhere (Hammersley)."""
+    exact = monte_carlo("pearson", LOG_P, LOG_Q, method="plain").value
+
+    def value(critic):
+        # Each atom 2000 times: what is taken off for so many samples is 1e-3 of the value.
+        return chi_square_bound(critic[AT_P].repeat(2000), critic.repeat(2000)).value
+
+    assert value(LOG_R.exp()) == pytest.approx(exact, rel=1e-3)
+    assert value(3 - 2 * LOG_R.exp()) == pytest.approx(exact, rel=1e-3)  # any affine map of it
+    for seed in range(5):
+        assert value(LOG_R.exp() + 0.3 * draw(10, seed=seed).squeeze(1)) < exact
+
+
 def test_the_gradient_of_the_terms_is_zero_at_the_best_critic():
     from distmatch.divergences.estimators.bounds import f_gan_terms
 
