@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import Denoiser, expand, features_of, require_score
 from distmatch.diffusion.path_core import NoisePath, Time, check_prior
 from distmatch.diffusion.paths import DiscretePath, noise_path
@@ -93,7 +94,7 @@ class PredictionDenoiser(nn.Module):
             )
         self.time, self.levels, self.null_class, self.reverse_time = time, levels, null_class, reverse_time
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
 
         Returns:
@@ -103,7 +104,7 @@ class PredictionDenoiser(nn.Module):
         return self._clean(self.net(*arguments), noised, coefficients)
 
     def _inputs(
-        self, x: Tensor, sigma: Tensor, condition: Tensor | None
+        self, x: Tensor, sigma: Tensor, condition: ConditioningLike
     ) -> tuple[Tensor, Coefficients, list[Any]]:
         if tuple(x.shape[1:]) != self.shape:
             raise UserError(
@@ -121,7 +122,7 @@ class PredictionDenoiser(nn.Module):
         dtype = self._dtype(x)
         arguments: list[Any] = [noised.to(dtype), self._times(t, level, dtype)]
         if self.num_classes > 0:
-            arguments.append(self._labels(condition, x))
+            arguments.append(self._labels(labels_of(condition), x))
         return noised, c, arguments
 
     def _dtype(self, x: Tensor) -> torch.dtype:
@@ -141,13 +142,13 @@ class PredictionDenoiser(nn.Module):
             told = told.to(torch.promote_types(dtype, torch.float32))
         return told if self.time is None else self.time(told)
 
-    def _labels(self, condition: Tensor | None, x: Tensor) -> Tensor | None:
+    def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
         if self.null_class is None:
-            return condition
-        check_null(condition, self.null_class, self.num_classes)
-        if condition is None:
+            return labels
+        check_null(labels, self.null_class, self.num_classes)
+        if labels is None:
             return torch.full((len(x),), self.null_class, dtype=torch.int64, device=x.device)
-        return torch.where(condition < 0, self.null_class, condition)
+        return torch.where(labels < 0, self.null_class, labels)
 
     def _clean(self, value: Tensor, noised: Tensor, coefficients: Coefficients) -> Tensor:
         if value.shape != noised.shape:
@@ -184,14 +185,14 @@ class PredictionFeatureDenoiser(PredictionDenoiser):
     """The same around a network that lends its features: ``net.with_features(x_t, t, labels)``."""
 
     def with_features(
-        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None
+        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The denoised ``x`` and the features of the network, in its own dtype."""
         noised, coefficients, arguments = self._inputs(x, sigma, condition)
         value, features = self.net.with_features(*arguments)  # type: ignore[attr-defined]
         return self._clean(value, noised, coefficients), features
 
-    def only_features(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> list[Tensor]:
+    def only_features(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> list[Tensor]:
         """The features alone, by a pass that stops at the last of them where the network can."""
         return features_of(self.net, *self._inputs(x, sigma, condition)[2])
 
@@ -281,7 +282,7 @@ class OnPath:
         self.path = noise_path(path)
         self.sigma_limit = denoiser.sigma_max if sigma_limit is None else sigma_limit
 
-    def predict(self, prediction: str, x: Tensor, t: Time, condition: Tensor | None = None) -> Tensor:
+    def predict(self, prediction: str, x: Tensor, t: Time, condition: ConditioningLike = None) -> Tensor:
         """A prediction at ``x`` (B, *shape) and times ``t``, (B,) or one for all.
 
         Finite at pure noise (alpha = 0), whatever is asked.
@@ -299,11 +300,11 @@ class OnPath:
         clean = self.denoiser(x * expand(scale, x).to(x.dtype), level, condition)
         return convert(clean, "x0", prediction, x, c)
 
-    def velocity(self, x: Tensor, t: Time, condition: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Time, condition: ConditioningLike = None) -> Tensor:
         """The velocity dx/dt of the probability flow, E[alpha' x0 + sigma' eps | x]."""
         return self.predict("flow", x, t, condition)
 
-    def score(self, x: Tensor, t: Time, condition: Tensor | None = None) -> Tensor:
+    def score(self, x: Tensor, t: Time, condition: ConditioningLike = None) -> Tensor:
         """The gradient of the log density of ``x_t``."""
         return self.predict("score", x, t, condition)
 

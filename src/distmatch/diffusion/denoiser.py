@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike
 
 
 @runtime_checkable
@@ -30,7 +31,7 @@ class Denoiser(Protocol):
     sigma_min: float
     sigma_max: float
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none."""
         ...
 
@@ -40,7 +41,7 @@ class FeatureDenoiser(Denoiser, Protocol):
     """A denoiser that lends its inner activations, in the same pass."""
 
     def with_features(
-        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None
+        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Returns the denoised ``x`` and a list of feature tensors, (B, C) or (B, C, H, W)."""
         ...
@@ -81,7 +82,7 @@ def expand(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.reshape(-1, *([1] * (x.ndim - 1)))
 
 
-def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
     """The score (D(x) - x) / sigma^2 of the noised distribution."""
     return (denoiser(x, sigma, condition) - x) / expand(sigma, x) ** 2
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand, require_diffused, require_score
 from distmatch.diffusion.geometry.jacobian import denoise_with_trace, draw_probes, parse_trace
 from distmatch.diffusion.priors import Prior, gaussian_prior
@@ -83,7 +84,7 @@ class LogDensity:
 
     @classmethod
     def at_prior(
-        cls, y: Tensor, prior: Prior, condition: Tensor | None = None, models: int = 0
+        cls, y: Tensor, prior: Prior, condition: ConditioningLike = None, models: int = 0
     ) -> LogDensity:
         """Starts at the log-density of ``y`` (B, *shape) under ``prior``, one copy for each of ``models``."""
         value = prior(y.double(), condition)
@@ -118,7 +119,7 @@ def trajectory_log_density(
     states: Sequence[Tensor] | Tensor,
     sigmas: Sequence[float] | Tensor,
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     noise_ratio: float = 1.0,
     prior: Prior | None = None,
     trace: str = "exact",

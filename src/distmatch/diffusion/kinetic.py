@@ -27,6 +27,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator as make_generator
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.path_core import NoisePath
 from distmatch.diffusion.predictions import Coefficients
@@ -135,7 +136,7 @@ def losses_of_teacher(
     *,
     angles: int = 129,
     seed: int = 0,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
 ) -> Tensor:
     """The EDM loss of a teacher at evenly spaced angles, for :func:`kinetic_path`.
 

@@ -21,6 +21,13 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.seeds import generator
+from distmatch.diffusion.conditioning import (
+    Conditioning,
+    ConditioningLike,
+    as_conditioning,
+    check_conditioning,
+    spec_of,
+)
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.geometry.flow import FlowSolver, ScaledFlow, State
 from distmatch.diffusion.geometry.jacobian import (
@@ -101,7 +108,7 @@ def log_likelihood(
     denoiser: Denoiser,
     x: Tensor,
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     sigma: float | None = None,
     sigma_max: float | None = None,
     trace: str = "exact",
@@ -138,7 +145,8 @@ def log_likelihood(
     """
     low = denoiser.sigma_min if sigma is None else sigma
     high = denoiser.sigma_max if sigma_max is None else sigma_max
-    _check(denoiser, x, condition, low, high)
+    conditioning = as_conditioning(condition)
+    _check(denoiser, x, conditioning, low, high)
     if batch < 1:
         raise UserError("there must be at least one sample at a time", got=f"batch={batch}")
     refuse_random_layers(denoiser)
@@ -150,21 +158,21 @@ def log_likelihood(
     most = 0
     for first in range(0, len(x), batch):
         rows = x[first : first + batch]
-        labels = None if condition is None else condition[first : first + batch]
+        told = conditioning.index(slice(first, first + batch))
         probes = None
         if count:
             probes = draw_probes(kind, count, len(rows), x.shape[1:], seed=seed, first=first, like=rows)
-        flow = ScaledFlow.of(denoiser, rows, high, labels)
+        flow = ScaledFlow.of(denoiser, rows, high, told)
         start: State = (
             flow.scaled(math.log(low), rows),
             torch.zeros(len(rows), max(count, 1), dtype=torch.float64, device=x.device),
         )
-        slope = _density_slope(flow, labels, probes, chunk)
+        slope = _density_slope(flow, told, probes, chunk)
         eps = torch.finfo(x.dtype).eps
         (z, change), calls = method.integrate(slope, start, math.log(low), math.log(high), eps)
         most = max(most, calls)
         y = flow.position(math.log(high), z)
-        prior_value, gap = _prior_and_gap(density, denoiser, y, high, labels, x.dtype)
+        prior_value, gap = _prior_and_gap(density, denoiser, y, high, told, x.dtype)
         scale = dim * math.log(flow.radius(math.log(high)) / flow.radius(math.log(low)))
         value = prior_value + change.mean(1) + scale
         error = probe_error(change, count)
@@ -174,7 +182,7 @@ def log_likelihood(
 
 
 def _density_slope(
-    flow: ScaledFlow, condition: Tensor | None, probes: Tensor | None, chunk: int
+    flow: ScaledFlow, condition: ConditioningLike, probes: Tensor | None, chunk: int
 ) -> Callable[[float, State], State]:
     """The slope of z and of the log-density, the latter without d dlog c, whose integral is known."""
 
@@ -188,7 +196,12 @@ def _density_slope(
 
 
 def _prior_and_gap(
-    density: Prior, denoiser: Denoiser, y: Tensor, sigma: float, condition: Tensor | None, dtype: torch.dtype
+    density: Prior,
+    denoiser: Denoiser,
+    y: Tensor,
+    sigma: float,
+    condition: ConditioningLike,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Log prior at ``y`` in nats, (B,), and |y . (s - s_prior)|, (B,)."""
     with torch.enable_grad():
@@ -244,7 +257,7 @@ def dequantise(levels: Tensor, *, seed: int = 0) -> Tensor:
     return levels.double() + (noise - 0.5).to(levels.device)
 
 
-def _check(denoiser: Denoiser, x: Tensor, condition: Tensor | None, low: float, high: float) -> None:
+def _check(denoiser: Denoiser, x: Tensor, conditioning: Conditioning, low: float, high: float) -> None:
     if x.ndim < 2 or tuple(x.shape[1:]) != tuple(denoiser.shape) or len(x) == 0:
         raise UserError(
             "these are not samples of this model",
@@ -253,8 +266,7 @@ def _check(denoiser: Denoiser, x: Tensor, condition: Tensor | None, low: float, 
         )
     if x.dtype not in (torch.float32, torch.float64):
         raise UserError("a likelihood needs float32 or float64 samples", got=x.dtype, fix="call .float()")
-    if condition is not None and condition.shape != (len(x),):
-        raise UserError("there must be one label a sample", got=tuple(condition.shape), expected=(len(x),))
+    check_conditioning(conditioning, len(x), spec_of(denoiser))
     if not bool(x.isfinite().all()):
         raise UserError("these samples are not all finite", fix="leave out those with NaN or infinity")
     if not 0 < low < high < math.inf:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator as make_generator
+from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.mixture_posterior import gaussian_flow, kalman_update
 
 ArrayLike = Tensor | Sequence[float] | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]]
@@ -105,22 +106,23 @@ class GaussianMixture(nn.Module):
         total = (w * (values.clamp_min(0).sum(1) + centred.square().sum(1))).sum()
         self.sigma_data = math.sqrt(float(total) / dim)
 
-    def _log_weights(self, condition: Tensor | None, like: Tensor) -> Tensor:
+    def _log_weights(self, condition: ConditioningLike, like: Tensor) -> Tensor:
         """Log component weights, (1, K) or (B, K) when conditioned, in the dtype of ``like``."""
         log_w = self.weights.log()[None]
-        if condition is not None:
-            if int(condition.max()) >= max(self.num_classes, 1):
+        labels = labels_of(condition)
+        if labels is not None:
+            if int(labels.max()) >= max(self.num_classes, 1):
                 raise UserError(
                     "a class this mixture does not have",
-                    got=int(condition.max()),
+                    got=int(labels.max()),
                     expected=f"below {self.num_classes}",
                 )
-            keep = (condition[:, None] == self.classes[None]) | (condition[:, None] < 0)
+            keep = (labels[:, None] == self.classes[None]) | (labels[:, None] < 0)
             log_w = torch.where(keep, log_w, -math.inf).log_softmax(dim=1)
         return log_w.to(like.dtype)
 
     def _components(
-        self, x: Tensor, sigma: Tensor | float, condition: Tensor | None
+        self, x: Tensor, sigma: Tensor | float, condition: ConditioningLike
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log p_k(x) + log w_k (B, K), rotated residuals (B, K, D), noised variances, eigenvectors."""
         if x.ndim != 2 or x.shape[1] != self.shape[0]:
@@ -134,18 +136,18 @@ class GaussianMixture(nn.Module):
         log_p = -0.5 * ((rotated**2 / variance) + (2 * math.pi * variance).log()).sum(-1)
         return log_p + self._log_weights(condition, x), rotated, variance, vectors
 
-    def log_prob(self, x: Tensor, sigma: Tensor | float = 0.0, condition: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, sigma: Tensor | float = 0.0, condition: ConditioningLike = None) -> Tensor:
         """Log density in nats of the noised mixture at ``x`` (B, D); returns (B,)."""
         return torch.logsumexp(self._components(x, sigma, condition)[0], dim=1)
 
-    def score(self, x: Tensor, sigma: Tensor | float = 0.0, condition: Tensor | None = None) -> Tensor:
+    def score(self, x: Tensor, sigma: Tensor | float = 0.0, condition: ConditioningLike = None) -> Tensor:
         """Gradient of :meth:`log_prob` with respect to ``x``, (B, D)."""
         log_p, rotated, variance, vectors = self._components(x, sigma, condition)
         pull = torch.einsum("kde,bke->bkd", vectors, rotated / variance)
         return -torch.einsum("bk,bkd->bd", log_p.softmax(1), pull)
 
     def _posterior(
-        self, x: Tensor, sigma: Tensor | float, condition: Tensor | None
+        self, x: Tensor, sigma: Tensor | float, condition: ConditioningLike
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Responsibilities (B, K), posterior means of the components, and eigenvalue shrinkage, (B, K, D).
 
@@ -157,7 +159,7 @@ class GaussianMixture(nn.Module):
         means = around[None] + torch.einsum("kde,bke->bkd", vectors, shrink * rotated)
         return log_p.softmax(1), means, shrink
 
-    def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, condition: ConditioningLike = None) -> Tensor:
         """The exact denoiser E[x0 | x], (B, D)."""
         responsibility, means, _ = self._posterior(x, sigma, condition)
         mean = torch.einsum("bk,bkd->bd", responsibility, means)
@@ -168,7 +170,7 @@ class GaussianMixture(nn.Module):
         return self.weights @ self.means
 
     def posterior_covariance(
-        self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None
+        self, x: Tensor, sigma: Tensor | float, condition: ConditioningLike = None
     ) -> Tensor:
         """Cov[x0 | x], (B, D, D); equals sigma^2 times the Jacobian of the denoiser."""
         responsibility, means, shrink = self._posterior(x, sigma, condition)
@@ -181,7 +183,7 @@ class GaussianMixture(nn.Module):
         return torch.einsum("bk,bkdf->bdf", responsibility, within) + between
 
     def divergence_of_score(
-        self, x: Tensor, sigma: Tensor | float = 0.0, condition: Tensor | None = None
+        self, x: Tensor, sigma: Tensor | float = 0.0, condition: ConditioningLike = None
     ) -> Tensor:
         """The trace of the Hessian of :meth:`log_prob`, (B,), exact at every level including 0."""
         log_p, rotated, variance, vectors = self._components(x, sigma, condition)
@@ -257,14 +259,14 @@ class GaussianMixture(nn.Module):
         n: int,
         *,
         seed: int = 0,
-        condition: Tensor | None = None,
+        condition: ConditioningLike = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draws ``n`` clean samples (n, D) float32 and the index of each one's component (n,)."""
         device = self.means.device
         gen = make_generator(seed, "mixture", device) if generator is None else generator
         weights = self._log_weights(condition, self.weights).exp()
-        if condition is None:
+        if len(weights) == 1 < n:
             k = torch.multinomial(weights[0], n, replacement=True, generator=gen)
         else:
             k = torch.multinomial(weights, 1, generator=gen)[:, 0]
@@ -278,7 +280,7 @@ class GaussianMixture(nn.Module):
         n: int,
         *,
         seed: int = 0,
-        condition: Tensor | None = None,
+        condition: ConditioningLike = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draws ``n`` clean samples, (n, D) float32; ``condition`` (n,) asks for classes."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.geometry.jacobian import denoiser_jacobian
 
-Prior = Callable[[Tensor, Tensor | None], Tensor]
+Prior = Callable[[Tensor, ConditioningLike], Tensor]
 PRIORS = ("data", "sampler", "moments")
 
 
@@ -24,7 +25,7 @@ def gaussian_prior(variance: float, mean: Tensor | float = 0.0) -> Prior:
         mean: A number, or (*shape).
     """
 
-    def density(y: Tensor, condition: Tensor | None = None) -> Tensor:
+    def density(y: Tensor, condition: ConditioningLike = None) -> Tensor:
         residual = (y - mean).flatten(1)
         return -0.5 * (
             residual.square().sum(1) / variance + residual.shape[1] * math.log(2 * math.pi * variance)
@@ -50,12 +51,13 @@ def moment_prior(
         A function of positions (B, *shape) and labels; it needs D VJPs for each distinct label.
     """
 
-    def density(y: Tensor, condition: Tensor | None = None) -> Tensor:
-        if condition is None:
-            labels, which = None, torch.zeros(len(y), dtype=torch.int64, device=y.device)
+    def density(y: Tensor, condition: ConditioningLike = None) -> Tensor:
+        labels = labels_of(condition)
+        if labels is None:
+            which = torch.zeros(len(y), dtype=torch.int64, device=y.device)
             n = 1
         else:
-            labels, which = condition.unique(return_inverse=True)
+            labels, which = labels.unique(return_inverse=True)
             n = len(labels)
         level = torch.full((n,), sigma, dtype=dtype, device=y.device)
         mean = torch.zeros(n, *y.shape[1:], dtype=dtype, device=y.device)

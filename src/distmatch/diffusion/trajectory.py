@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distmatch.base.seeds import latents
+from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import at_step
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -23,7 +24,6 @@ from distmatch.diffusion.paths import NoisePath
 from distmatch.diffusion.pfgm import start_noise
 from distmatch.diffusion.solvers import Solver, find_solver, solve
 from distmatch.diffusion.solvers.grids import checked_levels
-from distmatch.diffusion.solvers.solve import check_labels
 
 _COARSE = 4  # the layout of an image is its means over at most 4 x 4 tiles
 
@@ -95,7 +95,7 @@ def x0_trajectory(
     grid: Tensor | Sequence[float],
     solver: str | Solver = "heun",
     *,
-    labels: Tensor | None = None,
+    labels: ConditioningLike = None,
     path: NoisePath | str | None = None,
     seed: int = 0,
     batch: int = 1024,
@@ -111,7 +111,7 @@ def x0_trajectory(
         n: Number of samples.
         grid: Decreasing levels; samples are at the last one, usually 0.
         solver: A solver or its name.
-        labels: Classes (n,) int64, or None.
+        labels: Their conditions: class labels (n,), a conditioning, or None.
         path: As for :func:`~distmatch.diffusion.solvers.solve`.
         seed: Seed of all noise.
         batch: Samples at a time.
@@ -123,7 +123,8 @@ def x0_trajectory(
     Raises:
         UserError: What :func:`~distmatch.diffusion.solvers.solve` refuses.
     """
-    check_labels(labels, n)
+    conditioning = as_conditioning(labels)
+    check_conditioning(conditioning, n, spec_of(denoiser))
     chosen = find_solver(solver)
     levels = checked_levels(grid, stochastic=True)
     latent = start_noise(denoiser, latents(n, denoiser.shape, seed), seed)
@@ -131,7 +132,7 @@ def x0_trajectory(
     seen, final = [], []
     for start in range(0, n, batch):
         z = latent[start : start + batch].to(device)
-        c = None if labels is None else labels[start : start + batch].to(device)
+        c = conditioning.index(slice(start, start + batch)).to(device)
         noise = None
         if chosen.stochastic:
             noise = SampleNoise(seed, torch.arange(start, start + len(z)), tuple(denoiser.shape), device)

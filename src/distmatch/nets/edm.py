@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import expand, features_of
 from distmatch.nets.layers import at_least_float32, noise_coordinate
 
@@ -82,7 +83,7 @@ class EDMDenoiser(nn.Module):
         return self.pfgm_dims == 0
 
     def forward(
-        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None, to: Tensor | None = None
+        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None, to: Tensor | None = None
     ) -> Tensor:
         """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
 
@@ -96,22 +97,22 @@ class EDMDenoiser(nn.Module):
             (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network.
         """
         inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma, to)
-        return c_skip * x + c_out * self.net(inputs, c_noise, condition).to(inputs.dtype)
+        return c_skip * x + c_out * self.net(inputs, c_noise, labels_of(condition)).to(inputs.dtype)
 
     def with_features(
-        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None
+        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The same, with the features of the network, (B, C) or (B, C, H, W), in its own dtype."""
         inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma)
-        out, features = self.net.with_features(inputs, c_noise, condition)  # type: ignore[operator]
+        out, features = self.net.with_features(inputs, c_noise, labels_of(condition))  # type: ignore[operator]
         return c_skip * x + c_out * out.to(inputs.dtype), features
 
-    def only_features(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> list[Tensor]:
+    def only_features(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> list[Tensor]:
         """The features alone, by a pass that stops at the last of them where the network can."""
         inputs, c_noise, _, _ = self._preconditioned(x, sigma)
-        return features_of(self.net, inputs, c_noise, condition)
+        return features_of(self.net, inputs, c_noise, labels_of(condition))
 
-    def jump(self, x: Tensor, sigma: Tensor, to: Tensor, condition: Tensor | None = None) -> Tensor:
+    def jump(self, x: Tensor, sigma: Tensor, to: Tensor, condition: ConditioningLike = None) -> Tensor:
         """Takes ``x`` from ``sigma`` to ``to``: ``to/sigma x + (1 - to/sigma) D(x, sigma, condition, to)``.
 
         A step to its own level changes nothing, whatever the network says (CTM, Kim et al. 2024, eq. 5).

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import (
+    Conditioning,
+    ConditioningLike,
+    as_conditioning,
+    check_conditioning,
+    spec_of,
+)
 from distmatch.diffusion.denoiser import Denoiser, require_diffused, require_score
 from distmatch.diffusion.geometry.jacobian import denoise_for_gradient, pull_back
 from distmatch.diffusion.guidance import CallCounter
@@ -16,7 +23,7 @@ from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers.grids import checked_levels
 from distmatch.diffusion.solvers.solve import require_finite
 
-Conditions = Sequence[Tensor | None] | None
+Conditions = Sequence[ConditioningLike] | None
 
 
 class Models:
@@ -24,7 +31,7 @@ class Models:
 
     Args:
         denoisers: One or more; one denoiser may stand there several times, with several conditions.
-        conditions: Labels (B,) or None for each denoiser; None is no condition for any.
+        conditions: One for each denoiser; None is no condition for any.
         purpose: What they are for, for messages.
 
     Raises:
@@ -38,15 +45,16 @@ class Models:
             require_score(denoiser, purpose)
             require_diffused(denoiser, purpose)
         require_same_samples(denoisers, purpose)
-        self.conditions = [None] * len(denoisers) if conditions is None else list(conditions)
+        given = [None] * len(denoisers) if conditions is None else list(conditions)
+        self.conditions = [as_conditioning(one) for one in given]
         if len(self.conditions) != len(denoisers):
             raise UserError(
                 "there must be one condition, or None, for each model",
                 got=f"{len(self.conditions)} for {len(denoisers)} models",
             )
-        for denoiser, labels in zip(denoisers, self.conditions, strict=True):
-            if labels is not None and denoiser.num_classes == 0:
-                raise UserError("a model without classes was given a condition", fix="give None in its place")
+        for denoiser, one in zip(denoisers, self.conditions, strict=True):
+            if one and not spec_of(denoiser):
+                raise UserError("an unconditional model was given a condition", fix="give None in its place")
         self.shape = tuple(denoisers[0].shape)
         self.purpose = purpose
         self._counters = [d if isinstance(d, CallCounter) else CallCounter(d) for d in denoisers]
@@ -112,13 +120,8 @@ class Models:
                 got=f"{len(noise)} samples of shape {tuple(noise.shape)}",
                 expected=f"{len(y)} of shape {self.shape}",
             )
-        for labels in self.conditions:
-            if labels is not None and labels.shape != (len(y),):
-                raise UserError(
-                    "a condition must be one label for each sample",
-                    got=tuple(labels.shape),
-                    expected=(len(y),),
-                )
+        for conditioning, denoiser in zip(self.conditions, self._counters, strict=True):
+            check_conditioning(conditioning, len(y), spec_of(denoiser))
 
     def scores(self, y: Tensor, level: float, dtype: torch.dtype) -> Tensor:
         """Scores of all models, (M, B, *shape) float64.
@@ -153,7 +156,7 @@ class Models:
 
         return (clean - y) / level**2, curvature
 
-    def _pairs(self) -> Iterator[tuple[CallCounter, Tensor | None]]:
+    def _pairs(self) -> Iterator[tuple[CallCounter, Conditioning]]:
         return zip(self._counters, self.conditions, strict=True)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.composition.models import Conditions
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.geometry.jacobian import connected, slopes
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -53,7 +54,7 @@ class Target:
             raise UserError("a strength without a reward does nothing", fix="pass reward too")
 
 
-def annealed(denoiser: Denoiser, beta: float, condition: Tensor | None = None) -> Target:
+def annealed(denoiser: Denoiser, beta: float, condition: ConditioningLike = None) -> Target:
     """q^beta: sharper for beta above 1, flatter below."""
     return Target([denoiser], [beta], [condition])
 
@@ -69,8 +70,8 @@ def geometric(
     conditional: Denoiser,
     reference: Denoiser,
     scale: float,
-    condition: Tensor | None = None,
-    reference_condition: Tensor | None = None,
+    condition: ConditioningLike = None,
+    reference_condition: ConditioningLike = None,
 ) -> Target:
     """What guidance by ``scale`` claims to sample: q_conditional^scale q_reference^(1 - scale)."""
     return Target([conditional, reference], [scale, 1 - scale], [condition, reference_condition])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand, is_diffused, require_score
 from distmatch.diffusion.geometry.jacobian import (
     connected,
@@ -96,7 +97,7 @@ class ObservationGuided(Wrapper):
         """Whether the scores at all levels are those of one noised density: only at scale 0."""
         return self.scale == 0 and is_diffused(self.inner)
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         """The guided prediction, (B, *shape)."""
         if self.scale == 0:
             return self.inner(x, sigma, condition)
@@ -126,6 +127,6 @@ class ObservationGuided(Wrapper):
             )
         return value
 
-    def cost(self, sigma: Tensor, condition: Tensor | None = None) -> Calls:
+    def cost(self, sigma: Tensor, condition: ConditioningLike = None) -> Calls:
         """One call of the model and, unless the scale is 0, a backward pass."""
         return cost_of(self.inner, sigma, condition) + Calls(backward=int(self.scale != 0))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.control.linear import LinearMap
 from distmatch.diffusion.denoiser import Denoiser, expand, require_score
 from distmatch.diffusion.geometry.jacobian import denoise_for_gradient, pull_back, refuse_random_layers
@@ -78,7 +79,7 @@ class LinearPosterior(Wrapper):
         self.covariance = covariance
         self.iterations = iterations or min(math.prod(operator.out_shape), 32)
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         """The corrected prediction, (B, *shape)."""
         if tuple(self.value.shape) not in (self.operator.out_shape, (len(x), *self.operator.out_shape)):
             raise UserError(
@@ -100,7 +101,7 @@ class LinearPosterior(Wrapper):
         u = conjugate_gradients(seen, surprise, self.iterations)
         return clean + pull_back(out, leaf, self.operator.transpose(u)[None], keep=False)[0]
 
-    def cost(self, sigma: Tensor, condition: Tensor | None = None) -> Calls:
+    def cost(self, sigma: Tensor, condition: ConditioningLike = None) -> Calls:
         """One call of the model, and a backward pass for each iteration and the correction."""
         passes = 1 + (self.iterations if self.covariance == "tweedie" else 0)
         return cost_of(self.inner, sigma, condition) + Calls(backward=passes)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import expand
 
 
@@ -180,23 +181,24 @@ class NeighbourDenoiser(nn.Module):
         variance = float((flat - flat.mean(0)).square().mean())
         self.sigma_data = math.sqrt(variance + bandwidth**2)
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         """E[x0 | x, neighbours], (B, *shape); ``condition`` (B,) numbers of queries, -1 for none."""
         level = sigma.to(x).reshape(-1).expand(len(x))
-        near = self._posterior_mean(x, level, condition)
-        if condition is None:
+        queries = labels_of(condition)
+        near = self._posterior_mean(x, level, queries)
+        if queries is None:
             return near
-        return torch.where(expand(condition < 0, x), self._posterior_mean(x, level, None), near)
+        return torch.where(expand(queries < 0, x), self._posterior_mean(x, level, None), near)
 
-    def _posterior_mean(self, x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
+    def _posterior_mean(self, x: Tensor, level: Tensor, queries: Tensor | None) -> Tensor:
         flat = x.flatten(1)
         centres = self.values.to(x).flatten(1)
-        if condition is None:
+        if queries is None:
             apart = torch.cdist(flat, centres, compute_mode="donot_use_mm_for_euclid_dist") ** 2
         else:
-            centres = centres[self.neighbours[condition.clamp_min(0)]]
+            centres = centres[self.neighbours[queries.clamp_min(0)]]
             apart = (flat[:, None] - centres).square().sum(2)
         variance = (level**2 + self.bandwidth**2)[:, None]
         share = (-0.5 * apart / variance).softmax(1)
-        mean = share @ centres if condition is None else torch.einsum("bk,bkd->bd", share, centres)
+        mean = share @ centres if queries is None else torch.einsum("bk,bkd->bd", share, centres)
         return (mean + self.bandwidth**2 / variance * (flat - mean)).reshape(x.shape)

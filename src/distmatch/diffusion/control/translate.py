@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.latents import Decoder, decoder_of, require_same_samples
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers.grids import checked_levels
-from distmatch.diffusion.solvers.solve import check_labels
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _mean_and_spread(clean: Tensor, y: Tensor, now: float, after: float, eta: fl
 
 
 def _denoise(
-    denoiser: Denoiser, y: Tensor, level: float, dtype: torch.dtype, condition: Tensor | None
+    denoiser: Denoiser, y: Tensor, level: float, dtype: torch.dtype, condition: ConditioningLike
 ) -> Tensor:
     level_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
@@ -82,7 +82,7 @@ def encode(
     noise: SampleNoise,
     *,
     eta: float = 0.1,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
 ) -> Code:
     """Encodes samples: one call a step.
 
@@ -115,7 +115,8 @@ def encode(
         )
     if len(noise) != len(x) or tuple(noise.shape) != tuple(denoiser.shape):
         raise UserError("the noise is not for this batch", got=f"{len(noise)} samples of {noise.shape}")
-    check_labels(condition, len(x))
+    condition = as_conditioning(condition)
+    check_conditioning(condition, len(x), spec_of(denoiser))
     clean = x.double()
     start = y = clean + levels[0] * noise.normal(0, 1).double()
     noises = []
@@ -133,7 +134,7 @@ def encode(
 
 @torch.no_grad()
 def decode(
-    denoiser: Denoiser, code: Code, *, condition: Tensor | None = None, dtype: torch.dtype = torch.float32
+    denoiser: Denoiser, code: Code, *, condition: ConditioningLike = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Samples (B, *shape) in ``dtype`` from a code: those it was made from, if the model is the same.
 
@@ -148,7 +149,8 @@ def decode(
     """
     require_score(denoiser, "a decoder of posterior noise")
     require_same_samples([code, denoiser], "a translation")
-    check_labels(condition, len(code.start))
+    condition = as_conditioning(condition)
+    check_conditioning(condition, len(code.start), spec_of(denoiser))
     y = code.start
     for (now, after), e in zip(pairwise(code.levels), code.noises, strict=True):
         guess = _denoise(denoiser, y, now, dtype, condition)
@@ -168,8 +170,8 @@ def translate(
     noise: SampleNoise,
     *,
     eta: float = 0.1,
-    source_condition: Tensor | None = None,
-    target_condition: Tensor | None = None,
+    source_condition: ConditioningLike = None,
+    target_condition: ConditioningLike = None,
 ) -> Tensor:
     """Takes samples of one model's domain to another's: encode with the one, decode with the other.
 

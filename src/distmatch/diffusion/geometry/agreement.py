@@ -17,6 +17,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.seeds import latents
+from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.geometry.summary import mean_of, ratio_of
 from distmatch.diffusion.latents import require_same_samples
@@ -46,7 +47,7 @@ def agreement(
     x0: Tensor,
     sigmas: Sequence[float],
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     seed: int = 0,
     batch: int = 1024,
 ) -> list[Agreement]:
@@ -116,11 +117,13 @@ def _square_errors(
     models: Sequence[Denoiser],
     x0: Tensor,
     sigma: float,
-    condition: Tensor | None,
+    condition: ConditioningLike,
     seed: int,
     batch: int,
 ) -> Tensor:
     """Mean squares over the coordinates of D_a - D_b, D_a - x0, D_b - x0, or of D_a - x0, (3 or 1, n)."""
+    told = as_conditioning(condition)
+    check_conditioning(told, len(x0))
     noise = latents(len(x0), tuple(x0.shape[1:]), seed, "agreement")
     columns = []
     for start in range(0, len(x0), batch):
@@ -128,8 +131,7 @@ def _square_errors(
         x = x0[part]
         y = x + sigma * noise[part].to(x)
         level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        labels = None if condition is None else condition[part]
-        sides = [*(model(y, level, labels).double() for model in models), x.double()]
+        sides = [*(model(y, level, told.index(part)).double() for model in models), x.double()]
         pairs = combinations(sides, 2)
         columns.append(torch.stack([(p - q).flatten(1).square().mean(1) for p, q in pairs]))
     return torch.cat(columns, dim=1).cpu()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
+from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.geometry.flow import FlowSolver, ScaledFlow, State
 from distmatch.diffusion.geometry.jacobian import (
@@ -53,7 +54,7 @@ def flipd(
     x: Tensor,
     sigma: float,
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     trace: str = "exact",
     seed: int = 0,
     chunk: int = 16,
@@ -91,7 +92,7 @@ def rank_gap(
     *,
     probes: int | None = None,
     threshold: float = 0.25,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     seed: int = 0,
     chunk: int = 16,
 ) -> Dimension:
@@ -121,13 +122,13 @@ def rank_gap(
     if count < dim:
         raise UserError("the rank needs at least as many probes as dimensions", got=count, expected=dim)
     noise = draw_probes("gaussian", count, len(x), tuple(x.shape[1:]), seed=seed, like=x)
+    told = as_conditioning(condition)
     pulls = []
     for z in noise.split(chunk):
         near = (x + sigma * z).flatten(0, 1)
         level = torch.full((len(near),), sigma, dtype=x.dtype, device=x.device)
-        labels = None if condition is None else condition.repeat(len(z))
         with torch.no_grad():
-            pull = (denoiser(near, level, labels).double() - near.double()) / sigma
+            pull = (denoiser(near, level, told.repeat(len(z))).double() - near.double()) / sigma
         pulls.append(pull.reshape(len(z), len(x), dim))
     rows = torch.cat(pulls).transpose(0, 1)
     spectrum = torch.linalg.svdvals(rows / math.sqrt(count)).cpu()
@@ -141,7 +142,7 @@ def flow_jacobian(
     sigma_from: float,
     sigma_to: float,
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     solver: str = "rk5:64",
     chunk: int = 16,
 ) -> tuple[Tensor, Tensor]:
@@ -187,7 +188,7 @@ def flow_dimension(
     sigma: float,
     *,
     threshold: float = 10.0,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     solver: str = "rk5:64",
     chunk: int = 16,
 ) -> Dimension:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.estimate import Estimate
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand, require_score
 from distmatch.diffusion.geometry.jacobian import (
     denoise_for_gradient,
@@ -30,7 +31,7 @@ def curl_share(
     y: Tensor,
     sigma: Tensor,
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     probes: int = 16,
     seed: int = 0,
 ) -> Estimate:
@@ -85,7 +86,7 @@ def gauge_residual(
     y: Tensor,
     sigma: Tensor,
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     trace: str = "exact",
     seed: int = 0,
     chunk: int = 16,

@@ -23,6 +23,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
 
 State = tuple[Tensor, ...]
@@ -169,7 +170,7 @@ class ScaledFlow:
     centre: Tensor
 
     @classmethod
-    def of(cls, denoiser: Denoiser, y: Tensor, sigma: float, condition: Tensor | None) -> ScaledFlow:
+    def of(cls, denoiser: Denoiser, y: Tensor, sigma: float, condition: ConditioningLike) -> ScaledFlow:
         """The flow of a batch ``y`` (B, *shape), whose highest level is ``sigma``."""
         level = torch.full((len(y),), sigma, dtype=y.dtype, device=y.device)
         mean = y

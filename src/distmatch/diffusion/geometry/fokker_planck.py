@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.geometry.jacobian import (
     connected,
@@ -125,7 +126,7 @@ def score_residual(
     y: Tensor,
     sigma: Tensor,
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     trace: str = "exact",
     seed: int = 0,
 ) -> ScoreResidual:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.seeds import stream_seed
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise_streams import SampleNoise
 
@@ -82,7 +83,7 @@ def refuse_random_layers(denoiser: object) -> None:
 
 
 def denoise_for_gradient(
-    denoiser: Denoiser, y: Tensor, sigma: Tensor, condition: Tensor | None
+    denoiser: Denoiser, y: Tensor, sigma: Tensor, condition: ConditioningLike
 ) -> tuple[Tensor, Tensor]:
     """D(y, sigma) with its graph, and the leaf ``y`` that the graph starts from.
 
@@ -180,7 +181,7 @@ def denoise_with_trace(
     denoiser: Denoiser,
     y: Tensor,
     sigma: Tensor,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     *,
     probes: Tensor | None = None,
     chunk: int = 16,
@@ -218,7 +219,7 @@ def denoise_with_trace(
 
 
 def denoiser_jacobian(
-    denoiser: Denoiser, y: Tensor, sigma: Tensor, condition: Tensor | None = None, *, chunk: int = 16
+    denoiser: Denoiser, y: Tensor, sigma: Tensor, condition: ConditioningLike = None, *, chunk: int = 16
 ) -> tuple[Tensor, Tensor]:
     """D(y, sigma), (B, *shape), and its whole Jacobian J[b, i, j] = dD_i/dy_j, (B, D, D), without a graph.
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, as_conditioning, for_model
 from distmatch.diffusion.denoiser import Denoiser, expand, features_of, is_diffused, lends_features
 from distmatch.diffusion.geometry.jacobian import refuse_random_layers
 from distmatch.diffusion.guidance.wrapper import Calls, Wrapper, at_step, cost_of, regime_of
 
 Features = list[Tensor]
-Pass = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Features]]
-"""One network pass: (x, sigma, condition) to the prediction and the features, none where not asked for."""
+Pass = Callable[[Tensor, Tensor, Conditioning], tuple[Tensor, Features]]
+"""One network pass: (x, sigma, conditioning) to the prediction and the features, none where not asked for."""
 
 Where = bool | Tensor
 """Which samples of a batch are guided: all, none, or a mask (B,)."""
@@ -60,16 +61,16 @@ class Guidance(Wrapper):
         """Whether the scores at all levels are those of one noised density; guided ones are not."""
         return self.neutral and is_diffused(self.inner)
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         """The guided prediction, (B, *shape); samples with nothing to guide them are not guided."""
 
-        def plain(x: Tensor, sigma: Tensor, condition: Tensor | None) -> tuple[Tensor, Features]:
-            return self.inner(x, sigma, condition), []
+        def plain(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Features]:
+            return self.inner(x, sigma, conditioning), []
 
-        return self._run(plain, x, sigma, condition)[0]
+        return self._run(plain, x, sigma, as_conditioning(condition))[0]
 
     def with_features(
-        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None
+        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None
     ) -> tuple[Tensor, Features]:
         """The guided prediction and the features of the main pass, not of the reference.
 
@@ -78,44 +79,44 @@ class Guidance(Wrapper):
         """
         if not lends_features(self.inner):
             raise UserError("this teacher does not lend features", fix="use --ratio-features own")
-        return self._run(self.inner.with_features, x, sigma, condition)
+        return self._run(self.inner.with_features, x, sigma, as_conditioning(condition))
 
-    def only_features(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Features:
+    def only_features(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Features:
         """The features of the main pass, without the reference and without what comes behind them."""
-        return features_of(self.inner, x, sigma, self._main_condition(condition))
+        return features_of(self.inner, x, sigma, self._main_condition(as_conditioning(condition)))
 
     def _run(
-        self, forward: Pass, x: Tensor, sigma: Tensor, condition: Tensor | None
+        self, forward: Pass, x: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Features]:
-        where = self._where(sigma, condition)
+        where = self._where(sigma, conditioning)
         if where is False:
-            return forward(x, sigma, self._main_condition(condition))
-        main, guided, features = self._guided(forward, x, sigma, condition)
+            return forward(x, sigma, self._main_condition(conditioning))
+        main, guided, features = self._guided(forward, x, sigma, conditioning)
         if isinstance(where, Tensor):
             guided = torch.where(expand(where, x), guided, main)
         return guided, features
 
     def _guided(
-        self, forward: Pass, x: Tensor, sigma: Tensor, condition: Tensor | None
+        self, forward: Pass, x: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor, Features]:
         """Prediction of ``inner``, guided prediction, features."""
-        main, features = forward(x, sigma, self._main_condition(condition))
-        return main, self._corrected(main, x, sigma, condition), features
+        main, features = forward(x, sigma, self._main_condition(conditioning))
+        return main, self._corrected(main, x, sigma, conditioning), features
 
-    def _corrected(self, main: Tensor, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
+    def _corrected(self, main: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The guided prediction of all samples."""
         raise NotImplementedError
 
-    def _main_condition(self, condition: Tensor | None) -> Tensor | None:
-        """What ``inner`` is told."""
-        return condition
+    def _main_condition(self, conditioning: Conditioning) -> Conditioning:
+        """What ``inner`` is conditioned on."""
+        return conditioning
 
-    def _guidable(self, condition: Tensor | None) -> Where:
+    def _guidable(self, conditioning: Conditioning) -> Where:
         """Which samples have something to be guided by."""
-        return condition is not None
+        return bool(conditioning)
 
-    def _where(self, sigma: Tensor, condition: Tensor | None) -> Where:
-        guidable = False if self.neutral or self._outside else self._guidable(condition)
+    def _where(self, sigma: Tensor, conditioning: Conditioning) -> Where:
+        guidable = False if self.neutral or self._outside else self._guidable(conditioning)
         if guidable is False or self.interval is None:
             return guidable
         inside = (sigma > self.interval[0]) & (sigma <= self.interval[1])
@@ -126,26 +127,28 @@ class Guidance(Wrapper):
                 return guidable
         return inside & guidable
 
-    def cost(self, sigma: Tensor, condition: Tensor | None = None) -> Calls:
+    def cost(self, sigma: Tensor, condition: ConditioningLike = None) -> Calls:
         """What a call costs for each sample."""
-        inner = cost_of(self.inner, sigma, self._main_condition(condition))
-        if self._where(sigma, condition) is False:
+        conditioning = as_conditioning(condition)
+        inner = cost_of(self.inner, sigma, self._main_condition(conditioning))
+        if self._where(sigma, conditioning) is False:
             return inner
-        return self._cost(inner, sigma, condition)
+        return self._cost(inner, sigma, conditioning)
 
-    def _cost(self, inner: Calls, sigma: Tensor, condition: Tensor | None) -> Calls:
+    def _cost(self, inner: Calls, sigma: Tensor, conditioning: Conditioning) -> Calls:
         """The cost of a guided call, where that of the inner denoiser is ``inner``."""
         raise NotImplementedError
 
-    def regime(self, condition: Tensor | None) -> Hashable:
+    def regime(self, condition: ConditioningLike) -> Hashable:
         """Whether the step is guided, and what the denoisers that it calls have decided."""
-        inner = regime_of(self.inner, self._main_condition(condition))
-        if self.neutral or self._outside or self._guidable(condition) is False:
+        conditioning = as_conditioning(condition)
+        inner = regime_of(self.inner, self._main_condition(conditioning))
+        if self.neutral or self._outside or self._guidable(conditioning) is False:
             return inner, None
         other = self.reference
         if other is None:
             return inner, "guided"
-        return inner, ("guided", regime_of(other, condition if other.num_classes else None))
+        return inner, ("guided", regime_of(other, for_model(other, conditioning)))
 
     def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
         """The guided or the plain denoiser, as the interval has it for the higher level of the step.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning, has_condition
 from distmatch.diffusion.denoiser import Denoiser, expand, require_score
 from distmatch.diffusion.geometry.jacobian import connected, slopes
 from distmatch.diffusion.guidance.base import (
@@ -89,18 +90,16 @@ class ClassifierGuided(Guidance):
         """At scale 0."""
         return self.scale == 0
 
-    def _main_condition(self, condition: Tensor | None) -> Tensor | None:
-        return condition if self.conditional else None
+    def _main_condition(self, conditioning: Conditioning) -> Conditioning:
+        return conditioning if self.conditional else UNCONDITIONAL
 
-    def _guidable(self, condition: Tensor | None) -> Where:
-        if self.target is not None:
-            return True
-        return False if condition is None else condition >= 0
+    def _guidable(self, conditioning: Conditioning) -> Where:
+        return True if self.target is not None else has_condition(conditioning)
 
     def _guided(
-        self, forward: Pass, x: Tensor, sigma: Tensor, condition: Tensor | None
+        self, forward: Pass, x: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor, Features]:
-        told = self._main_condition(condition)
+        told = self._main_condition(conditioning)
         # A caller that differentiates this prediction gets the gradient's own derivative too.
         again = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
@@ -108,18 +107,16 @@ class ClassifierGuided(Guidance):
             if self.on == "clean":
                 main, features = forward(leaf, sigma, told)
                 main = connected(main, leaf, lambda moved: forward(moved, sigma, told)[0])
-                slope = self._slope(main, leaf, sigma, condition, again)
+                slope = self._slope(main, leaf, sigma, conditioning.label, again)
             else:
-                slope = self._slope(leaf, leaf, sigma, condition, again)
+                slope = self._slope(leaf, leaf, sigma, conditioning.label, again)
         if self.on == "noisy":
             main, features = forward(x, sigma, told)
         elif not again:
             main, features = main.detach(), [f.detach() for f in features]
         return main, main + self.scale * expand(sigma, x).to(x) ** 2 * slope, features
 
-    def _slope(
-        self, seen: Tensor, leaf: Tensor, sigma: Tensor, condition: Tensor | None, again: bool
-    ) -> Tensor:
+    def _slope(self, seen: Tensor, leaf: Tensor, sigma: Tensor, labels: Tensor | None, again: bool) -> Tensor:
         """The gradient of log p(class | seen) with respect to ``leaf``, (B, *shape)."""
         logits = connected(
             self.classifier(seen, sigma), seen, lambda moved: self.classifier(moved, sigma), "the classifier"
@@ -130,11 +127,11 @@ class ClassifierGuided(Guidance):
                 got=tuple(logits.shape),
                 expected=(len(leaf), self.classes),
             )
-        if self.target is not None or condition is None:
+        if self.target is not None or labels is None:
             chosen = logits.log_softmax(1)[:, self.target or 0]
         else:
-            chosen = logits.log_softmax(1).gather(1, condition.clamp_min(0)[:, None])
+            chosen = logits.log_softmax(1).gather(1, labels.clamp_min(0)[:, None])
         return slopes(chosen, (leaf,), create_graph=again)[0]
 
-    def _cost(self, inner: Calls, sigma: Tensor, condition: Tensor | None) -> Calls:
+    def _cost(self, inner: Calls, sigma: Tensor, conditioning: Conditioning) -> Calls:
         return inner + Calls(classifier=1, backward=1)

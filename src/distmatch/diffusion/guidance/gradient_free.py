@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import Conditioning, has_condition
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.guidance.base import Guidance, Where, checked_scale, refuse_training_mode
 from distmatch.diffusion.guidance.linear import check_pair
@@ -93,23 +94,23 @@ class GradientFree(Guidance):
         """At a scale of 1, given as a number."""
         return self._neutral
 
-    def _guidable(self, condition: Tensor | None) -> Where:
-        return False if condition is None else condition >= 0
+    def _guidable(self, conditioning: Conditioning) -> Where:
+        return has_condition(conditioning)
 
-    def _corrected(self, main: Tensor, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
+    def _corrected(self, main: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise UserError(
                 "gradient-free guidance has no derivative: its classifier is used without a graph",
                 fix="call it under torch.no_grad(), or use ClassifierGuided",
             )
-        if condition is None:
+        if conditioning.label is None:
             return main
-        other, scale = self._confusion(main, condition)
+        other, scale = self._confusion(main, conditioning.label)
         model = self.inner if self.reference is None else self.reference
         return main + expand(scale - 1, x) * (main - model(x, sigma, other))
 
     @torch.no_grad()
-    def _confusion(self, main: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def _confusion(self, main: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest other class (B,), and the scale (B,) in the dtype of ``main``."""
         logits = self.classifier(main.detach())
         if logits.shape != (len(main), self.num_classes):
@@ -119,10 +120,10 @@ class GradientFree(Guidance):
                 expected=(len(main), self.num_classes),
             )
         p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
-        asked = condition.clamp_min(0)[:, None]
+        asked = labels.clamp_min(0)[:, None]
         p_other, other = p.scatter(1, asked, -1.0).max(1)
         return other, self.scales(p.gather(1, asked)[:, 0], p_other).to(main)
 
-    def _cost(self, inner: Calls, sigma: Tensor, condition: Tensor | None) -> Calls:
-        second = inner if self.reference is None else cost_of(self.reference, sigma, condition)
+    def _cost(self, inner: Calls, sigma: Tensor, conditioning: Conditioning) -> Calls:
+        second = inner if self.reference is None else cost_of(self.reference, sigma, conditioning)
         return inner + second.as_reference + Calls(classifier=1)

@@ -7,6 +7,17 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.memory import out_of_memory
+from distmatch.diffusion.conditioning import (
+    Conditioning,
+    ConditioningLike,
+    as_conditioning,
+    cat,
+    check_conditioning,
+    for_model,
+    has_condition,
+    null_conditioning,
+    spec_of,
+)
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.guidance.base import Features, Guidance, Pass, Where, checked_scale
 from distmatch.diffusion.guidance.wrapper import Calls, cost_of
@@ -30,6 +41,8 @@ class Guided(Guidance):
         reference: Another model in place of the main one without its class. One with the same classes is
             told the same ones; one without classes is a separate unconditional model.
         interval: (low, high): guide where low < sigma <= high only (Kynkaanniemi et al. 2024).
+        negative: What to lead away from in place of no condition, such as a negative prompt: a label (1,) or
+            a conditioning of one row, the same for all samples.
 
     Raises:
         UserError: No classes and no reference, models that do not fit together, a bad scale or interval.
@@ -42,15 +55,18 @@ class Guided(Guidance):
         *,
         reference: Denoiser | None = None,
         interval: tuple[float, float] | None = None,
+        negative: ConditioningLike = None,
     ) -> None:
         super().__init__(inner, interval)
         self.scale = checked_scale(scale)
         self.reference = reference
+        self.negative = as_conditioning(negative)
+        check_conditioning(self.negative, 1, spec_of(inner if reference is None else reference))
         if reference is not None:
             check_pair(inner, reference)
-        elif inner.num_classes == 0:
+        elif not spec_of(inner):
             raise UserError(
-                "guidance needs a class-conditional teacher",
+                "guidance needs a conditional teacher",
                 got="an unconditional one",
                 fix="train the teacher on labelled data, or leave --guidance at 1; a weaker model as "
                 "reference can guide an unconditional one",
@@ -61,38 +77,46 @@ class Guided(Guidance):
         """At scale 1."""
         return self.scale == 1
 
-    def _guidable(self, condition: Tensor | None) -> Where:
-        if self.reference is None:
-            return condition is not None
-        if self.reference.num_classes == self.num_classes:
+    def _guidable(self, conditioning: Conditioning) -> Where:
+        if self.negative:
             return True
-        # Without a class, two unconditional models differ by their faults only.
-        return False if condition is None else condition >= 0
+        if self.reference is None:
+            return bool(conditioning)
+        if spec_of(self.reference).keys() == spec_of(self).keys():
+            return True
+        # Without a condition, two unconditional models differ by their faults only.
+        return has_condition(conditioning)
 
     def _guided(
-        self, forward: Pass, x: Tensor, sigma: Tensor, condition: Tensor | None
+        self, forward: Pass, x: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor, Features]:
-        if self.reference is not None or condition is None:
-            return super()._guided(forward, x, sigma, condition)
-        none = torch.full_like(condition, -1)
-        both, features = forward(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([condition, none]))
+        if self.reference is not None:
+            return super()._guided(forward, x, sigma, conditioning)
+        away = self._away_from(len(x), x.device)
+        conditioning = conditioning or null_conditioning(self.inner, len(x), x.device)
+        both, features = forward(torch.cat([x, x]), torch.cat([sigma, sigma]), cat([conditioning, away]))
         main, reference = both.chunk(2)
         return main, self._mix(main, reference), [f[: len(x)] for f in features]
 
-    def _corrected(self, main: Tensor, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
+    def _away_from(self, n: int, device: torch.device) -> Conditioning:
+        """What predictions are led away from: the negative conditioning, or none at all."""
+        if not self.negative:
+            return null_conditioning(self.inner, n, device)
+        return self.negative.to(device).expand(n)
+
+    def _corrected(self, main: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if self.reference is None:
             return main
-        told = condition if self.reference.num_classes else None
-        return self._mix(main, self.reference(x, sigma, told))
+        told = self._away_from(len(x), x.device) if self.negative else conditioning
+        return self._mix(main, self.reference(x, sigma, for_model(self.reference, told)))
 
     def _mix(self, main: Tensor, reference: Tensor) -> Tensor:
         return reference + self.scale * (main - reference)
 
-    def _cost(self, inner: Calls, sigma: Tensor, condition: Tensor | None) -> Calls:
+    def _cost(self, inner: Calls, sigma: Tensor, conditioning: Conditioning) -> Calls:
         if self.reference is None:
             return inner + inner.as_reference
-        told = condition if self.reference.num_classes else None
-        return inner + cost_of(self.reference, sigma, told).as_reference
+        return inner + cost_of(self.reference, sigma, for_model(self.reference, conditioning)).as_reference
 
 
 def guided(
@@ -101,6 +125,7 @@ def guided(
     *,
     interval: tuple[float, float] | None = None,
     reference: Denoiser | None = None,
+    negative: ConditioningLike = None,
 ) -> Denoiser:
     """The denoiser with the guidance that was asked for, or itself at scale 1.
 
@@ -109,15 +134,17 @@ def guided(
         scale: Guidance scale; 1 is none.
         interval: (low, high): guide where low < sigma <= high only.
         reference: A weaker model for autoguidance; None is classifier-free guidance.
+        negative: What to lead away from; None is no condition.
 
     Raises:
-        UserError: As :class:`Guided`; or an interval or a reference at scale 1, where they do nothing.
+        UserError: As :class:`Guided`; or an interval, a reference or a negative condition at scale 1, where
+            they do nothing.
     """
     if checked_scale(scale) != 1:
-        return Guided(denoiser, scale, reference=reference, interval=interval)
-    if interval is not None or reference is not None:
+        return Guided(denoiser, scale, reference=reference, interval=interval, negative=negative)
+    if interval is not None or reference is not None or negative is not None:
         raise UserError(
-            "a guidance interval or reference does nothing at guidance scale 1",
+            "an interval, a reference or a negative condition does nothing at guidance scale 1",
             fix="give a scale too, for example --guidance 2",
         )
     return denoiser
@@ -131,7 +158,7 @@ def require_null_class(denoiser: Denoiser) -> None:
     Raises:
         UserError: It refuses the label -1, or was trained without ever hiding a label.
     """
-    if denoiser.num_classes == 0:
+    if not spec_of(denoiser):
         return
     reason = "a teacher that was trained with --label-dropout 0"
     if getattr(denoiser, "saw_no_class", True):
@@ -139,7 +166,9 @@ def require_null_class(denoiser: Denoiser) -> None:
         like = torch.zeros(1, device=own.device if own is not None else None)
         try:
             with torch.no_grad():
-                denoiser(like.new_zeros(1, *denoiser.shape), like + 1, torch.full_like(like, -1).long())
+                denoiser(
+                    like.new_zeros(1, *denoiser.shape), like + 1, null_conditioning(denoiser, 1, like.device)
+                )
             return
         except (UserError, IndexError, ValueError, RuntimeError) as error:
             if out_of_memory(error):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance.classifier import Classifier, ClassifierGuided
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -30,7 +31,7 @@ def minority_score(
     *,
     draws: int = 5,
     distance: Distance = squared_distance,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     seed: int = 0,
     batch: int = 1024,
 ) -> Tensor:
@@ -62,16 +63,18 @@ def minority_score(
             got=f"samples {tuple(x0.shape)}, draws={draws}, sigma={sigma}, batch={batch}",
             expected=f"samples (n, {', '.join(map(str, denoiser.shape))})",
         )
+    conditioning = as_conditioning(condition)
+    check_conditioning(conditioning, len(x0), spec_of(denoiser))
     parts = []
     for start in range(0, len(x0), batch):
         rows = x0[start : start + batch]
-        labels = None if condition is None else condition[start : start + batch]
+        told = conditioning.index(slice(start, start + batch))
         noise = SampleNoise(seed, torch.arange(start, start + len(rows)), tuple(denoiser.shape), rows.device)
         level = torch.full((len(rows),), sigma, dtype=rows.dtype, device=rows.device)
         total = torch.zeros(len(rows), dtype=torch.float64)
         for draw in range(draws):
             noised = rows + sigma * noise.normal(draw).to(rows)
-            total += distance(rows, denoiser(noised, level, labels)).double().cpu()
+            total += distance(rows, denoiser(noised, level, told)).double().cpu()
         parts.append(total / draws)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.conditioning import (
+    ConditioningLike,
+    as_conditioning,
+    check_conditioning,
+    for_model,
+    spec_of,
+)
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance.linear import check_pair
 from distmatch.diffusion.guidance.wrapper import CallCounter, at_step
@@ -17,7 +24,7 @@ from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath
 from distmatch.diffusion.solvers.grids import checked_levels
 from distmatch.diffusion.solvers.run import Solver
-from distmatch.diffusion.solvers.solve import Solution, check_labels, solve
+from distmatch.diffusion.solvers.solve import Solution, solve
 
 Predict = Callable[[Tensor, float], Tensor]
 """(y, sigma) to D."""
@@ -68,7 +75,7 @@ def solve_reflected(
     grid: Tensor | Sequence[float],
     solver: str | Solver = "ddim",
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     noise: SampleNoise | None = None,
     path: NoisePath | str | None = None,
     trajectory: bool = False,
@@ -109,9 +116,10 @@ def solve_reflected(
         raise UserError(
             "the start of a solve has the wrong shape", got=tuple(y.shape), expected=f"(B, *{strong.shape})"
         )
-    check_labels(condition, len(y))
+    conditioning = as_conditioning(condition)
+    check_conditioning(conditioning, len(y), spec_of(strong))
     counted = [CallCounter(strong), CallCounter(weak)]
-    told = [condition, condition if weak.num_classes else None]
+    told = [conditioning, for_model(weak, conditioning)]
 
     def reflected(k: int, state: Tensor) -> Tensor:
         now, after = levels[k], levels[k + 1]
@@ -128,7 +136,7 @@ def solve_reflected(
     start = reflected(0, y.to(work)).to(y.dtype) if last > 0 else y
     done = solve(
         counted[0], start, levels, solver,
-        condition=condition, noise=noise, path=path, trajectory=trajectory, on_step=on_step,
+        condition=conditioning, noise=noise, path=path, trajectory=trajectory, on_step=on_step,
     )  # fmt: skip
     states = done.trajectory
     if states is not None:
@@ -137,7 +145,7 @@ def solve_reflected(
 
 
 def _predictor(
-    model: Denoiser, condition: Tensor | None, dtype: torch.dtype, now: float, after: float
+    model: Denoiser, condition: ConditioningLike, dtype: torch.dtype, now: float, after: float
 ) -> Predict:
     """The model in one step, called with a level for the whole batch, in the dtype of the state."""
     chosen = at_step(model, now, after)

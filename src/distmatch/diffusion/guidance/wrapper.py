@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, has_score
 
 WrapperT = TypeVar("WrapperT", bound="Wrapper")
@@ -49,7 +50,7 @@ class Calls:
         return replace(self, main=0, reference=self.total)
 
 
-def cost_of(denoiser: Denoiser, sigma: Tensor, condition: Tensor | None) -> Calls:
+def cost_of(denoiser: Denoiser, sigma: Tensor, condition: ConditioningLike) -> Calls:
     """What ``denoiser(x, sigma, condition)`` costs a sample: its own ``cost``, or one call.
 
     Args:
@@ -76,7 +77,7 @@ def at_step(denoiser: Denoiser, sigma_from: float, sigma_to: float) -> Denoiser:
     return denoiser if choose is None else choose(sigma_from, sigma_to)
 
 
-def regime_of(denoiser: Denoiser, condition: Tensor | None) -> Hashable:
+def regime_of(denoiser: Denoiser, condition: ConditioningLike) -> Hashable:
     """What a denoiser has decided for a step: its own ``regime(condition)``, or None.
 
     Where it changes from one step to the next, predictions jump, and a solver with a memory starts anew.
@@ -108,15 +109,15 @@ class Wrapper:
         if path is not None:
             self.path = path
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         """The prediction, (B, *shape)."""
         return self.inner(x, sigma, condition)
 
-    def cost(self, sigma: Tensor, condition: Tensor | None = None) -> Calls:
+    def cost(self, sigma: Tensor, condition: ConditioningLike = None) -> Calls:
         """What a call costs for each sample."""
         return cost_of(self.inner, sigma, condition)
 
-    def regime(self, condition: Tensor | None) -> Hashable:
+    def regime(self, condition: ConditioningLike) -> Hashable:
         """What the inner denoiser has decided for the step."""
         return regime_of(self.inner, condition)
 
@@ -149,7 +150,7 @@ class CallCounter(Wrapper):
         self.calls = 0
         self.spent = Calls()
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         """Calls the inner denoiser and counts it."""
         self._add(cost_of(self.inner, sigma, condition))
         return self.inner(x, sigma, condition)
@@ -171,6 +172,6 @@ class _CountedStep(Wrapper):
         super().__init__(inner)
         self._counter = counter
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         self._counter._add(cost_of(self.inner, sigma, condition))
         return self.inner(x, sigma, condition)

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import latents
+from distmatch.diffusion.conditioning import (
+    Conditioning,
+    ConditioningLike,
+    as_conditioning,
+    check_conditioning,
+    spec_of,
+)
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import CallCounter, at_step, regime_of
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -44,7 +51,7 @@ def solve(
     grid: Tensor | Sequence[float],
     solver: str | Solver = "heun",
     *,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     noise: SampleNoise | None = None,
     path: NoisePath | str | None = None,
     trajectory: bool = False,
@@ -61,7 +68,7 @@ def solve(
         grid: Levels, strictly decreasing (the last may be 0), or strictly increasing to go from samples to
             noise, which deterministic solvers can.
         solver: A solver, or its name with options after colons, see :func:`find_solver`.
-        condition: Labels (B,), -1 for none.
+        condition: Class labels (B,), a conditioning, or None.
         noise: The noise of stochastic solvers.
         path: A path or its name, for solvers that work in a path's time; without it the denoiser's own
             ``path``, if it has one.
@@ -78,7 +85,8 @@ def solve(
     chosen = find_solver(solver)
     levels = checked_levels(grid, stochastic=chosen.stochastic)
     _check(denoiser, y, chosen, solver, levels, noise)
-    check_labels(condition, len(y))
+    conditioning = as_conditioning(condition)
+    check_conditioning(conditioning, len(y), spec_of(denoiser))
     counter = denoiser if isinstance(denoiser, CallCounter) else CallCounter(denoiser)
     calls_before = counter.calls
     work = torch.float32 if y.device.type == "mps" else torch.float64
@@ -92,7 +100,7 @@ def solve(
 
     def denoise(state: Tensor, level: float) -> Tensor:
         sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
-        return model(state.to(y.dtype), sigma, condition).to(work)
+        return model(state.to(y.dtype), sigma, conditioning).to(work)
 
     def normal(step: int, draw: int) -> Tensor:
         if noise is None:
@@ -118,32 +126,16 @@ def solve(
         sigma_data=denoiser.sigma_data,
         watched=trajectory or on_step is not None,
         begin=begin,
-        restarts=_restarts(counter, levels, condition),
+        restarts=_restarts(counter, levels, conditioning),
     )
     end = chosen.integrate(run, y.to(work), visit).to(y.dtype)
     return Solution(end, counter.calls - calls_before, torch.stack(states) if trajectory else None)
 
 
-def _restarts(denoiser: Denoiser, levels: tuple[float, ...], condition: Tensor | None) -> frozenset[int]:
+def _restarts(denoiser: Denoiser, levels: tuple[float, ...], conditioning: Conditioning) -> frozenset[int]:
     """The steps from which on a guided model guides that did not before, or no longer does."""
-    regimes = [regime_of(at_step(denoiser, *step), condition) for step in pairwise(levels)]
+    regimes = [regime_of(at_step(denoiser, *step), conditioning) for step in pairwise(levels)]
     return frozenset(k for k in range(1, len(regimes)) if regimes[k] != regimes[k - 1])
-
-
-def check_labels(condition: Tensor | None, n: int) -> None:
-    """Refuses a condition that is not one whole number for each of ``n`` samples.
-
-    Raises:
-        UserError: With what it is.
-    """
-    if condition is None:
-        return
-    if condition.shape != (n,) or condition.is_floating_point() or condition.dtype == torch.bool:
-        raise UserError(
-            "there must be one label a sample",
-            got=f"{tuple(condition.shape)}, {condition.dtype}",
-            expected=f"({n},), torch.int64",
-        )
 
 
 def require_finite(y: Tensor) -> None:
@@ -209,7 +201,7 @@ def sample_teacher(
     solver: str | Solver = "heun",
     grid: Tensor | Sequence[float] | None = None,
     path: NoisePath | str | None = None,
-    labels: Tensor | None = None,
+    labels: ConditioningLike = None,
     seed: int = 0,
     batch: int = 1024,
     device: torch.device | str = "cpu",
@@ -226,7 +218,7 @@ def sample_teacher(
         solver: A solver or its name.
         grid: Decreasing levels in place of the default ones.
         path: As for :func:`solve`.
-        labels: Optional (n,) int64 classes.
+        labels: Their conditions: class labels (n,), a conditioning, or None.
         seed: Seed of all noise.
         batch: Samples at a time.
         device: Where to compute.
@@ -242,7 +234,8 @@ def sample_teacher(
         raise UserError(
             "there must be 0 samples or more, and at least 1 at a time", got=f"n={n}, batch={batch}"
         )
-    check_labels(labels, n)
+    conditioning = as_conditioning(labels)
+    check_conditioning(conditioning, n, spec_of(denoiser))
     chosen = find_solver(solver)
     levels = make_grid("karras", steps, denoiser.sigma_min, denoiser.sigma_max) if grid is None else grid
     first = checked_levels(levels, stochastic=True)[0]
@@ -250,10 +243,10 @@ def sample_teacher(
     out = []
     for start in range(0, n, batch):
         z = latent[start : start + batch].to(device)
-        y = None if labels is None else labels[start : start + batch].to(device)
+        part = conditioning.index(slice(start, start + batch)).to(device)
         indices = torch.arange(start, start + len(z))
         noise = SampleNoise(seed, indices, tuple(denoiser.shape), device) if chosen.stochastic else None
-        out.append(solve(denoiser, z * first, levels, chosen, condition=y, noise=noise, path=path).y.cpu())
+        out.append(solve(denoiser, z * first, levels, chosen, condition=part, noise=noise, path=path).y.cpu())
         if on_batch is not None:
             on_batch(len(z))
     return torch.cat(out) if out else latent
