@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from distmatch.base.estimate import Estimate
     from distmatch.data import Dataset, load_data
     from distmatch.diffusion.adapters import as_denoiser
+    from distmatch.diffusion.conditioning import Conditioning
     from distmatch.diffusion.mixture import GaussianMixture
     from distmatch.divergences import Divergence, divergence
     from distmatch.methods.hybrid import hybrid_sample
     from distmatch.methods.student import Student
 
 _HOME = {
+    "Conditioning": "distmatch.diffusion.conditioning",
     "Dataset": "distmatch.data",
     "Divergence": "distmatch.divergences",
     "Estimate": "distmatch.base.estimate",
@@ -41,6 +43,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Conditioning",
     "Dataset",
     "Divergence",
     "Estimate",

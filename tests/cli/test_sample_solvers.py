@@ -146,7 +146,7 @@ def test_evaluation_counts_the_calls_of_another_solver() -> None:
         ("sample t --guidance-reference weak", ("does nothing", "--guidance 2")),
         ("sample t --guidance 2 --guidance-reference s", ("student", "not a teacher")),
         ("sample t --guidance 2 --guidance-reference ring8", ("the same samples",)),
-        ("sample ring8 --guidance 2", ("class-conditional",)),
+        ("sample ring8 --guidance 2", ("conditional teacher",)),
         ("evaluate t --n 50 --solver dpm", ("unknown solver",)),
         ("evaluate t --n 50 --guidance inf", ("guidance", "finite")),
     ],

@@ -272,7 +272,7 @@ WRONG = {
     "no component": lambda: mixture([0, 2, 0]),
     "wrong shape": lambda: mixture()(torch.zeros(3, 5), 1.0),
     "does not have": lambda: mixture([0, 1, 0])(points(2), 1.0, torch.tensor([0, 2])),
-    "class-conditional": lambda: Guided(mixture(), 2.0),
+    "conditional teacher": lambda: Guided(mixture(), 2.0),
     "does not lend features": lambda: Guided(mixture([0, 1, 0]), 2.0).with_features(points(2), torch.ones(2)),
     "spread": lambda: LogNormal(0.0, 0.0),
     "0 < low": lambda: Karras(0.0, 80.0),

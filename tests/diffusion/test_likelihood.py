@@ -278,7 +278,7 @@ def test_float32_networks_keep_their_dtype() -> None:
         ({"solver": "dop853:2"}, "between 0 and 1"),
         ({"prior": "uniform"}, "unknown prior"),
         ({"sigma": 90.0}, "0 < sigma"),
-        ({"condition": torch.zeros(3, dtype=torch.int64)}, "one label"),
+        ({"condition": torch.zeros(3, dtype=torch.int64)}, "one condition"),
     ],
 )
 def test_mistakes_are_explained(options: dict[str, object], message: str) -> None:

@@ -42,7 +42,7 @@ def test_presets_and_refusals() -> None:
         distiller(network_teacher(), "tv")
     with pytest.raises(UserError, match="cannot use features"):
         distiller(PAIR, "js", ratio_features="teacher")
-    with pytest.raises(UserError, match="class-conditional"):
+    with pytest.raises(UserError, match="conditional teacher"):
         distiller(network_teacher(), "js", guidance=2.0)
     with pytest.raises(UserError, match="between two noise levels"):
         distiller(network_teacher(), "js", noise_low=30.0)

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.conditioning import ConditioningLike, labels_of
+from distmatch.diffusion.conditioning import (
+    LABEL,
+    Conditioning,
+    ConditioningLike,
+    ConditioningSpec,
+    as_conditioning,
+    check_conditioning,
+    label_spec,
+    labels_of,
+    null_labels,
+)
 from distmatch.diffusion.denoiser import Denoiser, expand, features_of, require_score
 from distmatch.diffusion.path_core import NoisePath, Time, check_prior
 from distmatch.diffusion.paths import DiscretePath, noise_path
@@ -23,7 +33,7 @@ _TINY = 1e-12  # rates of change may be infinite without noise
 
 
 class PredictionDenoiser(nn.Module):
-    """The denoiser around ``net(x_t, t)`` or ``net(x_t, t, labels)``.
+    """The denoiser around ``net(x_t, t)``, ``net(x_t, t, labels)`` or ``net(x_t, t, name=condition, ...)``.
 
     A sample y at level sigma in the frame of the denoisers is ``x_t = alpha(t) y`` on the path, at the time
     with ``sigma(t) / alpha(t) = sigma``. What the network predicts there is turned into x0. Beyond the
@@ -31,7 +41,8 @@ class PredictionDenoiser(nn.Module):
 
     Args:
         net: The network. It is given ``x_t`` in the dtype of its parameters, ``t`` as a vector (B,) in the
-            same dtype but at least float32 (int64 when ``levels`` is "snap"), and labels if it has classes.
+            same dtype but at least float32 (int64 when ``levels`` is "snap"), labels if it has classes, and
+            the fields of ``conditioning`` by their names.
         path: A path or its name.
         prediction: What it predicts: "x0", "eps", "v", "flow" or "score".
         shape: Shape of one sample.
@@ -44,6 +55,11 @@ class PredictionDenoiser(nn.Module):
             own as an integer.
         null_class: The label that stands for "no condition" in this network. None: it knows -1 itself and
             takes ``labels=None``, as the networks here do.
+        conditioning: Fields of the conditioning that the network takes by name, such as
+            ``{"encoder_hidden_states": FieldSpec((77, 768))}``; with a field ``label`` in place of
+            ``num_classes``.
+        null: The conditioning (one row) that stands for "no condition", such as the embedded empty prompt.
+            Needed for guidance and for calls without a condition.
         reverse_time: The network's time runs from noise at 0 to data at 1, so it is told ``1 - t`` and its
             flow points the other way. Much flow-matching code counts so.
 
@@ -66,6 +82,8 @@ class PredictionDenoiser(nn.Module):
         time: Callable[[Tensor], Tensor] | None = None,
         levels: Literal["interpolate", "snap"] = "interpolate",
         null_class: int | None = None,
+        conditioning: ConditioningSpec | None = None,
+        null: Conditioning | None = None,
         reverse_time: bool = False,
     ) -> None:
         super().__init__()
@@ -74,7 +92,18 @@ class PredictionDenoiser(nn.Module):
         self.path = noise_path(path)
         self.prediction = prediction
         self.shape = tuple(shape)
-        self.num_classes = num_classes
+        if conditioning is not None and num_classes:
+            raise UserError(
+                "the conditions of a network are stated once",
+                got="num_classes and conditioning",
+                fix='leave num_classes out; labels are a field "label" of the conditioning',
+            )
+        self.by_name = conditioning is not None
+        self.conditioning_spec = label_spec(num_classes) if conditioning is None else dict(conditioning)
+        self.num_classes = self.conditioning_spec[LABEL].classes if LABEL in self.conditioning_spec else 0
+        if null is not None:
+            check_conditioning(null, 1, self.conditioning_spec)
+        self.null = null
         self.sigma_data = float(sigma_data)
         self.sigma_min, self.sigma_max = _range(self.path, sigma_min, sigma_max)
         check_prior(self.path, self.sigma_data, rho_max=self.sigma_max)
@@ -100,12 +129,28 @@ class PredictionDenoiser(nn.Module):
         Returns:
             (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network.
         """
-        noised, coefficients, arguments = self._inputs(x, sigma, condition)
-        return self._clean(self.net(*arguments), noised, coefficients)
+        noised, coefficients, arguments, named = self._inputs(x, sigma, condition)
+        return self._clean(self.net(*arguments, **named), noised, coefficients)
+
+    def null_conditioning(self, n: int) -> Conditioning:
+        """What "no condition" is for the network, for ``n`` samples.
+
+        Raises:
+            UserError: It takes more than labels, and no ``null`` was given.
+        """
+        if self.null is not None:
+            return self.null.expand(n)
+        if set(self.conditioning_spec) - {LABEL}:
+            raise UserError(
+                "this network was not said to know samples without a condition",
+                got=f"conditions {', '.join(self.conditioning_spec)} and no null",
+                fix="give every sample a condition, or pass null=Conditioning({...}) of one row",
+            )
+        return null_labels(self.conditioning_spec, n)
 
     def _inputs(
         self, x: Tensor, sigma: Tensor, condition: ConditioningLike
-    ) -> tuple[Tensor, Coefficients, list[Any]]:
+    ) -> tuple[Tensor, Coefficients, list[Any], dict[str, Tensor]]:
         if tuple(x.shape[1:]) != self.shape:
             raise UserError(
                 "these samples are not of the shape that the model takes",
@@ -121,9 +166,16 @@ class PredictionDenoiser(nn.Module):
         noised = expand(c.alpha, x).to(x.dtype) * x
         dtype = self._dtype(x)
         arguments: list[Any] = [noised.to(dtype), self._times(t, level, dtype)]
+        if self.by_name:
+            conditioning = as_conditioning(condition) or self.null_conditioning(len(x)).to(x.device)
+            check_conditioning(conditioning, len(x), self.conditioning_spec)
+            named = dict(conditioning)
+            if conditioning.label is not None and self.null_class is not None:
+                named[LABEL] = torch.where(conditioning.label < 0, self.null_class, conditioning.label)
+            return noised, c, arguments, named
         if self.num_classes > 0:
             arguments.append(self._labels(labels_of(condition), x))
-        return noised, c, arguments
+        return noised, c, arguments, {}
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the network, or of ``x`` when it has no parameters."""
@@ -188,13 +240,14 @@ class PredictionFeatureDenoiser(PredictionDenoiser):
         self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The denoised ``x`` and the features of the network, in its own dtype."""
-        noised, coefficients, arguments = self._inputs(x, sigma, condition)
-        value, features = self.net.with_features(*arguments)  # type: ignore[attr-defined]
+        noised, coefficients, arguments, named = self._inputs(x, sigma, condition)
+        value, features = self.net.with_features(*arguments, **named)  # type: ignore[attr-defined]
         return self._clean(value, noised, coefficients), features
 
     def only_features(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> list[Tensor]:
         """The features alone, by a pass that stops at the last of them where the network can."""
-        return features_of(self.net, *self._inputs(x, sigma, condition)[2])
+        _, _, arguments, named = self._inputs(x, sigma, condition)
+        return features_of(self.net, *arguments, **named)
 
 
 def as_denoiser(
@@ -208,7 +261,8 @@ def as_denoiser(
     """Makes a teacher of your own network.
 
     Args:
-        module: ``net(x_t, t)``, or ``net(x_t, t, labels)`` with ``num_classes``.
+        module: ``net(x_t, t)``; with ``num_classes``, ``net(x_t, t, labels)``; with ``conditioning``,
+            ``net(x_t, t, name=...)``.
         path: The noise path that it was trained on, or its name.
         prediction: What it predicts: "x0", "eps", "v", "flow" or "score".
         shape: Shape of one sample.

@@ -226,7 +226,21 @@ def null_conditioning(denoiser: Any, n: int, device: torch.device | str = "cpu")
     if own is not None:
         found: Conditioning = own(n)
         return found.to(device)
-    spec = spec_of(denoiser)
+    return null_labels(spec_of(denoiser), n, device)
+
+
+def example_conditioning(denoiser: Any, n: int, device: torch.device | str = "cpu") -> Conditioning:
+    """Some conditioning that a denoiser takes, for trial calls: class 0, and zeros of the smallest size."""
+    return Conditioning(
+        {
+            name: torch.zeros(n, *(max(size, 1) for size in field.shape), dtype=field.dtype, device=device)
+            for name, field in spec_of(denoiser).items()
+        }
+    )
+
+
+def null_labels(spec: ConditioningSpec, n: int, device: torch.device | str = "cpu") -> Conditioning:
+    """The null label in every field of labels, for ``n`` samples."""
     return Conditioning(
         {
             name: torch.full((n,), NULL_LABEL, dtype=torch.int64, device=device)

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.conditioning import ConditioningLike
+from distmatch.diffusion.conditioning import ConditioningLike, example_conditioning
 
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """Posterior mean E[x0 | x] of clean data, given ``x = x0 + sigma eps``.
+    """Posterior mean E[x0 | x] of clean data, given ``x = x0 + sigma eps`` and perhaps a condition.
 
     Attributes:
         shape: Shape of one sample, for example ``(1, 8, 8)`` or ``(2,)``.
-        num_classes: Number of classes it can be conditioned on; 0 when unconditional.
+        num_classes: Number of classes it can be conditioned on; 0 when it takes no labels.
+        conditioning_spec: Optional: the fields that it takes, by name; labels of its classes when absent.
+            Read it with :func:`~distmatch.diffusion.conditioning.spec_of`.
+        null_conditioning: Optional, for one that takes more than labels: a method that gives what "no
+            condition" is for n samples. Read it with
+            :func:`~distmatch.diffusion.conditioning.null_conditioning`.
         sigma_data: Standard deviation of the data.
         sigma_min: Smallest noise level it is meant for.
         sigma_max: Largest noise level; sampling starts there.
@@ -32,7 +37,12 @@ class Denoiser(Protocol):
     sigma_max: float
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
-        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none."""
+        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,).
+
+        ``condition`` is a :class:`~distmatch.diffusion.conditioning.Conditioning`, class labels (B,) int64,
+        or None for no condition; an implementation reads it with
+        :func:`~distmatch.diffusion.conditioning.as_conditioning`.
+        """
         ...
 
 
@@ -47,7 +57,7 @@ class FeatureDenoiser(Denoiser, Protocol):
         ...
 
 
-def features_of(model: Any, *arguments: Any) -> list[Tensor]:
+def features_of(model: Any, *arguments: Any, **named: Any) -> list[Tensor]:
     """The features of a denoiser or network where nobody reads its prediction.
 
     A model with ``only_features`` stops at the last of them; of another one the whole pass is made.
@@ -55,11 +65,12 @@ def features_of(model: Any, *arguments: Any) -> list[Tensor]:
     Args:
         model: What has ``with_features``, and perhaps ``only_features``.
         arguments: Of either, for example x, sigma and condition.
+        named: Further arguments by name.
     """
     if hasattr(model, "only_features"):
-        features: list[Tensor] = model.only_features(*arguments)
+        features: list[Tensor] = model.only_features(*arguments, **named)
         return features
-    return model.with_features(*arguments)[1]
+    return model.with_features(*arguments, **named)[1]
 
 
 def pooled(features: list[Tensor]) -> Tensor:
@@ -124,8 +135,7 @@ def require_input_gradient(denoiser: Denoiser, purpose: str, device: torch.devic
     """
     with torch.enable_grad():
         x = torch.zeros(1, *denoiser.shape, device=device, requires_grad=True)
-        label = torch.zeros(1, dtype=torch.int64, device=device) if denoiser.num_classes else None
-        out = denoiser(x, torch.ones(1, device=device), label)
+        out = denoiser(x, torch.ones(1, device=device), example_conditioning(denoiser, 1, device))
     if not out.requires_grad:
         raise UserError(
             f"{purpose} differentiates the teacher by its input, which this teacher does not allow",

@@ -247,7 +247,7 @@ def test_what_does_not_go_together_is_refused() -> None:
             superpose(HALVES, y, levels, noise, log_weights=weights)
     with pytest.raises(UserError, match="no weights"):
         superpose(HALVES, y, levels, noise, "and", log_weights=[0.0, 0.0])
-    with pytest.raises(UserError, match="without classes"):
+    with pytest.raises(UserError, match="unconditional model"):
         superpose(HALVES, y, levels, noise, conditions=[None, torch.zeros(4, dtype=torch.int64)])
     with pytest.raises(UserError, match="for each model"):
         superpose(HALVES, y, levels, noise, conditions=[None])

@@ -105,9 +105,9 @@ def test_wrong_codes_are_refused() -> None:
     with pytest.raises(UserError, match="not for this batch"):
         encode(CATS, x, LEVELS, noise_for(4))
     labels = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(UserError, match="one label a sample"):
+    with pytest.raises(UserError, match="one condition for each"):
         encode(CATS, x, LEVELS, noise, condition=labels)
-    with pytest.raises(UserError, match="one label a sample"):
+    with pytest.raises(UserError, match="one condition for each"):
         decode(CATS, encode(CATS, x, LEVELS, noise), condition=labels)
     other = GaussianMixture([1.0], [[0.0, 0.0, 0.0]], [1.0])
     with pytest.raises(UserError, match="one shape"):

@@ -184,7 +184,7 @@ def test_guided_scores_are_not_those_of_one_density() -> None:
 
 
 WRONG: dict[str, Callable[[], object]] = {
-    "class-conditional": lambda: Guided(PLAIN, 2.0),
+    "conditional teacher": lambda: Guided(PLAIN, 2.0),
     "finite": lambda: Guided(TEACHER, math.nan),
     "0 <= low < high": lambda: Guided(TEACHER, 2.0, interval=(2.0, 1.0)),
     "low=-1": lambda: Guided(TEACHER, 2.0, interval=(-1.0, 1.0)),
@@ -194,7 +194,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "other classes": lambda: Guided(TEACHER, 2.0, reference=PAIR),
     "has other classes": lambda: Guided(PLAIN, 2.0, reference=TEACHER),
     "nothing at guidance scale 1": lambda: guided(TEACHER, 1.0, interval=(0.1, 1.0)),
-    "reference does nothing": lambda: guided(TEACHER, 1.0, reference=WEAK),
+    "negative condition does nothing": lambda: guided(TEACHER, 1.0, reference=WEAK),
     "two classes or more": lambda: GradientFree(PLAIN, logits, 2.0),
     "told another class": lambda: GradientFree(TEACHER, logits, 2.0, reference=PLAIN),
     "must be a fixed function": lambda: GradientFree(TEACHER, torch.nn.Dropout(0.1), 2.0),

@@ -176,11 +176,11 @@ WRONG = {
     "corrector's settings": lambda: PredictorCorrector(0.0),
     "step by step": lambda: PredictorCorrector(predictor=RK45()),
     "curvature of a grid": lambda: grid("karras", 5, 0.1, 1.0, rho=math.nan),
-    "one label a sample": run([3.0, 0.0], condition=torch.zeros(1, dtype=torch.int64)),
+    "one condition for each": run([3.0, 0.0], condition=torch.zeros(1, dtype=torch.int64)),
     "float32": run([3.0, 0.0], condition=torch.zeros(len(START))),
     "at least 1 at a time": lambda: sample_teacher(MIXTURE, 3, batch=0),
     "0 samples or more": lambda: sample_teacher(MIXTURE, -1),
-    r"one label a sample.*\(2,\)": lambda: sample_teacher(
+    r"one condition for each sample.*Got: 2": lambda: sample_teacher(
         MIXTURE, 3, labels=torch.zeros(2, dtype=torch.int64)
     ),
     "tolerances": run([3.0, 1.0], "rk45:0"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning, has_condition
+from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning, has_condition, label_spec
 from distmatch.diffusion.denoiser import Denoiser, expand, require_score
 from distmatch.diffusion.geometry.jacobian import connected, slopes
 from distmatch.diffusion.guidance.base import (
@@ -83,7 +83,8 @@ class ClassifierGuided(Guidance):
                 got=f"{inner.num_classes} and {self.classes}",
                 fix="guide an unconditional denoiser (conditional=False)",
             )
-        self.num_classes = inner.num_classes if target is not None else self.classes
+        if target is None:
+            self.num_classes, self.conditioning_spec = self.classes, label_spec(self.classes)
 
     @property
     def neutral(self) -> bool:

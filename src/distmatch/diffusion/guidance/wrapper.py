@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from distmatch.diffusion.conditioning import ConditioningLike
+from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, null_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, has_score
 
 WrapperT = TypeVar("WrapperT", bound="Wrapper")
@@ -101,6 +101,7 @@ class Wrapper:
         self.inner = inner
         self.shape = inner.shape
         self.num_classes = inner.num_classes
+        self.conditioning_spec = spec_of(inner)
         self.sigma_data = inner.sigma_data
         self.sigma_min = inner.sigma_min
         self.sigma_max = inner.sigma_max
@@ -112,6 +113,10 @@ class Wrapper:
     def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
         """The prediction, (B, *shape)."""
         return self.inner(x, sigma, condition)
+
+    def null_conditioning(self, n: int) -> Conditioning:
+        """What "no condition" is for the inner denoiser."""
+        return null_conditioning(self.inner, n)
 
     def cost(self, sigma: Tensor, condition: ConditioningLike = None) -> Calls:
         """What a call costs for each sample."""
