@@ -128,7 +128,7 @@ def test_a_condition_of_any_field_does_what_labels_do() -> None:
     ]
     torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
     ways = [
-        x0_trajectory(model, 12, levels, labels=told, batch=5).samples
+        x0_trajectory(model, 12, levels, labels=told, batch=5).final
         for model, told in ((BY_WEIGHTS, ONE_HOT), (BY_CLASS, LABELS))
     ]
     torch.testing.assert_close(*ways, rtol=1e-4, atol=1e-4)

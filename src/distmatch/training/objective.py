@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import LogNormal
 from distmatch.diffusion.path_core import NoisePath, check_prior
@@ -84,7 +85,7 @@ def denoiser_loss(
     sigma: Tensor,
     noise: Tensor,
     weight: Tensor,
-    condition: Tensor | None = None,
+    condition: ConditioningLike = None,
     *,
     data_noise: Tensor | None = None,
 ) -> Tensor:
