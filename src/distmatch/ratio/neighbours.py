@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from distmatch.base.errors import UserError
+from distmatch.base.neighbours import nearest
 from distmatch.ratio.samples import Fitted, high_dimension
 
 _CANDIDATES = (3, 5, 10, 20, 40, 80, 160)
 _TRIALS = 2000  # points on each side that k is chosen on
-_PAIRS = 2**22  # distances held at once
 _TINY = 1e-150  # square distances below this count as this: equal points
 
 
@@ -37,7 +37,7 @@ def fit_neighbours(p: Tensor, q: Tensor, neighbours: int | None) -> Fitted:
     loss = _left_out_losses(p, q, ks)
     best = ks[int(loss.argmin())]
     warnings = list(high_dimension("nearest neighbours", d))
-    if bool((_distances(p[:_TRIALS], p, 2)[:, 1] <= _TINY).any()):
+    if bool((_distances(p[:_TRIALS], p, [2]) <= _TINY).any()):
         warnings.append("some samples are equal: the distances, and so the ratio, vanish at them")
     return Fitted(
         lambda x: _log_ratio(x, p, q, best),
@@ -47,29 +47,23 @@ def fit_neighbours(p: Tensor, q: Tensor, neighbours: int | None) -> Fitted:
 
 
 def _log_ratio(x: Tensor, p: Tensor, q: Tensor, k: int) -> Tensor:
-    to_p, to_q = _distances(x, p, k)[:, -1], _distances(x, q, k)[:, -1]
+    to_p, to_q = (_distances(x, y, [k])[:, 0] for y in (p, q))
     return 0.5 * x.shape[1] * (to_q.log() - to_p.log()) + math.log(len(q) / len(p))
 
 
-def _distances(x: Tensor, y: Tensor, k: int) -> Tensor:
-    """Squared distances (N, k) from ``x`` to the k nearest of ``y``, ascending, from differences."""
-    rows = max(1, _PAIRS // len(y))
-    found = []
-    for part in x.split(rows):
-        with torch.no_grad():
-            far = torch.cdist(part, y, compute_mode="donot_use_mm_for_euclid_dist")
-            index = far.topk(k, dim=1, largest=False).indices
-        found.append((part[:, None] - y[index]).square().sum(-1).clamp_min(_TINY))
-    return torch.cat(found)
+def _distances(x: Tensor, y: Tensor, ks: list[int], without: Tensor | None = None) -> Tensor:
+    """Squared distances (N, len(ks)) from ``x`` to the k-th nearest of ``y``, with gradients."""
+    columns = torch.tensor(ks, device=x.device) - 1
+    index = nearest(x, y, max(ks), without=without)[1][:, columns]
+    return (x[:, None] - y[index]).square().sum(-1).clamp_min(_TINY)
 
 
 def _left_out_losses(p: Tensor, q: Tensor, ks: list[int]) -> Tensor:
     """Logistic loss of each k, every sample left out of its own neighbourhood."""
-    top = max(ks)
-    index = torch.tensor(ks, device=p.device) - 1
     a, b = p[:_TRIALS], q[:_TRIALS]  # both are in random order
-    own_p, other_p = _distances(a, p, top + 1)[:, 1:][:, index], _distances(a, q, top)[:, index]
-    own_q, other_q = _distances(b, q, top + 1)[:, 1:][:, index], _distances(b, p, top)[:, index]
+    itself = torch.arange(_TRIALS, device=p.device)
+    own_p, other_p = _distances(a, p, ks, itself[: len(a)]), _distances(a, q, ks)
+    own_q, other_q = _distances(b, q, ks, itself[: len(b)]), _distances(b, p, ks)
     half_d = 0.5 * p.shape[1]
     on_p = half_d * (other_p.log() - own_p.log()) + math.log(len(q) / (len(p) - 1))
     on_q = half_d * (own_q.log() - other_q.log()) + math.log((len(q) - 1) / len(p))

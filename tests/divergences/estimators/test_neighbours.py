@@ -31,8 +31,8 @@ def test_the_value_is_the_published_formula(d, k):
 def test_tree_and_distance_matrix_agree(monkeypatch):
     x_p, x_q = draw(600, 2), draw(700, 2, seed=1)
     tree = kl_neighbours(x_p, x_q)
-    monkeypatch.setattr(neighbours, "_TREE_DIMENSIONS", 0)
-    monkeypatch.setattr(neighbours, "_CHUNK", 999)  # a few rows at a time
+    monkeypatch.setattr("distmatch.base.neighbours._TREE_DIMENSIONS", 0)
+    monkeypatch.setattr("distmatch.base.neighbours._PAIRS", 999)  # a few rows at a time
     matrix = kl_neighbours(x_p, x_q)
     assert matrix.value == pytest.approx(tree.value, rel=1e-12)
     assert matrix.stderr == pytest.approx(tree.stderr, rel=1e-9)

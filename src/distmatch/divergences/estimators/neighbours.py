@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
+from distmatch.base.neighbours import nearest
 from distmatch.divergences.estimators.inputs import check_samples
 from distmatch.divergences.estimators.results import joined
 
 # A jackknife overstates the spread of nearest-neighbour statistics by a fifth or more; half-samples do not.
 _HALVES = 40
 _EXTRA = 30  # neighbours beyond twice those needed that are kept, so that half of them can be left out
-_TREE_DIMENSIONS = 8  # beyond it a tree is no faster than all distances
-_CHUNK = 4_000_000  # distances computed at once
 _LOCAL = 0.02  # (k/n)^(2/d) above this: the k nearest are not near
 _RING = 15  # neighbours by which a sample of p is judged to be among the samples of q or beyond them
 _CHANCE = 0.0008  # how often one that is among them is taken to be beyond
@@ -61,8 +58,8 @@ def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Est
     p, q = (x.double() for x in check_samples(x_p, x_q, 8 * k))
     n, d, m = len(p), p.shape[1], len(q)
     keep = 2 * wide + _EXTRA
-    rho, near_p = _nearest(p, p, min(keep + 1, n), skip_self=True)
-    nu, near_q = _nearest(p, q, min(keep, m), skip_self=False)
+    rho, near_p = nearest(p, p, min(keep, n - 1), without=torch.arange(n, device=p.device))
+    nu, near_q = nearest(p, q, min(keep, m))
     ties = float(((rho[:, 0] == 0) | (nu[:, 0] == 0)).double().mean())
     rho, nu = _beyond_ties(rho, p), _beyond_ties(nu, p)
 
@@ -146,27 +143,3 @@ def _beyond_ties(distances: Tensor, x: Tensor) -> Tensor:
         overall = x.std(0).norm() * torch.finfo(x.dtype).eps
     smallest = torch.where(smallest.isfinite(), smallest, overall)
     return torch.where(distances > 0, distances, smallest)
-
-
-def _nearest(x: Tensor, others: Tensor, k: int, skip_self: bool) -> tuple[Tensor, Tensor]:
-    """Sorted distances from each row of ``x`` to its ``k`` nearest rows of ``others``, and their indices.
-
-    With ``skip_self``, ``others`` is ``x``, and each row leaves itself out: k - 1 columns are returned.
-    """
-    if x.device.type == "cpu" and x.shape[1] <= _TREE_DIMENSIONS:
-        found = cKDTree(others.numpy()).query(x.numpy(), k=np.arange(1, k + 1))
-        distances, indices = (torch.from_numpy(a) for a in found)
-    else:
-        rows = max(1, _CHUNK // len(others))
-        parts = [
-            # Differences, not products: near neighbours would drown in the rounding of |x|^2.
-            torch.cdist(part, others, compute_mode="donot_use_mm_for_euclid_dist").topk(k, largest=False)
-            for part in x.split(rows)
-        ]
-        distances, indices = (torch.cat([p[i] for p in parts]) for i in (0, 1))
-    if not skip_self:
-        return distances, indices
-    # Among copies of a point the point itself need not come first; if it is not found, the last one goes.
-    own = indices == torch.arange(len(x), device=x.device)[:, None]
-    own[:, -1] |= ~own.any(1)
-    return distances[~own].reshape(len(x), -1), indices[~own].reshape(len(x), -1)
