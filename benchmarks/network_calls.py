@@ -73,23 +73,20 @@ def recorded(networks: dict[str, nn.Module]) -> Iterator[list[Call]]:
     """Notes every call of the networks while it lasts.
 
     Args:
-        networks: By name. Methods of the same network inside one another count once, the outermost.
+        networks: By name. A network inside another one counts once, as the outermost.
     """
     calls: list[Call] = []
     depth = [0]
     handles: list[RemovableHandle] = []
     wrapped = []
     for name, module in networks.items():
-        for method in ("forward", "with_features", "only_features"):
-            inner = getattr(module, method, None)
-            if inner is not None:
-                setattr(module, method, _listening(name, module, inner, calls, depth, handles, method))
-                wrapped.append((module, method))
+        module.forward = _listening(name, module, module.forward, calls, depth, handles)
+        wrapped.append(module)
     try:
         yield calls
     finally:
-        for module, method in wrapped:
-            delattr(module, method)
+        for module in wrapped:
+            del module.forward
         for handle in handles:
             handle.remove()
 
@@ -101,7 +98,6 @@ def _listening(
     calls: list[Call],
     depth: list[int],
     handles: list[RemovableHandle],
-    method: str,
 ) -> Operation:
     def heard(*args: Any, **kwargs: Any) -> Any:
         if depth[0]:
@@ -117,7 +113,7 @@ def _listening(
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(_device(flat)),
             module,
-            method == "only_features",
+            kwargs.get("return_features") == "only",
         )
         calls.append(call)
         depth[0] += 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import distmatch as dm
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import lends_features
+from distmatch.diffusion.denoiser import has_features
 from distmatch.diffusion.guidance import Guided
 from distmatch.interop.saved import save_denoiser
 from distmatch.nets.edm import EDMDenoiser
@@ -114,7 +114,7 @@ def test_features_are_asked_for_only_where_the_network_has_them() -> None:
     own = EDMDenoiser(Conv(), shape=(1, 8, 8), num_classes=0)
     exact = dm.GaussianMixture([1.0], [[0.0, 0.0]], [1.0], [0])
     for denoiser, lends in ((ours, True), (own, False), (exact, False), (Guided(exact, 2.0), False)):
-        assert lends_features(denoiser) is lends
+        assert has_features(denoiser) is lends
         assert choose_source("auto", denoiser) == ("teacher" if lends else "own")
     for source in ("teacher", "fake"):
         with pytest.raises(UserError, match="--ratio-features own"):

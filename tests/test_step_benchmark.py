@@ -106,9 +106,9 @@ def test_calls_are_told_apart(bench: ModuleType) -> None:
         torch.autograd.grad(net(x, sigma).sum(), list(net.parameters()), allow_unused=True)
         with torch.no_grad():
             torch.func.jvp(lambda y: net(y, sigma), (x,), (x,))
-        _, features = net.with_features(leaf, sigma)
+        _, features = net(leaf, sigma, return_features=True)
         torch.autograd.grad(features[0].sum(), leaf)
-        torch.autograd.grad(net.only_features(leaf, sigma)[0].sum(), leaf)
+        torch.autograd.grad(net(leaf, sigma, return_features="only")[0].sum(), leaf)
     kinds = ["forward", "backward to weights", "backward to input", "backward to weights and input"]
     kinds += ["backward to weights", "jvp", "backward to input", "features, backward to input"]
     assert [call.kind for call in calls] == kinds

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import OnPath, PredictionDenoiser, as_denoiser
-from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, expand, has_score, require_score
+from distmatch.diffusion.denoiser import Denoiser, expand, has_features, has_score, require_score
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.paths import (
     NoisePath,
@@ -59,7 +59,7 @@ def test_any_network_on_any_path_is_the_same_denoiser(path: NoisePath, predictio
     # Predictions of the noise know x0 to sigma roundings of y: 30 * 30 * 1e-16, and some.
     torch.testing.assert_close(denoiser(y, sigma), mixture()(y, sigma), rtol=0, atol=1e-12)
     assert isinstance(denoiser, Denoiser)
-    assert not isinstance(denoiser, FeatureDenoiser)
+    assert not has_features(denoiser)
 
 
 def ddim(model: OnPath, x: Tensor, times: Tensor) -> Tensor:
@@ -234,13 +234,16 @@ def test_dtypes_inside_and_outside_are_independent(inside: torch.dtype, outside:
 
 def test_features_gradients_and_copies() -> None:
     class Lending(Recorder):
-        def with_features(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-            return self(*arguments), [arguments[0] + 1]
+        has_features = True
+
+        def forward(self, *arguments: Any, return_features: Any = False) -> Any:
+            out, features = super().forward(*arguments), [arguments[0] + 1]
+            return features if return_features == "only" else (out, features) if return_features else out
 
     denoiser = as_denoiser(Lending(), "edm", "x0", shape=(2,))
-    assert isinstance(denoiser, FeatureDenoiser)
+    assert has_features(denoiser)
     y, sigma = points(4).float().requires_grad_(), torch.ones(1)  # one level for all
-    clean, features = denoiser.with_features(y, sigma)
+    clean, features = denoiser(y, sigma, return_features=True)
     torch.testing.assert_close(clean, denoiser(y, sigma))
     torch.testing.assert_close(features[0], y + 1)
     clean.sum().backward()

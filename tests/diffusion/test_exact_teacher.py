@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, expand, score
+from distmatch.diffusion.denoiser import Denoiser, expand, has_features, score
 from distmatch.diffusion.guidance import CallCounter, Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise import Karras, LogNormal, karras_grid
@@ -101,7 +101,7 @@ def test_the_three_forms_of_covariance_agree_and_dtypes_follow_the_input() -> No
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), mixture()(x, 0.5), rtol=1e-4, atol=1e-5)
     assert isinstance(full, Denoiser)
-    assert not isinstance(full, FeatureDenoiser)
+    assert not has_features(full)
 
 
 def test_conditioning_keeps_the_components_of_the_class() -> None:
@@ -253,12 +253,14 @@ def test_guided_features_are_those_of_the_conditional_pass() -> None:
     teacher = network_teacher(classes=3)
     x, sigma, labels = points(8).float(), torch.linspace(0.1, 9, 8), torch.arange(8) % 3
     guided = Guided(teacher, 2.0)
-    prediction, features = guided.with_features(x, sigma, labels)
+    prediction, features = guided(x, sigma, labels, return_features=True)
     rounding = {"rtol": 1e-5, "atol": 1e-6}  # one batch of 16 against two of 8
     torch.testing.assert_close(prediction, guided(x, sigma, labels), **rounding)
-    for mine, theirs in zip(features, teacher.with_features(x, sigma, labels)[1], strict=True):
+    for mine, theirs in zip(features, teacher(x, sigma, labels, return_features=True)[1], strict=True):
         torch.testing.assert_close(mine, theirs, **rounding)
-    assert torch.equal(Guided(teacher, 1.0).with_features(x, sigma, labels)[0], teacher(x, sigma, labels))
+    assert torch.equal(
+        Guided(teacher, 1.0)(x, sigma, labels, return_features=True)[0], teacher(x, sigma, labels)
+    )
     assert isinstance(teacher.net.config, MLPConfig)
 
 
@@ -273,7 +275,9 @@ WRONG = {
     "wrong shape": lambda: mixture()(torch.zeros(3, 5), 1.0),
     "does not have": lambda: mixture([0, 1, 0])(points(2), 1.0, torch.tensor([0, 2])),
     "conditional teacher": lambda: Guided(mixture(), 2.0),
-    "does not lend features": lambda: Guided(mixture([0, 1, 0]), 2.0).with_features(points(2), torch.ones(2)),
+    "has no features": lambda: Guided(mixture([0, 1, 0]), 2.0)(
+        points(2), torch.ones(2), return_features=True
+    ),
     "spread": lambda: LogNormal(0.0, 0.0),
     "0 < low": lambda: Karras(0.0, 80.0),
     "rho": lambda: Karras(0.002, 80.0, 0.0),

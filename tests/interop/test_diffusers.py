@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import FeatureDenoiser
+from distmatch.diffusion.denoiser import has_features
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.latents import Decoder, decode_samples, decoder_of
 from distmatch.diffusion.paths import discrete_path
@@ -29,7 +29,7 @@ def test_predictions_agree(name):
     classes = 3 if "v" in name else 0
     model = unet(num_class_embeds=classes or None).double()
     teacher = teacher_from(model, schedule(name))
-    assert isinstance(teacher, FeatureDenoiser)
+    assert has_features(teacher)
     assert (teacher.shape, teacher.num_classes) == ((3, 8, 8), classes)
     found = check_teacher(teacher, points=16, seed=1)
     assert found.relative < 1e-5
@@ -182,7 +182,7 @@ def test_features_and_training(make):
     teacher = teacher_from(model, schedule("ddpm eps"))
     student = copy.deepcopy(teacher).requires_grad_(True)
     x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 20.0])
-    out, features = student.with_features(x, sigma)
+    out, features = student(x, sigma, return_features=True)
     assert torch.equal(out, student(x, sigma))
     expected = [(2, 16, 4, 4)] if make == "unet" else [(2, 16, 4, 4)] * 2
     assert [tuple(f.shape) for f in features] == expected
@@ -194,7 +194,7 @@ def test_features_and_training(make):
     named = teacher_from(
         model, schedule("ddpm eps"), features=["conv_in"] if make == "unet" else ["pos_embed"]
     )
-    assert len(named.with_features(x, sigma)[1]) == 1
+    assert len(named(x, sigma, return_features=True)[1]) == 1
     with pytest.raises(UserError, match="unknown module"):
         teacher_from(model, schedule("ddpm eps"), features=["midblock"])
 
@@ -204,9 +204,9 @@ def test_tokens_become_maps_the_right_way_round():
     model = dit(in_channels=3, num_embeds_ada_norm=2)
     teacher = teacher_from(model, schedule("ddpm eps"), features=["pos_embed"])
     x, sigma = torch.zeros(1, 3, 8, 8), torch.ones(1)
-    base = teacher.with_features(x, sigma)[1][0]
+    base = teacher(x, sigma, return_features=True)[1][0]
     x[..., 0:2, 6:8] = 1.0  # the patch in row 0, column 3
-    changed = (teacher.with_features(x, sigma)[1][0] - base).abs().sum(1)[0].nonzero()
+    changed = (teacher(x, sigma, return_features=True)[1][0] - base).abs().sum(1)[0].nonzero()
     assert changed.tolist() == [[0, 3]]
 
 

@@ -200,7 +200,9 @@ def test_students_of_every_family_are_saved_whole(name, tmp_path):
     x, sigma = torch.randn(3, 3, 8, 8), torch.tensor([0.02, 1.0, 30.0])
     labels = torch.tensor([0, 1, -1])
     for a, b in zip(
-        student.with_features(x, sigma, labels)[1], back.with_features(x, sigma, labels)[1], strict=True
+        student(x, sigma, labels, return_features=True)[1],
+        back(x, sigma, labels, return_features=True)[1],
+        strict=True,
     ):
         assert_same_but_for_rounding(a, b)
     assert_same_but_for_rounding(student(x, sigma, labels), back(x, sigma, labels))

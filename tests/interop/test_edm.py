@@ -49,7 +49,7 @@ def test_networks_compute_what_the_originals_compute(name):
     fill(net)
     x = torch.cos(torch.arange(2 * 3 * 64, dtype=torch.float64) * 1.3).reshape(2, 3, 8, 8)
     c_noise = torch.tensor([-0.5, 0.3], dtype=torch.float64)
-    y, features = net.with_features(x, c_noise, torch.tensor([1, -1]))
+    y, features = net(x, c_noise, torch.tensor([1, -1]), return_features=True)
     got = [y.sum(), y.square().sum(), y[0, 0, 0, 0], y[1, 2, 5, 3]]
     # 1e-6 relative: the float32 attention of the reference.
     assert [v.item() for v in got] == pytest.approx([total, squares, first, other], rel=1e-6, abs=1e-7)
@@ -103,7 +103,7 @@ def test_edm2_keeps_magnitudes_and_ignores_the_length_of_weights():
     net = network("edm2", model_channels=64).float()
     x, c_noise = torch.randn(16, 3, 8, 8), torch.randn(16)
     net.out_gain.fill_(1.0)
-    y, features = net.with_features(x, c_noise, torch.randint(0, 2, (16,)))
+    y, features = net(x, c_noise, torch.randint(0, 2, (16,)), return_features=True)
     for feature in (*features, y):
         assert 0.5 < feature.square().mean().sqrt() < 2  # about 1 at every depth, with fresh weights
     none = net(x, c_noise)
@@ -127,7 +127,9 @@ def test_pickles_round_trip_to_safetensors(case, tmp_path):
         assert (other.shape, other.num_classes, other.sigma_data) == ((3, 8, 8), 2, 0.5)
         assert (other.sigma_min, other.sigma_max) == (teacher.sigma_min, teacher.sigma_max)
         assert_same_but_for_rounding(other(x, sigma, labels), teacher(x, sigma, labels))
-        assert_same_but_for_rounding(other.with_features(x, sigma, labels)[0], teacher(x, sigma, labels))
+        assert_same_but_for_rounding(
+            other(x, sigma, labels, return_features=True)[0], teacher(x, sigma, labels)
+        )
     kept = load_file(tmp_path / "out" / "model.safetensors")
     assert kept.keys() == network_of(teacher).state_dict().keys()
 

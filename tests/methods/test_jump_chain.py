@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.denoiser import jump
 from distmatch.methods.handover import Handover
 from distmatch.methods.hybrid import follower_of
 from distmatch.methods.student import Student, chain_weights
@@ -81,9 +82,9 @@ def test_a_chain_is_jumps_of_the_network() -> None:
 
     with torch.no_grad():
         x = 10.0 * z[0]
-        x = net.jump(x, level(10.0), level(0.8 * 1.5), labels) + 0.6 * 1.5 * z[1]
-        x = net.jump(x, level(1.5), level(0.8 * 0.3), labels) + 0.6 * 0.3 * z[2]
-        x = net.jump(x, level(0.3), level(0.0), labels)
+        x = jump(net, x, level(10.0), level(0.8 * 1.5), labels) + 0.6 * 1.5 * z[1]
+        x = jump(net, x, level(1.5), level(0.8 * 0.3), labels) + 0.6 * 0.3 * z[2]
+        x = jump(net, x, level(0.3), level(0.0), labels)
         student = Student(net, LEVELS, chain="jump", gamma=0.6)
         torch.testing.assert_close(student(z, labels), x)
 

@@ -141,7 +141,7 @@ def test_a_discriminator_of_scaled_samples_says_the_same(source: Any) -> None:
         for parameter in head.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         (x, labels), sigma = real(c, 0, 50), c * torch.linspace(0.01, 30, 50)
-        features = network(c).with_features(x, sigma, labels)[1] if source == "teacher" else x
+        features = network(c)(x, sigma, labels, return_features=True)[1] if source == "teacher" else x
         found.append(head(features, sigma, labels))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
     assert found[0].std() > 0.1

@@ -120,7 +120,7 @@ def student_step(
             logit = state.discriminator(leaf, sigma, labels)
         else:
             lender = method.teacher if method.compared.source == "teacher" else state.fake
-            logit = state.discriminator(lender.with_features(leaf, sigma, labels)[1], sigma, labels)
+            logit = state.discriminator(lender(leaf, sigma, labels, return_features=True)[1], sigma, labels)
         weigh = method.setup.divergence.weight
         parts["weight"] = normaliser.update(logit, method.noise.cdf(sigma), weigh).weight
         adversarial = method.config.gan_weight * adversarial_generator_loss(logit).mean()
@@ -242,7 +242,7 @@ def test_the_teacher_is_guided_and_the_critic_is_not(features: str) -> None:
         assert (mine - plain).abs().max() > 0.01
         assert torch.equal(fake, state.fake(x, sigma, y))
         head = state.discriminator
-        lent = (x,) if features == "own" else (teacher.with_features(x, sigma, y)[1],)
+        lent = (x,) if features == "own" else (teacher(x, sigma, y, return_features=True)[1],)
         torch.testing.assert_close(logit, head(*lent, sigma, y), **rounding)  # type: ignore[misc]
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.adapters import as_denoiser
 from distmatch.diffusion.control.neighbour_sets import NeighbourConditioned, SetEmbedding
-from distmatch.diffusion.denoiser import features_of
 from distmatch.diffusion.guidance import Guided
 from distmatch.interop.edm2_unet import EDM2UNet
 from distmatch.interop.edm_config import from_arguments
@@ -26,6 +25,7 @@ from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.split_shortcut import split_shortcuts
 from distmatch.ratio.discriminator import build_discriminator, logits_of
 from tests.helpers.small import batch, network_teacher
+from tests.helpers.wrapping import wrap
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LEVEL = torch.tensor([-0.5, 0.3, 1.0])
@@ -88,8 +88,8 @@ def test_features_alone_are_those_of_the_whole_pass(name: str) -> None:
     net = NETS[name]().requires_grad_(False)
     found = []
     for pass_ in (
-        lambda x: net.with_features(x, LEVEL, LABELS)[1],
-        lambda x: features_of(net, x, LEVEL, LABELS),
+        lambda x: net(x, LEVEL, LABELS, return_features=True)[1],
+        lambda x: net(x, LEVEL, LABELS, return_features="only"),
     ):
         leaf = X.clone().requires_grad_()
         with watched(net) as layers:
@@ -120,23 +120,13 @@ def test_denoisers_and_wrappers_pass_it_on() -> None:
     ]
     for model, watched_net, level in models:
         labels = torch.tensor([1, 1, 0]) if model is sets else LABELS
-        whole = model.with_features(X, level, labels)[1]
+        whole = model(X, level, labels, return_features=True)[1]
         with watched(watched_net) as layers:
-            alone = features_of(model, X, level, labels)
+            alone = model(X, level, labels, return_features="only")
         for a, b in zip(whole, alone, strict=True):
             # Guidance makes its two passes in one batch, which kernels may round in another way.
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         assert not any(name.split(".")[-1] == "last" and "up" not in name for name in layers)
-
-
-def test_a_model_without_a_short_way_makes_the_whole_pass() -> None:
-    class Own:
-        def with_features(
-            self, x: Tensor, sigma: Tensor, condition: Any = None
-        ) -> tuple[Tensor, list[Tensor]]:
-            return x, [2 * x]
-
-    assert torch.equal(features_of(Own(), X, LEVEL)[0], 2 * X)
 
 
 def test_what_real_and_generated_samples_share_cancels_to_the_bit() -> None:
@@ -222,11 +212,15 @@ CALLS: dict[str, dict[str, int]] = {
 """Passes in a cycle, from the algorithms of the papers: five critic steps, or one step without a critic."""
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_cycle_makes_no_call_that_nobody_reads(bench: ModuleType, name: str) -> None:
+def test_a_cycle_makes_no_call_that_nobody_reads(bench: ModuleType, name: str, wrapped: bool) -> None:
+    """A wrapper of ``forward`` around the networks hears the same calls."""
     teacher = network_teacher(2, (8,))
     method, steps = bench.build(name, teacher, bench.Options(), torch.device("cpu"))
     state = method.init(0)
+    if wrapped:
+        wrap(state)
 
     def cycle() -> None:
         for _ in range(steps):

@@ -57,7 +57,7 @@ def batch(
 def test_shapes_and_features(kind: str, shape: tuple[int, ...]) -> None:
     net = make(kind, shape)
     x, c_noise, labels = batch(shape)
-    out, features = net.with_features(x, c_noise, labels)
+    out, features = net(x, c_noise, labels, return_features=True)
     assert out.shape == x.shape
     assert torch.equal(out, net(x, c_noise, labels))  # the same operations, so the same bits
     assert out.isfinite().all()
@@ -70,10 +70,10 @@ def test_shapes_and_features(kind: str, shape: tuple[int, ...]) -> None:
 
 def test_unet_lends_one_map_per_resolution_and_dit_its_grid() -> None:
     x, c_noise, _ = batch((3, 30, 18))
-    _, maps = make("unet", (3, 30, 18)).with_features(x, c_noise)
+    _, maps = make("unet", (3, 30, 18))(x, c_noise, return_features=True)
     assert [tuple(f.shape[1:]) for f in maps] == [(8, 32, 20), (16, 16, 10), (16, 8, 5)]
     x, c_noise, _ = batch((3, 7, 9))
-    _, maps = make("dit", (3, 7, 9)).with_features(x, c_noise)
+    _, maps = make("dit", (3, 7, 9))(x, c_noise, return_features=True)
     assert [tuple(f.shape[1:]) for f in maps] == [(16, 4, 5), (16, 4, 5)]
 
 
@@ -141,9 +141,9 @@ def test_bfloat16(kind: str, shape: tuple[int, ...]) -> None:
     denoiser = EDMDenoiser(make(kind, shape), shape=shape, num_classes=3)
     x, _, labels = batch(shape)
     sigma = torch.tensor([0.01, 0.3, 2.0, 60.0])
-    exact, _ = denoiser.with_features(x, sigma, labels)
+    exact, _ = denoiser(x, sigma, labels, return_features=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        quick, _ = denoiser.with_features(x, sigma, labels)
+        quick, _ = denoiser(x, sigma, labels, return_features=True)
     cast = EDMDenoiser(make(kind, shape).bfloat16(), shape=shape, num_classes=3)(x.bfloat16(), sigma, labels)
     # bfloat16 has 8 bits: 2^-9 a rounding, and about ten layers add up. c_out <= sigma_data = 0.5 scales it.
     for rounded, tolerance in ((quick, 0.05), (cast, 0.08)):
@@ -247,7 +247,7 @@ def test_unet_keeps_detail_by_its_skips_and_lends_live_features() -> None:
     x, c_noise, _ = batch((1, 8, 8))
     x.requires_grad_()
     # Every map is still connected to the input: a discriminator on it can teach a generator.
-    out, maps = net.with_features(x, c_noise)
+    out, maps = net(x, c_noise, return_features=True)
     for feature in (out, *maps):
         (gradient,) = torch.autograd.grad(feature.square().sum(), x, retain_graph=True)
         assert gradient.abs().mean() > 1e-4

@@ -238,7 +238,7 @@ def test_where_the_logit_comes_from() -> None:
     assert choose_source("own", network) == "own"
     with pytest.raises(UserError, match=r"cannot use features.*--ratio-features own"):
         choose_source("teacher", formula)
-    with pytest.raises(UserError, match="lends no features"):
+    with pytest.raises(UserError, match="has no features"):
         build_discriminator("teacher", formula, 0)
     assert isinstance(build_discriminator("own", formula, 0), RatioNet)
     head = build_discriminator("teacher", network, 3)
@@ -250,7 +250,7 @@ def test_where_the_logit_comes_from() -> None:
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1)
-    features = network.with_features(x, sigma, labels)[1]
+    features = network(x, sigma, labels, return_features=True)[1]
     assert torch.equal(denoise_with_logit(network, head, x, sigma, labels)[1], head(features, sigma, labels))
 
 

@@ -26,10 +26,10 @@ class Flow(nn.Module):
         self.gain = nn.Parameter(torch.tensor(gain, dtype=F64))
 
     def forward(
-        self, y: Tensor, sigma: Tensor, labels: Tensor | None = None, to: Tensor | None = None
+        self, y: Tensor, sigma: Tensor, labels: Tensor | None = None, *, target_sigma: Tensor | None = None
     ) -> Tensor:
         """With a gain the function is wrong by a smooth factor, but right at level 0."""
-        t = sigma[:, None]
+        t, to = sigma[:, None], target_sigma
         s = torch.zeros_like(t) if to is None else to[:, None]
         if to is not None and torch.equal(to, sigma):
             exact = self.variance * y / (self.variance + t**2)
@@ -37,9 +37,6 @@ class Flow(nn.Module):
             share = s / t
             exact = y * (((self.variance + s**2) / (self.variance + t**2)).sqrt() - share) / (1 - share)
         return exact * (1 + self.gain * t / (1 + t))
-
-    def jump(self, y: Tensor, sigma: Tensor, to: Tensor, labels: Tensor | None = None) -> Tensor:
-        return EDMDenoiser.jump(self, y, sigma, to, labels)  # type: ignore[arg-type]
 
 
 def noisy(variance: float, n: int = 3) -> tuple[Tensor, Tensor]:

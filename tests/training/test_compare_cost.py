@@ -37,8 +37,8 @@ def test_passes_of_a_network_however_it_is_entered() -> None:
         net(x, sigma).sum().backward()
         with torch.no_grad():
             net(x, sigma)
-            net.with_features(x[:5], sigma[:5])
-            net.only_features(x[:1].expand(100, -1), sigma[:1].expand(100))
+            net(x[:5], sigma[:5], return_features=True)
+            net(x[:1].expand(100, -1), sigma[:1].expand(100), return_features="only")
         net.requires_grad_(False)
         net(x.clone().requires_grad_(), sigma).sum().backward()
     total = sum(every.values())

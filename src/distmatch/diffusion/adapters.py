@@ -21,7 +21,16 @@ from distmatch.diffusion.conditioning import (
     labels_of,
     null_labels,
 )
-from distmatch.diffusion.denoiser import Denoiser, expand, features_of, require_score
+from distmatch.diffusion.denoiser import (
+    Denoiser,
+    Output,
+    ReturnFeatures,
+    asked,
+    expand,
+    has_features,
+    on_prediction,
+    require_score,
+)
 from distmatch.diffusion.path_core import NoisePath, Time, check_prior
 from distmatch.diffusion.paths import DiscretePath, noise_path
 from distmatch.diffusion.predictions import Coefficients, check_prediction, convert
@@ -40,7 +49,8 @@ class PredictionDenoiser(nn.Module):
     ends of its path, the network is told the end.
 
     Args:
-        net: The network. It is given ``x_t`` in the dtype of its parameters, ``t`` as a vector (B,) in the
+        net: The network. It may have ``has_features = True``, and then takes ``return_features`` as those of
+            distmatch do. It is given ``x_t`` in the dtype of its parameters, ``t`` as a vector (B,) in the
             same dtype but at least float32 (int64 when ``levels`` is "snap"), labels if it has classes, and
             the fields of ``conditioning`` by their names.
         path: A path or its name.
@@ -123,14 +133,34 @@ class PredictionDenoiser(nn.Module):
             )
         self.time, self.levels, self.null_class, self.reverse_time = time, levels, null_class, reverse_time
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
+    @property
+    def has_features(self) -> bool:
+        """Whether the network says that it takes ``return_features``."""
+        return has_features(self.net)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: ConditioningLike = None,
+        *,
+        return_features: ReturnFeatures = False,
+    ) -> Output:
         """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
 
+        Args:
+            x: Noised samples.
+            sigma: Their levels.
+            condition: Their labels.
+            return_features: Also return the features of the network, in its own dtype, or ``"only"`` them.
+
         Returns:
-            (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network.
+            (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network;
+            with features the pair of it and a list.
         """
         noised, coefficients, arguments, named = self._inputs(x, sigma, condition)
-        return self._clean(self.net(*arguments, **named), noised, coefficients)
+        output = self.net(*arguments, **named, **asked(return_features))
+        return on_prediction(output, return_features, lambda out: self._clean(out, noised, coefficients))
 
     def null_conditioning(self, n: int) -> Conditioning:
         """What "no condition" is for the network, for ``n`` samples.
@@ -233,23 +263,6 @@ def check_null(labels: Tensor | None, null_class: int, num_classes: int) -> None
         )
 
 
-class PredictionFeatureDenoiser(PredictionDenoiser):
-    """The same around a network that lends its features: ``net.with_features(x_t, t, labels)``."""
-
-    def with_features(
-        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The denoised ``x`` and the features of the network, in its own dtype."""
-        noised, coefficients, arguments, named = self._inputs(x, sigma, condition)
-        value, features = self.net.with_features(*arguments, **named)  # type: ignore[attr-defined]
-        return self._clean(value, noised, coefficients), features
-
-    def only_features(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> list[Tensor]:
-        """The features alone, by a pass that stops at the last of them where the network can."""
-        _, _, arguments, named = self._inputs(x, sigma, condition)
-        return features_of(self.net, *arguments, **named)
-
-
 def as_denoiser(
     module: Callable[..., Tensor],
     path: str | NoisePath = "vp",
@@ -269,11 +282,10 @@ def as_denoiser(
         options: The other arguments of :class:`PredictionDenoiser`.
 
     Returns:
-        A denoiser; one that lends features when the network does.
+        A denoiser. It has features where the module has an attribute ``has_features`` that is True and takes
+        ``return_features``.
     """
-    lends = hasattr(module, "with_features")
-    kind = PredictionFeatureDenoiser if lends else PredictionDenoiser
-    return kind(module, path, prediction, shape=shape, **options)
+    return PredictionDenoiser(module, path, prediction, shape=shape, **options)
 
 
 def require_denoiser(model: object) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeGuard, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike, example_conditioning
+
+ReturnFeatures = bool | Literal["only"]
+"""What a pass returns: the prediction, ``(prediction, features)``, or only the features."""
+
+Features = list[Tensor]
+"""Activations of a network, (B, C) or (B, C, H, W) each."""
+
+Output = Tensor | tuple[Tensor, Features] | Features
+"""What a pass returns for any ``return_features``."""
 
 
 @runtime_checkable
@@ -46,31 +56,65 @@ class Denoiser(Protocol):
         ...
 
 
-@runtime_checkable
 class FeatureDenoiser(Denoiser, Protocol):
-    """A denoiser that lends its inner activations, in the same pass."""
+    """A denoiser that also returns activations of its network, from the one pass of a call.
 
-    def with_features(
-        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the denoised ``x`` and a list of feature tensors, (B, C) or (B, C, H, W)."""
-        ...
-
-
-def features_of(model: Any, *arguments: Any, **named: Any) -> list[Tensor]:
-    """The features of a denoiser or network where nobody reads its prediction.
-
-    A model with ``only_features`` stops at the last of them; of another one the whole pass is made.
-
-    Args:
-        model: What has ``with_features``, and perhaps ``only_features``.
-        arguments: Of either, for example x, sigma and condition.
-        named: Further arguments by name.
+    Attributes:
+        has_features: True.
     """
-    if hasattr(model, "only_features"):
-        features: list[Tensor] = model.only_features(*arguments, **named)
+
+    has_features: bool
+
+    @overload
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: ConditioningLike = None,
+        *,
+        return_features: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: ConditioningLike = None,
+        *,
+        return_features: Literal[True],
+    ) -> tuple[Tensor, Features]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: ConditioningLike = None,
+        *,
+        return_features: Literal["only"],
+    ) -> Features: ...
+
+
+def has_features(model: object) -> TypeGuard[FeatureDenoiser]:
+    """Whether a denoiser or network takes ``return_features``: what its attribute ``has_features`` says."""
+    return bool(getattr(model, "has_features", False))
+
+
+def asked(return_features: ReturnFeatures) -> dict[str, ReturnFeatures]:
+    """The keyword for an inner call: none for a plain one, which a network without features takes too."""
+    return {"return_features": return_features} if return_features else {}
+
+
+def on_prediction(output: Any, return_features: ReturnFeatures, change: Callable[[Tensor], Tensor]) -> Output:
+    """What an inner call returned, with its prediction changed; features stay as they are."""
+    if return_features == "only":
+        features: Features = output
         return features
-    return model.with_features(*arguments, **named)[1]
+    if return_features:
+        prediction, features = output
+        return change(prediction), features
+    return change(output)
 
 
 def pooled(features: list[Tensor]) -> Tensor:
@@ -78,19 +122,31 @@ def pooled(features: list[Tensor]) -> Tensor:
     return torch.cat([f.flatten(2).mean(2) if f.ndim > 2 else f for f in features], dim=1)
 
 
-def lends_features(denoiser: object) -> TypeGuard[FeatureDenoiser]:
-    """Whether a denoiser lends activations, and so do what it wraps (``inner``) and its network (``net``)."""
-    inner: object | None = denoiser
-    while inner is not None:
-        if not hasattr(inner, "with_features"):
-            return False
-        inner = getattr(inner, "inner", None) or getattr(inner, "net", None)
-    return True
-
-
 def expand(sigma: Tensor, x: Tensor) -> Tensor:
     """Reshapes ``sigma`` (B,) so that it broadcasts over ``x`` (B, ...)."""
     return sigma.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def jump(
+    denoiser: Callable[..., Tensor],
+    x: Tensor,
+    sigma: Tensor,
+    target_sigma: Tensor,
+    condition: ConditioningLike = None,
+) -> Tensor:
+    """Takes ``x`` from level t = ``sigma`` to s = ``target_sigma``: ``s/t x + (1 - s/t) D(x, t, s)``.
+
+    A jump to its own level changes nothing, whatever the network returns (CTM, Kim et al. 2024, eq. 5).
+
+    Args:
+        denoiser: A denoiser of two levels, called with ``target_sigma``.
+        x: Noised samples (B, *shape).
+        sigma: Their levels (B,), positive.
+        target_sigma: The levels to go to (B,), in [0, sigma].
+        condition: Their labels (B,), or None.
+    """
+    kept = expand(target_sigma / sigma, x)
+    return kept * x + (1 - kept) * denoiser(x, sigma, condition, target_sigma=target_sigma)
 
 
 def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.adapters import check_null
+from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.nets.layers import feature_blocks
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
@@ -28,14 +29,15 @@ class DiffusersNet(nn.Module):
         model: The network of diffusers.
         sign: Factor of the output; -1 turns the "v" of EDM schedulers into the usual network output.
         null_class: The label that stands for "no condition". None: a transformer's own, and none for a U-Net.
-        features: Names of the modules whose output ``with_features`` lends. None: the middle of a U-Net, or
+        features: Names of the modules whose outputs are its features. None: the middle of a U-Net, or
             the blocks at 1/2 and 3/4 of the depth of a transformer.
 
     Raises:
         UserError: Another kind of network, or a module that it does not have.
     """
 
-    uncompiled = ("only_features",)
+    has_features = True
+    uncompiled = ("_only_features",)
     """What ``training/devices.py`` leaves as it is: no graph can be left by an exception."""
 
     def __init__(
@@ -80,8 +82,30 @@ class DiffusersNet(nn.Module):
         for name in self.features:
             self._part(name)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The prediction (B, C, H, W) for ``x`` (B, C, H, W) at times ``t`` (B,), with ``labels`` (B,)."""
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, return_features: ReturnFeatures = False
+    ) -> Output:
+        """The prediction (B, C, H, W) for ``x`` (B, C, H, W) at times ``t`` (B,), with ``labels`` (B,).
+
+        Features are the outputs of the named modules, tokens as maps (B, C, H, W); a pass for ``"only"`` them
+        is left when the last of them is there.
+        """
+        if return_features == "only":
+            return self._only_features(x, t, labels)
+        if not return_features:
+            return self._prediction(x, t, labels)
+        kept: dict[str, Tensor] = {}
+        with self._listening(kept):
+            out = self._prediction(x, t, labels)
+        return out, self._maps(kept, x)
+
+    def _only_features(self, x: Tensor, t: Tensor, labels: Tensor | None) -> list[Tensor]:
+        kept: dict[str, Tensor] = {}
+        with suppress(_Enough), self._listening(kept, leave=True):
+            self._prediction(x, t, labels)
+        return self._maps(kept, x)
+
+    def _prediction(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         arguments = {"class_labels": self._labels(labels, x)} if self.takes_labels else {}
         out = self.model(x.to(self.model.dtype), t, return_dict=False, **arguments)[0][:, : self.channels]
         return out if self.sign == 1 else self.sign * out
@@ -101,22 +125,6 @@ class DiffusersNet(nn.Module):
                 fix="give every sample a label and leave guidance at 1, or name the class with null_class",
             )
         return labels
-
-    def with_features(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The prediction and the outputs of the named modules, tokens as maps (B, C, H, W)."""
-        kept: dict[str, Tensor] = {}
-        with self._listening(kept):
-            out = self.forward(x, t, labels)
-        return out, self._maps(kept, x)
-
-    def only_features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """The outputs of the named modules alone: the pass is left when the last of them is there."""
-        kept: dict[str, Tensor] = {}
-        with suppress(_Enough), self._listening(kept, leave=True):
-            self.forward(x, t, labels)
-        return self._maps(kept, x)
 
     def _maps(self, kept: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         height, width = x.shape[-2:]

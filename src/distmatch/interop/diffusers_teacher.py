@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import read_json
-from distmatch.diffusion.adapters import PredictionFeatureDenoiser
+from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.interop.conversion import Conversion, check_conversion
 from distmatch.interop.diffusers_net import DiffusersNet
 from distmatch.interop.diffusers_parts import (
@@ -32,7 +32,7 @@ from distmatch.interop.optional import import_diffusers
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.saved import missing_model
 
-Teacher = PredictionFeatureDenoiser | EDMDenoiser
+Teacher = PredictionDenoiser | EDMDenoiser
 
 # A converted teacher that differs by more than rounding in float32 was not understood.
 _TOLERANCE = 1e-3
@@ -73,11 +73,11 @@ def teacher_from(
         null_class: The label that stands for "no condition". A transformer's own is known.
         sigma_data: Standard deviation of what it was trained on; by default what the scheduler states, or 1
             for latents and 0.5 for images.
-        features: Names of the modules whose outputs are lent as features; by default the middle.
+        features: Names of the modules whose outputs are its features; by default the middle.
         levels: Whether a network of 1000 times is told times between them, or the nearest one.
 
     Returns:
-        A denoiser with ``with_features``, ``decoder`` (or None) and ``source``.
+        A denoiser with features, ``decoder`` (or None) and ``source``.
 
     Raises:
         UserError: A network, scheduler or option that is not understood.
@@ -108,7 +108,7 @@ def teacher_from(
     else:
         if getattr(model.config, "time_embedding_type", None) == "learned":
             levels = "snap"  # a table of times has no row between two of them
-        teacher = PredictionFeatureDenoiser(
+        teacher = PredictionDenoiser(
             net,
             schedule.path,
             schedule.prediction,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.interop.edm_config import ADM, EDMConfig, Stage
 from distmatch.nets.layers import at_least_float32
 
@@ -173,24 +174,28 @@ def unit(x: Tensor, dims: int | list[int], eps: float = 1e-4) -> Tensor:
 
 
 class FeatureUNet(nn.Module):
-    """What the U-Nets of EDM and EDM2 share: the ways to call them."""
+    """What the U-Nets of EDM and EDM2 share: how they are called."""
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Maps ``x`` (B, C, H, W), ``c_noise`` (B,) and labels (B,), -1 for none, to (B, C, H, W)."""
-        return self._run(x, c_noise, labels, whole=True)[0]
+    has_features = True
 
-    def with_features(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The output and one map (B, C_l, H_l, W_l) per resolution, finest first.
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_features: ReturnFeatures = False,
+    ) -> Output:
+        """Maps ``x`` (B, C, H, W), ``c_noise`` (B,) and labels (B,), -1 for none, to (B, C, H, W).
 
-        The coarsest map is that of the middle, the others are the last of their level on the way down.
+        Features are one map (B, C_l, H_l, W_l) for each resolution, finest first: the coarsest is that of the
+        middle, the others are the last of their level on the way down. A pass for ``"only"`` them leaves out
+        the way up.
         """
-        return self._run(x, c_noise, labels, whole=True)
-
-    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """The maps alone, without the way up."""
-        return self._run(x, c_noise, labels, whole=False)[1]
+        out, features = self._run(x, c_noise, labels, whole=return_features != "only")
+        if return_features == "only":
+            return features
+        return (out, features) if return_features else out
 
     def _run(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None, whole: bool

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, cause, unknown_name
 from distmatch.base.files import load_into
-from distmatch.diffusion.adapters import PredictionFeatureDenoiser
-from distmatch.diffusion.denoiser import features_of
+from distmatch.diffusion.adapters import PredictionDenoiser
+from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, has_features, on_prediction
 from distmatch.diffusion.paths import edm, vp
 from distmatch.interop.edm2_unet import EDM2UNet
 from distmatch.interop.edm_config import ADM, EDM2, SONG, AnyConfig, EDM2Config, from_arguments
@@ -23,7 +23,7 @@ from distmatch.interop.inert_pickle import named_tensors, persistent, read_pickl
 from distmatch.interop.times import HalfLog, Scaled
 from distmatch.nets.edm import EDMDenoiser
 
-Teacher = EDMDenoiser | PredictionFeatureDenoiser
+Teacher = EDMDenoiser | PredictionDenoiser
 
 _NETWORKS = {"SongUNet": SONG, "DhariwalUNet": ADM}
 # Used in training only: augmentation labels, and EDM2's estimate of the loss.
@@ -66,20 +66,17 @@ class Negated(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Minus the output of the network."""
-        return -self.net(x, t, labels)
+    @property
+    def has_features(self) -> bool:
+        """Whether the network has features."""
+        return has_features(self.net)
 
-    def with_features(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The same, with the features of the network."""
-        out, features = self.net.with_features(x, t, labels)  # type: ignore[operator]
-        return -out, features
-
-    def only_features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """The features alone."""
-        return features_of(self.net, x, t, labels)
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, return_features: ReturnFeatures = False
+    ) -> Output:
+        """Minus the output of the network; its features as they are."""
+        output = self.net(x, t, labels, **asked(return_features))
+        return on_prediction(output, return_features, torch.neg)
 
 
 def loaded_edm(
@@ -135,11 +132,11 @@ def _preconditioned(net: nn.Module, config: AnyConfig, preconditioning: Precondi
         return EDMDenoiser(net, sigma_min=p.sigma_min, sigma_max=p.sigma_max, **common)
     if p.kind == "vp":
         path = vp(p.beta_min, p.beta_min + p.beta_d, t_min=p.epsilon)
-        denoiser = PredictionFeatureDenoiser(net, path, "eps", time=Scaled(p.steps - 1.0), **common)
+        denoiser = PredictionDenoiser(net, path, "eps", time=Scaled(p.steps - 1.0), **common)
     elif p.kind == "ve":
         # D = x + sigma F: the network predicts minus the noise.
         path = edm(p.sigma_min, p.sigma_max)
-        denoiser = PredictionFeatureDenoiser(Negated(net), path, "eps", time=HalfLog(), **common)
+        denoiser = PredictionDenoiser(Negated(net), path, "eps", time=HalfLog(), **common)
     else:
         raise unknown_name("preconditioning", p.kind, ("edm", "vp", "ve"))
     denoiser.preconditioning = p  # type: ignore[assignment]

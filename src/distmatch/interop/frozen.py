@@ -92,12 +92,12 @@ def frozen_call(denoiser: Any, sigma: float, to: float = 0.0) -> Call:
     jumps; 0, the data, needs no telling.
     """
     level, one = torch.full((1,), sigma), torch.ones(1, *denoiser.shape)
-    goal = [torch.full((1,), to)] if to else []
+    goal = {"target_sigma": torch.full((1,), to)} if to else {}
     labels = torch.zeros(1, dtype=torch.int64) if denoiser.num_classes else None
     silent, loud = _Probe(0.0), _Probe(1.0)
     # The copies share everything but the network, which is not copied.
-    skip = copy.deepcopy(denoiser, {id(denoiser.net): silent})(one, level, labels, *goal)
-    gain = copy.deepcopy(denoiser, {id(denoiser.net): loud})(torch.zeros_like(one), level, labels, *goal)
+    skip = copy.deepcopy(denoiser, {id(denoiser.net): silent})(one, level, labels, **goal)
+    gain = copy.deepcopy(denoiser, {id(denoiser.net): loud})(torch.zeros_like(one), level, labels, **goal)
     return Call(sigma, _number(silent.x), _number(skip), _number(gain), silent.told)
 
 

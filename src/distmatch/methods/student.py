@@ -143,7 +143,9 @@ class Student(nn.Module):
         """
         sigma = torch.full((len(x),), self.levels[index], device=x.device, dtype=x.dtype)
         to = self.goal(index)
-        return self.denoiser(x, sigma, labels, *([torch.full_like(sigma, to)] if to else []))
+        goal = {"target_sigma": torch.full_like(sigma, to)} if to else {}
+        x0: Tensor = self.denoiser(x, sigma, labels, **goal)
+        return x0
 
     def goal(self, index: int) -> float:
         """The level that call ``index`` is told to go to; 0, the data, but in a chain of jumps."""

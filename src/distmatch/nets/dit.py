@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.nets.config import DiTConfig
 from distmatch.nets.layers import (
     Conditioning,
@@ -62,6 +63,8 @@ class DiT(nn.Module):
         num_classes: Number of classes; 0 without.
     """
 
+    has_features = True
+
     def __init__(self, config: DiTConfig, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.config = config
@@ -76,31 +79,33 @@ class DiT(nn.Module):
         self.modulation = zeroed(nn.Linear(config.width, 2 * config.width))
         self.last = zeroed(nn.Linear(config.width, channels * config.patch**2))
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Maps ``x`` (B, C, H, W) and ``c_noise`` (B,) to (B, C, H, W)."""
-        return self.with_features(x, c_noise, labels)[0]
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_features: ReturnFeatures = False,
+    ) -> Output:
+        """Maps ``x`` (B, C, H, W) and ``c_noise`` (B,) to (B, C, H, W).
+
+        Features are the tokens at about 1/2 and 3/4 of the depth, as maps (B, width, h, w); a pass for
+        ``"only"`` them leaves out the blocks behind the last.
+        """
+        embedding = self.conditioning(c_noise, labels)
+        padded, offset = pad_to_multiple(x, self.config.patch)
+        depth = max(self.features) + 1 if return_features == "only" else len(self.blocks)
+        states = self._states(padded, embedding, depth)
+        features = [self._as_map(states[i]) for i in self.features] if return_features else []
+        if return_features == "only":
+            return features
+        scale, shift = self.modulation(embedding)[:, None].chunk(2, dim=2)
+        pixels = self._as_map(self.last(modulate(self.norm(states[-1]), scale, shift)))
+        out = crop(F.pixel_shuffle(pixels, self.config.patch), offset, x.shape[-2], x.shape[-1])
+        return (out, features) if return_features else out
 
     def _as_map(self, tokens: Tensor) -> Tensor:
         return tokens.transpose(1, 2).unflatten(2, self.grid)
-
-    def with_features(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the output and the tokens at about 1/2 and 3/4 of the depth, as maps (B, width, h, w)."""
-        embedding = self.conditioning(c_noise, labels)
-        padded, offset = pad_to_multiple(x, self.config.patch)
-        states = self._states(padded, embedding, len(self.blocks))
-        tokens = states[-1]
-        scale, shift = self.modulation(embedding)[:, None].chunk(2, dim=2)
-        pixels = self._as_map(self.last(modulate(self.norm(tokens), scale, shift)))
-        out = F.pixel_shuffle(pixels, self.config.patch)
-        return crop(out, offset, x.shape[-2], x.shape[-1]), [self._as_map(states[i]) for i in self.features]
-
-    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """The maps alone, without the blocks behind the last of them."""
-        padded, _ = pad_to_multiple(x, self.config.patch)
-        states = self._states(padded, self.conditioning(c_noise, labels), max(self.features) + 1)
-        return [self._as_map(states[i]) for i in self.features]
 
     def _states(self, padded: Tensor, embedding: Tensor, depth: int) -> list[Tensor]:
         """The tokens (B, N, width) after each of the first ``depth`` blocks."""

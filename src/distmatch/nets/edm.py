@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike, labels_of
-from distmatch.diffusion.denoiser import expand, features_of
+from distmatch.diffusion.denoiser import (
+    Output,
+    ReturnFeatures,
+    asked,
+    expand,
+    has_features,
+    on_prediction,
+)
 from distmatch.nets.layers import at_least_float32, noise_coordinate
 
 
@@ -22,7 +29,7 @@ class EDMDenoiser(nn.Module):
     at every noise level.
 
     Args:
-        net: A network ``net(x, c_noise, labels)`` with ``with_features``.
+        net: A network ``net(x, c_noise, labels)``.
         shape: Shape of one sample.
         num_classes: Number of classes; 0 when unconditional.
         sigma_data: Standard deviation of the data.
@@ -34,7 +41,7 @@ class EDMDenoiser(nn.Module):
             ``sigma_data`` the denoiser of scaled data is the scaled denoiser, with the same weights.
 
     Attributes:
-        jumps: Whether the network knows the level to jump to; :func:`distmatch.nets.jump.as_jump` teaches it.
+        jumps: Whether the network takes ``target_sigma``; :func:`distmatch.nets.jump.as_jump` adds it.
 
     Raises:
         UserError: Not ``0 < sigma_min < sigma_max``, ``sigma_data`` or ``noise_unit`` is not positive, or
@@ -82,49 +89,38 @@ class EDMDenoiser(nn.Module):
         """Whether it was trained with Gaussian noise, so that ``(D - x) / sigma^2`` is a score."""
         return self.pfgm_dims == 0
 
+    @property
+    def has_features(self) -> bool:
+        """Whether the network has features to return."""
+        return has_features(self.net)
+
     def forward(
-        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None, to: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: ConditioningLike = None,
+        *,
+        return_features: ReturnFeatures = False,
+        target_sigma: Tensor | None = None,
+    ) -> Output:
         """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
 
         Args:
             x: Noised samples.
             sigma: Their levels.
             condition: Their labels.
-            to: Of a network that jumps, the levels that it jumps to, (B,) in [0, sigma]; None is 0, the data.
+            return_features: Also return the features of the network, in its own dtype, or ``"only"`` them, by
+                a pass that stops at the last of them where the network can.
+            target_sigma: Of a network of two levels, the level to jump to, (B,) in [0, sigma]; None is 0, the
+                data.
 
         Returns:
-            (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network.
+            (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network;
+            with features the pair of it and a list, (B, C) or (B, C, H, W) each.
         """
-        inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma, to)
-        return c_skip * x + c_out * self.net(inputs, c_noise, labels_of(condition)).to(inputs.dtype)
-
-    def with_features(
-        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The same, with the features of the network, (B, C) or (B, C, H, W), in its own dtype."""
-        inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma)
-        out, features = self.net.with_features(inputs, c_noise, labels_of(condition))  # type: ignore[operator]
-        return c_skip * x + c_out * out.to(inputs.dtype), features
-
-    def only_features(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> list[Tensor]:
-        """The features alone, by a pass that stops at the last of them where the network can."""
-        inputs, c_noise, _, _ = self._preconditioned(x, sigma)
-        return features_of(self.net, inputs, c_noise, labels_of(condition))
-
-    def jump(self, x: Tensor, sigma: Tensor, to: Tensor, condition: ConditioningLike = None) -> Tensor:
-        """Takes ``x`` from ``sigma`` to ``to``: ``to/sigma x + (1 - to/sigma) D(x, sigma, condition, to)``.
-
-        A step to its own level changes nothing, whatever the network says (CTM, Kim et al. 2024, eq. 5).
-
-        Args:
-            x: Noised samples (B, *shape).
-            sigma: Their levels (B,), positive.
-            to: The levels to go to (B,), in [0, sigma].
-            condition: Their labels.
-        """
-        kept = expand(to / sigma, x)
-        return kept * x + (1 - kept) * self(x, sigma, condition, to)
+        inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma, target_sigma)
+        output = self.net(inputs, c_noise, labels_of(condition), **asked(return_features))
+        return on_prediction(output, return_features, lambda out: c_skip * x + c_out * out.to(inputs.dtype))
 
     def _preconditioned(
         self, x: Tensor, sigma: Tensor, to: Tensor | None = None
@@ -164,13 +160,13 @@ class EDMDenoiser(nn.Module):
 
 
 def feature_shapes(denoiser: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
-    """The shapes, without batch, of the features that ``denoiser`` lends for samples like ``x`` (B, *shape).
+    """The shapes, without batch, of the features of ``denoiser`` for samples like ``x`` (B, *shape).
 
     It runs the denoiser once on one sample, without gradient and without dropout.
     """
     was_training = denoiser.training
     denoiser.eval()
     with torch.no_grad():
-        features = features_of(denoiser, x[:1], torch.ones(1, device=x.device))
+        features = denoiser(x[:1], torch.ones(1, device=x.device), return_features="only")
     denoiser.train(was_training)
     return [tuple(feature.shape[1:]) for feature in features]

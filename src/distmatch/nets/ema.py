@@ -81,6 +81,14 @@ class EMA:
             own.copy_(rest[name]) if name in rest else own.zero_()
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copies parameters and buffers between two networks of one architecture, wrapped or not."""
+    for tensors in (nn.Module.parameters, nn.Module.buffers):
+        for own, other in zip(tensors(target), tensors(source), strict=True):
+            own.copy_(other)
+
+
 def ema_decay(
     step: int, *, half_life: float | None = None, decay: float | None = None, ramp: float = 0.05
 ) -> float:

@@ -84,7 +84,7 @@ class RatioHead(nn.Module):
                 "a ratio head needs features that are vectors or maps",
                 got=f"shapes {list(feature_shapes)}",
                 expected="one or more of (C,) or (C, H, W)",
-                fix="use a network of its own for the ratio when the teacher lends no features",
+                fix="use a network of its own for the ratio when the teacher has no features",
             )
         self.conditioning = Conditioning(num_classes, width)
         self.heads = nn.ModuleList(
@@ -97,7 +97,7 @@ class RatioHead(nn.Module):
         """Returns log r (B,) in float32 or better.
 
         Args:
-            features: What the denoiser lent for x at ``sigma``, in the order of ``feature_shapes``.
+            features: Those of the denoiser for x at ``sigma``, in the order of ``feature_shapes``.
             sigma: Noise levels (B,).
             labels: Classes (B,) int64, -1 for none.
         """
@@ -112,7 +112,7 @@ class RatioHead(nn.Module):
 
 
 class RatioNet(nn.Module):
-    """A discriminator with its own encoder, for teachers that lend no features.
+    """A discriminator with its own encoder, for teachers without features.
 
     Args:
         shape: Shape of one sample.

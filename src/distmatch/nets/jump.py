@@ -1,8 +1,8 @@
 """Networks of two noise levels: from x at one to x at another, in one call (CTM, MeanFlow, IMM).
 
-Such a denoiser is called as ``D(x, sigma, labels, to)``. It is not the posterior mean but what
-:meth:`~distmatch.nets.edm.EDMDenoiser.jump` needs to arrive at ``to``; at ``to = sigma`` it is the posterior
-mean, and without ``to`` it goes all the way to the data, as a student does.
+Such a denoiser is called as ``D(x, sigma, labels, target_sigma=s)``. It is not the posterior mean but what
+:func:`distmatch.diffusion.denoiser.jump` needs to arrive at s; at ``s = sigma`` it is the posterior mean, and
+without ``target_sigma`` it goes all the way to the data, as a student does.
 """
 
 from __future__ import annotations

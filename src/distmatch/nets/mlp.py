@@ -7,6 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.layers import Conditioning, feature_blocks, modulate, zeroed
 
@@ -73,6 +74,8 @@ class MLP(nn.Module):
         num_classes: Number of classes; 0 without.
     """
 
+    has_features = True
+
     def __init__(self, config: MLPConfig, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.config = config
@@ -81,19 +84,23 @@ class MLP(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.last = zeroed(nn.Linear(config.width, math.prod(shape)))
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Maps ``x`` (B, *shape) and ``c_noise`` (B,) to (B, *shape)."""
-        return self.with_features(x, c_noise, labels)[0]
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_features: ReturnFeatures = False,
+    ) -> Output:
+        """Maps ``x`` (B, *shape) and ``c_noise`` (B,) to (B, *shape).
 
-    def with_features(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the output and the hidden states (B, width) at about 1/2 and 3/4 of the depth."""
-        states, _ = self.trunk(x, c_noise, labels)
-        out = self.last(F.silu(self.norm(states[-1])))
-        return out.reshape(x.shape), [states[i] for i in self.features]
-
-    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """The hidden states alone, without the blocks behind the last of them."""
-        states, _ = self.trunk(x, c_noise, labels, depth=max(self.features) + 1)
-        return [states[i] for i in self.features]
+        Features are the hidden states (B, width) at about 1/2 and 3/4 of the depth; a pass for ``"only"``
+        them leaves out the blocks behind the last.
+        """
+        depth = max(self.features) + 1 if return_features == "only" else None
+        states, _ = self.trunk(x, c_noise, labels, depth=depth)
+        features = [states[i] for i in self.features]
+        if return_features == "only":
+            return features
+        out = self.last(F.silu(self.norm(states[-1]))).reshape(x.shape)
+        return (out, features) if return_features else out

@@ -32,7 +32,7 @@ class PathDenoiser(EDMDenoiser):
     ``sigma_data``. The loss and its weights stay those of the target.
 
     Args:
-        net: A network ``net(x, c_noise, labels)`` with ``with_features``.
+        net: A network ``net(x, c_noise, labels)``.
         path: The path.
         prediction: "x0", "eps", "v", "flow" or "score".
         shape: Shape of one sample.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.nets.config import UNetConfig
 from distmatch.nets.layers import (
     Conditioning,
@@ -89,6 +90,8 @@ class UNet(nn.Module):
         num_classes: Number of classes; 0 without.
     """
 
+    has_features = True
+
     def __init__(self, config: UNetConfig, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.config = config
@@ -135,32 +138,32 @@ class UNet(nn.Module):
         self.norm = group_norm(current)
         self.last = zeroed(nn.Conv2d(current, shape[0], 3, padding=1))
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Maps ``x`` (B, C, H, W) and ``c_noise`` (B,) to (B, C, H, W)."""
-        return self.with_features(x, c_noise, labels)[0]
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_features: ReturnFeatures = False,
+    ) -> Output:
+        """Maps ``x`` (B, C, H, W) and ``c_noise`` (B,) to (B, C, H, W).
 
-    def with_features(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the output and one map (B, C_l, H_l, W_l) per resolution, finest first.
-
-        The coarsest map is that of the middle, the others are the last of their level on the way down.
+        Features are one map (B, C_l, H_l, W_l) for each resolution, finest first: the coarsest is that of the
+        middle, the others are the last of their level on the way down. A pass for ``"only"`` them leaves out
+        the way up.
         """
         embedding = self.conditioning(c_noise, labels)
         padded, offset = pad_to_multiple(x, self.multiple)
         kept, features = self._way_down(padded, embedding)
+        if return_features == "only":
+            return features
         hidden = features[-1]
         for block in self.up:
             if block.resample == "same":
                 hidden = torch.cat([hidden, kept.pop()], dim=1)
             hidden = block(hidden, embedding)
-        out = self.last(F.silu(self.norm(hidden)))
-        return crop(out, offset, x.shape[-2], x.shape[-1]), features
-
-    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """The features alone, without the way up."""
-        padded, _ = pad_to_multiple(x, self.multiple)
-        return self._way_down(padded, self.conditioning(c_noise, labels))[1]
+        out = crop(self.last(F.silu(self.norm(hidden))), offset, x.shape[-2], x.shape[-1])
+        return (out, features) if return_features else out
 
     def _way_down(self, padded: Tensor, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The maps that the way up takes, in the order they are made, and the features."""

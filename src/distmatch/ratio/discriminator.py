@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.denoiser import Denoiser, features_of, lends_features
+from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, has_features
 from distmatch.nets.head import RatioHead, RatioNet
 
 Source = Literal["teacher", "fake", "own"]
 
 
 def choose_source(wanted: str, teacher: Denoiser) -> Source:
-    """Resolves ``auto``: teacher features where the teacher lends them, else a network of its own.
+    """Resolves ``auto``: teacher features where the teacher has them, else a network of its own.
 
     Raises:
         UserError: Teacher features were asked for and the teacher has none.
     """
     if wanted == "auto":
-        return "teacher" if lends_features(teacher) else "own"
-    if wanted == "teacher" and not lends_features(teacher):
+        return "teacher" if has_features(teacher) else "own"
+    if wanted == "teacher" and not has_features(teacher):
         raise UserError(
             "the discriminator cannot use features of this teacher",
             got=type(teacher).__name__,
-            expected="a teacher with with_features(x, sigma, condition)",
+            expected="a teacher whose has_features is True, and which takes return_features",
             fix="use --ratio-features own, or fake",
         )
     return wanted  # type: ignore[return-value]
@@ -46,16 +46,17 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
     """
     if source == "own":
         return RatioNet(features_from.shape, num_classes, sigma_data=features_from.sigma_data)
-    if not lends_features(features_from):
+    if not has_features(features_from):
         raise UserError(
-            "this denoiser lends no features to the discriminator",
-            got=f"a {type(features_from).__name__} whose network has no with_features",
+            "this denoiser has no features for the discriminator",
+            got=f"a {type(features_from).__name__} whose network has none",
             fix="use --ratio-features own",
         )
     with torch.no_grad():
         probe = torch.zeros(2, *features_from.shape, device=_device(features_from))
         labels = torch.zeros(2, dtype=torch.int64, device=probe.device) if num_classes else None
-        features = features_of(features_from, probe, torch.ones(2, device=probe.device), labels)
+        level = torch.ones(2, device=probe.device)
+        features = features_from(probe, level, labels, return_features="only")
     shapes = [tuple(f.shape[1:]) for f in features]
     return RatioHead(shapes, num_classes, noise_unit=2 * features_from.sigma_data)
 
@@ -67,8 +68,8 @@ def denoise_with_logit(
     sigma: Tensor,
     labels: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One pass of a feature-lending denoiser: its prediction and the discriminator's logit (B,)."""
-    prediction, features = denoiser.with_features(x, sigma, labels)  # type: ignore[attr-defined]
+    """One pass of a denoiser with features: its prediction and the discriminator's logit (B,)."""
+    prediction, features = _required(denoiser)(x, sigma, labels, return_features=True)
     return prediction, discriminator(features, sigma, labels)
 
 
@@ -84,9 +85,10 @@ def logits_of(
 ) -> list[Tensor]:
     """The discriminator's logits of samples of several kinds, where nobody reads a prediction.
 
-    One pass of the lender, which ends at the last feature, serves all kinds. The discriminator sees one after
-    the other: what real and generated samples share (a bias, say) then cancels to the bit in its gradients.
-    Of a sum over all of them rounding would be left, which Adam makes as large as any other gradient.
+    One pass of the denoiser, which ends at the last feature, serves all kinds. The discriminator sees one
+    after the other: what real and generated samples share (a bias, say) then cancels to the bit in its
+    gradients. Of a sum over all of them rounding would be left, which Adam makes as large as any other
+    gradient.
 
     Args:
         source: What the discriminator sees.
@@ -106,9 +108,16 @@ def logits_of(
     whole = kinds[0] if count == 1 else torch.cat(list(kinds))
     classes = None if labels is None else labels.repeat(count)
     with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
-        features = features_of(features_from, whole, sigma.repeat(count), classes)
+        levels = sigma.repeat(count)
+        features = _required(features_from)(whole, levels, classes, return_features="only")
     parts = zip(*(feature.chunk(count) for feature in features), strict=True)
     return [discriminator(list(part), sigma, labels) for part in parts]
+
+
+def _required(denoiser: Denoiser) -> FeatureDenoiser:
+    if not has_features(denoiser):
+        raise TypeError("the discriminator was built for a denoiser with features")
+    return denoiser
 
 
 def _device(denoiser: Denoiser) -> torch.device:

@@ -31,8 +31,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def compile_network(net: nn.Module) -> None:
-    """Compiles the entry points of a network in place; names in its state stay as they are."""
-    for name in ("forward", "with_features", "only_features"):
-        if hasattr(net, name):
-            change = torch.compiler.disable if name in getattr(net, "uncompiled", ()) else torch.compile
-            setattr(net, name, change(getattr(net, name)))
+    """Compiles the forward pass of a network in place; names in its state stay as they are."""
+    for name in getattr(net, "uncompiled", ()):
+        setattr(net, name, torch.compiler.disable(getattr(net, name)))
+    net.forward = torch.compile(net.forward)

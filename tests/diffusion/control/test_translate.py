@@ -204,7 +204,7 @@ def test_a_set_has_no_order_and_the_empty_set_is_its_own() -> None:
     members = torch.randn(2, 3, 2)
     some = torch.tensor([[True, True, False], [True, True, True]])
     torch.testing.assert_close(net.sets(members, some)[0], net.sets(members[:1, :2])[0])
-    assert net.with_features(x, c, labels)[0].shape == (5, 2)
+    assert net(x, c, labels, return_features=True)[0].shape == (5, 2)
     pictures = NeighbourConditioned(torch.nn.Identity(), SetEmbedding(2, 8, 4), VALUES.float(), NEAR)
     wide = pictures._widened(torch.zeros(2, 3, 5, 5), torch.tensor([1, -1]))
     assert wide.shape == (2, 7, 5, 5)

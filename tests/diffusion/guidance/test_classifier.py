@@ -125,10 +125,10 @@ def test_features_are_those_of_the_main_pass() -> None:
         ClassifierGuided(teacher, net, 2.0, on="clean"),
         GradientFree(teacher, lambda x: net(x, sigma), 2.0),
     ):
-        prediction, features = wrapper.with_features(x, sigma, LABELS)
+        prediction, features = wrapper(x, sigma, LABELS, return_features=True)
         told = LABELS if isinstance(wrapper, GradientFree) else None
         torch.testing.assert_close(prediction, wrapper(x, sigma, LABELS))
-        torch.testing.assert_close(features, teacher.with_features(x, sigma, told)[1])
+        torch.testing.assert_close(features, teacher(x, sigma, told, return_features=True)[1])
         assert not any(f.requires_grad for f in features)
 
 
@@ -256,7 +256,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "one logit for each class": lambda: ClassifierGuided(TEACHER, lambda x, s: x, 1.0)(X, SIGMA, LABELS),
     "cannot be differentiated": lambda: ClassifierGuided(PLAIN, Blind(), 1.0)(X, SIGMA, LABELS),
     "must be a fixed": lambda: ClassifierGuided(TEACHER, nn.Sequential(nn.BatchNorm1d(2)), 1.0),
-    "lend features": lambda: ClassifierGuided(TEACHER, posterior, 1.0).with_features(X, SIGMA, LABELS),
+    "no features": lambda: ClassifierGuided(TEACHER, posterior, 1.0)(X, SIGMA, return_features=True),
     "classifier needs two": lambda: NoisyClassifier(1, (2,)),
     "one class each": lambda: fit_noisy_classifier(NET, ONE, torch.zeros(3, dtype=torch.int64)),
     "label is no class": lambda: fit_noisy_classifier(NET, ONE, torch.tensor([0, 1, -1, 2])),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.denoiser import jump
 from distmatch.losses import flow_speed, mean_flow_error, trigflow_speed
 from distmatch.losses.tangents import bounded_tangent
 from distmatch.methods.consistency.tangents import derivative_along
@@ -122,12 +123,14 @@ def test_forward_mode_agrees_with_central_differences(config: NetConfig, shape: 
     value, exact = derivative_along(*arguments)
     middle, difference = derivative_along(*arguments, how="difference")
     scale = exact.abs().max()
-    assert torch.allclose(value, student(x, sigma, labels, sigma / 3), rtol=0, atol=1e-12)
+    assert torch.allclose(value, student(x, sigma, labels, target_sigma=sigma / 3), rtol=0, atol=1e-12)
     assert (middle - value).abs().max() < 1e-8
     assert (exact - difference).abs().max() < 1e-6 * scale
     h = 3e-6 * (sigma / speed)
     wide = h.reshape(-1, *[1] * len(shape))
-    ends = [student(x + k * wide * dx, sigma + k * h * speed, labels, sigma / 3) for k in (1, -1)]
+    ends = [
+        student(x + k * wide * dx, sigma + k * h * speed, labels, target_sigma=sigma / 3) for k in (1, -1)
+    ]
     assert (exact - (ends[0] - ends[1]) / (2 * wide)).abs().max() < 1e-6 * scale
     assert not exact.requires_grad
 
@@ -177,7 +180,7 @@ def test_the_exact_average_velocity_satisfies_the_identity(sd: float, variance: 
     target, speed = posterior_mean(y, sigma, variance), flow_speed(sigma, sd)
     slope = (speed / sigma)[:, None] * (y - target)
     if share == 1:  # dg/dt is not read there; that of the closed form is 0/0
-        value, derivative = exact(y, sigma, None, sigma), torch.zeros_like(y)
+        value, derivative = exact(y, sigma, target_sigma=sigma), torch.zeros_like(y)
     else:
         value, derivative = derivative_along(exact, y, sigma, slope, speed, to=to)
     assert mean_flow_error(value, target, derivative, sigma, to, sd).abs().max() < 1e-9
@@ -202,7 +205,7 @@ def test_the_identity_in_the_paper_s_coordinates(sd: float) -> None:
 
     def u(x: Tensor, t: Tensor) -> Tensor:
         level = sd * t / (1 - t)
-        return (x - student(x / (1 - t)[:, None], level, None, to)) / t[:, None]
+        return (x - student(x / (1 - t)[:, None], level, target_sigma=to)) / t[:, None]
 
     h = 1e-5 * torch.minimum(t, 1 - t)
     change = (u(x + h[:, None] * v, t + h) - u(x - h[:, None] * v, t - h)) / (2 * h[:, None])
@@ -220,5 +223,5 @@ def test_a_jump_is_a_step_of_the_average_velocity() -> None:
     to = 0.3 * sigma
     t, r = rectified(sigma, 0.5)[:, None], rectified(to, 0.5)[:, None]
     x = (1 - t) * y
-    u = (x - student(y, sigma, None, to)) / t
-    assert torch.allclose(x - (t - r) * u, (1 - r) * student.jump(y, sigma, to), rtol=1e-12, atol=1e-13)
+    u = (x - student(y, sigma, target_sigma=to)) / t
+    assert torch.allclose(x - (t - r) * u, (1 - r) * jump(student, y, sigma, to), rtol=1e-12, atol=1e-13)

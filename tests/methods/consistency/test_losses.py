@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distmatch.diffusion.denoiser import jump
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise import Karras
 from distmatch.losses import ctm_levels, ect_lower_level, flow_speed, mean_flow_error, pseudo_huber
@@ -37,11 +38,11 @@ from tests.reference.consistency_truths import (
 def test_the_exact_jump_of_a_gaussian() -> None:
     """G = x sqrt((v + s^2) / (v + t^2)), and the limit of g at s = t is the posterior mean."""
     y, sigma = noisy(1.3)
-    found = Flow(1.3).jump(y, sigma, 0.4 * sigma)
+    found = jump(Flow(1.3), y, sigma, 0.4 * sigma)
     mixture = GaussianMixture([1.0], [[0.0, 0.0]], [1.3])
     assert torch.allclose(found, mixture.exact_map(y, sigma, 0.4 * sigma), rtol=1e-11)
     # The limit: an error of first order in the distance 1e-6, and rounding of 1e-16 / 1e-6.
-    near = Flow(1.3)(y, sigma, None, (1 - 1e-6) * sigma)
+    near = Flow(1.3)(y, sigma, target_sigma=(1 - 1e-6) * sigma)
     assert torch.allclose(near, posterior_mean(y, sigma, 1.3), rtol=1e-5, atol=1e-6)
 
 
@@ -241,7 +242,7 @@ def test_the_gradient_of_mean_flow(terms: Any) -> None:
     t = rectified(sigma, sd)[:, None]
 
     def velocity(gain: float) -> Tensor:
-        return ((1 - t) * y - Flow(1.3, gain)(y, sigma, None, to)) / (t * sd)
+        return ((1 - t) * y - Flow(1.3, gain)(y, sigma, target_sigma=to)) / (t * sd)
 
     change = (velocity(0.2 + 1e-6) - velocity(0.2 - 1e-6)) / 2e-6
     weight = (error.square().sum(1) + 4e-3) ** -0.75
@@ -296,7 +297,7 @@ def test_the_gradient_of_a_jump_flows_through_the_frozen_target(terms: Any) -> N
     wanted = term.wanted(state, draws, 1)
 
     def loss(gain: float) -> Tensor:
-        reached = target(Flow(1.3, gain).jump(y, draws["sigma"], draws["to"]), draws["to"])
+        reached = target(jump(Flow(1.3, gain), y, draws["sigma"], draws["to"]), draws["to"])
         return pseudo_huber(reached, wanted, term._c).sum()
 
     slope = float((loss(0.2 + 1e-6) - loss(0.2 - 1e-6)).detach()) / 2e-6

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.toys import toy
-from distmatch.diffusion.denoiser import expand
 from distmatch.discrepancies.kernels import laplace as laplace_kernel
 from distmatch.discrepancies.mmd import mmd, mmd_loss
 from distmatch.losses import imm_lower_level, imm_weight
@@ -64,7 +63,7 @@ def test_one_particle_and_the_quadratic_kernel_are_consistency_training() -> Non
     for level in (draws["t"], draws["r"]):
         y = x0 + level[:, None] * noise
         kept = (draws["s"] / level)[:, None]
-        ends.append(kept * y + (1 - kept) * network(y, level, None, draws["s"]))
+        ends.append(kept * y + (1 - kept) * network(y, level, None, target_sigma=draws["s"]))
     by_hand = imm_weight(draws["time"], 4.0) * (ends[0] - ends[1].detach()).square().sum(1)
     for mine, theirs in zip(found, torch.autograd.grad(by_hand.sum(), parameters), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()) + 1e-12)
@@ -80,9 +79,10 @@ def test_a_consistent_network_is_a_fixed_point() -> None:
             super().__init__()
             self.point = torch.nn.Parameter(torch.tensor([0.3, -0.4]))
 
-        def jump(self, x: Tensor, sigma: Tensor, to: Tensor, condition: Tensor | None = None) -> Tensor:
-            kept = expand(to / sigma, x)
-            return kept * x + (1 - kept) * self.point
+        def forward(
+            self, x: Tensor, sigma: Tensor, condition: Tensor | None = None, *, target_sigma: Tensor
+        ) -> Tensor:
+            return self.point.expand_as(x)
 
     method, state = small(imm_halvings=2)
     network = state.student.denoiser = OfOnePoint()  # type: ignore[assignment]

@@ -285,7 +285,7 @@ def test_a_teacher_of_other_noise_is_refused(name: str) -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="lends no features"):
+    with pytest.raises(UserError, match="has no features"):
         distiller(toy("ring8"), method="mmd", mmd_features="teacher")
     options = DistillOptions.of("mmd")
     with pytest.raises(UserError, match="--guidance does nothing"):

@@ -159,17 +159,19 @@ class GaussianNet(nn.Module):
         self.log_std = nn.Parameter(torch.tensor(std).log())
         self.sigma_data = sigma_data
 
-    def forward(self, inputs: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    has_features = True
+
+    def forward(
+        self, inputs: Tensor, c_noise: Tensor, labels: Any = None, *, return_features: Any = False
+    ) -> Any:
+        if return_features == "only":
+            return [inputs]
         sigma = (4 * c_noise).exp()[:, None]
         total = sigma**2 + self.sigma_data**2
         x, variance = inputs * total.sqrt(), (2 * self.log_std).exp()
         denoised = self.mean + variance / (variance + sigma**2) * (x - self.mean)
-        return (denoised - self.sigma_data**2 / total * x) * total.sqrt() / (sigma * self.sigma_data)
-
-    def with_features(
-        self, inputs: Tensor, c_noise: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        return self(inputs, c_noise, labels), [inputs]
+        out = (denoised - self.sigma_data**2 / total * x) * total.sqrt() / (sigma * self.sigma_data)
+        return (out, [inputs]) if return_features else out
 
 
 def gaussian(mean: float, std: float) -> EDMDenoiser:

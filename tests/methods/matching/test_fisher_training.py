@@ -92,7 +92,7 @@ def test_uni_instruct_differentiates_the_ratio_as_it_is_told(source: str, featur
         if features == "own":
             return state.discriminator(v, sigma, None)  # type: ignore[misc]
         lender: Any = method.teacher if features == "teacher" else state.fake
-        return state.discriminator(lender.with_features(v, sigma)[1], sigma, None)  # type: ignore[misc]
+        return state.discriminator(lender(v, sigma, return_features=True)[1], sigma, None)  # type: ignore[misc]
 
     p, q = (lambda v: method.teacher(v, sigma)), (lambda v: state.fake(v, sigma))
     jp, jq = jacobian(p, x), jacobian(q, x)
@@ -134,7 +134,7 @@ def test_sida_s_adversarial_term_is_that_of_the_fake_score_s_features() -> None:
     state = moved(method)
     x0, sigma, noise = inputs()
     leaf = x0.clone().requires_grad_()
-    features = state.fake.with_features(leaf + sigma[:, None] * noise, sigma)[1]  # type: ignore[union-attr]
+    features = state.fake(leaf + sigma[:, None] * noise, sigma, return_features=True)[1]  # type: ignore[union-attr]
     logit = state.discriminator(features, sigma, None)  # type: ignore[misc]
     # The authors divide it by the mean |x0 - D_p| of each sample, here in the unit of 2 sigma_data = 1.4.
     size = (x0 - method.teacher(x0 + sigma[:, None] * noise, sigma)).abs().mean(1) / 1.4

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.control.retrieval import Neighbours
-from distmatch.diffusion.denoiser import features_of
+from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, has_features, on_prediction
 
 
 class SetEmbedding(nn.Module):
@@ -129,23 +129,25 @@ class NeighbourConditioned(nn.Module):
         self.embeddings = embeddings.to(self.embeddings)
         self.neighbours = neighbours.to(self.embeddings.device)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Maps ``x`` (B, *shape), ``c_noise`` (B,) and numbers of queries (B,) to (B, *shape)."""
-        return self._kept(x, self.net(self._widened(x, labels), c_noise, None))
+    @property
+    def has_features(self) -> bool:
+        """Whether the inner network has features."""
+        return has_features(self.net)
 
-    def with_features(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The same, with the features of the inner network."""
-        out, features = self.net.with_features(self._widened(x, labels), c_noise, None)  # type: ignore[operator]
-        return self._kept(x, out), features
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_features: ReturnFeatures = False,
+    ) -> Output:
+        """Maps ``x`` (B, *shape), ``c_noise`` (B,) and numbers of queries (B,) to (B, *shape).
 
-    def only_features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """The features alone."""
-        return features_of(self.net, self._widened(x, labels), c_noise, None)
-
-    def _kept(self, x: Tensor, out: Tensor) -> Tensor:
-        return out[:, : x.shape[1]]
+        Features are those of the inner network.
+        """
+        output = self.net(self._widened(x, labels), c_noise, None, **asked(return_features))
+        return on_prediction(output, return_features, lambda out: out[:, : x.shape[1]])
 
     def _widened(self, x: Tensor, labels: Tensor | None) -> Tensor:
         numbers = torch.full((len(x),), -1, device=x.device) if labels is None else labels

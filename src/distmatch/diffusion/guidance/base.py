@@ -5,17 +5,25 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Hashable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, as_conditioning, for_model
-from distmatch.diffusion.denoiser import Denoiser, expand, features_of, is_diffused, lends_features
+from distmatch.diffusion.denoiser import (
+    Denoiser,
+    Features,
+    Output,
+    ReturnFeatures,
+    expand,
+    has_features,
+    is_diffused,
+)
 from distmatch.diffusion.geometry.jacobian import refuse_random_layers
 from distmatch.diffusion.guidance.wrapper import Calls, Wrapper, at_step, cost_of, regime_of
 
-Features = list[Tensor]
 Pass = Callable[[Tensor, Tensor, Conditioning], tuple[Tensor, Features]]
 """One network pass: (x, sigma, conditioning) to the prediction and the features, none where not asked for."""
 
@@ -61,29 +69,60 @@ class Guidance(Wrapper):
         """Whether the scores at all levels are those of one noised density; guided ones are not."""
         return self.neutral and is_diffused(self.inner)
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
-        """The guided prediction, (B, *shape); samples with nothing to guide them are not guided."""
+    @property
+    def has_features(self) -> bool:
+        """Whether ``inner`` has features."""
+        return has_features(self.inner)
 
-        def plain(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Features]:
-            return self.inner(x, sigma, conditioning), []
+    @overload
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: ConditioningLike = None,
+        *,
+        return_features: Literal[False] = False,
+    ) -> Tensor: ...
 
-        return self._run(plain, x, sigma, as_conditioning(condition))[0]
+    @overload
+    def __call__(
+        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None, *, return_features: Literal[True]
+    ) -> tuple[Tensor, Features]: ...
 
-    def with_features(
-        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None
-    ) -> tuple[Tensor, Features]:
-        """The guided prediction and the features of the main pass, not of the reference.
+    @overload
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: ConditioningLike = None,
+        *,
+        return_features: Literal["only"],
+    ) -> Features: ...
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: ConditioningLike = None,
+        *,
+        return_features: ReturnFeatures = False,
+    ) -> Output:
+        """The guided prediction, (B, *shape); samples with nothing to guide them are not guided.
+
+        Features are those of the main pass, not of the reference; ``"only"`` they make neither the pass of
+        the reference nor what comes behind them.
 
         Raises:
-            UserError: The inner denoiser lends none.
+            UserError: Features of an inner denoiser that has none.
         """
-        if not lends_features(self.inner):
-            raise UserError("this teacher does not lend features", fix="use --ratio-features own")
-        return self._run(self.inner.with_features, x, sigma, as_conditioning(condition))
-
-    def only_features(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Features:
-        """The features of the main pass, without the reference and without what comes behind them."""
-        return features_of(self.inner, x, sigma, self._main_condition(as_conditioning(condition)))
+        inner, conditioning = self.inner, as_conditioning(condition)
+        if not return_features:
+            return self._run(lambda *inputs: (inner(*inputs), []), x, sigma, conditioning)[0]
+        if not has_features(inner):
+            raise UserError("this teacher has no features to return", fix="use --ratio-features own")
+        if return_features == "only":
+            return inner(x, sigma, self._main_condition(conditioning), return_features="only")
+        return self._run(lambda *inputs: inner(*inputs, return_features=True), x, sigma, conditioning)
 
     def _run(
         self, forward: Pass, x: Tensor, sigma: Tensor, conditioning: Conditioning

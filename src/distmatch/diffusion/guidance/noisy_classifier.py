@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator as make_generator
-from distmatch.diffusion.denoiser import FeatureDenoiser, expand, features_of, pooled
+from distmatch.diffusion.denoiser import FeatureDenoiser, expand, pooled
 from distmatch.diffusion.noise import LogNormal, NoiseLevels
 
 _FREQUENCIES = 8  # sines of log sigma / 4, from a slow one to one that turns by 4 rad per doubling
@@ -21,7 +21,7 @@ _UNIT = 0.5  # standard deviation of the data that EDM's levels are for; others 
 class NoisyClassifier(nn.Module):
     """Logits of the classes of noised samples: a residual perceptron on samples or on a teacher's features.
 
-    Features are those that a frozen teacher lends for (x, sigma), averaged over positions; the gradient of
+    Features are those of a frozen teacher at (x, sigma), averaged over positions; the gradient of
     guidance goes through the teacher then. Without a teacher it flattens x / sqrt(sigma^2 + sigma_data^2).
 
     Args:
@@ -30,7 +30,7 @@ class NoisyClassifier(nn.Module):
         sigma_data: Standard deviation of the data.
         width: Hidden units.
         depth: Residual blocks.
-        features: A teacher that lends features; it is not trained and not part of the parameters.
+        features: A teacher with features; it is not trained and not part of the parameters.
 
     Raises:
         UserError: Fewer than two classes.
@@ -80,7 +80,7 @@ class NoisyClassifier(nn.Module):
             return (x * (expand(sigma, x) ** 2 + self.sigma_data**2).rsqrt()).flatten(1)
         # In training nothing before the features learns; in guidance the gradient comes back through them.
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            return pooled(features_of(teacher, x, sigma, None))
+            return pooled(teacher(x, sigma, return_features="only"))
 
 
 def _feature_size(teacher: FeatureDenoiser) -> int:
@@ -88,7 +88,7 @@ def _feature_size(teacher: FeatureDenoiser) -> int:
     like = next(teacher.parameters(), torch.zeros(())) if isinstance(teacher, nn.Module) else torch.zeros(())
     with torch.no_grad():
         zeros = torch.zeros(1, *teacher.shape, dtype=like.dtype, device=like.device)
-        return pooled(features_of(teacher, zeros, zeros.new_ones(1), None)).shape[1]
+        return pooled(teacher(zeros, zeros.new_ones(1), return_features="only")).shape[1]
 
 
 def classifier_loss(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from distmatch.base.seeds import stream_seed
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoiser import expand
+from distmatch.diffusion.denoiser import expand, jump
 from distmatch.diffusion.noise import Karras
 from distmatch.losses import (
     CTM_CELL,
@@ -71,6 +73,7 @@ class TrajectoryTerm:
     def prepare(self, state: DistillState, seed: int) -> None:
         """The average network that makes targets, and the discriminator."""
         state.extra["target"] = EMA(state.student.denoiser).module
+        record_of(last_layer(state.student.denoiser))
         if self.adversary is not None:
             self.adversary.prepare(state, seed)
 
@@ -143,21 +146,20 @@ class TrajectoryTerm:
             at_last: Gradients at the last layer by name, to which these are added; "loss" is the measure.
             info: Where mean losses and scales are put.
         """
-        last = last_layer(state.student.denoiser).weight
         weights = {"loss_dsm": self.setup.consistency.dsm_weight, "loss_gan": self.setup.config.gan_weight}
         n = len(draws["x0"])
         parts = [{name: tensor[part] for name, tensor in draws.items()} for part in self.setup.parts(n)]
         pulls: list[dict[str, Tensor]] = []
+        record = record_of(last_layer(state.student.denoiser))
         for some in parts:
             pulls.append({})
-            with self.setup.autocast():
+            with record.recording(), self.setup.autocast():
                 out = call(state, some)
-            leaf = out.detach().requires_grad_()
-            with self.setup.autocast():
+                leaf = out.detach().requires_grad_()
                 for name, loss in losses(leaf, some):
                     value = loss.sum() / n
                     (pull,) = torch.autograd.grad(value, leaf, retain_graph=True)
-                    (slope,) = torch.autograd.grad(out, last, pull, retain_graph=True)
+                    slope = record.weight_gradient(out, pull)
                     at_last[name] = at_last[name] + slope if name in at_last else slope
                     info[name] = info[name] + value.detach() if name in info else value.detach()
                     pulls[-1][name] = pull
@@ -188,7 +190,7 @@ class TrajectoryTerm:
         """The student's jump to the own level, which denoises, (b, *shape)."""
         x0, sigma = draws["x0"], draws["sigma"]
         y = x0 + expand(sigma, x0) * draws["noise"]
-        clean: Tensor = state.student.denoiser(y, sigma, draws.get("labels"), sigma)
+        clean: Tensor = state.student.denoiser(y, sigma, draws.get("labels"), target_sigma=sigma)
         return clean
 
     def cells(self, state: DistillState) -> int:
@@ -214,11 +216,70 @@ class TrajectoryTerm:
 def jumped(network: nn.Module, x: Tensor, sigma: Tensor, to: Tensor, labels: Tensor | None) -> Tensor:
     """A jump that may start at level 0, where it stays."""
     safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
-    return network.jump(x, safe, torch.where(sigma > 0, to, safe), labels)  # type: ignore[operator]
+    return jump(network, x, safe, torch.where(sigma > 0, to, safe), labels)
 
 
-def last_layer(denoiser: nn.Module) -> nn.Linear | nn.Conv2d:
-    """The layer that makes the output of a network of ours."""
-    if not isinstance(denoiser, EDMDenoiser):
+def last_layer(denoiser: nn.Module) -> nn.Module:
+    """The layer that makes the output of a network of ours, also inside a wrapper."""
+    found = next((part for part in denoiser.modules() if isinstance(part, EDMDenoiser)), None)
+    if found is None:
         raise TypeError("only networks of ours jump")
-    return denoiser.net.last  # type: ignore[return-value]
+    return found.net.get_submodule("last")
+
+
+class LayerRecord:
+    """Input and output of the latest call of a layer, for the gradient of its weight.
+
+    ``torch.autograd.grad`` with respect to a parameter of a wrapped network would bypass what the wrapper
+    does with gradients and parameters (DDP sums gradients in hooks, FSDP computes with other parameters than
+    those it lists). The layer's output is in the graph in any case, and from there it is one product with
+    its input.
+    """
+
+    def __init__(self) -> None:
+        self._recording = False
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """The forward hook."""
+        if self._recording:
+            self._seen = inputs[0], output
+            self._layer = layer
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """The latest call is kept while it lasts."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording, self._seen = False, None
+
+    def weight_gradient(self, out: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of the layer's weight.
+
+        Args:
+            out: What was made of the layer's output in the call; its graph is kept.
+            gradient: The gradient at ``out``.
+        """
+        if self._seen is None:
+            raise RuntimeError("no call of the layer was recorded")
+        seen, output = self._seen
+        (at_output,) = torch.autograd.grad(out, output, gradient, retain_graph=True)
+        layer = self._layer
+        weight = layer.weight.detach().requires_grad_()  # type: ignore[operator]
+        if isinstance(layer, nn.Conv2d):
+            again = F.conv2d(seen.detach(), weight, None, layer.stride, layer.padding)
+        else:
+            again = F.linear(seen.detach(), weight)
+        return torch.autograd.grad(again, weight, at_output)[0]
+
+
+def record_of(layer: nn.Module) -> LayerRecord:
+    """The record that is a hook of a layer; it is made when there is none, and must be before compilation."""
+    hooks = layer._forward_hooks
+    found = next((hook for hook in hooks.values() if isinstance(hook, LayerRecord)), None)
+    if found is None:
+        found = LayerRecord()
+        layer.register_forward_hook(found)
+    return found

@@ -81,6 +81,6 @@ class AverageVelocityTerm:
         slope = flow_direction(y, target, sigma, speed)
         value, derivative = derivative_along(student, y, sigma, slope, speed, labels, to, how=self._how)
         error = mean_flow_error(value, target, derivative, sigma, to, sigma_data)
-        out = student(y, sigma, labels, to)
+        out = student(y, sigma, labels, target_sigma=to)
         loss = mean_flow_loss(out, error, sigma, sigma_data, power=cfg.adaptive_power)
         return loss, {"identity_error": error.flatten(1).square().sum(dim=1)}

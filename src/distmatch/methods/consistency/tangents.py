@@ -57,7 +57,7 @@ def derivative_along(
     Raises:
         UserError: Forward mode is not implemented for a part of the network.
     """
-    further = {} if to is None else {"to": to}
+    further = {} if to is None else {"target_sigma": to}
     with torch.autocast(x.device.type, enabled=False):
         if how == "difference":
             return _difference(denoiser, x, sigma, dx, dsigma, labels, further)

@@ -6,7 +6,7 @@ are held fixed, by the MMD^2 of a Laplace kernel among the particles. With one p
 that is consistency training.
 
 In this frame the interpolant of DDIM from y at level t to level s, at prediction g, is
-(s / t) y + (1 - s / t) g: what :meth:`~distmatch.nets.edm.EDMDenoiser.jump` does.
+(s / t) y + (1 - s / t) g: what :func:`~distmatch.diffusion.denoiser.jump` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoiser import expand, require_score
+from distmatch.diffusion.denoiser import expand, jump, require_score
 from distmatch.losses.kernel import imm_loss, imm_lower_level, imm_weight
 from distmatch.methods.consistency.direct import Draws, mean_backward
 from distmatch.methods.setup import Info, Setup
@@ -104,7 +104,7 @@ class InductiveMatching:
             kernel: As for :func:`~distmatch.losses.imm_loss`.
         """
         x0, noise, labels = draws["x0"], draws["noise"], draws.get("labels")
-        network: Any = state.student.denoiser
+        network = state.student.denoiser
         groups = x0.shape[:2]
 
         def jumped(level: Tensor) -> Tensor:
@@ -112,8 +112,7 @@ class InductiveMatching:
             y = (x0 + expand(level, x0) * noise).flatten(0, 1)
             start, end = (v.repeat_interleave(groups[1]) for v in (level, draws["s"]))
             classes = None if labels is None else labels.flatten()
-            moved: Tensor = network.jump(y, start, end, classes)
-            return moved.reshape(*groups, -1)
+            return jump(network, y, start, end, classes).reshape(*groups, -1)
 
         with torch.no_grad():
             fixed = jumped(draws["r"])

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
-from distmatch.diffusion.denoiser import Denoiser, features_of, lends_features, pooled, require_score
+from distmatch.diffusion.denoiser import Denoiser, has_features, pooled, require_score
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
 from distmatch.losses.kernel import mmd_with_gradient
@@ -76,15 +76,15 @@ class ChainMMD:
     def __post_init__(self) -> None:
         require_score(self.setup.teacher, "a chain from Gaussian noise")
         chosen, teacher = self.setup.kernel.mmd_features, self.setup.teacher
-        lends = lends_features(teacher)
-        if chosen == "teacher" and not lends:
+        able = has_features(teacher)
+        if chosen == "teacher" and not able:
             raise UserError(
-                "this teacher lends no features",
+                "this teacher has no features",
                 got=type(teacher).__name__,
-                expected="a denoiser with with_features",
+                expected="a denoiser whose has_features is True, and which takes return_features",
                 fix="use --mmd-features samples",
             )
-        self.of_network = lends and (chosen == "teacher" or (chosen == "auto" and len(teacher.shape) > 1))
+        self.of_network = able and (chosen == "teacher" or (chosen == "auto" and len(teacher.shape) > 1))
 
     def notes(self) -> dict[str, Any]:
         """What is compared, and by which kernel."""
@@ -154,12 +154,12 @@ class ChainMMD:
     def _raw(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """What is compared of samples (b, *shape), before it is scaled, (b, F)."""
         teacher: Denoiser = self.setup.teacher
-        if not (self.of_network and lends_features(teacher)):
+        if not (self.of_network and has_features(teacher)):
             return x.flatten(1)
         level = self.setup.kernel.mmd_feature_sigma * teacher.sigma_data
         sigma = torch.full((len(x),), level, device=x.device, dtype=x.dtype)
         with self.setup.autocast():
-            return pooled(features_of(teacher, x, sigma, labels)).to(x.dtype)
+            return pooled(teacher(x, sigma, labels, return_features="only")).to(x.dtype)
 
     def _scaled(self, state: DistillState, values: Tensor) -> Tensor:
         """Features of about unit spread: that of the first real batch, or of the data."""

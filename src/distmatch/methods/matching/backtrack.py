@@ -23,6 +23,7 @@ from distmatch.methods.setup import Info, Setup
 from distmatch.methods.start import Draw, Network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
+from distmatch.nets.ema import copy_weights
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Backtracking:
         info = self.base.step(state, batch)
         index, rest = divmod(state.step, self.path.degrade_steps)
         if rest == 0 and index < self.path.copies:
-            state.extra[_name(index)].load_state_dict(_fake(state).state_dict())
+            copy_weights(_fake(state), state.extra[_name(index)])
         return info
 
     def notes(self) -> dict[str, Any]:

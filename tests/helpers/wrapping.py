@@ -1,0 +1,43 @@
+"""A wrapper as DDP is one: it passes on calls and parameters, and none of the network's methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from distmatch.methods.state import DistillState
+
+DECLARED = ("shape", "num_classes", "sigma_data", "sigma_min", "sigma_max", "has_features", "jumps")
+"""What the contracts of denoisers and networks name beside the call."""
+
+
+class Wrapped(nn.Module):
+    """Counts the calls of a network.
+
+    Args:
+        module: The network.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.calls = 0
+        for name in DECLARED:
+            if hasattr(module, name):
+                setattr(self, name, getattr(module, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+def wrap(state: DistillState) -> dict[str, Wrapped]:
+    """Puts a wrapper around every network that the state trains."""
+    found = {"student": Wrapped(state.student.denoiser)}
+    state.student.denoiser = found["student"]  # type: ignore[assignment]
+    if state.fake is not None:
+        state.fake = found["fake"] = Wrapped(state.fake)  # type: ignore[assignment]
+    if state.discriminator is not None:
+        state.discriminator = found["ratio"] = Wrapped(state.discriminator)
+    return found
