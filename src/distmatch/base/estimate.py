@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -45,3 +49,10 @@ class Estimate:
         if not math.isfinite(self.stderr):
             return f"{self.value:.4g} (n={self.n}){mark}"
         return f"{self.value:.4g} ± {self.stderr:.2g} (n={self.n}){mark}"
+
+
+def mean_of(values: Tensor, warning: str | None = None) -> Estimate:
+    """The mean of independent ``values`` (n,) and its standard error, NaN for one value."""
+    n = len(values)
+    stderr = float(values.std() / math.sqrt(n)) if n > 1 else math.nan
+    return Estimate(float(values.mean()), stderr, n, warning)

@@ -21,6 +21,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.seeds import generator
+from distmatch.diffusion.likelihood import mean_log_likelihood
 
 LogProb = Callable[[Tensor, float], Tensor]
 _CHUNK = 2**22  # distances at a time, without gradients
@@ -72,7 +73,7 @@ def noise_ladder(log_prob: LogProb, x: Tensor, levels: Sequence[float], *, seed:
     values = [-log_prob(x + level * noise, level).detach().double().cpu() for level in falling]
     logs = [math.log(level) for level in falling]
     slopes = [(values[k + 1] - values[k]) / (logs[k + 1] - logs[k]) for k in range(len(falling) - 1)]
-    return NoiseLadder(tuple(falling), tuple(map(_mean, values)), tuple(map(_mean, slopes)))
+    return NoiseLadder(tuple(falling), *(tuple(map(mean_log_likelihood, rows)) for rows in (values, slopes)))
 
 
 def blurred_log_prob(samples: Tensor, y: Tensor, level: float) -> Tensor:
@@ -105,10 +106,3 @@ def blurred_log_prob(samples: Tensor, y: Tensor, level: float) -> Tensor:
 
 
 _EXACT = "donot_use_mm_for_euclid_dist"  # products of norms would lose the small distances
-
-
-def _mean(values: Tensor) -> Estimate:
-    n = len(values)
-    error = float(values.std()) / math.sqrt(n) if n > 1 else math.nan
-    bad = None if bool(values.isfinite().all()) else "some log-likelihoods are not finite"
-    return Estimate(float(values.mean()), error, n, bad)

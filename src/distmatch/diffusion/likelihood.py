@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.estimate import Estimate
+from distmatch.base.estimate import Estimate, mean_of
 from distmatch.base.seeds import generator
 from distmatch.diffusion.conditioning import (
     Conditioning,
@@ -38,7 +38,7 @@ from distmatch.diffusion.geometry.jacobian import (
     refuse_random_layers,
     slopes,
 )
-from distmatch.diffusion.geometry.summary import mean_of, probe_error
+from distmatch.diffusion.geometry.summary import probe_error
 from distmatch.diffusion.priors import Prior, prior_density
 
 
@@ -73,7 +73,7 @@ class LogLikelihood:
     @property
     def mean(self) -> Estimate:
         """Mean log-likelihood in nats; its standard error includes that of the probes."""
-        return _estimate(self.log_prob)
+        return mean_log_likelihood(self.log_prob)
 
     def bits_per_dim(self, raw_per_unit: float | Sequence[float] = 1.0) -> Estimate:
         """-log2 p / dim, in the units of the raw data.
@@ -97,10 +97,11 @@ class LogLikelihood:
                 got=raw_per_unit,
                 expected=f"1 or {self.dim} numbers",
             )
-        return _estimate(-self.log_prob / (self.dim * math.log(2)) + scale.log2().mean())
+        return mean_log_likelihood(-self.log_prob / (self.dim * math.log(2)) + scale.log2().mean())
 
 
-def _estimate(values: Tensor) -> Estimate:
+def mean_log_likelihood(values: Tensor) -> Estimate:
+    """The mean of log-likelihoods (n,), with a warning where one is not finite."""
     return mean_of(values, None if bool(values.isfinite().all()) else "some log-likelihoods are not finite")
 
 

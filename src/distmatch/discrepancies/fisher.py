@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.estimate import Estimate
+from distmatch.base.estimate import Estimate, mean_of
 from distmatch.discrepancies.samples import checked, same_count, same_dimension
 
 Score = Callable[[Tensor], Tensor]
-
-
-def _mean(terms: Tensor) -> Estimate:
-    terms = terms.detach().double()
-    return Estimate(float(terms.mean()), float(terms.std() / math.sqrt(len(terms))), len(terms))
 
 
 def evaluated(score: Score, x: Tensor) -> Tensor:
@@ -75,7 +70,7 @@ def fisher_divergence(score_p: Tensor, score_q: Tensor) -> Estimate:
     score_p, score_q = checked(score_p, "score_p"), checked(score_q, "score_q")
     same_count(score_p, score_q, ("score_p", "score_q"))
     same_dimension(score_p, score_q, ("score_p", "score_q"))
-    return _mean((score_p.double() - score_q.double()).square().sum(1))
+    return mean_of((score_p.double() - score_q.double()).square().sum(1).detach())
 
 
 def _with_slope(score: Score, x: Tensor, directions: Tensor, graph: bool) -> tuple[Tensor, Tensor]:
@@ -127,7 +122,7 @@ def hyvarinen(
     Raises:
         UserError: Bad samples, score or number of projections.
     """
-    return _mean(_hyvarinen_terms(score, x, projections, generator, graph=False))
+    return mean_of(_hyvarinen_terms(score, x, projections, generator, graph=False).detach().double())
 
 
 def score_matching_loss(

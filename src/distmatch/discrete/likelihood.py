@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.estimate import Estimate
+from distmatch.base.estimate import Estimate, mean_of
 from distmatch.discrete.losses import hidden_nll, hide_count
 from distmatch.discrete.orders import order_log_prob, random_turns
 from distmatch.discrete.tokens import Conditionals, check_tokens, log_conditionals, picked
@@ -95,7 +95,7 @@ def nll_bound(
             total += hidden_nll(model, rows, hide_count(rows, count, generator)) / count.to(x.device)
         means.append(total / draws)
     values = torch.cat(means)
-    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)), len(values))
+    return mean_of(values)
 
 
 def all_hidings(x: Tensor) -> Tensor:

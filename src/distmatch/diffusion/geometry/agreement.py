@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.estimate import Estimate
+from distmatch.base.estimate import Estimate, mean_of
 from distmatch.base.seeds import latents
 from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.geometry.summary import mean_of, ratio_of
+from distmatch.diffusion.geometry.summary import ratio_of
 from distmatch.diffusion.latents import require_same_samples
 
 

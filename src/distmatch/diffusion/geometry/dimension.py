@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.estimate import Estimate
+from distmatch.base.estimate import Estimate, mean_of
 from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.geometry.flow import FlowSolver, ScaledFlow, State
@@ -20,7 +20,7 @@ from distmatch.diffusion.geometry.jacobian import (
     parse_trace,
     refuse_random_layers,
 )
-from distmatch.diffusion.geometry.summary import mean_of, probe_error
+from distmatch.diffusion.geometry.summary import probe_error
 
 _NOISE = 1.5  # singular values of the flow, in units of the noise, up to which a direction may be noise
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.estimate import Estimate
+from distmatch.base.estimate import Estimate, mean_of
 from distmatch.base.seeds import latents
-from distmatch.diffusion.geometry.summary import mean_of
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Means and ratios of means over samples, as estimates."""
+"""Errors of probes, and ratios of means over samples as estimates."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from distmatch.base.estimate import Estimate
-
-
-def mean_of(values: Tensor, warning: str | None = None) -> Estimate:
-    """The mean of independent ``values`` (n,) and its standard error, NaN for one value."""
-    n = len(values)
-    stderr = float(values.std() / math.sqrt(n)) if n > 1 else math.nan
-    return Estimate(float(values.mean()), stderr, n, warning)
+from distmatch.base.estimate import Estimate, mean_of
 
 
 def probe_error(values: Tensor, count: int) -> Tensor:
