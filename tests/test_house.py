@@ -1,7 +1,8 @@
-"""The structure: rooms import only from rooms above them, and importing the package is cheap."""
+"""The structure: rooms import only from rooms above them, importing is cheap, proofs name their tests."""
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +182,16 @@ def test_public_names_exist():
 
 def test_checkers_of_users_see_our_types():
     assert (PACKAGE / "py.typed").is_file()
+
+
+PROOFS = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "make_proofs.py"))
+
+
+def test_the_page_of_proofs_names_tests_that_there_are():
+    assert PROOFS["check"]() == []
+
+
+def test_a_proof_whose_test_is_gone_is_missed():
+    there, renamed = "tests/test_house.py::test_public_names_exist", "tests/test_house.py::test_none"
+    moved = "tests/nowhere.py::test_public_names_exist"
+    assert PROOFS["missing"]([there, renamed, moved]) == [renamed, moved]
