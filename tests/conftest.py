@@ -25,10 +25,11 @@ def _same_threads() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks: tests of the command line by their folder, and as `unit` all that have no other of our marks."""
-    commands = Path(__file__).parent / "cli"
+    """Marks `cli` by the folder or by what a test calls, and `unit` what has no other of our marks."""
+    folder, calls = Path(__file__).parent / "cli", {"command", "done", "Forked"}
     for item in items:
-        if commands in item.path.parents:
+        names = item.function.__code__.co_names if isinstance(item, pytest.Function) else ()
+        if folder in item.path.parents or calls.intersection(names):
             item.add_marker("cli")
         if not any(item.get_closest_marker(name) for name in ("cli", "statistical", "gpu")):
             item.add_marker("unit")
