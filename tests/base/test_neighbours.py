@@ -2,13 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from distmatch.base.neighbours import nearest
-
-
-def draw(n: int, d: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.helpers.draws import normal
 
 
 @pytest.mark.parametrize("d", [1, 3, 12])
@@ -18,7 +14,7 @@ def test_the_nearest_come_first_and_what_is_left_out_does_not_come(
 ) -> None:
     monkeypatch.setattr("distmatch.base.neighbours._TREE_DIMENSIONS", 20 if tree else 0)
     monkeypatch.setattr("distmatch.base.neighbours._PAIRS", 70)  # a row at a time
-    x, points = draw(40, d).requires_grad_(), draw(60, d, seed=1)
+    x, points = normal(40, d).requires_grad_(), normal(60, d, seed=1)
     expected, order = (x.detach()[:, None] - points).square().sum(2).sqrt().sort(dim=1)
     distances, indices = nearest(x, points, 5)
     assert torch.equal(indices, order[:, :5])
@@ -32,7 +28,7 @@ def test_the_nearest_come_first_and_what_is_left_out_does_not_come(
 
 @pytest.mark.parametrize("d", [2, 12])
 def test_copies_of_a_point_are_not_the_point(d: int) -> None:
-    points = draw(30, d)
+    points = normal(30, d)
     points[10:14] = points[3]
     distances, indices = nearest(points, points, 4, without=torch.arange(30))
     assert not bool((indices == torch.arange(30)[:, None]).any())
@@ -41,5 +37,5 @@ def test_copies_of_a_point_are_not_the_point(d: int) -> None:
 
 
 def test_equal_points_far_from_the_origin_are_at_distance_zero() -> None:
-    points = 1e8 + draw(20, 12)
+    points = 1e8 + normal(20, 12)
     assert float(nearest(points, points.clone(), 1)[0].max()) == 0

@@ -12,18 +12,15 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.instance_noise import blurred_log_prob, noise_ladder
 from distmatch.diffusion.likelihood import log_likelihood
 from distmatch.diffusion.mixture import GaussianMixture
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.helpers.draws import normal
 
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(("plane", "whole"), [(1, 3), (2, 5)])
 def test_the_slope_is_the_codimension(plane: int, whole: int) -> None:
-    basis = torch.linalg.qr(randn(whole, plane))[0]
+    basis = torch.linalg.qr(normal(whole, plane))[0]
     teacher = GaussianMixture([1.0], torch.zeros(1, whole), (basis @ basis.T)[None])
-    x = randn(2000, plane, seed=1) @ basis.T
+    x = normal(2000, plane, seed=1) @ basis.T
     ladder = noise_ladder(lambda y, s: teacher.log_prob(y, s), x, [1e-3, 1e-2, 0.1])
     assert ladder.levels == (0.1, 1e-2, 1e-3)
     assert ladder.codimension.value == pytest.approx(whole - plane, abs=1e-3)
@@ -38,7 +35,7 @@ def test_the_slope_is_the_codimension(plane: int, whole: int) -> None:
 
 def test_the_ladder_of_a_teacher_is_that_of_its_flow() -> None:
     teacher = GaussianMixture([1.0], [[0.0, 0.0]], [[0.5, 0.0]], sigma_max=40.0)
-    x = torch.cat([0.7 * randn(40, 1), torch.zeros(40, 1)], 1)
+    x = torch.cat([0.7 * normal(40, 1), torch.zeros(40, 1)], 1)
     flow = noise_ladder(
         lambda y, s: log_likelihood(teacher, y, sigma=s, prior="moments", solver="rk5:96").log_prob,
         x,
@@ -52,7 +49,7 @@ def test_the_ladder_of_a_teacher_is_that_of_its_flow() -> None:
 
 def test_blurred_samples_are_the_blurred_law() -> None:
     law = GaussianMixture([0.3, 0.7], [[-1.0, 0.0], [0.5, 0.4]], [0.1, 0.2])
-    samples, y = law.sample(100000, seed=1).double(), 0.7 * randn(64, 2)
+    samples, y = law.sample(100000, seed=1).double(), 0.7 * normal(64, 2)
     found = blurred_log_prob(samples, y, 0.5)
     torch.testing.assert_close(
         found, law.log_prob(y, 0.5), rtol=0, atol=0.05
@@ -76,7 +73,7 @@ def test_noise_on_the_data_makes_the_generator_right() -> None:
         torch.randperm(1500, generator=torch.Generator().manual_seed(0))
     ]
     w1 = {}
-    for name, data in (("clean", x), ("blurred", x + s * randn(1500, 2, seed=1))):
+    for name, data in (("clean", x), ("blurred", x + s * normal(1500, 2, seed=1))):
         width = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
         optimiser = torch.optim.LBFGS([width], max_iter=20, line_search_fn="strong_wolfe")
 
@@ -96,11 +93,11 @@ def test_noise_on_the_data_makes_the_generator_right() -> None:
 
 
 def test_refusals() -> None:
-    x = randn(4, 2)
+    x = normal(4, 2)
     for levels in ([0.1], [0.1, 0.0], [0.1, 0.1], [0.1, math.nan]):
         with pytest.raises(UserError, match="two or more different levels"):
             noise_ladder(lambda y, s: y.sum(1), x, levels)
     with pytest.raises(UserError, match="positive"):
         blurred_log_prob(x, x, 0.0)
     with pytest.raises(UserError, match="shape"):
-        blurred_log_prob(x, randn(4, 3), 0.1)
+        blurred_log_prob(x, normal(4, 3), 0.1)

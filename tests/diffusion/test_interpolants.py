@@ -15,6 +15,7 @@ from distmatch.diffusion.interpolants import Interpolant, noise_loss, velocity_l
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import condot
+from tests.helpers.draws import normal
 
 F64 = torch.float64
 M0, M1 = torch.tensor([0.5, -0.2], dtype=F64), torch.tensor([-0.4, 0.8], dtype=F64)
@@ -32,10 +33,6 @@ ALL = [
 
 def by_name(interpolant: Interpolant) -> str:
     return f"{interpolant.kind}-{interpolant.gamma}"
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 class Exact:
@@ -93,7 +90,7 @@ def test_the_coefficients_and_their_derivatives(interpolant: Interpolant) -> Non
 @pytest.mark.parametrize("interpolant", [i for i in ALL if i.gamma != "none"], ids=by_name)
 def test_velocity_is_the_transport_minus_the_noises_score(interpolant: Interpolant) -> None:
     # b = v - gamma gamma' s, v = E[I' | x] by regression of I' on x.
-    exact, t, x = Exact(interpolant), torch.linspace(0.05, 0.95, 30, dtype=F64), randn(30, 2)
+    exact, t, x = Exact(interpolant), torch.linspace(0.05, 0.95, 30, dtype=F64), normal(30, 2)
     m = interpolant.at(t)
     _, covariance, drift, _ = exact.law(t)
     moving = (m.a * m.d_a)[:, None, None] * C0 + (m.b * m.d_b)[:, None, None] * C1
@@ -109,11 +106,11 @@ def test_velocity_is_the_transport_minus_the_noises_score(interpolant: Interpola
 def test_the_losses_are_smallest_at_the_truth(interpolant: Interpolant) -> None:
     # loss(f + d) - loss(f) = E|d|^2 / 2 for the minimiser f, and only for it: to 4 standard errors.
     n, exact = 40000, Exact(interpolant)
-    x0 = M0 + randn(n, 2, seed=1) @ torch.linalg.cholesky(C0).T
-    x1 = M1 + randn(n, 2, seed=2) @ torch.linalg.cholesky(C1).T
+    x0 = M0 + normal(n, 2, seed=1) @ torch.linalg.cholesky(C0).T
+    x1 = M1 + normal(n, 2, seed=2) @ torch.linalg.cholesky(C1).T
     t, z = (
         torch.rand(n, generator=torch.Generator().manual_seed(3), dtype=F64) * 0.98 + 0.01,
-        randn(n, 2, seed=4),
+        normal(n, 2, seed=4),
     )
     pairs = [(velocity_loss, exact.velocity)]
     if interpolant.gamma != "none":
@@ -131,8 +128,8 @@ def test_the_losses_are_smallest_at_the_truth(interpolant: Interpolant) -> None:
 def test_noise_of_both_signs_tames_the_ends() -> None:
     interpolant, exact = Interpolant(), Exact(Interpolant())
     n = 4000
-    x0, x1 = M0 + randn(n, 2, seed=1), M1 + randn(n, 2, seed=2)
-    z = randn(n, 2, seed=3)
+    x0, x1 = M0 + normal(n, 2, seed=1), M1 + normal(n, 2, seed=2)
+    z = normal(n, 2, seed=3)
     spread = [
         float(velocity_loss(exact.velocity, interpolant, x0, x1, torch.full((n,), t, dtype=F64), z).std())
         for t in (1e-8, 1e-4, 0.1)
@@ -149,7 +146,7 @@ def test_ode_and_sdes_have_the_same_laws(diffusion: float, forwards: bool) -> No
     ends = [0.02, 0.98] if forwards else [0.98, 0.02]
     times = torch.linspace(*ends, 201, dtype=F64)
     first, last = (exact.law(torch.tensor([t], dtype=F64)) for t in ends)
-    x = first[0] + randn(n, 2) @ torch.linalg.cholesky(first[1][0]).T
+    x = first[0] + normal(n, 2) @ torch.linalg.cholesky(first[1][0]).T
     draws = SampleNoise(1, torch.arange(n), (2,))
     y = transport(
         exact.velocity, x, times, interpolant=interpolant, noise=exact.noise, diffusion=diffusion, draws=draws
@@ -169,7 +166,7 @@ def test_the_noise_bounds_what_a_wrong_velocity_does(diffusion: float) -> None:
     interpolant, wrong = Interpolant("linear", "brownian"), torch.tensor([0.4, -0.3], dtype=F64)
     exact, times = Exact(interpolant), torch.linspace(0.02, 0.98, 801, dtype=F64)
     _, (_, covariance, *_) = (exact.law(t[None]) for t in times[[0, -1]])
-    x = M0 + randn(8, 2)
+    x = M0 + normal(8, 2)
 
     def moved(diffusion: float) -> Tensor:
         ends = [
@@ -199,7 +196,7 @@ def test_the_noise_bounds_what_a_wrong_velocity_does(diffusion: float) -> None:
 def test_a_diffusion_that_vanishes_goes_from_end_to_end() -> None:
     interpolant = Interpolant("linear", "brownian")
     exact, n = Exact(interpolant), 10000
-    x = M0 + randn(n, 2) @ torch.linalg.cholesky(C0).T
+    x = M0 + normal(n, 2) @ torch.linalg.cholesky(C0).T
     y = transport(
         exact.velocity,
         x,
@@ -214,7 +211,7 @@ def test_a_diffusion_that_vanishes_goes_from_end_to_end() -> None:
 
 
 def test_the_ode_there_and_back() -> None:
-    exact, x = Exact(Interpolant("trig", "quadratic")), randn(50, 2)
+    exact, x = Exact(Interpolant("trig", "quadratic")), normal(50, 2)
     times = torch.linspace(0, 1, 401, dtype=F64)
     there = transport(exact.velocity, x, times)
     torch.testing.assert_close(transport(exact.velocity, there, times.flip(0)), x, rtol=0, atol=1e-4)
@@ -235,7 +232,7 @@ def test_with_a_normal_base_it_is_a_noise_path() -> None:
         Interpolant("trig", "quadratic"),
     ):
         path = interpolant.noise_path(sigma_data=1.0)
-        x = randn(21, 2)
+        x = normal(21, 2)
         m = interpolant.at(1 - t)
         a, b, d_a, d_b, slope = (v[:, None] for v in (m.a, m.b, m.d_a, m.d_b, m.gamma_slope))
         covariance = (a**2 + m.gamma[:, None] ** 2)[..., None] * EYE + (b**2)[..., None] * C1
@@ -243,7 +240,7 @@ def test_with_a_normal_base_it_is_a_noise_path() -> None:
         expected = d_b * M1 + (cross @ torch.linalg.solve(covariance, (x - b * M1)[..., None]))[..., 0]
         found = -OnPath(one, path, sigma_limit=1e6).velocity(x, t)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    assert OnPath(data, straight).velocity(randn(21, 2), t).shape == (21, 2)
+    assert OnPath(data, straight).velocity(normal(21, 2), t).shape == (21, 2)
 
 
 def test_refusals() -> None:
@@ -258,7 +255,7 @@ def test_refusals() -> None:
         Interpolant("mirror", "none")
     with pytest.raises(UserError, match="must rise"):
         Interpolant("mirror").noise_path()
-    exact, x = Exact(Interpolant()), randn(3, 2)
+    exact, x = Exact(Interpolant()), normal(3, 2)
     with pytest.raises(UserError, match="rise or fall"):
         transport(exact.velocity, x, [0.0, 0.5, 0.3])
     with pytest.raises(UserError, match="between 0 and 1"):

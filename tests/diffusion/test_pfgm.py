@@ -22,6 +22,7 @@ from distmatch.training.objective import denoiser_loss
 from distmatch.training.options import TeacherConfig
 from distmatch.training.sampling import Sampling
 from distmatch.training.teacher import TeacherTraining
+from tests.helpers.draws import normal
 from tests.helpers.small import distiller, network_teacher
 
 POINTS = torch.tensor([[-1.0, 0.2], [0.5, 0.8], [0.9, -0.7]], dtype=torch.float64)
@@ -38,13 +39,9 @@ def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=gen(seed), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("dims", [3.0, 10.0, 128.0])
 def test_the_noise_is_a_multivariate_student_t(dims: float) -> None:
-    n = student_t(randn(40000, 6), dims, gen(1))
+    n = student_t(normal(40000, 6), dims, gen(1))
     # |n|^2 / N ~ F(N, D), one coordinate ~ t(D): Kolmogorov-Smirnov, p above 1% for these seeds.
     assert stats.kstest((n.square().sum(1) / 6).numpy(), stats.f(6, dims).cdf).pvalue > 0.01
     assert stats.kstest(n[:, 0].numpy(), stats.t(dims).cdf).pvalue > 0.01
@@ -61,23 +58,23 @@ def test_the_noise_is_that_of_the_beta_form() -> None:
     # Xu et al.: radius r sqrt(B / (1 - B)), B ~ Beta(N/2, D/2), r = sigma sqrt(D), in a random direction.
     beta = torch.from_numpy(stats.beta(3, 5).rvs(40000, random_state=0))
     radius = math.sqrt(10) * (beta / (1 - beta)).sqrt()
-    ours = student_t(randn(40000, 6), 10.0, gen(1)).norm(dim=1)
+    ours = student_t(normal(40000, 6), 10.0, gen(1)).norm(dim=1)
     assert stats.ks_2samp(ours.numpy(), radius.numpy()).pvalue > 0.01
 
 
 def test_many_dimensions_are_gaussian() -> None:
-    noise = student_t(randn(20000, 2), 1e6, gen(1))
+    noise = student_t(normal(20000, 2), 1e6, gen(1))
     assert stats.kstest(noise[:, 0].numpy(), stats.norm.cdf).pvalue > 0.01
     exact = GaussianMixture([1 / 3] * 3, POINTS, [0.0] * 3)
     teacher = StudentTTeacher(POINTS, 1e6)
-    x, sigma = 1.5 * randn(200, 2), torch.logspace(-1, 1, 200, dtype=torch.float64)
+    x, sigma = 1.5 * normal(200, 2), torch.logspace(-1, 1, 200, dtype=torch.float64)
     torch.testing.assert_close(teacher(x, sigma), exact(x, sigma), rtol=0, atol=1e-3)
     torch.testing.assert_close(teacher.log_prob(x, sigma), exact.log_prob(x, sigma), rtol=1e-3, atol=1e-3)
 
 
 def test_the_density_of_points_is_a_mixture_of_student_t() -> None:
     teacher = StudentTTeacher(POINTS, 5.0)
-    x = randn(50, 2)
+    x = normal(50, 2)
     kernels = [stats.multivariate_t(loc=y.numpy(), shape=0.49, df=5).pdf(x.numpy()) for y in POINTS]
     expected = torch.from_numpy(sum(kernels) / 3).log()
     torch.testing.assert_close(teacher.log_prob(x, 0.7), expected, rtol=0, atol=1e-12)
@@ -108,7 +105,7 @@ def test_the_jacobian_is_not_the_posterior_covariance() -> None:
 def test_the_loss_is_smallest_at_the_exact_teacher() -> None:
     teacher = StudentTTeacher(POINTS, 4.0)
     x0 = POINTS[torch.randint(3, (60000,), generator=gen(2))]
-    noise = student_t(randn(60000, 2), 4.0, gen(1))
+    noise = student_t(normal(60000, 2), 4.0, gen(1))
     sigma = torch.full((60000,), 0.7, dtype=torch.float64)
     weight = torch.ones_like(sigma)
 

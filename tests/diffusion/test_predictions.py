@@ -14,6 +14,7 @@ from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.paths import NoisePath, betas, discrete_path, noise_path, path_of, trigflow
 from distmatch.diffusion.predictions import PREDICTIONS, Coefficients, convert, loss_weight
 from distmatch.nets.edm import EDMDenoiser
+from tests.helpers.draws import normal
 
 PATHS = [noise_path(name) for name in ("vp", "sub-vp", "ve", "edm", "cosine", "condot", "trigflow")]
 PATHS += [path_of(lambda t: 1 - t**2, lambda t: t, 1e-3, 0.999), discrete_path((1 - betas()).cumprod(0))]
@@ -21,10 +22,6 @@ PATHS += [path_of(lambda t: 1 - t**2, lambda t: t, 1e-3, 0.999), discrete_path((
 
 def by_path(path: NoisePath) -> str:
     return path.name
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def truth(x0: Tensor, eps: Tensor, c: Coefficients) -> dict[str, Tensor]:
@@ -45,7 +42,7 @@ def truth(x0: Tensor, eps: Tensor, c: Coefficients) -> dict[str, Tensor]:
 def test_every_prediction_becomes_every_other_and_comes_back(path: NoisePath, source: str) -> None:
     t = torch.linspace(path.t_min, path.t_max, 20, dtype=torch.float64)
     c = path.coefficients(t)
-    all_five = truth(randn(20, 3, 2), randn(20, 3, 2, seed=1), c)
+    all_five = truth(normal(20, 3, 2), normal(20, 3, 2, seed=1), c)
     # The smaller part of x is known to its rounding over the share of it: 1/alpha or 1/sigma roundings.
     share = torch.maximum(c.sigma / c.alpha, c.alpha / c.sigma)
     for target in PREDICTIONS:
@@ -70,7 +67,7 @@ def test_conversions_are_finite_at_pure_noise(name: str) -> None:
     path = noise_path(name)
     t = torch.full((8,), 1.0 if name == "condot" else math.pi / 2, dtype=torch.float64)
     c = path.coefficients(t)
-    all_five = truth(randn(8, 2), randn(8, 2, seed=1), c)
+    all_five = truth(normal(8, 2), normal(8, 2, seed=1), c)
     for source in ("x0", "v", "flow"):
         for target in PREDICTIONS:
             there = convert(all_five[source], source, target, all_five["x"], c)
@@ -85,7 +82,7 @@ def test_conversions_are_finite_at_pure_noise(name: str) -> None:
 def test_a_loss_on_any_prediction_is_the_weighted_loss_on_x0(path: NoisePath, prediction: str) -> None:
     t = torch.linspace(path.t_min, path.t_max, 22, dtype=torch.float64)[1:-1]
     c = path.coefficients(t)
-    x0, eps, wrong = randn(20, 3), randn(20, 3, seed=1), randn(20, 3, seed=2)
+    x0, eps, wrong = normal(20, 3), normal(20, 3, seed=1), normal(20, 3, seed=2)
     all_five = truth(x0, eps, c)
     x = all_five["x"]
     guess = convert(x0 + wrong, "x0", prediction, x, c)
@@ -101,7 +98,7 @@ def test_the_best_networks_for_normal_data_return_nothing() -> None:
     teacher = GaussianMixture([1.0], [[0.0, 0.0]], [sd**2])
     path = trigflow(sd)
     sigma = torch.logspace(-2, 1.8, 20, dtype=torch.float64)
-    x, t = randn(20, 2) * expand((sigma**2 + sd**2).sqrt(), randn(20, 2)), path.t_of_rho(sigma)
+    x, t = normal(20, 2) * expand((sigma**2 + sd**2).sqrt(), normal(20, 2)), path.t_of_rho(sigma)
     edm = EDMDenoiser(torch.nn.Identity(), shape=(2,), num_classes=0, sigma_data=sd)
     inputs, _, c_skip, c_out = edm._preconditioned(x, sigma)
     network = (teacher(x, sigma) - c_skip * x) / c_out
@@ -121,7 +118,7 @@ def test_the_best_networks_for_normal_data_return_nothing() -> None:
 def test_edm_weight_gives_the_network_unit_targets() -> None:
     sd, sigma = 0.5, torch.logspace(-2, 1.8, 7, dtype=torch.float64)
     edm = EDMDenoiser(torch.nn.Identity(), shape=(1,), num_classes=0, sigma_data=sd)
-    x0, eps = sd * randn(7, 1), randn(7, 1, seed=1)
+    x0, eps = sd * normal(7, 1), normal(7, 1, seed=1)
     _, _, c_skip, c_out = edm._preconditioned(x0 + expand(sigma, x0) * eps, sigma)
     weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
     torch.testing.assert_close(weight * c_out[:, 0] ** 2, torch.ones(7, dtype=torch.float64))

@@ -19,14 +19,9 @@ from distmatch.discrepancies import (
 from distmatch.discrepancies.bars import centred_square, near_zero, squared_distance_sum
 from distmatch.discrepancies.energy import _in_one_dimension
 from distmatch.discrepancies.sums import across, within
-from tests.reference.discrepancy_truths import covered, energy_1d, normal_distance_covariance
+from tests.reference.discrepancy_truths import covered, energy_1d, normal_distance_covariance, samples
 
 USERS = ("sums", "cauchy_schwarz", "distance_covariance", "joint_covariance", "stein")
-
-
-def samples(n, d, seed, shift=0.0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=g, dtype=torch.float64) + shift
 
 
 def columns(seed, count, n=60):

@@ -16,12 +16,7 @@ from distmatch.discrepancies import (
     conditional_cauchy_schwarz_loss,
     silverman_bandwidth,
 )
-from tests.reference.discrepancy_truths import covered, gaussian_cauchy_schwarz
-
-
-def samples(n, d, seed, shift=0.0, scale=1.0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=g, dtype=torch.float64) * scale + shift
+from tests.reference.discrepancy_truths import covered, gaussian_cauchy_schwarz, samples
 
 
 @pytest.mark.parametrize("elements", [100, 10**6])

@@ -7,12 +7,7 @@ import torch
 from distmatch.base.errors import UserError
 from distmatch.discrepancies import chunks, energy_distance, energy_distance_loss, energy_test, mmd
 from distmatch.discrepancies.energy import distance_rows
-from tests.reference.discrepancy_truths import covered, energy_1d
-
-
-def samples(n, d, seed, shift=0.0, scale=1.0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=g, dtype=torch.float64) * scale + shift
+from tests.reference.discrepancy_truths import covered, energy_1d, samples
 
 
 def test_the_biased_form_is_the_square_of_scipys():

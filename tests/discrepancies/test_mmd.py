@@ -21,14 +21,9 @@ from distmatch.discrepancies import (
     rational_quadratic,
 )
 from distmatch.discrepancies.kernels import energy, resolve_kernel
-from tests.reference.discrepancy_truths import covered, gaussian_mmd
+from tests.reference.discrepancy_truths import covered, gaussian_mmd, samples
 
 ALL = [gaussian(1.3), laplace(0.7), rational_quadratic(0.9), imq(1.1), energy(), energy(0.5), polynomial()]
-
-
-def samples(n, d, seed, shift=0.0, scale=1.0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=g, dtype=torch.float64) * scale + shift
 
 
 def brute(kernel, x, y, estimator):

@@ -19,13 +19,7 @@ from distmatch.discrepancies import (
     score_of,
 )
 from distmatch.discrepancies.stein import _stein_rows
-from tests.reference.discrepancy_truths import covered, shifted_stein
-
-
-def samples(n, d, seed, shift=0.0, scale=1.0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=g, dtype=torch.float64) * scale + shift
-
+from tests.reference.discrepancy_truths import covered, samples, shifted_stein
 
 PRECISION = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
 MEAN = torch.tensor([0.3, -0.2], dtype=torch.float64)

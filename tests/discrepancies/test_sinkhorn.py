@@ -12,7 +12,8 @@ from distmatch.discrepancies import sinkhorn_solver
 from distmatch.discrepancies.gaussian_transport import gaussian_sinkhorn
 from distmatch.discrepancies.sinkhorn import sinkhorn_divergence
 from distmatch.discrepancies.sinkhorn_estimate import sinkhorn_estimate
-from tests.reference.transport_samples import normal, seeded, weighted_pair
+from tests.helpers.draws import normal
+from tests.reference.transport_samples import seeded, weighted_pair
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from distmatch.discrepancies.sliced import (
     sliced_wasserstein,
     sliced_wasserstein_loss,
 )
-from tests.reference.transport_samples import DEVICES, normal, seeded, weighted_pair, weights
+from tests.helpers.draws import normal
+from tests.reference.transport_samples import DEVICES, seeded, weighted_pair, weights
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser, feature_shapes
 from distmatch.training.objective import denoiser_loss
+from tests.helpers.draws import normal
 
 SIGMAS = (0.002, 0.1, 0.5, 3.0, 80.0)
 
@@ -42,10 +43,6 @@ class Probe(nn.Module):
 
 def probe(value: float = 0.0, sigma_data: float = 0.5) -> EDMDenoiser:
     return EDMDenoiser(Probe(value), shape=(3,), num_classes=0, sigma_data=sigma_data)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("sd", [0.5, 1.7])

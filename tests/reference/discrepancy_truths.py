@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from tests.helpers.draws import normal
+
 
 def gaussian_mmd(mean_gap, var_x, var_y, s):
     """MMD^2 of N(0, var_x I) and N(gap, var_y I) under the Gaussian kernel of bandwidth s."""
@@ -51,3 +53,8 @@ def covered(estimates, truth):
     """The share of nominal 95 % intervals that hold the truth."""
     z = torch.tensor([(e.value - truth) / e.stderr for e in estimates])
     return float((z.abs() < 1.96).double().mean())
+
+
+def samples(n, d, seed, shift=0.0, scale=1.0):
+    """n draws of N(shift, scale^2 I)."""
+    return normal(n, d, seed=seed) * scale + shift

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
+from tests.helpers.draws import normal
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def weights(n, seed=0):

@@ -22,14 +22,11 @@ from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.priors import gaussian_prior
 from distmatch.diffusion.solvers import grid, solve
+from tests.helpers.draws import normal
 
 
 def f64(values: Any) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def autoregressive(dim: int, rho: float = 0.8) -> GaussianMixture:
@@ -65,7 +62,7 @@ def calibrated(x: Tensor) -> bool:
 
 
 def sampled(on_step: bool, levels: Tensor) -> Tensor:
-    noise, y = SampleNoise(0, torch.arange(N), (2,)), levels[0] * randn(N, 2, seed=1)
+    noise, y = SampleNoise(0, torch.arange(N), (2,)), levels[0] * normal(N, 2, seed=1)
     if on_step:
         keep = Replacement(KNOWN, VALUE, levels, noise)
         return solve(PAIR, keep.start(y), levels, "reverse-diffusion", noise=noise, on_step=keep).y
@@ -84,7 +81,7 @@ def test_the_corrected_posterior_is_calibrated_and_replacement_is_not() -> None:
 
 
 MEASUREMENTS = {
-    "matrix": (randn(3, 6, seed=2), 0.4),
+    "matrix": (normal(3, 6, seed=2), 0.4),
     "mask": (torch.eye(6, dtype=torch.float64)[[0, 2, 5]], 0.0),
     "sum": (torch.ones(1, 6, dtype=torch.float64), 0.1),
 }
@@ -94,11 +91,11 @@ MEASUREMENTS = {
 def test_the_posterior_of_a_gaussian_is_exact(name: str) -> None:
     """Against Kalman's update of the mixture, at every level, with and without noise."""
     matrix, std = MEASUREMENTS[name]
-    teacher, value = autoregressive(6), randn(len(matrix), seed=3)
+    teacher, value = autoregressive(6), normal(len(matrix), seed=3)
     truth = teacher.condition_on(matrix, value, std**2)
     guided = LinearPosterior(teacher, linear_map(matrix, (6,)), value, std)
     for sigma in (0.05, 0.7, 15.0):
-        y = (1 + sigma) * randn(20, 6, seed=4)
+        y = (1 + sigma) * normal(20, 6, seed=4)
         level = torch.full((20,), sigma, dtype=torch.float64)
         torch.testing.assert_close(guided(y, level), truth(y, level), rtol=1e-7, atol=1e-7)
 
@@ -112,7 +109,7 @@ def test_a_function_measures_as_its_matrix() -> None:
 
     basis = torch.eye(6, dtype=torch.float64).reshape(6, 1, 2, 3)
     matrix = blur(basis).flatten(1).mT
-    teacher, y, value = autoregressive(6), randn(5, 6, seed=1), randn(5, 1, 2, 3, seed=5)
+    teacher, y, value = autoregressive(6), normal(5, 6, seed=1), normal(5, 1, 2, 3, seed=5)
     pictures = Pictures(teacher, (1, 2, 3))
     guided = LinearPosterior(pictures, linear_map(blur, (1, 2, 3)), value, 0.3)
     level = torch.full((5,), 0.8, dtype=torch.float64)
@@ -123,8 +120,8 @@ def test_a_function_measures_as_its_matrix() -> None:
 
 
 def test_an_isotropic_guess_is_exact_where_it_is_true_and_only_there() -> None:
-    level, y = torch.full((9,), 0.6, dtype=torch.float64), randn(9, 3)
-    matrix, value = randn(2, 3, seed=1), f64([0.3, -1.0])
+    level, y = torch.full((9,), 0.6, dtype=torch.float64), normal(9, 3)
+    matrix, value = normal(2, 3, seed=1), f64([0.3, -1.0])
     for variances, exact in (([0.7, 0.7, 0.7], True), ([0.1, 0.7, 1.5], False)):
         teacher = GaussianMixture([1.0], [[0.0, 0.0, 0.0]], [variances])
         guided = LinearPosterior(teacher, linear_map(matrix, (3,)), value, 0.2, covariance="isotropic")
@@ -137,7 +134,7 @@ def test_a_posterior_of_a_mixture_finds_the_component() -> None:
     teacher = GaussianMixture([0.5, 0.5], [[-1.0, -1.0], [1.0, 1.0]], [0.05, 0.05], sigma_max=20.0)
     levels = grid("log", 60, 0.02, 20.0)
     guided = LinearPosterior(teacher, KNOWN, f64([1.0]), 0.1)
-    x = solve(guided, 20 * randn(500, 2), levels, "heun").y
+    x = solve(guided, 20 * normal(500, 2), levels, "heun").y
     assert float((x[:, 1] > 0).double().mean()) > 0.97
 
 
@@ -149,7 +146,7 @@ def test_an_approximate_posterior_claims_no_density() -> None:
         guided = LinearPosterior(teacher, KNOWN, VALUE, 0.3)
         assert not is_diffused(CallCounter(guided))
         noise = SampleNoise(0, torch.arange(50), (2,))
-        states = solve(guided, 20 * randn(50, 2), levels, "reverse-diffusion", noise=noise, trajectory=True)
+        states = solve(guided, 20 * normal(50, 2), levels, "reverse-diffusion", noise=noise, trajectory=True)
         assert states.trajectory is not None
         with pytest.raises(UserError, match="approximate posterior"):
             trajectory_log_density(guided, states.trajectory, levels)
@@ -162,9 +159,9 @@ def test_an_approximate_posterior_claims_no_density() -> None:
 
 
 def test_conjugate_gradients_solve_and_stay_finite() -> None:
-    half = randn(4, 7, 7)
+    half = normal(4, 7, 7)
     matrix = half @ half.mT
-    right = randn(4, 7, seed=1)
+    right = normal(4, 7, seed=1)
     right[3] = 0
     u = conjugate_gradients(lambda v: torch.einsum("bij,bj->bi", matrix, v), right, 40)
     torch.testing.assert_close(u, torch.linalg.solve(matrix, right), rtol=1e-6, atol=1e-6)
@@ -174,20 +171,20 @@ def test_conjugate_gradients_solve_and_stay_finite() -> None:
 
 
 def test_costs_are_counted() -> None:
-    counter = CallCounter(LinearPosterior(autoregressive(6), linear_map(randn(3, 6), (6,)), randn(3)))
-    solve(counter, 20 * randn(4, 6), grid("log", 5, 0.1, 20.0), "euler")
+    counter = CallCounter(LinearPosterior(autoregressive(6), linear_map(normal(3, 6), (6,)), normal(3)))
+    solve(counter, 20 * normal(4, 6), grid("log", 5, 0.1, 20.0), "euler")
     assert (counter.calls, counter.spent.backward) == (5, 20)
 
 
 def test_the_frame_of_colours_is_orthonormal_and_grey_is_its_first_channel() -> None:
-    frame, x = colour_frame(), randn(3, 3, 2, 4)
+    frame, x = colour_frame(), normal(3, 3, 2, 4)
     torch.testing.assert_close(frame.mT @ frame, torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(frame[:, 0], torch.full((3,), 3**-0.5, dtype=torch.float64))
     torch.testing.assert_close(from_frame(to_frame(x)), x)
     grey = grey_map((3, 2, 4))
     torch.testing.assert_close(grey.apply(x), to_frame(x)[:, :1])
     torch.testing.assert_close(grey.apply(x), grey_value(x.mean(1, keepdim=True)))
-    v = randn(3, 1, 2, 4, seed=1)
+    v = normal(3, 1, 2, 4, seed=1)
     torch.testing.assert_close(grey.apply(grey.transpose(v)), v)
     torch.testing.assert_close((grey.apply(x) * v).sum(), (x * grey.transpose(v)).sum())
 
@@ -195,17 +192,17 @@ def test_the_frame_of_colours_is_orthonormal_and_grey_is_its_first_channel() -> 
 def test_colourisation_keeps_the_grey() -> None:
     """Replacement in the frame, written out as rotating, masking and rotating back, and its samples."""
     pictures = Pictures(autoregressive(12), (3, 2, 2))
-    grey, levels = randn(1, 2, 2, seed=2), grid("log", 20, 0.05, 20.0)
+    grey, levels = normal(1, 2, 2, seed=2), grid("log", 20, 0.05, 20.0)
     noise = SampleNoise(0, torch.arange(6), (3, 2, 2))
     keep = Replacement(grey_map((3, 2, 2)), grey_value(grey), levels, noise)
-    state = randn(6, 3, 2, 2)
+    state = normal(6, 3, 2, 2)
     rotated = to_frame(state)
     rotated[:, :1] = to_frame(keep(4, state))[:, :1]
     torch.testing.assert_close(keep(4, state), from_frame(rotated))
     drawn = keep(4, state).mean(1, keepdim=True) - grey  # sigma z / sqrt 3
     assert 0.3 < float(drawn.std() * math.sqrt(3) / levels[5]) < 2
     assert not torch.equal(keep(4, state), keep(5, state))
-    y = keep.start(20 * randn(6, 3, 2, 2))
+    y = keep.start(20 * normal(6, 3, 2, 2))
     done = solve(pictures, y, levels, "reverse-diffusion", noise=noise, on_step=keep).y
     torch.testing.assert_close(done.mean(1, keepdim=True), grey.expand(6, -1, -1, -1))
 
@@ -220,7 +217,7 @@ def test_observations_draw_a_series_towards_its_posterior() -> None:
     teacher, std = autoregressive(6, 0.9), 0.5
     seen = f64([1.0, 1.2, 0.8, 1.0])
     truth = teacher.condition_on(torch.eye(6)[:4], seen, std**2).means[0]
-    levels, y = grid("log", 60, 0.02, 20.0), 20 * randn(400, 6)
+    levels, y = grid("log", 60, 0.02, 20.0), 20 * normal(400, 6)
 
     def mean(scale: float) -> Tensor:
         guided = ObservationGuided(teacher, lambda x: x[:, :4], seen, scale)
@@ -233,7 +230,7 @@ def test_observations_draw_a_series_towards_its_posterior() -> None:
 
 def test_guidance_by_an_observation_adds_the_gradient_to_the_score() -> None:
     """Against finite differences of the loss of f(D(y)), with a forward model that is not linear."""
-    teacher, y, level = autoregressive(3), randn(4, 3), f64([0.3, 1.0, 2.0, 9.0])
+    teacher, y, level = autoregressive(3), normal(4, 3), f64([0.3, 1.0, 2.0, 9.0])
     guided = ObservationGuided(teacher, lambda x: x.square().sum(1, keepdim=True), f64([2.0]), 1.7)
 
     def loss(v: Tensor) -> Tensor:
@@ -257,7 +254,7 @@ def test_the_pinball_loss_orders_the_samples() -> None:
         teacher, lambda x: x[:, :1], f64([0.0]), 4.0, quantile_loss(spread_quantiles(n))
     )
     levels = grid("log", 40, 0.05, 20.0)
-    x = solve(guided, 20 * randn(n, 2), levels, "heun").y[:, 0]
+    x = solve(guided, 20 * normal(n, 2), levels, "heun").y[:, 0]
     # The noise of a sample has nothing to do with its quantile, so any order comes from the loss.
     assert float(x[n // 2 :].mean() - x[: n // 2].mean()) > 0.3
 
@@ -305,7 +302,7 @@ def test_wrong_guidance_is_refused() -> None:
     with pytest.raises(UserError, match="needs the score"):
         LinearPosterior(Heavy([1.0], [[0.0, 0.0]], [1.0]), KNOWN, VALUE)
     with pytest.raises(UserError, match="one for each"):
-        LinearPosterior(PAIR, KNOWN, f64([[1.0], [2.0]]))(randn(3, 2), level)
+        LinearPosterior(PAIR, KNOWN, f64([[1.0], [2.0]]))(normal(3, 2), level)
     with pytest.raises(UserError, match="noise of a measurement"):
         LinearPosterior(PAIR, KNOWN, VALUE, -1.0)
     with pytest.raises(UserError, match="unknown covariance"):
@@ -313,8 +310,8 @@ def test_wrong_guidance_is_refused() -> None:
     with pytest.raises(UserError, match="from 0 on"):
         ObservationGuided(PAIR, lambda x: x, f64([0.0, 0.0]), -1.0)
     with pytest.raises(UserError, match="not of the shape"):
-        ObservationGuided(PAIR, lambda x: x, f64([0.0]), 1.0)(randn(3, 2), level)
+        ObservationGuided(PAIR, lambda x: x, f64([0.0]), 1.0)(normal(3, 2), level)
     with pytest.raises(UserError, match="differentiable number"):
-        ObservationGuided(PAIR, lambda x: x, f64([0.0, 0.0]), 1.0, lambda p, o: p)(randn(3, 2), level)
+        ObservationGuided(PAIR, lambda x: x, f64([0.0, 0.0]), 1.0, lambda p, o: p)(normal(3, 2), level)
     with pytest.raises(UserError, match="between 0 and 1"):
         quantile_loss(f64([0.0, 0.5]))

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.control.neighbour_sets import NeighbourConditioned, SetEmbedding
@@ -20,6 +19,7 @@ from distmatch.diffusion.solvers import grid, solve
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.mlp import MLP
+from tests.helpers.draws import normal
 
 CATS = GaussianMixture([0.5, 0.5], [[-2.0, 1.0], [-2.0, -1.0]], [0.1, 0.1])
 DOGS = GaussianMixture([0.5, 0.5], [[2.0, 1.0], [2.0, -1.0]], [0.1, 0.1])
@@ -28,10 +28,6 @@ LEVELS = grid("karras", 40, 0.01, 20.0)
 
 def noise_for(n: int) -> SampleNoise:
     return SampleNoise(0, torch.arange(n), (2,))
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("eta", [0.1, 1.0])
@@ -116,7 +112,7 @@ def test_wrong_codes_are_refused() -> None:
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_the_store_finds_the_nearest_whatever_the_chunks(metric: str) -> None:
-    rows, queries = randn(57, 4), randn(23, 4, seed=1)
+    rows, queries = normal(57, 4), normal(23, 4, seed=1)
     store = NeighbourStore(rows, metric)  # type: ignore[arg-type]
     found = store.search(queries, 5)
     apart = torch.stack([(queries[:, None] - rows).norm(dim=2)])[0]
@@ -130,7 +126,7 @@ def test_the_store_finds_the_nearest_whatever_the_chunks(metric: str) -> None:
 
 
 def test_a_row_is_not_its_own_neighbour_but_its_double_is() -> None:
-    rows = randn(40, 3)
+    rows = normal(40, 3)
     rows[7] = rows[21]
     store, every = NeighbourStore(rows), torch.arange(40)
     alone = store.neighbours_of_rows(every, 4, chunk=9)
@@ -145,24 +141,24 @@ def test_a_row_is_not_its_own_neighbour_but_its_double_is() -> None:
 
 
 def test_wrong_searches_are_refused() -> None:
-    store = NeighbourStore(randn(5, 3))
+    store = NeighbourStore(normal(5, 3))
     with pytest.raises(UserError, match="different length"):
-        store.search(randn(2, 4), 1)
+        store.search(normal(2, 4), 1)
     with pytest.raises(UserError, match="that many"):
         store.neighbours_of_rows(torch.arange(5), 5)
     with pytest.raises(UserError, match="finite"):
         NeighbourStore(torch.full((2, 2), math.nan))
     with pytest.raises(UserError, match="rows of the store"):
-        NeighbourDenoiser(randn(5, 3), torch.tensor([[5]]))
+        NeighbourDenoiser(normal(5, 3), torch.tensor([[5]]))
 
 
-VALUES = randn(30, 2, seed=3)
+VALUES = normal(30, 2, seed=3)
 NEAR = NeighbourStore(VALUES).neighbours_of_rows(torch.arange(30), 4).indices
 
 
 def test_the_denoiser_of_neighbours_is_that_of_their_mixture() -> None:
     teacher = NeighbourDenoiser(VALUES, NEAR, bandwidth=0.3)
-    y, sigma = 2 * randn(6, 2, seed=4), torch.linspace(0.1, 3, 6, dtype=torch.float64)
+    y, sigma = 2 * normal(6, 2, seed=4), torch.linspace(0.1, 3, 6, dtype=torch.float64)
     for q in (0, 17):
         mixture = GaussianMixture([0.25] * 4, VALUES[NEAR[q]], [0.09] * 4)
         query = torch.full((6,), q)
@@ -180,7 +176,7 @@ def test_the_denoiser_of_neighbours_is_that_of_their_mixture() -> None:
 
 def test_samples_of_a_neighbourhood_are_near_it() -> None:
     teacher, queries = NeighbourDenoiser(VALUES, NEAR), torch.arange(30)
-    y = 80 * randn(30, 2)
+    y = 80 * normal(30, 2)
     x = solve(teacher, y, grid("karras", 25, 0.002, 80.0), "heun", condition=queries).y
     apart = (x[:, None] - VALUES[NEAR]).norm(dim=2).amin(1)
     assert float(apart.max()) < 0.02

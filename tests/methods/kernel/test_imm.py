@@ -17,11 +17,8 @@ from distmatch.losses import imm_lower_level, imm_weight
 from distmatch.losses.kernel import group_mmd, imm_output_scale, laplace_profile, quadratic_profile
 from distmatch.methods.state import DistillState
 from distmatch.training.checkpoint import pack
+from tests.helpers.draws import normal
 from tests.helpers.small import batch, distiller, network_teacher
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def small(classes: int = 0, **settings: Any) -> tuple[Any, DistillState]:

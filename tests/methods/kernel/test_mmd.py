@@ -26,13 +26,10 @@ from distmatch.nets.config import UNetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.training.checkpoint import pack
 from distmatch.training.options import DistillOptions
+from tests.helpers.draws import normal
 from tests.helpers.small import batch, distiller, network_teacher
 
 LINEAR = polynomial(1, gamma=1.0, offset=0.0)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def unbiased_mmd(x: Tensor, y: Tensor, kernel: Kernel, labels: Tensor | None = None) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.toys import toy
@@ -19,11 +18,8 @@ from distmatch.losses import edm_weight, moment_matching_loss, posterior_noise
 from distmatch.methods.matching.moments import levels_between
 from distmatch.methods.student import Student
 from distmatch.training.checkpoint import pack
+from tests.helpers.draws import normal
 from tests.helpers.small import batch, distiller, network_teacher
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_the_auxiliary_denoiser_lies_half_way_between_samples_and_teacher() -> None:
