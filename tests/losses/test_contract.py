@@ -72,9 +72,8 @@ def test_the_score_difference_and_its_weight_carry_no_gradient(scaling: losses.m
     weight = normal(B).square().requires_grad_()
     found = losses.score_difference(p, q, x0, SIGMA, weight, scaling=scaling)
     assert found.shape == (B, 3)
-    assert not found.requires_grad or torch.autograd.grad(found.sum(), weight)[0] is not None
+    assert not found.requires_grad
     assert not losses.difference_weight(p, x0, SIGMA, scaling).requires_grad
-    assert losses.score_difference(p, q, x0, SIGMA, scaling=scaling).requires_grad is False
 
 
 def test_gradients_that_are_no_loss_come_from_the_losses_that_the_page_names() -> None:

@@ -58,7 +58,7 @@ def score_difference(
         gradient = gradient / expand(_error_size(p, x), x)
     else:
         gradient = gradient / expand(sigma.to(dtype), x) ** 2
-    return gradient if weight is None else expand(weight.to(dtype), x) * gradient
+    return gradient if weight is None else expand(weight.detach().to(dtype), x) * gradient
 
 
 def difference_weight(teacher: Tensor, x0: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
