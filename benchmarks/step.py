@@ -22,7 +22,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -43,7 +43,6 @@ from distmatch.nets.config import MLPConfig, NetConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.optim import clipped_step, set_rate
 from distmatch.training.devices import compile_network, pick_device
-from distmatch.training.options import DistillOptions
 
 SHORT = {
     "pairs": 256,
@@ -103,31 +102,26 @@ def chosen_methods(names: str) -> list[str]:
 
 def build(name: str, teacher: EDMDenoiser, options: Options, device: torch.device) -> tuple[Distiller, int]:
     """A method with its own settings and the number of steps in a cycle of it."""
-    given = DistillOptions.of(name)
-    method, measure, config = resolve_method(name, None, given.distill)
-    groups = {
-        group: replace(own, **{key: value for key, value in SHORT.items() if key in _names(own)})
-        for group, own in given.settings().items()
-    }
-    groups["matching"] = replace(groups["matching"], backtrack=2 if name == "disback" else 0)
+    method, measure = resolve_method(name, None)
     # ctm draws the number of its solver's steps anew each time; with one, all steps do the same work.
-    groups["consistency"] = replace(groups["consistency"], solver_steps=1)
-    config = replace(config, accumulate=options.accumulate, lr_rampup=0)
+    short = {
+        **SHORT,
+        "accumulate": options.accumulate,
+        "lr_rampup": 0,
+        "backtrack": 2 if name == "disback" else 0,
+        "solver_steps": 1,
+    }
+    settings = method.settings(**{key: value for key, value in short.items() if key in method.options()})
     setup = Setup(
         teacher=teacher,
         method=method,
         divergence=divergence(measure),
-        config=config,
+        settings=settings,
         total_steps=TOTAL,
         device=device,
         bf16=options.precision == "bf16",
-        **groups,
     )
-    return build_method(setup), config.critic_steps if method.critic else 1
-
-
-def _names(group: Any) -> set[str]:
-    return {f.name for f in fields(group)}
+    return build_method(setup), getattr(settings, "critic_steps", 1)
 
 
 def networks_of(teacher: EDMDenoiser, state: DistillState) -> dict[str, nn.Module]:

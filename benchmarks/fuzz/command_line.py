@@ -22,6 +22,7 @@ from harness import Case, command_line, scratch
 from distmatch.base.errors import UserError
 from distmatch.cli import parse
 from distmatch.cli.main import VERBS, main
+from distmatch.methods.table import METHODS
 
 VALUES = (
     *("", "0", "-1", "1", "1e308", "-1e999", "nan", "1.5", "9" * 400, "0x10", "1_000", "true", "None"),
@@ -107,6 +108,9 @@ def flags_of(verb: str) -> list[str]:
         if isinstance(value, type) and dataclasses.is_dataclass(value)
     ]
     names: set[str] = set()
+    if verb in ("distill", "compare"):
+        settings = {name for method in METHODS.values() for name in method.options()}
+        names |= {"--" + name.replace("_", "-") for name in settings}
     while kinds:
         for field in dataclasses.fields(kinds.pop()):
             names.add("--" + field.name.replace("_", "-"))

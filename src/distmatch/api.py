@@ -21,6 +21,7 @@ from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence
 from distmatch.methods.start import Network, check_saveable
 from distmatch.methods.student import Student
+from distmatch.methods.table import find_method
 from distmatch.metrics import evaluate as _evaluate
 from distmatch.metrics.settings import FeatureChoice
 from distmatch.report import build_report
@@ -35,10 +36,9 @@ from distmatch.training.arguments import (
     settings_of,
 )
 from distmatch.training.compare import carry_out_comparison, prepare_comparison
-from distmatch.training.compare_options import CompareOptions
+from distmatch.training.compare_options import CompareOptions, SharedOptions
 from distmatch.training.known_data import name_of_data
 from distmatch.training.options import (
-    GROUPS,
     DistillOptions,
     NetOptions,
     RunOptions,
@@ -127,8 +127,8 @@ def distill(
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
         quiet: Whether to say nothing of the progress.
-        **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, or of the groups of settings in
-            :class:`DistillOptions`; what is left out is that of the preset or the method's own default.
+        **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, or of the method's own settings
+            (``METHODS[method].settings``); what is left out is that of the preset or its own default.
 
     Returns:
         The student (the average of its weights).
@@ -139,11 +139,13 @@ def distill(
     given = None if isinstance(teacher, (str, os.PathLike)) else teacher
     data = name_of_data(given) if data is None and given is not None else data
     own = DistillOptions.of(method, preset)
-    groups = {name: getattr(own, name) for name in GROUPS}
     if steps is None:
         steps = 2000 if own.run.steps == RunOptions().steps else own.run.steps
-    run, net, *chosen = settings_of(
-        settings, replace(own.run, steps=steps, seed=seed), NetOptions(), *groups.values()
+    run, net, chosen = settings_of(
+        settings,
+        replace(own.run, steps=steps, seed=seed),
+        *(NetOptions(), own.settings),
+        method=find_method(own.method),
     )
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
     measure = divergence if isinstance(divergence, Divergence) else None
@@ -155,7 +157,7 @@ def distill(
         divergence=measure.name if measure else divergence or own.divergence,  # type: ignore[arg-type]
         run=run,
         net=net,
-        **dict(zip(groups, chosen, strict=True)),
+        settings=chosen,
     )
     if out is not None:
         check_saveable(given)
@@ -201,16 +203,16 @@ def compare(
     """
     given = None if isinstance(teacher, (str, os.PathLike)) else teacher
     data = name_of_data(given) if data is None and given is not None else data
-    shared = DistillOptions()
-    groups = {name: getattr(shared, name) for name in ("run", "net", *GROUPS)}
+    shared = SharedOptions()
     text = methods if isinstance(methods, str) else ",".join(methods)
     first = CompareOptions(methods=text, budget=budget, seeds=seeds)
-    options, *chosen = settings_of(settings, first, *groups.values())
-    shared = replace(
-        shared,
+    options, run, net, chosen = settings_of(settings, first, shared.run, shared.net, shared.settings)
+    shared = SharedOptions(
         teacher=os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else "",
         data=name_of(data) if data is not None else "",
-        **dict(zip(groups, chosen, strict=True)),
+        run=run,
+        net=net,
+        settings=chosen,
     )
     found = real_data(given, data, shared.run.seed)
     inputs = [shared.teacher] if shared.teacher else []

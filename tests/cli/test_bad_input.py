@@ -113,15 +113,15 @@ VALUES = {
     "train --net mlp --patch 2": ("--patch does not apply", "mlp"),
     "train --precision fp64": ("--precision", "'fp64'", "bf16"),
     "train --data ring8 --flip": ("--flip mirrors images",),
-    "distill --teacher t --calls 0": ("--calls must be positive",),
+    "distill --teacher t --calls 0": ("--calls must be at least 1",),
     "distill --teacher t --lr 0": ("--lr must be positive",),
     "distill --teacher t --gan-weight -1": ("--gan-weight must not be negative",),
     "distill --teacher t --noise-low 5 --noise-high 1": (
         "--noise-low 5 and --noise-high 1",
         "the first one below",
     ),
-    "distill --teacher t --ratio-bins 0": ("bins=0", "bins >= 1"),
-    "distill --teacher t --ratio-memory 2": ("memory=2.0",),
+    "distill --teacher t --ratio-bins 0": ("--ratio-bins must be at least 1",),
+    "distill --teacher t --ratio-memory 2": ("--ratio-memory must be in [0, 1)",),
     "distill --teacher t --order alternate --critic-steps 1": ("--order alternate",),
 }
 CONFIGS = {

@@ -16,10 +16,9 @@ from PIL import Image
 import distmatch as dm
 from distmatch.base.progress import in_words
 from distmatch.cli import found
-from distmatch.methods.config import DistillConfig
-from distmatch.methods.table import find_method, idle_settings
+from distmatch.methods.table import find_method
 from distmatch.training.compare_cost import PeakMemory
-from distmatch.training.options import DistillOptions, NetOptions, TrainOptions
+from distmatch.training.options import NetOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
 from tests.helpers.command import TINY, command, contents, done
 
@@ -144,13 +143,12 @@ def test_a_dry_run_shows_what_a_method_reads_and_its_divergence(method: str, div
     assert shown.get("divergence") == divergence
     tables = {name: set(value) for name, value in shown.items() if isinstance(value, dict)}
     own = find_method(method)
-    assert tables.keys() == {"run", "net", "distill", own.family}
+    assert tables.keys() == {"run", "net", "distill"}
     assert own.critic == ("lr_critic" in tables["distill"])
-    idle = {name for _, name in idle_settings(own, DistillConfig(), **DistillOptions().settings())}
-    assert not idle & set.union(*tables.values())
-    whole = done(f"{line} --json").json()["options"]  # programs get all of it
+    assert own.options() == tables["distill"]
+    whole = done(f"{line} --json").json()["options"]
     assert whole["divergence"] == divergence
-    assert {"matching", "consistency", "kernel", "transport"} < whole.keys()
+    assert own.options() == whole["distill"].keys()
 
 
 def test_a_student_of_a_network_is_said_to_be_a_copy() -> None:

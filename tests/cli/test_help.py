@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-import typing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +26,12 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def fields_of(kind: type) -> list[str]:
-    """Names of the fields of a dataclass and of those inside it."""
+def fields_of(options: Any) -> list[str]:
+    """Names of the fields of a dataclass (or of its class) and of those inside it."""
     names: list[str] = []
-    for name, hint in typing.get_type_hints(kind).items():
-        names += fields_of(hint) if dataclasses.is_dataclass(hint) else [name]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name, None)
+        names += fields_of(value) if dataclasses.is_dataclass(value) else [field.name]
     return names
 
 
@@ -38,7 +39,7 @@ def options_of(verb: str) -> list[str]:
     module = importlib.import_module(VERBS[verb][0])
     if verb in RUNS:
         hidden = module.HELP.hidden
-        return [name for name in fields_of(RUNS[verb]) + fields_of(Place) if name not in hidden]
+        return [name for name in fields_of(RUNS[verb]()) + fields_of(Place()) if name not in hidden]
     own = getattr(module, f"{verb.capitalize()}Options")
     return fields_of(own)
 

@@ -237,7 +237,7 @@ def test_guidance_without_a_null_class_is_refused_before_training(run: Path, tmp
             return x + torch.nn.functional.embedding(condition, torch.zeros(3, 2))
 
     options = DistillOptions.of("diff-instruct")
-    guided = replace(options, distill=replace(options.distill, guidance=2.0))
+    guided = replace(options, settings=replace(options.settings, guidance=2.0))
     with pytest.raises(ValueError, match=word):
         prepare_distillation(guided, Strict())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,23 +12,11 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence, divergence
 from distmatch.methods.build import build_method
-from distmatch.methods.config import DistillConfig
-from distmatch.methods.consistency.config import ConsistencyConfig
-from distmatch.methods.kernel.config import KernelConfig
-from distmatch.methods.matching.config import MatchingConfig
 from distmatch.methods.setup import Setup
-from distmatch.methods.table import find_method, resolve_method, with_defaults
-from distmatch.methods.transport.config import TransportConfig
+from distmatch.methods.table import find_method, resolve_method
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
-
-FAMILIES = {
-    "matching": MatchingConfig,
-    "consistency": ConsistencyConfig,
-    "kernel": KernelConfig,
-    "transport": TransportConfig,
-}
 
 PAIR = GaussianMixture([0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], [0.1, 0.2], [0, 1], sigma_max=20.0)
 """An exact teacher with two classes."""
@@ -47,6 +34,11 @@ def network_teacher(classes: int = 0, shape: tuple[int, ...] = (2,), dropout: fl
     return denoiser.eval().requires_grad_(False)
 
 
+def read_by(method: str, **settings: Any) -> dict[str, Any]:
+    """Those of some settings that a method has."""
+    return {name: value for name, value in settings.items() if name in find_method(method).options()}
+
+
 def distiller(
     teacher: Denoiser,
     which: str | Divergence | None = None,
@@ -54,26 +46,18 @@ def distiller(
     total_steps: int = 40,
     **settings: Any,
 ) -> Any:
-    """A method with quick settings; keywords are fields of the config or of a family's settings."""
-    name = which.name if isinstance(which, Divergence) else which
-    config, *families = with_defaults(
-        find_method(method), DistillConfig(), *(kind() for kind in FAMILIES.values())
-    )
-    own = [{key: value for key, value in settings.items() if hasattr(family, key)} for family in families]
-    groups = {key: replace(family, **mine) for key, family, mine in zip(FAMILIES, families, own, strict=True)}
-    shared = {key: value for key, value in settings.items() if not any(key in mine for mine in own)}
-    config = replace(config, **{"critic_steps": 2, "lr_rampup": 0, "fit_steps": 20, **shared})
-    chosen, name, config = resolve_method(method, name, config)
+    """A method with quick settings; keywords are fields of its settings."""
+    chosen, name = resolve_method(method, which.name if isinstance(which, Divergence) else which)
+    quick = read_by(method, critic_steps=2, lr_rampup=0, fit_steps=20)
     return build_method(
         Setup(
             teacher=teacher,
             method=chosen,
             divergence=which if isinstance(which, Divergence) else divergence(name),
-            config=config,
+            settings=chosen.settings(**{**quick, **settings}),
             total_steps=total_steps,
             device=torch.device("cpu"),
             net=MLPConfig(width=16, depth=2),
-            **groups,
         )
     )
 

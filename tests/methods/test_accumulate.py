@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from distmatch.methods.state import DistillState
-from tests.helpers.small import PAIR, batch, distiller, network_teacher
+from tests.helpers.small import PAIR, batch, distiller, network_teacher, read_by
 
 
 def gradients(accumulate: int, steps: int, classes: int, **settings: object) -> tuple[DistillState, list]:
     """Runs with plain gradient descent, which shows gradients as they are; returns what was logged, too."""
-    rates = {"lr": 0.3, "lr_critic": 0.05, "lr_ratio": 0.3}
+    rates = read_by(settings.get("method", "f-distill"), lr=0.3, lr_critic=0.05, lr_ratio=0.3)
     method = distiller(network_teacher(classes), accumulate=accumulate, grad_clip=0.0, **rates, **settings)
     state = method.init(0)
     for name, optimiser in state.optimisers.items():

@@ -9,7 +9,6 @@ import torch
 
 from distmatch.base.errors import UserError
 from distmatch.divergences import divergence
-from distmatch.methods.config import DistillConfig
 from distmatch.methods.table import METHODS, resolve_method
 from tests.helpers.small import PAIR, distiller, network_teacher
 
@@ -28,16 +27,14 @@ def test_an_exact_teacher_starts_from_a_fitted_network() -> None:
 
 
 def test_presets_and_refusals() -> None:
-    config = DistillConfig(gan_weight=0.2)
-    assert resolve_method("f-distill", None, config) == (METHODS["f-distill"], "js", config)
-    assert resolve_method("F_Distill", "kl", config)[1] == "kl"
-    assert resolve_method("dmd2", None, config) == (METHODS["dmd2"], "reverse_kl", config)
-    assert resolve_method("dmd2", "rkl", config)[1] == "reverse_kl"
-    assert resolve_method("diff-instruct", None, config)[2].gan_weight == 0
+    assert resolve_method("f-distill", None) == (METHODS["f-distill"], "js")
+    assert resolve_method("F_Distill", "kl")[1] == "kl"
+    assert resolve_method("dmd2", None) == (METHODS["dmd2"], "reverse_kl")
+    assert resolve_method("dmd2", "rkl")[1] == "reverse_kl"
     with pytest.raises(UserError, match="did you mean f-distill"):
-        resolve_method("f-distil", None, config)
+        resolve_method("f-distil", None)
     with pytest.raises(UserError, match="dmd2 minimises reverse KL"):
-        resolve_method("dmd2", "js", config)
+        resolve_method("dmd2", "js")
     with pytest.raises(UserError, match="no second derivative"):
         distiller(network_teacher(), "tv")
     with pytest.raises(UserError, match="cannot use features"):
@@ -60,7 +57,7 @@ WRONG = [{"calls": 0}, {"lr": 0.0}, {"critic_steps": 0}, {"gan_weight": -1.0}, {
 @pytest.mark.parametrize("wrong", [*WRONG, {"order": "alternate", "critic_steps": 1}], ids=str)
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="--"):
-        DistillConfig(**wrong)  # type: ignore[arg-type]
+        METHODS["f-distill"].settings(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_default_start_goes_no_higher_than_the_teacher_and_a_chosen_one_is_refused() -> None:

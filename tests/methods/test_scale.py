@@ -18,7 +18,7 @@ from distmatch.methods.student import Student
 from distmatch.methods.table import METHODS
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.ratio.discriminator import build_discriminator
-from tests.helpers.small import distiller, network_teacher
+from tests.helpers.small import distiller, network_teacher, read_by
 
 STEPS, BATCH = 4, 24
 QUICK = {"lr": 1e-2, "fit_steps": 3, "critic_steps": 1, "gan_weight": 0.1}
@@ -51,9 +51,7 @@ def run(
     c: float, teacher: Any, method: str, which: str | None, settings: dict[str, Any]
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Samples of a student after a few steps on data times c, divided by c, and what was logged."""
-    entry = METHODS[method]
-    quick = QUICK if entry.adversarial or entry.weighted else {**QUICK, "gan_weight": 0.0}
-    chosen = {**quick, **SPECIAL.get(method, {}), **settings}
+    chosen = {**read_by(method, **QUICK), **SPECIAL.get(method, {}), **settings}
     made = distiller(teacher, which, method, total_steps=40, **chosen)
     state = made.init(0, lambda n: real(c, 1000, n))
     log = [made.step(state, Batch(*real(c, step, BATCH))) for step in range(STEPS)]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.methods.method import Method
-from distmatch.methods.table import METHODS, check_settings
-from distmatch.training.options import GROUPS, DistillOptions
+from distmatch.methods.table import METHODS
+from distmatch.training.options import DistillOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
 ALL = list(METHODS.values())
@@ -37,26 +38,39 @@ def test_every_entry_is_whole(method: Method) -> None:
     assert method.summary
     assert method.limits
     assert "arXiv" in method.citation
-    fields = {f.name for group in GROUPS for f in dataclasses.fields(getattr(options, group))}
-    assert set(method.defaults) <= fields
-    assert set(method.uses) <= fields
-    for name, value in method.defaults.items():
-        assert any(getattr(getattr(options, group), name, None) == value for group in GROUPS)
-    check_settings(method, options.distill, **options.settings())
+    assert type(options.settings) is method.settings
+    for field in dataclasses.fields(method.settings):
+        assert field.default == getattr(method.settings, field.name), "a base class has another default"
 
 
-def test_names_of_settings_are_unique() -> None:
-    options = DistillOptions()
-    names = [f.name for group in (*GROUPS, "run", "net") for f in dataclasses.fields(getattr(options, group))]
+@pytest.mark.parametrize("method", ALL, ids=names_of)
+def test_a_name_is_one_option(method: Method) -> None:
+    options = DistillOptions.of(method.name)
+    names = ["data", "teacher", "method", "preset", "divergence"]
+    for group in (options.settings, options.run, options.net):
+        names += [f.name for f in dataclasses.fields(group)]
     assert len(names) == len(set(names))
 
 
-def test_a_setting_that_does_nothing_is_refused() -> None:
-    options = DistillOptions.of("dmd2")
-    wrong = {**options.settings(), "matching": dataclasses.replace(options.matching, sid_alpha=0.5)}
-    with pytest.raises(UserError, match="--sid-alpha does nothing with --method dmd2"):
-        check_settings(METHODS["dmd2"], options.distill, **wrong)
-    options = DistillOptions.of("sid")
-    changed = dataclasses.replace(options.distill, gan_weight=0.5)
-    with pytest.raises(UserError, match="--gan-weight does nothing with --method sid"):
-        check_settings(METHODS["sid"], changed, **options.settings())
+def test_a_setting_of_other_methods_is_refused_with_their_names() -> None:
+    for name, other, readers in (
+        ("sid_alpha", "dmd2", "sid, sida"),
+        ("gan_weight", "sid", "f-distill, dmd2"),
+        ("guidance", "mmd", "consistency, scm"),
+        ("ratio_clip", "dmd2", "f-distill, uni-instruct"),
+        ("backtrack", "moment-matching", "disback"),
+    ):
+        said = f"--{name.replace('_', '-')} does nothing with --method {other}"
+        with pytest.raises(UserError, match=said) as caught:
+            dm.distill("ring8", method=other, **{name: 0.5})
+        assert readers in str(caught.value)
+    with pytest.raises(UserError, match="did you mean gan_weight"):
+        dm.distill("ring8", method="dmd2", gan_wait=0.5)
+
+
+def test_settings_of_another_method_do_not_pass_for_a_methods_own() -> None:
+    sid = METHODS["sid"].settings()
+    with pytest.raises(UserError, match="no settings of dmd2"):
+        DistillOptions(method="dmd2", settings=sid)
+    with pytest.raises(UserError, match="no settings of dmd2"):
+        dataclasses.replace(DistillOptions(method="sid", settings=sid), method="dmd2")

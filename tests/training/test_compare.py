@@ -155,7 +155,7 @@ def test_ctrl_c_and_resume_give_what_an_undisturbed_comparison_gives(
         step = job.step
 
         def stepped(state: Any, batch: Any) -> Any:
-            if options.distill.lr == 0.002 and options.run.seed == 0 and state.step == 6:
+            if options.settings.lr == 0.002 and options.run.seed == 0 and state.step == 6:
                 signal.raise_signal(signal.SIGINT)
             return step(state, batch)
 
@@ -207,7 +207,7 @@ def test_a_failing_method_does_not_stop_the_others(tmp_path: Path, monkeypatch: 
         def break_(state: Any, batch: Any) -> Any:
             raise IndexError("list index out of range")
 
-        if options.distill.lr == 0.002:
+        if options.settings.lr == 0.002:
             job.step = {0: diverge, 1: exhaust, 2: break_}[options.run.seed]
 
     with monkeypatch.context() as patch:

@@ -11,20 +11,22 @@ import pytest
 
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import options_from
-from distmatch.methods.config import DistillConfig
 from distmatch.training.compare_budget import Price, parse_budget
 from distmatch.training.compare_options import (
     CompareOptions,
+    SharedOptions,
     check_shared,
     entry_options,
     parse_methods,
+    shared_settings,
 )
-from distmatch.training.options import DistillOptions, NetOptions, RunOptions
+from distmatch.training.options import NetOptions, RunOptions
+from tests.helpers.command import command
 
 
-def shared(run: RunOptions | None = None, **settings: object) -> DistillOptions:
-    config = dataclasses.replace(DistillConfig(), **settings)  # type: ignore[arg-type]
-    return DistillOptions(teacher="ring8", run=run or RunOptions(), distill=config)
+def shared(run: RunOptions | None = None, **settings: object) -> SharedOptions:
+    given = dataclasses.replace(shared_settings(), **settings)
+    return SharedOptions(teacher="ring8", run=run or RunOptions(), settings=given)
 
 
 def test_methods_divergences_settings_and_names() -> None:
@@ -107,9 +109,10 @@ def test_a_run_gets_the_defaults_of_its_method_then_what_is_shared_then_its_own(
     first, second, third = parse_methods("dmd2,diff-instruct,f-distill:kl[gan_weight=0.5,batch=64]")
     common = shared(RunOptions(batch=128), gan_weight=0.03, lr=2e-4)
     runs = [entry_options(common, entry, seed=7, steps=99) for entry in (first, second, third)]
-    assert [o.distill.gan_weight for o in runs] == [0.03, 0.0, 0.5]  # diff-instruct has no such term
+    weights = [getattr(o.settings, "gan_weight", None) for o in runs]
+    assert weights == [0.03, None, 0.5]  # diff-instruct has no such term
     assert [o.run.batch for o in runs] == [128, 128, 64]
-    assert all(o.distill.lr == 2e-4 and o.run.seed == 7 and o.run.steps == 99 for o in runs)
+    assert all(o.settings.lr == 2e-4 and o.run.seed == 7 and o.run.steps == 99 for o in runs)
     assert [o.divergence for o in runs] == ["reverse_kl", "reverse_kl", "kl"]
     assert all(o.teacher == "ring8" for o in runs)
 
@@ -120,7 +123,7 @@ def test_a_run_gets_the_defaults_of_its_method_then_what_is_shared_then_its_own(
         ("dmd2[gan_wait=1]", "did you mean gan_weight"),
         ("dmd2[steps=5]", "the budget decides"),
         ("dmd2[seed=5]", "same seeds"),
-        ("dmd2[gan_weight=much]", "wrong value for gan_weight"),
+        ("dmd2[gan_weight=much]", "wrong value for distill.gan_weight"),
         ("dmd2[order=backwards]", "order"),
     ],
 )
@@ -133,14 +136,16 @@ def test_settings_that_make_no_sense(text: str, said: str) -> None:
 def test_shared_options_that_the_comparison_decides_are_refused() -> None:
     entries = parse_methods("diff-instruct")
     for wrong, said in (
-        (DistillOptions(method="dmd2"), "--methods"),
-        (DistillOptions(divergence="js"), "behind its method"),
-        (DistillOptions(run=RunOptions(steps=50)), '--budget "50 steps"'),
+        (SharedOptions(run=RunOptions(steps=50)), '--budget "50 steps"'),
         (shared(gan_weight=0.2), "none of these methods reads it"),
+        (shared(lr=-1.0), "--lr must be positive"),
     ):
         with pytest.raises(UserError, match=said):
             check_shared(wrong, entries)
     check_shared(shared(gan_weight=0.2), parse_methods("diff-instruct,dmd2"))
+    for option, said in (("method dmd2", "--methods"), ("divergence js", "behind its method")):
+        answer = command(f"compare --methods sid --teacher ring8 --{option} --dry-run")
+        assert (answer.code, said in answer.err) == (2, True)
 
 
 def test_every_option_has_a_flag_of_its_own() -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from distmatch.base.errors import UserError
+from distmatch.cli.parse import options_from
 from distmatch.methods.table import METHODS
+from distmatch.training.compare_options import CompareOptions
 from distmatch.training.config_format import FORMAT, config_text, read_config
 from distmatch.training.options import DistillOptions, TrainOptions
+from distmatch.training.toml import to_toml
 from tests.helpers.command import command, done
 
 ROOT = Path(__file__).parents[2]
@@ -52,8 +55,8 @@ def test_levels_of_an_older_file_are_refused_with_the_conversion(
 def test_an_older_file_without_such_levels_is_read(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text("[distill]\nstudent_sigma = 0\nlr = 1e-4\n[consistency]\nlevel_mean = -0.3\n")
-    assert read_config(file)["distill"] == {"student_sigma": 0, "lr": 1e-4}
-    file.write_text("format = 3\n")
+    assert read_config(file)["distill"] == {"student_sigma": 0, "lr": 1e-4, "level_mean": -0.3}
+    file.write_text("format = 4\n")
     with pytest.raises(UserError, match="another format"):
         read_config(file)
 
@@ -67,7 +70,67 @@ def test_the_command_line_refuses_an_older_config(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('verb = "distill"\n[distill]\nnoise_low = 0.02\n')
     answer = command(f"distill --config {tmp_path}/config.toml --teacher ring8 --dry-run")
     assert answer.code == 2
-    assert "format = 2" in answer.err
+    assert "format = 3" in answer.err
+
+
+# ---- format 2 had a table for each family of methods, with all settings of all of them
+
+_TABLES = {
+    "distill": {**dict.fromkeys(("lr", "lr_critic"), 1e-5), "critic_steps": 5, "gan_weight": 0.0},
+    "matching": {"sid_alpha": 0.9, "sim_c": 0.3, "pairs": 4096, "backtrack": 0},
+    "consistency": {"level_law": "karras", "level_mean": -0.4, "solver_steps": 1, "gamma": 0.0},
+    "kernel": {"mmd_kernel": "auto", "mmd_checkpoint": False, "imm_particles": 4},
+    "transport": {"bank": 512, "blend": 0.0},
+}
+
+
+def of_format_2(file: Path, **other: dict[str, object]) -> Path:
+    tables = {name: {**table, **other.get(name, {})} for name, table in _TABLES.items()}
+    head = {"verb": "distill", "format": 2, "teacher": "ring8", "method": "sid", "preset": "laptop"}
+    file.write_text(to_toml({**head, **tables}))
+    return file
+
+
+def test_a_file_of_format_2_is_read_with_a_warning(tmp_path: Path) -> None:
+    file = of_format_2(tmp_path / "config.toml")
+    with pytest.warns(UserWarning, match=r"of format 2 .* all settings of a method in \[distill\]"):
+        values = read_config(file)
+    assert values.keys() == {"verb", "teacher", "method", "preset", "distill"}
+    own = {"lr": 1e-5, "lr_critic": 1e-5, "critic_steps": 5, "sid_alpha": 0.9, "backtrack": 0}
+    assert values["distill"] == own  # what sid does not read is gone, as it was at its default
+    shown = done(f"distill --config {file} --dry-run --json {_SHORT} --steps 8").json()["options"]
+    assert (shown["distill"]["sid_alpha"], shown["distill"]["lr"]) == (0.9, 1e-5)
+    other = done(f"distill --config {file} --method sida --dry-run --json {_SHORT}")
+    assert other.json()["options"]["distill"]["sid_alpha"] == 0.9
+    assert "of format 2" in other.err
+
+
+def test_a_setting_of_an_older_file_that_never_did_anything_is_refused(tmp_path: Path) -> None:
+    file = of_format_2(tmp_path / "config.toml", kernel={"imm_particles": 8})
+    answer = command(f"distill --config {file} --dry-run")
+    assert (answer.code, "--imm-particles does nothing with --method sid" in answer.err) == (2, True)
+
+
+def test_a_run_of_format_2_goes_on(begun: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    values = tomllib.loads((run / "config.toml").read_text())
+    values["distill"]["pairs"] = 4096  # settings of families were in tables of their own
+    (run / "config.toml").write_text(to_toml({**values, "format": 2, "transport": _TABLES["transport"]}))
+    done(f"distill --out {run} --resume --steps 3")
+    written = tomllib.loads((run / "config.toml").read_text())
+    assert (written["format"], "transport" in written) == (FORMAT, False)
+    assert written["distill"] == tomllib.loads((begun / "config.toml").read_text())["distill"]
+
+
+def test_a_comparison_of_format_2_shares_what_was_not_the_default(tmp_path: Path) -> None:
+    shared = {"method": "f-distill", "preset": "laptop", "teacher": "ring8", **_TABLES}
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml({"verb": "compare", "format": 2, "methods": "sid,imm", "shared": shared}))
+    with pytest.warns(UserWarning, match="of format 2"):
+        options = options_from(CompareOptions, file, "compare")
+    assert options.shared.given() == {"lr": 1e-5, "lr_critic": 1e-5, "gan_weight": 0.0, "sid_alpha": 0.9}
+    assert options.shared.teacher == "ring8"
 
 
 # ---- what is chosen where nobody chooses stands in the file

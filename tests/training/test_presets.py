@@ -17,13 +17,13 @@ import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.data import Dataset, from_arrays
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.methods.table import METHODS, check_settings, find_method, idle_settings
+from distmatch.methods.table import METHODS, find_method
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.training import presets
-from distmatch.training.compare_options import entry_options, parse_methods
-from distmatch.training.options import GROUPS, DistillOptions, RunOptions
+from distmatch.training.compare_options import SharedOptions, entry_options, parse_methods
+from distmatch.training.options import DistillOptions, RunOptions
 from distmatch.training.prepare import prepare_distillation
 from distmatch.training.presets import LAPTOP, PRESETS, find_preset, of_method
 from distmatch.training.published import units
@@ -63,11 +63,8 @@ def test_every_preset_is_of_its_method_and_moves_a_student(name: str) -> None:
     method = find_method(preset.method)
     assert name.startswith(f"paper:{method.name}-")
     options = DistillOptions.of(None, name)
-    check_settings(method, options.distill, **options.settings())
-    idle = {setting for _, setting in idle_settings(method, options.distill, **options.settings())}
-    assert not idle & set(preset.settings)
     for setting, (value, published, place) in preset.settings.items():
-        held = [getattr(options, group) for group in (*GROUPS, "run")] + [options]
+        held = [options.settings, options.run, options]
         assert value == next(getattr(group, setting) for group in held if hasattr(group, setting))
         assert published
         assert place
@@ -75,11 +72,13 @@ def test_every_preset_is_of_its_method_and_moves_a_student(name: str) -> None:
     assert "arXiv" in preset.source or "publish none" in preset.source
     (warning,) = warned(options, own_teacher(), points())  # published for other networks
     assert f"--preset {name} is in force" in warning
-    short = replace(options.distill, warmup_steps=0)
-    options = replace(options, run=replace(options.run, batch=16), distill=short)
+    period = getattr(options.settings, "critic_steps", 1)
+    if method.critic:
+        options = replace(options, settings=replace(options.settings, warmup_steps=0))  # type: ignore[call-arg]
+    options = replace(options, run=replace(options.run, batch=16))
     job = prepare_distillation(options, own_teacher(), points())
     before = [p.clone() for p in job.state.student.denoiser.parameters()]
-    for step in range(2 * short.critic_steps):  # at first fake score and teacher are one
+    for step in range(2 * period):  # at first fake score and teacher are one
         job.step(job.state, job.batches(step))
     pairs = zip(before, job.state.student.denoiser.parameters(), strict=True)
     # DisBack's student waits until its copies are recorded.
@@ -180,9 +179,9 @@ def test_options_win_over_files_over_presets_over_defaults(tmp_path: Path) -> No
     first = resolved(f"{SHORT} --preset {SID} --steps 4")
     assert (first["method"], first["preset"]) == ("sid", SID)
     assert (first["distill"]["lr"], first["distill"]["beta1"], first["run"]["batch"]) == (1e-5, 0.0, 8)
-    assert first["distill"]["lr_ratio"] == plain["distill"]["lr_ratio"]  # of which the preset says nothing
+    assert first["distill"]["weight_decay"] == plain["distill"]["weight_decay"]  # not in the preset
     file = tmp_path / "c.toml"
-    file.write_text(f'format = 2\npreset = "{SID}"\n[distill]\nlr = 3e-5\nlr_critic = 4e-5\n')
+    file.write_text(f'format = 3\npreset = "{SID}"\n[distill]\nlr = 3e-5\nlr_critic = 4e-5\n')
     second = resolved(f"{SHORT} --config {file} --steps 4 --lr-critic 7e-5")
     assert (second["method"], second["preset"]) == ("sid", SID)
     assert (second["distill"]["lr"], second["distill"]["lr_critic"], second["distill"]["beta1"]) == (
@@ -197,9 +196,7 @@ def test_another_preset_leaves_what_was_chosen_and_nothing_else(tmp_path: Path) 
     written = tomllib.loads(config.read_text())
     assert (written["preset"], written["distill"]["noise_high"]) == (SID, 48.817)
     shown = tomllib.loads(done(f"distill --config {config} --dry-run").out)
-    assert {key for key, value in shown.items() if value != written[key]} == {"distill", "matching"}
-    for table in ("distill", "matching"):  # of these only what the method reads
-        assert shown[table].items() < written[table].items()
+    assert shown == written
     for line, method, lr_critic in (
         ("--preset laptop", "sid", 1e-3),
         ("--preset paper:sid-imagenet64", "sid", 4e-6),
@@ -249,9 +246,9 @@ def test_published_settings_on_a_small_network_are_not_taken_without_a_word(
     usual = DistillOptions.of("sid")
     (warning,) = warned(options, own_teacher(), points())
     assert f"--preset {SID} is in force, --lr 1e-05, --lr-critic 1e-05, --steps" in warning
-    assert f"--preset laptop has --lr {usual.distill.lr:g}" in warning
+    assert f"--preset laptop has --lr {usual.settings.lr:g}" in warning
     run = replace(options.run, steps=50)
-    mine = replace(options, run=run, distill=replace(options.distill, lr=1e-4, lr_critic=1e-4))
+    mine = replace(options, run=run, settings=replace(options.settings, lr=1e-4, lr_critic=1e-4))
     assert warned(mine, own_teacher(), points()) == []
     assert "--steps" not in warned(replace(options, run=run), own_teacher(), points())[0]
     told = done(f"distill {SHORT} --preset {SID} --steps 3 --dry-run --json").json()["warnings"]
@@ -290,15 +287,15 @@ def test_python_has_the_same(tmp_path: Path) -> None:
 
 
 def test_a_comparison_has_presets_behind_methods() -> None:
-    shared = DistillOptions(run=RunOptions(batch=64))
+    shared = SharedOptions(run=RunOptions(batch=64))
     plain, paper, both = parse_methods(f"sid,sid[preset={SID}],mine=sid[preset={SID},lr=3e-5]")
-    rates = [entry_options(shared, e, seed=1, steps=5).distill.lr for e in (plain, paper, both)]
+    rates = [entry_options(shared, e, seed=1, steps=5).settings.lr for e in (plain, paper, both)]
     assert rates == [5e-4, 1e-5, 3e-5]
     options = entry_options(shared, paper, seed=1, steps=5)
     assert (options.preset, options.run.batch, options.run.steps, options.run.seed) == (SID, 64, 5, 1)
-    assert entry_options(DistillOptions(), paper, seed=1, steps=5).run.batch == 256
-    faster = replace(shared, distill=replace(shared.distill, lr_critic=2e-5))
-    assert entry_options(faster, paper, seed=1, steps=5).distill.lr_critic == 2e-5
+    assert entry_options(SharedOptions(), paper, seed=1, steps=5).run.batch == 256
+    faster = replace(shared, settings=replace(shared.settings, lr_critic=2e-5))
+    assert entry_options(faster, paper, seed=1, steps=5).settings.lr_critic == 2e-5
     answer = command(f"compare --teacher ring8 --methods sid --preset {SID} --dry-run")
     assert answer.code == 2
     assert f"NAME[preset={SID}]" in answer.err
@@ -343,7 +340,8 @@ def test_the_warning_names_what_is_kept_and_the_closest_preset(foreign: tuple[Pa
         if (method.family == "consistency" and name in ("ctm", "mean-flow")) or name == "imm":
             continue  # they need a network of ours
         options = DistillOptions.of(name, run=run)
-        options = replace(options, matching=replace(options.matching, backtrack=0))
+        if "backtrack" in method.options():
+            options = replace(options, settings=replace(options.settings, backtrack=0))
         found = warned(options, teacher, data)
         assert len(found) == (method.family != "transport"), name
         for message in found:
@@ -353,9 +351,9 @@ def test_the_warning_names_what_is_kept_and_the_closest_preset(foreign: tuple[Pa
     rates = {"lr": 1e-5, "lr_critic": 2e-5, "lr_ratio": 3e-5}
     options = DistillOptions.of("dmd2", run=run)
     assert "published for this method: --preset paper:dmd2-cifar10" in warned(options, teacher, data)[0]
-    kept = replace(options, distill=replace(options.distill, lr=1e-5, lr_ratio=3e-5))
+    kept = replace(options, settings=replace(options.settings, lr=1e-5, lr_ratio=3e-5))
     assert "in force, --lr-critic 0.001: for" in warned(kept, teacher, data)[0]
-    assert warned(replace(options, distill=replace(options.distill, **rates)), teacher, data) == []
+    assert warned(replace(options, settings=replace(options.settings, **rates)), teacher, data) == []
 
 
 def test_a_network_of_ours_is_warned_of_from_a_size_on(monkeypatch: pytest.MonkeyPatch) -> None:

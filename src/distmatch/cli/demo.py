@@ -9,7 +9,7 @@ from distmatch.base.errors import UserError
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
 from distmatch.cli.parse import Place, options_from, parse
-from distmatch.methods.config import DistillConfig
+from distmatch.methods.matching.settings import FDistillSettings
 from distmatch.training.options import DistillOptions, RunOptions, TeacherConfig, TrainOptions
 
 HELP = Help(
@@ -58,7 +58,7 @@ def recipe(options: DemoOptions) -> tuple[TrainOptions, DistillOptions]:
         run=replace(run, steps=student_steps, checkpoint_every=500),
         # Digits have 17 grey values: below sigma 0.1 real and generated are told apart by that alone. Levels
         # are in units of sigma_data, 0.75.
-        distill=DistillConfig(noise_low=0.13, noise_high=6.6, gan_weight=3e-2, lr_decay="cosine"),
+        settings=FDistillSettings(noise_low=0.13, noise_high=6.6, gan_weight=3e-2, lr_decay="cosine"),
     )
     return train, distill
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from distmatch.base.errors import UserError
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
 from distmatch.cli.parse import parse_run
-from distmatch.methods.method import CRITIC_SETTINGS, RATIO_SETTINGS
-from distmatch.methods.table import find_method, idle_settings
+from distmatch.methods.table import find_method, readers, unknown_setting
 from distmatch.training.options import DistillOptions
 from distmatch.training.presets import LAPTOP
-
-SETTINGS = {
-    "The student and its training": "calls student_sigma guidance lr lr_decay lr_rampup beta1 beta2 "
-    "weight_decay grad_clip ema_half_life accumulate fit_steps",
-    "The fake score (critic) and the levels of the comparison": " ".join(CRITIC_SETTINGS),
-    "The discriminator and the density ratio": " ".join(RATIO_SETTINGS),
-}
-"""Groups of the settings that methods share, for help."""
 
 HELP = Help(
     """Distil a teacher into a student of one call or a few.
@@ -25,23 +19,25 @@ example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
          distmatch distill --teacher grid25 --divergence kl --steps 2000 --out runs/grid
          distmatch distill --teacher runs/teacher --method dmd2 --calls 2 --out runs/two
 
-With --method NAME the help is that of this method: its defaults, and the options that it reads.""",
+Options and defaults are those of f-distill; --method NAME --help-all shows those of another method.""",
     named="""Distil a teacher into a student of one call or a few, by {method}.
 
 example: distmatch distill --teacher runs/teacher --method {method} --out runs/student
          distmatch distill --teacher grid25 --method {method} --steps 2000 --out runs/grid
 
-The defaults are those of {method}; options that it does not read are left out.""",
+Options and defaults are those of {method}.""",
     short="data teacher method preset divergence steps batch seed device calls guidance lr out config resume "
     "overwrite dry_run json",
-    groups=SETTINGS,
 )
 
 
-def _idle(options: DistillOptions) -> list[str]:
+def _hidden(options: DistillOptions) -> list[str]:
+    return [] if find_method(options.method).divergences else ["divergence"]
+
+
+def _explain(options: DistillOptions, name: str, value: Any) -> UserError | None:
     method = find_method(options.method)
-    idle = [name for _, name in idle_settings(method, options.distill, **options.settings())]
-    return idle if method.divergences else [*idle, "divergence"]
+    return unknown_setting(name, method, (), value) if readers(name) else None
 
 
 def _options_of(method: str | None, preset: str | None, begun: str | None = None) -> DistillOptions:
@@ -53,7 +49,13 @@ def _options_of(method: str | None, preset: str | None, begun: str | None = None
 def run(argv: list[str]) -> None:
     """Parses, distils, prints where the student is."""
     options, place = parse_run(
-        DistillOptions, argv, verb="distill", said=HELP, defaults=_options_of, idle=_idle
+        DistillOptions,
+        argv,
+        verb="distill",
+        said=HELP,
+        defaults=_options_of,
+        hidden=_hidden,
+        explain=_explain,
     )
     from distmatch.base.files import read_json
     from distmatch.cli.output import tell_conversion
@@ -65,7 +67,7 @@ def run(argv: list[str]) -> None:
     job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run)
     tell_conversion(options.teacher, str(job.notes.get("conversion", "")))
     if place.dry_run:
-        dry_run(job, place, idle=_idle(options))
+        dry_run(job, place)
         return
     with open_folder(place, (options.data, options.teacher)) as folder, going_on("distill", place):
         result = execute(job, folder, place)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -25,6 +25,7 @@ LETTERS = {"n": "-n", "out": "-o", "config": "-c"}
 _WORDS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 _COLUMN = 25  # characters of an option and its value, beyond which the text stands on the next line
 _NARROW, _WIDE = 72, 110
+_OPEN = ("options", "shared")  # dataclasses whose options stand in the group of that around them
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,17 @@ class _Option:
 
 def _options(kind: Any, default: Any, title: str = "Options") -> Iterator[_Option]:
     """The options of a dataclass and of those inside it, in their order."""
-    hints, texts = typing.get_type_hints(kind, include_extras=True), _texts(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint, value = hints[field.name], getattr(default, field.name, field.default)
         marks = getattr(hint, "__metadata__", ())
         hint = hint.__origin__ if marks else hint
-        if dataclasses.is_dataclass(hint):
-            if value is dataclasses.MISSING and callable(field.default_factory):
-                value = field.default_factory()
-            inner = (hint.__doc__ or "").split(". ")[0].split("; ")[0].split("\n")[0].rstrip(".")
-            yield from _options(hint, value, title if field.name in ("options", "shared") else inner)
+        if value is dataclasses.MISSING and callable(field.default_factory):
+            value = field.default_factory()
+        if dataclasses.is_dataclass(value):
+            yield from _options(type(value), value, title if field.name in _OPEN else "")
             continue
+        source = field.metadata.get("of", kind)
         named = next((m.metavar for m in marks if getattr(m, "metavar", None)), None)
         flag, positional = _flag(field.name), tyro.conf.Positional in marks
         if field.name in LETTERS:
@@ -137,13 +138,22 @@ def _options(kind: Any, default: Any, title: str = "Options") -> Iterator[_Optio
         plain = any(value is nothing for nothing in (dataclasses.MISSING, None, False)) or value in ("", ())
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         shown = "" if plain else "yes" if value is True else shown
-        yield _Option(field.name, title, form, texts.get(field.name, ""), shown, positional)
+        text = next((_texts(of)[field.name] for of in source.__mro__ if field.name in _texts(of)), "")
+        yield _Option(field.name, title or _title(source, field.name), form, text, shown, positional)
+
+
+def _title(kind: type, name: str) -> str:
+    """The title of an option's group: the first words of the docstring of the class that first has it."""
+    first = next(of for of in reversed(kind.__mro__) if name in vars(of).get("__annotations__", {}))
+    return (first.__doc__ or "").split(". ")[0].split("; ")[0].split("\n")[0].rstrip(".")
 
 
 def _word(hint: Any) -> str:
     """What stands for the value of an option."""
     parts = typing.get_args(hint)
-    if isinstance(hint, UnionType):
+    if typing.get_origin(hint) is Annotated:
+        return _word(parts[0])
+    if typing.get_origin(hint) in (UnionType, typing.Union):
         return _word(next(p for p in parts if p is not type(None)))
     if typing.get_origin(hint) is Literal:
         return "{" + ",".join(map(str, parts)) + "}"
@@ -164,9 +174,9 @@ def _texts(kind: type) -> dict[str, str]:
     return found
 
 
-def flags_of(kind: Any) -> list[str]:
+def flags_of(kind: Any, default: Any = None) -> list[str]:
     """The options of a dataclass and of those inside it: ``--steps``, ..."""
-    return [_flag(option.name) for option in _options(kind, None) if not option.positional]
+    return [_flag(option.name) for option in _options(kind, default) if not option.positional]
 
 
 def _flag(name: str) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,7 +17,7 @@ from distmatch.base.errors import UserError
 from distmatch.cli.help import LETTERS, Help, asked_for, flags_of, help_text
 from distmatch.cli.refusal import refusal
 from distmatch.training.config_format import read_config
-from distmatch.training.toml import dataclass_to_dict, dict_to_dataclass
+from distmatch.training.toml import dataclass_to_dict, with_values
 
 T = TypeVar("T")
 
@@ -41,7 +42,19 @@ class Place:
     """Print one JSON object on stdout."""
 
 
-def parse(kind: type[T], argv: Sequence[str], *, verb: str, said: Help, default: T | None = None) -> T:
+Explain = Callable[[Any, str, Any], UserError | None]
+"""Of options that do not have an option: why, by its name and the value given; None for no special reason."""
+
+
+def parse(
+    kind: type[T],
+    argv: Sequence[str],
+    *,
+    verb: str,
+    said: Help,
+    default: T | None = None,
+    explain: Callable[[str, str], UserError | None] = lambda name, value: None,
+) -> T:
     """Parses the options of a verb into a dataclass.
 
     Args:
@@ -50,6 +63,7 @@ def parse(kind: type[T], argv: Sequence[str], *, verb: str, said: Help, default:
         verb: The verb.
         said: What its help says.
         default: Supplies the defaults; None takes those of the fields.
+        explain: As :data:`Explain`, of these options.
 
     Raises:
         UserError: Options that cannot be used.
@@ -71,7 +85,7 @@ def parse(kind: type[T], argv: Sequence[str], *, verb: str, said: Help, default:
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        raise refusal(stop, printed.getvalue(), verb, flags_of(kind)) from None
+        raise refusal(stop, printed.getvalue(), verb, flags_of(kind, default), explain) from None
 
 
 def parse_run(
@@ -81,7 +95,8 @@ def parse_run(
     verb: str,
     said: Help,
     defaults: Callable[..., T] | None = None,
-    idle: Callable[[T], Iterable[str]] = lambda options: (),
+    hidden: Callable[[T], Iterable[str]] = lambda options: (),
+    explain: Explain = lambda options, name, value: None,
 ) -> tuple[T, Place]:
     """Parses a verb that starts a run; `--config` and `--resume` supply defaults.
 
@@ -92,7 +107,8 @@ def parse_run(
         said: What its help says.
         defaults: The options of a method and a preset (None: none was named), for a verb whose defaults
             depend on them; and, as ``begun``, of the method of a config file where neither decides it.
-        idle: Names of options that do nothing with the method that is named, which its help leaves out.
+        hidden: Names of options that do nothing with a method, which its help leaves out.
+        explain: Why there is no such option.
 
     Raises:
         UserError: A config file that does not fit.
@@ -103,16 +119,22 @@ def parse_run(
     options = kind() if defaults is None else defaults(*named)
     file = Path(config) if config is not None else Path(out) / "config.toml" if resume and out else None
     if file is not None and (config is not None or file.exists()):
-        options = options_from(kind, file, verb, named=named, defaults=defaults)
+        options = options_from(kind, file, verb, named=named, defaults=defaults, explain=explain)
     both = dataclasses.make_dataclass(
         kind.__name__,
         [("options", tyro.conf.OmitArgPrefixes[kind]), ("place", tyro.conf.OmitArgPrefixes[Place])],  # type: ignore[valid-type,misc]
     )
-    if named != (None, None):
-        said = replace(said, hidden=said.hidden.union(idle(options)))
+    said = replace(said, hidden=said.hidden.union(hidden(options)))
     if named[0] is not None and said.named:
         said = replace(said, about=said.named.format(method=named[0]))
-    parsed: Any = parse(both, arguments, verb=verb, said=said, default=both(options, Place()))
+    parsed: Any = parse(
+        both,
+        arguments,
+        verb=verb,
+        said=said,
+        default=both(options, Place()),
+        explain=partial(explain, options),
+    )
     return parsed.options, parsed.place
 
 
@@ -123,6 +145,7 @@ def options_from(
     *,
     named: tuple[str | None, str | None] = (None, None),
     defaults: Callable[..., T] | None = None,
+    explain: Explain = lambda options, name, value: None,
 ) -> T:
     """The options in a config file.
 
@@ -132,6 +155,7 @@ def options_from(
         verb: The verb it must be of.
         named: A method and a preset that are named elsewhere, and so win over the file's.
         defaults: As for :func:`parse_run`.
+        explain: Why there is no such option.
 
     Raises:
         UserError: The file is of another verb, or has unknown or wrong entries.
@@ -142,25 +166,28 @@ def options_from(
         raise UserError(
             f"{path} is the config of another verb", got=found, expected=verb, fix=f"use distmatch {found}"
         )
-    options = dict_to_dataclass(kind, values, where=str(path))  # checks every key
     if defaults is None:
-        return options
+        return with_values(kind(), values, where=str(path))
     began = values.get("method"), values.get("preset")
+    begun = _checked(defaults(*began), values, path, explain)
     method, preset = (new if new is not None else old for new, old in zip(named, began, strict=True))
+    if named == (None, None):
+        return begun
     below = defaults(named[0] if named[1] is not None else method, preset, begun=began[0])
     # What another method or preset has by default nobody has chosen for this one.
     if began != (None, None) and (method, preset) != began:
         values = _without(values, dataclass_to_dict(defaults(*began)))
-    return dict_to_dataclass(kind, _merged(dataclass_to_dict(below), values), where=str(path))
+    return _checked(below, values, path, explain)
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts, those of ``above`` winning key by key."""
-    result = dict(below)
-    for key, value in above.items():
-        known = result.get(key)
-        result[key] = _merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
-    return result
+def _checked(below: T, values: dict[str, Any], path: Path, explain: Explain) -> T:
+    """Options with those of a file in their place."""
+    settings = values.get("distill")
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        known = getattr(below, "settings", None)
+        if not hasattr(known, name) and (error := explain(below, name, value)):
+            raise error
+    return with_values(below, values, where=str(path))
 
 
 def _without(values: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:

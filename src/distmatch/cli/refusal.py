@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from distmatch.base.errors import UserError, unknown_name
 
@@ -35,7 +35,13 @@ _ELSEWHERE = {
 """Options as other programs call them, and what they are called here."""
 
 
-def refusal(stop: BaseException, printed: str, verb: str, flags: Iterable[str]) -> UserError:
+def refusal(
+    stop: BaseException,
+    printed: str,
+    verb: str,
+    flags: Iterable[str],
+    explain: Callable[[str, str], UserError | None] = lambda name, value: None,
+) -> UserError:
     """The error behind a parser that gave up.
 
     Args:
@@ -44,6 +50,7 @@ def refusal(stop: BaseException, printed: str, verb: str, flags: Iterable[str]) 
         printed: What the parser wrote to stderr: boxes of lines, divided by rules.
         verb: The verb whose help is pointed to.
         flags: The options that the verb has.
+        explain: Why it has no option of a name, for which a value was given, where that is known.
     """
     cause: BaseException | None = stop
     while cause is not None:
@@ -61,6 +68,9 @@ def refusal(stop: BaseException, printed: str, verb: str, flags: Iterable[str]) 
         value, flag, choices = match.groups()
         return unknown_name(f"value of {flag}", value, re.findall(r"'([^']*)'", choices))
     if match := re.fullmatch(r"Unrecognized options: (.*)", message):
+        flag, _, value = match[1].replace("=", " ").replace(",", " ").partition(" ")
+        if known := explain(flag.removeprefix("--").replace("-", "_"), value.strip()):
+            return known
         near = _meant(match[1].split(",")[0].strip(), list(flags))
         fix = f"did you mean {' or '.join(near)}? {see}" if near else see
         return UserError("unknown option", got=match[1], fix=fix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -93,13 +93,12 @@ def starts_afresh(place: Place) -> bool:
     return place.resume == "latest" and not list_checkpoints(place.out / "checkpoints")
 
 
-def dry_run(job: Job, place: Place, idle: Iterable[str] = ()) -> None:
+def dry_run(job: Job, place: Place) -> None:
     """Shows what a run would do, from a few real steps of it; writes nothing but the grid that is asked for.
 
     Args:
         job: The run.
         place: Where it would go.
-        idle: Names of options that do nothing here: `config.toml` holds them, people need not read them.
 
     Raises:
         UserError: A grid is asked for, and there are no data.
@@ -143,7 +142,7 @@ def dry_run(job: Job, place: Place, idle: Iterable[str] = ()) -> None:
         print_json(shown)
         return
     copied = isinstance(job.options, DistillOptions) and job.options.net == NetOptions()
-    print(config_text(job.verb, job.options, without={*idle, *(["net"] if copied else [])}))
+    print(config_text(job.verb, job.options, without=["net"] if copied else []))
     print("# not written: this is a dry run")
     if isinstance(job.options, DistillOptions):
         divergence = job.notes.get("divergence")

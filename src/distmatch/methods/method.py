@@ -1,24 +1,19 @@
-"""What is known of a method before it runs: needs, limits, defaults. Imports no torch."""
+"""What is known of a method before it runs: settings, needs and limits. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-Need = Literal["no", "optional", "needed"]
+from distmatch.methods.settings import (
+    DiscriminatorSettings,
+    FakeScoreSettings,
+    RatioSettings,
+    Settings,
+)
 
-CRITIC_SETTINGS = (
-    *("critic_steps", "order", "warmup_steps", "lr_critic"),
-    *("noise_low", "noise_high", "noise_rho", "scaling"),
-    *("noise_law", "critic_law", "noise_mean", "noise_std"),
-)
-"""Settings of DistillConfig that only methods with a fake score read."""
-RATIO_SETTINGS = (
-    *("lr_ratio", "gan_weight", "r1", "ratio_features", "joint_weight"),
-    *("ratio_bins", "ratio_memory", "ratio_min_count", "ratio_clip"),
-)
-"""Settings of DistillConfig that only methods with a discriminator read."""
+Need = Literal["no", "optional", "needed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,42 +22,50 @@ class Method:
 
     Attributes:
         name: What the user types.
-        family: ``matching``, ``consistency``, ``kernel`` or ``transport``: the code that carries it out.
+        family: ``matching``, ``consistency``, ``kernel`` or ``transport``: the package of its code.
         summary: One line for help texts.
         citation: Authors, year and arXiv number.
+        settings: The class of its settings, whose fields are its options and whose defaults are its own. A
+            method can be given nothing else.
+        build: From a :class:`~distmatch.methods.setup.Setup` with such settings to the
+            :class:`~distmatch.methods.setup.Distiller` that carries the method out. It imports what needs
+            torch when it is called.
         limits: What it cannot do, in a sentence.
         data: Whether it needs real data.
-        critic: Whether a fake score is trained beside the student.
-        weighted: Whether a density ratio weights its gradient.
-        adversarial: Whether an adversarial term is part of it.
         teacher_gradient: Whether gradients flow through the teacher's input: more memory and time.
         forward_mode: Whether it needs forward-mode derivatives of the student.
         divergences: ``any``; a name; or '' for a method that minimises no f-divergence.
         default_divergence: Of those with ``any``.
-        uses: Further settings of other groups that it reads, beyond those of its family and its flags; and
-            those of its family that only methods read which name them here.
-        ignores: Further settings that all methods share and that it does not read.
-        defaults: Its own default values of settings, by field name.
     """
 
     name: str
     family: Literal["matching", "consistency", "kernel", "transport"]
     summary: str
     citation: str
+    settings: type[Settings]
+    build: Callable[[Any], Any]
     limits: str = ""
     data: Need = "needed"
-    critic: bool = True
-    weighted: bool = False
-    adversarial: bool = False
     teacher_gradient: bool = False
     forward_mode: bool = False
     divergences: str = ""
     default_divergence: str = "js"
-    uses: tuple[str, ...] = ()
-    ignores: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def flags(self) -> dict[str, Any]:
-        """What it needs, for tables."""
-        names = ("data", "critic", "weighted", "adversarial", "teacher_gradient", "forward_mode")
-        return {name: getattr(self, name) for name in names}
+    @property
+    def critic(self) -> bool:
+        """Whether a fake score is trained beside the student."""
+        return issubclass(self.settings, FakeScoreSettings)
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether an adversarial term is part of it."""
+        return issubclass(self.settings, DiscriminatorSettings)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a density ratio weights its gradient."""
+        return issubclass(self.settings, RatioSettings)
+
+    def options(self) -> set[str]:
+        """The names of its settings."""
+        return {f.name for f in fields(self.settings)}

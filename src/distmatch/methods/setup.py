@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,53 +15,43 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import LogNormal, Truncated
 from distmatch.divergences import Divergence
-from distmatch.methods.config import DistillConfig
-from distmatch.methods.consistency.config import ConsistencyConfig
-from distmatch.methods.kernel.config import KernelConfig
-from distmatch.methods.matching.config import MatchingConfig
 from distmatch.methods.method import Method
+from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, Settings
 from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, student_levels
-from distmatch.methods.transport.config import TransportConfig
 from distmatch.nets.config import NetConfig
 from distmatch.nets.optim import adam
+
+S = TypeVar("S", bound=Settings, covariant=True)
 
 Info = dict[str, Tensor]
 """What a step reports: scalars to average, lists to keep. Tensors, so that a step never waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Generic[S]):
     """A choice of teacher, method and settings that fit each other.
 
     Attributes:
         teacher: The frozen teacher, unguided.
         method: The method's entry in the table.
         divergence: For methods that take one; the others ignore it.
-        config: Settings that several methods share.
+        settings: The method's own.
         total_steps: Length of the run, for schedules.
         device: Where the networks live.
         bf16: Whether networks run under bfloat16 autocast.
         net: Network for student and critic when the teacher has none to copy; None chooses by shape.
-        matching: Settings of the methods with a fake score.
-        consistency: Settings of the consistency family.
-        kernel: Settings of the kernel methods.
-        transport: Settings of the transport methods.
     """
 
     teacher: Denoiser
     method: Method
     divergence: Divergence
-    config: DistillConfig
+    settings: S
     total_steps: int
     device: torch.device
     bf16: bool = False
     net: NetConfig | None = None
-    matching: MatchingConfig = field(default_factory=MatchingConfig)
-    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    kernel: KernelConfig = field(default_factory=KernelConfig)
-    transport: TransportConfig = field(default_factory=TransportConfig)
 
     @property
     def unit(self) -> float:
@@ -76,14 +66,14 @@ class Setup:
     def first_level(self) -> float:
         """Where the student starts; a default that is above the levels of the teacher comes down to them."""
         highest = self.teacher.sigma_max
-        chosen = self.config.student_sigma * self.teacher.sigma_data or highest
-        own = self.method.defaults.get("student_sigma", DistillConfig.student_sigma)
-        return min(chosen, highest) if self.config.student_sigma == own else chosen
+        chosen = self.settings.student_sigma * self.teacher.sigma_data or highest
+        default = type(self.settings).student_sigma
+        return min(chosen, highest) if self.settings.student_sigma == default else chosen
 
     @property
-    def compared_levels(self) -> tuple[float, float]:
+    def compared_levels(self: Setup[FakeScoreSettings]) -> tuple[float, float]:
         """The smallest and the largest level at which student and teacher are compared."""
-        low, high = (v * self.teacher.sigma_data for v in (self.config.noise_low, self.config.noise_high))
+        low, high = (v * self.teacher.sigma_data for v in (self.settings.noise_low, self.settings.noise_high))
         return low, high or self.teacher.sigma_max
 
     def student_levels(self, calls: int) -> tuple[float, ...]:
@@ -96,7 +86,7 @@ class Setup:
 
     def adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimiser of a network, with the shared settings."""
-        cfg = self.config
+        cfg = self.settings
         return adam(module.parameters(), lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -105,7 +95,8 @@ class Setup:
 
     def parts(self, n: int) -> list[slice]:
         """The parts of a batch of ``n`` in which network passes are made, about equal."""
-        count = max(1, min(self.config.accumulate, n))
+        accumulate = self.settings.accumulate if isinstance(self.settings, NetworkSettings) else 1
+        count = max(1, min(accumulate, n))
         edges = [n * i // count for i in range(count + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(edges)]
 

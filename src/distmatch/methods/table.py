@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.methods.config import DistillConfig
-from distmatch.methods.entries import ENTRIES
-from distmatch.methods.method import CRITIC_SETTINGS, RATIO_SETTINGS, Method
+from distmatch.methods.consistency import methods as consistency
+from distmatch.methods.kernel import methods as kernel
+from distmatch.methods.matching import methods as matching
+from distmatch.methods.method import Method
+from distmatch.methods.transport import methods as transport
 
-METHODS = {method.name: method for method in ENTRIES}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (*matching.METHODS, *consistency.METHODS, *kernel.METHODS, *transport.METHODS)
+}
+"""All methods. A method of your own is one more entry, for as long as your program runs."""
 
 
 def find_method(name: str) -> Method:
@@ -25,29 +31,17 @@ def find_method(name: str) -> Method:
     return METHODS[key]
 
 
-def with_defaults(method: Method, *groups: Any) -> tuple[Any, ...]:
-    """The groups of settings with the method's own defaults put into them."""
-    result = []
-    for group in groups:
-        known = {f.name for f in dataclasses.fields(group)}
-        result.append(dataclasses.replace(group, **{k: v for k, v in method.defaults.items() if k in known}))
-    return tuple(result)
-
-
 def own_divergence(method: Method) -> str | None:
     """The divergence that a method minimises where none is chosen; None for one that minimises none."""
     return method.default_divergence if method.divergences == "any" else method.divergences or None
 
 
-def resolve_method(
-    name: str, divergence: str | None, config: DistillConfig
-) -> tuple[Method, str, DistillConfig]:
-    """The method, the divergence's name and the config that a user's choice comes to.
+def resolve_method(name: str, divergence: str | None) -> tuple[Method, str]:
+    """The method and the divergence's name that a user's choice comes to.
 
     Args:
         name: Method name.
         divergence: Divergence name, or None for the method's own.
-        config: The settings.
 
     Raises:
         UserError: Unknown method, or a divergence that the method does not have.
@@ -67,53 +61,37 @@ def resolve_method(
                 else "leave --divergence out, or use --method f-distill",
             )
         divergence = own or None
-    if not (method.adversarial or method.weighted):
-        config = dataclasses.replace(config, gan_weight=0.0)
-    return method, divergence or method.default_divergence, config
+    return method, divergence or method.default_divergence
 
 
-def idle_settings(method: Method, config: DistillConfig, **groups: Any) -> list[tuple[Any, str]]:
-    """The settings that a method does not read.
-
-    Args:
-        method: The method.
-        config: The shared settings.
-        groups: The settings of each family, by its name.
-
-    Returns:
-        Each with the group that it is in.
-    """
-    idle = list(method.ignores)
-    if not method.critic:
-        idle += CRITIC_SETTINGS
-    if not (method.weighted or method.adversarial):
-        idle += RATIO_SETTINGS
-    found = [(config, name) for name in idle if name not in method.uses]
-    special = {name for other in METHODS.values() for name in other.uses}
-    for family, group in groups.items():
-        for name in (f.name for f in dataclasses.fields(group)):
-            if name not in method.uses and (family != method.family or name in special):
-                found.append((group, name))
-    return found
+def readers(setting: str) -> list[str]:
+    """The methods that read a setting."""
+    return [method.name for method in METHODS.values() if setting in method.options()]
 
 
-def check_settings(method: Method, config: DistillConfig, **groups: Any) -> None:
-    """Refuses settings that the method does not read.
+def first_default(setting: str) -> Any:
+    """The default of a setting where it is first stated, which methods may replace by their own."""
+    for method in METHODS.values():
+        for kind in reversed(method.settings.__mro__):
+            if setting in vars(kind).get("__annotations__", {}):
+                return vars(kind)[setting]
+    raise KeyError(setting)
+
+
+def unknown_setting(setting: str, method: Method | None, known: Iterable[str], got: Any = None) -> UserError:
+    """Why a setting cannot be given: other methods read it, or none does.
 
     Args:
-        method: The method.
-        config: The shared settings.
-        groups: The settings of each family, by its name.
-
-    Raises:
-        UserError: One was changed that does nothing here.
+        setting: Its name.
+        method: The method that it was given for; None if it was given for no single one.
+        known: What could have been given.
+        got: The value, where it is known.
     """
-    for group, name in idle_settings(method, config, **groups):
-        default = {f.name: f.default for f in dataclasses.fields(group)}[name]
-        value = getattr(group, name)
-        if value not in (default, method.defaults.get(name, default)):
-            raise UserError(
-                f"--{name.replace('_', '-')} does nothing with --method {method.name}",
-                got=value,
-                fix="leave it out, or choose a method that reads it",
-            )
+    others = readers(setting)
+    if method is None or not others:
+        return unknown_name("setting", setting, sorted(known))
+    return UserError(
+        f"--{setting.replace('_', '-')} does nothing with --method {method.name}",
+        got=got,
+        fix=f"leave it out, or choose a method that reads it: {', '.join(others)}",
+    )

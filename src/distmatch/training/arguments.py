@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.errors import UserError
 from distmatch.data import Dataset, Scaling, from_arrays, load_data
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.methods.method import Method
 from distmatch.methods.start import has_network
 from distmatch.methods.student import Student
+from distmatch.methods.table import unknown_setting
 from distmatch.metrics import reference_labels
 from distmatch.metrics.settings import MOST_IN_BLOCK
 from distmatch.training.known_data import seen_by
@@ -94,12 +96,21 @@ def drawn_from(
     return Scaling.known(about, x.shape[1:]).settled(x), labels, real
 
 
-def settings_of(given: dict[str, Any], *targets: Any) -> tuple[Any, ...]:
-    """Puts each keyword into the dataclass that has a field of that name."""
+def settings_of(given: dict[str, Any], *targets: Any, method: Method | None = None) -> tuple[Any, ...]:
+    """Puts each keyword into the dataclass that has a field of that name.
+
+    Args:
+        given: The keywords.
+        targets: The dataclasses, with the defaults.
+        method: The method whose settings are among them.
+
+    Raises:
+        UserError: None has such a field.
+    """
     known = {f.name for target in targets for f in fields(target)}
     for name in given:
         if name not in known:
-            raise unknown_name("setting", name, sorted(known))
+            raise unknown_setting(name, method, known, given[name])
     result = []
     for target in targets:
         own = {f.name for f in fields(target)}

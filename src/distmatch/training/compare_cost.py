@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmatch.methods.table import resolve_method
+from distmatch.methods.settings import FakeScoreSettings
 from distmatch.training.compare_budget import Price
 from distmatch.training.devices import pick_device
 from distmatch.training.options import DistillOptions
@@ -131,8 +131,8 @@ def step_times(job: Job, device: torch.device) -> tuple[float, float]:
 
 def _steps_to_time(options: DistillOptions) -> tuple[int, int]:
     """A period of critic and student steps, and whole periods: a step that moves the student costs more."""
-    method, _, config = resolve_method(options.method, options.divergence, options.distill)
-    period = config.critic_steps if method.critic else 1
+    own = options.settings
+    period = own.critic_steps if isinstance(own, FakeScoreSettings) else 1
     return period, period * -(-_LEAST_STEPS // period)
 
 

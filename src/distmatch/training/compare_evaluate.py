@@ -149,7 +149,8 @@ def open_bench(
         )
     check_fit(model.shape, model.num_classes, data)
     data = model.seen(data)
-    guidance = options.shared.distill.guidance
+    given = options.shared.settings.guidance
+    guidance = 1.0 if given is None else given
     sampling = Sampling(solver=options.eval_solver, steps=options.eval_steps, guidance=guidance)
     if model.teacher is not None:
         sampling.check(model.teacher)

@@ -5,21 +5,51 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import cache
+from typing import Any, get_type_hints
 
-from distmatch.base.errors import UserError, unknown_name
-from distmatch.methods.table import check_settings, find_method
-from distmatch.training.options import GROUPS, DistillOptions, RunOptions
+from distmatch.base.errors import UserError
+from distmatch.base.rules import check_rule
+from distmatch.methods.table import METHODS, find_method, unknown_setting
+from distmatch.training.options import DistillInputs, DistillOptions, RunOptions
 from distmatch.training.presets import LAPTOP
-from distmatch.training.toml import dict_to_dataclass
+from distmatch.training.toml import with_values
 
-_SETTABLE = ("run", "net", *GROUPS)
 _DECIDED = {
     "steps": "the budget decides the steps",
     "seed": "all methods have the same seeds: --seed and --seeds",
     "device": "all methods run on the same device: --device",
 }
+
+
+def shared_settings() -> Any:
+    """A dataclass with every setting of every method, none of which is given: all are None, or off."""
+    return _shared_kind(tuple(METHODS))()
+
+
+@cache
+def _shared_kind(names: tuple[str, ...]) -> type:
+    found: dict[str, tuple[str, Any, Any]] = {}
+    for kind in (METHODS[name].settings for name in names):
+        hints = get_type_hints(kind, include_extras=True)
+        for f in fields(kind):
+            hint, unset = (bool, False) if hints[f.name] is bool else (hints[f.name] | None, None)
+            found.setdefault(f.name, (f.name, hint, field(default=unset, metadata={"of": kind})))
+    return make_dataclass("SharedSettings", list(found.values()), frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions(DistillInputs):
+    """What all methods of a comparison get."""
+
+    settings: Any = field(default_factory=shared_settings, metadata={"key": "distill"})
+    """Settings that every method gets which reads them."""
+
+    def given(self) -> dict[str, Any]:
+        """The settings that are given, by name."""
+        own = self.settings
+        return {f.name: getattr(own, f.name) for f in fields(own) if getattr(own, f.name) != f.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +77,7 @@ class CompareOptions:
     """How the teacher is sampled for the evaluation."""
     eval_steps: int = 18
     """Steps of the teacher's solver."""
-    shared: DistillOptions = field(default_factory=DistillOptions)
+    shared: SharedOptions = field(default_factory=SharedOptions)
     """Teacher, data, and settings that every method gets which reads them."""
 
     def __post_init__(self) -> None:
@@ -110,17 +140,18 @@ def parse_methods(text: str) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def entry_options(shared: DistillOptions, entry: Entry, *, seed: int, steps: int) -> DistillOptions:
+def entry_options(shared: SharedOptions, entry: Entry, *, seed: int, steps: int) -> DistillOptions:
     """The options of one run: the method's defaults, what is shared and it reads, what is its own.
 
     Raises:
-        UserError: A setting of its own that does not exist, or that the comparison decides.
+        UserError: A setting of its own that it does not have, or that the comparison decides.
     """
     own = dict(entry.settings)
     options = DistillOptions.of(entry.method, str(own.pop("preset", LAPTOP)))
-    plain, theirs = RunOptions(), options.run
+    plain, theirs, method = RunOptions(), options.run, find_method(entry.method)
     run = {f.name: getattr(shared.run, f.name) for f in fields(plain)}
     run = {k: v if v != getattr(plain, k) else getattr(theirs, k) for k, v in run.items()}
+    read = {name: value for name, value in shared.given().items() if name in method.options()}
     options = replace(
         options,
         teacher=shared.teacher,
@@ -128,77 +159,41 @@ def entry_options(shared: DistillOptions, entry: Entry, *, seed: int, steps: int
         divergence=entry.divergence or options.divergence,
         run=RunOptions(**{**run, "seed": seed, "steps": steps}),
         net=shared.net,
+        settings=replace(options.settings, **read),
     )
-    for group, name, value in _changed(shared):
-        if _reads(entry.method, group, name, value):
-            options = _with(options, group, {name: value})
+    tables: dict[str, Any] = {"run": options.run, "net": options.net, "distill": options.settings}
+    known = {f.name: table for table, group in tables.items() for f in fields(group)}
+    chosen: dict[str, Any] = {}
     for name, value in own.items():
-        options = _with(options, _group_of(name, entry), {name: value}, entry.name)
-    return options
+        if name in _DECIDED:
+            raise UserError(f"{name} cannot be set for {entry.name} alone", fix=_DECIDED[name])
+        if name not in known:
+            raise unknown_setting(name, method, known.keys() - _DECIDED.keys(), value)
+        chosen.setdefault(known[name], {})[name] = value
+    return with_values(options, chosen, where=f"--methods {entry.name}")
 
 
-def check_shared(shared: DistillOptions, entries: Sequence[Entry]) -> None:
+def check_shared(shared: SharedOptions, entries: Sequence[Entry]) -> None:
     """Refuses what the comparison decides itself, and settings that none of its methods reads.
 
     Raises:
         UserError: There is such an option.
     """
-    plain = DistillOptions()
-    for flag, given, fix in (
-        ("--method", shared.method != plain.method, "name all methods with --methods"),
-        ("--divergence", shared.divergence is not None, "put it behind its method: f-distill:js"),
-        ("--preset", shared.preset != LAPTOP, f"put it behind its method: NAME[preset={shared.preset}]"),
-        ("--steps", shared.run.steps != RunOptions().steps, f'write --budget "{shared.run.steps} steps"'),
-    ):
-        if given:
-            raise UserError(f"{flag} is not an option of compare", fix=fix)
-    for group, name, value in _changed(shared):
-        if not any(_reads(entry.method, group, name, value) for entry in entries):
+    if shared.run.steps != RunOptions().steps:
+        raise UserError(
+            "--steps is not an option of compare", fix=f'write --budget "{shared.run.steps} steps"'
+        )
+    methods = [find_method(entry.method) for entry in entries]
+    for name, value in shared.given().items():
+        reading = [method for method in methods if name in method.options()]
+        if reading:
+            check_rule(reading[0].settings, name, value)
+        else:
             raise UserError(
                 f"--{name.replace('_', '-')} does nothing here: none of these methods reads it",
                 got=value,
                 fix="leave it out, or add a method that reads it",
             )
-
-
-def _changed(shared: DistillOptions) -> list[tuple[str, str, Any]]:
-    """Group, name and value of the shared settings of methods that differ from their defaults."""
-    plain = DistillOptions()
-    found = []
-    for group in GROUPS:
-        own, default = getattr(shared, group), getattr(plain, group)
-        names = [f.name for f in fields(own)]
-        found += [(group, k, getattr(own, k)) for k in names if getattr(own, k) != getattr(default, k)]
-    return found
-
-
-def _reads(method: str, group: str, name: str, value: Any) -> bool:
-    """Whether a method does anything with a setting."""
-    options = _with(DistillOptions.of(method), group, {name: value})
-    try:
-        check_settings(find_method(method), options.distill, **options.settings())
-    except UserError:
-        return False
-    return True
-
-
-def _group_of(name: str, entry: Entry) -> str:
-    if name in _DECIDED:
-        raise UserError(f"{name} cannot be set for {entry.name} alone", fix=_DECIDED[name])
-    plain = DistillOptions()
-    known = {f.name: group for group in _SETTABLE for f in fields(getattr(plain, group))}
-    if name not in known:
-        raise unknown_name(f"setting of {entry.name}", name, sorted(known.keys() - _DECIDED.keys()))
-    return known[name]
-
-
-def _with(options: DistillOptions, group: str, values: dict[str, Any], where: str = "") -> DistillOptions:
-    own = getattr(options, group)
-    if where:  # from text: the types are still to be checked
-        built = dict_to_dataclass(type(own), values, where=f"--methods {where}")
-        values = {name: getattr(built, name) for name in values}
-    changes: dict[str, Any] = {group: replace(own, **values)}
-    return replace(options, **changes)
 
 
 def _split(text: str) -> list[str]:

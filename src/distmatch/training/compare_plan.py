@@ -10,7 +10,6 @@ from distmatch.base.memory import out_of_memory
 from distmatch.base.progress import tell
 from distmatch.data import Dataset
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.methods.config import DistillConfig
 from distmatch.methods.table import resolve_method
 from distmatch.training.compare_budget import Budget, parse_budget
 from distmatch.training.compare_cost import Cost, measure_cost
@@ -36,7 +35,7 @@ class Planned:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        method, divergence, _ = resolve_method(self.entry.method, self.entry.divergence, DistillConfig())
+        method, divergence = resolve_method(self.entry.method, self.entry.divergence)
         return {
             "name": self.entry.name,
             "method": method.name,

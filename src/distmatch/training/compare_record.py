@@ -7,12 +7,11 @@ from typing import Any
 
 from distmatch.base.errors import UserError
 from distmatch.base.progress import in_words
-from distmatch.training.compare_options import CompareOptions
+from distmatch.training.compare_options import CompareOptions, SharedOptions
 from distmatch.training.compare_plan import Plan
 from distmatch.training.config_format import read_config
-from distmatch.training.options import DistillOptions
 from distmatch.training.runfolder import RunFolder
-from distmatch.training.toml import dict_to_dataclass
+from distmatch.training.toml import with_values
 
 RECORD = "compare.json"
 """Its name in the folder of a comparison."""
@@ -74,10 +73,10 @@ def check_same(options: CompareOptions, folder: RunFolder) -> None:
         return
     values = read_config(folder.config)
     values.pop("verb", None)
-    begun = dict_to_dataclass(CompareOptions, values, where=str(folder.config))
+    begun = with_values(CompareOptions(), values, where=str(folder.config))
     names = [f.name for f in fields(options) if f.name not in (*_MAY_CHANGE, "shared")]
     changed = [name for name in names if getattr(begun, name) != getattr(options, name)]
-    parts = [f.name for f in fields(DistillOptions)]
+    parts = [f.name for f in fields(SharedOptions)]
     changed += [name for name in parts if getattr(begun.shared, name) != getattr(options.shared, name)]
     if changed or options.seeds < begun.seeds:
         raise UserError(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Collection
 from typing import Any
 
 from distmatch.base.errors import UserError
+from distmatch.base.stack import caller_level
+from distmatch.methods.table import METHODS, first_default, readers
 from distmatch.training.toml import dataclass_to_dict, read_toml, to_toml
 
-FORMAT = 2
-"""1, or no number: noise levels of ``distill`` in the units of the data. 2: in units of ``sigma_data``."""
+FORMAT = 3
+"""1, or no number: noise levels of ``distill`` in the units of the data. 2: in units of ``sigma_data``, and a
+table for each family of methods. 3: all settings of a method in ``distill``, and only those that it reads."""
 
 _LEVELS = {"distill": ("student_sigma", "noise_low", "noise_high"), "kernel": ("mmd_feature_sigma",)}
+_FAMILIES = ("matching", "consistency", "kernel", "transport")
 
 
 def config_text(verb: str, options: Any, without: Collection[str] = ()) -> str:
@@ -34,7 +39,7 @@ def config_text(verb: str, options: Any, without: Collection[str] = ()) -> str:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The entries of a config file, without its format number.
+    """The entries of a config file, without its format number; those of an older one as today's.
 
     Raises:
         UserError: It cannot be read, is of a newer format, or of an older one and holds noise levels, whose
@@ -57,7 +62,47 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             "teacher's model/config.json",
             fix="divide them and add the line; or leave these levels out, for the defaults",
         )
+    if found < FORMAT and any(_brought_up_to_date(values)):
+        warnings.warn(
+            f"{path} is of format {found} and was read as one of format {FORMAT}, which has all settings of "
+            "a method in [distill], and only those that it reads",
+            stacklevel=caller_level(),
+        )
     return values
+
+
+def _brought_up_to_date(values: dict[str, Any]) -> list[str]:
+    """Turns the entries of an older file into today's, in place; names what changed."""
+    shared = values.get("shared")
+    changed = _one_table(values) + (_one_table(shared) if isinstance(shared, dict) else [])
+    settings, method = values.get("distill"), METHODS.get(str(values.get("method")).lower().replace("_", "-"))
+    if isinstance(settings, dict) and method is not None:
+        # Files held all settings of all methods, and a run was refused with one that it did not read.
+        others = [name for name in settings if name not in method.options() and readers(name)]
+        for name in [name for name in others if settings[name] in (first_default(name), 0)]:
+            del settings[name]
+            changed.append(name)
+    if isinstance(shared, dict):
+        # Of a comparison's, those that were not the default were given.
+        own = shared.get("distill")
+        given = own if isinstance(own, dict) else {}
+        for name in [n for n in given if readers(n) and given[n] == first_default(n)]:
+            del given[name]
+            changed.append(name)
+        for name, default in (("method", "f-distill"), ("preset", "laptop")):
+            if shared.get(name) == default:
+                del shared[name]
+                changed.append(name)
+    return changed
+
+
+def _one_table(values: dict[str, Any]) -> list[str]:
+    """Moves the tables of families into ``distill``; names them."""
+    found = [name for name in _FAMILIES if isinstance(values.get(name), dict)]
+    if found and isinstance(values.setdefault("distill", {}), dict):
+        for name in found:
+            values["distill"] |= values.pop(name)
+    return found
 
 
 def _absolute_levels(values: dict[str, Any]) -> list[str]:

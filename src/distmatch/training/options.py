@@ -8,12 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from distmatch.base.errors import UserError
-from distmatch.methods.config import DistillConfig
-from distmatch.methods.consistency.config import ConsistencyConfig
-from distmatch.methods.kernel.config import KernelConfig
-from distmatch.methods.matching.config import MatchingConfig
-from distmatch.methods.table import find_method, own_divergence, with_defaults
-from distmatch.methods.transport.config import TransportConfig
+from distmatch.base.rules import Count, CountOrNone, Decay, Finite, NotNegative, Positive, Share, check_rules
+from distmatch.methods.settings import Settings
+from distmatch.methods.table import find_method, own_divergence
 from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
 from distmatch.training.presets import LAPTOP, find_preset
 
@@ -83,9 +80,9 @@ class NetOptions:
 class RunOptions:
     """How a training run is carried out."""
 
-    steps: int = 3000
+    steps: Count = 3000
     """Training steps."""
-    batch: int = 256
+    batch: Count = 256
     """Samples a step."""
     seed: int = 0
     """Seed of everything random."""
@@ -97,47 +94,44 @@ class RunOptions:
     """Compile the networks with torch.compile."""
     flip: bool = False
     """Mirror images left-right at random."""
-    keep: int = 3
+    keep: Count = 3
     """Checkpoints kept."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints."""
-    log_every: int = 50
+    log_every: Count = 50
     """Steps between log lines."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "keep", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} must be at least 1", got=getattr(self, name))
+        check_rules(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """How a diffusion teacher is trained; by default with the loss and the preconditioning of EDM."""
 
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate."""
     lr_decay: Literal["constant", "cosine"] = "cosine"
     """Learning rate over the run, after the ramp."""
-    lr_rampup: int = 200
+    lr_rampup: CountOrNone = 200
     """Steps of linear learning-rate warm-up."""
-    beta2: float = 0.99
+    beta2: Decay = 0.99
     """Second Adam moment decay."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
-    grad_clip: float = 1.0
+    grad_clip: NotNegative = 1.0
     """Largest gradient norm; 0 leaves gradients alone."""
-    ema_half_life: float = 200.0
+    ema_half_life: Positive = 200.0
     """Half-life of the weight average, in steps. The average is what is saved."""
-    label_dropout: float = 0.1
+    label_dropout: Decay = 0.1
     """Share of labels hidden in training, so that the teacher can be guided; 0 hides none."""
-    noise_mean: float = -1.2
+    noise_mean: Finite = -1.2
     """Mean of log sigma in training."""
-    noise_std: float = 1.2
+    noise_std: Positive = 1.2
     """Spread of log sigma in training."""
-    sigma_data: float = 0.0
+    sigma_data: NotNegative = 0.0
     """Standard deviation of the data; 0 measures it."""
-    sigma_min: float = 0.002
+    sigma_min: Positive = 0.002
     """Smallest noise level of sampling."""
     sigma_max: float = 80.0
     """Largest noise level of sampling."""
@@ -147,49 +141,33 @@ class TeacherConfig:
     """What the network predicts; f is that of EDM. auto takes what is usual on the path."""
     noise_distribution: Literal["auto", "log-normal", "uniform", "logit-normal"] = "auto"
     """Levels in training: log-normal in sigma, or uniform or logit-normal in the time of the path."""
-    logit_mean: float = 0.0
+    logit_mean: Finite = 0.0
     """Mean of the logit of time, for logit-normal; above 0 favours noise."""
-    logit_std: float = 1.0
+    logit_std: Positive = 1.0
     """Spread of the logit of time, for logit-normal."""
     weighting: Literal["auto", "edm", "target", "min-snr", "x0"] = "auto"
     """Weight of the levels: EDM's, none on the prediction (target), min-SNR, none on x0."""
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: Positive = 5.0
     """Largest weight of min-SNR."""
     learned_uncertainty: bool = False
     """Balance the levels by a learned log-variance, as EDM2 does."""
-    condition_noise: float = 0.0
+    condition_noise: NotNegative = 0.0
     """Noise on the embedding of the label in training (gamma of CEP, usually 1); 0 is none."""
     condition_noise_kind: Literal["uniform", "gaussian"] = "uniform"
     """Distribution of this noise."""
-    pfgm_dims: float = 0.0
+    pfgm_dims: NotNegative = 0.0
     """Extra dimensions D of PFGM++, for example 2048; 0 is Gaussian noise."""
-    instance_noise: float = 0.0
+    instance_noise: NotNegative = 0.0
     """Noise on the data, fresh in each step: the teacher learns the data blurred by it."""
-    ambient_noise: float = 0.0
+    ambient_noise: NotNegative = 0.0
     """Noise frozen in the data, from which the clean distribution is learned; 0 for clean data."""
-    ambient_clean: float = 0.1
+    ambient_clean: Share = 0.1
     """Share of the samples that stay clean of it."""
     ambient_given: bool = False
     """All data carry this noise already, in model units: add none."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "ema_half_life", "noise_std", "sigma_min", "logit_std", "min_snr_gamma"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must be positive", got=getattr(self, name))
-        for name in (
-            *("lr_rampup", "weight_decay", "grad_clip", "sigma_data", "condition_noise"),
-            *("pfgm_dims", "instance_noise", "ambient_noise"),
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must not be negative", got=getattr(self, name))
-        for name in ("label_dropout", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be in [0, 1)", got=getattr(self, name))
-        for name in ("noise_mean", "logit_mean"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"--{name.replace('_', '-')} must be finite", got=getattr(self, name))
-        if not 0 <= self.ambient_clean <= 1:
-            raise UserError("--ambient-clean must be in [0, 1]", got=self.ambient_clean)
+        check_rules(self)
         if self.ambient_noise > 0 and (self.pfgm_dims > 0 or self.instance_noise > 0):
             raise UserError(
                 "--ambient-noise does not go together with --pfgm-dims or --instance-noise",
@@ -219,27 +197,43 @@ class TrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions:
-    """Everything `distmatch distill` can be told."""
+class DistillInputs:
+    """What every distillation starts from, whatever its method."""
 
     data: str = ""
     """The real data, as for train; empty takes the data the teacher was trained on."""
     teacher: str = ""
     """A run or model folder, a folder of diffusers, a .pkl of EDM; or ring8, grid25, skewed2 (exact)."""
+    run: RunOptions = field(default_factory=RunOptions)
+    net: NetOptions = field(default_factory=NetOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(DistillInputs):
+    """Everything `distmatch distill` can be told."""
+
     method: str = "f-distill"
-    """f-distill, dmd2, sid, uni-instruct, rcm, ... (docs/methods.md); it decides the defaults below."""
+    """f-distill, dmd2, sid, uni-instruct, rcm, ... (docs/methods.md); it decides the options and defaults
+    below."""
     preset: str = LAPTOP
     """laptop, the defaults for small networks, or published settings such as paper:sid-cifar10
     (docs/presets.md). It also decides the method where none is named; other options win over it."""
     divergence: str | None = None
     """js, kl, reverse_kl, alpha:0.5, gjs:0.3, skew_kl:0.1, ...; unset takes the method's own (js)."""
-    run: RunOptions = field(default_factory=RunOptions)
-    net: NetOptions = field(default_factory=NetOptions)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    matching: MatchingConfig = field(default_factory=MatchingConfig)
-    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    kernel: KernelConfig = field(default_factory=KernelConfig)
-    transport: TransportConfig = field(default_factory=TransportConfig)
+    settings: Settings = field(default=None, metadata={"key": "distill"})  # type: ignore[assignment]
+    """Those of the method; left out, its own defaults."""
+
+    def __post_init__(self) -> None:
+        method = find_method(self.method)
+        if self.settings is None:
+            object.__setattr__(self, "settings", method.settings())
+        elif type(self.settings) is not method.settings:
+            raise UserError(
+                f"these are no settings of {method.name}",
+                got=type(self.settings).__name__,
+                expected=method.settings.__name__,
+                fix=f"begin with DistillOptions.of({method.name!r})",
+            )
 
     @classmethod
     def of(cls, method: str | None, preset: str = LAPTOP, **changes: Any) -> DistillOptions:
@@ -255,23 +249,11 @@ class DistillOptions:
         """
         chosen = find_preset(preset, None if method is None else find_method(method).name)
         if method is None:
-            method = chosen.method if chosen else cls().method
-        found = find_method(method)
-        plain = cls(method=method, preset=preset, divergence=own_divergence(found))
-        own = with_defaults(found, *(getattr(plain, name) for name in GROUPS))
-        fields_of = {**dict(zip(GROUPS, own, strict=True)), "run": plain.run}
-        for name, setting in chosen.settings.items() if chosen else ():
-            group = next((g for g, values in fields_of.items() if hasattr(values, name)), None)
-            if group is None:
-                fields_of[name] = setting.value  # a field of its own: the divergence
-            else:
-                fields_of[group] = replace(fields_of[group], **{name: setting.value})
-        return replace(plain, **{**fields_of, **changes})
-
-    def settings(self) -> dict[str, Any]:
-        """The groups of settings that belong to families of methods, by name."""
-        return {name: getattr(self, name) for name in GROUPS if name != "distill"}
-
-
-GROUPS = ("distill", "matching", "consistency", "kernel", "transport")
-"""The fields of :class:`DistillOptions` that hold settings of methods."""
+            method = chosen.method if chosen else cls.method
+        plain = cls(method=method, preset=preset, divergence=own_divergence(find_method(method)))
+        given = {name: value.value for name, value in chosen.settings.items()} if chosen else {}
+        run = {name: given.pop(name) for name in list(given) if hasattr(plain.run, name)}
+        measure = given.pop("divergence", plain.divergence)
+        settings = replace(plain.settings, **given)
+        plain = replace(plain, divergence=measure, run=replace(plain.run, **run), settings=settings)
+        return replace(plain, **changes)

@@ -24,10 +24,11 @@ from distmatch.interop import decoder_of, is_external
 from distmatch.methods.build import build_method
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.method import Method
+from distmatch.methods.settings import FakeScoreSettings, GuidedSettings, RatioSettings
 from distmatch.methods.setup import Setup
 from distmatch.methods.start import Draw, check_start, has_network
 from distmatch.methods.state import DistillState
-from distmatch.methods.table import check_settings, resolve_method
+from distmatch.methods.table import resolve_method
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.known_data import describe_data, few_samples, known_data, seen_by, without_data
 from distmatch.training.latent_data import as_latents, check_encodable
@@ -62,9 +63,10 @@ def prepare_distillation(
     run = options.run
     device = pick_device(run.device)
     name = measure.name if measure is not None else options.divergence
-    method, name, config = resolve_method(options.method, name, options.distill)
+    method, name = resolve_method(options.method, name)
+    own = options.settings
+    guidance = own.guidance if isinstance(own, GuidedSettings) else 1.0
     find_preset(options.preset, method.name)  # refuses one of another method
-    check_settings(method, options.distill, **options.settings())
     chosen = measure if measure is not None else divergence(name)
     known: dict[str, Any] = {}
     if teacher is None:
@@ -94,15 +96,14 @@ def prepare_distillation(
             teacher=teacher,
             method=method,
             divergence=chosen,
-            config=config,
+            settings=own,
             total_steps=run.steps,
             device=device,
             bf16=run.precision == "bf16",
             net=None if copied else options.net.resolve(teacher.shape, device.type),
-            **options.settings(),
         )
     )
-    if config.guidance != 1 and "guidance" not in method.ignores:
+    if guidance != 1:
         require_null_class(teacher)
     spec = options.data or str((known.get("data") or {}).get("spec", ""))
     if data is None and spec:
@@ -128,8 +129,8 @@ def prepare_distillation(
     if isinstance(distiller, Matching) and run.steps < distiller.least_steps:
         raise UserError(
             "the student would never be updated",
-            got=f"--steps {run.steps} with --critic-steps {config.critic_steps} and "
-            f"--warmup-steps {config.warmup_steps}",
+            got=f"--steps {run.steps} with --critic-steps {distiller.config.critic_steps} and "
+            f"--warmup-steps {distiller.config.warmup_steps}",
             expected=f"at least {distiller.least_steps} steps",
             fix="raise --steps",
         )
@@ -149,7 +150,7 @@ def prepare_distillation(
         "method": method.name,
         **({"divergence": chosen.name} if takes else {}),
         "teacher": options.teacher,
-        "guidance": config.guidance,
+        "guidance": guidance,
         "seed": run.seed,
         "data": described,
         **{f"teacher_{key}": text for key, text in conversion.items()},
@@ -178,7 +179,7 @@ def prepare_distillation(
         },
         warnings=[
             *(few_samples(found, run.batch) if found is not None and method.family != "transport" else ()),
-            *_warnings(method, state, run.batch, run.steps // config.critic_steps),
+            *_warnings(method, options, state),
             *_untried(method, options, teacher, state),
         ],
         finish=finish,
@@ -198,9 +199,12 @@ def _for_what(method: Method) -> str:
     return ", for the density ratio or the adversarial term" if method.family == "matching" else ""
 
 
-def _warnings(method: Method, state: DistillState, batch: int, updates: int) -> list[str]:
+def _warnings(method: Method, options: DistillOptions, state: DistillState) -> list[str]:
     """What the user should know before the run starts."""
-    thin = state.normaliser.thin_message(batch, updates) if method.weighted and state.normaliser else None
+    own, batch = options.settings, options.run.batch
+    thin = None
+    if isinstance(own, RatioSettings) and isinstance(own, FakeScoreSettings) and state.normaliser:
+        thin = state.normaliser.thin_message(batch, options.run.steps // own.critic_steps)
     found = [thin] if thin else []
     if method.family == "transport" and batch != RunOptions().batch:
         found.append("--batch does nothing here: a step draws --cell-draws samples for each latent of --bank")
@@ -213,8 +217,8 @@ def _untried(method: Method, options: DistillOptions, teacher: Denoiser, state: 
         return []
     usual = DistillOptions.of(method.name)
     names = {"lr": "student", "lr_critic": "fake", "lr_ratio": "ratio"}
-    rates = {n: getattr(options.distill, n) for n, of in names.items() if of in state.optimisers}
-    theirs = {name: getattr(usual.distill, name) for name in rates}
+    rates = {n: getattr(options.settings, n) for n, of in names.items() if of in state.optimisers}
+    theirs = {name: getattr(usual.settings, name) for name in rates}
     parameters = sum(p.numel() for p in state.student.denoiser.parameters())
     if preset := find_preset(options.preset):
         if is_external(teacher):

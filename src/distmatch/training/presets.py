@@ -133,9 +133,9 @@ def laptop_warning(
     if found:
         advice = "published for this method: " + ", ".join(f"--preset {preset.name}" for preset in found)
     else:
-        near = closest(of_method(_LIKE[method.name]), shape)[0]
-        rate = near.settings["lr"].value
-        advice = f"none is published for {method.name} (docs/presets.md); {near.name} has --lr {rate:g}"
+        advice = f"none is published for {method.name} (docs/presets.md)"
+        if near := closest(of_method(_LIKE.get(method.name, "")), shape):
+            advice += f"; {near[0].name} has --lr {near[0].settings['lr'].value:g}"
     return (
         f"--preset {LAPTOP} is in force, {_flags(kept)}: for networks of fewer than {_MILLIONS} million "
         f"parameters that were trained here. This one has {parameters:,}"

@@ -11,7 +11,6 @@ from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_write
 from distmatch.base.inputs import read_limited
 from distmatch.divergences import divergence
-from distmatch.methods.config import DistillConfig
 from distmatch.methods.table import resolve_method
 from distmatch.training.config_format import config_text, read_config
 from distmatch.training.options import DistillOptions, TrainOptions
@@ -44,8 +43,10 @@ def changes_on_resume(options: TrainOptions | DistillOptions, config: Path) -> C
     values = read_config(config)
     if isinstance(options, DistillOptions):
         _check_same_method(options, values, config)
-    kind, now = dataclass_to_dict(type(options)()), dict(_flat(dataclass_to_dict(options)))
-    begun, plain = dict(_flat(values)), dict(_flat(kind))
+    usual = DistillOptions(method=options.method) if isinstance(options, DistillOptions) else TrainOptions()
+    begun, plain, now = (
+        dict(_flat(tree)) for tree in (values, dataclass_to_dict(usual), dataclass_to_dict(options))
+    )
     changes: Changes = {}
     for name, value in now.items():
         # An option that is None is not in the file; another one that is not there is newer than the file.
@@ -129,5 +130,5 @@ def _check_same_method(options: DistillOptions, values: dict[str, Any], config: 
 
 def _choice(method: str, measure: str | None) -> tuple[str, str]:
     """Method and divergence by their own names."""
-    found, name, _ = resolve_method(method, measure, DistillConfig())
+    found, name = resolve_method(method, measure)
     return found.name, divergence(name).name

@@ -68,7 +68,7 @@ def dataclass_to_dict(options: Any) -> dict[str, Any]:
             value = "none"
             if _convert(hints[field.name], value, type(options).__name__, field.name) is not None:
                 raise TypeError(f"{field.name} may be the text 'none': its default has to be None")
-        result[field.name] = _plain(value)
+        result[_key_of(field)] = _plain(value)
     return result
 
 
@@ -87,7 +87,28 @@ def dict_to_dataclass(cls: type[T], values: dict[str, Any], where: str = "the op
     Raises:
         UserError: A name is unknown, a value is missing or has the wrong type.
     """
-    return typing.cast(T, _build(cls, values, where, ""))
+    return typing.cast(T, _build(cls, values, where, "", None))
+
+
+def with_values(options: T, values: dict[str, Any], where: str = "the options") -> T:
+    """A nested dataclass with the values of a nested dict in the place of its own, checked likewise.
+
+    A nested dataclass keeps its class, also where the annotation is of a base class.
+
+    Args:
+        options: What gives the values that are not in the dict.
+        values: What the user wrote.
+        where: Where they wrote it.
+
+    Raises:
+        UserError: As for :func:`dict_to_dataclass`.
+    """
+    return typing.cast(T, _build(type(options), values, where, "", options))
+
+
+def _key_of(field: dataclasses.Field[Any]) -> str:
+    """What a field is called in files: its name, or the ``key`` of its metadata."""
+    return str(field.metadata.get("key", field.name))
 
 
 def _table(values: dict[str, Any], prefix: tuple[str, ...], lines: list[str]) -> None:
@@ -147,16 +168,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _build(cls: type, values: Any, where: str, prefix: str) -> Any:
+def _build(cls: type, values: Any, where: str, prefix: str, base: Any) -> Any:
     if not isinstance(values, dict):
         raise _wrong(prefix, values, f"a table of options of {cls.__name__}", where)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    fields = {_key_of(field): field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
             raise unknown_name(f"option in {_place(prefix, where)}", key, fields)
-        arguments[key] = _convert(hints[key], value, where, f"{prefix}.{key}".lstrip("."))
+        name, place = fields[key].name, f"{prefix}.{key}".lstrip(".")
+        inner = getattr(base, name, None)
+        if dataclasses.is_dataclass(inner):
+            arguments[name] = _build(type(inner), value, where, place, inner)
+        else:
+            arguments[name] = _convert(hints[name], value, where, place)
+    if base is not None:
+        return dataclasses.replace(base, **arguments)
     for name, field in fields.items():
         if name not in arguments and _required(field):
             if type(None) not in get_args(hints[name]):
@@ -182,7 +210,7 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _convert_union(members, value, where, key)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _build(kind, value, where, key)
+        return _build(kind, value, where, key, None)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         kinds: tuple[Any, ...] = members
         if origin is list or members[-1] is Ellipsis:
@@ -207,7 +235,7 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
 def _convert_union(members: tuple[Any, ...], value: Any, where: str, key: str) -> Any:
     tables: list[Any] = [m for m in members if dataclasses.is_dataclass(m)]
     if isinstance(value, dict) and len(tables) == 1:
-        return _build(tables[0], value, where, key)
+        return _build(tables[0], value, where, key, None)
     if isinstance(value, dict) and tables:
         by_kind = {name: m for m in tables for name in get_args(typing.get_type_hints(m)["kind"])}
         if "kind" not in value:
@@ -215,10 +243,11 @@ def _convert_union(members: tuple[Any, ...], value: Any, where: str, key: str) -
             raise UserError(f"kind is missing in {_place(key, where)}", expected=expected)
         if value["kind"] not in list(by_kind):  # a list, because what the user wrote may not be hashable
             raise unknown_name(f"kind in {_place(key, where)}", value["kind"], by_kind)
-        return _build(by_kind[value["kind"]], value, where, key)
+        return _build(by_kind[value["kind"]], value, where, key, None)
     others = [m for m in members if m is not type(None)]
-    # dataclass_to_dict writes "none", but to an option that takes any str it is a str like others.
-    if len(others) < len(members) and (value is None or (value == "none" and str not in others)):
+    # dataclass_to_dict writes "none", but an option that takes any str, or this one, means the text.
+    taken = str in others or any("none" in get_args(m) for m in others if get_origin(m) is Literal)
+    if len(others) < len(members) and (value is None or (value == "none" and not taken)):
         return None
     if len(others) == 1:
         return _convert(others[0], value, where, key)

@@ -20,7 +20,7 @@ from distmatch.methods.student import Student
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
 from tests.helpers.rounding import assert_same_but_for_rounding
-from tests.helpers.small import PAIR, batch, distiller, network_teacher
+from tests.helpers.small import PAIR, batch, distiller, network_teacher, read_by
 
 METHODS = ["consistency", "scm", "ctm", "mean-flow", "rcm"]
 VARIANTS: list[dict[str, Any]] = [
@@ -198,7 +198,7 @@ def test_rcm_adds_the_weighted_score_difference_of_diff_instruct() -> None:
 
     def gradient(name: str, at: int = 0, **settings: Any) -> torch.Tensor:
         plain = {"student_sigma": 0.0, "tangent_warmup": 0.0, "critic_steps": 1, "grad_clip": 0.0, "lr": 1.0}
-        method = distiller(network_teacher(), method=name, **plain, **settings)
+        method = distiller(network_teacher(), method=name, **read_by(name, **plain), **settings)
         state = method.init(0)
         state.optimisers["student"] = torch.optim.SGD(state.student.denoiser.parameters())
         with torch.no_grad():  # a fake score that is not the teacher's
@@ -318,12 +318,18 @@ def test_settings_without_effect(method: str, settings: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("stages", 0), ("huber", -1.0), ("level_std", 0.0), ("tangent_warmup", 1.5), ("target_decay", 1.0)],
+    ("method", "name", "value"),
+    [
+        ("consistency", "stages", 0),
+        ("ctm", "huber", -1.0),
+        ("scm", "level_std", 0.0),
+        ("scm", "tangent_warmup", 1.5),
+        ("ctm", "target_decay", 1.0),
+    ],
 )
-def test_settings_out_of_range(name: str, value: float) -> None:
+def test_settings_out_of_range(method: str, name: str, value: float) -> None:
     with pytest.raises(UserError, match=name.replace("_", "-")):
-        distiller(PAIR, method="scm", **{name: value})  # whatever the method: the settings alone
+        distiller(PAIR, method=method, **{name: value})
 
 
 def test_an_exact_teacher_is_fitted_first() -> None:

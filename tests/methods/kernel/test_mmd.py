@@ -16,16 +16,14 @@ from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.kernels import Kernel, polynomial
 from distmatch.discrepancies.mmd import mmd, mmd_loss
 from distmatch.losses import mmd_with_gradient
-from distmatch.methods.config import DistillConfig
 from distmatch.methods.kernel.mmd import chain_levels, feature_kernel
+from distmatch.methods.kernel.settings import MMDSettings
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, chain_weights
-from distmatch.methods.table import METHODS, check_settings
 from distmatch.nets.build import build_net
 from distmatch.nets.config import UNetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.training.checkpoint import pack
-from distmatch.training.options import DistillOptions
 from tests.helpers.draws import normal
 from tests.helpers.small import batch, distiller, network_teacher
 
@@ -45,7 +43,7 @@ def test_the_linear_statistic_is_the_distance_of_the_means_less_the_spread_withi
 
 @pytest.mark.parametrize("name", ["cubic", "linear", "rbf", "energy"])
 def test_the_statistic_is_that_of_discrepancies_whatever_the_order(name: Any) -> None:
-    kernel = feature_kernel(distiller(network_teacher(), method="mmd", mmd_kernel=name).setup.kernel, True, 3)
+    kernel = feature_kernel(MMDSettings(mmd_kernel=name), True, 3)
     x, y = normal(50, 3), 0.5 * normal(50, 3, seed=1)
     value = unbiased_mmd(x, y, kernel)
     torch.testing.assert_close(value, mmd_loss(x, y, kernel))
@@ -106,7 +104,7 @@ LABELS = {"none": None, "even": [0, 1, 2] * 4 + [0], "uneven": [0] * 5 + [1] + [
 def test_value_and_gradient_in_chunks_are_those_of_the_sum_over_pairs(
     name: Any, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel = feature_kernel(distiller(network_teacher(), method="mmd", mmd_kernel=name).setup.kernel, True, 3)
+    kernel = feature_kernel(MMDSettings(mmd_kernel=name), True, 3)
     x, y = normal(13, 3).requires_grad_(), 1 + 0.5 * normal(13, 3, seed=1)
     labels = None if LABELS[given] is None else torch.tensor(LABELS[given])
     expected = in_plain_words(x, y, kernel, labels)
@@ -284,8 +282,5 @@ def test_a_teacher_of_other_noise_is_refused(name: str) -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="has no features"):
         distiller(toy("ring8"), method="mmd", mmd_features="teacher")
-    options = DistillOptions.of("mmd")
-    with pytest.raises(UserError, match="--guidance does nothing"):
-        check_settings(METHODS["mmd"], DistillConfig(guidance=2.0), **options.settings())
     with pytest.raises(UserError, match="--mmd-bandwidth must be positive"):
         distiller(network_teacher(), method="mmd", mmd_bandwidth=0.0)

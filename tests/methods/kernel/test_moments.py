@@ -156,8 +156,3 @@ def test_it_brings_a_student_close_to_the_data(calls: int) -> None:
         method.step(state, batch(step, n=128))
     after = mmd(method.result(state, {}).sample(2000), real, "energy").value
     assert after < 0.5 * before
-
-
-def test_recorded_teachers_are_refused() -> None:
-    with pytest.raises(UserError, match="cannot follow recorded ones"):
-        distiller(network_teacher(), method="moment-matching", backtrack=3)

@@ -11,7 +11,6 @@ from scipy import stats
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.noise import Karras, LogNormal, Truncated
-from distmatch.methods.config import DistillConfig
 from distmatch.methods.matching import loop
 from distmatch.nets.ema import ema_decay
 from tests.helpers.small import batch, distiller, network_teacher
@@ -120,7 +119,6 @@ def test_settings_of_a_law_that_is_not_in_use_are_refused(settings: dict[str, An
 
 
 def test_a_half_life_of_zero_keeps_the_last_weights() -> None:
-    assert DistillConfig(ema_half_life=0.0).ema_half_life == 0
     assert ema_decay(7, half_life=0.0) == 0
     method = distiller(network_teacher(), method="sid", critic_steps=1, ema_half_life=0.0)
     state = method.init(0)

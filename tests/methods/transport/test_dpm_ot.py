@@ -307,6 +307,6 @@ def test_a_batch_that_does_nothing_is_said_to() -> None:
     for size, said in ((RunOptions().batch, 0), (32, 1)):
         options = DistillOptions.of("dpm-ot", run=RunOptions(batch=size, steps=2))
         job = prepare_distillation(
-            replace(options, distill=replace(options.distill, fit_steps=1)), toy("ring8")
+            replace(options, settings=replace(options.settings, fit_steps=1)), toy("ring8")
         )
         assert len([text for text in job.warnings if "--batch does nothing" in text]) == said

@@ -13,6 +13,7 @@ from distmatch.diffusion.denoiser import expand
 from distmatch.diffusion.noise import Karras
 from distmatch.losses import adversarial_discriminator_loss, adversarial_generator_loss, approximate_r1
 from distmatch.methods.consistency.direct import Draws
+from distmatch.methods.consistency.settings import CTMSettings
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.nets.optim import clipped_step
@@ -29,11 +30,11 @@ class Adversary:
         setup: Teacher and settings.
     """
 
-    setup: Setup
+    setup: Setup[CTMSettings]
 
     def __post_init__(self) -> None:
         teacher = self.setup.teacher
-        self._source = choose_source(self.setup.config.ratio_features, teacher)
+        self._source = choose_source(self.setup.settings.ratio_features, teacher)
         if self._source == "fake":
             raise UserError(
                 f"{self.setup.method.name} has no fake score whose features a discriminator could see",
@@ -48,7 +49,7 @@ class Adversary:
             torch.manual_seed(stream_seed(seed, "discriminator"))
             head = build_discriminator(self._source, self.setup.teacher, self.setup.teacher.num_classes)
         state.discriminator = head.to(self.setup.device)
-        state.optimisers["ratio"] = self.setup.adam(head, self.setup.config.lr_ratio)
+        state.optimisers["ratio"] = self.setup.adam(head, self.setup.settings.lr_ratio)
 
     def draw(self, state: DistillState, x: Tensor) -> Draws:
         """Levels and noises of a batch like ``x`` (B, *shape): for student, real, and with R1 perturbed."""
@@ -56,7 +57,7 @@ class Adversary:
         level = self._law.sample(len(x), gen).to(x.dtype)
         noises = (
             torch.randn(x.shape, generator=gen, device=x.device, dtype=x.dtype)
-            for _ in range(3 if self.setup.config.r1 > 0 else 2)
+            for _ in range(3 if self.setup.settings.r1 > 0 else 2)
         )
         names = ("noise_fake", "noise_real", "noise_r1")
         return {"level": level, **dict(zip(names, noises, strict=False))}
@@ -82,7 +83,7 @@ class Adversary:
             draws: Real samples and noises, for the whole batch.
             lr_factor: Factor on its learning rate.
         """
-        cfg = self.setup.config
+        cfg = self.setup.settings
         optimiser, head = state.optimisers["ratio"], state.discriminator
         if head is None:
             raise RuntimeError("this state has no discriminator")

@@ -23,6 +23,7 @@ from distmatch.methods.consistency.direct import (
     training_levels,
 )
 from distmatch.methods.consistency.pairs import teacher_path, where_needed
+from distmatch.methods.consistency.settings import ConsistencySettings
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 
@@ -39,15 +40,15 @@ class PairTerm:
         setup: Teacher and settings.
     """
 
-    setup: Setup
+    setup: Setup[ConsistencySettings]
     jumps = False
     needs_data = True
 
     def __post_init__(self) -> None:
         self._guided = guided_teacher(self.setup)
-        self._levels = training_levels(self.setup)
+        self._levels = training_levels(self.setup, self.setup.settings)
         teacher = self.setup.teacher
-        self._c = pseudo_huber_scale(self.setup.consistency.huber, teacher.shape, teacher.sigma_data)
+        self._c = pseudo_huber_scale(self.setup.settings.huber, teacher.shape, teacher.sigma_data)
 
     def notes(self) -> dict[str, Any]:
         """Nothing that the options do not say."""
@@ -58,7 +59,7 @@ class PairTerm:
 
     def stage(self, step: int) -> int:
         """How often the levels of a pair have come closer by half, from 0."""
-        return min(self.setup.consistency.stages * step // self.setup.total_steps, 60)
+        return min(self.setup.settings.stages * step // self.setup.total_steps, 60)
 
     def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
         """Adds the gradient to the student's parameters."""
@@ -68,11 +69,8 @@ class PairTerm:
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
         """The loss of each sample, (b,)."""
-        settings, student, sigma_data = (
-            self.setup.consistency,
-            state.student.denoiser,
-            self.setup.teacher.sigma_data,
-        )
+        settings, student = self.setup.settings, state.student.denoiser
+        sigma_data = self.setup.teacher.sigma_data
         x0, sigma, labels = draws["x0"], draws["sigma"], draws.get("labels")
         lower = ect_lower_level(sigma, sigma_data, self.stage(state.step))
         y = x0 + expand(sigma, x0) * draws["noise"]

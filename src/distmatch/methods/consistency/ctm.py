@@ -33,6 +33,7 @@ from distmatch.methods.consistency.direct import (
     training_levels,
 )
 from distmatch.methods.consistency.pairs import teacher_path, where_needed
+from distmatch.methods.consistency.settings import CTMSettings
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.nets.edm import EDMDenoiser
@@ -54,17 +55,17 @@ class TrajectoryTerm:
         setup: Teacher and settings.
     """
 
-    setup: Setup
+    setup: Setup[CTMSettings]
     jumps = True
     needs_data = True
 
     def __post_init__(self) -> None:
-        teacher, cfg = self.setup.teacher, self.setup.consistency
+        teacher, cfg = self.setup.teacher, self.setup.settings
         self._guided = guided_teacher(self.setup)
-        self._levels = training_levels(self.setup)
+        self._levels = training_levels(self.setup, self.setup.settings)
         self._law = Karras(teacher.sigma_min, self.setup.first_level)
         self._c = pseudo_huber_scale(cfg.huber, teacher.shape, teacher.sigma_data)
-        self.adversary = Adversary(self.setup) if self.setup.config.gan_weight > 0 else None
+        self.adversary = Adversary(self.setup) if self.setup.settings.gan_weight > 0 else None
 
     def notes(self) -> dict[str, Any]:
         """Nothing that the options do not say."""
@@ -79,7 +80,7 @@ class TrajectoryTerm:
 
     def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
         """Adds the gradient to the student's parameters, and lets the target follow."""
-        n, gen, cfg = len(batch.x), state.generator, self.setup.consistency
+        n, gen, cfg = len(batch.x), state.generator, self.setup.settings
         student, target = state.student.denoiser, state.extra["target"]
         with torch.no_grad():
             torch._foreach_lerp_(list(target.parameters()), list(student.parameters()), 1 - cfg.target_decay)
@@ -89,7 +90,7 @@ class TrajectoryTerm:
         draws = noised_draws(self.setup, state, batch, labels, sigma.to(batch.x.dtype))
         draws |= {"to": to.to(batch.x.dtype), "via": via.to(batch.x.dtype)}
         adversary = self.adversary
-        if adversary is None or state.step < self.setup.consistency.gan_after * self.setup.total_steps:
+        if adversary is None or state.step < self.setup.settings.gan_after * self.setup.total_steps:
             return self._accumulate(state, draws, None)[0]
         draws |= adversary.draw(state, batch.x)
         info, samples = self._accumulate(state, draws, adversary)
@@ -146,7 +147,7 @@ class TrajectoryTerm:
             at_last: Gradients at the last layer by name, to which these are added; "loss" is the measure.
             info: Where mean losses and scales are put.
         """
-        weights = {"loss_dsm": self.setup.consistency.dsm_weight, "loss_gan": self.setup.config.gan_weight}
+        weights = {"loss_dsm": self.setup.settings.dsm_weight, "loss_gan": self.setup.settings.gan_weight}
         n = len(draws["x0"])
         parts = [{name: tensor[part] for name, tensor in draws.items()} for part in self.setup.parts(n)]
         pulls: list[dict[str, Tensor]] = []
@@ -196,12 +197,12 @@ class TrajectoryTerm:
     def cells(self, state: DistillState) -> int:
         """The number of cells that the teacher crosses at this step, uniform from 1 to ``solver_steps``."""
         drawn = stream_seed(state.generator.initial_seed(), f"cells/{state.step}")
-        return 1 + drawn % self.setup.consistency.solver_steps
+        return 1 + drawn % self.setup.settings.solver_steps
 
     @torch.no_grad()
     def wanted(self, state: DistillState, draws: Draws, steps: int) -> Tensor:
         """Where the teacher's path, in ``steps`` steps, and a shorter jump lead, taken on to the data."""
-        cfg, target, labels = self.setup.consistency, state.extra["target"], draws.get("labels")
+        cfg, target, labels = self.setup.settings, state.extra["target"], draws.get("labels")
         x0, sigma, to, via = (draws[name] for name in ("x0", "sigma", "to", "via"))
         y = x0 + expand(sigma, x0) * draws["noise"]
         middle = teacher_path(self._guided, y, sigma, via, labels, solver=cfg.teacher_solver, steps=steps)

@@ -20,13 +20,15 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras
+from distmatch.methods.consistency.settings import LevelSettings
 from distmatch.methods.matching.scores import StudentTerm
+from distmatch.methods.settings import GammaSettings, GuidedSettings, NetworkSettings, Settings
 from distmatch.methods.setup import Info, Setup, averaged
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.ema import EMA, ema_decay
-from distmatch.nets.jump import as_jump
+from distmatch.nets.jump import as_jump, require_jump
 from distmatch.nets.optim import clipped_step, rate, set_rate
 
 Draws = dict[str, Tensor]
@@ -55,12 +57,15 @@ class Direct:
         term: The loss.
     """
 
-    setup: Setup
+    setup: Setup[NetworkSettings]
     term: Term
 
     def __post_init__(self) -> None:
-        calls, gamma = self.setup.config.calls, self.setup.consistency.gamma
-        if gamma > 0 and calls == 1:
+        if self.term.jumps and has_network(self.setup.teacher):
+            require_jump(self.setup.teacher)
+        own = self.setup.settings
+        self.gamma = gamma = own.gamma if isinstance(own, GammaSettings) else 0.0
+        if gamma > 0 and own.calls == 1:
             raise UserError(
                 "--gamma is the fresh noise between calls, and a student of one call has none",
                 got=f"--gamma {gamma:g} with --calls 1",
@@ -82,7 +87,7 @@ class Direct:
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step: the student starts as a copy of the teacher."""
-        setup, cfg = self.setup, self.setup.config
+        setup, cfg = self.setup, self.setup.settings
         start = starting_network(setup.teacher, setup.net, seed, setup.device)
         if draw is not None and not has_network(setup.teacher):
             seen = Karras(setup.teacher.sigma_min, setup.first_level)
@@ -93,7 +98,7 @@ class Direct:
             start,
             setup.student_levels(cfg.calls),
             chain="jump" if self.term.jumps else "renoise",
-            gamma=setup.consistency.gamma,
+            gamma=self.gamma,
         )
         state = DistillState(
             student=student,
@@ -107,7 +112,7 @@ class Direct:
 
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of the student."""
-        setup, cfg = self.setup, self.setup.config
+        setup, cfg = self.setup, self.setup.settings
         labels = batch.labels if setup.teacher.num_classes else None
         set_rate(state.optimisers["student"], cfg.lr * factor(setup, state))
         info = self.term.backward(state, batch, labels)
@@ -119,31 +124,30 @@ class Direct:
         return info
 
 
-def factor(setup: Setup, state: DistillState) -> float:
+def factor(setup: Setup[Settings], state: DistillState) -> float:
     """The factor on all learning rates at this step."""
-    return rate(state.step, setup.total_steps, setup.config.lr_rampup, setup.config.lr_decay)
+    return rate(state.step, setup.total_steps, setup.settings.lr_rampup, setup.settings.lr_decay)
 
 
-def guided_teacher(setup: Setup) -> Denoiser:
+def guided_teacher(setup: Setup[GuidedSettings]) -> Denoiser:
     """The teacher at the guidance scale of the settings."""
-    scale = setup.config.guidance
+    scale = setup.settings.guidance
     return Guided(setup.teacher, scale) if scale != 1 else setup.teacher
 
 
-def training_levels(setup: Setup) -> Callable[[int, torch.Generator], Tensor]:
+def training_levels(setup: Setup[Settings], own: LevelSettings) -> Callable[[int, torch.Generator], Tensor]:
     """The noise levels of training: a function of how many and of a generator.
 
     They lie between the teacher's sigma_min and the level at which the student starts, by the law of the
     settings; the tails of the log-normal that are cut off are shared out in proportion.
     """
     low, high = setup.teacher.sigma_min, setup.first_level
-    cfg = setup.consistency
-    if cfg.level_law == "karras":
+    if own.level_law == "karras":
         return Karras(low, high).sample
-    return setup.log_normal(cfg.level_mean, cfg.level_std, low, high).sample
+    return setup.log_normal(own.level_mean, own.level_std, low, high).sample
 
 
-def mean_backward(setup: Setup, draws: Draws, loss: Callable[[Draws], tuple[Tensor, Info]]) -> Info:
+def mean_backward(setup: Setup[Settings], draws: Draws, loss: Callable[[Draws], tuple[Tensor, Info]]) -> Info:
     """Adds the gradient of a mean loss to the parameters, in parts, as of the whole batch.
 
     Args:
@@ -167,7 +171,7 @@ def mean_backward(setup: Setup, draws: Draws, loss: Callable[[Draws], tuple[Tens
 
 
 def noised_draws(
-    setup: Setup, state: DistillState, batch: Batch, labels: Tensor | None, sigma: Tensor
+    setup: Setup[Settings], state: DistillState, batch: Batch, labels: Tensor | None, sigma: Tensor
 ) -> Draws:
     """Clean samples, their noise and levels, and their labels where there are any."""
     noise = torch.randn(batch.x.shape, generator=state.generator, device=batch.x.device, dtype=batch.x.dtype)

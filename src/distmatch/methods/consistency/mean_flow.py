@@ -24,6 +24,7 @@ from distmatch.methods.consistency.direct import (
     training_levels,
 )
 from distmatch.methods.consistency.pairs import teacher_says
+from distmatch.methods.consistency.settings import MeanFlowSettings
 from distmatch.methods.consistency.tangents import choose_derivative, derivative_along
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
@@ -37,15 +38,15 @@ class AverageVelocityTerm:
         setup: Teacher and settings.
     """
 
-    setup: Setup
+    setup: Setup[MeanFlowSettings]
     jumps = True
     needs_data = True
 
     def __post_init__(self) -> None:
-        cfg, teacher = self.setup.consistency, self.setup.teacher
+        cfg, teacher = self.setup.settings, self.setup.teacher
         self._guided = guided_teacher(self.setup)
         self._how = choose_derivative(cfg.tangent, teacher)
-        self._levels = training_levels(self.setup)
+        self._levels = training_levels(self.setup, self.setup.settings)
         # Far below sigma_min there is nothing to tell from the data itself.
         self._lower = self.setup.log_normal(cfg.to_mean, cfg.to_std, 0.0, self.setup.first_level).sample
 
@@ -61,7 +62,7 @@ class AverageVelocityTerm:
         n, gen = len(batch.x), state.generator
         one, other = self._levels(n, gen), self._lower(n, gen)
         sigma = torch.maximum(one, other).clamp_min(self.setup.teacher.sigma_min)
-        goes = torch.rand(n, generator=gen, device=gen.device) < self.setup.consistency.jump_share
+        goes = torch.rand(n, generator=gen, device=gen.device) < self.setup.settings.jump_share
         to = torch.where(goes, torch.minimum(one, other), sigma)
         draws = noised_draws(self.setup, state, batch, labels, sigma.to(batch.x.dtype))
         draws["to"] = to.to(batch.x.dtype)
@@ -69,11 +70,8 @@ class AverageVelocityTerm:
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
         """The loss of each sample, (b,)."""
-        cfg, student, sigma_data = (
-            self.setup.consistency,
-            state.student.denoiser,
-            self.setup.teacher.sigma_data,
-        )
+        cfg, student = self.setup.settings, state.student.denoiser
+        sigma_data = self.setup.teacher.sigma_data
         x0, sigma, to, labels = draws["x0"], draws["sigma"], draws["to"], draws.get("labels")
         y = x0 + expand(sigma, x0) * draws["noise"]
         target = x0 if cfg.consistency_from == "data" else teacher_says(self._guided, y, draws)

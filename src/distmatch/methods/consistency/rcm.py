@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distmatch.methods.consistency.scm import TangentTerm
+from distmatch.methods.consistency.settings import RCMSettings
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.matching.score import ScoreDifference, fake_score_denoising
 from distmatch.methods.matching.scores import NoisedSamples, Scores
@@ -39,7 +40,7 @@ class WeightedScoreDifference:
         return fake_score_denoising(samples, prediction, state)
 
 
-def build_rcm(setup: Setup) -> Matching:
+def build_rcm(setup: Setup[RCMSettings]) -> Matching:
     """The loop of the methods with a fake score, with sCM's loss beside the score difference.
 
     The student's samples for the score difference are those of its own chain of calls (``--calls``), and only
@@ -50,8 +51,8 @@ def build_rcm(setup: Setup) -> Matching:
     scales it. Here both are means over elements, which leaves their balance as it is in any number of
     dimensions.
     """
-    score = ScoreDifference(None, setup.config.scaling)
-    own = setup.consistency
+    score = ScoreDifference(None, setup.settings.scaling)
+    own = setup.settings
     # The loop takes d for the gradient in the unit of the scores, in which the data have standard deviation
     # 1/2. The square's derivative is 2 d in the unit of the data's own, which is twice as much again.
     objective = WeightedScoreDifference(score, 4 * own.dmd_weight)

@@ -22,6 +22,7 @@ from distmatch.methods.consistency.direct import (
     training_levels,
 )
 from distmatch.methods.consistency.pairs import teacher_says
+from distmatch.methods.consistency.settings import RCMSettings, SCMSettings
 from distmatch.methods.consistency.tangents import allow_forward_mode, choose_derivative, derivative_along
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
@@ -42,15 +43,15 @@ class TangentTerm:
             be: the weight grows to 1 / E[loss], without bound as students get better, and the other fades.
     """
 
-    setup: Setup
+    setup: Setup[SCMSettings] | Setup[RCMSettings]
     learned_weight: bool = True
     jumps = False
     needs_data = True
 
     def __post_init__(self) -> None:
         self._guided = guided_teacher(self.setup)
-        self._how = choose_derivative(self.setup.consistency.tangent, self.setup.teacher)
-        self._levels = training_levels(self.setup)
+        self._how = choose_derivative(self.setup.settings.tangent, self.setup.teacher)
+        self._levels = training_levels(self.setup, self.setup.settings)
 
     def notes(self) -> dict[str, Any]:
         """How derivatives are taken."""
@@ -64,11 +65,11 @@ class TangentTerm:
             return
         weight = LearnedUncertainty(self.setup.unit).to(self.setup.device)
         state.extra["uncertainty"] = weight
-        state.optimisers["uncertainty"] = self.setup.adam(weight, self.setup.config.lr)
+        state.optimisers["uncertainty"] = self.setup.adam(weight, self.setup.settings.lr)
 
     def warmth(self, step: int) -> float:
         """rho: share of the tangent that is the consistency function's, from 0 to 1 in the warm-up."""
-        warmup = self.setup.consistency.tangent_warmup * self.setup.total_steps
+        warmup = self.setup.settings.tangent_warmup * self.setup.total_steps
         return min(1.0, step / warmup) if warmup > 0 else 1.0
 
     def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
@@ -78,8 +79,8 @@ class TangentTerm:
         info = mean_backward(self.setup, draws, lambda part: self.loss(state, part))
         if self.learned_weight:
             optimiser = state.optimisers["uncertainty"]
-            set_rate(optimiser, self.setup.config.lr * factor(self.setup, state))
-            clipped_step(optimiser, self.setup.config.grad_clip)
+            set_rate(optimiser, self.setup.settings.lr * factor(self.setup, state))
+            clipped_step(optimiser, self.setup.settings.grad_clip)
         return info
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
@@ -93,11 +94,11 @@ class TangentTerm:
         value, derivative = derivative_along(student, y, sigma, slope, speed, labels, how=self._how)
         tangent = scm_tangent(value, target, derivative, sigma, sigma_data, self.warmth(state.step))
         out = student(y, sigma, labels)
-        error = scm_loss(out, tangent, sigma, sigma_data, c=self.setup.consistency.tangent_bound)
+        error = scm_loss(out, tangent, sigma, sigma_data, c=self.setup.settings.tangent_bound)
         said = {"tangent": tangent.flatten(1).norm(dim=1)}
         if not self.learned_weight:
             return error, said
-        if self.setup.consistency.level_law == "log-normal":
+        if self.setup.settings.level_law == "log-normal":
             # The paper's prior weight 1 / tan t suits its own law of levels. With levels up to the student's
             # start it would hide those from the loss until the learned weight, which starts at 1, has grown.
             error = error * sigma_data / sigma
@@ -110,6 +111,7 @@ class TangentTerm:
 
     def _target(self, y: Tensor, draws: Draws) -> Tensor:
         """The denoiser of the flow that is followed; from data it is the clean sample itself."""
-        if self.setup.consistency.consistency_from == "data":
+        own = self.setup.settings
+        if isinstance(own, SCMSettings) and own.consistency_from == "data":
             return draws["x0"]
         return teacher_says(self._guided, y, draws)

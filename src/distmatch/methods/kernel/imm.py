@@ -22,6 +22,7 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import expand, jump, require_score
 from distmatch.losses.kernel import imm_loss, imm_lower_level, imm_weight
 from distmatch.methods.consistency.direct import Draws, mean_backward
+from distmatch.methods.kernel.settings import IMMSettings
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 
@@ -34,7 +35,7 @@ class InductiveMatching:
         setup: Teacher, whose network the student starts from, and settings.
     """
 
-    setup: Setup
+    setup: Setup[IMMSettings]
     needs_data = True
     jumps = True
 
@@ -61,7 +62,7 @@ class InductiveMatching:
         Raises:
             UserError: The batch is smaller than a group.
         """
-        setup, own, gen = self.setup, self.setup.kernel, state.generator
+        setup, own, gen = self.setup, self.setup.settings, state.generator
         particles = own.imm_particles
         count = len(batch.x) // particles
         if count == 0:
@@ -125,4 +126,4 @@ class InductiveMatching:
             labels,
             kernel=kernel,
         )
-        return imm_weight(draws["time"], self.setup.kernel.imm_offset) * loss, {}
+        return imm_weight(draws["time"], self.setup.settings.imm_offset) * loss, {}

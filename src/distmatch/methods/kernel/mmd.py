@@ -21,7 +21,7 @@ from distmatch.diffusion.denoiser import Denoiser, has_features, pooled, require
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
 from distmatch.losses.kernel import mmd_with_gradient
-from distmatch.methods.kernel.config import KernelConfig
+from distmatch.methods.kernel.settings import MMDSettings
 from distmatch.methods.setup import Info, Setup, part_of
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import student_levels
@@ -45,7 +45,7 @@ def chain_levels(calls: int, sigma: float, sigma_data: float, spacing: str) -> t
     return (sigma, *levels.tolist())
 
 
-def feature_kernel(config: KernelConfig, of_network: bool, width: int) -> Kernel:
+def feature_kernel(config: MMDSettings, of_network: bool, width: int) -> Kernel:
     """The kernel of a choice, on features of unit spread.
 
     Args:
@@ -69,13 +69,13 @@ class ChainMMD:
         setup: Teacher and settings.
     """
 
-    setup: Setup
+    setup: Setup[MMDSettings]
     needs_data = True
     jumps = False
 
     def __post_init__(self) -> None:
         require_score(self.setup.teacher, "a chain from Gaussian noise")
-        chosen, teacher = self.setup.kernel.mmd_features, self.setup.teacher
+        chosen, teacher = self.setup.settings.mmd_features, self.setup.teacher
         able = has_features(teacher)
         if chosen == "teacher" and not able:
             raise UserError(
@@ -88,7 +88,7 @@ class ChainMMD:
 
     def notes(self) -> dict[str, Any]:
         """What is compared, and by which kernel."""
-        name = feature_kernel(self.setup.kernel, self.of_network, 1).name
+        name = feature_kernel(self.setup.settings, self.of_network, 1).name
         return {"mmd_features": "teacher" if self.of_network else "samples", "mmd_kernel": name}
 
     def prepare(self, state: DistillState, seed: int) -> None:
@@ -96,7 +96,7 @@ class ChainMMD:
         setup = self.setup
         state.student.chain = "ddim"
         state.student.levels = chain_levels(
-            setup.config.calls, setup.first_level, setup.teacher.sigma_data, setup.kernel.mmd_spacing
+            setup.settings.calls, setup.first_level, setup.teacher.sigma_data, setup.settings.mmd_spacing
         )
 
     def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
@@ -124,7 +124,7 @@ class ChainMMD:
             real = self._scaled(state, real)
         with torch.set_grad_enabled(whole):
             made = _joined([self.made(state, noise[p], part_of(labels, p)) for p in slices])
-        kernel = feature_kernel(setup.kernel, self.of_network, made.shape[1])
+        kernel = feature_kernel(setup.settings, self.of_network, made.shape[1])
         loss, gradient = mmd_with_gradient(made.detach(), real, kernel, labels)
         if whole:
             made.backward(gradient)
@@ -138,7 +138,7 @@ class ChainMMD:
         student = state.student
 
         def call(x: Tensor, index: int) -> Tensor:
-            if not (self.setup.kernel.mmd_checkpoint and torch.is_grad_enabled()):
+            if not (self.setup.settings.mmd_checkpoint and torch.is_grad_enabled()):
                 return student.call(x, index, labels)
             again: Tensor = checkpoint(student.call, x, index, labels, use_reentrant=False)
             return again
@@ -156,7 +156,7 @@ class ChainMMD:
         teacher: Denoiser = self.setup.teacher
         if not (self.of_network and has_features(teacher)):
             return x.flatten(1)
-        level = self.setup.kernel.mmd_feature_sigma * teacher.sigma_data
+        level = self.setup.settings.mmd_feature_sigma * teacher.sigma_data
         sigma = torch.full((len(x),), level, device=x.device, dtype=x.dtype)
         with self.setup.autocast():
             return pooled(teacher(x, sigma, labels, return_features="only")).to(x.dtype)

@@ -19,6 +19,7 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
 from distmatch.methods.matching.loop import Matching
+from distmatch.methods.matching.settings import BacktrackSettings
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.start import Draw, Network
 from distmatch.methods.state import DistillState
@@ -55,13 +56,13 @@ class Path:
         return max(0, self.copies - 1 - updates // self.interval)
 
 
-def backtrack_path(setup: Setup) -> Path:
+def backtrack_path(setup: Setup[BacktrackSettings]) -> Path:
     """The path of a set-up, with lengths of its own where they are left at 0.
 
     Raises:
         UserError: The run would end before the teacher itself becomes the target.
     """
-    wanted, every, total = setup.matching, setup.config.critic_steps, setup.total_steps
+    wanted, every, total = setup.settings, setup.settings.critic_steps, setup.total_steps
     n = wanted.backtrack
     degrade = wanted.backtrack_degrade_steps or max(1, min(40, total // (10 * n)))
     updates = max(0, total - n * degrade) // every
@@ -87,15 +88,16 @@ class Backtracking:
 
     Attributes:
         base: The method; its student is made to wait until the copies are recorded.
+        path: When the copies are recorded, and when they serve.
     """
 
     base: Matching
+    path: Path
 
     def __post_init__(self) -> None:
         setup = self.base.setup
-        self.path = backtrack_path(setup)
-        wait = max(setup.config.warmup_steps, self.path.recorded_after)
-        setup = replace(setup, config=replace(setup.config, warmup_steps=wait))
+        wait = max(setup.settings.warmup_steps, self.path.recorded_after)
+        setup = replace(setup, settings=replace(setup.settings, warmup_steps=wait))
         self.base = replace(self.base, setup=setup, target=self._target)
 
     @property

@@ -12,23 +12,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, NoiseLevels, Truncated
 from distmatch.losses import posterior_noise
-from distmatch.methods.config import DistillConfig
 from distmatch.methods.matching.fake_score import fake_score_backward
 from distmatch.methods.matching.generator import GeneratorGradient, generator_gradient
 from distmatch.methods.matching.moments import levels_between
 from distmatch.methods.matching.networks import Comparison
 from distmatch.methods.matching.scores import MatchingObjective, StudentTerm
+from distmatch.methods.settings import (
+    AdversarialSettings,
+    FakeScoreSettings,
+    NoiseLawSettings,
+    RatioSettings,
+)
 from distmatch.methods.setup import Info, Setup, averaged, part_of, standard_normal
 from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
@@ -54,7 +61,7 @@ class Matching:
         first: The first step at which the objective moves the student; the fake score learns before, too.
     """
 
-    setup: Setup
+    setup: Setup[FakeScoreSettings]
     objective: MatchingObjective
     terms: tuple[StudentTerm, ...] = ()
     target: Callable[[DistillState], Denoiser] | None = None
@@ -65,40 +72,53 @@ class Matching:
     def __post_init__(self) -> None:
         cfg, teacher = self.config, self.setup.teacher
         require_score(teacher, "a score difference")
-        self._range = Karras(*self.setup.compared_levels, cfg.noise_rho)
-        self.noise = self._law(cfg.noise_law, self._range.low, self._range.high)
-        self.critic_noise = (
-            self.noise
-            if cfg.critic_law == "same"
-            else self._law(cfg.critic_law, teacher.sigma_min, teacher.sigma_max)
-        )
+        self.adversary = cfg if isinstance(cfg, AdversarialSettings) else AdversarialSettings(gan_weight=0.0)
+        low, high = self.setup.compared_levels
+        if not low < high:
+            first, last = low / teacher.sigma_data, high / teacher.sigma_data
+            raise UserError(
+                "student and teacher are compared between two noise levels",
+                got=f"--noise-low {first:.4g} and --noise-high {last:.4g}, in units of sigma_data",
+                expected="the first one below the second",
+            )
+        self._range = Karras(low, high, cfg.noise_rho)
+        self.noise: Karras | Truncated = self._range
+        self.critic_noise: Karras | Truncated = self._range
+        if isinstance(cfg, NoiseLawSettings):
+            law = partial(self.setup.log_normal, cfg.noise_mean, cfg.noise_std)
+            if cfg.noise_law == "log-normal":
+                self.noise = self.critic_noise = law(low, high)
+            if cfg.critic_law == "log-normal":
+                self.critic_noise = law(teacher.sigma_min, teacher.sigma_max)
         self.compared = Comparison(
             setup=self.setup,
             objective=self.objective,
             guided=Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher,
             target=self.target,
-            source=choose_source(cfg.ratio_features, teacher),
+            source=choose_source(self.adversary.ratio_features, teacher),
             noise=self.noise,
-            gan_weight=cfg.gan_weight,
+            gan_weight=self.adversary.gan_weight,
             scaled_adversary=self.scaled_adversary,
-            r1=cfg.r1,
-            joint_weight=cfg.joint_weight,
+            r1=self.adversary.r1,
+            joint_weight=self.adversary.joint_weight,
         )
+        self._bins = NormaliserConfig()
+        if isinstance(cfg, RatioSettings):
+            self._bins = NormaliserConfig(
+                bins=cfg.ratio_bins,
+                memory=cfg.ratio_memory,
+                min_count=cfg.ratio_min_count,
+                clip=cfg.ratio_clip,
+            )
         self.levels = self.setup.student_levels(cfg.calls)
         if self.chain == "posterior":
             for call in range(cfg.calls):
                 levels_between(self.levels, call, self._range)  # refuses calls outside of the levels
 
-    def _law(self, name: str, low: float, high: float) -> Karras | Truncated:
-        cfg = self.config
-        if name == "karras":
-            return self._range
-        return self.setup.log_normal(cfg.noise_mean, cfg.noise_std, low, high)
-
     @property
-    def config(self) -> DistillConfig:
-        """The shared settings."""
-        return self.setup.config
+    def config(self) -> FakeScoreSettings:
+        """The settings of the method."""
+        return self.setup.settings
 
     @property
     def teacher(self) -> Denoiser:
@@ -108,7 +128,7 @@ class Matching:
     @property
     def needs_ratio(self) -> bool:
         """Whether a discriminator is trained (and real data are needed)."""
-        return self.objective.needs_ratio or self.config.gan_weight > 0
+        return self.objective.needs_ratio or self.adversary.gan_weight > 0
 
     @property
     def needs_data(self) -> bool:
@@ -123,7 +143,7 @@ class Matching:
 
     def notes(self) -> dict[str, Any]:
         """The borders of the noise bins."""
-        bins = torch.linspace(0, 1, self.config.ratio_bins + 1, dtype=torch.float64)
+        bins = torch.linspace(0, 1, self._bins.bins + 1, dtype=torch.float64)
         return {"sigma_bins": self.noise.quantile(bins).tolist()}
 
     def result(self, state: DistillState, info: dict[str, Any]) -> Student:
@@ -147,20 +167,14 @@ class Matching:
             "fake": setup.adam(fake, cfg.lr_critic),
         }
         if discriminator is not None:
-            optimisers["ratio"] = setup.adam(discriminator, cfg.lr_ratio)
-        bins = NormaliserConfig(
-            bins=cfg.ratio_bins,
-            memory=cfg.ratio_memory,
-            min_count=cfg.ratio_min_count,
-            clip=cfg.ratio_clip,
-        )
+            optimisers["ratio"] = setup.adam(discriminator, self.adversary.lr_ratio)
         state = DistillState(
             student=student,
             average=EMA(student.denoiser),
             fake=fake,
             discriminator=discriminator,
             optimisers=optimisers,
-            normaliser=RatioNormaliser(bins, setup.device),
+            normaliser=RatioNormaliser(self._bins, setup.device),
             generator=generator(seed, "distill", setup.device),
             ratio_generator=generator(seed, "distill/ratio", setup.device),
         )
@@ -201,7 +215,7 @@ class Matching:
         if critic_turn:
             set_rate(state.optimisers["fake"], cfg.lr_critic * factor)
             if "ratio" in state.optimisers:
-                set_rate(state.optimisers["ratio"], cfg.lr_ratio * factor)
+                set_rate(state.optimisers["ratio"], self.adversary.lr_ratio * factor)
             sigma, noise = self._noise_on(state, x0.detach(), x, call, self.critic_noise)
             info |= fake_score_backward(self.compared, state, x0.detach(), sigma, noise, batch.x, labels)
             info |= self._move_critic(state)

@@ -11,6 +11,7 @@ from torch import Tensor
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import NoiseLevels
 from distmatch.methods.matching.scores import MatchingObjective
+from distmatch.methods.settings import FakeScoreSettings
 from distmatch.methods.setup import Setup
 from distmatch.methods.state import DistillState
 from distmatch.ratio.discriminator import Source, denoise_with_logit, logits_of
@@ -34,7 +35,7 @@ class Comparison:
         joint_weight: Weight of the discriminator's loss where its features are those of the fake score.
     """
 
-    setup: Setup
+    setup: Setup[FakeScoreSettings]
     objective: MatchingObjective
     guided: Denoiser
     target: Callable[[DistillState], Denoiser] | None

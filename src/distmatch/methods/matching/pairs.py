@@ -22,7 +22,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.solvers import grid, sample_teacher, snap_grid
 from distmatch.losses import pair_regression_loss
-from distmatch.methods.matching.config import MatchingConfig
+from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.setup import Info, Setup, part_of
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import checked_labels
@@ -80,23 +80,23 @@ class PairRegression:
         setup: Teacher and settings.
     """
 
-    setup: Setup
+    setup: Setup[DMDSettings]
     needs_data: bool = False
     _seed: int = field(default=0, init=False, repr=False)
     _made: Pairs | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.setup.config.calls != 1:
+        if self.setup.settings.calls != 1:
             raise UserError(
                 "pairs tie one noise to one sample, and a student of several calls draws more on its way",
-                got=f"--calls {self.setup.config.calls} with --method {self.setup.method.name}",
+                got=f"--calls {self.setup.settings.calls} with --method {self.setup.method.name}",
                 fix="leave --calls out, or use --method dmd2",
             )
 
     @property
-    def config(self) -> MatchingConfig:
-        """The settings of the family."""
-        return self.setup.matching
+    def config(self) -> DMDSettings:
+        """The settings of the method."""
+        return self.setup.settings
 
     def prepare(self, state: DistillState, seed: int) -> None:
         """Remembers the seed of the run."""
@@ -106,7 +106,7 @@ class PairRegression:
         """All pairs; made at the first call."""
         if self._made is None:
             setup = self.setup
-            guidance = setup.config.guidance
+            guidance = setup.settings.guidance
             teacher: Denoiser = Guided(setup.teacher, guidance) if guidance != 1 else setup.teacher
             self._made = make_pairs(
                 teacher,

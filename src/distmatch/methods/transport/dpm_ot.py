@@ -27,6 +27,7 @@ from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.methods.transport.semi_discrete import BrenierMap
+from distmatch.methods.transport.settings import DPMOTSettings
 from distmatch.methods.transport.student import TransportStudent
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.optim import clipped_step, rate, set_rate
@@ -43,7 +44,7 @@ class Transport:
         setup: Teacher, method and settings.
     """
 
-    setup: Setup
+    setup: Setup[DPMOTSettings]
     needs_data = False
 
     def __post_init__(self) -> None:
@@ -60,19 +61,19 @@ class Transport:
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step; the latents are made at that step, and kept in checkpoints."""
-        setup, cfg, own = self.setup, self.setup.config, self.setup.transport
+        setup, own = self.setup, self.setup.settings
         network = starting_network(setup.teacher, setup.net, seed, setup.device)
         if draw is not None and not has_network(setup.teacher):
             seen = Karras(setup.teacher.sigma_min, setup.first_level)
-            fit_to_teacher(network, setup.teacher, draw, seen, cfg.fit_steps, seed)
+            fit_to_teacher(network, setup.teacher, draw, seen, own.fit_steps, seed)
         network.requires_grad_(False)
         groups = max(setup.teacher.num_classes, 1)
         transport = BrenierMap(torch.zeros(groups, own.bank, *setup.teacher.shape, device=setup.device))
-        levels = setup.student_levels(cfg.calls)
+        levels = setup.student_levels(own.calls)
         return DistillState(
             student=TransportStudent(network, levels, transport),
             average=EMA(transport),
-            optimisers={"transport": setup.adam(transport, cfg.lr)},
+            optimisers={"transport": setup.adam(transport, own.lr)},
             generator=generator(seed, "distill", setup.device),
             ratio_generator=generator(seed, "distill/ratio", setup.device),
             extra={"transport": transport},
@@ -80,7 +81,7 @@ class Transport:
 
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of Adam on the heights. Nothing of the batch is read."""
-        setup, cfg, own = self.setup, self.setup.config, self.setup.transport
+        setup, own = self.setup, self.setup.settings
         transport = _map(state)
         if state.step == 0:
             transport.targets.copy_(self.bank(state))
@@ -89,17 +90,17 @@ class Transport:
         draws = own.cell_draws * own.bank * 2**doubled
         set_rate(
             state.optimisers["transport"],
-            cfg.lr * rate(state.step, setup.total_steps, cfg.lr_rampup, cfg.lr_decay),
+            own.lr * rate(state.step, setup.total_steps, own.lr_rampup, own.lr_decay),
         )
         energy = transport.descend(self._noise(draws, state.generator))
         if transport.heights.grad is None:
             raise RuntimeError("the heights have no gradient")
         shares = transport.heights.grad + 1 / own.bank
         info = {"loss": energy, "empty_cells": (shares <= 0).float().mean()}
-        info["grad_norm_student"] = clipped_step(state.optimisers["transport"], cfg.grad_clip)
+        info["grad_norm_student"] = clipped_step(state.optimisers["transport"], own.grad_clip)
         transport.recentre()
         state.updates += 1
-        state.average.update(transport, ema_decay(state.updates, half_life=cfg.ema_half_life))
+        state.average.update(transport, ema_decay(state.updates, half_life=own.ema_half_life))
         state.step += 1
         return info
 
@@ -109,7 +110,7 @@ class Transport:
 
     def result(self, state: DistillState, info: dict[str, Any]) -> Student:
         """The student on the averaged heights, once it is known which seams may be smoothed."""
-        own = self.setup.transport
+        own = self.setup.settings
         transport: Any = copy.deepcopy(state.average.module)
         gen = generator(state.generator.initial_seed(), "seams", self.setup.device)
         rejected = transport.find_angles(
@@ -126,7 +127,7 @@ class Transport:
 
     def bank(self, state: DistillState) -> Tensor:
         """Latents of the teacher at the student's first level, (G, N, *shape)."""
-        setup, teacher, own = self.setup, self.setup.teacher, self.setup.transport
+        setup, teacher, own = self.setup, self.setup.teacher, self.setup.settings
         groups = max(teacher.num_classes, 1)
         labels = torch.arange(groups).repeat_interleave(own.bank) if teacher.num_classes else None
         with progress(groups * own.bank, desc="latents of the teacher", delay=5.0) as bar, torch.no_grad():

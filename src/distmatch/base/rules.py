@@ -1,0 +1,69 @@
+"""What numbers settings may have, said in the types of their fields and checked in one place."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any
+
+from distmatch.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on a number, as metadata of its type.
+
+    Attributes:
+        words: What the number must be: ``must be positive``.
+        holds: Whether a number is so.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+def between(low: int, high: int) -> Rule:
+    """From ``low`` to ``high``, both included."""
+    return Rule(f"must be from {low} to {high}", lambda value: low <= value <= high)
+
+
+Positive = Annotated[float, Rule("must be positive", lambda value: 0 < value < math.inf)]
+NotNegative = Annotated[float, Rule("must not be negative", lambda value: 0 <= value < math.inf)]
+Finite = Annotated[float, Rule("must be finite", math.isfinite)]
+Share = Annotated[float, Rule("must be in [0, 1]", lambda value: 0 <= value <= 1)]
+Decay = Annotated[float, Rule("must be in [0, 1)", lambda value: 0 <= value < 1)]
+Count = Annotated[int, Rule("must be at least 1", lambda value: value >= 1)]
+CountOrNone = Annotated[int, Rule("must not be negative", lambda value: value >= 0)]
+"""A count of which 0 is none, or a value of its own."""
+
+
+def check_rules(settings: Any) -> None:
+    """Checks the numbers of a dataclass against the rules in the types of its fields.
+
+    Raises:
+        UserError: One breaks its rule.
+    """
+    kind: type = type(settings)
+    for name in _rules(kind):
+        check_rule(kind, name, getattr(settings, name))
+
+
+def check_rule(kind: type, name: str, value: Any) -> None:
+    """Checks a number against the rule of the field that it is for, if there is one.
+
+    Raises:
+        UserError: It breaks it.
+    """
+    rule = _rules(kind).get(name)
+    if rule is not None and not rule.holds(value):
+        raise UserError(f"--{name.replace('_', '-')} {rule.words}", got=value)
+
+
+@cache
+def _rules(kind: type) -> dict[str, Rule]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: mark for name, own in marks.items() for mark in own if isinstance(mark, Rule)}

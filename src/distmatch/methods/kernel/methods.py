@@ -1,0 +1,48 @@
+"""The methods that compare samples with samples. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distmatch.methods.kernel.settings import IMMSettings, MMDSettings
+from distmatch.methods.method import Method
+
+if TYPE_CHECKING:
+    from distmatch.methods.setup import Distiller, Setup
+
+
+def _mmd(setup: Setup[MMDSettings]) -> Distiller:
+    from distmatch.methods.consistency.direct import Direct
+    from distmatch.methods.kernel.mmd import ChainMMD
+
+    return Direct(setup, ChainMMD(setup))
+
+
+def _imm(setup: Setup[IMMSettings]) -> Distiller:
+    from distmatch.methods.consistency.direct import Direct
+    from distmatch.methods.kernel.imm import InductiveMatching
+
+    return Direct(setup, InductiveMatching(setup))
+
+
+METHODS = (
+    Method(
+        name="mmd",
+        family="kernel",
+        summary="the whole chain of calls is fine-tuned by a kernel distance to real samples",
+        citation="Aiello et al. 2023, arXiv 2301.07969",
+        limits="flatters any metric on the features it trains on; noisy with small batches",
+        settings=MMDSettings,
+        build=_mmd,
+        teacher_gradient=True,
+    ),
+    Method(
+        name="imm",
+        family="kernel",
+        summary="jumps from a level agree in law with jumps from just below it, by a kernel on particles",
+        citation="Zhou et al. 2025, arXiv 2503.07565",
+        limits="needs a network of ours; learns from the data alone, so it takes many steps",
+        settings=IMMSettings,
+        build=_imm,
+    ),
+)

@@ -1,0 +1,162 @@
+"""Settings that several methods read, from which each method's own class is composed. Imports no torch.
+
+A method's class inherits what it reads and has its own defaults as those of its fields, all of them in the
+class itself: a dataclass takes the fields of each base whole, inherited ones too, so that what one of several
+bases replaces can be lost. The first line of a class is the title of its settings in help texts. The defaults
+are for laptop-size problems; `docs/presets.md` lists published ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distmatch.base.errors import UserError
+from distmatch.base.rules import Count, CountOrNone, Decay, Finite, NotNegative, Positive, Share, check_rules
+
+PATH_START = 14.0
+"""Where students of whole paths start, in units of sigma_data: at 10 for toys and digits, whose spread is 0.7
+to 0.75. Higher levels are hardly in the training of EDM's teachers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The student and its training."""
+
+    calls: Count = 1
+    """Network calls of the student: 1, or more with backward simulation."""
+    student_sigma: NotNegative = 5.0
+    """Noise level at which the student starts, in units of sigma_data; 0 takes the teacher's sigma_max. A
+    copied teacher keeps more of what it knows at a level where its predictions still vary."""
+    lr: Positive = 5e-4
+    """Learning rate of the student."""
+    lr_decay: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the run, after lr_rampup steps of linear warm-up."""
+    lr_rampup: CountOrNone = 100
+    """Steps of linear learning-rate warm-up."""
+    beta1: Decay = 0.9
+    """First Adam moment decay of all optimisers."""
+    beta2: Decay = 0.99
+    """Second Adam moment decay of all optimisers."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay."""
+    grad_clip: NotNegative = 1.0
+    """Largest gradient norm of each network; 0 leaves gradients alone."""
+    ema_half_life: NotNegative = 200.0
+    """Half-life of the student average, in student updates; 0 takes the last weights."""
+    fit_steps: CountOrNone = 2000
+    """Regression steps that start student and critic off a teacher without a network (exact teachers)."""
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(Settings):
+    """The student and its training."""
+
+    accumulate: Count = 1
+    """Parts in which networks see a batch, to save memory. The update is that of the whole batch, its
+    ratio statistics included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedSettings(NetworkSettings):
+    """The student and its training."""
+
+    guidance: Finite = 1.0
+    """Classifier-free guidance scale of the teacher; 1 is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeScoreSettings(GuidedSettings):
+    """The fake score (critic) and the levels of the comparison."""
+
+    critic_steps: Count = 5
+    """K: the student moves at every K-th step."""
+    order: Literal["same-batch", "alternate"] = "same-batch"
+    """same-batch: critic every step, student every K-th on the same samples (DMD2).
+    alternate: every K-th step is the student's, the others the critic's (FastGen)."""
+    warmup_steps: CountOrNone = 0
+    """Steps in which only the critic and the discriminator learn."""
+    lr_critic: Positive = 1e-3
+    """Learning rate of the fake score."""
+    noise_low: Positive = 0.04
+    """Smallest noise level at which student and teacher are compared, in units of sigma_data."""
+    noise_high: NotNegative = 0.0
+    """Largest noise level of the comparison, in units of sigma_data; 0 takes the teacher's sigma_max."""
+    noise_rho: Positive = 7.0
+    """Curvature of the noise-level distribution (Karras)."""
+    scaling: Literal["dmd2", "score"] = "dmd2"
+    """dmd2: per-sample gradient scaled by mean |x0 - D_teacher|. score: the plain score difference."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order == "alternate" and self.critic_steps < 2:
+            raise UserError(
+                "with --order alternate a critic step must lie between student steps",
+                got=f"--critic-steps {self.critic_steps}",
+                expected="2 or more",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLawSettings(FakeScoreSettings):
+    """The fake score (critic) and the levels of the comparison."""
+
+    noise_law: Literal["karras", "log-normal"] = "karras"
+    """Law of the levels of the comparison, between the two ends: even in sigma^(1/rho), or log-normal."""
+    critic_law: Literal["same", "log-normal"] = "same"
+    """Law of the levels at which fake score and discriminator learn: that of the comparison, or log-normal
+    over all levels of the teacher (SiD)."""
+    noise_mean: Finite = -0.5069
+    """Mean of log(sigma / sigma_data) of a log-normal law; this is EDM's -1.2 for data of 1/2."""
+    noise_std: Positive = 1.2
+    """Spread of log(sigma / sigma_data) of a log-normal law."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorSettings:
+    """The discriminator and the density ratio."""
+
+    lr_ratio: Positive = 1e-3
+    """Learning rate of the discriminator."""
+    gan_weight: NotNegative = 1e-3
+    """Weight of the adversarial term of the student; 0 leaves it out."""
+    r1: NotNegative = 0.0
+    """Weight of the approximate R1 penalty on the discriminator."""
+    ratio_features: Literal["auto", "teacher", "fake", "own"] = "auto"
+    """What the discriminator sees: features of the frozen teacher (only its head learns), features of the
+    fake score (which then learns from it, as in DMD2), or a small network of its own on noised samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialSettings(DiscriminatorSettings):
+    """The discriminator and the density ratio."""
+
+    joint_weight: Positive = 1e-2
+    """Weight of the discriminator's loss where it shares the fake score's network (--ratio-features fake);
+    larger values spoil the fake score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioSettings(AdversarialSettings):
+    """The discriminator and the density ratio."""
+
+    ratio_bins: Count = 10
+    """Noise bins of the ratio normaliser, of equal probability."""
+    ratio_memory: Decay = 0.95
+    """Share of the running sums of the ratio kept at each student step; more is kept at small batches.
+    0 divides by the mean of the batch itself."""
+    ratio_min_count: Positive = 64.0
+    """Samples a noise bin needs before its own mean is used."""
+    ratio_clip: Positive = 3.0
+    """Bound on |log r| after normalisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GammaSettings:
+    """Students of several calls that jump."""
+
+    gamma: Share = 0.0
+    """Fresh noise between the calls of a student of several: 0 follows the path, 1 is fresh noise alone."""

@@ -1,0 +1,31 @@
+"""The map from noise to stored points. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distmatch.methods.method import Method
+from distmatch.methods.transport.settings import DPMOTSettings
+
+if TYPE_CHECKING:
+    from distmatch.methods.setup import Distiller, Setup
+
+
+def _dpm_ot(setup: Setup[DPMOTSettings]) -> Distiller:
+    from distmatch.methods.transport.dpm_ot import Transport
+
+    return Transport(setup)
+
+
+METHODS = (
+    Method(
+        name="dpm-ot",
+        family="transport",
+        summary="an optimal map from noise to stored latents of the teacher, whose last calls follow",
+        citation="Li et al. 2023, arXiv 2307.11308",
+        limits="a finite bank: no more different layouts come out than latents are stored; several calls",
+        settings=DPMOTSettings,
+        build=_dpm_ot,
+        data="no",
+    ),
+)
