@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from distmatch.data.batches import Batch
 from distmatch.divergences import divergence
-from distmatch.methods.build import build_method
+from distmatch.methods.construct import build_method
 from distmatch.methods.setup import Distiller, Setup
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import METHODS, resolve_method

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distmatch.base.version import __version__
 
 if TYPE_CHECKING:
-    from distmatch import divergences, losses
+    from distmatch import divergences, losses, methods
     from distmatch.api import compare, distill, evaluate, load_teacher, train
     from distmatch.base.errors import UserError
     from distmatch.base.estimate import Estimate
@@ -61,12 +61,13 @@ __all__ = [
     "load_data",
     "load_teacher",
     "losses",
+    "methods",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("divergences", "losses"):
+    if name in ("divergences", "losses", "methods"):
         return importlib.import_module(f"distmatch.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)

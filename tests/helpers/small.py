@@ -11,7 +11,7 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence, divergence
-from distmatch.methods.build import build_method
+from distmatch.methods.construct import build_method
 from distmatch.methods.setup import Setup
 from distmatch.methods.table import find_method, resolve_method
 from distmatch.nets.build import build_net

@@ -132,15 +132,15 @@ class Distiller(Protocol):
         """What the log says once about this method: noise bins and the like."""
         ...
 
-    def result(self, state: DistillState, info: dict[str, Any]) -> Student:
+    def result(self, state: DistillState, info: dict[str, Any] | None = None) -> Student:
         """The student that the run ends with, on its averaged weights; ``info`` is saved with it."""
         ...
 
 
-def averaged(state: DistillState, info: dict[str, Any]) -> Student:
+def averaged(state: DistillState, info: dict[str, Any] | None) -> Student:
     """The student on its averaged weights."""
     network: Any = state.average.module
-    return state.student.around(network, state.student.levels, info)
+    return state.student.around(network, state.student.levels, info or {})
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:

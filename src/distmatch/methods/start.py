@@ -57,6 +57,14 @@ def check_start(teacher: Denoiser, chosen: bool) -> None:
         )
 
 
+def frozen(teacher: Denoiser, device: torch.device) -> Denoiser:
+    """A teacher for one run: a copy on its device whose parameters do not learn, or the same formula."""
+    if not isinstance(teacher, nn.Module):
+        return teacher
+    copied: Denoiser = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    return copied
+
+
 def check_saveable(teacher: object) -> None:
     """Refuses, before anything is trained, a teacher whose students could not be saved.
 

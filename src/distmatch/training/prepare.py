@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -18,15 +17,14 @@ from distmatch.data.classes import Classes, drawn_labels
 from distmatch.data.columns import columns_of
 from distmatch.diffusion.adapters import require_denoiser
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of, is_external
-from distmatch.methods.build import build_method
+from distmatch.methods.construct import build_method
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.method import Method
 from distmatch.methods.settings import FakeScoreSettings, GuidedSettings, RatioSettings
 from distmatch.methods.setup import Setup
-from distmatch.methods.start import Draw, check_start, has_network
+from distmatch.methods.start import Draw, check_start, frozen, has_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import resolve_method
 from distmatch.training.devices import compile_network, pick_device
@@ -78,8 +76,7 @@ def prepare_distillation(
             )
         teacher, known = open_teacher(options.teacher)
     require_denoiser(teacher)
-    if isinstance(teacher, nn.Module):
-        teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    teacher = frozen(teacher, device)
     check_start(teacher, chosen=options.net != NetOptions())
     copied = has_network(teacher)
     if copied and options.net != NetOptions():
@@ -103,8 +100,6 @@ def prepare_distillation(
             net=None if copied else options.net.resolve(teacher.shape, device.type),
         )
     )
-    if guidance != 1:
-        require_null_class(teacher)
     spec = options.data or str((known.get("data") or {}).get("spec", ""))
     if data is None and spec:
         columns = columns_of(known_data(teacher))

@@ -81,7 +81,7 @@ class Direct:
         """What the log says once about the loss."""
         return self.term.notes()
 
-    def result(self, state: DistillState, info: dict[str, Any]) -> Student:
+    def result(self, state: DistillState, info: dict[str, Any] | None = None) -> Student:
         """The student on its averaged weights."""
         return averaged(state, info)
 

@@ -137,7 +137,7 @@ class Backtracking:
             "teacher_from_update": self.path.teacher_from,
         }
 
-    def result(self, state: DistillState, info: dict[str, Any]) -> Student:
+    def result(self, state: DistillState, info: dict[str, Any] | None = None) -> Student:
         """As the base method."""
         return self.base.result(state, info)
 

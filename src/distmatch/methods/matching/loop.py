@@ -146,7 +146,7 @@ class Matching:
         bins = torch.linspace(0, 1, self._bins.bins + 1, dtype=torch.float64)
         return {"sigma_bins": self.noise.quantile(bins).tolist()}
 
-    def result(self, state: DistillState, info: dict[str, Any]) -> Student:
+    def result(self, state: DistillState, info: dict[str, Any] | None = None) -> Student:
         """The student on its averaged weights."""
         return averaged(state, info)
 

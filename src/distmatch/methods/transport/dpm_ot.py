@@ -108,7 +108,7 @@ class Transport:
         """Nothing that the options do not say."""
         return {}
 
-    def result(self, state: DistillState, info: dict[str, Any]) -> Student:
+    def result(self, state: DistillState, info: dict[str, Any] | None = None) -> Student:
         """The student on the averaged heights, once it is known which seams may be smoothed."""
         own = self.setup.settings
         transport: Any = copy.deepcopy(state.average.module)
@@ -116,8 +116,8 @@ class Transport:
         rejected = transport.find_angles(
             self._noise(own.cell_draws * own.bank, gen), own.blend, own.blend_angle
         )
-        said = {"bank": own.bank, "rejected_seams": round(float(rejected), 4)}
-        return TransportStudent(state.student.denoiser, state.student.levels, transport, {**info, **said})
+        about = {**(info or {}), "bank": own.bank, "rejected_seams": round(float(rejected), 4)}
+        return TransportStudent(state.student.denoiser, state.student.levels, transport, about)
 
     def _noise(self, draws: int, gen: torch.Generator) -> Tensor:
         """Noise for each class, (G, draws, d)."""

@@ -1,0 +1,157 @@
+"""From a choice to the method that carries it out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.adapters import require_denoiser
+from distmatch.diffusion.denoiser import Denoiser, require_input_gradient, require_score
+from distmatch.diffusion.guidance import require_null_class
+from distmatch.divergences import Divergence
+from distmatch.divergences import divergence as divergence_of
+from distmatch.methods.consistency.settings import (
+    ConsistencySettings,
+    CTMSettings,
+    FlowSettings,
+    LevelSettings,
+    RCMSettings,
+)
+from distmatch.methods.settings import GuidedSettings, NoiseLawSettings, Settings
+from distmatch.methods.setup import Distiller, Setup
+from distmatch.methods.start import check_start, frozen, has_network
+from distmatch.methods.table import resolve_method, unknown_setting
+from distmatch.nets.config import NetConfig
+
+
+def build(
+    teacher: Denoiser,
+    method: str = "f-distill",
+    *,
+    total_steps: int,
+    divergence: str | Divergence | None = None,
+    device: torch.device | str = "cpu",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    net: NetConfig | None = None,
+    **settings: Any,
+) -> Distiller:
+    """A method for a loop of your own: ``init``, ``step`` with batches of yours, ``result``.
+
+    It is what :func:`distmatch.distill` runs, without its data, files and log::
+
+        method = dm.methods.build(teacher, "dmd2", total_steps=1000)
+        state = method.init(seed=0)
+        for step in range(1000):
+            info = method.step(state, Batch(x, labels))
+        student = method.result(state)
+
+    ``state.state_dict()`` and ``state.load_state_dict()`` are for checkpoints: networks, optimizers, averages
+    and random streams, so that a run continues to the bit. ``info`` is a dictionary of tensors to log.
+
+    Args:
+        teacher: Any :class:`~distmatch.diffusion.denoiser.Denoiser`. It is copied and does not change.
+        method: As for :func:`distmatch.distill`.
+        total_steps: Length of the run, which learning rates and warm-ups depend on.
+        divergence: As for :func:`distmatch.distill`.
+        device: Where networks live; the batches must be there.
+        precision: ``bf16`` runs networks under autocast.
+        net: The student's network where the teacher has none to copy; None chooses by shape. It is fitted to
+            the teacher by ``init``, on samples of its argument ``draw``.
+        **settings: The method's own, as fields of its settings class; ``docs/methods.md`` lists the methods.
+
+    Raises:
+        UserError: An unknown method or setting, or parts that do not go together.
+    """
+    require_denoiser(teacher)
+    wanted = divergence.name if isinstance(divergence, Divergence) else divergence
+    chosen, name = resolve_method(method, wanted)
+    known = chosen.options()
+    for setting, value in settings.items():
+        if setting not in known:
+            raise unknown_setting(setting, chosen, known, value)
+    try:
+        values = chosen.settings(**settings)
+    except TypeError as error:
+        raise UserError("a setting has the wrong type", got=str(error)) from error
+    if total_steps < 1:
+        raise UserError("a run needs at least one step", got=f"total_steps={total_steps}")
+    check_start(teacher, chosen=net is not None)
+    if has_network(teacher) and net is not None:
+        raise UserError("the student copies the teacher's network", got=f"net={net}", fix="leave net out")
+    device = torch.device(device)
+    return build_method(
+        Setup(
+            teacher=frozen(teacher, device),
+            method=chosen,
+            divergence=divergence if isinstance(divergence, Divergence) else divergence_of(name),
+            settings=values,
+            total_steps=total_steps,
+            device=device,
+            bf16=precision == "bf16",
+            net=net,
+        )
+    )
+
+
+def build_method(setup: Setup[Settings]) -> Distiller:
+    """The method of a set-up; everything that does not fit is refused here, before anything is trained.
+
+    Raises:
+        UserError: Teacher, method and settings do not go together.
+    """
+    _check_levels(setup)
+    _refuse_idle(setup.settings)
+    if setup.method.family == "consistency":
+        require_score(setup.teacher, "a path of samples with Gaussian noise")
+    if isinstance(setup.settings, GuidedSettings) and setup.settings.guidance != 1:
+        require_null_class(setup.teacher)
+    if setup.method.teacher_gradient:
+        require_input_gradient(setup.teacher, setup.method.name, setup.device)
+    built: Distiller = setup.method.build(setup)
+    return built
+
+
+def _check_levels(setup: Setup[Settings]) -> None:
+    teacher = setup.teacher
+    low, high, data = teacher.sigma_min, teacher.sigma_max, teacher.sigma_data
+    if not low < setup.first_level <= high:
+        raise UserError(
+            "the student must start at a noise level that the teacher knows",
+            got=f"--student-sigma {setup.settings.student_sigma:g}, in units of sigma_data = {data:.4g}",
+            expected=f"above {low / data:.4g} and up to {high / data:.4g}, or 0 for that",
+        )
+
+
+def _refuse_idle(own: Settings) -> None:
+    """Refuses settings that other settings leave without effect."""
+    idle: dict[str, tuple[str, ...]] = {}
+    if isinstance(own, NoiseLawSettings):
+        if own.noise_law != "karras":
+            idle["--noise-law log-normal"] = ("noise_rho",)
+        elif own.critic_law == "same":
+            idle["--noise-law karras and --critic-law same"] = ("noise_mean", "noise_std")
+    if isinstance(own, LevelSettings) and own.level_law == "karras":
+        idle["--level-law karras"] = ("level_mean", "level_std")
+    if isinstance(own, FlowSettings) and own.consistency_from == "data":
+        if isinstance(own, GuidedSettings) and own.guidance != 1:
+            raise UserError(
+                "a student of the data's flow has no teacher to guide",
+                got=f"--guidance {own.guidance}",
+                fix="use --consistency-from teacher, or leave --guidance at 1",
+            )
+        if isinstance(own, ConsistencySettings):
+            idle["--consistency-from data"] = ("teacher_solver", "solver_steps")
+    if isinstance(own, CTMSettings) and own.gan_weight == 0:
+        idle["--gan-weight 0"] = ("gan_after",)
+    if isinstance(own, RCMSettings) and own.dmd_weight == 0:
+        idle["--dmd-weight 0"] = ("dmd_after",)
+    for reason, names in idle.items():
+        for name in names:
+            if (value := getattr(own, name)) != getattr(type(own), name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} does nothing with {reason}",
+                    got=value,
+                    fix="leave it out, or change the other",
+                )
