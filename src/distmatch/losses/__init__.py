@@ -2,7 +2,7 @@
 
 Throughout: x_t = x0 + sigma eps; D(x_t, sigma) is a denoiser's prediction of x0; p is the teacher's
 distribution and q the generator's; tensors of samples are (B, ...), of levels and weights (B,). A loss is
-that of each sample, (B,), unless it says otherwise: take its mean. ``docs/losses.md`` has complete loops.
+that of each sample, (B,), unless stated otherwise: take its mean. ``docs/losses.md`` has complete loops.
 """
 
 from distmatch.losses.adversarial import (

@@ -89,7 +89,7 @@ def ect_lower_level(sigma: Tensor, sigma_data: float, stage: int) -> Tensor:
     return sigma * (1 - share * (1 + 8 * torch.sigmoid(-t))).clamp_min(0)
 
 
-def ctm_levels(sigma: Tensor, law: Karras, reach: float, share: Tensor) -> tuple[Tensor, Tensor]:
+def ctm_levels(sigma: Tensor, distribution: Karras, reach: float, share: Tensor) -> tuple[Tensor, Tensor]:
     """The level s that a sample of CTM jumps to, and the level u to which the teacher takes it first.
 
     In the Karras distribution's own units s is uniform below t, where the lowest cell of 18 stands for the
@@ -98,16 +98,16 @@ def ctm_levels(sigma: Tensor, law: Karras, reach: float, share: Tensor) -> tuple
 
     Args:
         sigma: Levels t, (B,).
-        law: The distribution whose quantiles measure distances.
+        distribution: The one whose quantiles measure distances.
         reach: How far the solver goes, in quantiles: a number of steps times :data:`CTM_CELL`.
         share: Uniform numbers in [0, 1], (B,).
 
     Returns:
         s and u, (B,) each, 0 <= s <= u <= t.
     """
-    top = law.cdf(sigma)
+    top = distribution.cdf(sigma)
     bottom = share * top
     middle = torch.maximum(bottom, top - reach)
-    to = torch.where(bottom < CTM_CELL, torch.zeros_like(sigma), law.quantile(bottom))
-    via = law.quantile(middle).clamp_max(sigma)
+    to = torch.where(bottom < CTM_CELL, torch.zeros_like(sigma), distribution.quantile(bottom))
+    via = distribution.quantile(middle).clamp_max(sigma)
     return torch.minimum(to, via), via

@@ -94,7 +94,7 @@ def min_snr_weight(sigma: Tensor, gamma: float) -> Tensor:
 
 
 def uncertainty_loss(loss: Tensor, log_variance: Tensor) -> Tensor:
-    """``loss exp(-u) + u``: all noise levels pull on the network with the same force.
+    """``loss exp(-u) + u``: every noise level has the same share in the gradient.
 
     EDM2's learned weighting (Karras et al. 2024, "Analyzing and improving", eq. 21). Its smallest value,
     1 + log loss, is where u is the log of the expected loss.

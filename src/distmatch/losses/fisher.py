@@ -165,10 +165,10 @@ def uni_instruct_loss(
     h = divergence.weight(log_r)
     square = _dot(difference, difference)
     level = sigma.to(square.dtype)
-    push = (second * square).detach()[:, None] * difference.detach() / level[:, None] ** 2
+    drift = (second * square).detach()[:, None] * difference.detach() / level[:, None] ** 2
     loss = 2.0 * h * _dot(difference, residual)
     loss = loss + (h - first).detach() * square
-    loss = loss - _dot(push, x.to(push.dtype).flatten(1))
+    loss = loss - _dot(drift, x.to(drift.dtype).flatten(1))
     return difference_weight(teacher, x0, sigma, scaling) * loss
 
 

@@ -86,8 +86,8 @@ def scm_loss(
 ) -> Tensor:
     """``|F - sg F - g / (|g| + c)|^2``, a mean over the elements of a sample (sCM, arXiv 2410.11081, eq. 8).
 
-    F = (cos t x_t - D) / (sigma_data sin t) is the network's output. The value says little, as it is that of
-    the bounded tangent; the gradient is what matters. sCM weighs levels by 1 / tan t and
+    F = (cos t x_t - D) / (sigma_data sin t) is the network's output. The value is that of the bounded tangent
+    and says little about progress. sCM weighs levels by 1 / tan t and by
     :func:`~distmatch.losses.denoising.uncertainty_loss`.
 
     Args:
@@ -108,7 +108,7 @@ def scm_loss(
 def mean_flow_error(
     value: Tensor, target: Tensor, derivative: Tensor, sigma: Tensor, to: Tensor, sigma_data: float
 ) -> Tensor:
-    """``u - (v - (t - r) du/dt)`` in units of sigma_data: what the MeanFlow identity says is zero.
+    """``u - (v - (t - r) du/dt)`` in units of sigma_data: zero by the MeanFlow identity.
 
     On the straight path x_t = (1 - t) x0 + t sigma_data eps, with t = sigma / (sigma + sigma_data), the
     average velocity from t down to r is u = (x_t - g) / t, where g = D(x, sigma, to) is a network of two

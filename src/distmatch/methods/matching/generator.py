@@ -128,9 +128,9 @@ def _scores(
     leaf = (x0.detach() / unit).requires_grad_(grad)
     x = leaf + expand(sigma / unit, leaf) * noise
     # By `alpha`, which keeps no tensor that the first backward pass through a network would free.
-    seen = torch.add(expand(sigma, leaf) * noise, leaf, alpha=unit)
+    in_data_units = torch.add(expand(sigma, leaf) * noise, leaf, alpha=unit)
     with compared.setup.autocast(), torch.set_grad_enabled(grad):
-        teacher, fake, logit = predictions(compared, state, seen, sigma, labels, through)
+        teacher, fake, logit = predictions(compared, state, in_data_units, sigma, labels, through)
     return Scores(
         leaf, noise, sigma / unit, x, teacher / unit, fake / unit, logit, quantile, None, None, labels
     )
