@@ -15,7 +15,7 @@ import pytest
 
 from distmatch.base.errors import UserError
 from distmatch.training.options import TrainOptions
-from distmatch.training.toml import dict_to_dataclass
+from distmatch.training.toml import with_values
 
 FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz"
 
@@ -69,7 +69,7 @@ def test_made_command_lines_are_taken_or_refused(
 
 def test_an_integer_that_no_float_holds_is_refused() -> None:
     with pytest.raises(UserError, match="lr"):
-        dict_to_dataclass(TrainOptions, {"teacher": {"lr": 10**400}})
+        with_values(TrainOptions(), {"teacher": {"lr": 10**400}})
 
 
 def misbehave(case: Any) -> None:

@@ -255,9 +255,9 @@ def test_text_is_filled_in():
     ("settings", "message"),
     [
         ({"loss": "dce"}, "k-dce"),
-        ({"lr": 0.0}, "lr > 0"),
+        ({"lr": 0.0}, "^lr must be positive"),
         ({"lr_decay": "linear"}, "cosine"),
-        ({"on_policy": 1.5}, "on_policy"),
+        ({"on_policy": 1.5}, "^on_policy must be in"),
         ({"chains": 1}, "chains"),
     ],
 )

@@ -76,7 +76,7 @@ def test_the_command_line_refuses_an_older_config(tmp_path: Path) -> None:
 # ---- format 2 had a table for each family of methods, with all settings of all of them
 
 _TABLES = {
-    "distill": {**dict.fromkeys(("lr", "lr_critic"), 1e-5), "critic_steps": 5, "gan_weight": 0.0},
+    "distill": {"lr": 1e-5, "lr_critic": 1e-5, "lr_decay": "constant", "critic_steps": 5, "gan_weight": 0.0},
     "matching": {"sid_alpha": 0.9, "sim_c": 0.3, "pairs": 4096, "backtrack": 0},
     "consistency": {"level_law": "karras", "level_mean": -0.4, "solver_steps": 1, "gamma": 0.0},
     "kernel": {"mmd_kernel": "auto", "mmd_checkpoint": False, "imm_particles": 4},
@@ -96,7 +96,8 @@ def test_a_file_of_format_2_is_read_with_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"of format 2 .* all settings of a method in \[distill\]"):
         values = read_config(file)
     assert values.keys() == {"verb", "teacher", "method", "preset", "distill"}
-    own = {"lr": 1e-5, "lr_critic": 1e-5, "critic_steps": 5, "sid_alpha": 0.9, "backtrack": 0}
+    own = {"lr": 1e-5, "lr_critic": 1e-5, "lr_decay": "constant", "critic_steps": 5}
+    own |= {"sid_alpha": 0.9, "backtrack": 0}
     assert values["distill"] == own  # what sid does not read is gone, as it was at its default
     shown = done(f"distill --config {file} --dry-run --json {_SHORT} --steps 8").json()["options"]
     assert (shown["distill"]["sid_alpha"], shown["distill"]["lr"]) == (0.9, 1e-5)

@@ -1,4 +1,4 @@
-"""What numbers settings may have, said in the types of their fields and checked in one place."""
+"""Which values settings may have, said in the types of their fields and checked in one place."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from distmatch.base.errors import UserError
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on a number, as metadata of its type.
+    """A condition on a value, as metadata of its type.
 
     Attributes:
-        words: What the number must be: ``must be positive``.
-        holds: Whether a number is so.
+        words: What the value must be: ``must be positive``.
+        holds: Whether a value is so.
     """
 
     words: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
 def between(low: int, high: int) -> Rule:
@@ -41,7 +41,7 @@ CountOrNone = Annotated[int, Rule("must not be negative", lambda value: value >=
 
 
 def check_rules(settings: Any) -> None:
-    """Checks the numbers of a dataclass against the rules in the types of its fields.
+    """Checks the values of a dataclass against the types of its fields: rules for numbers, and literals.
 
     Raises:
         UserError: One breaks its rule.
@@ -52,18 +52,28 @@ def check_rules(settings: Any) -> None:
 
 
 def check_rule(kind: type, name: str, value: Any) -> None:
-    """Checks a number against the rule of the field that it is for, if there is one.
+    """Checks a value against the rule of the field that it is for, if there is one.
+
+    Fields are called as they are on the command line, but those of a class with ``flags = False``.
 
     Raises:
         UserError: It breaks it.
     """
     rule = _rules(kind).get(name)
     if rule is not None and not rule.holds(value):
-        raise UserError(f"--{name.replace('_', '-')} {rule.words}", got=value)
+        flag = f"--{name.replace('_', '-')}" if getattr(kind, "flags", True) else name
+        raise UserError(f"{flag} {rule.words}", got=value)
 
 
 @cache
 def _rules(kind: type) -> dict[str, Rule]:
     hints = typing.get_type_hints(kind, include_extras=True)
-    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    return {name: mark for name, own in marks.items() for mark in own if isinstance(mark, Rule)}
+    found = {}
+    for name, hint in hints.items():
+        if typing.get_origin(hint) is Literal:
+            words = ", ".join(map(str, typing.get_args(hint)))
+            found[name] = Rule(f"must be one of {words}", typing.get_args(hint).__contains__)
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(mark, Rule):
+                found[name] = mark
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 from distmatch.base.errors import UserError
 from distmatch.base.progress import in_words
 from distmatch.cli.answer import print_json
+from distmatch.cli.distill import HELP as DISTILL
 from distmatch.cli.help import Help
 from distmatch.cli.parse import Place, parse_run
 from distmatch.training.compare_options import CompareOptions, Entry, entry_options
@@ -22,21 +23,16 @@ example: distmatch compare --methods dmd2,f-distill:js,f-distill:kl --budget 5m 
          distmatch compare --methods "dmd2,f-distill:js[gan_weight=0.03]" --teacher runs/a --dry-run""",
     short="methods budget seeds baseline teacher data batch seed device out config resume overwrite "
     "dry_run json",
+    groups=DISTILL.groups,
     hidden=frozenset({"steps", "grid"}),  # the budget decides; of single runs
 )
-_ELSEWHERE = {
-    "method": "name all methods with --methods",
-    "divergence": "put it behind its method: f-distill:js",
-    "preset": "put it behind its method: NAME[preset={value}]",
-}
-"""Options of `distill`, and how they are said here."""
 
 _SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accuracy")
 
 
 def run(argv: list[str]) -> None:
     """Parses, trains and measures every method, prints the table and the path of the report."""
-    options, place = parse_run(CompareOptions, argv, verb="compare", said=HELP, explain=_explain)
+    options, place = parse_run(CompareOptions, argv, verb="compare", said=HELP)
     if not options.shared.teacher:
         raise UserError(
             "no teacher was named", expected="--teacher with a run folder, or ring8, grid25, skewed2"
@@ -62,12 +58,6 @@ def run(argv: list[str]) -> None:
         return
     print(comparison_table(record))
     print(f"report: {report}")
-
-
-def _explain(options: CompareOptions, name: str, value: Any) -> UserError | None:
-    if name not in _ELSEWHERE:
-        return None
-    return UserError(f"--{name} is not an option of compare", fix=_ELSEWHERE[name].format(value=value))
 
 
 def _check_place(place: Place) -> None:

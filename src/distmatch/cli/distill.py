@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from distmatch.base.errors import UserError
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
 from distmatch.cli.parse import parse_run
-from distmatch.methods.table import find_method, readers, unknown_setting
+from distmatch.methods.table import find_method
 from distmatch.training.options import DistillOptions
 from distmatch.training.presets import LAPTOP
 
@@ -26,6 +23,9 @@ example: distmatch distill --teacher runs/teacher --method {method} --out runs/s
          distmatch distill --teacher grid25 --method {method} --steps 2000 --out runs/grid
 
 Options and defaults are those of {method}.""",
+    groups={
+        "The student and its training": "lr lr_decay lr_rampup beta1 beta2 weight_decay grad_clip",
+    },
     short="data teacher method preset divergence steps batch seed device calls guidance lr out config resume "
     "overwrite dry_run json",
 )
@@ -33,11 +33,6 @@ Options and defaults are those of {method}.""",
 
 def _hidden(options: DistillOptions) -> list[str]:
     return [] if find_method(options.method).divergences else ["divergence"]
-
-
-def _explain(options: DistillOptions, name: str, value: Any) -> UserError | None:
-    method = find_method(options.method)
-    return unknown_setting(name, method, (), value) if readers(name) else None
 
 
 def _options_of(method: str | None, preset: str | None, begun: str | None = None) -> DistillOptions:
@@ -49,13 +44,7 @@ def _options_of(method: str | None, preset: str | None, begun: str | None = None
 def run(argv: list[str]) -> None:
     """Parses, distils, prints where the student is."""
     options, place = parse_run(
-        DistillOptions,
-        argv,
-        verb="distill",
-        said=HELP,
-        defaults=_options_of,
-        hidden=_hidden,
-        explain=_explain,
+        DistillOptions, argv, verb="distill", said=HELP, defaults=_options_of, hidden=_hidden
     )
     from distmatch.base.files import read_json
     from distmatch.cli.output import tell_conversion

@@ -16,7 +16,9 @@ import tyro
 from distmatch.base.errors import UserError
 from distmatch.cli.help import LETTERS, Help, asked_for, flags_of, help_text
 from distmatch.cli.refusal import refusal
+from distmatch.methods.table import find_method, readers, unknown_setting
 from distmatch.training.config_format import read_config
+from distmatch.training.options import DistillOptions
 from distmatch.training.toml import dataclass_to_dict, with_values
 
 T = TypeVar("T")
@@ -42,19 +44,7 @@ class Place:
     """Print one JSON object on stdout."""
 
 
-Explain = Callable[[Any, str, Any], UserError | None]
-"""Of options that do not have an option: why, by its name and the value given; None for no special reason."""
-
-
-def parse(
-    kind: type[T],
-    argv: Sequence[str],
-    *,
-    verb: str,
-    said: Help,
-    default: T | None = None,
-    explain: Callable[[str, str], UserError | None] = lambda name, value: None,
-) -> T:
+def parse(kind: type[T], argv: Sequence[str], *, verb: str, said: Help, default: T | None = None) -> T:
     """Parses the options of a verb into a dataclass.
 
     Args:
@@ -63,7 +53,6 @@ def parse(
         verb: The verb.
         said: What its help says.
         default: Supplies the defaults; None takes those of the fields.
-        explain: As :data:`Explain`, of these options.
 
     Raises:
         UserError: Options that cannot be used.
@@ -85,7 +74,8 @@ def parse(
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        raise refusal(stop, printed.getvalue(), verb, flags_of(kind, default), explain) from None
+        elsewhere = partial(_of_other_methods, getattr(default, "options", default))
+        raise refusal(stop, printed.getvalue(), verb, flags_of(kind, default), elsewhere) from None
 
 
 def parse_run(
@@ -96,7 +86,6 @@ def parse_run(
     said: Help,
     defaults: Callable[..., T] | None = None,
     hidden: Callable[[T], Iterable[str]] = lambda options: (),
-    explain: Explain = lambda options, name, value: None,
 ) -> tuple[T, Place]:
     """Parses a verb that starts a run; `--config` and `--resume` supply defaults.
 
@@ -108,7 +97,6 @@ def parse_run(
         defaults: The options of a method and a preset (None: none was named), for a verb whose defaults
             depend on them; and, as ``begun``, of the method of a config file where neither decides it.
         hidden: Names of options that do nothing with a method, which its help leaves out.
-        explain: Why there is no such option.
 
     Raises:
         UserError: A config file that does not fit.
@@ -119,7 +107,7 @@ def parse_run(
     options = kind() if defaults is None else defaults(*named)
     file = Path(config) if config is not None else Path(out) / "config.toml" if resume and out else None
     if file is not None and (config is not None or file.exists()):
-        options = options_from(kind, file, verb, named=named, defaults=defaults, explain=explain)
+        options = options_from(kind, file, verb, named=named, defaults=defaults)
     both = dataclasses.make_dataclass(
         kind.__name__,
         [("options", tyro.conf.OmitArgPrefixes[kind]), ("place", tyro.conf.OmitArgPrefixes[Place])],  # type: ignore[valid-type,misc]
@@ -127,14 +115,7 @@ def parse_run(
     said = replace(said, hidden=said.hidden.union(hidden(options)))
     if named[0] is not None and said.named:
         said = replace(said, about=said.named.format(method=named[0]))
-    parsed: Any = parse(
-        both,
-        arguments,
-        verb=verb,
-        said=said,
-        default=both(options, Place()),
-        explain=partial(explain, options),
-    )
+    parsed: Any = parse(both, arguments, verb=verb, said=said, default=both(options, Place()))
     return parsed.options, parsed.place
 
 
@@ -145,7 +126,6 @@ def options_from(
     *,
     named: tuple[str | None, str | None] = (None, None),
     defaults: Callable[..., T] | None = None,
-    explain: Explain = lambda options, name, value: None,
 ) -> T:
     """The options in a config file.
 
@@ -155,7 +135,6 @@ def options_from(
         verb: The verb it must be of.
         named: A method and a preset that are named elsewhere, and so win over the file's.
         defaults: As for :func:`parse_run`.
-        explain: Why there is no such option.
 
     Raises:
         UserError: The file is of another verb, or has unknown or wrong entries.
@@ -169,7 +148,7 @@ def options_from(
     if defaults is None:
         return with_values(kind(), values, where=str(path))
     began = values.get("method"), values.get("preset")
-    begun = _checked(defaults(*began), values, path, explain)
+    begun = _checked(defaults(*began), values, path)
     method, preset = (new if new is not None else old for new, old in zip(named, began, strict=True))
     if named == (None, None):
         return begun
@@ -177,17 +156,23 @@ def options_from(
     # What another method or preset has by default nobody has chosen for this one.
     if began != (None, None) and (method, preset) != began:
         values = _without(values, dataclass_to_dict(defaults(*began)))
-    return _checked(below, values, path, explain)
+    return _checked(below, values, path)
 
 
-def _checked(below: T, values: dict[str, Any], path: Path, explain: Explain) -> T:
+def _checked(below: T, values: dict[str, Any], path: Path) -> T:
     """Options with those of a file in their place."""
     settings = values.get("distill")
     for name, value in settings.items() if isinstance(settings, dict) else ():
-        known = getattr(below, "settings", None)
-        if not hasattr(known, name) and (error := explain(below, name, value)):
+        if error := _of_other_methods(below, name, value):
             raise error
     return with_values(below, values, where=str(path))
+
+
+def _of_other_methods(options: Any, name: str, value: Any) -> UserError | None:
+    """Why options lack a setting that other methods have; None where that is not the case."""
+    if not (isinstance(options, DistillOptions) and readers(name)) or hasattr(options.settings, name):
+        return None
+    return unknown_setting(name, find_method(options.method), (), value)
 
 
 def _without(values: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,12 @@ _ELSEWHERE = {
     "--checkpoint": "--resume",
 }
 """Options as other programs call them, and what they are called here."""
+_IN_METHODS = {
+    "--method": "name all methods with --methods",
+    "--divergence": "put it behind its method: f-distill:js",
+    "--preset": "put it behind its method: NAME[preset={}]",
+}
+"""Options of `distill`, and how `compare` is told."""
 
 
 def refusal(
@@ -40,7 +46,7 @@ def refusal(
     printed: str,
     verb: str,
     flags: Iterable[str],
-    explain: Callable[[str, str], UserError | None] = lambda name, value: None,
+    elsewhere: Callable[[str, str], UserError | None],
 ) -> UserError:
     """The error behind a parser that gave up.
 
@@ -50,7 +56,7 @@ def refusal(
         printed: What the parser wrote to stderr: boxes of lines, divided by rules.
         verb: The verb whose help is pointed to.
         flags: The options that the verb has.
-        explain: Why it has no option of a name, for which a value was given, where that is known.
+        elsewhere: The error for an option of a name and a value, if it is one of other methods.
     """
     cause: BaseException | None = stop
     while cause is not None:
@@ -69,7 +75,11 @@ def refusal(
         return unknown_name(f"value of {flag}", value, re.findall(r"'([^']*)'", choices))
     if match := re.fullmatch(r"Unrecognized options: (.*)", message):
         flag, _, value = match[1].replace("=", " ").replace(",", " ").partition(" ")
-        if known := explain(flag.removeprefix("--").replace("-", "_"), value.strip()):
+        if verb == "compare" and flag in _IN_METHODS:
+            return UserError(
+                f"{flag} is not an option of compare", fix=_IN_METHODS[flag].format(value.strip())
+            )
+        if known := elsewhere(flag.removeprefix("--").replace("-", "_"), value.strip()):
             return known
         near = _meant(match[1].split(",")[0].strip(), list(flags))
         fix = f"did you mean {' or '.join(near)}? {see}" if near else see

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.files import load_into
+from distmatch.base.rules import Count, Decay, Positive, Share
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.discrete.losses import LOSSES, discrete_loss
 from distmatch.discrete.marginals import check_pair, consistency_loss, gibbs_block, reinforce_loss
 from distmatch.discrete.network import MarginalNet, TokenNet, TokenNetConfig
 from distmatch.discrete.tokens import Conditionals
+from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+from distmatch.nets.optimizer import OptimizerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenTrainingConfig:
+class TokenTrainingConfig(OptimizerSettings):
     """Settings of all trainings here.
 
     Attributes:
         loss: Which loss trains the conditionals; k-dce has the least spread of those with
             one evaluation.
         schedule: For the losses in t.
-        lr: Learning rate, after the ramp and before the decay.
-        lr_rampup: Steps of the linear ramp.
-        lr_decay: ``"cosine"`` to zero at the last step, or ``"constant"``.
-        beta2: Second momentum of AdamW.
-        weight_decay: Of AdamW.
-        grad_clip: Largest gradient norm; 0 leaves it alone.
         ema_decay: Of the weight average, with a warm-up of (1 + step) / (10 + step).
         on_policy: For marginals fitted to conditionals: share of a batch that a Gibbs chain of the
             conditionals supplies instead of the data.
@@ -42,37 +38,23 @@ class TokenTrainingConfig:
         chains: Persistent Gibbs chains, which start at random symbols; for energies they are the batch.
     """
 
+    flags: ClassVar[bool] = False
+    lr: Positive = 1e-3
+    lr_decay: Literal["constant", "cosine"] = "cosine"
     loss: str = "k-dce"
     schedule: str = "log-linear"
-    lr: float = 1e-3
-    lr_rampup: int = 100
-    lr_decay: Literal["cosine", "constant"] = "cosine"
-    beta2: float = 0.99
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    ema_decay: float = 0.995
-    on_policy: float = 0.5
-    block: int = 1
+    ema_decay: Decay = 0.995
+    on_policy: Share = 0.5
+    block: Count = 1
     consistency: float = 1.0
     chains: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.loss not in LOSSES:
             raise unknown_name("discrete loss", self.loss, LOSSES)
-        if self.lr_decay not in ("cosine", "constant"):
-            raise unknown_name("learning-rate decay", self.lr_decay, ("cosine", "constant"))
-        if not (0 < self.lr < math.inf and 0 <= self.beta2 < 1 and 0 <= self.ema_decay < 1):
-            raise UserError(
-                "an optimiser setting is out of range",
-                got=f"lr {self.lr}, beta2 {self.beta2}, ema_decay {self.ema_decay}",
-                expected="lr > 0, and the other two in [0, 1)",
-            )
-        if not (0 <= self.on_policy <= 1 and self.block >= 1 and self.chains >= 2):
-            raise UserError(
-                "a setting of the Gibbs chains is out of range",
-                got=f"on_policy {self.on_policy}, block {self.block}, chains {self.chains}",
-                expected="on_policy in [0, 1], block >= 1, chains >= 2",
-            )
+        if self.chains < 2:
+            raise UserError("there must be at least 2 Gibbs chains", got=self.chains)
 
 
 @dataclass
@@ -137,7 +119,7 @@ class _Training:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def _state(self, modules: dict[str, Callable[[], nn.Module]], chains: int, seed: int) -> TokenState:
-        cfg, net = self.config, self.net
+        net = self.net
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "network"))
             model = nn.ModuleDict({name: make() for name, make in modules.items()}).to(self.device)
@@ -146,13 +128,7 @@ class _Training:
         return TokenState(
             model=model,
             average=copy.deepcopy(model).requires_grad_(False).eval(),
-            optimiser=torch.optim.AdamW(
-                model.parameters(),
-                lr=cfg.lr,
-                betas=(0.9, cfg.beta2),
-                weight_decay=cfg.weight_decay,
-                fused=True,
-            ),
+            optimiser=adam(model.parameters(), self.config),
             generator=random,
             chains=start,
         )
@@ -160,20 +136,14 @@ class _Training:
     def _descend(self, state: TokenState, loss: Tensor) -> Tensor:
         """Gradient, clipping, learning rate, optimiser, average; returns the gradient's norm."""
         cfg = self.config
-        factor = min(1.0, (state.step + 1) / cfg.lr_rampup) if cfg.lr_rampup > 0 else 1.0
-        if cfg.lr_decay == "cosine":
-            factor *= 0.5 * (1 + math.cos(math.pi * min(state.step / max(self.total_steps, 1), 1.0)))
-        for group in state.optimiser.param_groups:
-            group["lr"] = cfg.lr * factor
+        set_rate(state.optimiser, cfg.lr * rate(cfg, state.step, self.total_steps))
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
-        state.optimiser.step()
-        state.optimiser.zero_grad(set_to_none=True)
+        norm = clipped_step(state.optimiser, cfg.grad_clip)
         state.step += 1
         decay = min(cfg.ema_decay, (1 + state.step) / (10 + state.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(state.average.parameters()), list(state.model.parameters()), 1 - decay)
-        return norm.detach()
+        return norm
 
 
 @dataclass

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distmatch.base.errors import UserError
-from distmatch.base.rules import Count, CountOrNone, Decay, Finite, NotNegative, Positive, Share, check_rules
+from distmatch.base.rules import Count, CountOrNone, Decay, Finite, NotNegative, Positive, Share
+from distmatch.nets.optimizer import OptimizerSettings
 
 PATH_START = 14.0
 """Where students of whole paths start, in units of sigma_data: at 10 for toys and digits, whose spread is 0.7
@@ -20,7 +21,7 @@ to 0.75. Higher levels are hardly in the training of EDM's teachers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(OptimizerSettings):
     """The student and its training."""
 
     calls: Count = 1
@@ -28,27 +29,10 @@ class Settings:
     student_sigma: NotNegative = 5.0
     """Noise level at which the student starts, in units of sigma_data; 0 takes the teacher's sigma_max. A
     copied teacher keeps more of what it knows at a level where its predictions still vary."""
-    lr: Positive = 5e-4
-    """Learning rate of the student."""
-    lr_decay: Literal["constant", "cosine"] = "constant"
-    """Learning rate over the run, after lr_rampup steps of linear warm-up."""
-    lr_rampup: CountOrNone = 100
-    """Steps of linear learning-rate warm-up."""
-    beta1: Decay = 0.9
-    """First Adam moment decay of all optimisers."""
-    beta2: Decay = 0.99
-    """Second Adam moment decay of all optimisers."""
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay."""
-    grad_clip: NotNegative = 1.0
-    """Largest gradient norm of each network; 0 leaves gradients alone."""
     ema_half_life: NotNegative = 200.0
     """Half-life of the student average, in student updates; 0 takes the last weights."""
     fit_steps: CountOrNone = 2000
     """Regression steps that start student and critic off a teacher without a network (exact teachers)."""
-
-    def __post_init__(self) -> None:
-        check_rules(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,19 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.seeds import generator
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, expand
-from distmatch.diffusion.noise import LogNormal, Truncated
+from distmatch.diffusion.noise import Karras, LogNormal, Truncated
 from distmatch.divergences import Divergence
 from distmatch.methods.method import Method
 from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, Settings
-from distmatch.methods.start import Draw
+from distmatch.methods.start import Draw, Network, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, student_levels
 from distmatch.nets.config import NetConfig
-from distmatch.nets.optim import adam
+from distmatch.nets.ema import EMA
+from distmatch.nets.optim import adam, rate
 
 S = TypeVar("S", bound=Settings, covariant=True)
 
@@ -86,8 +88,29 @@ class Setup(Generic[S]):
 
     def adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimiser of a network, with the shared settings."""
-        cfg = self.settings
-        return adam(module.parameters(), lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+        return adam(module.parameters(), self.settings, lr)
+
+    def rate(self, step: int) -> float:
+        """The factor on all learning rates at a step."""
+        return rate(self.settings, step, self.total_steps)
+
+    def network(self, seed: int, draw: Draw | None, seen: Karras | None = None) -> Network:
+        """What the student starts from; a fresh network is fitted at the levels that are ``seen`` first."""
+        network = starting_network(self.teacher, self.net, seed, self.device)
+        if draw is not None and not has_network(self.teacher):
+            seen = seen or Karras(self.teacher.sigma_min, self.first_level)
+            fit_to_teacher(network, self.teacher, draw, seen, self.settings.fit_steps, seed)
+        return network
+
+    def state(self, seed: int, student: Student, trained: nn.Module, **others: Any) -> DistillState:
+        """The state before the first step, with an average of what is trained."""
+        return DistillState(
+            student=student,
+            average=EMA(trained),
+            generator=generator(seed, "distill", self.device),
+            ratio_generator=generator(seed, "distill/ratio", self.device),
+            **others,
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that networks run in."""

@@ -21,6 +21,7 @@ from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig, default_config
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+from distmatch.nets.optimizer import OptimizerSettings
 from distmatch.nets.saved import require_described
 
 Draw = Callable[[int], tuple[Tensor, Tensor | None]]
@@ -123,10 +124,11 @@ def fit_to_teacher(
     """
     device = next(network.parameters()).device
     gen = generator(seed, "fit", device)
-    optimiser = adam(network.parameters(), 1e-3, (0.9, 0.99))
+    settings = OptimizerSettings(lr=1e-3, lr_rampup=50, lr_decay="cosine")
+    optimiser = adam(network.parameters(), settings)
     with progress(steps, desc="fit to teacher", delay=5.0) as bar:
         for step in range(steps):
-            set_rate(optimiser, 1e-3 * rate(step, steps, 50, "cosine"))
+            set_rate(optimiser, settings.lr * rate(settings, step, steps))
             x0, labels = draw(512)
             x0 = x0.to(device)
             labels = labels.to(device) if labels is not None and teacher.num_classes else None
@@ -137,5 +139,5 @@ def fit_to_teacher(
             weight = edm_weight(sigma, network.sigma_data)
             loss = denoising_loss(network(x, sigma, labels), target, weight).mean()
             loss.backward()
-            clipped_step(optimiser, 1.0)
+            clipped_step(optimiser, settings.grad_clip)
             bar.update(1, loss=loss.detach())

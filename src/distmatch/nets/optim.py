@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from distmatch.nets.optimizer import OptimizerSettings
+
 
 def adam(
-    parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float = 0.0
+    parameters: Iterable[nn.Parameter], settings: OptimizerSettings, lr: float | None = None
 ) -> torch.optim.AdamW:
     """AdamW in its fused form, which is one pass over the parameters on CPUs and GPUs alike."""
     return torch.optim.AdamW(
-        list(parameters), lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True
+        list(parameters),
+        lr=settings.lr if lr is None else lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=1e-8,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 
-def rate(step: int, total: int, ramp: int, decay: Literal["constant", "cosine"]) -> float:
+def rate(settings: OptimizerSettings, step: int, total: int) -> float:
     """Factor on the learning rate at ``step`` of ``total``: linear ramp, then constant or half a cosine."""
+    ramp = settings.lr_rampup
     factor = min(1.0, (step + 1) / ramp) if ramp > 0 else 1.0
-    if decay == "cosine":
+    if settings.lr_decay == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
     return factor
 

@@ -12,6 +12,7 @@ from distmatch.base.rules import Count, CountOrNone, Decay, Finite, NotNegative,
 from distmatch.methods.settings import Settings
 from distmatch.methods.table import find_method, own_divergence
 from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
+from distmatch.nets.optimizer import OptimizerSettings
 from distmatch.training.presets import LAPTOP, find_preset
 
 
@@ -106,21 +107,12 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(OptimizerSettings):
     """How a diffusion teacher is trained; by default with the loss and the preconditioning of EDM."""
 
     lr: Positive = 1e-3
-    """Learning rate."""
     lr_decay: Literal["constant", "cosine"] = "cosine"
-    """Learning rate over the run, after the ramp."""
     lr_rampup: CountOrNone = 200
-    """Steps of linear learning-rate warm-up."""
-    beta2: Decay = 0.99
-    """Second Adam moment decay."""
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay."""
-    grad_clip: NotNegative = 1.0
-    """Largest gradient norm; 0 leaves gradients alone."""
     ema_half_life: Positive = 200.0
     """Half-life of the weight average, in steps. The average is what is saved."""
     label_dropout: Decay = 0.1
@@ -167,7 +159,7 @@ class TeacherConfig:
     """All data carry this noise already, in model units: add none."""
 
     def __post_init__(self) -> None:
-        check_rules(self)
+        super().__post_init__()
         if self.ambient_noise > 0 and (self.pfgm_dims > 0 or self.instance_noise > 0):
             raise UserError(
                 "--ambient-noise does not go together with --pfgm-dims or --instance-noise",

@@ -145,7 +145,7 @@ class TeacherTraining:
                 if isinstance(part, Conditioning):
                     part.perturbation = Perturbation(cfg.condition_noise, cfg.condition_noise_kind)
         denoiser = self.objective.denoiser(net, self.shape, self.num_classes).to(self.device)
-        optimiser = adam(denoiser.parameters(), cfg.lr, (0.9, cfg.beta2), cfg.weight_decay)
+        optimiser = adam(denoiser.parameters(), cfg)
         uncertainty = None
         if cfg.learned_uncertainty:
             uncertainty = LearnedUncertainty().to(self.device)
@@ -178,7 +178,7 @@ class TeacherTraining:
             draw = torch.rand(len(x0), generator=state.generator, device=self.device)
             hidden = draw < cfg.label_dropout
             labels = torch.where(hidden, -1, labels)
-        set_rate(state.optimiser, cfg.lr * rate(state.step, self.total_steps, cfg.lr_rampup, cfg.lr_decay))
+        set_rate(state.optimiser, cfg.lr * rate(cfg, state.step, self.total_steps))
         with (
             self._dropout_stream(state),
             torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext(),

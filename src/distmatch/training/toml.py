@@ -50,60 +50,25 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def dataclass_to_dict(options: Any) -> dict[str, Any]:
-    """The nested dict of a nested dataclass, ready for :func:`to_toml` and JSON.
-
-    Tuples become lists and paths strings. None stays None, except where the default is something else: there
-    it becomes ``"none"``, because a key left out of the file would bring the default back.
-
-    Raises:
-        TypeError: A field is None whose default is not None and which may also be any str.
-    """
-    hints = typing.get_type_hints(type(options))
-    result: dict[str, Any] = {}
-    for field in dataclasses.fields(options):
-        if not field.init:
-            continue
-        value = getattr(options, field.name)
-        if value is None and field.default is not None and not _required(field):
-            value = "none"
-            if _convert(hints[field.name], value, type(options).__name__, field.name) is not None:
-                raise TypeError(f"{field.name} may be the text 'none': its default has to be None")
-        result[_key_of(field)] = _plain(value)
-    return result
-
-
-def dict_to_dataclass(cls: type[T], values: dict[str, Any], where: str = "the options") -> T:
-    """Builds a nested dataclass from a nested dict, checking every name and type.
-
-    Fields may be str, int, float (an int is taken too), bool, Path, Literal, list, tuple, dict, Any, another
-    dataclass, and unions of these. Of several dataclasses in a union, the one is taken whose field ``kind``
-    (a Literal) allows the ``kind`` in the dict. Keys that are missing take their defaults.
-
-    Args:
-        cls: The dataclass to build.
-        values: What the user wrote.
-        where: Where they wrote it, for the messages, for example ``"config.toml"``.
-
-    Raises:
-        UserError: A name is unknown, a value is missing or has the wrong type.
-    """
-    return typing.cast(T, _build(cls, values, where, "", None))
+    """The nested dict of a nested dataclass, ready for :func:`to_toml` and JSON; tuples become lists."""
+    return {_key_of(field): _plain(getattr(options, field.name)) for field in dataclasses.fields(options)}
 
 
 def with_values(options: T, values: dict[str, Any], where: str = "the options") -> T:
-    """A nested dataclass with the values of a nested dict in the place of its own, checked likewise.
+    """A nested dataclass with the values of a nested dict in the place of its own, names and types checked.
 
-    A nested dataclass keeps its class, also where the annotation is of a base class.
+    Fields may be str, int, float (an int is taken too), bool, Literal, tuples of one of these, any of them or
+    None, and other dataclasses, which keep their class also where the annotation is of a base class.
 
     Args:
         options: What gives the values that are not in the dict.
         values: What the user wrote.
-        where: Where they wrote it.
+        where: Where they wrote it, for the messages, for example ``"config.toml"``.
 
     Raises:
-        UserError: As for :func:`dict_to_dataclass`.
+        UserError: A name is unknown, or a value has the wrong type.
     """
-    return typing.cast(T, _build(type(options), values, where, "", options))
+    return typing.cast(T, _with_values(options, values, where, ""))
 
 
 def _key_of(field: dataclasses.Field[Any]) -> str:
@@ -157,74 +122,41 @@ def _value(value: Any, where: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value):
         return dataclass_to_dict(value)
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return value
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _build(cls: type, values: Any, where: str, prefix: str, base: Any) -> Any:
+def _with_values(options: Any, values: Any, where: str, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise _wrong(prefix, values, f"a table of options of {cls.__name__}", where)
-    fields = {_key_of(field): field for field in dataclasses.fields(cls) if field.init}
-    hints = typing.get_type_hints(cls)
-    arguments: dict[str, Any] = {}
+        raise _wrong(prefix, values, f"a table of options of {type(options).__name__}", where)
+    fields = {_key_of(field): field.name for field in dataclasses.fields(options)}
+    hints = typing.get_type_hints(type(options))
+    changes: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
             raise unknown_name(f"option in {_place(prefix, where)}", key, fields)
-        name, place = fields[key].name, f"{prefix}.{key}".lstrip(".")
-        inner = getattr(base, name, None)
+        name, place = fields[key], f"{prefix}.{key}".lstrip(".")
+        inner = getattr(options, name)
         if dataclasses.is_dataclass(inner):
-            arguments[name] = _build(type(inner), value, where, place, inner)
+            changes[name] = _with_values(inner, value, where, place)
         else:
-            arguments[name] = _convert(hints[name], value, where, place)
-    if base is not None:
-        return dataclasses.replace(base, **arguments)
-    for name, field in fields.items():
-        if name not in arguments and _required(field):
-            if type(None) not in get_args(hints[name]):
-                raise UserError(f"{name} is missing in {_place(prefix, where)}", fix=f"add {name} = ...")
-            arguments[name] = None
-    return cls(**arguments)
-
-
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            changes[name] = _convert(hints[name], value, where, place)
+    return dataclasses.replace(options, **changes)
 
 
 def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     """``value`` as the type ``kind``; UserError where it is none."""
     origin, members = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
     if origin is Literal:
         for allowed in members:
             if type(allowed) is type(value) and allowed == value:
                 return value
         raise unknown_name(f"value of {_place(key, where)}", value, map(str, members))
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(members, value, where, key)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _build(kind, value, where, key, None)
-    if origin in (list, tuple) and isinstance(value, (list, tuple)):
-        kinds: tuple[Any, ...] = members
-        if origin is list or members[-1] is Ellipsis:
-            kinds = (members[0],) * len(value)
-        if len(kinds) != len(value):
-            raise _wrong(key, value, f"a list of {len(kinds)}", where)
-        items = (
-            _convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-        )
-        return origin(items)
-    if origin is dict and isinstance(value, dict):
-        return {k: _convert(members[1], v, where, f"{key}.{k}") for k, v in value.items()}
-    if kind is Path and isinstance(value, (str, Path)):
-        return Path(value)
+        return _convert(next(m for m in members if m is not type(None)), value, where, key)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(members[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
     if kind is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
@@ -232,41 +164,11 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     raise _wrong(key, value, _name(kind), where)
 
 
-def _convert_union(members: tuple[Any, ...], value: Any, where: str, key: str) -> Any:
-    tables: list[Any] = [m for m in members if dataclasses.is_dataclass(m)]
-    if isinstance(value, dict) and len(tables) == 1:
-        return _build(tables[0], value, where, key, None)
-    if isinstance(value, dict) and tables:
-        by_kind = {name: m for m in tables for name in get_args(typing.get_type_hints(m)["kind"])}
-        if "kind" not in value:
-            expected = f"kind = one of {', '.join(by_kind)}"
-            raise UserError(f"kind is missing in {_place(key, where)}", expected=expected)
-        if value["kind"] not in list(by_kind):  # a list, because what the user wrote may not be hashable
-            raise unknown_name(f"kind in {_place(key, where)}", value["kind"], by_kind)
-        return _build(by_kind[value["kind"]], value, where, key, None)
-    others = [m for m in members if m is not type(None)]
-    # dataclass_to_dict writes "none", but an option that takes any str, or this one, means the text.
-    taken = str in others or any("none" in get_args(m) for m in others if get_origin(m) is Literal)
-    if len(others) < len(members) and (value is None or (value == "none" and not taken)):
-        return None
-    if len(others) == 1:
-        return _convert(others[0], value, where, key)
-    others.sort(key=lambda m: m is not type(value))  # exact types first: an int stays an int in float | int
-    for member in others:
-        try:
-            return _convert(member, value, where, key)
-        except UserError:
-            continue
-    raise _wrong(key, value, " or ".join(_name(m) for m in members), where)
-
-
 def _place(key: str, where: str) -> str:
     return f"{where} [{key}]" if key else where
 
 
 def _name(kind: Any) -> str:
-    if kind is type(None):
-        return '"none"'
     return (
         kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).removeprefix("typing.")
     )

@@ -27,7 +27,6 @@ from distmatch.losses import (
 from distmatch.methods.consistency.adversary import Adversary
 from distmatch.methods.consistency.direct import (
     Draws,
-    factor,
     guided_teacher,
     noised_draws,
     training_levels,
@@ -94,7 +93,7 @@ class TrajectoryTerm:
             return self._accumulate(state, draws, None)[0]
         draws |= adversary.draw(state, batch.x)
         info, samples = self._accumulate(state, draws, adversary)
-        return info | adversary.learn(state, samples, draws, factor(self.setup, state))
+        return info | adversary.learn(state, samples, draws, self.setup.rate(state.step))
 
     def _accumulate(
         self, state: DistillState, draws: Draws, adversary: Adversary | None

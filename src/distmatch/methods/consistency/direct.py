@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import generator
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
@@ -24,12 +23,12 @@ from distmatch.methods.consistency.settings import LevelSettings
 from distmatch.methods.matching.scores import StudentTerm
 from distmatch.methods.settings import GammaSettings, GuidedSettings, NetworkSettings, Settings
 from distmatch.methods.setup import Info, Setup, averaged
-from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
+from distmatch.methods.start import Draw, has_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
-from distmatch.nets.ema import EMA, ema_decay
+from distmatch.nets.ema import ema_decay
 from distmatch.nets.jump import as_jump, require_jump
-from distmatch.nets.optim import clipped_step, rate, set_rate
+from distmatch.nets.optim import clipped_step, set_rate
 
 Draws = dict[str, Tensor]
 """What a loss reads of a batch and of the random stream, by name: tensors of as many rows as the batch."""
@@ -88,10 +87,7 @@ class Direct:
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step: the student starts as a copy of the teacher."""
         setup, cfg = self.setup, self.setup.settings
-        start = starting_network(setup.teacher, setup.net, seed, setup.device)
-        if draw is not None and not has_network(setup.teacher):
-            seen = Karras(setup.teacher.sigma_min, setup.first_level)
-            fit_to_teacher(start, setup.teacher, draw, seen, cfg.fit_steps, seed)
+        start = setup.network(seed, draw)
         if self.term.jumps:
             start = as_jump(start)
         student = Student(
@@ -100,13 +96,8 @@ class Direct:
             chain="jump" if self.term.jumps else "renoise",
             gamma=self.gamma,
         )
-        state = DistillState(
-            student=student,
-            average=EMA(student.denoiser),
-            optimisers={"student": setup.adam(student.denoiser, cfg.lr)},
-            generator=generator(seed, "distill", setup.device),
-            ratio_generator=generator(seed, "distill/ratio", setup.device),
-        )
+        optimisers = {"student": setup.adam(student.denoiser, cfg.lr)}
+        state = setup.state(seed, student, student.denoiser, optimisers=optimisers)
         self.term.prepare(state, seed)
         return state
 
@@ -114,7 +105,7 @@ class Direct:
         """One step of the student."""
         setup, cfg = self.setup, self.setup.settings
         labels = batch.labels if setup.teacher.num_classes else None
-        set_rate(state.optimisers["student"], cfg.lr * factor(setup, state))
+        set_rate(state.optimisers["student"], cfg.lr * setup.rate(state.step))
         info = self.term.backward(state, batch, labels)
         network = state.student.denoiser
         info["grad_norm_student"] = clipped_step(state.optimisers["student"], cfg.grad_clip)
@@ -122,11 +113,6 @@ class Direct:
         state.average.update(network, ema_decay(state.updates, half_life=cfg.ema_half_life))
         state.step += 1
         return info
-
-
-def factor(setup: Setup[Settings], state: DistillState) -> float:
-    """The factor on all learning rates at this step."""
-    return rate(state.step, setup.total_steps, setup.settings.lr_rampup, setup.settings.lr_decay)
 
 
 def guided_teacher(setup: Setup[GuidedSettings]) -> Denoiser:

@@ -4,48 +4,42 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distmatch.methods.consistency.settings import (
-    ConsistencySettings,
-    CTMSettings,
-    MeanFlowSettings,
-    RCMSettings,
-    SCMSettings,
-)
+from distmatch.methods.consistency import settings as own
 from distmatch.methods.method import Method
 
 if TYPE_CHECKING:
     from distmatch.methods.setup import Distiller, Setup
 
 
-def _consistency(setup: Setup[ConsistencySettings]) -> Distiller:
+def _consistency(setup: Setup[own.ConsistencySettings]) -> Distiller:
     from distmatch.methods.consistency.cm import PairTerm
     from distmatch.methods.consistency.direct import Direct
 
     return Direct(setup, PairTerm(setup))
 
 
-def _scm(setup: Setup[SCMSettings]) -> Distiller:
+def _scm(setup: Setup[own.SCMSettings]) -> Distiller:
     from distmatch.methods.consistency.direct import Direct
     from distmatch.methods.consistency.scm import TangentTerm
 
     return Direct(setup, TangentTerm(setup))
 
 
-def _ctm(setup: Setup[CTMSettings]) -> Distiller:
+def _ctm(setup: Setup[own.CTMSettings]) -> Distiller:
     from distmatch.methods.consistency.ctm import TrajectoryTerm
     from distmatch.methods.consistency.direct import Direct
 
     return Direct(setup, TrajectoryTerm(setup))
 
 
-def _mean_flow(setup: Setup[MeanFlowSettings]) -> Distiller:
+def _mean_flow(setup: Setup[own.MeanFlowSettings]) -> Distiller:
     from distmatch.methods.consistency.direct import Direct
     from distmatch.methods.consistency.mean_flow import AverageVelocityTerm
 
     return Direct(setup, AverageVelocityTerm(setup))
 
 
-def _rcm(setup: Setup[RCMSettings]) -> Distiller:
+def _rcm(setup: Setup[own.RCMSettings]) -> Distiller:
     from distmatch.methods.consistency.rcm import build_rcm
 
     return build_rcm(setup)
@@ -58,7 +52,7 @@ METHODS = (
         summary="pairs of levels on one path, ever closer, must lead to the same sample (CM, ECT)",
         citation="Song et al. 2023, arXiv 2303.01469; Geng et al. 2024, arXiv 2406.14548",
         limits="errors add up from pair to pair; samples are softer than the teacher's",
-        settings=ConsistencySettings,
+        settings=own.ConsistencySettings,
         build=_consistency,
     ),
     Method(
@@ -67,7 +61,7 @@ METHODS = (
         summary="the limit of ever closer pairs: the derivative along the path, bounded, is brought to zero",
         citation="Lu and Song 2024, arXiv 2410.11081",
         limits="the value of its loss says nothing; unsteady at levels the teacher was hardly trained on",
-        settings=SCMSettings,
+        settings=own.SCMSettings,
         build=_scm,
         forward_mode=True,
     ),
@@ -77,7 +71,7 @@ METHODS = (
         summary="jumps between any two levels agree with the teacher's path and shorter jumps",
         citation="Kim et al. 2024, arXiv 2310.02279",
         limits="needs a network of ours; compares samples by pixels, not by LPIPS",
-        settings=CTMSettings,
+        settings=own.CTMSettings,
         build=_ctm,
     ),
     Method(
@@ -86,7 +80,7 @@ METHODS = (
         summary="the average velocity between any two levels, from the identity that it obeys",
         citation="Geng et al. 2025, arXiv 2505.13447",
         limits="needs a network of ours; noisy where the derivative is large, so small learning rates",
-        settings=MeanFlowSettings,
+        settings=own.MeanFlowSettings,
         build=_mean_flow,
         forward_mode=True,
     ),
@@ -96,7 +90,7 @@ METHODS = (
         summary="scm, which covers, with a score difference, which sharpens",
         citation="Zheng et al. 2025, arXiv 2510.08431",
         limits="three networks and the derivative: the dearest step of the family",
-        settings=RCMSettings,
+        settings=own.RCMSettings,
         build=_rcm,
         forward_mode=True,
     ),

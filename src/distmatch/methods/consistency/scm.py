@@ -15,7 +15,6 @@ from distmatch.interop import is_external
 from distmatch.losses import flow_direction, scm_loss, scm_tangent, trigflow_speed, uncertainty_loss
 from distmatch.methods.consistency.direct import (
     Draws,
-    factor,
     guided_teacher,
     mean_backward,
     noised_draws,
@@ -79,7 +78,7 @@ class TangentTerm:
         info = mean_backward(self.setup, draws, lambda part: self.loss(state, part))
         if self.learned_weight:
             optimiser = state.optimisers["uncertainty"]
-            set_rate(optimiser, self.setup.settings.lr * factor(self.setup, state))
+            set_rate(optimiser, self.setup.settings.lr * self.setup.rate(state.step))
             clipped_step(optimiser, self.setup.settings.grad_clip)
         return info
 

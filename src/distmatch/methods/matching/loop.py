@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import generator, stream_seed
+from distmatch.base.seeds import stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import Guided
@@ -37,11 +37,11 @@ from distmatch.methods.settings import (
     RatioSettings,
 )
 from distmatch.methods.setup import Info, Setup, averaged, part_of, standard_normal
-from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
+from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Chain, Student
-from distmatch.nets.ema import EMA, ema_decay
-from distmatch.nets.optim import clipped_step, rate, set_rate
+from distmatch.nets.ema import ema_decay
+from distmatch.nets.optim import clipped_step, set_rate
 from distmatch.ratio.discriminator import build_discriminator, choose_source
 from distmatch.ratio.normaliser import NormaliserConfig, RatioNormaliser
 
@@ -153,12 +153,10 @@ class Matching:
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step: student and critic start as copies of the teacher."""
         cfg, setup = self.config, self.setup
-        start = starting_network(self.teacher, setup.net, seed, setup.device)
-        if draw is not None and not has_network(self.teacher):
-            ends = (self.noise, self.critic_noise)
-            high = max(setup.first_level, *(law.high for law in ends))
-            seen = Karras(min(law.low for law in ends), high, cfg.noise_rho)
-            fit_to_teacher(start, self.teacher, draw, seen, cfg.fit_steps, seed)
+        ends = (self.noise, self.critic_noise)
+        high = max(setup.first_level, *(law.high for law in ends))
+        seen = Karras(min(law.low for law in ends), high, cfg.noise_rho)
+        start = setup.network(seed, draw, seen)
         student = Student(start, self.levels, chain=self.chain)
         fake = copy.deepcopy(start)
         discriminator = self._discriminator(fake, seed) if self.needs_ratio else None
@@ -168,15 +166,14 @@ class Matching:
         }
         if discriminator is not None:
             optimisers["ratio"] = setup.adam(discriminator, self.adversary.lr_ratio)
-        state = DistillState(
-            student=student,
-            average=EMA(student.denoiser),
+        state = setup.state(
+            seed,
+            student,
+            student.denoiser,
             fake=fake,
             discriminator=discriminator,
             optimisers=optimisers,
             normaliser=RatioNormaliser(self._bins, setup.device),
-            generator=generator(seed, "distill", setup.device),
-            ratio_generator=generator(seed, "distill/ratio", setup.device),
         )
         for term in self.terms:
             term.prepare(state, seed)
@@ -197,7 +194,7 @@ class Matching:
         student_turn = last and state.step >= cfg.warmup_steps
         critic_turn = cfg.order == "same-batch" or not student_turn
         labels = batch.labels if self.teacher.num_classes else None
-        factor = rate(state.step, self.setup.total_steps, cfg.lr_rampup, cfg.lr_decay)
+        factor = self.setup.rate(state.step)
         x, call = self._simulate(state, len(batch.x), labels)
         whole = len(self.setup.parts(len(x))) == 1
         objective_turn = student_turn and state.step >= self.first

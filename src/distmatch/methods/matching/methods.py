@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from distmatch.methods.matching.settings import (
-    BacktrackSettings,
-    DiffInstructSettings,
-    DisBackSettings,
-    DMD2Settings,
-    DMDSettings,
-    FDistillSettings,
-    MomentMatchingSettings,
-    SiDASettings,
-    SiDSettings,
-    SIMSettings,
-    UniInstructSettings,
-)
+from distmatch.methods.matching import settings as own
 from distmatch.methods.method import Method
 
 if TYPE_CHECKING:
@@ -24,7 +12,7 @@ if TYPE_CHECKING:
     from distmatch.methods.setup import Distiller, Setup
 
 
-def _matching(setup: Setup[BacktrackSettings], objective: MatchingObjective, **options: Any) -> Distiller:
+def _matching(setup: Setup[own.BacktrackSettings], objective: MatchingObjective, **options: Any) -> Distiller:
     """The loop around an objective, along recorded copies of the teacher where they are wanted."""
     from distmatch.methods.matching.backtrack import Backtracking, backtrack_path
     from distmatch.methods.matching.loop import Matching
@@ -33,48 +21,48 @@ def _matching(setup: Setup[BacktrackSettings], objective: MatchingObjective, **o
     return Backtracking(base, backtrack_path(setup)) if setup.settings.backtrack else base
 
 
-def _f_distill(setup: Setup[FDistillSettings]) -> Distiller:
+def _f_distill(setup: Setup[own.FDistillSettings]) -> Distiller:
     from distmatch.methods.matching.score import ScoreDifference
 
     return _matching(setup, ScoreDifference(setup.divergence, setup.settings.scaling))
 
 
-def _score_difference(setup: Setup[BacktrackSettings]) -> Distiller:
+def _score_difference(setup: Setup[own.BacktrackSettings]) -> Distiller:
     from distmatch.methods.matching.score import ScoreDifference
 
     return _matching(setup, ScoreDifference(None, setup.settings.scaling))
 
 
-def _dmd(setup: Setup[DMDSettings]) -> Distiller:
+def _dmd(setup: Setup[own.DMDSettings]) -> Distiller:
     from distmatch.methods.matching.pairs import PairRegression
     from distmatch.methods.matching.score import ScoreDifference
 
     return _matching(setup, ScoreDifference(None, setup.settings.scaling), terms=(PairRegression(setup),))
 
 
-def _sid(setup: Setup[SiDSettings]) -> Distiller:
+def _sid(setup: Setup[own.SiDSettings]) -> Distiller:
     from distmatch.methods.matching.fisher import SiD
 
-    scaled = isinstance(setup.settings, SiDASettings)
+    scaled = isinstance(setup.settings, own.SiDASettings)
     return _matching(setup, SiD(setup.settings.sid_alpha, setup.settings.scaling), scaled_adversary=scaled)
 
 
-def _sim(setup: Setup[SIMSettings]) -> Distiller:
+def _sim(setup: Setup[own.SIMSettings]) -> Distiller:
     from distmatch.methods.matching.fisher import SIM
 
-    own = setup.settings
-    return _matching(setup, SIM(own.sim_distance, own.sim_c, own.scaling))
+    chosen = setup.settings
+    return _matching(setup, SIM(chosen.sim_distance, chosen.sim_c, chosen.scaling))
 
 
-def _uni_instruct(setup: Setup[UniInstructSettings]) -> Distiller:
+def _uni_instruct(setup: Setup[own.UniInstructSettings]) -> Distiller:
     from distmatch.methods.matching.fisher import UniInstruct
 
-    own = setup.settings
-    objective = UniInstruct(setup.divergence, own.ratio_gradient, own.ratio_warmup, own.scaling)
+    chosen = setup.settings
+    objective = UniInstruct(setup.divergence, chosen.ratio_gradient, chosen.ratio_warmup, chosen.scaling)
     return _matching(setup, objective)
 
 
-def _moment_matching(setup: Setup[MomentMatchingSettings]) -> Distiller:
+def _moment_matching(setup: Setup[own.MomentMatchingSettings]) -> Distiller:
     from distmatch.methods.consistency.direct import guided_teacher
     from distmatch.methods.matching.loop import Matching
     from distmatch.methods.matching.moments import MomentMatching
@@ -90,7 +78,7 @@ METHODS = (
         summary="any f-divergence: score difference weighted by h(r), plus an adversarial term",
         citation="Xu et al. 2025, arXiv 2502.15681",
         limits="the ratio is only as good as its discriminator; large weights need large batches",
-        settings=FDistillSettings,
+        settings=own.FDistillSettings,
         build=_f_distill,
         divergences="any",
     ),
@@ -100,7 +88,7 @@ METHODS = (
         summary="reverse KL: unweighted score difference plus an adversarial term",
         citation="Yin et al. 2024, arXiv 2405.14867",
         limits="reverse KL drops modes; the adversarial term has to bring them back",
-        settings=DMD2Settings,
+        settings=own.DMD2Settings,
         build=_score_difference,
         divergences="reverse_kl",
     ),
@@ -110,7 +98,7 @@ METHODS = (
         summary="reverse KL: unweighted score difference alone; needs no data",
         citation="Luo et al. 2023, arXiv 2305.18455",
         limits="reverse KL drops modes, and nothing brings them back",
-        settings=DiffInstructSettings,
+        settings=own.DiffInstructSettings,
         build=_score_difference,
         data="no",
         divergences="reverse_kl",
@@ -121,7 +109,7 @@ METHODS = (
         summary="reverse KL plus regression on pairs of noise and teacher sample; needs no data",
         citation="Yin et al. 2023, arXiv 2311.18828",
         limits="pairs cost many teacher calls before the first step; compared by pixels, not by LPIPS",
-        settings=DMDSettings,
+        settings=own.DMDSettings,
         build=_dmd,
         data="no",
         divergences="reverse_kl",
@@ -132,7 +120,7 @@ METHODS = (
         summary="dmd2 along recorded copies of the teacher, degraded towards the untrained student",
         citation="Zhang et al. 2024, arXiv 2408.15991",
         limits="keeps --backtrack minus 1 copies of the network in memory; the student waits at the start",
-        settings=DisBackSettings,
+        settings=own.DisBackSettings,
         build=_score_difference,
         divergences="reverse_kl",
     ),
@@ -142,7 +130,7 @@ METHODS = (
         summary="Fisher divergence by score identities; needs no data",
         citation="Zhou et al. 2024, arXiv 2404.04057",
         limits="differentiates the teacher by its input; its loss is negative and measures no progress",
-        settings=SiDSettings,
+        settings=own.SiDSettings,
         build=_sid,
         data="no",
         teacher_gradient=True,
@@ -153,7 +141,7 @@ METHODS = (
         summary="sid with an adversarial term on features of the fake score",
         citation="Zhou et al. 2024, arXiv 2410.14919",
         limits="differentiates the teacher by its input; the discriminator shares the fake score's network",
-        settings=SiDASettings,
+        settings=own.SiDASettings,
         build=_sid,
         teacher_gradient=True,
     ),
@@ -163,7 +151,7 @@ METHODS = (
         summary="any distance between the scores, under samples held fixed; needs no data",
         citation="Luo et al. 2024, arXiv 2410.16794",
         limits="differentiates the teacher by its input; its loss measures no progress",
-        settings=SIMSettings,
+        settings=own.SIMSettings,
         build=_sim,
         data="no",
         teacher_gradient=True,
@@ -174,7 +162,7 @@ METHODS = (
         summary="any f-divergence of clean samples, by its expansion over noise levels; adversarial term",
         citation="Wang et al. 2025, arXiv 2505.20755",
         limits="differentiates teacher and discriminator by their input; only as good as the ratio",
-        settings=UniInstructSettings,
+        settings=own.UniInstructSettings,
         build=_uni_instruct,
         teacher_gradient=True,
         divergences="any",
@@ -186,7 +174,7 @@ METHODS = (
         summary="posterior means of student and teacher agree between the levels of its calls; needs no data",
         citation="Salimans et al. 2024, arXiv 2406.04103",
         limits="made for several calls: with one it is diff-instruct; one teacher call more in critic steps",
-        settings=MomentMatchingSettings,
+        settings=own.MomentMatchingSettings,
         build=_moment_matching,
         data="no",
     ),

@@ -20,17 +20,16 @@ from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import require_score
-from distmatch.diffusion.noise import Karras
 from distmatch.diffusion.solvers import grid, sample_teacher
 from distmatch.methods.setup import Info, Setup
-from distmatch.methods.start import Draw, fit_to_teacher, has_network, starting_network
+from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.methods.transport.semi_discrete import BrenierMap
 from distmatch.methods.transport.settings import DPMOTSettings
 from distmatch.methods.transport.student import TransportStudent
-from distmatch.nets.ema import EMA, ema_decay
-from distmatch.nets.optim import clipped_step, rate, set_rate
+from distmatch.nets.ema import ema_decay
+from distmatch.nets.optim import clipped_step, set_rate
 
 
 @dataclass
@@ -62,22 +61,13 @@ class Transport:
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step; the latents are made at that step, and kept in checkpoints."""
         setup, own = self.setup, self.setup.settings
-        network = starting_network(setup.teacher, setup.net, seed, setup.device)
-        if draw is not None and not has_network(setup.teacher):
-            seen = Karras(setup.teacher.sigma_min, setup.first_level)
-            fit_to_teacher(network, setup.teacher, draw, seen, own.fit_steps, seed)
-        network.requires_grad_(False)
+        network = setup.network(seed, draw).requires_grad_(False)
         groups = max(setup.teacher.num_classes, 1)
         transport = BrenierMap(torch.zeros(groups, own.bank, *setup.teacher.shape, device=setup.device))
         levels = setup.student_levels(own.calls)
-        return DistillState(
-            student=TransportStudent(network, levels, transport),
-            average=EMA(transport),
-            optimisers={"transport": setup.adam(transport, own.lr)},
-            generator=generator(seed, "distill", setup.device),
-            ratio_generator=generator(seed, "distill/ratio", setup.device),
-            extra={"transport": transport},
-        )
+        student = TransportStudent(network, levels, transport)
+        optimisers = {"transport": setup.adam(transport, own.lr)}
+        return setup.state(seed, student, transport, optimisers=optimisers, extra={"transport": transport})
 
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of Adam on the heights. Nothing of the batch is read."""
@@ -88,10 +78,7 @@ class Transport:
             transport.restart()
         doubled = min(own.doublings, state.step * (own.doublings + 1) // setup.total_steps)
         draws = own.cell_draws * own.bank * 2**doubled
-        set_rate(
-            state.optimisers["transport"],
-            own.lr * rate(state.step, setup.total_steps, own.lr_rampup, own.lr_decay),
-        )
+        set_rate(state.optimisers["transport"], own.lr * setup.rate(state.step))
         energy = transport.descend(self._noise(draws, state.generator))
         if transport.heights.grad is None:
             raise RuntimeError("the heights have no gradient")
