@@ -118,7 +118,7 @@ def test_a_run_of_format_2_goes_on(begun: Path, tmp_path: Path) -> None:
     values = tomllib.loads((run / "config.toml").read_text())
     values["distill"]["pairs"] = 4096  # settings of families were in tables of their own
     (run / "config.toml").write_text(to_toml({**values, "format": 2, "transport": _TABLES["transport"]}))
-    done(f"distill --out {run} --resume --steps 3")
+    assert done(f"distill --out {run} --resume --steps 3").err.count("is of format 2") == 1
     written = tomllib.loads((run / "config.toml").read_text())
     assert (written["format"], "transport" in written) == (FORMAT, False)
     assert written["distill"] == tomllib.loads((begun / "config.toml").read_text())["distill"]

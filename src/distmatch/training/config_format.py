@@ -64,8 +64,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     if found < FORMAT and any(_brought_up_to_date(values)):
         warnings.warn(
-            f"{path} is of format {found} and was read as one of format {FORMAT}, which has all settings of "
-            "a method in [distill], and only those that it reads",
+            f"{os.path.abspath(path)} is of format {found} and was read as one of format {FORMAT}, which has "
+            "all settings of a method in [distill], and only those that it reads",
             stacklevel=caller_level(),
         )
     return values
