@@ -55,7 +55,8 @@ def load_teacher(source: str | os.PathLike[str], **options: Any) -> Denoiser:
     Args:
         source: A run folder or model folder; a folder of diffusers; a network pickle of EDM or EDM2, which is
             read without running it; or the name of an exact teacher: ``ring8``, ``grid25``, ``skewed2``.
-        options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`.
+        options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`. For a model
+            with a network of your own, ``network``: the module, its class, or a denoiser around it.
 
     Raises:
         UserError: There is none, or the folder holds a student.

@@ -13,6 +13,7 @@ from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence, divergence
 from distmatch.methods.construct import build_method
 from distmatch.methods.setup import Setup
+from distmatch.methods.start import has_network
 from distmatch.methods.table import find_method, resolve_method
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
@@ -57,7 +58,7 @@ def distiller(
             settings=chosen.settings(**{**quick, **settings}),
             total_steps=total_steps,
             device=torch.device("cpu"),
-            net=MLPConfig(width=16, depth=2),
+            net=None if has_network(teacher) else MLPConfig(width=16, depth=2),
         )
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.calls import EDM, KEYWORDS, PLAIN, Call, CalledNet, check_arguments, recognised_call
 from distmatch.diffusion.conditioning import (
     LABEL,
     Conditioning,
@@ -60,7 +62,7 @@ class PredictionDenoiser(nn.Module):
         sigma_data: Standard deviation of the data.
         sigma_min: Smallest noise level; by default that of the path.
         sigma_max: Largest noise level; by default that of the path, or 1000 when it ends in pure noise.
-        time: How the network counts time, ``t -> its argument``: ``lambda t: 999 * t``, for example.
+        time: How the network counts time: a factor, such as 999, or a function ``t -> its argument``.
         levels: "interpolate" tells a discrete-time network times between its own, "snap" the nearest of its
             own as an integer.
         null_class: The label that stands for "no condition" in this network. None: it knows -1 itself and
@@ -89,7 +91,7 @@ class PredictionDenoiser(nn.Module):
         sigma_data: float = 0.5,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
-        time: Callable[[Tensor], Tensor] | None = None,
+        time: float | Callable[[Tensor], Tensor] | None = None,
         levels: Literal["interpolate", "snap"] = "interpolate",
         null_class: int | None = None,
         conditioning: ConditioningSpec | None = None,
@@ -132,6 +134,7 @@ class PredictionDenoiser(nn.Module):
                 fix="leave it out, and say how the network counts with time=lambda t: ...",
             )
         self.time, self.levels, self.null_class, self.reverse_time = time, levels, null_class, reverse_time
+        self.arguments: dict[str, Any] | None = None
 
     @property
     def has_features(self) -> bool:
@@ -222,7 +225,9 @@ class PredictionDenoiser(nn.Module):
             told = t.clamp(self.path.t_min, self.path.t_max)
             told = 1 - told if self.reverse_time else told
             told = told.to(torch.promote_types(dtype, torch.float32))
-        return told if self.time is None else self.time(told)
+        if self.time is None:
+            return told
+        return self.time(told) if callable(self.time) else self.time * told
 
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
         if self.null_class is None:
@@ -264,28 +269,91 @@ def check_null(labels: Tensor | None, null_class: int, num_classes: int) -> None
 
 
 def as_denoiser(
-    module: Callable[..., Tensor],
-    path: str | NoisePath = "vp",
-    prediction: str = "eps",
+    module: Callable[..., Any],
+    path: str | NoisePath | None = None,
+    prediction: str | None = None,
     *,
-    shape: Sequence[int],
+    shape: Sequence[int] | None = None,
+    call: str | Call = "auto",
+    arguments: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PredictionDenoiser:
-    """Makes a teacher of your own network.
+    """Makes a teacher of your own network; a student of it starts as a copy of the network.
+
+    How a module is called is recognised by the names of its arguments: ``net(x_t, t)``; with ``num_classes``,
+    ``net(x_t, t, labels)``; with ``conditioning``, ``net(x_t, t, name=...)``; with time first; or as EDM,
+    k-diffusion or diffusers call theirs. Anything else is said by a function of two lines, in the network's
+    own terms::
+
+        def call(net, x, t, conditions):
+            return net(x, noise=t.log() / 4, y=conditions["label"])
 
     Args:
-        module: ``net(x_t, t)``; with ``num_classes``, ``net(x_t, t, labels)``; with ``conditioning``,
-            ``net(x_t, t, name=...)``.
-        path: The noise path that it was trained on, or its name.
-        prediction: What it predicts: "x0", "eps", "v", "flow" or "score".
-        shape: Shape of one sample.
+        module: The network. A function will do for a teacher; its parameters are not found, so that a student
+            of it is a fresh network.
+        path: The noise path that it was trained on, or its name; by default ``edm`` for a network that is
+            called as those of EDM and k-diffusion are, with sigma, and ``vp`` for others.
+        prediction: What it predicts: "x0", "eps", "v", "flow" or "score"; by default "x0" and "eps".
+        shape: Shape of one sample. Networks of EDM's code say it themselves.
+        call: ``auto``; ``plain`` or a name of :data:`~distmatch.diffusion.calls.CALLS`; or a function.
+        arguments: What the class of the module was made with, as JSON values by name. They are kept with a
+            saved model, so that it can be loaded with the class alone.
         options: The other arguments of :class:`PredictionDenoiser`.
 
     Returns:
         A denoiser. It has features where the module has an attribute ``has_features`` that is True and takes
         ``return_features``.
+
+    Raises:
+        UserError: No shape, arguments that are no JSON, a module that needs more than it would be given.
     """
-    return PredictionDenoiser(module, path, prediction, shape=shape, **options)
+    chosen = call if call != "auto" else recognised_call(module) if isinstance(module, nn.Module) else PLAIN
+    if chosen == EDM:
+        size, channels = getattr(module, "img_resolution", None), getattr(module, "img_channels", None)
+        shape = (channels, size, size) if shape is None and size and channels else shape
+        if "conditioning" not in options:
+            options.setdefault("num_classes", int(getattr(module, "label_dim", 0)))
+    clean = chosen in (EDM, KEYWORDS)
+    if clean and hasattr(module, "sigma_data"):
+        options.setdefault("sigma_data", float(module.sigma_data))
+    if shape is None:
+        raise UserError(
+            "the network does not say what its samples look like",
+            got=f"a {type(module).__name__}",
+            fix="pass shape=(channels, height, width), or shape=(numbers,) for vectors",
+        )
+    try:
+        kept = None if arguments is None else json.loads(json.dumps(dict(arguments), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            "the arguments of a network must be JSON values, as they are kept in a file",
+            got=str(error),
+            expected="numbers, strings, true, false, null, and lists and tables of them",
+            fix="leave arguments out; the saved model is then loaded with a network at hand",
+        ) from error
+    net = module
+    if chosen != PLAIN:
+        if not isinstance(module, nn.Module):
+            raise UserError(
+                "call= is for modules; a function can make the call itself", got=type(module).__name__
+            )
+        net = CalledNet(module, chosen)
+    denoiser = PredictionDenoiser(
+        net,
+        path if path is not None else "edm" if clean else "vp",
+        prediction if prediction is not None else "x0" if clean else "eps",
+        shape=shape,
+        **options,
+    )
+    if chosen == PLAIN and not denoiser.by_name and isinstance(module, nn.Module):
+        check_arguments(module, 3 if denoiser.num_classes else 2)
+    denoiser.arguments = kept
+    return denoiser
+
+
+def is_denoiser(model: object) -> bool:
+    """Whether an object can be called and has the attributes of a denoiser."""
+    return callable(model) and all(hasattr(model, name) for name in _CONTRACT)
 
 
 def require_denoiser(model: object) -> None:
@@ -294,12 +362,12 @@ def require_denoiser(model: object) -> None:
     Raises:
         UserError: It is no denoiser: a network as EDM's code or k-diffusion has them, or any other object.
     """
-    said = [name for name in _CONTRACT if not hasattr(model, name)]
-    if callable(model) and not said:
+    if is_denoiser(model):
         return
+    said = [name for name in _CONTRACT if not hasattr(model, name)]
     name = type(model).__name__
     if hasattr(model, "img_resolution") and hasattr(model, "label_dim"):
-        kind, fix = "a network of EDM's code, which takes (x, sigma, class_labels)", _EDM_LABELS
+        kind, fix = "a network of EDM's code, which takes (x, sigma, class_labels)", _EDM
     elif hasattr(model, "inner_model"):
         kind, fix = "a network of k-diffusion's code, which takes (x, sigma)", _CLEAN
     elif callable(model):
@@ -315,14 +383,8 @@ def require_denoiser(model: object) -> None:
 
 
 _CONTRACT = ("shape", "num_classes", "sigma_data", "sigma_min", "sigma_max")
-_CLEAN = (
-    'it returns the clean sample: teacher = dm.as_denoiser(model, "edm", "x0", '
-    "shape=(channels, height, width))"
-)
-_EDM_LABELS = (
-    f"{_CLEAN}. With classes: net = lambda x, sigma, labels: model(x, sigma, torch.eye(n)[labels]), and "
-    "num_classes=n"
-)
+_CLEAN = "it returns the clean sample: teacher = dm.as_denoiser(model, shape=(channels, height, width))"
+_EDM = "it returns the clean sample, and says all the rest itself: teacher = dm.as_denoiser(model)"
 _ANY = (
     'teacher = dm.as_denoiser(model, path, prediction, shape=...), for example path "vp" and prediction '
     '"eps" for DDPM, "edm" and "x0" for a model that returns the clean sample, "condot" and "flow" for '

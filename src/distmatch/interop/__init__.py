@@ -7,15 +7,19 @@ from distmatch.interop.diffusers_teacher import check_teacher, load_diffusers, t
 from distmatch.interop.edm_checkpoint import read_edm
 from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.onnx_export import export_onnx
+from distmatch.interop.own_modules import HandedIn, check_storable, copied_module
 from distmatch.interop.saved import convert_edm, is_external, load_denoiser, load_external, save_denoiser
 
 __all__ = [
     "Conversion",
     "Decoder",
+    "HandedIn",
     "VAEDecoder",
     "check_conversion",
+    "check_storable",
     "check_teacher",
     "convert_edm",
+    "copied_module",
     "decode_samples",
     "decoder_of",
     "export_diffusers",

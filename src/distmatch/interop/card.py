@@ -38,6 +38,7 @@ def model_card(
     usage: str = "",
     library: str = "distmatch",
     metrics: Mapping[str, Any] | None = None,
+    network: str = "",
 ) -> str:
     """The text of a model card: Markdown, headed by the YAML that model hubs read.
 
@@ -50,6 +51,7 @@ def model_card(
         usage: Python that loads the model and samples it; by default that of a model folder of ours.
         library: The package that the model is for.
         metrics: The content of ``metrics.json``.
+        network: The class of a network that has to be handed in for loading; '' where the folder says it all.
     """
     student = about.get("kind") == "student"
     calls = len(about.get("levels", ()))
@@ -71,7 +73,7 @@ def model_card(
         "## What was lost" if student else "## Measured",
         f"{_BEGIN}\n{metrics_section(metrics)}\n{_END}",
         "## Loading and sampling",
-        f"```python\n{usage or _usage(about, shape)}\n```",
+        f"```python\n{usage or _usage(about, shape, network)}\n```",
         "## Intended use",
         "Research on fast samplers, and use where samples like those of the data are wanted. The samples are "
         "not evidence about any real person or thing. Nobody has checked them for memorised training data or "
@@ -195,13 +197,16 @@ def _licence(about: Mapping[str, Any]) -> str:
     )
 
 
-def _usage(about: Mapping[str, Any], shape: tuple[int, ...]) -> str:
+def _usage(about: Mapping[str, Any], shape: tuple[int, ...], network: str) -> str:
+    # The name of a class is a Python identifier, behind a prefix of modules, which is left to the reader.
+    name = network.rpartition(":")[2].rpartition(".")[2]
+    place = f'"this/folder", network={name}' if name.isidentifier() else '"this/folder"'
     if about.get("kind") != "student":
-        return 'import distmatch as dm\n\nteacher = dm.load_teacher("this/folder")  # teacher(x, sigma)'
+        return f"import distmatch as dm\n\nteacher = dm.load_teacher({place})  # teacher(x, sigma)"
     unit = "images in [-1, 1]" if len(shape) == 3 else "scaled as the model was trained"
     lines = [
         "import distmatch as dm\n",
-        'student = dm.Student.from_pretrained("this/folder")',
+        f"student = dm.Student.from_pretrained({place})",
         f"x = student.sample(16, seed=0)  # {unit}",
     ]
     if "scaling" in (about.get("data") or {}):

@@ -142,10 +142,12 @@ class Portable(nn.Module):
         self.student = own.cpu().float().eval().requires_grad_(False)
         self.draws, self.conditional = student.draws, student.num_classes > 0
         denoiser = self.student.denoiser
-        self.calls = [frozen_call(denoiser, s, student.goal(i)) for i, s in enumerate(student.levels)]
-        self.net = PlainNet(denoiser.net) if isinstance(denoiser.net, DiffusersNet) else denoiser.net
         # The same student, and one that goes its way from call to call but makes the calls below.
         self.plain = copy.copy(self.student)
+        if not isinstance(getattr(denoiser, "net", None), nn.Module):
+            return  # a module that is a denoiser itself has no part that does not depend on the level
+        self.calls = [frozen_call(denoiser, s, student.goal(i)) for i, s in enumerate(student.levels)]
+        self.net = PlainNet(denoiser.net) if isinstance(denoiser.net, DiffusersNet) else denoiser.net
         self.plain.call = self._call
 
     def forward(self, *inputs: Tensor) -> Tensor:

@@ -45,11 +45,14 @@ from distmatch.interop.edm_checkpoint import (
 )
 from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
+from distmatch.interop.own_modules import HandedIn, described_module, rebuilt
+from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.saved import CARD, EXTRA_TENSORS, extra_tensors, extra_values, load_model, save_model
 
 FORMAT = "distmatch-external-model"
 VERSION = 1
+MODULE_VERSION = 2  # with a module of the user's, which earlier releases cannot read
 _TENSORS, _CONFIG, _VAE = "model.safetensors", "config.json", "vae"
 MODEL_PARTS = (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD, _VAE)
 """The names that a saved model consists of, with or without an autoencoder."""
@@ -57,9 +60,10 @@ MODEL_PARTS = (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD, _VAE)
 
 def is_external(denoiser: object) -> bool:
     """Whether a denoiser's network comes from elsewhere, so that :func:`save_denoiser` writes this format."""
-    return isinstance(denoiser, nn.Module) and (
-        network_of(denoiser) is not None or isinstance(getattr(denoiser, "net", None), DiffusersNet)
-    )
+    if not isinstance(denoiser, nn.Module) or next(denoiser.parameters(), None) is None:
+        return False
+    config = getattr(getattr(denoiser, "net", None), "config", None)
+    return not (isinstance(denoiser, EDMDenoiser) and isinstance(config, (MLPConfig, UNetConfig, DiTConfig)))
 
 
 def save_denoiser(
@@ -73,7 +77,8 @@ def save_denoiser(
 
     Args:
         folder: The model folder; an earlier model in it is replaced.
-        denoiser: A denoiser with a network of ours, of EDM, or of diffusers; a teacher or a student of it.
+        denoiser: A denoiser with parameters: a teacher or a student of it. Its network may be any module; one
+            that is neither of distmatch nor of diffusers or EDM is needed again to load it.
         extra: More values to keep, as JSON.
         tensors: More tensors to keep, beside the network; they come back as ``tensors`` among the values.
         metrics: The content of a run's ``metrics.json``, for the model card.
@@ -93,7 +98,8 @@ def save_denoiser(
     check_model_folder(folder, MODEL_PARTS)
     net, described = _described(denoiser)
     decoder = getattr(denoiser, "decoder", None)
-    config = {"format": FORMAT, "version": VERSION, **described, "extra": dict(extra or {})}
+    version = MODULE_VERSION if described["kind"] == "module" else VERSION
+    config = {"format": FORMAT, "version": version, **described, "extra": dict(extra or {})}
     with atomic_folder(folder) as temporary:
         save_tensors(temporary / _TENSORS, net.state_dict())
         if tensors is not None:
@@ -101,15 +107,21 @@ def save_denoiser(
         if isinstance(decoder, VAEDecoder):
             decoder.vae.save_pretrained(temporary / _VAE, safe_serialization=True)
             config["latents"] = decoder.to_dict()
-        atomic_write(temporary / CARD, card_of(denoiser, extra or {}, metrics=metrics))
+        handed = described["kind"] == "module" and "library" not in described["module"]
+        network = described["module"]["class"] if handed else ""
+        atomic_write(temporary / CARD, card_of(denoiser, extra or {}, metrics=metrics, network=network))
         atomic_json(temporary / _CONFIG, config)
 
 
-def load_denoiser(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+def load_denoiser(
+    folder: str | os.PathLike[str], network: HandedIn | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Reads what :func:`save_denoiser` wrote, on the CPU, in eval mode.
 
     Args:
         folder: A model folder, or a run folder, which holds one as ``model/``.
+        network: For a model with a network of the user's: the module, whose weights are replaced in a copy;
+            its class, or a function that makes one; or a denoiser around it.
 
     Returns:
         The denoiser, and the extra values that were saved with it.
@@ -118,7 +130,20 @@ def load_denoiser(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
         UserError: Nothing is there, it is no model of ours, it is damaged, or a package is missing.
     """
     found = _external_folder(Path(folder))
-    return load_model(folder) if found is None else _load(found)
+    if found is not None:
+        return _load(found, network)
+    if network is not None:
+        raise needs_no_network(folder)
+    return load_model(folder)
+
+
+def needs_no_network(folder: str | os.PathLike[str]) -> UserError:
+    """The error for a network that was handed in beside a model that says itself what it is."""
+    return UserError(
+        f"{folder} says itself which network it holds",
+        got="a network that was handed in",
+        fix="leave network out",
+    )
 
 
 def load_external(source: str | os.PathLike[str], **options: Any) -> Denoiser | None:
@@ -127,7 +152,8 @@ def load_external(source: str | os.PathLike[str], **options: Any) -> Denoiser | 
     Args:
         source: A folder of diffusers, a folder that :func:`save_denoiser` wrote (or a run with one), or a
             network pickle of EDM or EDM2, which is read without running it.
-        options: For a folder of diffusers, those of :func:`load_diffusers`.
+        options: For a folder of diffusers, those of :func:`load_diffusers`; for one of ours, ``network``, see
+            :func:`load_denoiser`.
 
     Raises:
         UserError: It is one and cannot be used.
@@ -137,7 +163,7 @@ def load_external(source: str | os.PathLike[str], **options: Any) -> Denoiser | 
         return read_edm(path)[0]
     found = _external_folder(path)
     if found is not None:
-        return _load(found)[0]
+        return _load(found, options.get("network"))[0]
     if path.is_dir() and is_diffusers_folder(path):
         return load_diffusers(path, **options)
     return None
@@ -179,7 +205,7 @@ def convert_edm(
 def _described(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """The network whose tensors are kept, and how to build it again."""
     net = network_of(denoiser)
-    if net is not None:
+    if net is not None and (isinstance(denoiser, EDMDenoiser) or hasattr(denoiser, "preconditioning")):
         how = getattr(denoiser, "preconditioning", None) or Preconditioning()
         if isinstance(denoiser, EDMDenoiser):
             ends = {key: getattr(denoiser, key) for key in ("sigma_data", "sigma_min", "sigma_max")}
@@ -189,9 +215,9 @@ def _described(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
             "network": config_dict(net.config),
             "preconditioning": dataclasses.asdict(how),
         }
-    wrapped, source = denoiser.net, getattr(denoiser, "source", None)
+    wrapped, source = getattr(denoiser, "net", None), getattr(denoiser, "source", None)
     if not isinstance(wrapped, DiffusersNet) or not isinstance(source, DiffusersSource):
-        raise UserError("this denoiser does not say how it was made", fix="make it with load_diffusers")
+        return described_module(denoiser)
     return wrapped.model, {
         "kind": "diffusers",
         "network": json.loads(wrapped.model.to_json_string()),
@@ -209,21 +235,25 @@ def _external_folder(path: Path) -> Path | None:
     return None
 
 
-def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
+def _load(folder: Path, network: HandedIn | None = None) -> tuple[Any, dict[str, Any]]:
     config = read_json(folder / _CONFIG)
-    if config.get("version") != VERSION:
+    if config.get("version") not in (VERSION, MODULE_VERSION):
         raise UserError(
             f"{folder} was written in another version of the format",
             got=config.get("version"),
-            expected=VERSION,
+            expected=f"{VERSION} or {MODULE_VERSION}",
             fix="use the release of distmatch that wrote it, or a newer one",
         )
+    if network is not None and config.get("kind") != "module":
+        raise needs_no_network(folder)
     tensors = load_tensors(folder / _TENSORS)
     try:
-        if config["kind"] == "edm":
+        if config["kind"] == "module":
+            denoiser: Any = rebuilt(config, tensors, network, str(folder / _TENSORS))
+        elif config["kind"] == "edm":
             how = Preconditioning(**config["preconditioning"])
-            network = config_from(config["network"])
-            denoiser: Any = loaded_edm(network, how, tensors, str(folder / _TENSORS))
+            net_config = config_from(config["network"])
+            denoiser = loaded_edm(net_config, how, tensors, str(folder / _TENSORS))
         else:
             model = network_like(config["network"], MODELS, tensors, str(folder / _TENSORS))
             scheduler = scheduler_from(config["scheduler"])

@@ -12,6 +12,7 @@ from distmatch.diffusion.denoiser import Denoiser, require_input_gradient, requi
 from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence
 from distmatch.divergences import divergence as divergence_of
+from distmatch.interop import is_external
 from distmatch.methods.consistency.settings import (
     ConsistencySettings,
     CTMSettings,
@@ -21,7 +22,7 @@ from distmatch.methods.consistency.settings import (
 )
 from distmatch.methods.settings import GuidedSettings, NoiseLawSettings, Settings
 from distmatch.methods.setup import Distiller, Setup
-from distmatch.methods.start import check_start, frozen, has_network
+from distmatch.methods.start import frozen, has_network
 from distmatch.methods.table import resolve_method, unknown_setting
 from distmatch.nets.config import NetConfig
 
@@ -57,8 +58,9 @@ def build(
         divergence: As for :func:`distmatch.distill`.
         device: Where networks live; the batches must be there.
         precision: ``bf16`` runs networks under autocast.
-        net: The student's network where the teacher has none to copy; None chooses by shape. It is fitted to
-            the teacher by ``init``, on samples of its argument ``draw``.
+        net: A fresh network for the student of a teacher that is a formula, or whose network is of other
+            code; it is fitted to the teacher by ``init``, on samples of its argument ``draw``. None copies
+            the teacher's network, or chooses one by shape.
         **settings: The method's own, as fields of its settings class; ``docs/methods.md`` lists the methods.
 
     Raises:
@@ -77,8 +79,7 @@ def build(
         raise UserError("a setting has the wrong type", got=str(error)) from error
     if total_steps < 1:
         raise UserError("a run needs at least one step", got=f"total_steps={total_steps}")
-    check_start(teacher, chosen=net is not None)
-    if has_network(teacher) and net is not None:
+    if net is not None and has_network(teacher) and not is_external(teacher):
         raise UserError("the student copies the teacher's network", got=f"net={net}", fix="leave net out")
     device = torch.device(device)
     return build_method(

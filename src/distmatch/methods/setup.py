@@ -43,7 +43,8 @@ class Setup(Generic[S]):
         total_steps: Length of the run, for schedules.
         device: Where the networks live.
         bf16: Whether networks run under bfloat16 autocast.
-        net: Network for student and critic when the teacher has none to copy; None chooses by shape.
+        net: Fresh network for student and fake score. None copies the teacher's; where it has none, the
+            shape decides.
     """
 
     teacher: Denoiser
@@ -78,6 +79,11 @@ class Setup(Generic[S]):
         low, high = (v * self.teacher.sigma_data for v in (self.settings.noise_low, self.settings.noise_high))
         return low, high or self.teacher.sigma_max
 
+    @property
+    def copied(self) -> Denoiser | None:
+        """The teacher, where student and fake score start as copies of it; None for fresh networks."""
+        return self.teacher if self.net is None and has_network(self.teacher) else None
+
     def student_levels(self, calls: int) -> tuple[float, ...]:
         """The levels of a student's calls, from the first one down."""
         return student_levels(calls, self.first_level, self.teacher.sigma_data)
@@ -97,7 +103,7 @@ class Setup(Generic[S]):
     def network(self, seed: int, draw: Draw | None, seen: Karras | None = None) -> Network:
         """What the student starts from; a fresh network is fitted at the levels that are ``seen`` first."""
         network = starting_network(self.teacher, self.net, seed, self.device)
-        if draw is not None and not has_network(self.teacher):
+        if draw is not None and self.copied is None:
             seen = seen or Karras(self.teacher.sigma_min, self.first_level)
             fit_to_teacher(network, self.teacher, draw, seen, self.settings.fit_steps, seed)
         return network

@@ -9,60 +9,36 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import NoiseLevels
-from distmatch.interop import is_external
+from distmatch.interop import check_storable, copied_module
 from distmatch.losses import denoising_loss, edm_weight
 from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig, default_config
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
 from distmatch.nets.optimizer import OptimizerSettings
-from distmatch.nets.saved import require_described
 
 Draw = Callable[[int], tuple[Tensor, Tensor | None]]
 
 Network = EDMDenoiser | PredictionDenoiser
-"""A denoiser that can be trained and saved: with a network of ours, or with one that came with a teacher."""
+"""A denoiser that can be trained and saved: with a network of ours, or with one that came with a teacher. Any
+other module with parameters that is a denoiser itself does too."""
 
 
 def has_network(teacher: Denoiser) -> TypeGuard[Network]:
-    """Whether a teacher has a network that student and critic can start from, and that can be saved."""
-    return isinstance(teacher, EDMDenoiser) or is_external(teacher)
-
-
-def check_start(teacher: Denoiser, chosen: bool) -> None:
-    """Refuses a network that would silently be left out: a student of it would be another one, of any size.
-
-    Args:
-        teacher: The teacher.
-        chosen: Whether the user said which network the student has.
-
-    Raises:
-        UserError: It has a network that cannot be copied, and none was chosen.
-    """
-    if has_network(teacher) or chosen or not isinstance(teacher, PredictionDenoiser):
-        return
-    count = sum(p.numel() for p in teacher.net.parameters()) if isinstance(teacher.net, nn.Module) else 0
-    if count:
-        raise UserError(
-            "a student cannot start from a network of your own yet: it would be a fresh one of another kind",
-            got=f"a {type(teacher.net).__name__} of {count:,} parameters",
-            expected="a teacher of distmatch, diffusers, EDM or EDM2, or a choice of the student's network",
-            fix='say which network the student shall have, for example net="unet", width=64; it is first '
-            "fitted to what yours predicts",
-        )
+    """Whether a teacher is a module with parameters, from which student and fake score can start."""
+    return isinstance(teacher, nn.Module) and any(p.is_floating_point() for p in teacher.parameters())
 
 
 def frozen(teacher: Denoiser, device: torch.device) -> Denoiser:
     """A teacher for one run: a copy on its device whose parameters do not learn, or the same formula."""
     if not isinstance(teacher, nn.Module):
         return teacher
-    copied: Denoiser = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    copied: Denoiser = copied_module(teacher).to(device).eval().requires_grad_(False)
     return copied
 
 
@@ -70,24 +46,25 @@ def check_saveable(teacher: object) -> None:
     """Refuses, before anything is trained, a teacher whose students could not be saved.
 
     Raises:
-        UserError: It is an EDMDenoiser around a network from elsewhere.
+        UserError: A state of its network is not made of tensors.
     """
-    if isinstance(teacher, EDMDenoiser) and not is_external(teacher):
-        require_described(teacher)
+    if isinstance(teacher, nn.Module):
+        check_storable(teacher)
 
 
 def starting_network(teacher: Denoiser, net: NetConfig | None, seed: int, device: torch.device) -> Network:
-    """A trainable copy of the teacher, or a fresh network of its shape for one without network to copy.
+    """A trainable copy of the teacher, or a fresh network of its shape.
 
     The autoencoder of a teacher on latents is shared, not copied, and is not trained.
 
     Args:
         teacher: The teacher.
-        net: The fresh network's config; None chooses by shape.
+        net: The fresh network's config. None copies the teacher's network; where it has none, the shape
+            decides.
         seed: Seed of a fresh network.
         device: Where it goes.
     """
-    if has_network(teacher):
+    if net is None and has_network(teacher):
         network: Network = copy.deepcopy(teacher)
     else:
         with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from distmatch.base.seeds import latents
 from distmatch.data.classes import Balance, Classes, drawn_labels
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.noise import Karras
-from distmatch.interop import decode_samples, load_denoiser, save_denoiser
+from distmatch.interop import HandedIn, decode_samples, load_denoiser, save_denoiser
 from distmatch.methods.start import Network
 
 Chain = Literal["renoise", "ddim", "posterior", "jump"]
@@ -141,7 +141,7 @@ class Student(nn.Module):
 
         In a chain of jumps all but the last are only what leads to the next level.
         """
-        sigma = torch.full((len(x),), self.levels[index], device=x.device, dtype=x.dtype)
+        sigma = torch.full(x.shape[:1], self.levels[index], device=x.device, dtype=x.dtype)
         to = self.goal(index)
         goal = {"target_sigma": torch.full_like(sigma, to)} if to else {}
         x0: Tensor = self.denoiser(x, sigma, labels, **goal)
@@ -270,13 +270,18 @@ class Student(nn.Module):
         return None
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Student:
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, network: HandedIn | None = None) -> Student:
         """Reads what :meth:`save_pretrained` wrote, or the ``model/`` of a run folder.
+
+        Args:
+            folder: The folder.
+            network: For a student of a network of your own: the module (its weights are replaced in a copy),
+                its class, or a denoiser around it.
 
         Raises:
             UserError: The folder holds no student, or a damaged one.
         """
-        denoiser, info = load_denoiser(folder)
+        denoiser, info = load_denoiser(folder, network)
         if info.get("kind") != "student":
             raise UserError(
                 f"{folder} holds a teacher, not a student", fix="pass the folder of a distillation run"

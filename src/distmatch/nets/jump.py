@@ -39,7 +39,8 @@ def require_jump(denoiser: nn.Module) -> EDMDenoiser:
             "this network has no place for a second noise level, which a jump from level to level needs",
             got="a network from elsewhere",
             expected="an mlp, unet or dit of distmatch",
-            fix="choose a method of one noise level, such as consistency or scm",
+            fix="choose a method of one noise level, such as consistency or scm; or a student with a network "
+            'of distmatch, net="unet", which is first fitted to what yours predicts',
         )
     return denoiser
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, cause
 from distmatch.base.files import (
@@ -25,7 +25,7 @@ from distmatch.base.files import (
 )
 from distmatch.diffusion.path_specs import path_from_dict, path_to_dict
 from distmatch.nets.build import build_net
-from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig, blocks, from_dict, to_dict
+from distmatch.nets.config import blocks, from_dict, to_dict
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.path_denoiser import PathDenoiser
@@ -36,6 +36,7 @@ VERSION = 1
 UNIT_VERSION = 2  # with a unit of noise levels, which earlier releases would not see
 EXTRA_TENSORS = "extra.safetensors"
 CARD = "README.md"
+_SIGMAS = ("sigma_data", "sigma_min", "sigma_max")
 _TENSORS, _CONFIG = "model.safetensors", "config.json"
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
 
@@ -59,7 +60,6 @@ def save_model(
     Raises:
         UserError: The folder holds something else, or cannot be written; or the network was rewritten.
     """
-    require_described(denoiser)
     if any(isinstance(module, SplitLayer) for module in denoiser.net.modules()):
         raise UserError(
             "a network with split shortcuts cannot be saved as a model",
@@ -73,10 +73,7 @@ def save_model(
         "net": to_dict(denoiser.net.config),  # type: ignore[arg-type]
         "shape": list(denoiser.shape),
         "num_classes": denoiser.num_classes,
-        "sigma_data": denoiser.sigma_data,
-        "sigma_min": denoiser.sigma_min,
-        "sigma_max": denoiser.sigma_max,
-        **_parametrisation(denoiser),
+        **edm_values(denoiser),
         "extra": dict(extra or {}),
     }
     with atomic_folder(folder) as temporary:
@@ -86,22 +83,6 @@ def save_model(
         if card:
             atomic_write(temporary / CARD, card)
         atomic_json(temporary / _CONFIG, config)
-
-
-def require_described(denoiser: EDMDenoiser) -> None:
-    """Lets networks through that can be built again from their config.
-
-    Raises:
-        UserError: The network comes from elsewhere, and no file can say what it is.
-    """
-    if not isinstance(getattr(denoiser.net, "config", None), (MLPConfig, UNetConfig, DiTConfig)):
-        raise UserError(
-            "a denoiser around a network of your own cannot be saved, nor can a student that is a copy of it",
-            got=f"a {type(denoiser.net).__name__}",
-            expected="an mlp, unet or dit of distmatch, or a network of diffusers, EDM or EDM2",
-            fix="for a student that can be saved: teacher = dm.as_denoiser(lambda x, sigma: yours(x, sigma), "
-            '"edm", "x0", shape=yours.shape), and net="unet"; or leave out the folder',
-        )
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, Any]]:
@@ -159,11 +140,11 @@ def extra_tensors(folder: Path) -> dict[str, Any]:
     return {"tensors": load_tensors(file)} if file.is_file() else {}
 
 
-def _parametrisation(denoiser: EDMDenoiser) -> dict[str, Any]:
-    """What a config says of a denoiser that is not EDM's with Gaussian noise; for that one, nothing."""
-    said: dict[str, Any] = {}
+def edm_values(denoiser: EDMDenoiser) -> dict[str, Any]:
+    """What a config says of how a denoiser uses its network, beside its shape and classes."""
+    said: dict[str, Any] = {name: getattr(denoiser, name) for name in _SIGMAS}
     if isinstance(denoiser, PathDenoiser):
-        said = {
+        said |= {
             "path": path_to_dict(denoiser.path),
             "prediction": denoiser.prediction,
             "remainder": denoiser.remainder,
@@ -175,6 +156,18 @@ def _parametrisation(denoiser: EDMDenoiser) -> dict[str, Any]:
     if denoiser.jumps:
         said["jumps"] = True
     return said
+
+
+def parametrised(net: nn.Module, config: Mapping[str, Any]) -> EDMDenoiser:
+    """The denoiser of :func:`edm_values`, ``shape`` and ``num_classes``, around a network of one level."""
+    options: dict[str, Any] = {name: float(config[name]) for name in _SIGMAS}
+    options |= {"shape": tuple(config["shape"]), "num_classes": config["num_classes"]}
+    options["pfgm_dims"] = float(config.get("pfgm_dims", 0.0))
+    if "prediction" in config:
+        remainder = bool(config.get("remainder", False))
+        path = path_from_dict(config["path"])
+        return PathDenoiser(net, path, config["prediction"], remainder=remainder, **options)
+    return EDMDenoiser(net, noise_unit=float(config.get("noise_unit", 1.0)), **options)
 
 
 # An owner and a name, as model hubs write them.
@@ -233,7 +226,6 @@ def _described(source: Path, config: dict[str, Any], tensors: int) -> EDMDenoise
 def _one_level(config: dict[str, Any], tensors: int) -> EDMDenoiser:
     """The denoiser of a config, its network of one noise level."""
     shape, num_classes = tuple(config["shape"]), config["num_classes"]
-    sigmas = {name: float(config[name]) for name in ("sigma_data", "sigma_min", "sigma_max")}
     net_config = from_dict(config["net"])
     if blocks(net_config) > tensors:
         raise UserError(
@@ -243,10 +235,4 @@ def _one_level(config: dict[str, Any], tensors: int) -> EDMDenoiser:
         )
     with torch.device("meta"):
         net = build_net(net_config, shape, num_classes)
-    options: dict[str, Any] = {"pfgm_dims": float(config.get("pfgm_dims", 0.0)), **sigmas}
-    if "prediction" in config:
-        path, prediction = path_from_dict(config["path"]), config["prediction"]
-        options["remainder"] = bool(config.get("remainder", False))
-        return PathDenoiser(net, path, prediction, shape=shape, num_classes=num_classes, **options)
-    options["noise_unit"] = float(config.get("noise_unit", 1.0))
-    return EDMDenoiser(net, shape=shape, num_classes=num_classes, **options)
+    return parametrised(net, config)

@@ -15,11 +15,11 @@ from distmatch.data import Dataset, Scaling, from_arrays, load_data
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.methods.method import Method
-from distmatch.methods.start import has_network
 from distmatch.methods.student import Student
 from distmatch.methods.table import unknown_setting
 from distmatch.metrics import reference_labels
 from distmatch.metrics.settings import MOST_IN_BLOCK
+from distmatch.nets.edm import EDMDenoiser
 from distmatch.training.known_data import seen_by
 
 Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
@@ -31,7 +31,7 @@ def real_data(teacher: Denoiser | None, data: Data | None, seed: int) -> Dataset
     A saved teacher was trained on scaled data; any other one is in the units of what it is given.
     """
     if data is not None:
-        return as_dataset(data, scaled=teacher is None or has_network(teacher))
+        return as_dataset(data, scaled=teacher is None or isinstance(teacher, EDMDenoiser))
     return _samples_of(teacher, seed) if isinstance(teacher, GaussianMixture) else None
 
 

@@ -24,7 +24,7 @@ from distmatch.methods.matching.loop import Matching
 from distmatch.methods.method import Method
 from distmatch.methods.settings import FakeScoreSettings, GuidedSettings, RatioSettings
 from distmatch.methods.setup import Setup
-from distmatch.methods.start import Draw, check_start, frozen, has_network
+from distmatch.methods.start import Draw, frozen, has_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import resolve_method
 from distmatch.training.devices import compile_network, pick_device
@@ -77,14 +77,14 @@ def prepare_distillation(
         teacher, known = open_teacher(options.teacher)
     require_denoiser(teacher)
     teacher = frozen(teacher, device)
-    check_start(teacher, chosen=options.net != NetOptions())
-    copied = has_network(teacher)
-    if copied and options.net != NetOptions():
+    chosen_net = options.net != NetOptions()
+    copied = has_network(teacher) and not (chosen_net and is_external(teacher))
+    if copied and chosen_net:
         raise UserError(
             "the student copies the teacher's network",
             got=", ".join(f"--{name} {value}" for name, value in _given(options.net).items()),
             fix="leave these options out (--net auto, where a config file has one); they are for students of "
-            "exact teachers",
+            "exact teachers and those with networks from elsewhere",
         )
     if not copied:
         options = replace(options, net=options.net.settled(teacher.shape, device.type))
@@ -129,12 +129,12 @@ def prepare_distillation(
             expected=f"at least {distiller.least_steps} steps",
             fix="raise --steps",
         )
-    draw = _drawer(teacher, data, run.seed) if fresh else None
+    draw = _drawer(data, run.seed) if fresh and not copied else None
     state = distiller.init(run.seed, draw)
     if run.compile:
         for net in (teacher, state.student.denoiser, state.fake):
-            if net is not None and has_network(net) and isinstance(net.net, nn.Module):
-                compile_network(net.net)
+            if isinstance(net, nn.Module) and has_network(net):
+                compile_network(getattr(net, "net", net))
     batches: Callable[[int], Batch]
     if data is not None:
         batches = Batches(data, run.batch, run.seed, flips(run, data), device)
@@ -292,9 +292,9 @@ def check_fit(shape: Sequence[int], num_classes: int, data: Dataset) -> None:
         )
 
 
-def _drawer(teacher: Denoiser, data: Dataset | None, seed: int) -> Draw | None:
-    """Clean samples to fit first networks on, for a teacher that is a formula."""
-    if data is None or has_network(teacher):
+def _drawer(data: Dataset | None, seed: int) -> Draw | None:
+    """Clean samples to fit fresh networks on."""
+    if data is None:
         return None
     gen = generator(seed, "fit-data")
     return lambda n: data.batch(torch.randint(len(data), (n,), generator=gen))

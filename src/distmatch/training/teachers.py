@@ -13,6 +13,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop import load_denoiser, load_diffusers, read_edm
 from distmatch.interop.diffusers_teacher import is_diffusers_folder
 from distmatch.interop.edm_checkpoint import is_network_pickle
+from distmatch.interop.saved import needs_no_network
 from distmatch.nets.saved import missing_model
 from distmatch.training.config_format import read_config
 from distmatch.training.known_data import remember
@@ -32,7 +33,8 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
     Args:
         source: A run folder, a model folder, a folder of diffusers, or a network pickle of EDM or EDM2, which
             is read without running it.
-        options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`.
+        options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`. For a model
+            with a network of the user's, ``network``: see :func:`distmatch.interop.load_denoiser`.
 
     Returns:
         The denoiser and its description. ``kind`` is ``teacher`` or ``student``; of a model from elsewhere,
@@ -42,6 +44,9 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
         UserError: There is none that can be used.
     """
     path = Path(source)
+    network = options.pop("network", None)
+    if network is not None and is_from_elsewhere(path):
+        raise needs_no_network(path)
     if path.is_dir() and is_diffusers_folder(path):
         teacher = load_diffusers(path, **options)
         compared = getattr(teacher, "conversion", None)
@@ -59,7 +64,7 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
         expected = f"a run or model folder, a folder of diffusers, a .pkl of EDM, or {', '.join(TOY_NAMES)}"
         raise missing_model(path, expected)
     _refuse_unfinished(path)
-    denoiser, info = load_denoiser(path)
+    denoiser, info = load_denoiser(path, network)
     remember(denoiser, info.get("data") or {})
     # Guidance reads it: a network that was never shown a sample without its label has no use for "no class".
     denoiser.saw_no_class = info.get("label_dropout", 0.1) != 0

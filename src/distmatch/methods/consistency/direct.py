@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
@@ -23,7 +23,7 @@ from distmatch.methods.consistency.settings import LevelSettings
 from distmatch.methods.matching.scores import StudentTerm
 from distmatch.methods.settings import GammaSettings, GuidedSettings, NetworkSettings, Settings
 from distmatch.methods.setup import Info, Setup, averaged
-from distmatch.methods.start import Draw, has_network
+from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.ema import ema_decay
@@ -60,8 +60,8 @@ class Direct:
     term: Term
 
     def __post_init__(self) -> None:
-        if self.term.jumps and has_network(self.setup.teacher):
-            require_jump(self.setup.teacher)
+        if self.term.jumps and isinstance(self.setup.copied, nn.Module):
+            require_jump(self.setup.copied)
         own = self.setup.settings
         self.gamma = gamma = own.gamma if isinstance(own, GammaSettings) else 0.0
         if gamma > 0 and own.calls == 1:

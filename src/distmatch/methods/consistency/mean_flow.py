@@ -43,9 +43,9 @@ class AverageVelocityTerm:
     needs_data = True
 
     def __post_init__(self) -> None:
-        cfg, teacher = self.setup.settings, self.setup.teacher
+        cfg = self.setup.settings
         self._guided = guided_teacher(self.setup)
-        self._how = choose_derivative(cfg.tangent, teacher)
+        self._how = choose_derivative(cfg.tangent, None)  # networks of two levels are ours
         self._levels = training_levels(self.setup, self.setup.settings)
         # Far below sigma_min there is nothing to tell from the data itself.
         self._lower = self.setup.log_normal(cfg.to_mean, cfg.to_std, 0.0, self.setup.first_level).sample

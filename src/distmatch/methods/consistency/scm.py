@@ -49,7 +49,7 @@ class TangentTerm:
 
     def __post_init__(self) -> None:
         self._guided = guided_teacher(self.setup)
-        self._how = choose_derivative(self.setup.settings.tangent, self.setup.teacher)
+        self._how = choose_derivative(self.setup.settings.tangent, self.setup.copied)
         self._levels = training_levels(self.setup, self.setup.settings)
 
     def notes(self) -> dict[str, Any]:

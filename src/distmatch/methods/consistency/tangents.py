@@ -93,17 +93,19 @@ def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(x.contiguous() for x in inputs)
 
 
-def choose_derivative(wanted: Literal["auto", "exact", "difference"], denoiser: Denoiser) -> HowToDerive:
+def choose_derivative(
+    wanted: Literal["auto", "exact", "difference"], denoiser: Denoiser | None
+) -> HowToDerive:
     """How to differentiate copies of a denoiser: a network from elsewhere is tried on two samples.
 
-    Networks of ours, which a denoiser without a network is copied into, have forward-mode derivatives.
+    Networks of ours have forward-mode derivatives; None stands for a fresh one of them.
 
     Raises:
         UserError: ``exact`` was asked for and is not to be had.
     """
     if wanted == "difference":
         return "difference"
-    if not isinstance(denoiser, nn.Module) or not is_external(denoiser):
+    if not (isinstance(denoiser, nn.Module) and is_external(denoiser)):
         return "exact"
     device = next(denoiser.parameters()).device
     x, sigma = torch.ones(2, *denoiser.shape, device=device), torch.ones(2, device=device)
