@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from distmatch.cli.main import entry
 
@@ -20,6 +22,19 @@ _SERVER.set_forkserver_preload(
     + [f"distmatch.{name}" for name in ("cli.train", "cli.distill", "training.prepare", "methods.construct")]
     + ["distmatch.report.build", "distmatch.training.assess"]
 )
+
+
+def together(target: Callable[..., None], arguments: list[tuple[Any, ...]], timeout: float = 120) -> None:
+    """Runs a function in several processes at once, one for each tuple of arguments, and waits for them."""
+    running = [_SERVER.Process(target=target, args=given) for given in arguments]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(timeout)
+    left = [process for process in running if process.exitcode is None]
+    for process in left:
+        process.kill()
+    assert [process.exitcode for process in running] == [0] * len(running)
 
 
 class Forked:

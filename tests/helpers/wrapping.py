@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -32,12 +33,16 @@ class Wrapped(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def wrap(state: DistillState) -> dict[str, Wrapped]:
-    """Puts a wrapper around every network that the state trains."""
-    found = {"student": Wrapped(state.student.denoiser)}
-    state.student.denoiser = found["student"]  # type: ignore[assignment]
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def wrap(state: DistillState, around: Wrap = Wrapped) -> dict[str, Any]:
+    """Puts a wrapper around every network that the state trains; the wrappers by name."""
+    student: Any = around(state.student.denoiser)
+    found, state.student.denoiser = {"student": student}, student
     if state.fake is not None:
-        state.fake = found["fake"] = Wrapped(state.fake)  # type: ignore[assignment]
+        fake: Any = around(state.fake)
+        found["fake"] = state.fake = fake
     if state.discriminator is not None:
-        state.discriminator = found["ratio"] = Wrapped(state.discriminator)
+        found["ratio"] = state.discriminator = around(state.discriminator)
     return found
