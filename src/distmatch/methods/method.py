@@ -13,8 +13,6 @@ from distmatch.methods.settings import (
     Settings,
 )
 
-Need = Literal["no", "optional", "needed"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -45,7 +43,7 @@ class Method:
     settings: type[Settings]
     build: Callable[[Any], Any]
     limits: str = ""
-    data: Need = "needed"
+    data: Literal["no", "needed"] = "needed"
     teacher_gradient: bool = False
     forward_mode: bool = False
     divergences: str = ""

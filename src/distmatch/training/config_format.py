@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
@@ -62,7 +63,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             "teacher's model/config.json",
             fix="divide them and add the line; or leave these levels out, for the defaults",
         )
-    if found < FORMAT and any(_brought_up_to_date(values)):
+    if found < FORMAT and _brought_up_to_date(values):
         warnings.warn(
             f"{os.path.abspath(path)} is of format {found} and was read as one of format {FORMAT}, which has "
             "all settings of a method in [distill], and only those that it reads",
@@ -71,38 +72,28 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def _brought_up_to_date(values: dict[str, Any]) -> list[str]:
-    """Turns the entries of an older file into today's, in place; names what changed."""
-    shared = values.get("shared")
-    changed = _one_table(values) + (_one_table(shared) if isinstance(shared, dict) else [])
-    settings, method = values.get("distill"), METHODS.get(str(values.get("method")).lower().replace("_", "-"))
-    if isinstance(settings, dict) and method is not None:
+def _brought_up_to_date(values: dict[str, Any]) -> bool:
+    """Turns the entries of an older file into today's, in place; whether any had to be."""
+    before, shared = copy.deepcopy(values), values.get("shared")
+    for options in (values, shared) if isinstance(shared, dict) else (values,):
+        for name in _FAMILIES:
+            if isinstance(options.get(name), dict) and isinstance(options.setdefault("distill", {}), dict):
+                options["distill"] |= options.pop(name)
+    method = METHODS.get(str(values.get("method")).lower().replace("_", "-"))
+    if method is not None and isinstance(settings := values.get("distill"), dict):
         # Files held all settings of all methods, and a run was refused with one that it did not read.
-        others = [name for name in settings if name not in method.options() and readers(name)]
-        for name in [name for name in others if settings[name] in (first_default(name), 0)]:
+        idle = [name for name in settings if name not in method.options() and readers(name)]
+        for name in [name for name in idle if settings[name] in (first_default(name), 0)]:
             del settings[name]
-            changed.append(name)
     if isinstance(shared, dict):
         # Of a comparison's, those that were not the default were given.
-        own = shared.get("distill")
-        given = own if isinstance(own, dict) else {}
-        for name in [n for n in given if readers(n) and given[n] == first_default(n)]:
-            del given[name]
-            changed.append(name)
+        if isinstance(settings := shared.get("distill"), dict):
+            for name in [n for n in settings if readers(n) and settings[n] == first_default(n)]:
+                del settings[name]
         for name, default in (("method", "f-distill"), ("preset", "laptop")):
             if shared.get(name) == default:
                 del shared[name]
-                changed.append(name)
-    return changed
-
-
-def _one_table(values: dict[str, Any]) -> list[str]:
-    """Moves the tables of families into ``distill``; names them."""
-    found = [name for name in _FAMILIES if isinstance(values.get(name), dict)]
-    if found and isinstance(values.setdefault("distill", {}), dict):
-        for name in found:
-            values["distill"] |= values.pop(name)
-    return found
+    return values != before
 
 
 def _absolute_levels(values: dict[str, Any]) -> list[str]:
