@@ -286,7 +286,7 @@ def test_each_call_is_the_network_s_own() -> None:
 
     own = dm.as_denoiser(k, "edm", "x0", shape=IMAGE, num_classes=10, call=call)
     torch.testing.assert_close(own(x, sigma, told % 10), k(x, sigma, class_cond=told % 10))
-    assert set(CALLS) == {"time-first", "keywords", "edm", "diffusers"}
+    assert set(CALLS) == {"plain", "time-first", "keywords", "edm", "diffusers"}
 
 
 def test_arguments_that_nobody_knows_are_asked_for() -> None:
@@ -300,7 +300,7 @@ def test_arguments_that_nobody_knows_are_asked_for() -> None:
         dm.as_denoiser(Conv())
     with pytest.raises(UserError, match=r"unknown way to call a network.*keywords"):
         dm.as_denoiser(Conv(), shape=IMAGE, call="keyword")
-    with pytest.raises(UserError, match=r"for modules"):
+    with pytest.raises(UserError, match=r"are for modules"):
         dm.as_denoiser(lambda x, t: x, shape=IMAGE, call="edm")
     classes = dm.as_denoiser(of_diffusers().net.module, shape=IMAGE, num_classes=11)
     with pytest.raises(UserError, match=r"name the class with null_class"):
@@ -352,6 +352,34 @@ def test_exports_compute_the_same(tmp_path: Path) -> None:
         portable = Portable(dm.Student(seeded(TEACHERS[network]), (2.5, 0.5)))
         inputs = portable.inputs(3)
         torch.testing.assert_close(portable(*inputs), portable.expected(inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_of_any_module_are_features(tmp_path: Path) -> None:
+    """Their outputs, in the pass itself or in one that ends there; copied, used and saved with it."""
+    velocity, made = Velocity(), {"prediction": "flow", "shape": IMAGE, "features": ("inner.first",)}
+    teacher = dm.as_denoiser(velocity, "condot", **made)
+    x, sigma = torch.randn(3, *IMAGE), torch.tensor([0.1, 1.0, 9.0])
+    behind: list[int] = []
+    velocity.inner.last.register_forward_hook(lambda *_: behind.append(1))
+    prediction, (feature,) = teacher(x, sigma, return_features=True)
+    assert torch.equal(prediction, teacher(x, sigma))
+    at = x / (1 + sigma)[:, None, None, None]
+    torch.testing.assert_close(feature, velocity.inner.first(at))
+    assert len(behind) == 2
+    (alone,) = teacher(x, sigma, return_features="only")
+    assert torch.equal(alone, feature)
+    assert len(behind) == 2  # the pass was left before the last layer
+    plain = dm.as_denoiser(Conv(), shape=IMAGE, features=["first"])
+    assert plain(x, sigma, return_features="only")[0].shape == (3, 4, 8, 8)
+    for method in ("f-distill", "sida"):
+        student = dm.distill(teacher, method=method, **QUICK)
+        assert has_features(student.denoiser)
+    student.save_pretrained(tmp_path / "m")
+    loaded = dm.Student.from_pretrained(tmp_path / "m", network=Velocity)
+    assert loaded.denoiser.net.features == ("inner.first",)
+    with pytest.raises(UserError, match=r"unknown module.*inner.first"):
+        dm.as_denoiser(velocity, "condot", **{**made, "features": ("inner.frist",)})
 
 
 def test_features_are_asked_for_only_where_the_network_has_them() -> None:

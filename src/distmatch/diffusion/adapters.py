@@ -275,6 +275,7 @@ def as_denoiser(
     *,
     shape: Sequence[int] | None = None,
     call: str | Call = "auto",
+    features: Sequence[str] = (),
     arguments: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PredictionDenoiser:
@@ -296,13 +297,15 @@ def as_denoiser(
         prediction: What it predicts: "x0", "eps", "v", "flow" or "score"; by default "x0" and "eps".
         shape: Shape of one sample. Networks of EDM's code say it themselves.
         call: ``auto``; ``plain`` or a name of :data:`~distmatch.diffusion.calls.CALLS`; or a function.
+        features: Names of parts of the module, such as ``("mid_block",)``, whose outputs a discriminator can
+            learn on: vectors, maps, or tokens of images.
         arguments: What the class of the module was made with, as JSON values by name. They are kept with a
             saved model, so that it can be loaded with the class alone.
         options: The other arguments of :class:`PredictionDenoiser`.
 
     Returns:
-        A denoiser. It has features where the module has an attribute ``has_features`` that is True and takes
-        ``return_features``.
+        A denoiser. It has features where parts are named, or where the module has an attribute
+        ``has_features`` that is True and takes ``return_features``.
 
     Raises:
         UserError: No shape, arguments that are no JSON, a module that needs more than it would be given.
@@ -332,12 +335,10 @@ def as_denoiser(
             fix="leave arguments out; the saved model is then loaded with a network at hand",
         ) from error
     net = module
-    if chosen != PLAIN:
+    if chosen != PLAIN or features:
         if not isinstance(module, nn.Module):
-            raise UserError(
-                "call= is for modules; a function can make the call itself", got=type(module).__name__
-            )
-        net = CalledNet(module, chosen)
+            raise UserError("call= and features= are for modules", got=type(module).__name__)
+        net = CalledNet(module, chosen, features)
     denoiser = PredictionDenoiser(
         net,
         path if path is not None else "edm" if clean else "vp",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.conditioning import LABEL
+from distmatch.diffusion.denoiser import Output, ReturnFeatures
+from distmatch.diffusion.hooked import named_part, pass_for_features, pass_with_features
 
 Conditions = Mapping[str, Tensor]
 """What samples are conditioned on, by name; class labels (B,) are ``label``, -1 for none."""
@@ -20,6 +22,11 @@ Call = Callable[[Any, Tensor, Tensor, Conditions], Any]
 """``call(module, x, t, conditions)``: a call of the module, and its prediction (B, *shape)."""
 
 PLAIN, TIME_FIRST, KEYWORDS, EDM, DIFFUSERS = "plain", "time-first", "keywords", "edm", "diffusers"
+
+
+def _plain(module: Any, x: Tensor, t: Tensor, conditions: Conditions) -> Any:
+    others = {name: value for name, value in conditions.items() if name != LABEL}
+    return module(x, t, *([conditions[LABEL]] if LABEL in conditions else []), **others)
 
 
 def _time_first(module: Any, x: Tensor, t: Tensor, conditions: Conditions) -> Any:
@@ -53,14 +60,16 @@ def _diffusers(module: Any, x: Tensor, t: Tensor, conditions: Conditions) -> Any
 
 
 CALLS: Mapping[str, Call] = {
+    PLAIN: _plain,
     TIME_FIRST: _time_first,
     KEYWORDS: _keywords,
     EDM: _edm,
     DIFFUSERS: _diffusers,
 }
-"""``time-first``: ``net(t, x, labels)``. ``keywords``: ``net(x, t, class_cond=labels, ...)``, the call of
-k-diffusion's code. ``edm``: ``net(x, sigma, one_hot)``, that of Karras et al., where no class is a row of
-zeros. ``diffusers``: ``net(x, timestep=t, class_labels=labels, ..., return_dict=False)[0]``."""
+"""``plain``: ``net(x, t, labels)``. ``time-first``: ``net(t, x, labels)``. ``keywords``:
+``net(x, t, class_cond=labels, ...)``, the call of k-diffusion's code. ``edm``: ``net(x, sigma, one_hot)``,
+that of Karras et al., where no class is a row of zeros. ``diffusers``:
+``net(x, timestep=t, class_labels=labels, ..., return_dict=False)[0]``."""
 
 _TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "noise_level")
 _SAMPLES = ("x", "x_t", "xt", "sample", "samples", "input", "inputs", "img", "image")
@@ -122,22 +131,55 @@ class CalledNet(nn.Module):
     Args:
         module: The module; it is used, not copied.
         call: A name of :data:`CALLS`, or a function.
+        features: Names of the parts of the module whose outputs are its features.
 
     Raises:
         UserError: An unknown name.
     """
 
-    def __init__(self, module: nn.Module, call: str | Call) -> None:
+    uncompiled = ("_only_features",)
+
+    def __init__(self, module: nn.Module, call: str | Call, features: Sequence[str] = ()) -> None:
         super().__init__()
         if isinstance(call, str) and call not in CALLS:
-            raise unknown_name("way to call a network", call, ("auto", PLAIN, *CALLS))
+            raise unknown_name("way to call a network", call, ("auto", *CALLS))
+        for name in features:
+            named_part(module, name)
         self.module = module
         self.call = call
+        self.features = tuple(features)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, **conditions: Tensor) -> Tensor:
-        """The prediction (B, *shape) for ``x`` (B, *shape) at times ``t`` (B,)."""
+    @property
+    def has_features(self) -> bool:
+        """Whether parts were named."""
+        return bool(self.features)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_features: ReturnFeatures = False,
+        **conditions: Tensor,
+    ) -> Output:
+        """The prediction (B, *shape) for ``x`` (B, *shape) at times ``t`` (B,).
+
+        Features are the outputs of the named parts, tokens of images as maps; a pass for ``"only"`` them is
+        left when the last of them is there.
+        """
         if labels is not None:
             conditions[LABEL] = labels
+        if return_features == "only":
+            return self._only_features(x, t, conditions)
+        if not return_features:
+            return self._prediction(x, t, conditions)
+        return pass_with_features(self.module, self.features, lambda: self._prediction(x, t, conditions))
+
+    def _only_features(self, x: Tensor, t: Tensor, conditions: Conditions) -> list[Tensor]:
+        return pass_for_features(self.module, self.features, lambda: self._prediction(x, t, conditions), x)
+
+    def _prediction(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         call = CALLS[self.call] if isinstance(self.call, str) else self.call
         out: Tensor = call(self.module, x, t, conditions)
         # Networks with a learned variance return it behind the prediction.

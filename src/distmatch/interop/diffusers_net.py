@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import check_null
 from distmatch.diffusion.denoiser import Output, ReturnFeatures
+from distmatch.diffusion.hooked import named_part, pass_for_features, pass_with_features
 from distmatch.nets.layers import feature_blocks
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 MODELS = (UNET, DIT)
-
-
-class _Enough(Exception):
-    """Raised inside a pass whose remainder nobody reads."""
 
 
 class DiffusersNet(nn.Module):
@@ -80,7 +76,7 @@ class DiffusersNet(nn.Module):
         self.num_classes = count - 1 if null_class is not None and null_class == count - 1 else count
         self.features = tuple(default_features(model) if features is None else features)
         for name in self.features:
-            self._part(name)
+            named_part(model, name)
 
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, return_features: ReturnFeatures = False
@@ -94,16 +90,10 @@ class DiffusersNet(nn.Module):
             return self._only_features(x, t, labels)
         if not return_features:
             return self._prediction(x, t, labels)
-        kept: dict[str, Tensor] = {}
-        with self._listening(kept):
-            out = self._prediction(x, t, labels)
-        return out, self._maps(kept, x)
+        return pass_with_features(self.model, self.features, lambda: self._prediction(x, t, labels))
 
     def _only_features(self, x: Tensor, t: Tensor, labels: Tensor | None) -> list[Tensor]:
-        kept: dict[str, Tensor] = {}
-        with suppress(_Enough), self._listening(kept, leave=True):
-            self._prediction(x, t, labels)
-        return self._maps(kept, x)
+        return pass_for_features(self.model, self.features, lambda: self._prediction(x, t, labels), x)
 
     def _prediction(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         arguments = {"class_labels": self._labels(labels, x)} if self.takes_labels else {}
@@ -126,36 +116,6 @@ class DiffusersNet(nn.Module):
             )
         return labels
 
-    def _maps(self, kept: dict[str, Tensor], x: Tensor) -> list[Tensor]:
-        height, width = x.shape[-2:]
-        return [_as_map(kept[name], height, width) for name in self.features]
-
-    @contextmanager
-    def _listening(self, kept: dict[str, Tensor], leave: bool = False) -> Iterator[None]:
-        """Keeps what the named modules return while it lasts; raises ``_Enough`` with all, to ``leave``."""
-
-        def listener(name: str) -> Any:
-            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                kept[name] = output[0] if isinstance(output, tuple) else output
-                if leave and len(kept) == len(self.features):
-                    raise _Enough
-
-            return keep
-
-        hooks = [self._part(name).register_forward_hook(listener(name)) for name in self.features]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _part(self, name: str) -> nn.Module:
-        try:
-            return self.model.get_submodule(name)
-        except AttributeError as error:
-            names = [n for n, _ in self.model.named_modules() if n and n.count(".") <= 1]
-            raise unknown_name("module of the teacher's network", name, names) from error
-
 
 def _classes(model: Any) -> tuple[int, int | None]:
     """The number of classes of a network, and the label that stands for none if it is known to have one."""
@@ -175,11 +135,3 @@ def default_features(model: Any) -> list[str]:
     if type(model).__name__ == DIT:
         return [f"transformer_blocks.{index}" for index in feature_blocks(len(model.transformer_blocks))]
     return ["mid_block"] if model.mid_block is not None else [f"down_blocks.{len(model.down_blocks) - 1}"]
-
-
-def _as_map(feature: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, N, C) of an image of ``height`` x ``width`` pixels as (B, C, H', W'); maps stay."""
-    if feature.ndim != 3:
-        return feature
-    patch = round((height * width / feature.shape[1]) ** 0.5)
-    return feature.transpose(1, 2).unflatten(2, (height // patch, width // patch))

@@ -122,7 +122,10 @@ def _denoiser_values(denoiser: nn.Module) -> dict[str, Any]:
             name: [list(field.shape), str(field.dtype).removeprefix("torch."), field.classes]
             for name, field in denoiser.conditioning_spec.items()
         }
-    call = denoiser.net.call if isinstance(denoiser.net, CalledNet) else PLAIN
+    called = denoiser.net if isinstance(denoiser.net, CalledNet) else None
+    call = PLAIN if called is None else called.call
+    if called is not None and called.features:
+        values["features"] = list(called.features)
     for name, value, plain in (
         ("time", denoiser.time, not callable(denoiser.time)),
         ("call", call, isinstance(call, str)),
@@ -245,7 +248,8 @@ def _around(module: nn.Module, said: Mapping[str, Any], values: Mapping[str, Any
         }
     else:
         options["num_classes"] = values["num_classes"]
-    net = module if values["call"] == PLAIN else CalledNet(module, values["call"])
+    features = values.get("features", ())
+    net = module if values["call"] == PLAIN and not features else CalledNet(module, values["call"], features)
     denoiser = PredictionDenoiser(
         net, path_from_dict(values["path"]), values["prediction"], shape=values["shape"], **options
     )

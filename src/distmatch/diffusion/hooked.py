@@ -1,0 +1,82 @@
+"""Features of any network: the outputs of parts of it that are named, by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from distmatch.base.errors import unknown_name
+
+
+class _Enough(Exception):
+    """Raised inside a pass whose remainder nobody reads."""
+
+
+def named_part(model: nn.Module, name: str) -> nn.Module:
+    """A part of a network by its name, such as ``down_blocks.1``.
+
+    Raises:
+        UserError: There is none of this name.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        names = [n for n, _ in model.named_modules() if n and n.count(".") <= 1]
+        raise unknown_name("module of the teacher's network", name, names) from error
+
+
+def pass_with_features(
+    model: nn.Module, names: Sequence[str], call: Callable[[], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """What a call of the network returns, and the outputs of its named parts in it."""
+    kept: dict[str, Tensor] = {}
+    with _listening(model, names, kept):
+        out = call()
+    return out, [as_map(kept[name], out) for name in names]
+
+
+def pass_for_features(
+    model: nn.Module, names: Sequence[str], call: Callable[[], Tensor], x: Tensor
+) -> list[Tensor]:
+    """The outputs of the named parts alone: the call is left when the last of them is there.
+
+    No graph of a compiler can be left by an exception; there it must run as it is.
+    """
+    kept: dict[str, Tensor] = {}
+    with suppress(_Enough), _listening(model, names, kept, leave=True):
+        call()
+    return [as_map(kept[name], x) for name in names]
+
+
+def as_map(feature: Tensor, x: Tensor) -> Tensor:
+    """Tokens (B, N, C) of images ``x`` (B, *, height, width) as (B, C, H', W'); anything else stays."""
+    if feature.ndim != 3 or x.ndim != 4:
+        return feature
+    height, width = x.shape[-2:]
+    patch = round((height * width / feature.shape[1]) ** 0.5)
+    return feature.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+
+
+@contextmanager
+def _listening(
+    model: nn.Module, names: Sequence[str], kept: dict[str, Tensor], leave: bool = False
+) -> Iterator[None]:
+    """Keeps what the named parts return while it lasts; raises ``_Enough`` with all, to ``leave``."""
+
+    def listener(name: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            kept[name] = output[0] if isinstance(output, tuple) else output
+            if leave and len(kept) == len(names):
+                raise _Enough
+
+        return keep
+
+    hooks = [named_part(model, name).register_forward_hook(listener(name)) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
