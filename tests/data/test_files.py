@@ -1,8 +1,10 @@
 """Files: what is right is read exactly, what is wrong is named, nothing ends in a traceback."""
 
+import dataclasses
 import io
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from distmatch.base.errors import UserError
 from distmatch.data import from_arrays, load_data
+from distmatch.data.batches import Batches
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 7, 9), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (6, 7, 9, 3), dtype=np.uint8)
@@ -365,3 +368,40 @@ def test_folders_without_images_and_broken_images(tmp_path):
     (tmp_path / "a.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"cannot read the image .*a\.png"):
         load_data(tmp_path)
+
+
+def test_conditions_of_samples_are_read_by_name(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, text = rng.normal(size=(12, 3)).astype(np.float32), rng.normal(size=(12, 5, 4))
+    file = tmp_path / "x.npz"
+    np.savez(file, x=x, labels=np.arange(12) % 3, condition_text=text, condition_age=np.arange(12))
+    data = load_data(file)
+    rows = torch.tensor([7, 2])
+    found = data.conditioning(rows)
+    assert set(found) == {"label", "text", "age"}
+    np.testing.assert_array_equal(found["text"].numpy(), text[[7, 2]].astype(np.float32))
+    assert found["age"].tolist() == [7, 2]
+    assert found["label"].tolist() == [1, 2]
+    assert set(data.subset(rows).conditioning(torch.tensor([0]))) == set(found)
+    turned = dataclasses.replace(data, conditions=data.conditions.index(torch.arange(11, -1, -1)))
+    assert data.content_hash != turned.content_hash
+    assert not load_data(file, labels=False).conditions
+    batch = Batches(data, 4, seed=0)(0)
+    assert batch.conditioning.batch_size == 4
+    whole = data.scaling.to_model(data.raw)
+    where = (whole[None] == batch.x[:, None]).all(2).int().argmax(1)
+    assert torch.equal(batch.conditioning["text"], data.conditions["text"][where])
+
+
+def test_conditions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    x = np.zeros((4, 2), dtype=np.float32)
+    for name, values, said in (
+        ("short", np.zeros(3), "one condition for each sample"),
+        ("words", np.array(["a", "b", "c", "d"]), "must hold numbers"),
+        ("gap", np.array([0.0, 1.0, np.nan, 2.0]), "NaN or infinity"),
+        ("label", np.zeros(4), "given as labels"),
+    ):
+        file = tmp_path / f"{name}.npz"
+        np.savez(file, x=x, **{f"condition_{name}": values})
+        with pytest.raises(UserError, match=said):
+            load_data(file)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distmatch.diffusion.conditioning import as_conditioning
 from distmatch.diffusion.denoiser import expand
 from distmatch.divergences import NAMES
 from distmatch.losses import adversarial_generator_loss, score_difference
@@ -101,8 +102,9 @@ def student_step(
     method: Matching, state: DistillState, labels: Tensor | None, n: int = 32
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One student step; its samples, the gradient that reached them, and a recomputation of that gradient."""
-    x, call = method._simulate(state, n, labels)
-    x0 = method._call(state, x, call, labels, True)
+    told = as_conditioning(labels)
+    x, call = method._simulate(state, n, told)
+    x0 = method._call(state, x, call, told, True)
     x0.retain_grad()
     again = torch.Generator()
     again.set_state(state.generator.get_state())
@@ -125,9 +127,7 @@ def student_step(
         parts["weight"] = normaliser.update(logit, method.noise.cdf(sigma), weigh).weight
         adversarial = method.config.gan_weight * adversarial_generator_loss(logit).mean()
         (parts["adversarial"],) = torch.autograd.grad(adversarial, leaf)
-    method._backward(
-        state, x0, x, call, labels, method._gradient(state, x0.detach(), x, call, labels).gradient
-    )
+    method._backward(state, x0, x, call, labels, method._gradient(state, x0.detach(), x, call, told).gradient)
     return x0, x0.grad, parts  # type: ignore[return-value]
 
 

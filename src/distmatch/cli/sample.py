@@ -170,7 +170,7 @@ def _labels(o: SampleOptions, model: Model) -> tuple[Tensor | None, str]:
     import torch
 
     from distmatch.data.classes import class_named, drawn_labels
-    from distmatch.methods.student import checked_labels
+    from distmatch.diffusion.conditioning import as_conditioning, check_conditioning, label_spec
 
     names, counts = model.classes.names, model.classes.counts
     if o.classes:
@@ -179,7 +179,8 @@ def _labels(o: SampleOptions, model: Model) -> tuple[Tensor | None, str]:
             raise UserError("this model is unconditional", got="--classes", fix="leave it out")
         turn = torch.tensor([class_named(c, names, model.num_classes) for c in o.classes])
         labels = turn.repeat(-(-o.n // len(turn)))[: o.n]
-        return checked_labels(labels, o.n, model.num_classes, o.seed), "given"
+        check_conditioning(as_conditioning(labels), o.n, label_spec(model.num_classes))
+        return labels, "given"
     if not model.num_classes:
         _refuse(o, ("class_balance",), "this model is unconditional")
         return None, ""

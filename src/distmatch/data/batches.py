@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +11,26 @@ from torch import Tensor
 from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
 from distmatch.data.order import BatchOrder
+from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, for_model
 
 
-class Batch(NamedTuple):
+class Batch:
     """One training batch.
 
-    Attributes:
+    Args:
         x: Clean samples in model space, (B, *shape) float32.
-        labels: (B,) int64, or None.
+        conditioning: What they are conditioned on: class labels (B,), a conditioning, or None.
         noise: Standard deviation of the noise in each sample, (B,) float32, for data that are not clean.
     """
 
-    x: Tensor
-    labels: Tensor | None
-    noise: Tensor | None = None
+    def __init__(self, x: Tensor, conditioning: ConditioningLike = None, noise: Tensor | None = None) -> None:
+        self.x = x
+        self.conditioning = as_conditioning(conditioning)
+        self.noise = noise
+
+    def taken_by(self, model: Any) -> Batch:
+        """The same samples with the part of their conditioning that a denoiser takes."""
+        return Batch(self.x, for_model(model, self.conditioning), self.noise)
 
 
 @dataclass
@@ -57,6 +63,6 @@ class Batches:
         if self.flip and self.data.kind == "image":
             mask = torch.rand(self.size, generator=generator(self.seed, f"flip/{step}")) < 0.5
         indices = self._order.indices(step)
-        x, labels = self.data.batch(indices, flip=mask)
+        x, _ = self.data.batch(indices, flip=mask)
         noise = None if self.noise is None else self.noise[indices].to(self.device)
-        return Batch(x.to(self.device), None if labels is None else labels.to(self.device), noise)
+        return Batch(x.to(self.device), self.data.conditioning(indices).to(self.device), noise)

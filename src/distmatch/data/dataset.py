@@ -15,6 +15,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.data.columns import Column, columns_of, decoded, element_names, is_coded
 from distmatch.data.scaling import Scaling
+from distmatch.diffusion.conditioning import LABEL, UNCONDITIONAL, Conditioning, check_conditioning
 
 _CHUNK = 4096  # samples scaled at a time when statistics are taken, to bound memory
 
@@ -30,6 +31,7 @@ class Dataset:
         name: What the data are called, for messages and logs.
         scaling: The map to the range of the model and back.
         columns: Of a table, its columns; () for other data.
+        conditions: What the samples are conditioned on besides their labels, N rows.
     """
 
     raw: Tensor
@@ -38,6 +40,7 @@ class Dataset:
     name: str
     scaling: Scaling
     columns: tuple[Column, ...] = ()
+    conditions: Conditioning = UNCONDITIONAL
 
     def __post_init__(self) -> None:
         image = self.raw.ndim == 4 and self.raw.dtype in (torch.uint8, torch.float32)
@@ -55,6 +58,13 @@ class Dataset:
                 f"{self.name}: the labels do not fit the samples",
                 got=f"{self.labels.dtype} of shape {tuple(self.labels.shape)}",
                 expected=f"int64 of shape ({len(self.raw)},)",
+            )
+        check_conditioning(self.conditions, len(self.raw))
+        if LABEL in self.conditions:
+            raise UserError(
+                f"{self.name}: class labels are given as labels",
+                got=f"a condition called {LABEL}",
+                fix="give the array another name",
             )
 
     def __len__(self) -> int:
@@ -79,9 +89,10 @@ class Dataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 (hex) over type, shape and bytes of the samples and labels; the name does not count."""
+        """sha256 (hex) over type, shape and bytes of samples, labels and conditions, not of the name."""
         digest = hashlib.sha256()
-        for part in (self.raw, self.labels):
+        conditions = [self.conditions[name] for name in sorted(self.conditions)]
+        for part in (self.raw, self.labels, *conditions):
             if part is None:
                 digest.update(b"none")
                 continue
@@ -109,6 +120,12 @@ class Dataset:
                 raise UserError("only images can be mirrored", got=f"{self.name}, which holds vectors")
             x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(-1), x)
         return x, None if self.labels is None else self.labels[where]
+
+    def conditioning(self, indices: Tensor) -> Conditioning:
+        """What the samples at ``indices`` (B,) are conditioned on: their labels and further conditions."""
+        where = indices.to(self.raw.device)
+        fields = dict(self.conditions.index(where))
+        return Conditioning(fields if self.labels is None else {LABEL: self.labels[where], **fields})
 
     def constant_columns(self) -> list[str]:
         """Names of the columns of numbers that hold one value only, "column 3" where they have none."""
@@ -146,8 +163,11 @@ class Dataset:
         where = indices.to(self.raw.device)
         names = self.class_names or tuple(str(k) for k in range(self.num_classes))
         labels = None if self.labels is None else self.labels[where]
-        return dataclasses.replace(self, raw=self.raw[where], labels=labels, class_names=names)
+        conditions = self.conditions.index(where)
+        return dataclasses.replace(
+            self, raw=self.raw[where], labels=labels, class_names=names, conditions=conditions
+        )
 
     def without_labels(self) -> Dataset:
-        """The same samples, unlabelled."""
-        return dataclasses.replace(self, labels=None, class_names=())
+        """The same samples without labels and conditions."""
+        return dataclasses.replace(self, labels=None, class_names=(), conditions=UNCONDITIONAL)

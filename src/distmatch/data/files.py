@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import lzma
 import os
 import re
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.inputs import read_array_header, require_regular_file
@@ -22,9 +25,11 @@ from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
 from distmatch.data.folders import IMAGE_SUFFIXES, load_folder
 from distmatch.data.tables import ONE_HOT, load_table
+from distmatch.diffusion.conditioning import Conditioning
 
 _SAMPLE_KEYS = ("x", "images", "x_train")
 _LABEL_KEYS = ("labels", "y")
+_CONDITION = "condition_"
 _TABLES = (".csv", ".tsv")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib")
 # What NumPy and the zip module are known to raise on damaged files.
@@ -143,7 +148,8 @@ def load_file(
     """Reads data from a file or a folder.
 
     ``.npz``: the samples are under ``x``, ``images`` or ``x_train``, or are the only array; labels may be
-    under ``labels`` or ``y`` (``y_train`` for ``x_train``), names of the classes under ``class_names``.
+    under ``labels`` or ``y`` (``y_train`` for ``x_train``), names of the classes under ``class_names``,
+    further conditions of the samples under ``condition_NAME``.
     ``.npy``: the samples. A folder: see :func:`distmatch.data.folders.load_folder`. ``.csv`` or ``.tsv``: see
     :func:`distmatch.data.tables.load_table`; ``table.csv:one-hot`` encodes columns of text.
 
@@ -212,7 +218,8 @@ def _read_npy(file: Path) -> np.ndarray:
 
 def _from_npz(file: Path, labelled: bool) -> Dataset:
     archive = Archive(file)
-    rest = [k for k in archive if k not in (*_LABEL_KEYS, "y_train", "y_test", "class_names")]
+    known = (*_LABEL_KEYS, "y_train", "y_test", "class_names")
+    rest = [k for k in archive if k not in known and not k.startswith(_CONDITION)]
     key = next((k for k in _SAMPLE_KEYS if k in archive), rest[0] if len(rest) == 1 else None)
     if key is None:
         raise UserError(
@@ -227,4 +234,23 @@ def _from_npz(file: Path, labelled: bool) -> Dataset:
     if "class_names" in archive and label_key is not None:
         names = tuple(str(v) for v in np.atleast_1d(archive["class_names"]))
     labels = None if label_key is None else archive[label_key]
-    return from_arrays(archive[key], labels, class_names=names, name=str(file))
+    data = from_arrays(archive[key], labels, class_names=names, name=str(file))
+    conditions = {
+        k.removeprefix(_CONDITION): _condition(archive[k], k) for k in archive if k.startswith(_CONDITION)
+    }
+    return dataclasses.replace(data, conditions=Conditioning(conditions)) if labelled and conditions else data
+
+
+def _condition(values: np.ndarray, name: str) -> Tensor:
+    """Values that samples are conditioned on, float32 or int64.
+
+    Raises:
+        UserError: They are no numbers, or not all finite.
+    """
+    if values.dtype.kind not in "fiub":
+        raise UserError(f"the array {name} must hold numbers", got=str(values.dtype))
+    whole = values.dtype.kind != "f"
+    found = torch.from_numpy(values.astype(np.int64 if whole else np.float32))
+    if not bool(found.isfinite().all()):
+        raise UserError(f"the array {name} holds NaN or infinity", fix="leave these samples out")
+    return found

@@ -209,8 +209,11 @@ def spec_of(denoiser: Any) -> ConditioningSpec:
 
 
 def for_model(denoiser: Any, conditioning: Conditioning) -> Conditioning:
-    """The conditioning for one of several models: as it is, or none for an unconditional one."""
-    return conditioning if spec_of(denoiser) else UNCONDITIONAL
+    """The part of a conditioning that a model takes: none for an unconditional one."""
+    spec = spec_of(denoiser)
+    if set(conditioning) <= set(spec):
+        return conditioning
+    return Conditioning({name: value for name, value in conditioning.items() if name in spec})
 
 
 def null_conditioning(denoiser: Any, n: int, device: torch.device | str = "cpu") -> Conditioning:

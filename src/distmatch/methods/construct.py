@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from distmatch.diffusion.conditioning import LABEL, spec_of
 from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import require_denoiser
 from distmatch.diffusion.denoiser import Denoiser, require_input_gradient, require_score
@@ -103,6 +104,7 @@ def build_method(setup: Setup[Settings]) -> Distiller:
         UserError: Teacher, method and settings do not go together.
     """
     _check_levels(setup)
+    _check_conditions(setup)
     _refuse_idle(setup.settings)
     if setup.method.family == "consistency":
         require_score(setup.teacher, "a path of samples with Gaussian noise")
@@ -122,6 +124,16 @@ def _check_levels(setup: Setup[Settings]) -> None:
             "the student must start at a noise level that the teacher knows",
             got=f"--student-sigma {setup.settings.student_sigma:g}, in units of sigma_data = {data:.4g}",
             expected=f"above {low / data:.4g} and up to {high / data:.4g}, or 0 for that",
+        )
+
+
+def _check_conditions(setup: Setup[Settings]) -> None:
+    others = set(spec_of(setup.teacher)) - {LABEL}
+    if others and setup.method.conditions == "labels":
+        raise UserError(
+            f"{setup.method.name} knows class labels as conditions, and this teacher takes others",
+            got=f"conditions {', '.join(sorted(others))}",
+            fix="use f-distill, dmd2, sid or another method of docs/methods.md",
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.seeds import latents
+from distmatch.diffusion.conditioning import Conditioning, ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath
@@ -20,7 +21,7 @@ from distmatch.diffusion.solvers import Solver, find_solver, solve
 from distmatch.diffusion.solvers import grid as make_grid
 from distmatch.interop import decode_samples
 from distmatch.methods.handover import Handover, check_way, hand_over
-from distmatch.methods.student import Student, checked_labels, device_of
+from distmatch.methods.student import Student, checked_conditioning, device_of
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def hybrid_sample(
     solver: str | Solver = "heun",
     grid: Tensor | Sequence[float] | None = None,
     path: NoisePath | str | None = None,
-    labels: Tensor | None = None,
+    labels: ConditioningLike = None,
     seed: int = 0,
     batch: int = 1024,
     decode: bool = True,
@@ -56,7 +57,7 @@ def hybrid_sample(
         solver: How the teacher is sampled.
         grid: Decreasing levels in place of the default ones.
         path: As for :func:`~distmatch.diffusion.solvers.solve`.
-        labels: Classes (n,) int64; drawn as the student draws them when they are missing.
+        labels: Classes (n,) int64, or a conditioning; drawn as the student draws them when they are missing.
         seed: Seed of everything random.
         batch: Samples at a time.
         decode: Whether latents become images.
@@ -72,11 +73,11 @@ def hybrid_sample(
     way = hand_over(teacher, student, levels, calls=calls, level=level)
     chosen = find_solver(solver)
     check_way(way, chosen, solver)
-    labels = checked_labels(labels, n, student.num_classes, seed, student.classes.counts)
+    asked = checked_conditioning(labels, n, student, seed, student.classes.counts)
     device = device_of(student)
     z = latents(n, student.shape, seed)
     if not way.teacher_levels:
-        return student.sample(n, seed=seed, labels=labels, batch=batch, decode=decode, on_batch=on_batch)
+        return student.sample(n, seed=seed, labels=asked, batch=batch, decode=decode, on_batch=on_batch)
     later = student_noise(student, way, n, seed)
     follower = follower_of(student, way)
     training = student.training
@@ -84,7 +85,7 @@ def hybrid_sample(
     out = []
     for begin in range(0, n, batch):
         part = slice(begin, min(begin + batch, n))
-        c = None if labels is None else labels[part].to(device)
+        c = asked.index(part).to(device)
         noise = None
         if chosen.stochastic:
             noise = SampleNoise(seed, torch.arange(part.start, part.stop), tuple(student.shape), device)
@@ -120,20 +121,22 @@ def follower_of(student: Student, way: Handover) -> Student:
     return follower
 
 
-def student_calls(follower: Student, y: Tensor, noise: list[Tensor], labels: Tensor | None) -> list[Tensor]:
+def student_calls(
+    follower: Student, y: Tensor, noise: list[Tensor], conditioning: Conditioning
+) -> list[Tensor]:
     """All calls of a student from a given first input.
 
     Args:
         follower: The student.
         y: State at its first level, (B, *shape).
         noise: Unit normal noise before each call but the first.
-        labels: Classes (B,), or None.
+        conditioning: What the samples are conditioned on.
 
     Returns:
         The clean samples after each call; in a chain of jumps those of all but the last only lead on.
     """
-    found = [follower.call(y, 0, labels)]
+    found = [follower.call(y, 0, conditioning)]
     for index, fresh in enumerate(noise, 1):
         y = follower.advance(y, found[-1], fresh, index)
-        found.append(follower.call(y, index, labels))
+        found.append(follower.call(y, index, conditioning))
     return found

@@ -180,8 +180,3 @@ def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
 def noised(x: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     """``x + sigma eps`` for samples (B, ...) and levels (B,)."""
     return x + expand(sigma, x) * standard_normal(x, generator)
-
-
-def part_of(values: Tensor | None, part: slice) -> Tensor | None:
-    """A part of a batch that may be missing."""
-    return None if values is None else values[part]

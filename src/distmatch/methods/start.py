@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.diffusion.adapters import PredictionDenoiser
+from distmatch.diffusion.conditioning import LABEL, ConditioningLike, as_conditioning, for_model, spec_of
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import NoiseLevels
 from distmatch.interop import check_storable, copied_module
@@ -22,7 +23,7 @@ from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
 from distmatch.nets.optimizer import OptimizerSettings
 
-Draw = Callable[[int], tuple[Tensor, Tensor | None]]
+Draw = Callable[[int], tuple[Tensor, ConditioningLike]]
 
 Network = EDMDenoiser | PredictionDenoiser
 """A denoiser that can be trained and saved: with a network of ours, or with one that came with a teacher. Any
@@ -67,6 +68,12 @@ def starting_network(teacher: Denoiser, net: NetConfig | None, seed: int, device
     if net is None and has_network(teacher):
         network: Network = copy.deepcopy(teacher)
     else:
+        if others := set(spec_of(teacher)) - {LABEL}:
+            raise UserError(
+                "a fresh network takes class labels as conditions, and this teacher takes others",
+                got=f"a teacher without a network to copy, conditioned on {', '.join(sorted(others))}",
+                fix="distil a teacher whose network can be copied",
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "network"))
             fresh = build_net(
@@ -94,7 +101,7 @@ def fit_to_teacher(
     Args:
         network: Changed in place.
         teacher: What it shall predict like.
-        draw: Gives n clean samples and their labels.
+        draw: Gives n clean samples and what they are conditioned on.
         noise: The levels at which they must agree.
         steps: Optimiser steps of 512 samples.
         seed: Seed of the noise.
@@ -106,15 +113,15 @@ def fit_to_teacher(
     with progress(steps, desc="fit to teacher", delay=5.0) as bar:
         for step in range(steps):
             set_rate(optimiser, settings.lr * rate(settings, step, steps))
-            x0, labels = draw(512)
+            x0, given = draw(512)
             x0 = x0.to(device)
-            labels = labels.to(device) if labels is not None and teacher.num_classes else None
+            told = for_model(teacher, as_conditioning(given)).to(device)
             sigma = noise.sample(len(x0), gen)
             x = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=gen, device=device)
             with torch.no_grad():
-                target = teacher(x, sigma, labels)
+                target = teacher(x, sigma, told)
             weight = edm_weight(sigma, network.sigma_data)
-            loss = denoising_loss(network(x, sigma, labels), target, weight).mean()
+            loss = denoising_loss(network(x, sigma, told), target, weight).mean()
             loss.backward()
             clipped_step(optimiser, settings.grad_clip)
             bar.update(1, loss=loss.detach())

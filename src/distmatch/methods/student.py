@@ -14,6 +14,15 @@ from distmatch.base.errors import UserError
 from distmatch.base.seeds import latents
 from distmatch.data.classes import Balance, Classes, drawn_labels
 from distmatch.data.scaling import Scaling
+from distmatch.diffusion.conditioning import (
+    LABEL,
+    Conditioning,
+    ConditioningLike,
+    ConditioningSpec,
+    as_conditioning,
+    check_conditioning,
+    spec_of,
+)
 from distmatch.diffusion.noise import Karras
 from distmatch.interop import HandedIn, decode_samples, load_denoiser, save_denoiser
 from distmatch.methods.start import Network
@@ -114,6 +123,11 @@ class Student(nn.Module):
         return self.denoiser.num_classes
 
     @property
+    def conditioning_spec(self) -> ConditioningSpec:
+        """The conditions that it takes."""
+        return spec_of(self.denoiser)
+
+    @property
     def classes(self) -> Classes:
         """Names of its classes, and their counts in the data it was distilled with, as far as known."""
         return Classes.from_dict(self.info.get("data") or {}, self.num_classes)
@@ -132,11 +146,11 @@ class Student(nn.Module):
         """The first input: unit noise scaled to the first level."""
         return noise * self.levels[0]
 
-    def begin(self, noise: list[Tensor], labels: Tensor | None) -> Tensor:
+    def begin(self, noise: list[Tensor], conditioning: ConditioningLike) -> Tensor:
         """The input of the first call, from the unit noise of all of them."""
         return self.start(noise[0])
 
-    def call(self, x: Tensor, index: int, labels: Tensor | None = None) -> Tensor:
+    def call(self, x: Tensor, index: int, conditioning: ConditioningLike = None) -> Tensor:
         """Network call number ``index`` (from 0) on an input at that level; returns clean samples.
 
         In a chain of jumps all but the last are only what leads to the next level.
@@ -144,7 +158,7 @@ class Student(nn.Module):
         sigma = torch.full(x.shape[:1], self.levels[index], device=x.device, dtype=x.dtype)
         to = self.goal(index)
         goal = {"target_sigma": torch.full_like(sigma, to)} if to else {}
-        x0: Tensor = self.denoiser(x, sigma, labels, **goal)
+        x0: Tensor = self.denoiser(x, sigma, conditioning, **goal)
         return x0
 
     def goal(self, index: int) -> float:
@@ -164,13 +178,13 @@ class Student(nn.Module):
         kept, fresh = chain_weights(self.chain, self.levels[index - 1], self.levels[index], self.gamma)
         return x0 + kept * (x - x0) + fresh * noise
 
-    def forward(self, noise: list[Tensor], labels: Tensor | None = None) -> Tensor:
+    def forward(self, noise: list[Tensor], conditioning: ConditioningLike = None) -> Tensor:
         """The whole chain from one unit-noise tensor for each call."""
-        x = self.begin(noise, labels)
-        x0 = self.call(x, 0, labels)
+        x = self.begin(noise, conditioning)
+        x0 = self.call(x, 0, conditioning)
         for index in range(1, len(self.levels)):
             x = self.advance(x, x0, noise[index], index)
-            x0 = self.call(x, index, labels)
+            x0 = self.call(x, index, conditioning)
         return x0
 
     @torch.no_grad()
@@ -179,7 +193,7 @@ class Student(nn.Module):
         n: int,
         *,
         seed: int = 0,
-        labels: Tensor | None = None,
+        labels: ConditioningLike = None,
         class_balance: Balance = "data",
         batch: int = 1024,
         decode: bool = True,
@@ -190,7 +204,8 @@ class Student(nn.Module):
         Args:
             n: Number of samples.
             seed: Seed of the latents; sample i depends on the seed and i, not on ``batch``.
-            labels: Classes (n,) int64. A class-conditional student draws them when they are missing.
+            labels: What the samples are conditioned on: classes (n,) int64, or a conditioning. A student of
+                classes draws them when they are missing.
             class_balance: How: ``data`` in the shares of the data it was distilled with (evenly where these
                 are not known), ``uniform`` evenly.
             batch: Samples at a time.
@@ -204,7 +219,7 @@ class Student(nn.Module):
             UserError: Labels of another length or out of range.
         """
         device = device_of(self)
-        labels = checked_labels(labels, n, self.num_classes, seed, self.classes.counts, class_balance)
+        asked = checked_conditioning(labels, n, self, seed, self.classes.counts, class_balance)
         noise = [
             latents(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}") for i in range(self.draws)
         ]
@@ -213,8 +228,8 @@ class Student(nn.Module):
         self.eval()
         for begin in range(0, n, batch):
             part = slice(begin, begin + batch)
-            y = None if labels is None else labels[part].to(device)
-            out.append(self([z[part].to(device) for z in noise], y).float().cpu())
+            told = asked.index(part).to(device)
+            out.append(self([z[part].to(device) for z in noise], told).float().cpu())
             if on_batch is not None:
                 on_batch(len(out[-1]))
         self.train(training)
@@ -305,39 +320,40 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def checked_labels(
-    labels: Tensor | None,
+def checked_conditioning(
+    given: ConditioningLike,
     n: int,
-    num_classes: int,
+    model: Any,
     seed: int,
     counts: Sequence[int] = (),
     balance: Balance = "data",
-) -> Tensor | None:
-    """Labels for ``n`` samples: the given ones, checked, or drawn for a conditional model.
+) -> Conditioning:
+    """What ``n`` samples are conditioned on: what is given, checked, or classes drawn for a model of classes.
 
     Args:
-        labels: Labels (n,), or None.
+        given: Labels (n,), a conditioning, or None.
         n: Number of samples.
-        num_classes: Classes of the model; 0 when unconditional.
+        model: The denoiser or student.
         seed: Seed of the draw.
         counts: How often each class occurred in training; () when that is not known.
         balance: See :func:`~distmatch.data.classes.drawn_labels`.
 
     Raises:
-        UserError: Labels of another length, out of range, or for an unconditional model.
+        UserError: It does not fit the model, or is missing where it cannot be drawn.
     """
-    if labels is None:
-        if num_classes == 0:
-            return None
-        return drawn_labels(n, num_classes, seed, counts, balance)
-    if num_classes == 0:
-        raise UserError("this model is unconditional", got="labels", fix="leave the labels out")
-    labels = labels.to(torch.int64)
-    values = f", values {int(labels.min())} to {int(labels.max())}" if labels.numel() else ""
-    if labels.shape != (n,) or bool(((labels >= num_classes) | (labels < -1)).any()):
-        raise UserError(
-            "labels do not fit",
-            got=f"shape {tuple(labels.shape)}{values}",
-            expected=f"shape ({n},), values 0 to {num_classes - 1}, or -1 for no class",
-        )
-    return labels
+    spec = spec_of(model)
+    if given is None:
+        if set(spec) - {LABEL}:
+            raise UserError(
+                "this model must be told what its samples are conditioned on",
+                got="no condition",
+                expected=f"values of {', '.join(spec)}",
+                fix="pass a distmatch.Conditioning, for samples without a condition "
+                "null_conditioning(model, n)",
+            )
+        return as_conditioning(drawn_labels(n, model.num_classes, seed, counts, balance) if spec else None)
+    conditioning = as_conditioning(given)
+    if not spec and conditioning:
+        raise UserError("this model is unconditional", got=", ".join(conditioning), fix="leave it out")
+    check_conditioning(conditioning, n, spec)
+    return conditioning

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import Conditioning, example_conditioning
 from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, has_features
 from distmatch.nets.head import RatioHead, RatioNet
 
@@ -54,9 +55,9 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
         )
     with torch.no_grad():
         probe = torch.zeros(2, *features_from.shape, device=_device(features_from))
-        labels = torch.zeros(2, dtype=torch.int64, device=probe.device) if num_classes else None
+        conditioning = example_conditioning(features_from, 2, probe.device)
         level = torch.ones(2, device=probe.device)
-        features = features_from(probe, level, labels, return_features="only")
+        features = features_from(probe, level, conditioning, return_features="only")
     shapes = [tuple(f.shape[1:]) for f in features]
     return RatioHead(shapes, num_classes, noise_unit=2 * features_from.sigma_data)
 
@@ -66,11 +67,11 @@ def denoise_with_logit(
     discriminator: nn.Module,
     x: Tensor,
     sigma: Tensor,
-    labels: Tensor | None,
+    conditioning: Conditioning,
 ) -> tuple[Tensor, Tensor]:
     """One pass of a denoiser with features: its prediction and the discriminator's logit (B,)."""
-    prediction, features = _required(denoiser)(x, sigma, labels, return_features=True)
-    return prediction, discriminator(features, sigma, labels)
+    prediction, features = _required(denoiser)(x, sigma, conditioning, return_features=True)
+    return prediction, discriminator(features, sigma, conditioning.label)
 
 
 def logits_of(
@@ -79,7 +80,7 @@ def logits_of(
     discriminator: nn.Module,
     kinds: Sequence[Tensor],
     sigma: Tensor,
-    labels: Tensor | None,
+    conditioning: Conditioning,
     *,
     grad: bool,
 ) -> list[Tensor]:
@@ -96,22 +97,22 @@ def logits_of(
         discriminator: From :func:`build_discriminator`.
         kinds: Noised samples (B, *shape) each, such as generated and real ones.
         sigma: Their levels (B,), the same for all kinds.
-        labels: Their classes (B,), or None.
+        conditioning: What they are conditioned on; the discriminator itself sees their labels alone.
         grad: Whether a gradient goes through the features; the discriminator's own needs none of them.
 
     Returns:
         (B,) for each kind.
     """
     if source == "own":
-        return [discriminator(x, sigma, labels) for x in kinds]
+        return [discriminator(x, sigma, conditioning.label) for x in kinds]
     count = len(kinds)
     whole = kinds[0] if count == 1 else torch.cat(list(kinds))
-    classes = None if labels is None else labels.repeat(count)
+    told = conditioning.repeat(count)
     with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
         levels = sigma.repeat(count)
-        features = _required(features_from)(whole, levels, classes, return_features="only")
+        features = _required(features_from)(whole, levels, told, return_features="only")
     parts = zip(*(feature.chunk(count) for feature in features), strict=True)
-    return [discriminator(list(part), sigma, labels) for part in parts]
+    return [discriminator(list(part), sigma, conditioning.label) for part in parts]
 
 
 def _required(denoiser: Denoiser) -> FeatureDenoiser:

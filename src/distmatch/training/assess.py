@@ -19,6 +19,13 @@ from distmatch.base.progress import progress
 from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
 from distmatch.data.scaling import Scaling
+from distmatch.diffusion.conditioning import (
+    LABEL,
+    Conditioning,
+    ConditioningLike,
+    ConditioningSpec,
+    labels_of,
+)
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.mixture import GaussianMixture
@@ -67,7 +74,7 @@ class _CountingStudent:
         return self.calls
 
 
-def draw_student(student: Student, n: int, labels: Tensor | None, seed: int, batch: int = 1024) -> Drawn:
+def draw_student(student: Student, n: int, labels: ConditioningLike, seed: int, batch: int = 1024) -> Drawn:
     """Samples a student, counting calls and time."""
     counter = _CountingStudent(student)
     with progress(n, desc="student samples") as bar:
@@ -75,13 +82,13 @@ def draw_student(student: Student, n: int, labels: Tensor | None, seed: int, bat
         x = student.sample(n, seed=seed, labels=labels, batch=batch, on_batch=bar.update)
         seconds = time.perf_counter() - began
     batches = math.ceil(n / batch)
-    return Drawn(x, labels, counter.done() // batches, 1000 * seconds / n)
+    return Drawn(x, labels_of(labels), counter.done() // batches, 1000 * seconds / n)
 
 
 def draw_teacher(
     teacher: Denoiser,
     n: int,
-    labels: Tensor | None,
+    labels: ConditioningLike,
     seed: int,
     sampling: Sampling = HEUN,
     *,
@@ -93,7 +100,7 @@ def draw_teacher(
     Args:
         teacher: The teacher; the samples of one that works on latents are decoded.
         n: Number of samples.
-        labels: Their classes (n,), or None.
+        labels: What they are conditioned on: classes (n,), a conditioning, or None.
         seed: Seed of all noise.
         sampling: Solver, grid and guidance.
         batch: Samples at a time.
@@ -123,41 +130,40 @@ def draw_teacher(
         seconds = time.perf_counter() - began
     # A solver that chooses its own steps may take more of them for one batch than for another.
     calls = round(counter.calls / math.ceil(n / batch))
-    return Drawn(x, labels, calls, 1000 * seconds / n)
+    return Drawn(x, labels_of(labels), calls, 1000 * seconds / n)
 
 
 def assess(
     data: Dataset,
-    models: dict[str, Callable[[int, Tensor | None], Drawn]],
+    models: dict[str, Callable[[int, Conditioning], Drawn]],
     *,
-    conditional: bool,
+    asked: Conditioning,
     features: str | Features = "auto",
-    n: int | None = None,
+    n: int,
     seed: int = 0,
     mixture: GaussianMixture | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Drawn]]:
-    """Draws from each model with the same labels and latents, and measures all at the same N.
+    """Draws from each model under the same conditions and from the same noise, and measures all at one N.
 
     Args:
         data: The real data.
-        models: ``teacher`` and ``student``: functions of (count, labels) that draw.
-        conditional: Whether the models take labels.
+        models: ``teacher`` and ``student``: functions of (count, conditioning) that draw.
+        asked: What the samples are conditioned on, see :func:`asked_of`.
         features: As in :func:`distmatch.metrics.evaluate`.
-        n: Samples in a block; two blocks are drawn from each model. None takes half the data, at most 5000.
+        n: Samples in a block; two blocks are drawn from each model.
         seed: Chooses blocks and labels.
         mixture: The exact mixture behind the data, for the mode metrics.
 
     Returns:
         The content of ``metrics.json`` as estimates, and the samples by model, the reference's included.
     """
-    block = min(len(data) // 2, n or 5000)
-    labels = reference_labels(data, 2 * block, seed=seed) if conditional else None
-    common: dict[str, Any] = {"features": features, "n": block, "seed": seed, "mixture": mixture}
+    labels = asked.label
+    common: dict[str, Any] = {"features": features, "n": n, "seed": seed, "mixture": mixture}
     floor = reference_floor(data, stratified=labels is not None, **common)
     result: dict[str, dict[str, Any]] = {"reference": {"nfe": None, "seconds_per_1000": None, **floor}}
-    drawn: dict[str, Drawn] = {"reference": _reference(data, labels, 2 * block, seed)}
+    drawn: dict[str, Drawn] = {"reference": _reference(data, labels, 2 * n, seed)}
     for name, draw in models.items():
-        samples = draw(2 * block, labels)
+        samples = draw(2 * n, asked)
         drawn[name] = samples
         measured = evaluate(samples.x, data, labels=labels, **common)
         result[name] = {"nfe": samples.nfe, "seconds_per_1000": samples.seconds_per_1000, **measured}
@@ -166,6 +172,29 @@ def assess(
 
 def _reference(data: Dataset, labels: Tensor | None, n: int, seed: int) -> Drawn:
     """Real samples with the same labels in the same order, to stand beside the models' in pictures."""
+    x, real = data.batch(_rows(data, labels, n, seed))
+    return Drawn(x, real if labels is None else labels, 0, 0.0)
+
+
+def asked_of(data: Dataset, spec: ConditioningSpec, n: int, seed: int) -> Conditioning:
+    """What models are asked for: labels in the shares of the data, and further conditions of real samples.
+
+    Args:
+        data: The real data.
+        spec: What the models take.
+        n: Number of samples.
+        seed: Of the choice.
+    """
+    labels = reference_labels(data, n, seed=seed) if LABEL in spec else None
+    fields = {} if labels is None else {LABEL: labels}
+    if others := set(spec) - {LABEL}:
+        rows = _rows(data, labels, n, seed)
+        fields |= {name: data.conditions[name][rows] for name in sorted(others)}
+    return Conditioning(fields)
+
+
+def _rows(data: Dataset, labels: Tensor | None, n: int, seed: int) -> Tensor:
+    """Real samples in random order, with the classes of ``labels`` where there are any."""
     order = torch.randperm(len(data), generator=generator(seed, "assess/reference"))
     if labels is not None and data.labels is not None:
         chosen = torch.zeros(n, dtype=torch.int64)
@@ -174,8 +203,7 @@ def _reference(data: Dataset, labels: Tensor | None, n: int, seed: int) -> Drawn
             pool = order[data.labels[order] == label]
             chosen[where] = pool[torch.arange(len(where)) % len(pool)]
         order = chosen
-    x, real = data.batch(order[:n])
-    return Drawn(x, real if labels is None else labels, 0, 0.0)
+    return order[:n]
 
 
 def plain(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

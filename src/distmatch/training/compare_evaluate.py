@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import atomic_write, load_tensors, save_tensors
 from distmatch.base.progress import quietly
 from distmatch.data import TOY_NAMES, Dataset, load_data, toy
 from distmatch.data.columns import columns_of
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.methods.student import Student
-from distmatch.metrics import plan, reference_labels, resolve_features
+from distmatch.metrics import plan, resolve_features
 from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.metrics.features import Features
-from distmatch.training.assess import Drawn, assess, npz_bytes, plain, write_assessment
+from distmatch.training.assess import Drawn, asked_of, assess, npz_bytes, plain, write_assessment
 from distmatch.training.compare_options import CompareOptions
 from distmatch.training.compare_stats import Measured
 from distmatch.training.known_data import known_data
@@ -39,7 +38,7 @@ class Bench:
         data: The real data.
         teacher: The teacher.
         space: The feature space, made once.
-        labels: The classes asked for, (2 * block,), or None.
+        asked: What the samples are conditioned on, 2 * block rows.
         block: Samples in a block; every model gives two.
         seed: Of latents, labels and blocks.
         sampling: How the teacher is sampled.
@@ -50,7 +49,7 @@ class Bench:
     data: Dataset
     teacher: Model
     space: Features
-    labels: Tensor | None
+    asked: Conditioning
     block: int
     seed: int
     sampling: Sampling
@@ -63,18 +62,20 @@ class Bench:
         return {**found.to_dict(), **self.sampling.to_dict()}
 
     def draw(self, model: Model) -> Drawn:
-        """The samples of a model: always from the same latents, for the same labels."""
+        """The samples of a model: always from the same latents, under the same conditions."""
         with quietly():
-            model.draw(_WARM, None, self.seed, Sampling(steps=2), device=self.device)
+            model.draw(
+                _WARM, self.asked.index(slice(_WARM)), self.seed, Sampling(steps=2), device=self.device
+            )
         count = 2 * self.block
-        return model.draw(count, self.labels, self.seed, self.sampling, device=self.device)
+        return model.draw(count, self.asked, self.seed, self.sampling, device=self.device)
 
     def baseline(self, folder: RunFolder) -> dict[str, dict[str, Any]]:
         """Measures real data and the teacher, and writes their samples; the JSON form of both."""
         found, drawn = assess(
             self.data,
-            {"teacher": lambda count, labels: self.draw(self.teacher)},
-            conditional=self.labels is not None,
+            {"teacher": lambda count, asked: self.draw(self.teacher)},
+            asked=self.asked,
             features=self.space,
             n=self.block,
             seed=self.seed,
@@ -102,7 +103,7 @@ class Bench:
         found = evaluate_replicates(
             drawn.x,
             self.data,
-            labels=self.labels,
+            labels=self.asked.label,
             features=self.space,
             n=self.block,
             seed=self.seed,
@@ -138,7 +139,7 @@ def open_bench(
         model = open_model(options.shared.teacher)
     spec = options.shared.data or (model.data if model is not None else "")
     if data is None and spec:
-        labelled = model is not None and model.num_classes > 0
+        labelled = model is not None and bool(model.conditioning_spec)
         columns = columns_of(model.trained_on) if model is not None else ()
         data = load_data(spec, labels=labelled, columns=columns)
     if data is None or model is None:
@@ -147,7 +148,7 @@ def open_bench(
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data",
         )
-    check_fit(model.shape, model.num_classes, data)
+    check_fit(model, data)
     data = model.seen(data)
     given = options.shared.settings.guidance
     guidance = 1.0 if given is None else given
@@ -160,7 +161,7 @@ def open_bench(
         data=data,
         teacher=model,
         space=space,
-        labels=reference_labels(data, 2 * block, seed=run.seed) if model.num_classes else None,
+        asked=asked_of(data, model.conditioning_spec, 2 * block, run.seed),
         block=block,
         seed=run.seed,
         sampling=sampling,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.progress import quietly
 from distmatch.data import TOY_NAMES, Dataset, toy
 from distmatch.data.classes import listed, names_of
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.metrics import plan, resolve_features
-from distmatch.metrics.settings import FeatureChoice
-from distmatch.training.assess import HEUN, Drawn, assess, write_assessment
+from distmatch.metrics.settings import MOST_IN_BLOCK, FeatureChoice
+from distmatch.training.assess import HEUN, Drawn, asked_of, assess, write_assessment
 from distmatch.training.models import Model
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import Sampling
@@ -66,27 +66,31 @@ def evaluate_models(
                 fix="give labelled data",
             )
     data = _seen_by_all(models, data)
-    counts = {model.num_classes for model in models.values()}
-    conditional = counts != {0}
-    if 0 in counts and conditional:
-        raise UserError("one model is class-conditional and the other is not", got=sorted(counts))
+    specs = {name: model.conditioning_spec for name, model in models.items()}
+    if len({tuple(sorted(spec)) for spec in specs.values()}) > 1:
+        raise UserError(
+            "teacher and student are not conditioned on the same",
+            got=", ".join(f"{name}: {', '.join(sorted(spec)) or 'nothing'}" for name, spec in specs.items()),
+        )
+    block = min(len(data) // 2, n or MOST_IN_BLOCK)
+    asked = asked_of(data, next(iter(specs.values()), {}), 2 * block, seed)
     space = resolve_features(features, data)  # once: teacher, student and floor share one feature network
 
     def drawer(model: Model) -> Any:
-        def draw(count: int, labels: Tensor | None) -> Drawn:
+        def draw(count: int, asked: Conditioning) -> Drawn:
             # A model's first calls pay for memory and threads; they are not part of its speed.
             with quietly():
-                model.draw(min(count, 64), None, seed, Sampling(steps=2), device=device)
-            return model.draw(count, labels, seed, sampling, device=device)
+                model.draw(min(count, 64), asked.index(slice(64)), seed, Sampling(steps=2), device=device)
+            return model.draw(count, asked, seed, sampling, device=device)
 
         return draw
 
     metrics, drawn = assess(
         data,
         {name: drawer(model) for name, model in models.items()},
-        conditional=conditional,
+        asked=asked,
         features=space,
-        n=n,
+        n=block,
         seed=seed,
         mixture=toy(spec) if spec in TOY_NAMES else None,
     )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import time
 
-from torch import Tensor, nn
+from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.solvers import find_solver
 from distmatch.methods.handover import Handover, check_way, hand_over
 from distmatch.methods.hybrid import hybrid_sample
-from distmatch.methods.student import Student, checked_labels
+from distmatch.methods.student import Student, checked_conditioning
 from distmatch.training.assess import HEUN, Drawn
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import check_same_classes
@@ -56,7 +57,7 @@ def draw_hybrid(
     teacher: Model,
     student: Model,
     n: int,
-    labels: Tensor | None,
+    labels: ConditioningLike,
     seed: int,
     sampling: Sampling = HEUN,
     *,
@@ -88,7 +89,7 @@ def draw_hybrid(
     for module in (first, last, sampling.reference):
         if isinstance(module, nn.Module):
             module.to(where)
-    labels = checked_labels(labels, n, student.num_classes, seed, student.classes.counts)
+    asked = checked_conditioning(labels, n, last, seed, student.classes.counts)
     counter = CallCounter(sampling.around(first))
     with progress(n, desc="hybrid samples") as bar:
         began = time.perf_counter()
@@ -101,14 +102,14 @@ def draw_hybrid(
             solver=sampling.solver,
             grid=sampling.levels(first),
             path=sampling.path_for(first),
-            labels=labels,
+            labels=asked,
             seed=seed,
             batch=batch,
             on_batch=bar.update,
         )
         seconds = time.perf_counter() - began
     of_teacher = round(counter.calls / math.ceil(n / batch))
-    return Drawn(x, labels, of_teacher + len(way.student_levels), 1000 * seconds / n)
+    return Drawn(x, asked.label, of_teacher + len(way.student_levels), 1000 * seconds / n)
 
 
 def _pair(teacher: Model, student: Model) -> tuple[Denoiser, Student]:

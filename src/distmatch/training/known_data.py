@@ -10,6 +10,7 @@ from distmatch.base.errors import UserError
 from distmatch.data import Dataset, Scaling, load_data
 from distmatch.data.classes import Classes, listed, matched
 from distmatch.data.columns import columns_of
+from distmatch.diffusion.conditioning import spec_of
 
 _KEPT = (
     "scaling",
@@ -69,7 +70,7 @@ def name_of_data(denoiser: Any) -> str | None:
     about = known_data(denoiser)
     spec = str(about.get("spec") or "")
     try:
-        found = load_data(spec, labels=denoiser.num_classes > 0, columns=columns_of(about)) if spec else None
+        found = load_data(spec, labels=bool(spec_of(denoiser)), columns=columns_of(about)) if spec else None
     except UserError:
         return None
     return spec if found is not None and found.content_hash == about.get("content_hash") else None

@@ -42,7 +42,8 @@ def as_latents(data: Dataset, teacher: Denoiser, seed: int, device: torch.device
             latents[rows] = decoder.encode(x.to(device), noise.to(device)).cpu()
             bar.update(len(rows))
     scaling = Scaling.for_images(-1.0, 1.0, "latents, as they are")
-    return Dataset(latents, data.labels, data.class_names, f"latents of {data.name}", scaling)
+    name = f"latents of {data.name}"
+    return Dataset(latents, data.labels, data.class_names, name, scaling, conditions=data.conditions)
 
 
 def check_encodable(data: Dataset, teacher: Denoiser) -> None:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, Dataset, Scaling, toy
 from distmatch.data.classes import Classes
+from distmatch.diffusion.conditioning import ConditioningLike, ConditioningSpec, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.interop import decoder_of
-from distmatch.methods.student import Student, checked_labels, student_from
+from distmatch.methods.student import Student, checked_conditioning, student_from
 from distmatch.training.assess import HEUN, Drawn, draw_student, draw_teacher
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import seen_by
@@ -58,6 +59,12 @@ class Model:
         return self.teacher.num_classes if self.teacher is not None else 0
 
     @property
+    def conditioning_spec(self) -> ConditioningSpec:
+        """The conditions that it takes."""
+        model = self.student if self.student is not None else self.teacher
+        return {} if model is None else spec_of(model)
+
+    @property
     def classes(self) -> Classes:
         """Names of its classes and their counts in the training data."""
         return Classes.from_dict(self.trained_on, self.num_classes)
@@ -79,7 +86,7 @@ class Model:
     def draw(
         self,
         n: int,
-        labels: Tensor | None,
+        labels: ConditioningLike,
         seed: int,
         sampling: Sampling = HEUN,
         *,
@@ -88,16 +95,17 @@ class Model:
     ) -> Drawn:
         """Draws ``n`` samples; ``sampling`` is for teachers. Constant columns of vectors are constant."""
         where = pick_device(device)
-        labels = checked_labels(labels, n, self.num_classes, seed, self.classes.counts)
+        model: Any = self.student if self.student is not None else self.teacher
+        asked = checked_conditioning(labels, n, model, seed, self.classes.counts)
         if self.student is not None:
-            drawn = draw_student(self.student.to(where), n, labels, seed, batch)
+            drawn = draw_student(self.student.to(where), n, asked, seed, batch)
             return replace(drawn, x=self.scaling.settled(drawn.x))
         if self.teacher is None:
             raise RuntimeError("a model is a student or a teacher")
         for model in (self.teacher, sampling.reference):
             if isinstance(model, nn.Module):
                 model.to(where)
-        drawn = draw_teacher(self.teacher, n, labels, seed, sampling, batch=batch, device=where)
+        drawn = draw_teacher(self.teacher, n, asked, seed, sampling, batch=batch, device=where)
         return replace(drawn, x=self.scaling.settled(drawn.x))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
@@ -16,6 +16,7 @@ from distmatch.data.batches import Batch, Batches
 from distmatch.data.classes import Classes, drawn_labels
 from distmatch.data.columns import columns_of
 from distmatch.diffusion.adapters import require_denoiser
+from distmatch.diffusion.conditioning import LABEL, Conditioning, check_conditioning, for_model, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of, is_external
@@ -103,7 +104,7 @@ def prepare_distillation(
     spec = options.data or str((known.get("data") or {}).get("spec", ""))
     if data is None and spec:
         columns = columns_of(known_data(teacher))
-        data = load_data(spec, labels=teacher.num_classes > 0, columns=columns)
+        data = load_data(spec, labels=bool(spec_of(teacher)), columns=columns)
     if data is None and distiller.needs_data:
         raise UserError(
             f"{method.name} needs real data{_for_what(method)}",
@@ -114,7 +115,7 @@ def prepare_distillation(
         # What does not fit is refused before anything is encoded: first the shape, which says the most.
         check_encodable(data, teacher)
         if decoder_of(teacher) is None:
-            check_fit(teacher.shape, teacher.num_classes, data)
+            check_fit(teacher, data)
         data = seen_by(data, known_data(teacher), teacher.num_classes, "the teacher")
     described = without_data(known_data(teacher)) if data is None else describe_data(data, spec)
     conversion = _conversion(teacher, known)
@@ -263,33 +264,42 @@ def _fitting(teacher: Denoiser, data: Dataset, run: RunOptions, device: torch.de
         )
     flips(run, data)
     data = as_latents(data, teacher, run.seed, device)
-    check_fit(teacher.shape, teacher.num_classes, data)
+    check_fit(teacher, data)
     return data
 
 
-def check_fit(shape: Sequence[int], num_classes: int, data: Dataset) -> None:
-    """Refuses data of another shape than a teacher's, or without the labels that it needs.
+def check_fit(teacher: Any, data: Dataset) -> None:
+    """Refuses data of another shape than a teacher's, or without the labels or conditions that it needs.
 
     Args:
-        shape: Shape of one of its samples.
-        num_classes: Its classes; 0 without.
+        teacher: The teacher, or a model of it: its shape, classes and conditions are read.
         data: The data, as the teacher is shown them.
 
     Raises:
         UserError: They do not fit.
     """
-    if tuple(data.shape) != tuple(shape):
+    if tuple(data.shape) != tuple(teacher.shape):
         raise UserError(
             "teacher and data do not have the same shape",
-            got=f"teacher {tuple(shape)}, data {tuple(data.shape)}",
+            got=f"teacher {tuple(teacher.shape)}, data {tuple(data.shape)}",
             fix="use the data that the teacher was trained on",
         )
-    if num_classes and data.labels is None:
+    if teacher.num_classes and data.labels is None:
         raise UserError(
             "the teacher is class-conditional and the data have no labels",
-            got=f"{num_classes} classes and unlabelled {data.name}",
+            got=f"{teacher.num_classes} classes and unlabelled {data.name}",
             fix="give labelled data, or train the teacher with --no-labels",
         )
+    spec = spec_of(teacher)
+    if missing := set(spec) - {LABEL} - set(data.conditions):
+        raise UserError(
+            "the data do not hold what the teacher is conditioned on",
+            got=f"conditions {', '.join(data.conditions) or 'none'}",
+            expected=", ".join(sorted(missing)),
+            fix="add arrays condition_NAME to the .npz, one row for each sample",
+        )
+    if len(data):
+        check_conditioning(for_model(teacher, data.conditioning(torch.tensor([0]))), 1, spec)
 
 
 def _drawer(data: Dataset | None, seed: int) -> Draw | None:
@@ -297,11 +307,26 @@ def _drawer(data: Dataset | None, seed: int) -> Draw | None:
     if data is None:
         return None
     gen = generator(seed, "fit-data")
-    return lambda n: data.batch(torch.randint(len(data), (n,), generator=gen))
+
+    def draw(n: int) -> tuple[Tensor, Conditioning]:
+        rows = torch.randint(len(data), (n,), generator=gen)
+        return data.batch(rows)[0], for_model(teacher, data.conditioning(rows))
+
+    return draw
 
 
 def _empty_batches(teacher: Denoiser, run: RunOptions, device: torch.device) -> Callable[[int], Batch]:
-    """Batches for methods that need no data: only their size and labels are used."""
+    """Batches for methods that need no data: only their size and labels are used.
+
+    Raises:
+        UserError: The teacher takes conditions that cannot be drawn without data.
+    """
+    if others := set(spec_of(teacher)) - {LABEL}:
+        raise UserError(
+            "what this teacher is conditioned on cannot be drawn without data",
+            got=f"a teacher conditioned on {', '.join(sorted(others))}, and no --data",
+            fix="pass --data with arrays condition_NAME",
+        )
     counts = Classes.from_dict(known_data(teacher), teacher.num_classes).counts
 
     def batch(step: int) -> Batch:

@@ -15,6 +15,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.files import load_into
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import for_model, null_conditioning
 from distmatch.diffusion.path_core import NoisePath, check_prior
 from distmatch.diffusion.pfgm import student_t
 from distmatch.losses import uncertainty_loss
@@ -173,17 +174,19 @@ class TeacherTraining:
         if cfg.pfgm_dims > 0:
             noise = student_t(noise, cfg.pfgm_dims, state.generator)
         weight = self.objective.weight(sigma)
-        labels = batch.labels if self.num_classes else None
-        if labels is not None and cfg.label_dropout > 0:
+        conditioning = for_model(state.denoiser, batch.conditioning)
+        if conditioning and cfg.label_dropout > 0:
             draw = torch.rand(len(x0), generator=state.generator, device=self.device)
-            hidden = draw < cfg.label_dropout
-            labels = torch.where(hidden, -1, labels)
+            null = null_conditioning(state.denoiser, len(x0), self.device)
+            conditioning = null.where(draw < cfg.label_dropout, conditioning)
         set_rate(state.optimiser, cfg.lr * rate(cfg, state.step, self.total_steps))
         with (
             self._dropout_stream(state),
             torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext(),
         ):
-            losses = denoiser_loss(state.denoiser, x0, sigma, noise, weight, labels, data_noise=batch.noise)
+            losses = denoiser_loss(
+                state.denoiser, x0, sigma, noise, weight, conditioning, data_noise=batch.noise
+            )
         total = losses if state.uncertainty is None else uncertainty_loss(losses, state.uncertainty(sigma))
         total.mean().backward()
         norm = clipped_step(state.optimiser, cfg.grad_clip)

@@ -16,6 +16,7 @@ from distmatch.diffusion.noise import Karras
 from distmatch.losses import ctm_levels, ect_lower_level, flow_speed, mean_flow_error, pseudo_huber
 from distmatch.losses.tangents import bounded_tangent
 from distmatch.methods.consistency.ctm import jumped
+from distmatch.methods.consistency.direct import Draws
 from distmatch.methods.consistency.pairs import teacher_path
 from distmatch.methods.consistency.tangents import derivative_along
 from distmatch.nets.jump import as_jump
@@ -149,11 +150,12 @@ def state_of(student: nn.Module, step: int = 0, log_variance: float = 0.0) -> An
     )
 
 
-def draws_of(variance: float, n: int = 4) -> dict[str, Tensor]:
+def draws_of(variance: float, n: int = 4) -> Draws:
     g = torch.Generator().manual_seed(3)
     sigma = torch.tensor([0.05, 0.4, 1.0, 5.0], dtype=F64).repeat(n)
     x0, noise = torch.randn(2, len(sigma), 2, generator=g, dtype=F64)
-    return {"x0": variance**0.5 * x0, "noise": noise, "sigma": sigma, "to": 0.4 * sigma, "via": 0.9 * sigma}
+    tensors = {"x0": variance**0.5 * x0, "noise": noise, "sigma": sigma}
+    return Draws({**tensors, "to": 0.4 * sigma, "via": 0.9 * sigma})
 
 
 def gradient(loss: Tensor, student: Flow) -> float:

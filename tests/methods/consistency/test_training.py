@@ -114,17 +114,17 @@ def test_terms_of_ctm_pull_as_hard_as_each_other() -> None:
     method = distiller(network_teacher(), method="ctm", dsm_weight=2.0)
     state = method.init(0)
     term = method.term
-    term.backward(state, batch(0), None)
+    term.backward(state, batch(0))
     last = state.student.denoiser.net.last.weight
     both = last.grad.clone()
     no_dsm = distiller(network_teacher(), method="ctm", dsm_weight=0.0)
     other = no_dsm.init(0)
-    no_dsm.term.backward(other, batch(0), None)
+    no_dsm.term.backward(other, batch(0))
     jump = other.student.denoiser.net.last.weight.grad
     again = no_dsm.init(0)
     kept = no_dsm.term
     kept._accumulate = lambda state, draws, adversary: (draws, None)  # what the same step draws
-    draws = kept.backward(again, batch(0), None)
+    draws = kept.backward(again, batch(0))
     wanted = kept.wanted(again, draws, kept.cells(again))
     loss = (
         pseudo_huber(kept.reached(again, kept.jump(again, draws), draws), wanted, kept._c).mean() / 1.4

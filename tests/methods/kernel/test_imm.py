@@ -11,10 +11,12 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.toys import toy
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.discrepancies.kernels import laplace as laplace_kernel
 from distmatch.discrepancies.mmd import mmd, mmd_loss
 from distmatch.losses import imm_lower_level, imm_weight
 from distmatch.losses.kernel import group_mmd, imm_output_scale, laplace_profile, quadratic_profile
+from distmatch.methods.consistency.direct import Draws
 from distmatch.methods.state import DistillState
 from distmatch.training.checkpoint import pack
 from tests.helpers.draws import normal
@@ -50,7 +52,7 @@ def test_the_quadratic_kernel_sees_the_means_alone() -> None:
 def test_one_particle_and_the_quadratic_kernel_are_consistency_training() -> None:
     method, state = small(imm_particles=1)
     network: Any = state.student.denoiser
-    draws = method.term.draw(state, batch(0), None)
+    draws = method.term.draw(state, batch(0))
     loss, _ = method.term.loss(state, draws, "quadratic")
     parameters = list(network.parameters())
     found = torch.autograd.grad(loss.sum(), parameters)
@@ -84,16 +86,16 @@ def test_a_consistent_network_is_a_fixed_point() -> None:
     method, state = small(imm_halvings=2)
     network = state.student.denoiser = OfOnePoint()  # type: ignore[assignment]
     data = batch(0)._replace(x=network.point.detach().clone().expand(32, 2))
-    loss, _ = method.term.loss(state, method.term.draw(state, data, None))
+    loss, _ = method.term.loss(state, method.term.draw(state, data))
     assert float(loss.detach().abs().max()) < 1e-5
     network.point.data += 0.1  # and a wrong one is not
-    loss, _ = method.term.loss(state, method.term.draw(state, data, None))
+    loss, _ = method.term.loss(state, method.term.draw(state, data))
     assert float(loss.detach().mean()) > 1e-2
 
 
 def test_levels_are_in_order_and_reach_from_the_data_to_the_first_level() -> None:
     method, state = small(imm_particles=2, student_sigma=0.0)
-    draws = method.term.draw(state, batch(0, n=20_000), None)
+    draws = method.term.draw(state, batch(0, n=20_000))
     s, r, t = draws["s"], draws["r"], draws["t"]
     assert ((s > 0) & (s <= r) & (r < t)).all()
     assert float(t.min()) < 0.003
@@ -135,17 +137,22 @@ def test_the_kernel_measures_in_units_of_the_networks_output() -> None:
 def test_only_particles_of_the_same_class_are_compared() -> None:
     method, state = small(3)
     data = batch(0, classes=3, n=40)
-    draws = method.term.draw(state, data, data.labels)
-    order = data.labels.argsort(stable=True)  # type: ignore[union-attr]
+    draws = method.term.draw(state, data)
+    labels = data.conditioning["label"]
+    order = labels.argsort(stable=True)
     assert torch.equal(draws["x0"].flatten(0, 1), data.x[order])
-    assert torch.equal(draws["labels"].flatten(), data.labels[order])  # type: ignore[index]
-    assert ((draws["labels"] == draws["labels"][:, :1]).all(1).float().mean()) >= 0.8
+    assert torch.equal(draws.conditioning["label"].flatten(), labels[order])
+    groups = draws.conditioning["label"]
+    assert ((groups == groups[:, :1]).all(1).float().mean()) >= 0.8
     # A group of four classes is four groups of one, each counting for a quarter.
-    apart = {**draws, "labels": torch.tensor([[0, 1, 2, -1]]).expand(10, 4)}
+    four = torch.tensor([[0, 1, 2, -1]]).expand(10, 4)
+    apart = Draws(draws.tensors, Conditioning({"label": four}))
     mixed, _ = method.term.loss(state, apart)
-    single = {
-        key: v.flatten(0, 1)[:, None] if v.ndim > 1 else v.repeat_interleave(4) for key, v in apart.items()
+    tensors = {
+        key: v.flatten(0, 1)[:, None] if v.ndim > 1 else v.repeat_interleave(4)
+        for key, v in draws.tensors.items()
     }
+    single = Draws(tensors, Conditioning({"label": four.flatten()[:, None]}))
     alone, _ = method.term.loss(state, single)
     torch.testing.assert_close(mixed, alone.reshape(10, 4).mean(1), rtol=1e-4, atol=1e-6)
 
@@ -157,7 +164,7 @@ def test_every_class_has_its_share_whatever_the_batch(n: int) -> None:
     counts, rounds = torch.zeros(10), 1 + 6000 // n
     for step in range(rounds):
         data = batch(step, classes=10, n=n)
-        found = method.term.draw(state, data, data.labels)["labels"]
+        found = method.term.draw(state, data).conditioning["label"]
         assert found.shape == (n // 4, 4)
         counts += found.flatten().bincount(minlength=10)
     # Binomial, about 6000 draws of share 1/10, seeds 1000 on: within 4 standard errors.
@@ -179,7 +186,7 @@ def test_parts_change_nothing_but_rounding() -> None:
     for parts in (1, 3):
         method, state = small(3, accumulate=parts, imm_halvings=6)
         data = batch(0, classes=3)
-        info = method.term.backward(state, data, data.labels)
+        info = method.term.backward(state, data)
         found.append([info["loss"], *(p.grad for p in state.student.denoiser.parameters())])
     for whole, parted in zip(*found, strict=True):
         torch.testing.assert_close(parted, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()) + 1e-12)

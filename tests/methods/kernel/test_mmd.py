@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.data.batches import Batch
 from distmatch.data.toys import toy
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.kernels import Kernel, polynomial
@@ -159,7 +160,7 @@ def chain(a: float, b: float, **settings: Any) -> tuple[Any, DistillState]:
 def gradient_of(a: float, b: float, **settings: Any) -> tuple[Tensor, Tensor]:
     method, state = chain(a, b, **settings)
     real = batch(0)
-    info = method.term.backward(state, real._replace(x=real.x.double()), None)
+    info = method.term.backward(state, Batch(real.x.double(), real.conditioning))
     return info["loss"], state.student.denoiser.weights.grad  # type: ignore[union-attr,return-value]
 
 
@@ -196,7 +197,7 @@ def test_on_features_of_the_teacher_parts_change_nothing_but_rounding(checkpoint
         method = distiller(images(), method="mmd", calls=2, accumulate=parts, mmd_checkpoint=checkpointed)
         assert method.notes() == {"mmd_features": "teacher", "mmd_kernel": "polynomial"}
         state = method.init(0)
-        method.term.backward(state, batch(0, classes=3, shape=(1, 8, 8)), batch(0, classes=3).labels)
+        method.term.backward(state, batch(0, classes=3, shape=(1, 8, 8)))
         found.append(torch.cat([p.grad.flatten() for p in state.student.denoiser.parameters()]))  # type: ignore[union-attr]
         assert set(state.memory) == {"feature_mean", "feature_spread"}
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))

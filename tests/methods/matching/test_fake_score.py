@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import UNCONDITIONAL
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.methods.matching import fake_score
 from distmatch.methods.matching.networks import predictions
@@ -34,7 +35,7 @@ def test_critic_and_discriminator_learn_the_exact_score_and_ratio(
     for sigma in (0.15, 0.4, 1.2):
         x, levels = x0 + sigma * torch.randn(x0.shape, generator=drawn), torch.full((4000,), sigma)
         with torch.no_grad():
-            _, fake, logit = predictions(method.compared, state, x, levels, None)
+            _, fake, logit = predictions(method.compared, state, x, levels, UNCONDITIONAL)
         exact = REAL.log_prob(x, sigma) - student.log_prob(x, sigma)
         usual = exact.abs() < 4  # where both have samples to learn from
         error = (logit - exact)[usual].square().mean().sqrt() / exact[usual].std()

@@ -13,6 +13,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.data import toy
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import UNCONDITIONAL
 from distmatch.diffusion.noise import Karras
 from distmatch.discrepancies import energy_distance
 from distmatch.methods.matching.generator import generator_gradient
@@ -65,7 +66,7 @@ def test_sid_differentiates_both_networks_by_their_input(alpha: float) -> None:
     difference, residual = (p(x) - q(x)).detach(), (q(x) - x0).detach()
     size = (x0 - p(x)).abs().mean(1).detach()
     by_hand = through(jp - jq, 2 * (1 - alpha) * difference + residual) + through(jq, difference) - difference
-    mine = generator_gradient(method.compared, state, x0, sigma, noise, None).gradient
+    mine = generator_gradient(method.compared, state, x0, sigma, noise, UNCONDITIONAL).gradient
     # A length, so in that in which the data have a standard deviation of 1/2.
     by_hand = by_hand / size[:, None] / (2 * method.teacher.sigma_data)
     torch.testing.assert_close(mine * x0.numel(), by_hand, rtol=1e-4, atol=1e-5)
@@ -109,7 +110,7 @@ def test_uni_instruct_differentiates_the_ratio_as_it_is_told(source: str, featur
     by_hand = through(jp - jq, residual) + through(jq, difference) - difference
     by_hand = by_hand + (free * (difference * residual).sum(1))[:, None] * slope
     by_hand = 2 * (h / size)[:, None] * by_hand / (2 * method.teacher.sigma_data)
-    mine = generator_gradient(method.compared, state, x0, sigma, noise, None)
+    mine = generator_gradient(method.compared, state, x0, sigma, noise, UNCONDITIONAL)
     torch.testing.assert_close(mine.gradient * x0.numel(), by_hand, rtol=2e-4, atol=2e-5)
     assert {"ess", "ratio_mean", "weight_mean", "score_gap"} <= mine.info.keys()
 
@@ -137,7 +138,7 @@ def test_sida_s_adversarial_term_is_that_of_the_fake_score_s_features() -> None:
     # The authors divide it by the mean |x0 - D_p| of each sample, here in the unit of 2 sigma_data = 1.4.
     size = (x0 - method.teacher(x0 + sigma[:, None] * noise, sigma)).abs().mean(1) / 1.4
     (pull,) = torch.autograd.grad(0.5 * (F.softplus(-logit) / size).mean(), leaf)
-    both = generator_gradient(method.compared, state, x0, sigma, noise, None)
+    both = generator_gradient(method.compared, state, x0, sigma, noise, UNCONDITIONAL)
     assert method.objective.alpha == 1.0
     alone = generator_gradient(
         distiller(network_teacher(), method="sid", sid_alpha=1.0).compared, state, x0, sigma, noise, None

@@ -37,7 +37,7 @@ def step_of(method: Any, classes: int = 2, n: int = 32) -> Any:
 def gradients(method: Any, n: int = 32) -> list[torch.Tensor]:
     """What the regression alone adds to the student's gradients at the start."""
     state = method.init(0)
-    regression(method).backward(state, batch(0, 2, n), None)
+    regression(method).backward(state, batch(0, 2, n))
     return [p.grad for p in state.student.denoiser.parameters() if p.grad is not None]
 
 
@@ -51,7 +51,7 @@ def test_pairs_lie_on_the_flow_of_the_teacher() -> None:
     mean = torch.tensor([0.7, -0.3])
     exact = mean + math.sqrt(0.5 / (0.5 + 400)) * (20.0 * made.noise - mean)
     torch.testing.assert_close(made.samples, exact, atol=2e-3, rtol=0)
-    assert made.labels is None
+    assert not made.conditioning
 
 
 def test_pairs_depend_on_the_seed_and_nothing_else() -> None:
@@ -59,9 +59,8 @@ def test_pairs_depend_on_the_seed_and_nothing_else() -> None:
     again = make_pairs(PAIR, 60, steps=5, seed=3, device="cpu")
     assert_same_but_for_rounding(made.samples, again.samples)  # in parts of 17
     assert torch.equal(made.noise, latents(60, (2,), 3))
-    assert made.labels is not None
-    assert set(made.labels.tolist()) == {0, 1}
-    alone = sample_teacher(PAIR, 60, steps=5, labels=made.labels, seed=3)
+    assert set(made.conditioning["label"].tolist()) == {0, 1}
+    alone = sample_teacher(PAIR, 60, steps=5, labels=made.conditioning, seed=3)
     assert_same_but_for_rounding(made.samples, alone)
     other = make_pairs(PAIR, 60, steps=5, seed=4, device="cpu")
     assert not torch.equal(other.noise, made.noise)
@@ -87,8 +86,9 @@ def test_the_gradient_is_that_of_the_weighted_mean_loss(kind: Any, weight: float
     state = method.init(0)
     chosen = torch.cdist(_drawn(term, state), made.noise).argmin(1)
     level = torch.full((32,), method.config.student_sigma * 0.7)
-    assert made.labels is not None
-    prediction = state.student.denoiser(level[:, None] * made.noise[chosen], level, made.labels[chosen])
+    prediction = state.student.denoiser(
+        level[:, None] * made.noise[chosen], level, made.conditioning["label"][chosen]
+    )
     square = ((prediction - made.samples[chosen]) / 1.4).square().mean(1)  # as of data of 1/2
     c = 0.1 * 0.5  # pair_c in units of the teacher's sigma_data
     loss = square if kind == "squared" else (square + c**2).sqrt() - c
@@ -103,7 +103,7 @@ def _drawn(term: PairRegression, state: Any) -> torch.Tensor:
     """The noise of the pairs that the regression uses at a state, as the student is given it."""
     seen: list[torch.Tensor] = []
     handle = state.student.denoiser.register_forward_hook(lambda _m, given, _out: seen.append(given[0]))
-    term.backward(state, batch(0, 2), None)
+    term.backward(state, batch(0, 2))
     handle.remove()
     (x,) = seen
     return x.detach() / state.student.levels[0]
@@ -118,7 +118,7 @@ def test_a_student_that_is_the_map_is_left_alone() -> None:
         state.student.levels[0] * made.noise, torch.full((32,), state.student.levels[0]), made.labels
     )
     made.samples.copy_(own.detach())
-    info = term.backward(state, batch(0, 2), None)
+    info = term.backward(state, batch(0, 2))
     assert float(info["loss_pairs"]) < 1e-10
     assert all(
         p.grad is None or float(p.grad.abs().max()) < 1e-6 for p in state.student.denoiser.parameters()
@@ -161,7 +161,7 @@ def test_pairs_are_those_of_the_guided_teacher() -> None:
     term = regression(method)
     term.prepare(method.init(0), 0)
     made = term.pairs()
-    guided = sample_teacher(Guided(PAIR, 2.0), 40, steps=6, labels=made.labels, seed=term._seed)
+    guided = sample_teacher(Guided(PAIR, 2.0), 40, steps=6, labels=made.conditioning, seed=term._seed)
     torch.testing.assert_close(made.samples, guided)
 
 
@@ -180,7 +180,7 @@ def test_the_regression_brings_a_lost_mode_back() -> None:
     for step in range(150):
         state.step = step
         optimiser.zero_grad()
-        term.backward(state, batch(step, 0, 128, (1,)), None)
+        term.backward(state, batch(step, 0, 128, (1,)))
         optimiser.step()
     x = state.student.sample(2000, seed=9)
     assert float((x < 0).double().mean()) == pytest.approx(0.5, abs=0.056)

@@ -51,7 +51,7 @@ class Adversary:
         state.discriminator = head.to(self.setup.device)
         state.optimisers["ratio"] = self.setup.adam(head, self.setup.settings.lr_ratio)
 
-    def draw(self, state: DistillState, x: Tensor) -> Draws:
+    def draw(self, state: DistillState, x: Tensor) -> dict[str, Tensor]:
         """Levels and noises of a batch like ``x`` (B, *shape): for student, real, and with R1 perturbed."""
         gen = state.ratio_generator
         level = self._law.sample(len(x), gen).to(x.dtype)
@@ -67,7 +67,7 @@ class Adversary:
         head, teacher = state.discriminator, self.setup.teacher
         if head is None:
             raise RuntimeError("this state has no discriminator")
-        return logits_of(self._source, teacher, head, kinds, draws["level"], draws.get("labels"), grad=grad)
+        return logits_of(self._source, teacher, head, kinds, draws["level"], draws.conditioning, grad=grad)
 
     def student_loss(self, state: DistillState, x0: Tensor, draws: Draws) -> Tensor:
         """The student's non-saturating loss, (b,)."""
@@ -91,7 +91,7 @@ class Adversary:
             group["lr"] = cfg.lr_ratio * lr_factor
         total = torch.zeros((), device=x0.device)
         for part in self.setup.parts(len(x0)):
-            some = {name: tensor[part] for name, tensor in draws.items()}
+            some = draws.index(part)
             with self.setup.autocast():
                 level, real = expand(some["level"], x0), some["x0"]
                 kinds = [x0[part] + level * some["noise_fake"], real + level * some["noise_real"]]

@@ -61,17 +61,17 @@ class PairTerm:
         """How often the levels of a pair have come closer by half, from 0."""
         return min(self.setup.settings.stages * step // self.setup.total_steps, 60)
 
-    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+    def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
         sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
-        draws = noised_draws(self.setup, state, batch, labels, sigma)
+        draws = noised_draws(self.setup, state, batch, sigma)
         return mean_backward(self.setup, draws, lambda part: self.loss(state, part))
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
         """The loss of each sample, (b,)."""
         settings, student = self.setup.settings, state.student.denoiser
         sigma_data = self.setup.teacher.sigma_data
-        x0, sigma, labels = draws["x0"], draws["sigma"], draws.get("labels")
+        x0, sigma, conditioning = draws["x0"], draws["sigma"], draws.conditioning
         lower = ect_lower_level(sigma, sigma_data, self.stage(state.step))
         y = x0 + expand(sigma, x0) * draws["noise"]
         if settings.consistency_from == "data":
@@ -82,13 +82,13 @@ class PairTerm:
                 y,
                 sigma,
                 lower,
-                labels,
+                conditioning,
                 solver=settings.teacher_solver,
                 steps=settings.solver_steps,
             )
         with torch.no_grad():
             # At level 0 a consistency function is the identity, whatever the network says.
             safe = torch.where(lower > 0, lower, sigma)
-            target = where_needed(lower > 0, student, below, below, safe, labels)
-        loss = consistency_loss(student(y, sigma, labels), target, sigma, lower, self._c)
+            target = where_needed(lower > 0, student, below, below, safe, conditioning)
+        loss = consistency_loss(student(y, sigma, conditioning), target, sigma, lower, self._c)
         return loss, {"distance": loss.detach() * (sigma - lower)}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from distmatch.base.seeds import stream_seed
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import expand, jump
 from distmatch.diffusion.noise import Karras
 from distmatch.losses import (
@@ -77,7 +78,7 @@ class TrajectoryTerm:
         if self.adversary is not None:
             self.adversary.prepare(state, seed)
 
-    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+    def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters, and lets the target follow."""
         n, gen, cfg = len(batch.x), state.generator, self.setup.settings
         student, target = state.student.denoiser, state.extra["target"]
@@ -86,12 +87,12 @@ class TrajectoryTerm:
         sigma = self._levels(n, gen)
         share = torch.rand(n, generator=gen, device=gen.device)
         to, via = ctm_levels(sigma, self._law, self.cells(state) * CTM_CELL, share)
-        draws = noised_draws(self.setup, state, batch, labels, sigma.to(batch.x.dtype))
-        draws |= {"to": to.to(batch.x.dtype), "via": via.to(batch.x.dtype)}
+        draws = noised_draws(self.setup, state, batch, sigma.to(batch.x.dtype))
+        draws = draws.extended(to=to.to(batch.x.dtype), via=via.to(batch.x.dtype))
         adversary = self.adversary
         if adversary is None or state.step < self.setup.settings.gan_after * self.setup.total_steps:
             return self._accumulate(state, draws, None)[0]
-        draws |= adversary.draw(state, batch.x)
+        draws = draws.extended(**adversary.draw(state, batch.x))
         info, samples = self._accumulate(state, draws, adversary)
         return info | adversary.learn(state, samples, draws, self.setup.rate(state.step))
 
@@ -148,7 +149,7 @@ class TrajectoryTerm:
         """
         weights = {"loss_dsm": self.setup.settings.dsm_weight, "loss_gan": self.setup.settings.gan_weight}
         n = len(draws["x0"])
-        parts = [{name: tensor[part] for name, tensor in draws.items()} for part in self.setup.parts(n)]
+        parts = [draws.index(part) for part in self.setup.parts(n)]
         pulls: list[dict[str, Tensor]] = []
         record = record_of(last_layer(state.student.denoiser))
         for some in parts:
@@ -180,17 +181,17 @@ class TrajectoryTerm:
         """The student's jump from t to s, (b, *shape)."""
         x0, sigma = draws["x0"], draws["sigma"]
         y = x0 + expand(sigma, x0) * draws["noise"]
-        return jumped(state.student.denoiser, y, sigma, draws["to"], draws.get("labels"))
+        return jumped(state.student.denoiser, y, sigma, draws["to"], draws.conditioning)
 
     def reached(self, state: DistillState, jump: Tensor, draws: Draws) -> Tensor:
         """Where a jump to s leads, taken on to the data, (b, *shape)."""
-        return self._to_data(state.extra["target"], jump, draws["to"], draws.get("labels"))
+        return self._to_data(state.extra["target"], jump, draws["to"], draws.conditioning)
 
     def denoised(self, state: DistillState, draws: Draws) -> Tensor:
         """The student's jump to the own level, which denoises, (b, *shape)."""
         x0, sigma = draws["x0"], draws["sigma"]
         y = x0 + expand(sigma, x0) * draws["noise"]
-        clean: Tensor = state.student.denoiser(y, sigma, draws.get("labels"), target_sigma=sigma)
+        clean: Tensor = state.student.denoiser(y, sigma, draws.conditioning, target_sigma=sigma)
         return clean
 
     def cells(self, state: DistillState) -> int:
@@ -201,22 +202,24 @@ class TrajectoryTerm:
     @torch.no_grad()
     def wanted(self, state: DistillState, draws: Draws, steps: int) -> Tensor:
         """Where the teacher's path, in ``steps`` steps, and a shorter jump lead, taken on to the data."""
-        cfg, target, labels = self.setup.settings, state.extra["target"], draws.get("labels")
+        cfg, target, conditioning = self.setup.settings, state.extra["target"], draws.conditioning
         x0, sigma, to, via = (draws[name] for name in ("x0", "sigma", "to", "via"))
         y = x0 + expand(sigma, x0) * draws["noise"]
-        middle = teacher_path(self._guided, y, sigma, via, labels, solver=cfg.teacher_solver, steps=steps)
-        return self._to_data(target, jumped(target, middle, via, to, labels), to, labels)
+        middle = teacher_path(
+            self._guided, y, sigma, via, conditioning, solver=cfg.teacher_solver, steps=steps
+        )
+        return self._to_data(target, jumped(target, middle, via, to, conditioning), to, conditioning)
 
-    def _to_data(self, network: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    def _to_data(self, network: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's jump from levels ``sigma`` to the data; what is below sigma_min counts as there."""
         low = self.setup.teacher.sigma_min
-        return where_needed(sigma > low, network, x, x, sigma.clamp_min(low), labels)
+        return where_needed(sigma > low, network, x, x, sigma.clamp_min(low), conditioning)
 
 
-def jumped(network: nn.Module, x: Tensor, sigma: Tensor, to: Tensor, labels: Tensor | None) -> Tensor:
+def jumped(network: nn.Module, x: Tensor, sigma: Tensor, to: Tensor, conditioning: Conditioning) -> Tensor:
     """A jump that may start at level 0, where it stays."""
     safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
-    return jump(network, x, safe, torch.where(sigma > 0, to, safe), labels)
+    return jump(network, x, safe, torch.where(sigma > 0, to, safe), conditioning)
 
 
 def last_layer(denoiser: nn.Module) -> nn.Module:

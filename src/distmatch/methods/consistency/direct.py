@@ -8,7 +8,7 @@ parameters part by part, and moves what it owns beside the student.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras
@@ -30,8 +31,33 @@ from distmatch.nets.ema import ema_decay
 from distmatch.nets.jump import as_jump, require_jump
 from distmatch.nets.optim import clipped_step, set_rate
 
-Draws = dict[str, Tensor]
-"""What a loss reads of a batch and of the random stream, by name: tensors of as many rows as the batch."""
+
+@dataclass(frozen=True)
+class Draws:
+    """What a loss reads of a batch and of the random stream.
+
+    Attributes:
+        tensors: By name, of as many rows as the batch.
+        conditioning: What the samples are conditioned on.
+    """
+
+    tensors: dict[str, Tensor]
+    conditioning: Conditioning = UNCONDITIONAL
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def extended(self, **tensors: Tensor) -> Draws:
+        """The same with further tensors."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def index(self, part: slice) -> Draws:
+        """A part of the batch."""
+        tensors = {name: tensor[part] for name, tensor in self.tensors.items()}
+        return Draws(tensors, self.conditioning.index(part))
 
 
 class Term(StudentTerm, Protocol):
@@ -104,9 +130,8 @@ class Direct:
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of the student."""
         setup, cfg = self.setup, self.setup.settings
-        labels = batch.labels if setup.teacher.num_classes else None
         set_rate(state.optimisers["student"], cfg.lr * setup.rate(state.step))
-        info = self.term.backward(state, batch, labels)
+        info = self.term.backward(state, batch.taken_by(setup.teacher))
         network = state.student.denoiser
         info["grad_norm_student"] = clipped_step(state.optimisers["student"], cfg.grad_clip)
         state.updates += 1
@@ -144,11 +169,11 @@ def mean_backward(setup: Setup[Settings], draws: Draws, loss: Callable[[Draws], 
     Returns:
         ``loss`` and what the loss wants logged, as means over the batch.
     """
-    n = len(next(iter(draws.values())))
+    n = len(draws)
     total: Info = {}
     for part in setup.parts(n):
         with setup.autocast():
-            values, found = loss({name: tensor[part] for name, tensor in draws.items()})
+            values, found = loss(draws.index(part))
         (values.sum() / n).backward()
         for name, value in {"loss": values, **found}.items():
             share = value.detach().sum() / n
@@ -156,10 +181,7 @@ def mean_backward(setup: Setup[Settings], draws: Draws, loss: Callable[[Draws], 
     return total
 
 
-def noised_draws(
-    setup: Setup[Settings], state: DistillState, batch: Batch, labels: Tensor | None, sigma: Tensor
-) -> Draws:
-    """Clean samples, their noise and levels, and their labels where there are any."""
+def noised_draws(setup: Setup[Settings], state: DistillState, batch: Batch, sigma: Tensor) -> Draws:
+    """Clean samples, their noise and levels, and their conditioning where there are any."""
     noise = torch.randn(batch.x.shape, generator=state.generator, device=batch.x.device, dtype=batch.x.dtype)
-    draws = {"x0": batch.x, "noise": noise, "sigma": sigma}
-    return draws if labels is None else {**draws, "labels": labels}
+    return Draws({"x0": batch.x, "noise": noise, "sigma": sigma}, batch.conditioning)

@@ -57,28 +57,28 @@ class AverageVelocityTerm:
     def prepare(self, state: DistillState, seed: int) -> None:
         """Needs nothing beside the student."""
 
-    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+    def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
         n, gen = len(batch.x), state.generator
         one, other = self._levels(n, gen), self._lower(n, gen)
         sigma = torch.maximum(one, other).clamp_min(self.setup.teacher.sigma_min)
         goes = torch.rand(n, generator=gen, device=gen.device) < self.setup.settings.jump_share
         to = torch.where(goes, torch.minimum(one, other), sigma)
-        draws = noised_draws(self.setup, state, batch, labels, sigma.to(batch.x.dtype))
-        draws["to"] = to.to(batch.x.dtype)
+        draws = noised_draws(self.setup, state, batch, sigma.to(batch.x.dtype))
+        draws = draws.extended(to=to.to(batch.x.dtype))
         return mean_backward(self.setup, draws, lambda part: self.loss(state, part))
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
         """The loss of each sample, (b,)."""
         cfg, student = self.setup.settings, state.student.denoiser
         sigma_data = self.setup.teacher.sigma_data
-        x0, sigma, to, labels = draws["x0"], draws["sigma"], draws["to"], draws.get("labels")
+        x0, sigma, to, conditioning = draws["x0"], draws["sigma"], draws["to"], draws.conditioning
         y = x0 + expand(sigma, x0) * draws["noise"]
         target = x0 if cfg.consistency_from == "data" else teacher_says(self._guided, y, draws)
         speed = flow_speed(sigma, sigma_data)
         slope = flow_direction(y, target, sigma, speed)
-        value, derivative = derivative_along(student, y, sigma, slope, speed, labels, to, how=self._how)
+        value, derivative = derivative_along(student, y, sigma, slope, speed, conditioning, to, how=self._how)
         error = mean_flow_error(value, target, derivative, sigma, to, sigma_data)
-        out = student(y, sigma, labels, target_sigma=to)
+        out = student(y, sigma, conditioning, target_sigma=to)
         loss = mean_flow_loss(out, error, sigma, sigma_data, power=cfg.adaptive_power)
         return loss, {"identity_error": error.flatten(1).square().sum(dim=1)}

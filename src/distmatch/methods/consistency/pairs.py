@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.methods.consistency.direct import Draws
 
@@ -16,12 +17,12 @@ _RHO = 7.0  # the levels between two are even in sigma^(1/7), as Karras et al. (
 
 @torch.no_grad()
 def teacher_says(teacher: Denoiser, y: Tensor, draws: Draws) -> Tensor:
-    """The teacher's D at the levels and labels of the draws."""
-    return teacher(y, draws["sigma"], draws.get("labels"))
+    """The teacher's D at the levels and conditioning of the draws."""
+    return teacher(y, draws["sigma"], draws.conditioning)
 
 
 def where_needed(
-    rows: Tensor, function: Callable[..., Tensor], otherwise: Tensor, *arguments: Tensor | None
+    rows: Tensor, function: Callable[..., Tensor], otherwise: Tensor, *arguments: Tensor | Conditioning
 ) -> Tensor:
     """A function of each sample in the ``rows`` of a mask (b,), and ``otherwise`` (b, ...) in the others.
 
@@ -35,7 +36,7 @@ def where_needed(
         return function(*arguments)
     if len(chosen) == 0:
         return otherwise
-    found = function(*(None if value is None else value[chosen] for value in arguments))
+    found = function(*(v.index(chosen) if isinstance(v, Conditioning) else v[chosen] for v in arguments))
     return otherwise.to(found.dtype).index_put((chosen,), found)
 
 
@@ -45,7 +46,7 @@ def teacher_path(
     y: Tensor,
     start: Tensor,
     end: Tensor,
-    labels: Tensor | None = None,
+    conditioning: Conditioning = UNCONDITIONAL,
     *,
     solver: Literal["euler", "heun"] = "heun",
     steps: int = 1,
@@ -57,7 +58,7 @@ def teacher_path(
         y: Samples at ``start``, (B, *shape).
         start: Levels (B,), positive.
         end: Levels (B,), in [0, start].
-        labels: Classes (B,), or None.
+        conditioning: What the samples are conditioned on.
         solver: ``euler``, or ``heun``, whose second slope is left out in a step to level 0.
         steps: Number of steps.
 
@@ -65,20 +66,20 @@ def teacher_path(
         Samples at ``end``, (B, *shape).
     """
 
-    def mean_slope(first: Tensor, x: Tensor, sigma: Tensor, classes: Tensor | None) -> Tensor:
+    def mean_slope(first: Tensor, x: Tensor, sigma: Tensor, told: Conditioning) -> Tensor:
         """The mean of a first slope and of that at ``x``."""
-        return (first + (x - teacher(x, sigma, classes)) / expand(sigma, x)) / 2
+        return (first + (x - teacher(x, sigma, told)) / expand(sigma, x)) / 2
 
     here = start
     for index in range(1, steps + 1):
         share = index / steps
         there = ((1 - share) * start ** (1 / _RHO) + share * end ** (1 / _RHO)) ** _RHO
         there = end if index == steps else there
-        slope = (y - teacher(y, here, labels)) / expand(here, y)
+        slope = (y - teacher(y, here, conditioning)) / expand(here, y)
         ahead = y + expand(there - here, y) * slope
         if solver == "heun":
             safe = torch.where(there > 0, there, here)
-            slope = where_needed(there > 0, mean_slope, slope, slope, ahead, safe, labels)
+            slope = where_needed(there > 0, mean_slope, slope, slope, ahead, safe, conditioning)
             ahead = y + expand(there - here, y) * slope
         y, here = ahead, there
     return y

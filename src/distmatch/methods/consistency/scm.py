@@ -71,10 +71,10 @@ class TangentTerm:
         warmup = self.setup.settings.tangent_warmup * self.setup.total_steps
         return min(1.0, step / warmup) if warmup > 0 else 1.0
 
-    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+    def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters, and moves the learned weight."""
         sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
-        draws = noised_draws(self.setup, state, batch, labels, sigma)
+        draws = noised_draws(self.setup, state, batch, sigma)
         info = mean_backward(self.setup, draws, lambda part: self.loss(state, part))
         if self.learned_weight:
             optimiser = state.optimisers["uncertainty"]
@@ -85,14 +85,14 @@ class TangentTerm:
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
         """The loss of each sample, (b,)."""
         student, sigma_data = state.student.denoiser, self.setup.teacher.sigma_data
-        sigma, labels = draws["sigma"], draws.get("labels")
+        sigma, conditioning = draws["sigma"], draws.conditioning
         y = draws["x0"] + expand(sigma, draws["x0"]) * draws["noise"]
         target = self._target(y, draws)
         speed = trigflow_speed(sigma, sigma_data)
         slope = flow_direction(y, target, sigma, speed)
-        value, derivative = derivative_along(student, y, sigma, slope, speed, labels, how=self._how)
+        value, derivative = derivative_along(student, y, sigma, slope, speed, conditioning, how=self._how)
         tangent = scm_tangent(value, target, derivative, sigma, sigma_data, self.warmth(state.step))
-        out = student(y, sigma, labels)
+        out = student(y, sigma, conditioning)
         error = scm_loss(out, tangent, sigma, sigma_data, c=self.setup.settings.tangent_bound)
         said = {"tangent": tangent.flatten(1).norm(dim=1)}
         if not self.learned_weight:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning, example_conditioning
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.interop import is_external
 
@@ -29,7 +30,7 @@ def derivative_along(
     sigma: Tensor,
     dx: Tensor,
     dsigma: Tensor,
-    labels: Tensor | None = None,
+    conditioning: Conditioning = UNCONDITIONAL,
     to: Tensor | None = None,
     *,
     how: HowToDerive = "exact",
@@ -45,7 +46,7 @@ def derivative_along(
         sigma: Their levels (B,), positive.
         dx: Direction in the samples (B, *shape).
         dsigma: Direction in the levels (B,), positive.
-        labels: Classes (B,), or None.
+        conditioning: What the samples are conditioned on.
         to: Levels to jump to (B,), which stay as they are; for networks of two levels.
         how: ``exact`` is forward-mode differentiation, one pass of about twice the cost. ``difference`` is a
             central difference in float64, five passes and a copy of the weights, for networks with a part
@@ -60,11 +61,11 @@ def derivative_along(
     further = {} if to is None else {"target_sigma": to}
     with torch.autocast(x.device.type, enabled=False):
         if how == "difference":
-            return _difference(denoiser, x, sigma, dx, dsigma, labels, further)
+            return _difference(denoiser, x, sigma, dx, dsigma, conditioning, further)
         try:
             # The fused attention kernels know no forward mode; the plain one does.
             with sdpa_kernel(SDPBackend.MATH):
-                found = jvp(lambda y, s: denoiser(y, s, labels, **further), (x, sigma), (dx, dsigma))
+                found = jvp(lambda y, s: denoiser(y, s, conditioning, **further), (x, sigma), (dx, dsigma))
                 return found[0], found[1]
         except (NotImplementedError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -109,10 +110,10 @@ def choose_derivative(
         return "exact"
     device = next(denoiser.parameters()).device
     x, sigma = torch.ones(2, *denoiser.shape, device=device), torch.ones(2, device=device)
-    labels = torch.zeros(2, dtype=torch.int64, device=device) if denoiser.num_classes else None
+    conditioning = example_conditioning(denoiser, 2, device)
     handles = allow_forward_mode(denoiser)
     try:
-        derivative_along(denoiser, x, sigma, x, sigma, labels)
+        derivative_along(denoiser, x, sigma, x, sigma, conditioning)
     except UserError as error:
         if wanted == "exact":
             raise
@@ -130,7 +131,7 @@ def _difference(
     sigma: Tensor,
     dx: Tensor,
     dsigma: Tensor,
-    labels: Tensor | None,
+    conditioning: Conditioning,
     further: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The central difference of fourth order. Its step is a share of the level, as networks see ln(sigma).
@@ -147,7 +148,9 @@ def _difference(
     def at(steps: int) -> Tensor:
         y = x.to(wide) + steps * expand(step, x) * dx.to(wide)
         s = sigma.to(wide) + steps * step * dsigma.to(wide)
-        return functional_call(denoiser, state, (y, s, labels), {k: t.to(wide) for k, t in further.items()})
+        return functional_call(
+            denoiser, state, (y, s, conditioning), {k: t.to(wide) for k, t in further.items()}
+        )
 
     slope = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * expand(step, x))
     return at(0).to(x.dtype), slope.to(x.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import LABEL, UNCONDITIONAL, Conditioning
 from distmatch.diffusion.denoiser import expand, jump, require_score
 from distmatch.losses.kernel import imm_loss, imm_lower_level, imm_weight
 from distmatch.methods.consistency.direct import Draws, mean_backward
@@ -49,11 +50,11 @@ class InductiveMatching:
     def prepare(self, state: DistillState, seed: int) -> None:
         """Nothing beside the student is needed."""
 
-    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+    def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
-        return mean_backward(self.setup, self.draw(state, batch, labels), lambda part: self.loss(state, part))
+        return mean_backward(self.setup, self.draw(state, batch), lambda part: self.loss(state, part))
 
-    def draw(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Draws:
+    def draw(self, state: DistillState, batch: Batch) -> Draws:
         """Groups of samples with their noise and levels: tensors whose rows are groups.
 
         Samples of the same class share a group as far as they can, since only those are compared. What does
@@ -72,7 +73,7 @@ class InductiveMatching:
                 expected=f"--imm-particles {particles} or more",
                 fix="raise --batch or lower --imm-particles",
             )
-        x0 = batch.x
+        x0, labels = batch.x, batch.conditioning.label
         if labels is not None:
             if len(x0) > count * particles:
                 chance = torch.randperm(len(x0), generator=gen, device=gen.device)[: count * particles]
@@ -89,10 +90,11 @@ class InductiveMatching:
         target = time * share[1].clamp(1e-6, 0.999)
         t, s = (sigma_data * u / (1 - u) for u in (time, target))
         r = imm_lower_level(t, s, setup.teacher.sigma_min, high, own.imm_halvings)
-        draws = {"x0": x0, "noise": noise, "t": t, "s": s, "r": r, "time": time}
+        conditioning = UNCONDITIONAL
         if labels is not None:
-            draws["labels"] = labels.unflatten(0, (count, particles))
-        return draws
+            conditioning = Conditioning({LABEL: labels.unflatten(0, (count, particles))})
+        tensors = {"x0": x0, "noise": noise, "t": t, "s": s, "r": r, "time": time}
+        return Draws(tensors, conditioning)
 
     def loss(
         self, state: DistillState, draws: Draws, kernel: Literal["laplace", "quadratic"] = "laplace"
@@ -104,7 +106,7 @@ class InductiveMatching:
             draws: From :meth:`draw`, or a part of it.
             kernel: As for :func:`~distmatch.losses.imm_loss`.
         """
-        x0, noise, labels = draws["x0"], draws["noise"], draws.get("labels")
+        x0, noise, labels = draws["x0"], draws["noise"], draws.conditioning.label
         network = state.student.denoiser
         groups = x0.shape[:2]
 

@@ -34,6 +34,7 @@ METHODS = (
         limits="flatters any metric on the features it trains on; noisy with small batches",
         settings=MMDSettings,
         build=_mmd,
+        conditions="labels",
         teacher_gradient=True,
     ),
     Method(
@@ -44,5 +45,6 @@ METHODS = (
         limits="needs a network of ours; learns from the data alone, so it takes many steps",
         settings=IMMSettings,
         build=_imm,
+        conditions="labels",
     ),
 )

@@ -17,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser, has_features, pooled, require_score
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
 from distmatch.losses.kernel import mmd_with_gradient
 from distmatch.methods.kernel.settings import MMDSettings
-from distmatch.methods.setup import Info, Setup, part_of
+from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import student_levels
 
@@ -99,7 +100,7 @@ class ChainMMD:
             setup.settings.calls, setup.first_level, setup.teacher.sigma_data, setup.settings.mmd_spacing
         )
 
-    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+    def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
         setup, n = self.setup, len(batch.x)
         if n < 2:
@@ -115,7 +116,7 @@ class ChainMMD:
             batch.x.shape, generator=state.generator, device=batch.x.device, dtype=batch.x.dtype
         )
         with torch.no_grad():
-            real = _joined([self._raw(batch.x[p], part_of(labels, p)) for p in slices])
+            real = _joined([self._raw(batch.x[p], batch.conditioning.index(p)) for p in slices])
             if self.of_network and "feature_mean" not in state.memory:
                 spread = real.std(0)
                 state.memory["feature_mean"] = real.mean(0)
@@ -123,24 +124,24 @@ class ChainMMD:
                 state.memory["feature_spread"] = spread.clamp_min(1e-3 * spread.square().mean().sqrt())
             real = self._scaled(state, real)
         with torch.set_grad_enabled(whole):
-            made = _joined([self.made(state, noise[p], part_of(labels, p)) for p in slices])
+            made = _joined([self.made(state, noise[p], batch.conditioning.index(p)) for p in slices])
         kernel = feature_kernel(setup.settings, self.of_network, made.shape[1])
-        loss, gradient = mmd_with_gradient(made.detach(), real, kernel, labels)
+        loss, gradient = mmd_with_gradient(made.detach(), real, kernel, batch.conditioning.label)
         if whole:
             made.backward(gradient)
         else:
             for p in slices:
-                self.made(state, noise[p], part_of(labels, p)).backward(gradient[p])
+                self.made(state, noise[p], batch.conditioning.index(p)).backward(gradient[p])
         return {"loss": loss}
 
-    def made(self, state: DistillState, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def made(self, state: DistillState, noise: Tensor, conditioning: Conditioning) -> Tensor:
         """Features (b, F) of the chain's samples from unit noise (b, *shape), with their graph."""
         student = state.student
 
         def call(x: Tensor, index: int) -> Tensor:
             if not (self.setup.settings.mmd_checkpoint and torch.is_grad_enabled()):
-                return student.call(x, index, labels)
-            again: Tensor = checkpoint(student.call, x, index, labels, use_reentrant=False)
+                return student.call(x, index, conditioning)
+            again: Tensor = checkpoint(student.call, x, index, conditioning, use_reentrant=False)
             return again
 
         with self.setup.autocast():
@@ -149,9 +150,9 @@ class ChainMMD:
             for index in range(1, student.nfe):
                 x = student.advance(x, x0, noise, index)  # of DDIM: the noise does not enter again
                 x0 = call(x, index)
-        return self._scaled(state, self._raw(x0, labels))
+        return self._scaled(state, self._raw(x0, conditioning))
 
-    def _raw(self, x: Tensor, labels: Tensor | None) -> Tensor:
+    def _raw(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """What is compared of samples (b, *shape), before it is scaled, (b, F)."""
         teacher: Denoiser = self.setup.teacher
         if not (self.of_network and has_features(teacher)):
@@ -159,7 +160,7 @@ class ChainMMD:
         level = self.setup.settings.mmd_feature_sigma * teacher.sigma_data
         sigma = torch.full((len(x),), level, device=x.device, dtype=x.dtype)
         with self.setup.autocast():
-            return pooled(teacher(x, sigma, labels, return_features="only")).to(x.dtype)
+            return pooled(teacher(x, sigma, conditioning, return_features="only")).to(x.dtype)
 
     def _scaled(self, state: DistillState, values: Tensor) -> Tensor:
         """Features of about unit spread: that of the first real batch, or of the data."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import expand
 from distmatch.losses import adversarial_discriminator_loss, approximate_r1
 from distmatch.methods.matching.networks import Comparison, discriminator_logits
 from distmatch.methods.matching.scores import NoisedSamples
-from distmatch.methods.setup import Info, noised, part_of
+from distmatch.methods.setup import Info, noised
 from distmatch.methods.state import DistillState
 from distmatch.ratio.discriminator import denoise_with_logit
 
@@ -20,7 +21,7 @@ def fake_score_backward(
     sigma: Tensor,
     noise: Tensor,
     real: Tensor,
-    labels: Tensor | None,
+    conditioning: Conditioning,
 ) -> Info:
     """Adds the gradients of the fake score's and the discriminator's losses to their parameters.
 
@@ -31,7 +32,7 @@ def fake_score_backward(
         sigma: Noise levels (B,).
         noise: Unit noise on these samples, (B, *shape).
         real: Real samples; read only with a discriminator.
-        labels: Classes of both, (B,), or None.
+        conditioning: What both are conditioned on.
     """
     n, head, r1 = len(x0), state.discriminator, compared.r1
     kinds = [x0 + expand(sigma, x0) * noise]
@@ -45,7 +46,7 @@ def fake_score_backward(
         info = _part(
             compared,
             state,
-            NoisedSamples(x0[part], sigma[part], kinds[0][part], part_of(labels, part)),
+            NoisedSamples(x0[part], sigma[part], kinds[0][part], conditioning.index(part)),
             [kind[part] for kind in kinds[1:]],
             (part.stop - part.start) / n,
         )
@@ -64,16 +65,16 @@ def _part(
     info: Info = {}
     with compared.setup.autocast():
         if head is not None and compared.source == "fake":
-            prediction, own = denoise_with_logit(fake, head, samples.x, samples.sigma, samples.labels)
+            prediction, own = denoise_with_logit(fake, head, samples.x, samples.sigma, samples.conditioning)
             # The predictions for real samples are not read.
-            more = discriminator_logits(compared, state, real, samples.sigma, samples.labels, grad=True)
+            more = discriminator_logits(compared, state, real, samples.sigma, samples.conditioning, grad=True)
             logits = [own, *more]
         else:
-            prediction = fake(samples.x, samples.sigma, samples.labels)
+            prediction = fake(samples.x, samples.sigma, samples.conditioning)
             if head is not None:
                 kinds = [samples.x, *real]
                 logits = discriminator_logits(
-                    compared, state, kinds, samples.sigma, samples.labels, grad=False
+                    compared, state, kinds, samples.sigma, samples.conditioning, grad=False
                 )
         loss = compared.objective.fake_score_loss(samples, prediction, state).mean()
         info["loss_fake"] = share * loss.detach()

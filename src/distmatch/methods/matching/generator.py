@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distmatch.diffusion.conditioning import Conditioning, cat
 from distmatch.diffusion.denoiser import expand
 from distmatch.losses import adversarial_generator_loss, difference_weight
 from distmatch.methods.matching.networks import Comparison, discriminator_logits, predictions
 from distmatch.methods.matching.scores import Scores
-from distmatch.methods.setup import Info, part_of
+from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
 from distmatch.ratio.normaliser import NormalisedRatio, effective_sample_size
 
@@ -35,7 +36,7 @@ def generator_gradient(
     x0: Tensor,
     sigma: Tensor,
     noise: Tensor,
-    labels: Tensor | None,
+    conditioning: Conditioning,
 ) -> GeneratorGradient:
     """The gradient of objective and adversarial term with respect to the student's samples.
 
@@ -48,7 +49,7 @@ def generator_gradient(
         x0: Clean samples (B, *shape), detached.
         sigma: Noise levels (B,).
         noise: Standard normal noise (B, *shape).
-        labels: Classes (B,), or None.
+        conditioning: What the samples are conditioned on.
     """
     objective = compared.objective
     slices = compared.setup.parts(len(x0))
@@ -64,7 +65,7 @@ def generator_gradient(
                     state,
                     [x0[p] + expand(sigma[p], x0) * noise[p]],
                     sigma[p],
-                    part_of(labels, p),
+                    conditioning.index(p),
                     grad=False,
                 )[0]
                 for p in slices
@@ -74,7 +75,7 @@ def generator_gradient(
     for part in slices:
         whole = len(slices) == 1
         scores = _scores(
-            compared, state, x0[part], sigma[part], noise[part], quantile[part], part_of(labels, part)
+            compared, state, x0[part], sigma[part], noise[part], quantile[part], conditioning.index(part)
         )
         if objective.through_inputs:
             if objective.needs_ratio and whole:
@@ -119,7 +120,7 @@ def _scores(
     sigma: Tensor,
     noise: Tensor,
     quantile: Tensor,
-    labels: Tensor | None,
+    conditioning: Conditioning,
 ) -> Scores:
     """One pass of all networks on a part of the batch; lengths in the result are in the unit of the setup."""
     through = compared.objective.through_inputs
@@ -130,9 +131,9 @@ def _scores(
     # By `alpha`, which keeps no tensor that the first backward pass through a network would free.
     in_data_units = torch.add(expand(sigma, leaf) * noise, leaf, alpha=unit)
     with compared.setup.autocast(), torch.set_grad_enabled(grad):
-        teacher, fake, logit = predictions(compared, state, in_data_units, sigma, labels, through)
+        teacher, fake, logit = predictions(compared, state, in_data_units, sigma, conditioning, through)
     return Scores(
-        leaf, noise, sigma / unit, x, teacher / unit, fake / unit, logit, quantile, None, None, labels
+        leaf, noise, sigma / unit, x, teacher / unit, fake / unit, logit, quantile, None, None, conditioning
     )
 
 
@@ -174,5 +175,5 @@ def _joined(parts: list[Scores]) -> Scores:
     """The scores of all parts as one."""
     names = ("x0", "noise", "sigma", "x", "teacher", "fake", "quantile")
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    logit, labels = _cat([p.logit for p in parts]), _cat([p.labels for p in parts])
-    return Scores(**joined, logit=logit, labels=labels, log_r=None, weight_scale=None)
+    logit, conditioning = _cat([p.logit for p in parts]), cat([p.conditioning for p in parts])
+    return Scores(**joined, logit=logit, conditioning=conditioning, log_r=None, weight_scale=None)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import stream_seed
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, NoiseLevels, Truncated
@@ -36,7 +37,7 @@ from distmatch.methods.settings import (
     NoiseLawSettings,
     RatioSettings,
 )
-from distmatch.methods.setup import Info, Setup, averaged, part_of, standard_normal
+from distmatch.methods.setup import Info, Setup, averaged, standard_normal
 from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Chain, Student
@@ -193,35 +194,38 @@ class Matching:
         last = (state.step + 1) % cfg.critic_steps == 0
         student_turn = last and state.step >= cfg.warmup_steps
         critic_turn = cfg.order == "same-batch" or not student_turn
-        labels = batch.labels if self.teacher.num_classes else None
+        batch = batch.taken_by(self.teacher)
+        conditioning = batch.conditioning
         factor = self.setup.rate(state.step)
-        x, call = self._simulate(state, len(batch.x), labels)
+        x, call = self._simulate(state, len(batch.x), conditioning)
         whole = len(self.setup.parts(len(x))) == 1
         objective_turn = student_turn and state.step >= self.first
-        x0 = self._call(state, x, call, labels, grad=objective_turn and whole)
+        x0 = self._call(state, x, call, conditioning, grad=objective_turn and whole)
         info: Info = {}
         if student_turn:
             set_rate(state.optimisers["student"], cfg.lr * factor)
             if objective_turn:
-                found = self._gradient(state, x0.detach(), x, call, labels)
+                found = self._gradient(state, x0.detach(), x, call, conditioning)
                 info |= found.info
-                self._backward(state, x0 if whole else None, x, call, labels, found.gradient)
+                self._backward(state, x0 if whole else None, x, call, conditioning, found.gradient)
             for term in self.terms:
-                info |= term.backward(state, batch, labels)
+                info |= term.backward(state, batch)
             info |= self._move_student(state)
         if critic_turn:
             set_rate(state.optimisers["fake"], cfg.lr_critic * factor)
             if "ratio" in state.optimisers:
                 set_rate(state.optimisers["ratio"], self.adversary.lr_ratio * factor)
             sigma, noise = self._noise_on(state, x0.detach(), x, call, self.critic_noise)
-            info |= fake_score_backward(self.compared, state, x0.detach(), sigma, noise, batch.x, labels)
+            info |= fake_score_backward(
+                self.compared, state, x0.detach(), sigma, noise, batch.x, conditioning
+            )
             info |= self._move_critic(state)
         state.step += 1
         return info
 
     # ---------------------------------------------------------- the student's samples
 
-    def _simulate(self, state: DistillState, n: int, labels: Tensor | None) -> tuple[Tensor, int]:
+    def _simulate(self, state: DistillState, n: int, conditioning: Conditioning) -> tuple[Tensor, int]:
         """The input of the call that is trained, and that call's number.
 
         With several calls the student is run as at sampling time up to a random call (backward simulation,
@@ -235,26 +239,28 @@ class Matching:
         z = torch.randn(n, *student.shape, generator=state.generator, device=device)
         x = student.start(z)
         for index in range(last):
-            x0 = self._call(state, x, index, labels, grad=False)
+            x0 = self._call(state, x, index, conditioning, grad=False)
             z = torch.randn(x0.shape, generator=state.generator, device=device)
             x = student.advance(x, x0, z, index + 1)
         return x, last
 
-    def _call(self, state: DistillState, x: Tensor, index: int, labels: Tensor | None, grad: bool) -> Tensor:
+    def _call(
+        self, state: DistillState, x: Tensor, index: int, conditioning: Conditioning, grad: bool
+    ) -> Tensor:
         """One call of the student, in parts, in float32."""
         with self.setup.autocast(), torch.set_grad_enabled(grad):
             parts = [
-                state.student.call(x[part], index, part_of(labels, part)).float()
+                state.student.call(x[part], index, conditioning.index(part)).float()
                 for part in self.setup.parts(len(x))
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _gradient(
-        self, state: DistillState, x0: Tensor, x: Tensor, call: int, labels: Tensor | None
+        self, state: DistillState, x0: Tensor, x: Tensor, call: int, conditioning: Conditioning
     ) -> GeneratorGradient:
         """The gradient of everything with respect to the student's samples."""
         sigma, noise = self._noise_on(state, x0, x, call, self.noise)
-        return generator_gradient(self.compared, state, x0, sigma, noise, labels)
+        return generator_gradient(self.compared, state, x0, sigma, noise, conditioning)
 
     def _noise_on(
         self, state: DistillState, x0: Tensor, x: Tensor, call: int, law: NoiseLevels
@@ -274,7 +280,7 @@ class Matching:
         x0: Tensor | None,
         x: Tensor,
         call: int,
-        labels: Tensor | None,
+        conditioning: Conditioning,
         gradient: Tensor,
     ) -> None:
         """Takes the gradient at the samples to the parameters.
@@ -290,7 +296,7 @@ class Matching:
             return
         for part in self.setup.parts(len(x)):
             with self.setup.autocast():
-                again = state.student.call(x[part], call, part_of(labels, part)).float()
+                again = state.student.call(x[part], call, conditioning.index(part)).float()
             again.backward(gradient[part].to(again.dtype))
 
     # ---------------------------------------------------------- who moves

@@ -111,6 +111,7 @@ METHODS = (
         limits="pairs cost many teacher calls before the first step; compared by pixels, not by LPIPS",
         settings=own.DMDSettings,
         build=_dmd,
+        conditions="labels",
         data="no",
         divergences="reverse_kl",
     ),

@@ -62,6 +62,6 @@ class MomentMatching:
     def fake_score_loss(self, samples: NoisedSamples, prediction: Tensor, state: DistillState) -> Tensor:
         """Half-way between the student's samples and the teacher."""
         with torch.no_grad():
-            teacher = self.teacher(samples.x, samples.sigma, samples.labels)
+            teacher = self.teacher(samples.x, samples.sigma, samples.conditioning)
         weight = edm_weight(samples.sigma, self.teacher.sigma_data)
         return moment_matching_loss(prediction, samples.x0, teacher, weight)

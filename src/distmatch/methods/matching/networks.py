@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import NoiseLevels
 from distmatch.methods.matching.scores import MatchingObjective
@@ -61,7 +62,7 @@ def predictions(
     state: DistillState,
     x: Tensor,
     sigma: Tensor,
-    labels: Tensor | None,
+    conditioning: Conditioning,
     grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The denoised x of target and fake score and the raw log ratio; one pass each serves all three.
@@ -71,7 +72,7 @@ def predictions(
         state: The networks.
         x: Noised samples (B, *shape).
         sigma: Their levels (B,).
-        labels: Their classes (B,), or None.
+        conditioning: What they are conditioned on.
         grad: Whether both denoisers are differentiated with respect to ``x``. If not, only the discriminator
             is, and only where gradients are enabled.
     """
@@ -85,19 +86,19 @@ def predictions(
     wanted = torch.is_grad_enabled()
     with torch.set_grad_enabled(wanted and (grad or (on_teacher and same))):
         if on_teacher and same and head is not None:
-            p, logit = denoise_with_logit(target, head, x, sigma, labels)
+            p, logit = denoise_with_logit(target, head, x, sigma, conditioning)
         else:
-            p = target(x, sigma, labels)
+            p = target(x, sigma, conditioning)
     if on_teacher and not same:
-        (logit,) = discriminator_logits(compared, state, [x], sigma, labels, grad=True)
+        (logit,) = discriminator_logits(compared, state, [x], sigma, conditioning, grad=True)
     on_fake = compared.source == "fake" and head is not None
     with torch.set_grad_enabled(wanted and (grad or on_fake)):
         if on_fake and head is not None:
-            q, logit = denoise_with_logit(fake, head, x, sigma, labels)
+            q, logit = denoise_with_logit(fake, head, x, sigma, conditioning)
         else:
-            q = fake(x, sigma, labels)
+            q = fake(x, sigma, conditioning)
     if head is not None and compared.source == "own":
-        logit = head(x, sigma, labels)
+        logit = head(x, sigma, conditioning.label)
     return p, q, logit
 
 
@@ -106,7 +107,7 @@ def discriminator_logits(
     state: DistillState,
     kinds: Sequence[Tensor],
     sigma: Tensor,
-    labels: Tensor | None,
+    conditioning: Conditioning,
     *,
     grad: bool,
 ) -> list[Tensor]:
@@ -117,10 +118,12 @@ def discriminator_logits(
         state: The networks.
         kinds: Noised samples (B, *shape) each.
         sigma: Their levels (B,), the same for all kinds.
-        labels: Their classes (B,), or None.
+        conditioning: What they are conditioned on.
         grad: Whether the features carry a gradient: to the samples, or to the fake score that they come from.
     """
     features_from = state.fake if compared.source == "fake" else compared.teacher
     if features_from is None or state.discriminator is None:
         raise RuntimeError("this state has no discriminator, or no fake score for its features")
-    return logits_of(compared.source, features_from, state.discriminator, kinds, sigma, labels, grad=grad)
+    return logits_of(
+        compared.source, features_from, state.discriminator, kinds, sigma, conditioning, grad=grad
+    )

@@ -18,14 +18,15 @@ from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, latents, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.adapters import PredictionDenoiser
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.solvers import grid, sample_teacher, snap_grid
 from distmatch.losses import pair_regression_loss
 from distmatch.methods.matching.settings import DMDSettings
-from distmatch.methods.setup import Info, Setup, part_of
+from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import checked_labels
+from distmatch.methods.student import checked_conditioning
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Pairs:
         noise: Unit normal noise, (n, *shape) float32 on the CPU. Teacher and student both start from it, each
             scaled to its own first level.
         samples: The teacher's samples, (n, *shape).
-        labels: Their classes (n,) int64, or None.
+        conditioning: What they are conditioned on.
     """
 
     noise: Tensor
     samples: Tensor
-    labels: Tensor | None
+    conditioning: Conditioning
 
 
 def make_pairs(
@@ -57,16 +58,23 @@ def make_pairs(
         device: Where to compute.
         batch: Samples at a time.
     """
-    labels = checked_labels(None, n, teacher.num_classes, seed)
+    conditioning = checked_conditioning(None, n, teacher, seed)
     levels = grid("karras", steps, teacher.sigma_min, teacher.sigma_max)
     model = teacher.inner if isinstance(teacher, Guided) else teacher
     if isinstance(model, PredictionDenoiser) and model.levels == "snap":
         levels = snap_grid(levels, model.path)
     with progress(n, desc="pairs of the teacher", delay=5.0) as bar:
         samples = sample_teacher(
-            teacher, n, grid=levels, labels=labels, seed=seed, batch=batch, device=device, on_batch=bar.update
+            teacher,
+            n,
+            grid=levels,
+            labels=conditioning,
+            seed=seed,
+            batch=batch,
+            device=device,
+            on_batch=bar.update,
         )
-    return Pairs(latents(n, teacher.shape, seed), samples, labels)
+    return Pairs(latents(n, teacher.shape, seed), samples, conditioning)
 
 
 @dataclass
@@ -117,7 +125,7 @@ class PairRegression:
             )
         return self._made
 
-    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+    def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient on as many pairs as the batch has samples, drawn anew at each step."""
         recorded, setup, student = self.pairs(), self.setup, state.student
         n = len(batch.x)
@@ -126,13 +134,12 @@ class PairRegression:
         )
         z = recorded.noise[chosen].to(setup.device)
         target = recorded.samples[chosen].to(setup.device)
-        classes = None if recorded.labels is None else recorded.labels[chosen].to(setup.device)
+        told = recorded.conditioning.index(chosen).to(setup.device)
         c, unit = self.config.pair_c * setup.teacher.sigma_data, setup.unit
         total = torch.zeros((), device=setup.device)
         for part in setup.parts(n):
-            y = part_of(classes, part)
             with setup.autocast():
-                made_of = student.call(student.start(z[part]), 0, y).float()
+                made_of = student.call(student.start(z[part]), 0, told.index(part)).float()
             made, wanted = made_of / unit, target[part] / unit
             loss = pair_regression_loss(made, wanted, kind=self.config.pair_loss, c=c / unit).sum() / n
             (self.config.pair_weight * loss).backward()

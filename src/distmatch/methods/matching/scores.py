@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
 
@@ -30,7 +31,7 @@ class Scores:
         quantile: Where each level lies in the distribution of levels, (B,), in [0, 1].
         log_r: Normalised and clipped log p/q, (B,), detached; None for objectives without a ratio.
         weight_scale: The running mean of h(r), scalar: what weights are divided by; None like ``log_r``.
-        labels: Classes (B,), or None.
+        conditioning: What the samples are conditioned on.
     """
 
     x0: Tensor
@@ -43,7 +44,7 @@ class Scores:
     quantile: Tensor
     log_r: Tensor | None
     weight_scale: Tensor | None
-    labels: Tensor | None
+    conditioning: Conditioning
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class NoisedSamples:
         x0: Clean samples of the student, (B, *shape).
         sigma: Noise levels (B,).
         x: The samples noised to these levels.
-        labels: Classes (B,), or None.
+        conditioning: What the samples are conditioned on.
     """
 
     x0: Tensor
     sigma: Tensor
     x: Tensor
-    labels: Tensor | None
+    conditioning: Conditioning
 
 
 class MatchingObjective(Protocol):
@@ -110,6 +111,6 @@ class StudentTerm(Protocol):
         """Puts into a fresh state what the term needs."""
         ...
 
-    def backward(self, state: DistillState, batch: Batch, labels: Tensor | None) -> Info:
+    def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds its gradient to those of the student's parameters; returns what to log."""
         ...

@@ -26,6 +26,7 @@ METHODS = (
         limits="a finite bank: no more different layouts come out than latents are stored; several calls",
         settings=DPMOTSettings,
         build=_dpm_ot,
+        conditions="labels",
         data="no",
     ),
 )

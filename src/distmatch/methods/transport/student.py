@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import load_into
+from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.methods.start import Network
 from distmatch.methods.student import Student
 from distmatch.methods.transport.semi_discrete import BrenierMap
@@ -66,12 +67,13 @@ class TransportStudent(Student):
         """One for the map, one for each call after the first, and one for the mixtures of latents."""
         return self.nfe + 1
 
-    def begin(self, noise: list[Tensor], labels: Tensor | None) -> Tensor:
+    def begin(self, noise: list[Tensor], conditioning: ConditioningLike) -> Tensor:
         """The latents of the first noise, at the first level; the last noise is for mixtures.
 
         Raises:
             UserError: A conditional student is asked for samples of no class.
         """
+        labels = labels_of(conditioning)
         if self.num_classes and (labels is None or bool((labels < 0).any())):
             raise UserError(
                 "this student has stored latents of each class and none without a class",
