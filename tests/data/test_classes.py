@@ -309,9 +309,9 @@ def test_without_data_a_student_is_asked_for_the_teachers_shares(place: Path) ->
     teacher = dm.load_teacher(place / "t")
     options = DistillOptions.of("diff-instruct")
     job = prepare_distillation(replace(options, run=replace(options.run, batch=2000)), teacher, fresh=False)
-    labels = job.batches(0).labels
+    labels = job.batches(0).conditioning["label"]
     assert labels is not None
     due = 90 / 147
     assert abs(float((labels == 11).double().mean()) - due) < 4 * (due * (1 - due) / 2000) ** 0.5
-    assert not torch.equal(labels, job.batches(1).labels)
+    assert not torch.equal(labels, job.batches(1).conditioning["label"])
     assert job.finish().model.classes.counts == COUNTS

@@ -394,7 +394,7 @@ def test_conditions_of_samples_are_read_by_name(tmp_path: Path) -> None:
 
 
 def test_conditions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    x = np.zeros((4, 2), dtype=np.float32)
+    x = np.arange(8, dtype=np.float32).reshape(4, 2)
     for name, values, said in (
         ("short", np.zeros(3), "one condition for each sample"),
         ("words", np.array(["a", "b", "c", "d"]), "must hold numbers"),

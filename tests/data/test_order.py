@@ -64,7 +64,7 @@ def test_batches_are_a_function_of_the_step():
     batches = [walked(s) for s in range(30)]
     for step in (29, 3):
         assert torch.equal(fresh(step).x, batches[step].x)
-        assert torch.equal(fresh(step).labels, batches[step].labels)
+        assert torch.equal(fresh(step).conditioning["label"], batches[step].conditioning["label"])
     plain = [Batches(data, 64, seed=5)(s).x for s in range(30)]
     flipped = torch.cat([(b.x != p).any((1, 2, 3)) for b, p in zip(batches, plain, strict=True)])
     # Half are mirrored (no digit is its own mirror image to the grey level): 1920 draws, 5 deviations.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import UNCONDITIONAL, as_conditioning
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, student_levels
@@ -98,7 +99,7 @@ def test_backward_simulation_trains_every_call_about_equally_often() -> None:
         state.step = step
         called: list[int] = []
         state.student.call = lambda x, i, y=None, called=called: called.append(i) or x  # type: ignore[method-assign,assignment]
-        method._call(state, *method._simulate(state, 1, None), None, False)
+        method._call(state, *method._simulate(state, 1, UNCONDITIONAL), UNCONDITIONAL, False)
         assert called == list(range(len(called)))  # every call before the trained one is run
         seen[called[-1]] += 1
     assert (seen - 150).abs().max() < 5 * (600 * 0.25 * 0.75) ** 0.5
@@ -106,7 +107,7 @@ def test_backward_simulation_trains_every_call_about_equally_often() -> None:
 
 def test_backward_simulation_gives_what_sampling_gives_with_a_gradient_through_the_last_call_alone() -> None:
     method = distiller(network_teacher(3), "js", calls=4)
-    state, labels = method.init(0), torch.arange(16) % 3
+    state, labels = method.init(0), as_conditioning(torch.arange(16) % 3)
     lengths = set()
     for step in range(12):
         state.step = step

@@ -235,7 +235,7 @@ def test_the_teacher_is_guided_and_the_critic_is_not(features: str) -> None:
         torch.arange(16) % 2,
     )
     with torch.no_grad():
-        mine, fake, logit = predictions(method.compared, state, x, sigma, y)
+        mine, fake, logit = predictions(method.compared, state, x, sigma, as_conditioning(y))
         plain, none = teacher(x, sigma, y), teacher(x, sigma, torch.full_like(y, -1))
         rounding = {"rtol": 1e-5, "atol": 1e-6}  # two batches against one of twice the size
         torch.testing.assert_close(mine, none + 2.5 * (plain - none), **rounding)

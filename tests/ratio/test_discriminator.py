@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import as_conditioning
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise import Karras
 from distmatch.divergences import NAMES, divergence
@@ -244,14 +245,16 @@ def test_where_the_logit_comes_from() -> None:
     head = build_discriminator("teacher", network, 3)
     assert isinstance(head, RatioHead)
     x, sigma, labels = torch.randn(6, 2, generator=gen()), torch.linspace(0.1, 9, 6), torch.arange(6) % 3
-    prediction, logit = denoise_with_logit(network, head, x, sigma, labels)
+    prediction, logit = denoise_with_logit(network, head, x, sigma, as_conditioning(labels))
     assert torch.equal(prediction, network(x, sigma, labels))
     assert torch.equal(logit, torch.zeros(6))  # r = 1 before any training
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1)
     features = network(x, sigma, labels, return_features=True)[1]
-    assert torch.equal(denoise_with_logit(network, head, x, sigma, labels)[1], head(features, sigma, labels))
+    assert torch.equal(
+        denoise_with_logit(network, head, x, sigma, as_conditioning(labels))[1], head(features, sigma, labels)
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import torch
 
-from distmatch.diffusion.conditioning import LABEL, spec_of
 from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import require_denoiser
+from distmatch.diffusion.conditioning import LABEL, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_input_gradient, require_score
 from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.data.batches import Batch
 from distmatch.data.toys import toy
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.discrepancies.kernels import laplace as laplace_kernel
@@ -85,7 +86,7 @@ def test_a_consistent_network_is_a_fixed_point() -> None:
 
     method, state = small(imm_halvings=2)
     network = state.student.denoiser = OfOnePoint()  # type: ignore[assignment]
-    data = batch(0)._replace(x=network.point.detach().clone().expand(32, 2))
+    data = Batch(network.point.detach().clone().expand(32, 2))
     loss, _ = method.term.loss(state, method.term.draw(state, data))
     assert float(loss.detach().abs().max()) < 1e-5
     network.point.data += 0.1  # and a wrong one is not
@@ -213,7 +214,7 @@ def test_it_brings_a_student_close_to_the_data(calls: int) -> None:
     before = mmd(method.result(state, {}).sample(2000), real[4000:], "energy").value
     for step in range(120):
         chosen = torch.randint(4000, (256,), generator=torch.Generator().manual_seed(step))
-        method.step(state, batch(step)._replace(x=real[chosen]))
+        method.step(state, Batch(real[chosen]))
     after = mmd(method.result(state, {}).sample(2000), real[4000:], "energy").value
     assert after < 0.4 * before
 

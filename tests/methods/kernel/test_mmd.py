@@ -229,7 +229,7 @@ def test_it_brings_a_student_close_to_the_data() -> None:
     before = mmd(method.result(state, {}).sample(2000), real[4000:], "energy").value
     for step in range(150):
         chosen = torch.randint(4000, (128,), generator=torch.Generator().manual_seed(step))
-        method.step(state, batch(step)._replace(x=real[chosen]))
+        method.step(state, Batch(real[chosen]))
     after = mmd(method.result(state, {}).sample(2000), real[4000:], "energy").value
     assert after < 0.1 * before
 

@@ -122,7 +122,7 @@ def test_the_adversarial_term_adds_its_own_gradient(name: str, features: str) ->
     for weight in (0.0, 0.3, 0.6):
         state = moved(distiller(network_teacher(), method=name, ratio_features=features))
         method = distiller(network_teacher(), method=name, gan_weight=weight, ratio_features=features)
-        found.append(generator_gradient(method.compared, state, *inputs(), None).gradient)
+        found.append(generator_gradient(method.compared, state, *inputs(), UNCONDITIONAL).gradient)
     assert (found[1] - found[0]).norm() > 1e-3
     torch.testing.assert_close(found[2] - found[0], 2 * (found[1] - found[0]), rtol=1e-3, atol=1e-6)
 
@@ -141,7 +141,12 @@ def test_sida_s_adversarial_term_is_that_of_the_fake_score_s_features() -> None:
     both = generator_gradient(method.compared, state, x0, sigma, noise, UNCONDITIONAL)
     assert method.objective.alpha == 1.0
     alone = generator_gradient(
-        distiller(network_teacher(), method="sid", sid_alpha=1.0).compared, state, x0, sigma, noise, None
+        distiller(network_teacher(), method="sid", sid_alpha=1.0).compared,
+        state,
+        x0,
+        sigma,
+        noise,
+        UNCONDITIONAL,
     )
     torch.testing.assert_close(both.gradient - alone.gradient, pull, rtol=1e-3, atol=1e-6)
 

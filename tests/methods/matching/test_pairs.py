@@ -115,7 +115,7 @@ def test_a_student_that_is_the_map_is_left_alone() -> None:
     state = method.init(0)
     made = term.pairs()
     own = state.student.denoiser(
-        state.student.levels[0] * made.noise, torch.full((32,), state.student.levels[0]), made.labels
+        state.student.levels[0] * made.noise, torch.full((32,), state.student.levels[0]), made.conditioning
     )
     made.samples.copy_(own.detach())
     info = term.backward(state, batch(0, 2))
