@@ -9,6 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.diffusion.adapters import PredictionDenoiser

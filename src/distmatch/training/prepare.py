@@ -310,7 +310,7 @@ def _drawer(data: Dataset | None, seed: int) -> Draw | None:
 
     def draw(n: int) -> tuple[Tensor, Conditioning]:
         rows = torch.randint(len(data), (n,), generator=gen)
-        return data.batch(rows)[0], for_model(teacher, data.conditioning(rows))
+        return data.batch(rows)[0], data.conditioning(rows)
 
     return draw
 
