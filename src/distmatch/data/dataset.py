@@ -121,6 +121,11 @@ class Dataset:
             x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(-1), x)
         return x, None if self.labels is None else self.labels[where]
 
+    @property
+    def fields(self) -> set[str]:
+        """The names of what its samples are conditioned on."""
+        return {*self.conditions, *([LABEL] if self.labels is not None else [])}
+
     def conditioning(self, indices: Tensor) -> Conditioning:
         """What the samples at ``indices`` (B,) are conditioned on: their labels and further conditions."""
         where = indices.to(self.raw.device)

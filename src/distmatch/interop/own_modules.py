@@ -19,7 +19,7 @@ from distmatch.base.errors import UserError, cause
 from distmatch.base.files import load_into
 from distmatch.diffusion.adapters import PredictionDenoiser, is_denoiser
 from distmatch.diffusion.calls import PLAIN, CalledNet, module_of
-from distmatch.diffusion.conditioning import FieldSpec
+from distmatch.diffusion.conditioning import Conditioning, FieldSpec
 from distmatch.diffusion.path_specs import path_from_dict, path_to_dict
 from distmatch.interop.diffusers_parts import network_like
 from distmatch.interop.optional import import_diffusers
@@ -32,6 +32,7 @@ from distmatch.nets.saved import edm_values, parametrised
 from distmatch.nets.unet import UNet
 
 Module = TypeVar("Module", bound=nn.Module)
+_NULL = "null/"  # in front of the names of tensors that are not the module's
 HandedIn = nn.Module | Callable[..., nn.Module]
 """A module, whose weights are replaced in a copy; its class or a function that makes one; or a denoiser."""
 
@@ -129,13 +130,18 @@ def _denoiser_values(denoiser: nn.Module) -> dict[str, Any]:
     for name, value, plain in (
         ("time", denoiser.time, not callable(denoiser.time)),
         ("call", call, isinstance(call, str)),
-        ("null", denoiser.null, denoiser.null is None),
     ):
         if plain:
             values[name] = value
         else:
             missing.append(name)
     return {**values, "missing": missing}
+
+
+def null_tensors(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The conditioning that stands for "no condition", as tensors beside those of the module."""
+    null = denoiser.null if isinstance(denoiser, PredictionDenoiser) else None
+    return {_NULL + name: value for name, value in (null or {}).items()}
 
 
 def rebuilt(
@@ -153,8 +159,10 @@ def rebuilt(
         UserError: It must be handed in, or what was handed in does not fit.
     """
     said, values = config["module"], config["denoiser"]
+    null = Conditioning({n.removeprefix(_NULL): v for n, v in tensors.items() if n.startswith(_NULL)})
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(_NULL)}
     given = _given(said, network) if network is not None else _of_library(said, values, tensors, source)
-    denoiser = given if is_denoiser(given) else _around(given, said, values)
+    denoiser = given if is_denoiser(given) else _around(given, said, values, null or None)
     _check_use(_denoiser_values(denoiser), values, source)
     load_into(inner_module(denoiser), tensors, source)
     return denoiser
@@ -227,7 +235,9 @@ def _of_library(
     )
 
 
-def _around(module: nn.Module, said: Mapping[str, Any], values: Mapping[str, Any]) -> nn.Module:
+def _around(
+    module: nn.Module, said: Mapping[str, Any], values: Mapping[str, Any], null: Conditioning | None
+) -> nn.Module:
     """The denoiser around a module."""
     kind, missing = values["kind"], list(values.get("missing", ()))
     if kind == "own" or missing:
@@ -248,6 +258,7 @@ def _around(module: nn.Module, said: Mapping[str, Any], values: Mapping[str, Any
         }
     else:
         options["num_classes"] = values["num_classes"]
+    options["null"] = null
     features = values.get("features", ())
     net = module if values["call"] == PLAIN and not features else CalledNet(module, values["call"], features)
     denoiser = PredictionDenoiser(

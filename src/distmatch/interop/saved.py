@@ -45,7 +45,7 @@ from distmatch.interop.edm_checkpoint import (
 )
 from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
-from distmatch.interop.own_modules import HandedIn, described_module, rebuilt
+from distmatch.interop.own_modules import HandedIn, described_module, null_tensors, rebuilt
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.saved import CARD, EXTRA_TENSORS, extra_tensors, extra_values, load_model, save_model
@@ -101,7 +101,7 @@ def save_denoiser(
     version = MODULE_VERSION if described["kind"] == "module" else VERSION
     config = {"format": FORMAT, "version": version, **described, "extra": dict(extra or {})}
     with atomic_folder(folder) as temporary:
-        save_tensors(temporary / _TENSORS, net.state_dict())
+        save_tensors(temporary / _TENSORS, {**net.state_dict(), **null_tensors(denoiser)})
         if tensors is not None:
             save_tensors(temporary / EXTRA_TENSORS, tensors)
         if isinstance(decoder, VAEDecoder):

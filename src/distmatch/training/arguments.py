@@ -12,14 +12,15 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data import Dataset, Scaling, from_arrays, load_data
+from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.methods.method import Method
 from distmatch.methods.student import Student
 from distmatch.methods.table import unknown_setting
-from distmatch.metrics import reference_labels
 from distmatch.metrics.settings import MOST_IN_BLOCK
 from distmatch.nets.edm import EDMDenoiser
+from distmatch.training.assess import asked_of
 from distmatch.training.known_data import seen_by
 
 Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]
@@ -90,10 +91,11 @@ def drawn_from(
     if isinstance(real, Dataset):
         real = seen_by(real, about, student.num_classes, "the student")
     count = min(len(real), 2 * (n or MOST_IN_BLOCK)) if labels is None else len(labels)
-    if labels is None and student.num_classes and isinstance(real, Dataset) and real.labels is not None:
-        labels = reference_labels(real, count, seed=seed)
-    x = student.sample(count, seed=seed, labels=labels)
-    return Scaling.known(about, x.shape[1:]).settled(x), labels, real
+    asked: ConditioningLike = labels
+    if labels is None and isinstance(real, Dataset) and set(student.conditioning_spec) <= set(real.fields):
+        asked = asked_of(real, student.conditioning_spec, count, seed)
+    x = student.sample(count, seed=seed, labels=asked if isinstance(asked, Tensor) else asked or None)
+    return Scaling.known(about, x.shape[1:]).settled(x), labels_of(asked), real
 
 
 def settings_of(given: dict[str, Any], *targets: Any, method: Method | None = None) -> tuple[Any, ...]:
