@@ -15,6 +15,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.conditioning import FieldSpec
 from distmatch.diffusion.guidance import Guided
+from distmatch.interop.frozen import Portable
 
 SPEC = {"text": FieldSpec((-1, 4)), "age": FieldSpec()}
 
@@ -111,6 +112,12 @@ def test_methods_that_know_labels_alone_say_so_before_anything_is_trained(
 ) -> None:
     with pytest.raises(UserError, match="knows class labels as conditions"):
         dm.distill(teacher(), data, method=method, steps=5, batch=16, quiet=True)
+
+
+def test_graphs_of_such_students_are_refused(data: dm.Dataset) -> None:
+    student = dm.distill(teacher(), data, method="sid", steps=5, batch=16, quiet=True)
+    with pytest.raises(UserError, match="graphs take class labels"):
+        Portable(student)
 
 
 def test_data_that_do_not_hold_the_conditions_are_refused(data: dm.Dataset) -> None:

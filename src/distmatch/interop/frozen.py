@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator, latents
+from distmatch.diffusion.conditioning import LABEL, spec_of
 from distmatch.interop.diffusers_net import DiffusersNet
 
 
@@ -134,10 +136,19 @@ class Portable(nn.Module):
 
     Args:
         student: The student; it is copied to the CPU, in float32.
+
+    Raises:
+        UserError: It is conditioned on more than labels.
     """
 
     def __init__(self, student: StudentLike) -> None:
         super().__init__()
+        if others := set(spec_of(student.denoiser)) - {LABEL}:
+            raise UserError(
+                "graphs take class labels as conditions, and this student takes others",
+                got=f"conditions {', '.join(sorted(others))}",
+                fix="keep it as a model folder: student.save_pretrained(folder)",
+            )
         own: Any = copy.deepcopy(student)
         self.student = own.cpu().float().eval().requires_grad_(False)
         self.draws, self.conditional = student.draws, student.num_classes > 0
