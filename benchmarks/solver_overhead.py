@@ -52,10 +52,10 @@ class Timed:
         self.sigma_min, self.sigma_max = inner.sigma_min, inner.sigma_max
         self.inside = 0.0
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         """A timed call."""
         began = now(self.device)
-        out = self.inner(x, sigma, condition)
+        out = self.inner(x, sigma, conditioning)
         self.inside += now(self.device) - began
         return out
 

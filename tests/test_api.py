@@ -25,7 +25,7 @@ class Shifted:
     shape, num_classes = (2,), 0
     sigma_data, sigma_min, sigma_max = 0.5, 0.002, 80.0
 
-    def __call__(self, x, sigma, condition=None):
+    def __call__(self, x, sigma, conditioning=None):
         shrink = 0.25 / (0.25 + sigma[:, None] ** 2)
         return 2 + shrink * (x - 2)
 

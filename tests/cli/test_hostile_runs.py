@@ -233,8 +233,8 @@ def test_guidance_without_a_null_class_is_refused_before_training(run: Path, tmp
 
         shape, num_classes, sigma_data, sigma_min, sigma_max = (2,), 3, 1.0, 0.002, 20.0
 
-        def __call__(self, x: torch.Tensor, sigma: torch.Tensor, condition: Any = None) -> torch.Tensor:
-            return x + torch.nn.functional.embedding(condition["label"], torch.zeros(3, 2))
+        def __call__(self, x: torch.Tensor, sigma: torch.Tensor, conditioning: Any = None) -> torch.Tensor:
+            return x + torch.nn.functional.embedding(conditioning["label"], torch.zeros(3, 2))
 
     options = DistillOptions.of("diff-instruct")
     guided = replace(options, settings=replace(options.settings, guidance=2.0))

@@ -115,8 +115,8 @@ def test_a_condition_of_any_field_does_what_labels_do() -> None:
     levels = grid("karras", 8, 0.05, 20.0)
     start = 20.0 * torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     close(
-        solve(BY_WEIGHTS, start, levels, condition=one_hot).y,
-        solve(BY_CLASS, start, levels, condition=LABELS).y,
+        solve(BY_WEIGHTS, start, levels, conditioning=one_hot).y,
+        solve(BY_CLASS, start, levels, conditioning=LABELS).y,
     )
     for scale in (0.0, 2.5):
         guided = Guided(BY_WEIGHTS, scale), Guided(BY_CLASS, scale)
@@ -134,7 +134,7 @@ def test_a_condition_of_any_field_does_what_labels_do() -> None:
     torch.testing.assert_close(*ways, rtol=1e-4, atol=1e-4)
     rows = X[:4]
     found = [
-        log_likelihood(model, rows, condition=told, sigma_max=20.0, trace="exact", batch=3).log_prob
+        log_likelihood(model, rows, conditioning=told, sigma_max=20.0, trace="exact", batch=3).log_prob
         for model, told in ((BY_WEIGHTS, one_hot.index(slice(4))), (BY_CLASS, LABELS[:4]))
     ]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
@@ -175,13 +175,13 @@ def test_what_does_not_fit_is_explained() -> None:
     with pytest.raises(UserError, match="must be a tensor"):
         Conditioning({"a": [1, 2]})  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"takes other conditions.*Got: label. Expected: weights"):
-        solve(BY_WEIGHTS, X, [3.0, 1.0], condition=LABELS)
+        solve(BY_WEIGHTS, X, [3.0, 1.0], conditioning=LABELS)
     with pytest.raises(UserError, match=r"does not fit this model.*Expected: .batch, 3."):
-        solve(BY_WEIGHTS, X, [3.0, 1.0], condition=Conditioning({"weights": torch.ones(12, 4)}))
+        solve(BY_WEIGHTS, X, [3.0, 1.0], conditioning=Conditioning({"weights": torch.ones(12, 4)}))
     with pytest.raises(UserError, match=r"out of range.*values 0 to 3"):
-        solve(BY_CLASS, X, [3.0, 1.0], condition=torch.arange(12) % 4)
+        solve(BY_CLASS, X, [3.0, 1.0], conditioning=torch.arange(12) % 4)
     with pytest.raises(UserError, match="12 for 3 samples"):
-        solve(BY_CLASS, X[:3], [3.0, 1.0], condition=LABELS)
+        solve(BY_CLASS, X[:3], [3.0, 1.0], conditioning=LABELS)
     with pytest.raises(UserError, match="whole numbers"):
         as_conditioning(torch.zeros(3))
     with pytest.raises(UserError, match="same fields"):

@@ -44,12 +44,12 @@ def test_log_density_is_that_of_scipy(sigma: float) -> None:
     np.testing.assert_allclose(mixture().log_prob(x, sigma).numpy(), np.log(sum(parts)), rtol=1e-10)
 
 
-@pytest.mark.parametrize("condition", [None, 0, 1, -1])
-def test_score_denoiser_and_posterior_covariance_hang_together(condition: int | None) -> None:
+@pytest.mark.parametrize("conditioning", [None, 0, 1, -1])
+def test_score_denoiser_and_posterior_covariance_hang_together(conditioning: int | None) -> None:
     teacher = mixture([0, 1, 0])
     x = points().requires_grad_()
     sigma = torch.linspace(0.05, 6, len(x), dtype=torch.float64)
-    y = None if condition is None else torch.full((len(x),), condition)
+    y = None if conditioning is None else torch.full((len(x),), conditioning)
     (slope,) = torch.autograd.grad(teacher.log_prob(x, sigma, y).sum(), x)
     rounding = {"rtol": 1e-9, "atol": 1e-9}  # float64, values up to 1 / 0.05^2
     torch.testing.assert_close(teacher.score(x, sigma, y), slope, **rounding)
@@ -120,13 +120,13 @@ def test_conditioning_keeps_the_components_of_the_class() -> None:
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("condition", [None, 0])
-def test_samples_have_the_moments_of_the_mixture(condition: int | None) -> None:
+@pytest.mark.parametrize("conditioning", [None, 0])
+def test_samples_have_the_moments_of_the_mixture(conditioning: int | None) -> None:
     teacher, n = mixture([0, 1, 0]), 40_000
-    y = None if condition is None else torch.full((n,), condition)
-    x, component = teacher.sample_with_components(n, seed=3, condition=y)
-    assert torch.equal(x, teacher.sample(n, seed=3, condition=y))
-    share = torch.tensor(WEIGHTS if condition is None else [0.4, 0.0, 0.6])
+    y = None if conditioning is None else torch.full((n,), conditioning)
+    x, component = teacher.sample_with_components(n, seed=3, conditioning=y)
+    assert torch.equal(x, teacher.sample(n, seed=3, conditioning=y))
+    share = torch.tensor(WEIGHTS if conditioning is None else [0.4, 0.0, 0.6])
     counts = torch.bincount(component, minlength=3) / n
     assert ((counts - share).abs() <= 5 * (share * (1 - share) / n).sqrt()).all()
     means = torch.tensor(MEANS)
@@ -137,7 +137,7 @@ def test_samples_have_the_moments_of_the_mixture(condition: int | None) -> None:
     # The standard error of a covariance entry is at most sqrt(kurtosis-like 3) times the product of spreads.
     limit = 5 * math.sqrt(3 / n) * (covariance.diag()[:, None] * covariance.diag()).sqrt()
     assert ((x.T.cov() - covariance).abs() < limit).all()
-    if condition is None:
+    if conditioning is None:
         assert teacher.sigma_data == pytest.approx(float(covariance.trace() / 2) ** 0.5, rel=1e-6)
 
 

@@ -54,7 +54,7 @@ USES: dict[str, Callable[[Denoiser, Denoiser], object]] = {
     "composition": lambda a, b: superpose([a, b], 20 * X, LEVELS, noise()),
     "autoguidance": lambda a, b: Guided(a, 2.0, reference=b),
     "gradient-free": lambda a, b: GradientFree(a, lambda x: x, 2.0, reference=b),
-    "reflection": lambda a, b: solve_reflected(a, b, X, LEVELS, condition=LABELS),
+    "reflection": lambda a, b: solve_reflected(a, b, X, LEVELS, conditioning=LABELS),
     "translation": lambda a, b: translate(a, b, X, [*LEVELS, 0.0], noise()),
     "decoding": lambda a, b: decode(b, encode(a, X, [*LEVELS, 0.0], noise())),
     "agreement": lambda a, b: agreement(a, b, X, [1.0]),

@@ -37,7 +37,7 @@ class UniformCube:
     def __init__(self, dim: int) -> None:
         self.shape = (dim,)
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         level = expand(sigma, x)
         low, high = (-1 - x) / level, (1 - x) / level
         normal = torch.distributions.Normal(torch.zeros((), dtype=x.dtype), torch.ones((), dtype=x.dtype))
@@ -69,7 +69,7 @@ def test_the_exact_trace_and_jacobian_are_those_of_the_posterior_covariance(dim:
 def test_jacobian_rows_are_outputs_and_columns_inputs() -> None:
     matrix = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64)
 
-    def linear(x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def linear(x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return x @ matrix.T
 
     jacobian = denoiser_jacobian(linear, torch.zeros(1, 2, dtype=torch.float64), torch.ones(1))[1]  # type: ignore[arg-type]
@@ -256,9 +256,9 @@ def test_float32_networks_keep_their_dtype() -> None:
     class Spy:
         shape, num_classes, sigma_data, sigma_min, sigma_max = (2,), 0, teacher.sigma_data, 0.002, 80.0
 
-        def __call__(self, y: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        def __call__(self, y: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
             seen.update({y.dtype, sigma.dtype})
-            return teacher(y, sigma, condition)
+            return teacher(y, sigma, conditioning)
 
     for solver in ("rk5:64", "dop853:1e-5"):
         single = log_likelihood(Spy(), x.float(), sigma=0.1, solver=solver, prior="moments")
@@ -278,7 +278,7 @@ def test_float32_networks_keep_their_dtype() -> None:
         ({"solver": "dop853:2"}, "between 0 and 1"),
         ({"prior": "uniform"}, "unknown prior"),
         ({"sigma": 90.0}, "0 < sigma"),
-        ({"condition": torch.zeros(3, dtype=torch.int64)}, "one condition"),
+        ({"conditioning": torch.zeros(3, dtype=torch.int64)}, "one condition"),
     ],
 )
 def test_mistakes_are_explained(options: dict[str, object], message: str) -> None:
@@ -290,8 +290,8 @@ def test_mistakes_are_explained(options: dict[str, object], message: str) -> Non
 def test_models_that_cannot_be_differentiated_are_refused() -> None:
     class Frozen(GaussianMixture):
         @torch.no_grad()
-        def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
-            return super().forward(x, sigma, condition)
+        def forward(self, x: Tensor, sigma: Tensor | float, conditioning: Tensor | None = None) -> Tensor:
+            return super().forward(x, sigma, conditioning)
 
     x = torch.zeros(1, 2, dtype=torch.float64)
     teacher = Frozen([1.0], [[0.0, 0.0]], [1.0])

@@ -93,10 +93,10 @@ def test_measurements_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 5.0])
-@pytest.mark.parametrize("condition", [None, 0])
-def test_divergence_of_the_score_is_the_trace_of_the_hessian(sigma: float, condition: int | None) -> None:
+@pytest.mark.parametrize("conditioning", [None, 0])
+def test_divergence_of_the_score_is_the_trace_of_the_hessian(sigma: float, conditioning: int | None) -> None:
     teacher, x = mixture([0, 1, 0]), points()
-    labels = None if condition is None else torch.full((1,), condition)
+    labels = None if conditioning is None else torch.full((1,), conditioning)
     hessian = torch.func.vmap(torch.func.jacrev(lambda z: teacher.score(z[None], sigma, labels)[0]))
     if labels is not None:  # labels are checked on the host, which vmap cannot do
         trace = torch.stack([jacobian_trace(teacher, z, sigma, labels) for z in x])

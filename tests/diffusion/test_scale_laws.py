@@ -78,7 +78,7 @@ def assert_same(ours: Tensor, reference: Tensor, scale: float, offset: float, dt
 
 SOLVERS = [*DETERMINISTIC, *STOCHASTIC, "rk45:1e-4:1e-4"]
 PLAIN = {
-    name: solve(mixture(), START, LEVELS, name, condition=LABELS, noise=NOISE, path="edm").y
+    name: solve(mixture(), START, LEVELS, name, conditioning=LABELS, noise=NOISE, path="edm").y
     for name in SOLVERS
 }
 
@@ -92,7 +92,7 @@ def test_solvers(name: str, scale: float, offset: float, dtype: torch.dtype) -> 
     offset = offset * scale
     start = (scale * START + offset).to(dtype)
     model = mixture(scale, offset)
-    done = solve(model, start, scale * LEVELS, name, condition=LABELS, noise=NOISE, path="edm")
+    done = solve(model, start, scale * LEVELS, name, conditioning=LABELS, noise=NOISE, path="edm")
     if name.startswith("rk45"):  # rounding may change the steps that it chooses
         torch.testing.assert_close(done.y.double(), scale * PLAIN[name] + offset, rtol=0, atol=0.01 * scale)
         return
@@ -166,9 +166,9 @@ def test_guidance(name: str, scale: float, offset: float, dtype: torch.dtype) ->
 @given(scale=scales)
 def test_reflection_and_minority_scores(scale: float) -> None:
     pair = mixture(), WEAK
-    plain = solve_reflected(*pair, START, LEVELS, condition=LABELS).y
+    plain = solve_reflected(*pair, START, LEVELS, conditioning=LABELS).y
     wide = solve_reflected(
-        mixture(scale), mixture(scale, widen=2.0), scale * START, scale * LEVELS, condition=LABELS
+        mixture(scale), mixture(scale, widen=2.0), scale * START, scale * LEVELS, conditioning=LABELS
     )
     torch.testing.assert_close(wide.y, scale * plain, rtol=1e-9, atol=1e-9 * scale)
     x = MEANS[LABELS]
@@ -205,7 +205,7 @@ def test_likelihood(scale: float, offset: float, dtype: torch.dtype) -> None:
     """Log p falls by D log c, and does not see an offset that the prior has too."""
     offset = offset * scale
     x = MEANS[LABELS] + START / 60
-    options: dict[str, Any] = {"condition": LABELS, "solver": "rk4:8"}
+    options: dict[str, Any] = {"conditioning": LABELS, "solver": "rk4:8"}
     plain = log_likelihood(mixture(), x, prior=exact_prior(1.0, 0.0), **options)
     ours = log_likelihood(
         mixture(scale, offset), (scale * x + offset).to(dtype), prior=exact_prior(scale, offset), **options
@@ -218,7 +218,7 @@ def test_an_adaptive_likelihood_takes_the_same_steps_in_any_unit_and_anywhere() 
     x = MEANS[LABELS][:8] + START[:8] / 60
     found = [
         log_likelihood(
-            mixture(c, b), c * x + b, prior=exact_prior(c, b), condition=LABELS[:8], solver="rk45:1e-6"
+            mixture(c, b), c * x + b, prior=exact_prior(c, b), conditioning=LABELS[:8], solver="rk45:1e-6"
         )
         for c, b in ((1.0, 0.0), (1e4, 1e8), (1e-3, -10.0))
     ]

@@ -90,5 +90,5 @@ class Whole(nn.Module):
         super().__init__()
         self.inner = Inner(4)
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return preconditioned(self.inner, x, sigma, 0.5, x.new_zeros(x.shape[0], 4))

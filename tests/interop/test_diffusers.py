@@ -107,7 +107,7 @@ def test_a_guided_latent_transformer_makes_the_images_of_its_pipeline(tmp_path):
     grid = torch.cat([teacher.path.levels[ddim.timesteps], torch.zeros(1, dtype=torch.float64)])
     start = noise / teacher.path.alpha(ddim.timesteps[:1].double())
     guided = Guided(teacher, 3.0)
-    z = solve(guided, start, grid, "ddim", condition=torch.tensor([7, 500])).y
+    z = solve(guided, start, grid, "ddim", conditioning=torch.tensor([7, 500])).y
     ours = (decode_samples(guided, z, batch=1) / 2 + 0.5).clamp(0, 1)
     assert ours.std() > 0.01
     # 1e-5: the decoder's inputs and outputs are float32.
@@ -123,9 +123,9 @@ def test_a_guided_latent_transformer_makes_the_images_of_its_pipeline(tmp_path):
 def test_classes_without_a_null_class():
     x, sigma = torch.randn(2, 3, 8, 8), torch.ones(2)
     plain = teacher_from(unet(num_class_embeds=3), schedule("ddpm eps"))
-    for condition in (None, torch.tensor([0, -1])):
+    for conditioning in (None, torch.tensor([0, -1])):
         with pytest.raises(UserError, match="null_class"):
-            plain(x, sigma, condition)
+            plain(x, sigma, conditioning)
     named = teacher_from(unet(num_class_embeds=3), schedule("ddpm eps"), null_class=2)
     assert named.num_classes == 2
     assert_same_but_for_rounding(named(x, sigma), plain(x, sigma, torch.tensor([2, 2])))

@@ -39,7 +39,7 @@ class Rule(nn.Module):
         self.sigma_data, self.sigma_min = teacher.sigma_data, teacher.sigma_min
         self.sigma_max = teacher.sigma_max
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return self.rule(x, sigma)
 
 
@@ -92,7 +92,7 @@ def test_the_later_calls_are_those_of_the_student(chain: str) -> None:
     labels = torch.arange(40) % 2
     x = hybrid_sample(PAIR, student, 40, calls=1, grid=levels, labels=labels, seed=5)
     z = 20.0 * latents(40, (2,), 5)
-    y = solve(PAIR, z, [*levels[levels > 3].tolist(), 3.0], condition=labels).y
+    y = solve(PAIR, z, [*levels[levels > 3].tolist(), 3.0], conditioning=labels).y
     full = torch.full((40,), 3.0)
     x0 = student.denoiser(y, full, labels)
     ratio = 0.8 / 3.0
@@ -223,7 +223,7 @@ def test_a_student_of_stored_latents_follows_a_teacher() -> None:
         PAIR,
         20.0 * latents(20, (2,), 2),
         [*levels[levels > 0.2].tolist(), 0.2],
-        condition=torch.arange(20) % 2,
+        conditioning=torch.arange(20) % 2,
     ).y
     torch.testing.assert_close(x, student.denoiser(y, torch.full((20,), 0.2), torch.arange(20) % 2))
     assert hybrid_sample(PAIR, student, 20, calls=1, seed=2).shape == (20, 2)

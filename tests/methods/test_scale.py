@@ -44,7 +44,7 @@ def mixture(c: float) -> GaussianMixture:
 def real(c: float, first: int, n: int) -> tuple[Tensor, Tensor]:
     """Real samples and their classes."""
     classes = torch.arange(n) % 2
-    return c * mixture(1.0).sample(n, seed=first, condition=classes), classes
+    return c * mixture(1.0).sample(n, seed=first, conditioning=classes), classes
 
 
 def run(

@@ -143,7 +143,7 @@ class Formula:
 
     shape, num_classes, sigma_data, sigma_min, sigma_max = (1,), 0, 1.1, 0.002, 10.0
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         gain = 0.25 / (0.25 + sigma[:, None] ** 2)
         return 1 + gain * (x - 1)
 

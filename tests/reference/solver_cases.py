@@ -34,6 +34,6 @@ class Normal:
     def __init__(self) -> None:
         self.dtypes: set[torch.dtype] = set()
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         self.dtypes |= {x.dtype, sigma.dtype}
         return x / (1 + sigma[:, None] ** 2)

@@ -68,7 +68,7 @@ def test_noisy_samples_give_the_clean_loss_with_a_smaller_weight() -> None:
     level, weight = torch.full((n,), sigma, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
     noisy = torch.full_like(level, s)
 
-    def worse(x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def worse(x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return MIXTURE(x, sigma) + 0.1 * x
 
     gaps = []
@@ -103,7 +103,7 @@ def test_clean_and_noisy_samples_together_recover_the_covariance() -> None:
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        denoiser = lambda x, sigma, condition=None: x @ matrix.T  # noqa: E731
+        denoiser = lambda x, sigma, conditioning=None: x @ matrix.T  # noqa: E731
         loss = denoiser_loss(denoiser, y, sigma_all, fresh, weight, data_noise=levels).mean()  # type: ignore[arg-type]
         loss.backward()
         return loss

@@ -145,23 +145,23 @@ class PredictionDenoiser(nn.Module):
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         *,
         return_features: ReturnFeatures = False,
     ) -> Output:
-        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
+        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``conditioning`` (B,) int64, -1 for none.
 
         Args:
             x: Noised samples.
             sigma: Their levels.
-            condition: Their labels.
+            conditioning: Their labels.
             return_features: Also return the features of the network, in its own dtype, or ``"only"`` them.
 
         Returns:
             (B, *shape) in float32, or float64 for a float64 ``x``, whatever the dtype inside the network;
             with features the pair of it and a list.
         """
-        noised, coefficients, arguments, named = self._inputs(x, sigma, condition)
+        noised, coefficients, arguments, named = self._inputs(x, sigma, conditioning)
         output = self.net(*arguments, **named, **asked(return_features))
         return on_prediction(output, return_features, lambda out: self._clean(out, noised, coefficients))
 
@@ -182,7 +182,7 @@ class PredictionDenoiser(nn.Module):
         return null_labels(self.conditioning_spec, n)
 
     def _inputs(
-        self, x: Tensor, sigma: Tensor, condition: ConditioningLike
+        self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike
     ) -> tuple[Tensor, Coefficients, list[Any], dict[str, Tensor]]:
         if tuple(x.shape[1:]) != self.shape:
             raise UserError(
@@ -200,14 +200,14 @@ class PredictionDenoiser(nn.Module):
         dtype = self._dtype(x)
         arguments: list[Any] = [noised.to(dtype), self._times(t, level, dtype)]
         if self.by_name:
-            conditioning = as_conditioning(condition) or self.null_conditioning(len(x)).to(x.device)
+            conditioning = as_conditioning(conditioning) or self.null_conditioning(len(x)).to(x.device)
             check_conditioning(conditioning, len(x), self.conditioning_spec)
             named = dict(conditioning)
             if conditioning.label is not None and self.null_class is not None:
                 named[LABEL] = torch.where(conditioning.label < 0, self.null_class, conditioning.label)
             return noised, c, arguments, named
         if self.num_classes > 0:
-            arguments.append(self._labels(labels_of(condition), x))
+            arguments.append(self._labels(labels_of(conditioning), x))
         return noised, c, arguments, {}
 
     def _dtype(self, x: Tensor) -> torch.dtype:
@@ -378,7 +378,7 @@ def require_denoiser(model: object) -> None:
     raise UserError(
         f"a {name} is not a denoiser: {kind}",
         got=f"no {', '.join(said)}" if said else name,
-        expected=f"D(x, sigma, condition) with the attributes {', '.join(_CONTRACT)}",
+        expected=f"D(x, sigma, conditioning) with the attributes {', '.join(_CONTRACT)}",
         fix=fix,
     )
 
@@ -411,7 +411,7 @@ class OnPath:
         self.path = noise_path(path)
         self.sigma_limit = denoiser.sigma_max if sigma_limit is None else sigma_limit
 
-    def predict(self, prediction: str, x: Tensor, t: Time, condition: ConditioningLike = None) -> Tensor:
+    def predict(self, prediction: str, x: Tensor, t: Time, conditioning: ConditioningLike = None) -> Tensor:
         """A prediction at ``x`` (B, *shape) and times ``t``, (B,) or one for all.
 
         Finite at pure noise (alpha = 0), whatever is asked.
@@ -426,16 +426,16 @@ class OnPath:
         rho = c.sigma / c.alpha
         scale = torch.where(rho <= self.sigma_limit, 1 / c.alpha, self.sigma_limit / c.sigma)
         level = rho.clamp(max=self.sigma_limit).to(x.dtype)
-        clean = self.denoiser(x * expand(scale, x).to(x.dtype), level, condition)
+        clean = self.denoiser(x * expand(scale, x).to(x.dtype), level, conditioning)
         return convert(clean, "x0", prediction, x, c)
 
-    def velocity(self, x: Tensor, t: Time, condition: ConditioningLike = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Time, conditioning: ConditioningLike = None) -> Tensor:
         """The velocity dx/dt of the probability flow, E[alpha' x0 + sigma' eps | x]."""
-        return self.predict("flow", x, t, condition)
+        return self.predict("flow", x, t, conditioning)
 
-    def score(self, x: Tensor, t: Time, condition: ConditioningLike = None) -> Tensor:
+    def score(self, x: Tensor, t: Time, conditioning: ConditioningLike = None) -> Tensor:
         """The gradient of the log density of ``x_t``."""
-        return self.predict("score", x, t, condition)
+        return self.predict("score", x, t, conditioning)
 
     def to_frame(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """``(y, sigma)`` of the denoisers from ``x_t`` and ``t``: both are divided by alpha."""

@@ -1,4 +1,4 @@
-"""The one model contract: D(x, sigma, condition) in the variance-exploding frame x = x0 + sigma eps."""
+"""The one model contract: D(x, sigma, conditioning) in the variance-exploding frame x = x0 + sigma eps."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Denoiser(Protocol):
     sigma_min: float
     sigma_max: float
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
         """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,).
 
-        ``condition`` is a :class:`~distmatch.diffusion.conditioning.Conditioning`, class labels (B,) int64,
-        or None for no condition; an implementation reads it with
+        ``conditioning`` is a :class:`~distmatch.diffusion.conditioning.Conditioning`, class labels (B,)
+        int64, or None for no condition; an implementation reads it with
         :func:`~distmatch.diffusion.conditioning.as_conditioning`.
         """
         ...
@@ -70,7 +70,7 @@ class FeatureDenoiser(Denoiser, Protocol):
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         *,
         return_features: Literal[False] = False,
     ) -> Tensor: ...
@@ -80,7 +80,7 @@ class FeatureDenoiser(Denoiser, Protocol):
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         *,
         return_features: Literal[True],
     ) -> tuple[Tensor, Features]: ...
@@ -90,7 +90,7 @@ class FeatureDenoiser(Denoiser, Protocol):
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         *,
         return_features: Literal["only"],
     ) -> Features: ...
@@ -132,7 +132,7 @@ def jump(
     x: Tensor,
     sigma: Tensor,
     target_sigma: Tensor,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
 ) -> Tensor:
     """Takes ``x`` from level t = ``sigma`` to s = ``target_sigma``: ``s/t x + (1 - s/t) D(x, t, s)``.
 
@@ -143,15 +143,15 @@ def jump(
         x: Noised samples (B, *shape).
         sigma: Their levels (B,), positive.
         target_sigma: The levels to go to (B,), in [0, sigma].
-        condition: Their labels (B,), or None.
+        conditioning: Their labels (B,), or None.
     """
     kept = expand(target_sigma / sigma, x)
-    return kept * x + (1 - kept) * denoiser(x, sigma, condition, target_sigma=target_sigma)
+    return kept * x + (1 - kept) * denoiser(x, sigma, conditioning, target_sigma=target_sigma)
 
 
-def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
+def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
     """The score (D(x) - x) / sigma^2 of the noised distribution."""
-    return (denoiser(x, sigma, condition) - x) / expand(sigma, x) ** 2
+    return (denoiser(x, sigma, conditioning) - x) / expand(sigma, x) ** 2
 
 
 def has_score(denoiser: Denoiser) -> bool:

@@ -84,10 +84,10 @@ class LogDensity:
 
     @classmethod
     def at_prior(
-        cls, y: Tensor, prior: Prior, condition: ConditioningLike = None, models: int = 0
+        cls, y: Tensor, prior: Prior, conditioning: ConditioningLike = None, models: int = 0
     ) -> LogDensity:
         """Starts at the log-density of ``y`` (B, *shape) under ``prior``, one copy for each of ``models``."""
-        value = prior(y.double(), condition)
+        value = prior(y.double(), conditioning)
         return cls(value.expand(models, -1).clone() if models else value)
 
     def update(
@@ -119,7 +119,7 @@ def trajectory_log_density(
     states: Sequence[Tensor] | Tensor,
     sigmas: Sequence[float] | Tensor,
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     noise_ratio: float = 1.0,
     prior: Prior | None = None,
     trace: str = "exact",
@@ -134,7 +134,7 @@ def trajectory_log_density(
             :class:`~distmatch.diffusion.solvers.solve.Solution`.
         sigmas: The levels, positive and strictly decreasing. The last step of a sampler, to 0, has no place
             here: it is no move of the flow, and the data may have no density.
-        condition: Labels (B,), -1 for none.
+        conditioning: Labels (B,), -1 for none.
         noise_ratio: See :func:`ito_increment`; the same for all moves.
         prior: Log-density at the first level; by default N(0, sigma^2 + sigma_data^2).
         trace: How to take the divergence where ``noise_ratio`` is not 1: ``"exact"`` or ``"rademacher:m"``.
@@ -160,7 +160,7 @@ def trajectory_log_density(
     kind, count = parse_trace(trace)
     first = states[0]
     density = prior or gaussian_prior(levels[0] ** 2 + denoiser.sigma_data**2)
-    running = LogDensity.at_prior(first, density, condition)
+    running = LogDensity.at_prior(first, density, conditioning)
     probes = None
     if count and noise_ratio != 1:
         probes = draw_probes(kind, count, len(first), tuple(first.shape[1:]), seed=seed, like=first)
@@ -171,9 +171,11 @@ def trajectory_log_density(
         divergence = None
         if noise_ratio == 1:
             with torch.no_grad():
-                denoised = denoiser(y, level, condition)
+                denoised = denoiser(y, level, conditioning)
         else:
-            denoised, traces = denoise_with_trace(denoiser, y, level, condition, probes=probes, chunk=chunk)
+            denoised, traces = denoise_with_trace(
+                denoiser, y, level, conditioning, probes=probes, chunk=chunk
+            )
             divergence = (traces.double().mean(1) - math.prod(y.shape[1:])) / now**2
         score = (denoised.double() - y.double()) / expand(level, y).double() ** 2
         values.append(

@@ -136,7 +136,7 @@ def losses_of_teacher(
     *,
     angles: int = 129,
     seed: int = 0,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
 ) -> Tensor:
     """The EDM loss of a teacher at evenly spaced angles, for :func:`kinetic_path`.
 
@@ -151,7 +151,7 @@ def losses_of_teacher(
         sigma_data: Root mean square of the data.
         angles: Number of angles.
         seed: Seed of the noise.
-        condition: Labels (n,) of the samples.
+        conditioning: Labels (n,) of the samples.
 
     Returns:
         (angles,) float64 on the CPU.
@@ -163,7 +163,7 @@ def losses_of_teacher(
         for level in rho.tolist():
             sigma = torch.full((len(samples),), level, dtype=samples.dtype, device=samples.device)
             y = samples + level * noise
-            found.append(_loss(denoiser(y, sigma, condition), y, level, sigma_data))
+            found.append(_loss(denoiser(y, sigma, conditioning), y, level, sigma_data))
     return torch.stack(found)
 
 

@@ -109,7 +109,7 @@ def log_likelihood(
     denoiser: Denoiser,
     x: Tensor,
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     sigma: float | None = None,
     sigma_max: float | None = None,
     trace: str = "exact",
@@ -126,7 +126,7 @@ def log_likelihood(
             is that of its score only if the one comes from the other: a guided denoiser has a flow and a
             density of its samples, but they are not those of the tilted law.
         x: Samples, (n, *shape), at level ``sigma``.
-        condition: Labels (n,), -1 for none.
+        conditioning: Labels (n,), -1 for none.
         sigma: Level of the density; by default the model's ``sigma_min``.
         sigma_max: Level of the prior; by default the model's.
         trace: ``"exact"`` (d VJPs a call), ``"rademacher:m"`` or ``"gaussian:m"`` (m VJPs; frozen within a
@@ -146,7 +146,7 @@ def log_likelihood(
     """
     low = denoiser.sigma_min if sigma is None else sigma
     high = denoiser.sigma_max if sigma_max is None else sigma_max
-    conditioning = as_conditioning(condition)
+    conditioning = as_conditioning(conditioning)
     _check(denoiser, x, conditioning, low, high)
     if batch < 1:
         raise UserError("there must be at least one sample at a time", got=f"batch={batch}")
@@ -183,13 +183,15 @@ def log_likelihood(
 
 
 def _density_slope(
-    flow: ScaledFlow, condition: ConditioningLike, probes: Tensor | None, chunk: int
+    flow: ScaledFlow, conditioning: ConditioningLike, probes: Tensor | None, chunk: int
 ) -> Callable[[float, State], State]:
     """The slope of z and of the log-density, the latter without d dlog c, whose integral is known."""
 
     def slope(t: float, state: State) -> State:
         y, level = flow.inputs(t, state[0])
-        denoised, trace = denoise_with_trace(flow.denoiser, y, level, condition, probes=probes, chunk=chunk)
+        denoised, trace = denoise_with_trace(
+            flow.denoiser, y, level, conditioning, probes=probes, chunk=chunk
+        )
         free = flow.pull(t) * state[0][0].numel()
         return flow.slope(t, state[0], denoised), free - trace.double()
 
@@ -201,19 +203,19 @@ def _prior_and_gap(
     denoiser: Denoiser,
     y: Tensor,
     sigma: float,
-    condition: ConditioningLike,
+    conditioning: ConditioningLike,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Log prior at ``y`` in nats, (B,), and |y . (s - s_prior)|, (B,)."""
     with torch.enable_grad():
         leaf = y.detach().requires_grad_()
-        value = connected(density(leaf, condition), leaf, lambda z: density(z, condition), "this prior")
+        value = connected(density(leaf, conditioning), leaf, lambda z: density(z, conditioning), "this prior")
         (slope,) = slopes(value, (leaf,))
     if not has_score(denoiser):
         return value.detach(), torch.full_like(value, math.nan)
     with torch.no_grad():
         level = torch.full((len(y),), sigma, dtype=dtype, device=y.device)
-        score = (denoiser(y.to(dtype), level, condition).double() - y) / sigma**2
+        score = (denoiser(y.to(dtype), level, conditioning).double() - y) / sigma**2
     return value.detach(), ((score - slope) * y).flatten(1).sum(1).abs()
 
 
@@ -223,7 +225,7 @@ def class_log_likelihoods(denoiser: Denoiser, x: Tensor, **options: Any) -> Tens
     Args:
         denoiser: A class-conditional model.
         x: Samples, (n, *shape).
-        options: Those of :func:`log_likelihood` but ``condition``. All classes share their probes.
+        options: Those of :func:`log_likelihood` but ``conditioning``. All classes share their probes.
 
     Raises:
         UserError: The model has no classes.
@@ -231,7 +233,9 @@ def class_log_likelihoods(denoiser: Denoiser, x: Tensor, **options: Any) -> Tens
     if denoiser.num_classes == 0:
         raise UserError("this model has no classes", fix="use log_likelihood")
     columns = [
-        log_likelihood(denoiser, x, condition=torch.full((len(x),), c, device=x.device), **options).log_prob
+        log_likelihood(
+            denoiser, x, conditioning=torch.full((len(x),), c, device=x.device), **options
+        ).log_prob
         for c in range(denoiser.num_classes)
     ]
     return torch.stack(columns, dim=1)

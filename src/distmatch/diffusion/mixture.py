@@ -106,10 +106,10 @@ class GaussianMixture(nn.Module):
         total = (w * (values.clamp_min(0).sum(1) + centred.square().sum(1))).sum()
         self.sigma_data = math.sqrt(float(total) / dim)
 
-    def _log_weights(self, condition: ConditioningLike, like: Tensor) -> Tensor:
+    def _log_weights(self, conditioning: ConditioningLike, like: Tensor) -> Tensor:
         """Log component weights, (1, K) or (B, K) when conditioned, in the dtype of ``like``."""
         log_w = self.weights.log()[None]
-        labels = labels_of(condition)
+        labels = labels_of(conditioning)
         if labels is not None:
             if int(labels.max()) >= max(self.num_classes, 1):
                 raise UserError(
@@ -122,7 +122,7 @@ class GaussianMixture(nn.Module):
         return log_w.to(like.dtype)
 
     def _components(
-        self, x: Tensor, sigma: Tensor | float, condition: ConditioningLike
+        self, x: Tensor, sigma: Tensor | float, conditioning: ConditioningLike
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log p_k(x) + log w_k (B, K), rotated residuals (B, K, D), noised variances, eigenvectors."""
         if x.ndim != 2 or x.shape[1] != self.shape[0]:
@@ -134,34 +134,36 @@ class GaussianMixture(nn.Module):
         residual = (x.double()[:, None, :] - self.means[None]).to(x.dtype)
         rotated = torch.einsum("kde,bkd->bke", vectors, residual)
         log_p = -0.5 * ((rotated**2 / variance) + (2 * math.pi * variance).log()).sum(-1)
-        return log_p + self._log_weights(condition, x), rotated, variance, vectors
+        return log_p + self._log_weights(conditioning, x), rotated, variance, vectors
 
-    def log_prob(self, x: Tensor, sigma: Tensor | float = 0.0, condition: ConditioningLike = None) -> Tensor:
+    def log_prob(
+        self, x: Tensor, sigma: Tensor | float = 0.0, conditioning: ConditioningLike = None
+    ) -> Tensor:
         """Log density in nats of the noised mixture at ``x`` (B, D); returns (B,)."""
-        return torch.logsumexp(self._components(x, sigma, condition)[0], dim=1)
+        return torch.logsumexp(self._components(x, sigma, conditioning)[0], dim=1)
 
-    def score(self, x: Tensor, sigma: Tensor | float = 0.0, condition: ConditioningLike = None) -> Tensor:
+    def score(self, x: Tensor, sigma: Tensor | float = 0.0, conditioning: ConditioningLike = None) -> Tensor:
         """Gradient of :meth:`log_prob` with respect to ``x``, (B, D)."""
-        log_p, rotated, variance, vectors = self._components(x, sigma, condition)
+        log_p, rotated, variance, vectors = self._components(x, sigma, conditioning)
         pull = torch.einsum("kde,bke->bkd", vectors, rotated / variance)
         return -torch.einsum("bk,bkd->bd", log_p.softmax(1), pull)
 
     def _posterior(
-        self, x: Tensor, sigma: Tensor | float, condition: ConditioningLike
+        self, x: Tensor, sigma: Tensor | float, conditioning: ConditioningLike
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Responsibilities (B, K), posterior means of the components, and eigenvalue shrinkage, (B, K, D).
 
         The means are relative to :meth:`_centre`, which keeps their digits in float32.
         """
-        log_p, rotated, variance, vectors = self._components(x, sigma, condition)
+        log_p, rotated, variance, vectors = self._components(x, sigma, conditioning)
         shrink = self._eigenvalues.to(x.dtype)[None] / variance
         around = (self.means - self._centre()).to(x.dtype)
         means = around[None] + torch.einsum("kde,bke->bkd", vectors, shrink * rotated)
         return log_p.softmax(1), means, shrink
 
-    def forward(self, x: Tensor, sigma: Tensor | float, condition: ConditioningLike = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, conditioning: ConditioningLike = None) -> Tensor:
         """The exact denoiser E[x0 | x], (B, D)."""
-        responsibility, means, _ = self._posterior(x, sigma, condition)
+        responsibility, means, _ = self._posterior(x, sigma, conditioning)
         mean = torch.einsum("bk,bkd->bd", responsibility, means)
         return (self._centre() + mean.double()).to(x.dtype)
 
@@ -170,10 +172,10 @@ class GaussianMixture(nn.Module):
         return self.weights @ self.means
 
     def posterior_covariance(
-        self, x: Tensor, sigma: Tensor | float, condition: ConditioningLike = None
+        self, x: Tensor, sigma: Tensor | float, conditioning: ConditioningLike = None
     ) -> Tensor:
         """Cov[x0 | x], (B, D, D); equals sigma^2 times the Jacobian of the denoiser."""
-        responsibility, means, shrink = self._posterior(x, sigma, condition)
+        responsibility, means, shrink = self._posterior(x, sigma, conditioning)
         vectors = self._eigenvectors.to(x.dtype)
         level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         within = torch.einsum("kde,bke,kfe->bkdf", vectors, shrink * level[:, None, None] ** 2, vectors)
@@ -183,10 +185,10 @@ class GaussianMixture(nn.Module):
         return torch.einsum("bk,bkdf->bdf", responsibility, within) + between
 
     def divergence_of_score(
-        self, x: Tensor, sigma: Tensor | float = 0.0, condition: ConditioningLike = None
+        self, x: Tensor, sigma: Tensor | float = 0.0, conditioning: ConditioningLike = None
     ) -> Tensor:
         """The trace of the Hessian of :meth:`log_prob`, (B,), exact at every level including 0."""
-        log_p, rotated, variance, vectors = self._components(x, sigma, condition)
+        log_p, rotated, variance, vectors = self._components(x, sigma, conditioning)
         share = log_p.softmax(1)
         pull = torch.einsum("kde,bke->bkd", vectors, rotated / variance)
         mean = torch.einsum("bk,bkd->bd", share, pull)
@@ -259,13 +261,13 @@ class GaussianMixture(nn.Module):
         n: int,
         *,
         seed: int = 0,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draws ``n`` clean samples (n, D) float32 and the index of each one's component (n,)."""
         device = self.means.device
         gen = make_generator(seed, "mixture", device) if generator is None else generator
-        weights = self._log_weights(condition, self.weights).exp()
+        weights = self._log_weights(conditioning, self.weights).exp()
         if len(weights) == 1 < n:
             k = torch.multinomial(weights[0], n, replacement=True, generator=gen)
         else:
@@ -280,8 +282,8 @@ class GaussianMixture(nn.Module):
         n: int,
         *,
         seed: int = 0,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draws ``n`` clean samples, (n, D) float32; ``condition`` (n,) asks for classes."""
-        return self.sample_with_components(n, seed=seed, condition=condition, generator=generator)[0]
+        """Draws ``n`` clean samples, (n, D) float32; ``conditioning`` (n,) asks for classes."""
+        return self.sample_with_components(n, seed=seed, conditioning=conditioning, generator=generator)[0]

@@ -118,7 +118,7 @@ class StudentTTeacher(nn.Module):
         power = (self.shape[0] + self.pfgm_dims) / 2
         return -power * torch.log1p((distance - r2) / r2), distance, r2
 
-    def forward(self, x: Tensor, sigma: Tensor | float, condition: ConditioningLike = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, conditioning: ConditioningLike = None) -> Tensor:
         """E[x0 | x], (B, N), for ``x`` (B, N) at levels ``sigma`` (B,) or one for all."""
         return self._log_kernels(x, sigma)[0].softmax(1) @ self.points.to(x.dtype)
 

@@ -25,7 +25,7 @@ def gaussian_prior(variance: float, mean: Tensor | float = 0.0) -> Prior:
         mean: A number, or (*shape).
     """
 
-    def density(y: Tensor, condition: ConditioningLike = None) -> Tensor:
+    def density(y: Tensor, conditioning: ConditioningLike = None) -> Tensor:
         residual = (y - mean).flatten(1)
         return -0.5 * (
             residual.square().sum(1) / variance + residual.shape[1] * math.log(2 * math.pi * variance)
@@ -51,8 +51,8 @@ def moment_prior(
         A function of positions (B, *shape) and labels; it needs D VJPs for each distinct label.
     """
 
-    def density(y: Tensor, condition: ConditioningLike = None) -> Tensor:
-        labels = labels_of(condition)
+    def density(y: Tensor, conditioning: ConditioningLike = None) -> Tensor:
+        labels = labels_of(conditioning)
         if labels is None:
             which = torch.zeros(len(y), dtype=torch.int64, device=y.device)
             n = 1

@@ -138,7 +138,7 @@ def x0_trajectory(
             noise = SampleNoise(seed, torch.arange(start, start + len(z)), tuple(denoiser.shape), device)
         start_state = z * levels[0]
         way = solve(
-            denoiser, start_state, levels, chosen, condition=c, noise=noise, path=path, trajectory=True
+            denoiser, start_state, levels, chosen, conditioning=c, noise=noise, path=path, trajectory=True
         )
         states = way.trajectory if way.trajectory is not None else start_state[None]
         x0 = []

@@ -90,7 +90,7 @@ def hybrid_sample(
         if chosen.stochastic:
             noise = SampleNoise(seed, torch.arange(part.start, part.stop), tuple(student.shape), device)
         start = z[part].to(device) * way.teacher_levels[0]
-        y = solve(teacher, start, way.teacher_levels, chosen, condition=c, noise=noise, path=path).y
+        y = solve(teacher, start, way.teacher_levels, chosen, conditioning=c, noise=noise, path=path).y
         if way.student_levels:
             y = student_calls(follower, y, [e[part].to(device) for e in later], c)[-1]
         out.append(y.float().cpu())

@@ -98,17 +98,17 @@ class EDMDenoiser(nn.Module):
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         *,
         return_features: ReturnFeatures = False,
         target_sigma: Tensor | None = None,
     ) -> Output:
-        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``condition`` (B,) int64, -1 for none.
+        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``conditioning`` (B,) int64, -1 for none.
 
         Args:
             x: Noised samples.
             sigma: Their levels.
-            condition: Their labels.
+            conditioning: Their labels.
             return_features: Also return the features of the network, in its own dtype, or ``"only"`` them, by
                 a pass that stops at the last of them where the network can.
             target_sigma: Of a network of two levels, the level to jump to, (B,) in [0, sigma]; None is 0, the
@@ -119,7 +119,7 @@ class EDMDenoiser(nn.Module):
             with features the pair of it and a list, (B, C) or (B, C, H, W) each.
         """
         inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma, target_sigma)
-        output = self.net(inputs, c_noise, labels_of(condition), **asked(return_features))
+        output = self.net(inputs, c_noise, labels_of(conditioning), **asked(return_features))
         return on_prediction(output, return_features, lambda out: c_skip * x + c_out * out.to(inputs.dtype))
 
     def _preconditioned(

@@ -85,7 +85,7 @@ def denoiser_loss(
     sigma: Tensor,
     noise: Tensor,
     weight: Tensor,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     *,
     data_noise: Tensor | None = None,
 ) -> Tensor:
@@ -101,15 +101,15 @@ def denoiser_loss(
         sigma: Noise levels (B,), positive; not below ``data_noise``.
         noise: Unit noise like ``x0``, of standard deviation 1 where Gaussian; it is scaled here.
         weight: (B,).
-        condition: Labels (B,) int64, -1 for none.
+        conditioning: Labels (B,) int64, -1 for none.
         data_noise: Standard deviation s of the noise that is in each sample already, (B,); None for 0.
     """
     if data_noise is None:
-        return denoising_loss(denoiser(x0 + expand(sigma, x0) * noise, sigma, condition), x0, weight)
+        return denoising_loss(denoiser(x0 + expand(sigma, x0) * noise, sigma, conditioning), x0, weight)
     # For s = 0 the root is sigma and the mean D, both exactly: IEEE's root of a square is exact.
     fresh = ((sigma - data_noise) * (sigma + data_noise)).clamp_min(0).sqrt()
     x = x0 + expand(fresh, x0) * noise
-    prediction = noisy_mean(denoiser(x, sigma, condition), x, sigma, data_noise)
+    prediction = noisy_mean(denoiser(x, sigma, conditioning), x, sigma, data_noise)
     return denoising_loss(prediction, x0, weight)
 
 

@@ -27,7 +27,7 @@ class Normal:
     def __init__(self, mean: float = 0.0) -> None:
         self.mean = mean
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return self.mean + (x - self.mean) / (1 + sigma[:, None] ** 2)
 
 

@@ -86,7 +86,7 @@ def test_plain_guidance_is_what_the_unweighted_particles_are() -> None:
     done = feynman_kac(target, LEVELS, noise_for(500), start=y, resample_below=0.0)
 
     class Plain(GaussianMixture):
-        def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:  # type: ignore[override]
             return FIRST(x, sigma) + 1.6 * (SECOND(x, sigma) - FIRST(x, sigma))
 
     plain = Plain([1.0], [[0.0]], [1.0], sigma_max=20.0)

@@ -42,7 +42,7 @@ class Pictures:
         self.inner, self.shape, self.num_classes = inner, shape, 0
         self.sigma_data, self.sigma_min, self.sigma_max = inner.sigma_data, inner.sigma_min, inner.sigma_max
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return self.inner(x.flatten(1), sigma).reshape(x.shape)
 
 

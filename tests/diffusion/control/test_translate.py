@@ -102,9 +102,9 @@ def test_wrong_codes_are_refused() -> None:
         encode(CATS, x, LEVELS, noise_for(4))
     labels = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(UserError, match="one condition for each"):
-        encode(CATS, x, LEVELS, noise, condition=labels)
+        encode(CATS, x, LEVELS, noise, conditioning=labels)
     with pytest.raises(UserError, match="one condition for each"):
-        decode(CATS, encode(CATS, x, LEVELS, noise), condition=labels)
+        decode(CATS, encode(CATS, x, LEVELS, noise), conditioning=labels)
     other = GaussianMixture([1.0], [[0.0, 0.0, 0.0]], [1.0])
     with pytest.raises(UserError, match="one shape"):
         translate(CATS, other, x, LEVELS, noise)
@@ -177,7 +177,7 @@ def test_the_denoiser_of_neighbours_is_that_of_their_mixture() -> None:
 def test_samples_of_a_neighbourhood_are_near_it() -> None:
     teacher, queries = NeighbourDenoiser(VALUES, NEAR), torch.arange(30)
     y = 80 * normal(30, 2)
-    x = solve(teacher, y, grid("karras", 25, 0.002, 80.0), "heun", condition=queries).y
+    x = solve(teacher, y, grid("karras", 25, 0.002, 80.0), "heun", conditioning=queries).y
     apart = (x[:, None] - VALUES[NEAR]).norm(dim=2).amin(1)
     assert float(apart.max()) < 0.02
 

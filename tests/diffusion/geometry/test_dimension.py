@@ -71,10 +71,10 @@ def test_all_estimates_find_the_dimension_of_a_plane(k: int, dim: int) -> None:
 @pytest.mark.statistical
 def test_flipd_is_the_slope_of_the_log_density() -> None:
     x, step = places(10, 2, 0.1)[0], 1e-5
-    for condition in (None, torch.arange(10) % 2):
-        high, low = (PAIR.log_prob(x, 0.2 * math.exp(s), condition) for s in (step, -step))
+    for conditioning in (None, torch.arange(10) % 2):
+        high, low = (PAIR.log_prob(x, 0.2 * math.exp(s), conditioning) for s in (step, -step))
         expected = 2 + (high - low) / (2 * step)
-        result = flipd(PAIR, x, 0.2, condition=condition)
+        result = flipd(PAIR, x, 0.2, conditioning=conditioning)
         torch.testing.assert_close(result.values, expected, rtol=1e-6, atol=1e-6)
     probed = flipd(PAIR, x, 0.2, trace="rademacher:256")
     assert bool(((probed.values - flipd(PAIR, x, 0.2).values).abs() < 4.5 * probed.stderr + 1e-12).all())

@@ -43,7 +43,7 @@ class Twisted:
         matrix[0, 1], matrix[1, 0] = twist, -twist
         self.matrix = matrix
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         # Fading at high noise, so that the flow turns by a finite angle.
         strength = expand(sigma**2 / (1 + sigma**2) ** 2, x)
         return self.teacher(x, sigma) + strength * (x @ self.matrix.T)
@@ -83,14 +83,14 @@ class Shrinking:
 
     shape, num_classes, sigma_data, sigma_min, sigma_max = (3,), 0, 1.0, 0.002, 80.0
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return x / (1 + expand(sigma, x) ** 2)
 
 
 class Constant(Shrinking):
     """The denoiser of a single point: it depends on nothing."""
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return torch.full_like(x, 0.7)
 
 
@@ -98,7 +98,7 @@ class Hidden(Shrinking):
     """A denoiser that keeps its derivatives to itself."""
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return super().__call__(x, sigma)
 
 
@@ -107,7 +107,7 @@ class Detached(Shrinking):
 
     gain = torch.ones((), dtype=torch.float64, requires_grad=True)
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return self.gain * super().__call__(x.detach(), sigma)
 
 
@@ -184,7 +184,7 @@ def test_the_potential_residual_takes_probes_and_gradients() -> None:
 def test_the_score_residual_of_a_mixture_is_zero() -> None:
     y, _ = places(12, 2, 0.7)
     sigma = torch.linspace(0.3, 2, 12, dtype=torch.float64)
-    exact = score_residual(PAIR, y, sigma, condition=torch.arange(12) % 3 - 1)
+    exact = score_residual(PAIR, y, sigma, conditioning=torch.arange(12) % 3 - 1)
     assert float(exact.residual.abs().max()) < 1e-10
     step = 1e-6
     labels = torch.arange(12) % 3 - 1
@@ -203,8 +203,8 @@ def test_equal_probes_give_the_size_of_the_residual() -> None:
 class Blurred(GaussianMixture):
     """A denoiser that is handed the wrong noise level: its scores are gradients but no diffusion."""
 
-    def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
-        return super().forward(x, 1.2 * sigma, condition)
+    def forward(self, x: Tensor, sigma: Tensor | float, conditioning: Tensor | None = None) -> Tensor:
+        return super().forward(x, 1.2 * sigma, conditioning)
 
 
 def test_the_score_residual_of_a_wrong_model_is_not_zero_and_probes_agree() -> None:
@@ -232,7 +232,7 @@ def test_networks_with_attention_have_second_derivatives() -> None:
         y = torch.randn(3, 1, 4, 4, dtype=torch.float64)
     denoiser = EDMDenoiser(net, shape=(1, 4, 4), num_classes=3, sigma_data=0.5).eval()
     sigma, labels = torch.tensor([0.3, 0.5, 2.0], dtype=torch.float64), torch.tensor([0, -1, 2])
-    found = score_residual(denoiser, y, sigma, condition=labels, trace="rademacher:2")
+    found = score_residual(denoiser, y, sigma, conditioning=labels, trace="rademacher:2")
     step = 1e-5
     with torch.no_grad():
         ahead, behind = (score(denoiser, y, sigma + s, labels) for s in (step, -step))

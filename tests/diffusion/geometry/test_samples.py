@@ -48,7 +48,7 @@ class BiasFree(torch.nn.Module):
         layers = [m for a, b in sizes for m in (torch.nn.Linear(a, b, bias=False), torch.nn.ReLU())]
         self.net = torch.nn.Sequential(*layers[:-1]).double()
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return self.net(x)
 
 

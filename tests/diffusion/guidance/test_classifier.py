@@ -70,11 +70,11 @@ def test_with_the_exact_posterior_it_is_classifier_free_guidance(w: float) -> No
 
 def test_samples_of_an_unconditional_model_are_those_of_the_class() -> None:
     plain = GaussianMixture(WEIGHTS, MEANS, [0.05, 0.1, 0.2], sigma_max=20.0)
-    levels, condition = grid("karras", 8, 0.05, 20.0), torch.full((24,), 2)
+    levels, conditioning = grid("karras", 8, 0.05, 20.0), torch.full((24,), 2)
     limited = ClassifierGuided(plain, posterior, 1.0, num_classes=3)
     assert limited.num_classes == 3
-    got = solve(limited, 20 * X, levels, "heun", condition=condition)
-    expected = solve(TEACHER, 20 * X, levels, "heun", condition=condition)
+    got = solve(limited, 20 * X, levels, "heun", conditioning=conditioning)
+    expected = solve(TEACHER, 20 * X, levels, "heun", conditioning=conditioning)
     torch.testing.assert_close(got.y, expected.y, rtol=0, atol=1e-8)
     assert got.calls == 15
     assert torch.equal(limited(X, SIGMA), plain(X, SIGMA))
@@ -110,9 +110,9 @@ def test_a_clean_classifier_pulls_through_the_posterior_covariance() -> None:
 def test_a_target_leaves_the_condition_to_the_denoiser() -> None:
     aimed = ClassifierGuided(TEACHER, posterior, 2.0, target=1)
     slope = TEACHER.score(X, SIGMA, torch.full((24,), 1)) - TEACHER.score(X, SIGMA)
-    for condition in (None, LABELS):
-        expected = TEACHER(X, SIGMA, condition) + 2 * expand(SIGMA, X) ** 2 * slope
-        torch.testing.assert_close(aimed(X, SIGMA, condition), expected, rtol=0, atol=1e-8)
+    for conditioning in (None, LABELS):
+        expected = TEACHER(X, SIGMA, conditioning) + 2 * expand(SIGMA, X) ** 2 * slope
+        torch.testing.assert_close(aimed(X, SIGMA, conditioning), expected, rtol=0, atol=1e-8)
     assert not is_diffused(aimed)
 
 

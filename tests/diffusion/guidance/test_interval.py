@@ -63,7 +63,7 @@ def test_a_step_of_heun_decides_once_and_costs_accordingly() -> None:
 
     y = 20 * X
     counter = CallCounter(Guided(TEACHER, 2.0, interval=(low, high)))
-    done = solve(counter, y, levels, "heun", condition=LABELS)
+    done = solve(counter, y, levels, "heun", conditioning=LABELS)
     torch.testing.assert_close(done.y, heun_by_hand(model, y, levels.tolist()), rtol=1e-10, atol=1e-12)
     assert done.calls == counter.calls == 23 + 2 * len(steps)
     assert counter.spent == Calls(main=23, reference=2 * len(steps))
@@ -77,7 +77,7 @@ def test_a_step_of_heun_decides_once_and_costs_accordingly() -> None:
 def test_an_interval_around_everything_or_nothing_changes_no_bit(name: str) -> None:
     levels = grid("karras", 6, 0.05, 20.0)
     runs = [
-        solve(model, X * 20, levels, name, condition=LABELS)
+        solve(model, X * 20, levels, name, conditioning=LABELS)
         for model in (
             Guided(TEACHER, 2.0),
             Guided(TEACHER, 2.0, interval=(0, 100)),
@@ -98,18 +98,18 @@ class Recording(GaussianMixture):
         super().__init__(*parts)
         self.seen: list[float] = []
 
-    def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, conditioning: Tensor | None = None) -> Tensor:
         self.seen.append(round(float(torch.as_tensor(sigma).max()), 9))
-        return super().forward(x, sigma, condition)
+        return super().forward(x, sigma, conditioning)
 
 
 def test_the_way_up_guides_in_the_steps_of_the_way_down() -> None:
     levels = grid("log", 10, 0.1, 10.0, to_zero=False)
     weak = Recording([0.5, 0.3, 0.2], MEANS, [0.2, 0.3, 0.4], [0, 1, 2])
     limited = Guided(TEACHER, 1.5, reference=weak, interval=(0.5, 4.0))
-    solve(limited, X, levels, "ddim", condition=LABELS)
+    solve(limited, X, levels, "ddim", conditioning=LABELS)
     down, weak.seen = weak.seen, []
-    solve(limited, X, levels.flip(0), "ddim", condition=LABELS)
+    solve(limited, X, levels.flip(0), "ddim", conditioning=LABELS)
     inside = [k for k, level in enumerate(levels.tolist()) if 0.5 < level <= 4.0]
     assert down == [round(float(levels[k]), 9) for k in inside]
     assert sorted(weak.seen, reverse=True) == [round(float(levels[k + 1]), 9) for k in inside]
@@ -122,7 +122,7 @@ def test_a_step_looks_at_no_value() -> None:
             return func(*args, **(kwargs or {}))
 
     class Still(GaussianMixture):
-        def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
+        def forward(self, x: Tensor, sigma: Tensor | float, conditioning: Tensor | None = None) -> Tensor:
             return 0.5 * x
 
     still = Still([0.5, 0.5], [[0.0, 0.0], [1.0, 1.0]], [1.0, 1.0], [0, 1])
@@ -139,7 +139,7 @@ def test_a_step_looks_at_no_value() -> None:
 class Carrying(Wrapper):
     """Keeps to itself where the guided denoiser changes, so that solvers carry their memory over."""
 
-    def regime(self, condition: Tensor | None) -> None:
+    def regime(self, conditioning: Tensor | None) -> None:
         return None
 
 
@@ -147,7 +147,7 @@ def solved_exactly(model: Denoiser, y: Tensor, levels: Tensor) -> Tensor:
     """Each step's denoiser followed by Runge-Kutta 4 through the step: the same decisions, no other error."""
     for now, after in pairwise(levels.tolist()):
         within = torch.linspace(now, after, 9, dtype=torch.float64)
-        y = solve(at_step(model, now, after), y, within, "rhork:rk4", condition=LABELS).y
+        y = solve(at_step(model, now, after), y, within, "rhork:rk4", conditioning=LABELS).y
     return y
 
 
@@ -169,7 +169,7 @@ def test_starting_anew_at_the_ends_of_the_interval_keeps_the_order(name: str) ->
     for steps in (80, 160):
         levels, truth = in_steps(steps)
         for model in (LIMITED, Carrying(LIMITED)):
-            end = solve(model, 20 * X, levels, name, condition=LABELS, path="vp").y
+            end = solve(model, 20 * X, levels, name, conditioning=LABELS, path="vp").y
             errors.append(float((end - truth).norm(dim=1).mean()))
     anew, carried = errors[::2], errors[1::2]
     assert carried[1] > 2 * anew[1]
@@ -192,7 +192,7 @@ def test_starting_anew_is_a_new_solve_bit_for_bit(name: str) -> None:
     ends = [0, 20, 40, 60]  # pieces of at least 15 steps: dpmpp-2m ends shorter solves with order 1
     limited = Guided(TEACHER, 3.0, interval=(float(levels[40]), float(levels[20])))
     noise = Later(0, torch.arange(24), (2,), "cpu")
-    run = {"condition": LABELS, "path": "vp", "noise": noise}
+    run = {"conditioning": LABELS, "path": "vp", "noise": noise}
     whole = solve(limited, 20 * X, levels, name, **run).y
     y = 20 * X
     for start, end in pairwise(ends):
@@ -206,8 +206,8 @@ def test_starting_anew_is_a_new_solve_bit_for_bit(name: str) -> None:
 def test_only_a_change_of_the_guidance_starts_anew() -> None:
     levels = grid("karras", 12, 0.05, 20.0)
 
-    def end(model: Denoiser, condition: Tensor | None = LABELS) -> Tensor:
-        return solve(model, 20 * X, levels, "rhoab:2", condition=condition).y
+    def end(model: Denoiser, conditioning: Tensor | None = LABELS) -> Tensor:
+        return solve(model, 20 * X, levels, "rhoab:2", conditioning=conditioning).y
 
     some = {"interval": (0.3, 4.0)}
     assert torch.equal(end(Guided(TEACHER, 2.0, **some), None), end(TEACHER, None))

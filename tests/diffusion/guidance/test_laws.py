@@ -35,7 +35,7 @@ class Alike:
         for name in ("shape", "sigma_data", "sigma_min", "sigma_max"):
             setattr(self, name, getattr(TEACHER, name))
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return TEACHER(x, sigma)
 
 
@@ -63,19 +63,19 @@ def test_guided_by_an_equal_model_a_solve_is_the_plain_one(name: str, solver: st
     if (name, solver) == ("in an interval", "unipc"):
         return  # a solver with a memory starts anew at the ends of an interval
     make, plain = WRAPPERS[name]
-    guided = solve(make(), START, LEVELS, solver, condition=LABELS).y
-    torch.testing.assert_close(guided, solve(plain, START, LEVELS, solver, condition=LABELS).y)
+    guided = solve(make(), START, LEVELS, solver, conditioning=LABELS).y
+    torch.testing.assert_close(guided, solve(plain, START, LEVELS, solver, conditioning=LABELS).y)
 
 
 def test_two_equal_models_are_one_in_a_composition() -> None:
     labels = {"conditions": [LABELS, LABELS]}
-    plain = solve(TEACHER, START, LEVELS, "reverse-diffusion", condition=LABELS, noise=NOISE).y
+    plain = solve(TEACHER, START, LEVELS, "reverse-diffusion", conditioning=LABELS, noise=NOISE).y
     for mode in ("or", "and"):
         both = superpose([TEACHER, TEACHER], START, LEVELS, NOISE, mode, **labels)  # type: ignore[arg-type]
         torch.testing.assert_close(both.y, plain, rtol=1e-6, atol=1e-6)
     target = geometric(TEACHER, TEACHER, 2.5, LABELS, LABELS)
     done = feynman_kac(target, LEVELS[:-1], NOISE, start=START)
-    end = solve(TEACHER, START, LEVELS[:-1], "reverse-diffusion", condition=LABELS, noise=NOISE).y
+    end = solve(TEACHER, START, LEVELS[:-1], "reverse-diffusion", conditioning=LABELS, noise=NOISE).y
     torch.testing.assert_close(done.y, end, rtol=1e-6, atol=1e-6)
     assert float(done.log_w.std()) < 1e-8
 

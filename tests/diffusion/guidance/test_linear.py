@@ -110,9 +110,9 @@ class Counting(GaussianMixture):
         super().__init__(*parts)
         self.rows = 0
 
-    def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, conditioning: Tensor | None = None) -> Tensor:
         self.rows += len(x)
-        return super().forward(x, sigma, condition)
+        return super().forward(x, sigma, conditioning)
 
 
 STACKS: dict[str, tuple[Callable[[Denoiser, Denoiser], Denoiser], Calls]] = {
@@ -141,7 +141,7 @@ def test_what_is_counted_is_what_is_called(name: str) -> None:
     assert counter.spent == expected
     assert counter.calls * len(X) == sum(leaf.rows for leaf in leaves)
     levels = grid("karras", 4, 0.1, 5.0)
-    done = solve(counter, X, levels, "heun", condition=LABELS)
+    done = solve(counter, X, levels, "heun", conditioning=LABELS)
     assert done.calls == 7 * expected.total
     assert counter.calls * len(X) == sum(leaf.rows for leaf in leaves)
     assert counter.spent.classifier == 8 * expected.classifier
@@ -179,8 +179,8 @@ def test_guided_scores_are_not_those_of_one_density() -> None:
     assert not is_diffused(counter)
     states, levels = torch.stack([X, X]), [2.0, 1.0]
     with pytest.raises(UserError, match="belong to one density"):
-        trajectory_log_density(counter, states, levels, condition=LABELS)
-    trajectory_log_density(CallCounter(Guided(TEACHER, 1.0)), states, levels, condition=LABELS)
+        trajectory_log_density(counter, states, levels, conditioning=LABELS)
+    trajectory_log_density(CallCounter(Guided(TEACHER, 1.0)), states, levels, conditioning=LABELS)
 
 
 WRONG: dict[str, Callable[[], object]] = {

@@ -76,8 +76,8 @@ def test_on_a_fine_grid_it_is_autoguidance_of_scale_two() -> None:
     gaps = []
     for steps in (100, 200):
         levels = grid("log", steps, 0.1, 20.0, to_zero=False)
-        mine = solve_reflected(STRONG, WEAK, 10 * X, levels, condition=LABELS).y
-        double = solve(Guided(STRONG, 2.0, reference=WEAK), 10 * X, levels, "ddim", condition=LABELS).y
+        mine = solve_reflected(STRONG, WEAK, 10 * X, levels, conditioning=LABELS).y
+        double = solve(Guided(STRONG, 2.0, reference=WEAK), 10 * X, levels, "ddim", conditioning=LABELS).y
         gaps.append(size(mine - double))
     assert gaps[1] < 0.05
     assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.2)
@@ -86,7 +86,7 @@ def test_on_a_fine_grid_it_is_autoguidance_of_scale_two() -> None:
 def test_it_is_what_it_says_and_counts_what_it_calls() -> None:
     levels = grid("karras", 5, 0.1, 20.0)
     counters = CallCounter(STRONG), CallCounter(WEAK)
-    done = solve_reflected(*counters, 10 * X, levels, condition=LABELS, trajectory=True)
+    done = solve_reflected(*counters, 10 * X, levels, conditioning=LABELS, trajectory=True)
     assert (counters[0].calls, counters[1].calls, done.calls) == (9, 4, 13)  # three a step, one in the last
     strong, weak = (partial(_call, model) for model in (STRONG, WEAK))
     y, numbers = 10 * X, levels.tolist()
@@ -99,8 +99,8 @@ def test_it_is_what_it_says_and_counts_what_it_calls() -> None:
         y = y + (after - now) / now * (y - strong(y, now))
     torch.testing.assert_close(done.y, y)
     assert torch.equal(done.trajectory[0], 10 * X)
-    alone = solve_reflected(STRONG, WEAK, 10 * X, levels[-2:], condition=LABELS)
-    assert torch.equal(alone.y, solve(STRONG, 10 * X, levels[-2:], "ddim", condition=LABELS).y)
+    alone = solve_reflected(STRONG, WEAK, 10 * X, levels[-2:], conditioning=LABELS)
+    assert torch.equal(alone.y, solve(STRONG, 10 * X, levels[-2:], "ddim", conditioning=LABELS).y)
 
 
 def _call(model: GaussianMixture, y: Tensor, sigma: float) -> Tensor:
@@ -111,16 +111,16 @@ def test_guided_pairs_and_other_solvers() -> None:
     levels = grid("karras", 6, 0.1, 20.0)
     pair = Guided(STRONG, 3.0, interval=(0.5, 4.0)), Guided(STRONG, 1.0)
     inside = sum(0.5 < level <= 4 for level in levels.tolist())
-    done = solve_reflected(*pair, 10 * X, levels, condition=LABELS)
+    done = solve_reflected(*pair, 10 * X, levels, conditioning=LABELS)
     assert done.calls == 16 + 2 * inside  # the strong one is called twice a step, both in the interval or not
     noise = SampleNoise(0, torch.arange(32), (2,))
     for name in ("heun", "dpmpp-2m", "ddim:1"):
         end = solve_reflected(
-            STRONG, WEAK, 10 * X, levels, name, condition=LABELS, noise=noise, weak_at="end"
+            STRONG, WEAK, 10 * X, levels, name, conditioning=LABELS, noise=noise, weak_at="end"
         )
         assert bool(end.y.isfinite().all())
     unlabelled = GaussianMixture([1.0], [[0.0, 0.3]], [1.0])
-    same = solve_reflected(STRONG, unlabelled, 10 * X, levels, condition=LABELS)
+    same = solve_reflected(STRONG, unlabelled, 10 * X, levels, conditioning=LABELS)
     assert bool(same.y.isfinite().all())
 
 

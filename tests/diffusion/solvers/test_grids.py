@@ -120,7 +120,7 @@ class NoScore:
     shape, num_classes, sigma_data, sigma_min, sigma_max = (1,), 0, 1.0, 0.002, 80.0
     gaussian_kernel = False
 
-    def __call__(self, x, sigma, condition=None):
+    def __call__(self, x, sigma, conditioning=None):
         return x / (1 + sigma[:, None] ** 2)
 
 
@@ -176,8 +176,8 @@ WRONG = {
     "corrector's settings": lambda: PredictorCorrector(0.0),
     "step by step": lambda: PredictorCorrector(predictor=RK45()),
     "curvature of a grid": lambda: grid("karras", 5, 0.1, 1.0, rho=math.nan),
-    "one condition for each": run([3.0, 0.0], condition=torch.zeros(1, dtype=torch.int64)),
-    "float32": run([3.0, 0.0], condition=torch.zeros(len(START))),
+    "one condition for each": run([3.0, 0.0], conditioning=torch.zeros(1, dtype=torch.int64)),
+    "float32": run([3.0, 0.0], conditioning=torch.zeros(len(START))),
     "at least 1 at a time": lambda: sample_teacher(MIXTURE, 3, batch=0),
     "0 samples or more": lambda: sample_teacher(MIXTURE, -1),
     r"one condition for each sample.*Got: 2": lambda: sample_teacher(

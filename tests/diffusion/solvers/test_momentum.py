@@ -55,7 +55,7 @@ class Linear:
     def __init__(self, rate: float) -> None:
         self.rate = rate
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         return x - sigma[:, None] * self.rate * x
 
 

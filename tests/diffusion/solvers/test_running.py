@@ -43,9 +43,9 @@ def test_a_guided_call_counts_as_two_and_a_counter_is_not_wrapped_again() -> Non
     levels = grid("karras", 6, 0.1, 5.0)
     counter = CallCounter(Guided(teacher, 2.0))
     counter.calls = 5
-    assert solve(counter, START, levels, "ddim", condition=labels).calls == 12
+    assert solve(counter, START, levels, "ddim", conditioning=labels).calls == 12
     assert counter.calls == 17
-    assert solve(Guided(teacher, 2.0), START, levels, "ddim", condition=labels).calls == 12
+    assert solve(Guided(teacher, 2.0), START, levels, "ddim", conditioning=labels).calls == 12
 
 
 @pytest.mark.parametrize("name", ["heun", "ddim", "rhork:rk4", "heun:20", "ddim:1", "pc", "euler-maruyama"])
@@ -113,7 +113,7 @@ def test_the_state_is_kept_in_float64_between_calls() -> None:
     class Still:
         shape, num_classes, sigma_data, sigma_min, sigma_max = (1,), 0, 1.0, 0.002, 80.0
 
-        def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        def __call__(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
             return torch.zeros_like(x)
 
     # y shrinks by s'/s in each of 20,000 steps; float32 states would drift by about sqrt(steps) roundings.

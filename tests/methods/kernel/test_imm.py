@@ -80,7 +80,7 @@ def test_a_consistent_network_is_a_fixed_point() -> None:
             self.point = torch.nn.Parameter(torch.tensor([0.3, -0.4]))
 
         def forward(
-            self, x: Tensor, sigma: Tensor, condition: Tensor | None = None, *, target_sigma: Tensor
+            self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None, *, target_sigma: Tensor
         ) -> Tensor:
             return self.point.expand_as(x)
 

@@ -145,7 +145,7 @@ class TwoParameters(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.tensor([a, b], dtype=torch.float64))
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: Tensor | None = None) -> Tensor:
         a, b = self.weights
         return x - (sigma * (a + b * sigma))[:, None] * x
 

@@ -54,9 +54,9 @@ class Target:
             raise UserError("a strength without a reward does nothing", fix="pass reward too")
 
 
-def annealed(denoiser: Denoiser, beta: float, condition: ConditioningLike = None) -> Target:
+def annealed(denoiser: Denoiser, beta: float, conditioning: ConditioningLike = None) -> Target:
     """q^beta: sharper for beta above 1, flatter below."""
-    return Target([denoiser], [beta], [condition])
+    return Target([denoiser], [beta], [conditioning])
 
 
 def product(
@@ -70,11 +70,11 @@ def geometric(
     conditional: Denoiser,
     reference: Denoiser,
     scale: float,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     reference_condition: ConditioningLike = None,
 ) -> Target:
     """What guidance by ``scale`` claims to sample: q_conditional^scale q_reference^(1 - scale)."""
-    return Target([conditional, reference], [scale, 1 - scale], [condition, reference_condition])
+    return Target([conditional, reference], [scale, 1 - scale], [conditioning, reference_condition])
 
 
 def annealed_prior(target: Target, sigma: float, noise: SampleNoise, mean: Tensor | float = 0.0) -> Tensor:

@@ -97,11 +97,11 @@ class ObservationGuided(Wrapper):
         """Whether the scores at all levels are those of one noised density: only at scale 0."""
         return self.scale == 0 and is_diffused(self.inner)
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
         """The guided prediction, (B, *shape)."""
         if self.scale == 0:
-            return self.inner(x, sigma, condition)
-        out, leaf = denoise_for_gradient(self.inner, x, sigma, condition)
+            return self.inner(x, sigma, conditioning)
+        out, leaf = denoise_for_gradient(self.inner, x, sigma, conditioning)
         with torch.enable_grad():
             value = connected(self._misfit(out), out, self._misfit, "the loss of an observation")
             (slope,) = slopes(value, (leaf,))
@@ -127,6 +127,6 @@ class ObservationGuided(Wrapper):
             )
         return value
 
-    def cost(self, sigma: Tensor, condition: ConditioningLike = None) -> Calls:
+    def cost(self, sigma: Tensor, conditioning: ConditioningLike = None) -> Calls:
         """One call of the model and, unless the scale is 0, a backward pass."""
-        return cost_of(self.inner, sigma, condition) + Calls(backward=int(self.scale != 0))
+        return cost_of(self.inner, sigma, conditioning) + Calls(backward=int(self.scale != 0))

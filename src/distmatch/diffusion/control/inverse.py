@@ -79,14 +79,14 @@ class LinearPosterior(Wrapper):
         self.covariance = covariance
         self.iterations = iterations or min(math.prod(operator.out_shape), 32)
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
         """The corrected prediction, (B, *shape)."""
         if tuple(self.value.shape) not in (self.operator.out_shape, (len(x), *self.operator.out_shape)):
             raise UserError(
                 "there must be one measured value for all samples, or one for each",
                 got=f"{tuple(self.value.shape)} for {len(x)} samples",
             )
-        out, leaf = denoise_for_gradient(self.inner, x, sigma, condition)
+        out, leaf = denoise_for_gradient(self.inner, x, sigma, conditioning)
         clean = out.detach()
         surprise = self.value.to(clean) - self.operator.apply(clean)
         level = sigma.to(clean).reshape(-1).expand(len(x))
@@ -101,10 +101,10 @@ class LinearPosterior(Wrapper):
         u = conjugate_gradients(seen, surprise, self.iterations)
         return clean + pull_back(out, leaf, self.operator.transpose(u)[None], keep=False)[0]
 
-    def cost(self, sigma: Tensor, condition: ConditioningLike = None) -> Calls:
+    def cost(self, sigma: Tensor, conditioning: ConditioningLike = None) -> Calls:
         """One call of the model, and a backward pass for each iteration and the correction."""
         passes = 1 + (self.iterations if self.covariance == "tweedie" else 0)
-        return cost_of(self.inner, sigma, condition) + Calls(backward=passes)
+        return cost_of(self.inner, sigma, conditioning) + Calls(backward=passes)
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], right: Tensor, iterations: int) -> Tensor:

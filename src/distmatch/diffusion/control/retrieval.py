@@ -181,10 +181,10 @@ class NeighbourDenoiser(nn.Module):
         variance = float((flat - flat.mean(0)).square().mean())
         self.sigma_data = math.sqrt(variance + bandwidth**2)
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
-        """E[x0 | x, neighbours], (B, *shape); ``condition`` (B,) numbers of queries, -1 for none."""
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
+        """E[x0 | x, neighbours], (B, *shape); ``conditioning`` (B,) numbers of queries, -1 for none."""
         level = sigma.to(x).reshape(-1).expand(len(x))
-        queries = labels_of(condition)
+        queries = labels_of(conditioning)
         near = self._posterior_mean(x, level, queries)
         if queries is None:
             return near

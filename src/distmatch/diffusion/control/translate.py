@@ -67,11 +67,11 @@ def _mean_and_spread(clean: Tensor, y: Tensor, now: float, after: float, eta: fl
 
 
 def _denoise(
-    denoiser: Denoiser, y: Tensor, level: float, dtype: torch.dtype, condition: ConditioningLike
+    denoiser: Denoiser, y: Tensor, level: float, dtype: torch.dtype, conditioning: ConditioningLike
 ) -> Tensor:
     level_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
-    return denoiser(y.to(dtype), sigma, condition).double()
+    return denoiser(y.to(dtype), sigma, conditioning).double()
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def encode(
     noise: SampleNoise,
     *,
     eta: float = 0.1,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
 ) -> Code:
     """Encodes samples: one call a step.
 
@@ -92,7 +92,7 @@ def encode(
         grid: Decreasing levels that end at 0.
         noise: Noise of the samples.
         eta: Share of noise, above 0 and at most 1; small values stay closer to ``x`` in a translation.
-        condition: Labels (B,), -1 for none.
+        conditioning: Labels (B,), -1 for none.
 
     Raises:
         UserError: ``eta`` is out of range, the grid does not end at 0, or shapes do not fit.
@@ -115,13 +115,13 @@ def encode(
         )
     if len(noise) != len(x) or tuple(noise.shape) != tuple(denoiser.shape):
         raise UserError("the noise is not for this batch", got=f"{len(noise)} samples of {noise.shape}")
-    condition = as_conditioning(condition)
-    check_conditioning(condition, len(x), spec_of(denoiser))
+    conditioning = as_conditioning(conditioning)
+    check_conditioning(conditioning, len(x), spec_of(denoiser))
     clean = x.double()
     start = y = clean + levels[0] * noise.normal(0, 1).double()
     noises = []
     for k, (now, after) in enumerate(pairwise(levels)):
-        guess = _denoise(denoiser, y, now, x.dtype, condition)
+        guess = _denoise(denoiser, y, now, x.dtype, conditioning)
         if after == 0:
             noises.append(clean - guess)
             break
@@ -134,14 +134,18 @@ def encode(
 
 @torch.no_grad()
 def decode(
-    denoiser: Denoiser, code: Code, *, condition: ConditioningLike = None, dtype: torch.dtype = torch.float32
+    denoiser: Denoiser,
+    code: Code,
+    *,
+    conditioning: ConditioningLike = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Samples (B, *shape) in ``dtype`` from a code: those it was made from, if the model is the same.
 
     Args:
         denoiser: The model that encoded, or one of the domain to translate to.
         code: From :func:`encode`.
-        condition: Labels (B,), -1 for none.
+        conditioning: Labels (B,), -1 for none.
         dtype: In which the model is called.
 
     Raises:
@@ -149,11 +153,11 @@ def decode(
     """
     require_score(denoiser, "a decoder of posterior noise")
     require_same_samples([code, denoiser], "a translation")
-    condition = as_conditioning(condition)
-    check_conditioning(condition, len(code.start), spec_of(denoiser))
+    conditioning = as_conditioning(conditioning)
+    check_conditioning(conditioning, len(code.start), spec_of(denoiser))
     y = code.start
     for (now, after), e in zip(pairwise(code.levels), code.noises, strict=True):
-        guess = _denoise(denoiser, y, now, dtype, condition)
+        guess = _denoise(denoiser, y, now, dtype, conditioning)
         if after == 0:
             y = guess + e
         else:
@@ -188,5 +192,5 @@ def translate(
     Returns:
         (B, *shape) in the dtype of ``x``.
     """
-    code = encode(source, x, grid, noise, eta=eta, condition=source_condition)
-    return decode(target, code, condition=target_condition, dtype=x.dtype)
+    code = encode(source, x, grid, noise, eta=eta, conditioning=source_condition)
+    return decode(target, code, conditioning=target_condition, dtype=x.dtype)

@@ -47,7 +47,7 @@ def agreement(
     x0: Tensor,
     sigmas: Sequence[float],
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     seed: int = 0,
     batch: int = 1024,
 ) -> list[Agreement]:
@@ -58,7 +58,7 @@ def agreement(
         second: Trained on another, disjoint part.
         x0: Clean data that neither has seen, (n, *shape).
         sigmas: Levels.
-        condition: Labels (n,), -1 for none.
+        conditioning: Labels (n,), -1 for none.
         seed: Seed of the noise, which all levels share.
         batch: Samples at a time.
 
@@ -75,7 +75,7 @@ def agreement(
         raise UserError("noise levels must be positive", got=list(sigmas))
     rows = []
     for sigma in sigmas:
-        apart, a, b = _square_errors([first, second], x0, sigma, condition, seed, batch)
+        apart, a, b = _square_errors([first, second], x0, sigma, conditioning, seed, batch)
         rows.append(Agreement(sigma, ratio_of(apart, (a + b) / 2), mean_of(a), mean_of(b)))
     return rows
 
@@ -117,12 +117,12 @@ def _square_errors(
     models: Sequence[Denoiser],
     x0: Tensor,
     sigma: float,
-    condition: ConditioningLike,
+    conditioning: ConditioningLike,
     seed: int,
     batch: int,
 ) -> Tensor:
     """Mean squares over the coordinates of D_a - D_b, D_a - x0, D_b - x0, or of D_a - x0, (3 or 1, n)."""
-    told = as_conditioning(condition)
+    told = as_conditioning(conditioning)
     check_conditioning(told, len(x0))
     noise = latents(len(x0), tuple(x0.shape[1:]), seed, "agreement")
     columns = []

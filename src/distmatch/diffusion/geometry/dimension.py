@@ -54,7 +54,7 @@ def flipd(
     x: Tensor,
     sigma: float,
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     trace: str = "exact",
     seed: int = 0,
     chunk: int = 16,
@@ -67,7 +67,7 @@ def flipd(
         denoiser: The model.
         x: Points of the data, (n, *shape), without noise.
         sigma: Level, below the curvature of the data and above their thickness and the model's errors.
-        condition: Labels (n,), -1 for none.
+        conditioning: Labels (n,), -1 for none.
         trace: ``"exact"``, ``"rademacher:m"`` or ``"gaussian:m"``.
         seed: Seed of the probes.
         chunk: VJPs at a time.
@@ -79,7 +79,7 @@ def flipd(
     kind, count = parse_trace(trace)
     probes = draw_probes(kind, count, len(x), tuple(x.shape[1:]), seed=seed, like=x) if count else None
     level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-    denoised, traces = denoise_with_trace(denoiser, x, level, condition, probes=probes, chunk=chunk)
+    denoised, traces = denoise_with_trace(denoiser, x, level, conditioning, probes=probes, chunk=chunk)
     traces = traces.double()
     pull = (denoised.double() - x.double()).flatten(1).square().sum(1) / sigma**2
     return Dimension((traces.mean(1) + pull).cpu(), probe_error(traces, count).cpu(), sigma)
@@ -92,7 +92,7 @@ def rank_gap(
     *,
     probes: int | None = None,
     threshold: float = 0.25,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     seed: int = 0,
     chunk: int = 16,
 ) -> Dimension:
@@ -109,7 +109,7 @@ def rank_gap(
         probes: Points around each one, K; 4 D by default, with which sampling noise keeps normal values above
             about a half.
         threshold: Values above it count as normal.
-        condition: Labels (n,), -1 for none.
+        conditioning: Labels (n,), -1 for none.
         seed: Seed of the noise.
         chunk: Probes of all points at a time.
 
@@ -122,7 +122,7 @@ def rank_gap(
     if count < dim:
         raise UserError("the rank needs at least as many probes as dimensions", got=count, expected=dim)
     noise = draw_probes("gaussian", count, len(x), tuple(x.shape[1:]), seed=seed, like=x)
-    told = as_conditioning(condition)
+    told = as_conditioning(conditioning)
     pulls = []
     for z in noise.split(chunk):
         near = (x + sigma * z).flatten(0, 1)
@@ -142,7 +142,7 @@ def flow_jacobian(
     sigma_from: float,
     sigma_to: float,
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     solver: str = "rk5:64",
     chunk: int = 16,
 ) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def flow_jacobian(
         y: Positions (n, *shape) at ``sigma_from``.
         sigma_from: First level.
         sigma_to: Last level, above or below it, not 0.
-        condition: Labels (n,), -1 for none.
+        conditioning: Labels (n,), -1 for none.
         solver: As for :func:`~distmatch.diffusion.likelihood.log_likelihood`.
         chunk: VJPs at a time; a call needs D.
 
@@ -166,13 +166,13 @@ def flow_jacobian(
     if not (0 < sigma_from < math.inf and 0 < sigma_to < math.inf) or sigma_from == sigma_to:
         raise UserError("a flow needs two different positive levels", got=(sigma_from, sigma_to))
     refuse_random_layers(denoiser)
-    flow = ScaledFlow.of(denoiser, y, max(sigma_from, sigma_to), condition)
+    flow = ScaledFlow.of(denoiser, y, max(sigma_from, sigma_to), conditioning)
     start, stop = math.log(sigma_from), math.log(sigma_to)
     dim = y[0].numel()
 
     def slope(t: float, state: State) -> State:
         z, tangent = state
-        denoised, jacobian = denoiser_jacobian(denoiser, *flow.inputs(t, z), condition, chunk=chunk)
+        denoised, jacobian = denoiser_jacobian(denoiser, *flow.inputs(t, z), conditioning, chunk=chunk)
         return flow.slope(t, z, denoised), flow.pull(t) * tangent - jacobian.double() @ tangent
 
     eye = torch.eye(dim, dtype=torch.float64, device=y.device).expand(len(y), dim, dim)
@@ -188,7 +188,7 @@ def flow_dimension(
     sigma: float,
     *,
     threshold: float = 10.0,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     solver: str = "rk5:64",
     chunk: int = 16,
 ) -> Dimension:
@@ -206,13 +206,15 @@ def flow_dimension(
         y: Positions (n, *shape) at the model's ``sigma_max``.
         sigma: Level at which the flow ends.
         threshold: Smallest spread, in units of ``sigma``, that counts as a dimension.
-        condition: Labels (n,), -1 for none.
+        conditioning: Labels (n,), -1 for none.
         solver: As for :func:`flow_jacobian`.
         chunk: VJPs at a time.
     """
     _check(denoiser, y, sigma)
     high = denoiser.sigma_max
-    jacobian = flow_jacobian(denoiser, y, high, sigma, condition=condition, solver=solver, chunk=chunk)[1]
+    jacobian = flow_jacobian(denoiser, y, high, sigma, conditioning=conditioning, solver=solver, chunk=chunk)[
+        1
+    ]
     spectrum = (torch.linalg.svdvals(jacobian) * high / sigma).cpu()
     values = (spectrum > threshold).sum(1).double()
     return Dimension(

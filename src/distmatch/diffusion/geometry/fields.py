@@ -31,7 +31,7 @@ def curl_share(
     y: Tensor,
     sigma: Tensor,
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     probes: int = 16,
     seed: int = 0,
 ) -> Estimate:
@@ -43,7 +43,7 @@ def curl_share(
         denoiser: The model.
         y: Positions (B, *shape).
         sigma: Levels (B,).
-        condition: Labels (B,), -1 for none.
+        conditioning: Labels (B,), -1 for none.
         probes: Pairs of directions for each position.
         seed: Seed of the probes.
 
@@ -54,7 +54,7 @@ def curl_share(
     shape = tuple(y.shape[1:])
     pairs = draw_probes("rademacher", 2 * probes, len(y), shape, seed=seed, like=y)
     u, v = pairs.chunk(2)
-    out, leaf = denoise_for_gradient(denoiser, y, sigma, condition)
+    out, leaf = denoise_for_gradient(denoiser, y, sigma, conditioning)
     forth, back = [], []
     for a, b in zip(u.split(8), v.split(8), strict=True):
         forth.append((pull_back(out, leaf, a) * b).flatten(2).sum(-1))
@@ -86,7 +86,7 @@ def gauge_residual(
     y: Tensor,
     sigma: Tensor,
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     trace: str = "exact",
     seed: int = 0,
     chunk: int = 16,
@@ -98,7 +98,7 @@ def gauge_residual(
         reference: A denoiser with the right score, for example an exact mixture.
         y: Positions (B, *shape).
         sigma: Levels (B,).
-        condition: Labels (B,), -1 for none.
+        conditioning: Labels (B,), -1 for none.
         trace: ``"exact"``, or ``"rademacher:m"`` or ``"gaussian:m"``, whose noise adds to the residual.
         seed: Seed of the probes.
         chunk: VJPs at a time.
@@ -114,7 +114,7 @@ def gauge_residual(
     sides = []
     for model in (denoiser, reference):
         refuse_random_layers(model)
-        sides.append(denoise_with_trace(model, y, sigma, condition, probes=probes, chunk=chunk))
+        sides.append(denoise_with_trace(model, y, sigma, conditioning, probes=probes, chunk=chunk))
     (ours, our_trace), (theirs, their_trace) = sides
     square = expand(sigma, y).double() ** 2
     extra = ((ours.double() - theirs.double()) / square).flatten(1)

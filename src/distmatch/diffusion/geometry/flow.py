@@ -170,13 +170,13 @@ class ScaledFlow:
     centre: Tensor
 
     @classmethod
-    def of(cls, denoiser: Denoiser, y: Tensor, sigma: float, condition: ConditioningLike) -> ScaledFlow:
+    def of(cls, denoiser: Denoiser, y: Tensor, sigma: float, conditioning: ConditioningLike) -> ScaledFlow:
         """The flow of a batch ``y`` (B, *shape), whose highest level is ``sigma``."""
         level = torch.full((len(y),), sigma, dtype=y.dtype, device=y.device)
         mean = y
         with torch.no_grad():
             for _ in range(3):  # D(mean) = mean holds for the mean; each pass gains (sigma_data / sigma)^2
-                mean = denoiser(mean, level, condition)
+                mean = denoiser(mean, level, conditioning)
         return cls(denoiser, y.dtype, mean.double())
 
     def scaled(self, t: float, y: Tensor) -> Tensor:

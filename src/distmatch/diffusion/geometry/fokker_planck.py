@@ -126,7 +126,7 @@ def score_residual(
     y: Tensor,
     sigma: Tensor,
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     trace: str = "exact",
     seed: int = 0,
 ) -> ScoreResidual:
@@ -136,7 +136,7 @@ def score_residual(
         denoiser: The model, twice differentiable in ``y`` and once in ``sigma``.
         y: Positions (B, *shape).
         sigma: Levels (B,).
-        condition: Labels (B,), -1 for none.
+        conditioning: Labels (B,), -1 for none.
         trace: ``"exact"`` (D backward passes) or ``"rademacher:m"`` or ``"gaussian:m"`` with m of 2 or more.
         seed: Seed of the probes.
 
@@ -153,9 +153,9 @@ def score_residual(
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         place, level = y.detach().requires_grad_(), sigma.detach().requires_grad_()
         wide = level.reshape(-1, *([1] * (y.ndim - 1)))
-        clean = denoiser(place, level, condition)
-        clean = connected(clean, place, lambda moved: denoiser(moved, level, condition))
-        clean = connected(clean, level, lambda moved: denoiser(place, moved, condition))
+        clean = denoiser(place, level, conditioning)
+        clean = connected(clean, place, lambda moved: denoiser(moved, level, conditioning))
+        clean = connected(clean, level, lambda moved: denoiser(place, moved, conditioning))
         score = (clean - place) / wide**2
         dummy = torch.zeros_like(score, requires_grad=True)
         (along,) = torch.autograd.grad((score * dummy).sum(), level, create_graph=True)

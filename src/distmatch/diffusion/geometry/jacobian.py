@@ -83,7 +83,7 @@ def refuse_random_layers(denoiser: object) -> None:
 
 
 def denoise_for_gradient(
-    denoiser: Denoiser, y: Tensor, sigma: Tensor, condition: ConditioningLike
+    denoiser: Denoiser, y: Tensor, sigma: Tensor, conditioning: ConditioningLike
 ) -> tuple[Tensor, Tensor]:
     """D(y, sigma) with its graph, and the leaf ``y`` that the graph starts from.
 
@@ -93,7 +93,7 @@ def denoise_for_gradient(
     with torch.enable_grad():
         leaf = y.detach().requires_grad_()
         out = connected(
-            denoiser(leaf, sigma, condition), leaf, lambda moved: denoiser(moved, sigma, condition)
+            denoiser(leaf, sigma, conditioning), leaf, lambda moved: denoiser(moved, sigma, conditioning)
         )
     return out, leaf
 
@@ -181,7 +181,7 @@ def denoise_with_trace(
     denoiser: Denoiser,
     y: Tensor,
     sigma: Tensor,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     *,
     probes: Tensor | None = None,
     chunk: int = 16,
@@ -195,7 +195,7 @@ def denoise_with_trace(
         denoiser: The model.
         y: Positions, (B, *shape).
         sigma: Levels, (B,).
-        condition: Labels (B,), -1 for none.
+        conditioning: Labels (B,), -1 for none.
         probes: Directions (M, B, *shape); None takes the exact trace.
         chunk: VJPs at a time; more is faster and needs more memory.
 
@@ -203,7 +203,7 @@ def denoise_with_trace(
         The denoised positions (B, *shape), and the trace (B, 1), or e^T J e for each probe (B, M), both
         without a graph.
     """
-    out, leaf = denoise_for_gradient(denoiser, y, sigma, condition)
+    out, leaf = denoise_for_gradient(denoiser, y, sigma, conditioning)
     if probes is None:
         total = torch.zeros(len(y), dtype=y.dtype, device=y.device)
         dim = math.prod(y.shape[1:])
@@ -219,7 +219,7 @@ def denoise_with_trace(
 
 
 def denoiser_jacobian(
-    denoiser: Denoiser, y: Tensor, sigma: Tensor, condition: ConditioningLike = None, *, chunk: int = 16
+    denoiser: Denoiser, y: Tensor, sigma: Tensor, conditioning: ConditioningLike = None, *, chunk: int = 16
 ) -> tuple[Tensor, Tensor]:
     """D(y, sigma), (B, *shape), and its whole Jacobian J[b, i, j] = dD_i/dy_j, (B, D, D), without a graph.
 
@@ -227,9 +227,9 @@ def denoiser_jacobian(
         denoiser: The model.
         y: Positions, (B, *shape).
         sigma: Levels, (B,).
-        condition: Labels (B,), -1 for none.
+        conditioning: Labels (B,), -1 for none.
         chunk: Rows at a time.
     """
-    out, leaf = denoise_for_gradient(denoiser, y, sigma, condition)
+    out, leaf = denoise_for_gradient(denoiser, y, sigma, conditioning)
     rows = [pull_back(out, leaf, basis).flatten(2) for _, basis in _basis(out, chunk)]
     return out.detach(), torch.cat(rows).transpose(0, 1)

@@ -79,14 +79,19 @@ class Guidance(Wrapper):
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         *,
         return_features: Literal[False] = False,
     ) -> Tensor: ...
 
     @overload
     def __call__(
-        self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None, *, return_features: Literal[True]
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: ConditioningLike = None,
+        *,
+        return_features: Literal[True],
     ) -> tuple[Tensor, Features]: ...
 
     @overload
@@ -94,7 +99,7 @@ class Guidance(Wrapper):
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         *,
         return_features: Literal["only"],
     ) -> Features: ...
@@ -103,7 +108,7 @@ class Guidance(Wrapper):
         self,
         x: Tensor,
         sigma: Tensor,
-        condition: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         *,
         return_features: ReturnFeatures = False,
     ) -> Output:
@@ -115,7 +120,7 @@ class Guidance(Wrapper):
         Raises:
             UserError: Features of an inner denoiser that has none.
         """
-        inner, conditioning = self.inner, as_conditioning(condition)
+        inner, conditioning = self.inner, as_conditioning(conditioning)
         if not return_features:
             return self._run(lambda *inputs: (inner(*inputs), []), x, sigma, conditioning)[0]
         if not has_features(inner):
@@ -166,9 +171,9 @@ class Guidance(Wrapper):
                 return guidable
         return inside & guidable
 
-    def cost(self, sigma: Tensor, condition: ConditioningLike = None) -> Calls:
+    def cost(self, sigma: Tensor, conditioning: ConditioningLike = None) -> Calls:
         """What a call costs for each sample."""
-        conditioning = as_conditioning(condition)
+        conditioning = as_conditioning(conditioning)
         inner = cost_of(self.inner, sigma, self._main_condition(conditioning))
         if self._where(sigma, conditioning) is False:
             return inner
@@ -178,9 +183,9 @@ class Guidance(Wrapper):
         """The cost of a guided call, where that of the inner denoiser is ``inner``."""
         raise NotImplementedError
 
-    def regime(self, condition: ConditioningLike) -> Hashable:
+    def regime(self, conditioning: ConditioningLike) -> Hashable:
         """Whether the step is guided, and what the denoisers that it calls have decided."""
-        conditioning = as_conditioning(condition)
+        conditioning = as_conditioning(conditioning)
         inner = regime_of(self.inner, self._main_condition(conditioning))
         if self.neutral or self._outside or self._guidable(conditioning) is False:
             return inner, None

@@ -31,7 +31,7 @@ def minority_score(
     *,
     draws: int = 5,
     distance: Distance = squared_distance,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     seed: int = 0,
     batch: int = 1024,
 ) -> Tensor:
@@ -46,7 +46,7 @@ def minority_score(
         sigma: Noise level; of the order of the distance between modes.
         draws: Noises for each sample.
         distance: d.
-        condition: Labels (n,), -1 for none.
+        conditioning: Labels (n,), -1 for none.
         seed: Seed of the noise.
         batch: Samples at a time.
 
@@ -63,7 +63,7 @@ def minority_score(
             got=f"samples {tuple(x0.shape)}, draws={draws}, sigma={sigma}, batch={batch}",
             expected=f"samples (n, {', '.join(map(str, denoiser.shape))})",
         )
-    conditioning = as_conditioning(condition)
+    conditioning = as_conditioning(conditioning)
     check_conditioning(conditioning, len(x0), spec_of(denoiser))
     parts = []
     for start in range(0, len(x0), batch):

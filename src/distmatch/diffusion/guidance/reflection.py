@@ -75,7 +75,7 @@ def solve_reflected(
     grid: Tensor | Sequence[float],
     solver: str | Solver = "ddim",
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     noise: SampleNoise | None = None,
     path: NoisePath | str | None = None,
     trajectory: bool = False,
@@ -92,7 +92,7 @@ def solve_reflected(
         y: State at level ``grid[0]``, (B, *shape).
         grid: Strictly decreasing levels; the last may be 0.
         solver: Solver of the steps. Its memory, if it has one, is of reflected states.
-        condition: Labels (B,), -1 for none; the weak model is told them too if it has classes.
+        conditioning: Labels (B,), -1 for none; the weak model is told them too if it has classes.
         noise: The noise of stochastic solvers.
         path: As for :func:`~distmatch.diffusion.solvers.solve`.
         trajectory: Keep the states, each but the first and the last as it was reflected.
@@ -116,7 +116,7 @@ def solve_reflected(
         raise UserError(
             "the start of a solve has the wrong shape", got=tuple(y.shape), expected=f"(B, *{strong.shape})"
         )
-    conditioning = as_conditioning(condition)
+    conditioning = as_conditioning(conditioning)
     check_conditioning(conditioning, len(y), spec_of(strong))
     counted = [CallCounter(strong), CallCounter(weak)]
     told = [conditioning, for_model(weak, conditioning)]
@@ -136,7 +136,7 @@ def solve_reflected(
     start = reflected(0, y.to(work)).to(y.dtype) if last > 0 else y
     done = solve(
         counted[0], start, levels, solver,
-        condition=conditioning, noise=noise, path=path, trajectory=trajectory, on_step=on_step,
+        conditioning=conditioning, noise=noise, path=path, trajectory=trajectory, on_step=on_step,
     )  # fmt: skip
     states = done.trajectory
     if states is not None:
@@ -145,7 +145,7 @@ def solve_reflected(
 
 
 def _predictor(
-    model: Denoiser, condition: ConditioningLike, dtype: torch.dtype, now: float, after: float
+    model: Denoiser, conditioning: ConditioningLike, dtype: torch.dtype, now: float, after: float
 ) -> Predict:
     """The model in one step, called with a level for the whole batch, in the dtype of the state."""
     chosen = at_step(model, now, after)
@@ -153,6 +153,6 @@ def _predictor(
 
     def predict(y: Tensor, level: float) -> Tensor:
         sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
-        return chosen(y.to(dtype), sigma, condition).to(y.dtype)
+        return chosen(y.to(dtype), sigma, conditioning).to(y.dtype)
 
     return predict

@@ -50,16 +50,16 @@ class Calls:
         return replace(self, main=0, reference=self.total)
 
 
-def cost_of(denoiser: Denoiser, sigma: Tensor, condition: ConditioningLike) -> Calls:
-    """What ``denoiser(x, sigma, condition)`` costs a sample: its own ``cost``, or one call.
+def cost_of(denoiser: Denoiser, sigma: Tensor, conditioning: ConditioningLike) -> Calls:
+    """What ``denoiser(x, sigma, conditioning)`` costs a sample: its own ``cost``, or one call.
 
     Args:
-        denoiser: Any; a wrapper that makes several calls has a method ``cost(sigma, condition)``.
+        denoiser: Any; a wrapper that makes several calls has a method ``cost(sigma, conditioning)``.
         sigma: Noise levels (B,).
-        condition: Labels (B,) or None.
+        conditioning: Labels (B,) or None.
     """
     cost = getattr(denoiser, "cost", None)
-    return Calls(main=1) if cost is None else cost(sigma, condition)
+    return Calls(main=1) if cost is None else cost(sigma, conditioning)
 
 
 def at_step(denoiser: Denoiser, sigma_from: float, sigma_to: float) -> Denoiser:
@@ -77,17 +77,17 @@ def at_step(denoiser: Denoiser, sigma_from: float, sigma_to: float) -> Denoiser:
     return denoiser if choose is None else choose(sigma_from, sigma_to)
 
 
-def regime_of(denoiser: Denoiser, condition: ConditioningLike) -> Hashable:
-    """What a denoiser has decided for a step: its own ``regime(condition)``, or None.
+def regime_of(denoiser: Denoiser, conditioning: ConditioningLike) -> Hashable:
+    """What a denoiser has decided for a step: its own ``regime(conditioning)``, or None.
 
     Where it changes from one step to the next, predictions jump, and a solver with a memory starts anew.
 
     Args:
         denoiser: From :func:`at_step`; a wrapper whose ``for_step`` decides something has a ``regime``.
-        condition: Labels (B,) or None.
+        conditioning: Labels (B,) or None.
     """
     regime = getattr(denoiser, "regime", None)
-    return None if regime is None else regime(condition)
+    return None if regime is None else regime(conditioning)
 
 
 class Wrapper:
@@ -110,21 +110,21 @@ class Wrapper:
         if path is not None:
             self.path = path
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
         """The prediction, (B, *shape)."""
-        return self.inner(x, sigma, condition)
+        return self.inner(x, sigma, conditioning)
 
     def null_conditioning(self, n: int) -> Conditioning:
         """What "no condition" is for the inner denoiser."""
         return null_conditioning(self.inner, n)
 
-    def cost(self, sigma: Tensor, condition: ConditioningLike = None) -> Calls:
+    def cost(self, sigma: Tensor, conditioning: ConditioningLike = None) -> Calls:
         """What a call costs for each sample."""
-        return cost_of(self.inner, sigma, condition)
+        return cost_of(self.inner, sigma, conditioning)
 
-    def regime(self, condition: ConditioningLike) -> Hashable:
+    def regime(self, conditioning: ConditioningLike) -> Hashable:
         """What the inner denoiser has decided for the step."""
-        return regime_of(self.inner, condition)
+        return regime_of(self.inner, conditioning)
 
     def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
         """The same wrapper around what the inner denoiser is in this step."""
@@ -155,10 +155,10 @@ class CallCounter(Wrapper):
         self.calls = 0
         self.spent = Calls()
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
         """Calls the inner denoiser and counts it."""
-        self._add(cost_of(self.inner, sigma, condition))
-        return self.inner(x, sigma, condition)
+        self._add(cost_of(self.inner, sigma, conditioning))
+        return self.inner(x, sigma, conditioning)
 
     def for_step(self, sigma_from: float, sigma_to: float) -> Denoiser:
         """What the inner denoiser is in this step, counted here."""
@@ -177,6 +177,6 @@ class _CountedStep(Wrapper):
         super().__init__(inner)
         self._counter = counter
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: ConditioningLike = None) -> Tensor:
-        self._counter._add(cost_of(self.inner, sigma, condition))
-        return self.inner(x, sigma, condition)
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
+        self._counter._add(cost_of(self.inner, sigma, conditioning))
+        return self.inner(x, sigma, conditioning)

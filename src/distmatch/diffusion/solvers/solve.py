@@ -51,7 +51,7 @@ def solve(
     grid: Tensor | Sequence[float],
     solver: str | Solver = "heun",
     *,
-    condition: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     noise: SampleNoise | None = None,
     path: NoisePath | str | None = None,
     trajectory: bool = False,
@@ -68,7 +68,7 @@ def solve(
         grid: Levels, strictly decreasing (the last may be 0), or strictly increasing to go from samples to
             noise, which deterministic solvers can.
         solver: A solver, or its name with options after colons, see :func:`find_solver`.
-        condition: Class labels (B,), a conditioning, or None.
+        conditioning: Class labels (B,), a conditioning, or None.
         noise: The noise of stochastic solvers.
         path: A path or its name, for solvers that work in a path's time; without it the denoiser's own
             ``path``, if it has one.
@@ -85,7 +85,7 @@ def solve(
     chosen = find_solver(solver)
     levels = checked_levels(grid, stochastic=chosen.stochastic)
     _check(denoiser, y, chosen, solver, levels, noise)
-    conditioning = as_conditioning(condition)
+    conditioning = as_conditioning(conditioning)
     check_conditioning(conditioning, len(y), spec_of(denoiser))
     counter = denoiser if isinstance(denoiser, CallCounter) else CallCounter(denoiser)
     calls_before = counter.calls
@@ -246,7 +246,9 @@ def sample_teacher(
         part = conditioning.index(slice(start, start + batch)).to(device)
         indices = torch.arange(start, start + len(z))
         noise = SampleNoise(seed, indices, tuple(denoiser.shape), device) if chosen.stochastic else None
-        out.append(solve(denoiser, z * first, levels, chosen, condition=part, noise=noise, path=path).y.cpu())
+        out.append(
+            solve(denoiser, z * first, levels, chosen, conditioning=part, noise=noise, path=path).y.cpu()
+        )
         if on_batch is not None:
             on_batch(len(z))
     return torch.cat(out) if out else latent
