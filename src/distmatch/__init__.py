@@ -11,17 +11,28 @@ from typing import TYPE_CHECKING, Any
 from distmatch.base.version import __version__
 
 if TYPE_CHECKING:
-    from distmatch import divergences, losses, methods
+    from distmatch import divergences, losses, methods, metrics
     from distmatch.api import compare, distill, evaluate, load_teacher, train
     from distmatch.base.errors import UserError
     from distmatch.base.estimate import Estimate
     from distmatch.data import Dataset, load_data
+    from distmatch.diffusion import guidance, paths, solvers
     from distmatch.diffusion.adapters import as_denoiser
     from distmatch.diffusion.conditioning import Conditioning
     from distmatch.diffusion.mixture import GaussianMixture
     from distmatch.divergences import Divergence, divergence
     from distmatch.methods.hybrid import hybrid_sample
     from distmatch.methods.student import Student
+
+_MODULES = {
+    "divergences": "distmatch.divergences",
+    "guidance": "distmatch.diffusion.guidance",
+    "losses": "distmatch.losses",
+    "methods": "distmatch.methods",
+    "metrics": "distmatch.metrics",
+    "paths": "distmatch.diffusion.paths",
+    "solvers": "distmatch.diffusion.solvers",
+}
 
 _HOME = {
     "Conditioning": "distmatch.diffusion.conditioning",
@@ -57,18 +68,22 @@ __all__ = [
     "divergence",
     "divergences",
     "evaluate",
+    "guidance",
     "hybrid_sample",
     "load_data",
     "load_teacher",
     "losses",
     "methods",
+    "metrics",
+    "paths",
+    "solvers",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("divergences", "losses", "methods"):
-        return importlib.import_module(f"distmatch.{name}")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
