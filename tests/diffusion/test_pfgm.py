@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import latents
+from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import has_score
 from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.mixture import GaussianMixture
@@ -146,10 +147,7 @@ def test_training_draws_this_noise_and_the_teacher_says_so() -> None:
     seen: list[Tensor] = []
     state.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
 
-    class One:
-        x, labels, noise = torch.zeros(4096, 2), None, None
-
-    training.step(state, One())  # type: ignore[arg-type]
+    training.step(state, Batch(torch.zeros(4096, 2)))
     before = torch.Generator().manual_seed(training.init(0).generator.initial_seed())
     sigma = torch.exp(-1.2 + 1.2 * torch.randn(4096, generator=before))
     ratio = (seen[0] / sigma[:, None]).square().sum(1) / 2

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.diffusion.adapters import as_denoiser
+from distmatch.diffusion.conditioning import as_conditioning
 from distmatch.diffusion.control.neighbour_sets import NeighbourConditioned, SetEmbedding
 from distmatch.diffusion.guidance import Guided
 from distmatch.interop.edm2_unet import EDM2UNet
@@ -135,7 +136,7 @@ def test_what_real_and_generated_samples_share_cancels_to_the_bit() -> None:
     torch.manual_seed(0)
     head = build_discriminator("teacher", teacher, 2)
     x, sigma, labels = torch.randn(2, 64, 2), torch.rand(64) + 0.1, torch.arange(64) % 2
-    fake, real = logits_of("teacher", teacher, head, list(x), sigma, labels, grad=False)
+    fake, real = logits_of("teacher", teacher, head, list(x), sigma, as_conditioning(labels), grad=False)
     (torch.nn.functional.softplus(fake) + torch.nn.functional.softplus(-real)).mean().backward()
     weight = head.projections[0].last.weight.grad  # type: ignore[index,union-attr]
     assert weight[:-1].abs().max() > 1e-4
