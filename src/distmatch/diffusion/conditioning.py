@@ -59,6 +59,13 @@ class Conditioning(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._fields)
 
+    @classmethod
+    def _derived(cls, fields: dict[str, Tensor]) -> Conditioning:
+        """Fields that were checked before: steps make many of these."""
+        made = cls.__new__(cls)
+        made._fields = fields
+        return made
+
     # Those of a mapping would compare tensors for truth.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -80,7 +87,7 @@ class Conditioning(Mapping[str, Tensor]):
 
     def index(self, rows: slice | Tensor) -> Conditioning:
         """The samples of a slice, a mask (B,) or indices (n,)."""
-        return Conditioning({name: value[rows] for name, value in self._fields.items()})
+        return Conditioning._derived({name: value[rows] for name, value in self._fields.items()})
 
     def expand(self, n: int) -> Conditioning:
         """One sample's conditioning for ``n`` samples.
@@ -92,15 +99,19 @@ class Conditioning(Mapping[str, Tensor]):
             raise UserError(
                 "one condition, or one for each sample, is expected", got=self.batch_size, expected=n
             )
-        return Conditioning({name: value.expand(n, *value.shape[1:]) for name, value in self._fields.items()})
+        return Conditioning._derived(
+            {name: value.expand(n, *value.shape[1:]) for name, value in self._fields.items()}
+        )
 
     def repeat(self, times: int) -> Conditioning:
         """All samples, ``times`` over: the batch, then the batch again."""
-        return Conditioning({name: torch.cat([value] * times) for name, value in self._fields.items()})
+        return Conditioning._derived(
+            {name: torch.cat([value] * times) for name, value in self._fields.items()}
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Conditioning:
         """The same on another device."""
-        return Conditioning(
+        return Conditioning._derived(
             {name: value.to(device, non_blocking=non_blocking) for name, value in self._fields.items()}
         )
 
@@ -111,7 +122,7 @@ class Conditioning(Mapping[str, Tensor]):
             UserError: The two have other fields.
         """
         _require_same_fields(self, other)
-        return Conditioning(
+        return Conditioning._derived(
             {
                 name: torch.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, other[name])
                 for name, value in self._fields.items()
