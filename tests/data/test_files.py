@@ -396,7 +396,7 @@ def test_conditions_of_samples_are_read_by_name(tmp_path: Path) -> None:
 def test_conditions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     x = np.arange(8, dtype=np.float32).reshape(4, 2)
     for name, values, said in (
-        ("short", np.zeros(3), "one condition for each sample"),
+        ("short", np.zeros(3), "condition_short must have one row for each sample"),
         ("words", np.array(["a", "b", "c", "d"]), "must hold numbers"),
         ("gap", np.array([0.0, 1.0, np.nan, 2.0]), "NaN or infinity"),
         ("label", np.zeros(4), "given as labels"),

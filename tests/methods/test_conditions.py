@@ -16,6 +16,7 @@ from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.conditioning import FieldSpec
 from distmatch.diffusion.guidance import Guided
 from distmatch.interop.frozen import Portable
+from distmatch.training.assess import Drawn, asked_of, assess
 
 SPEC = {"text": FieldSpec((-1, 4)), "age": FieldSpec()}
 
@@ -78,6 +79,21 @@ def test_a_student_is_distilled_saved_and_sampled_under_conditions(
     again = dm.Student.from_pretrained(tmp_path / "student", network=TextNet)
     assert torch.equal(again.sample(6, seed=2, labels=told), x)
     torch.testing.assert_close(again.sample(6, seed=2, labels=told, batch=4), x)
+    none = x, torch.ones(6)  # "no condition" is saved too
+    with torch.no_grad():
+        assert torch.equal(again.denoiser(*none), student.denoiser(*none))
+
+
+def test_conditions_follow_the_precision_of_the_network(data: dm.Dataset) -> None:
+    """Differences run the network in float64, and the text is float32."""
+    student = dm.distill(
+        teacher(), data, method="scm", tangent="difference", steps=3, batch=16, seed=1, quiet=True
+    )
+    exact = dm.distill(teacher(), data, method="scm", tangent="exact", steps=3, batch=16, seed=1, quiet=True)
+    told = conditions(6)
+    torch.testing.assert_close(
+        student.sample(6, labels=told), exact.sample(6, labels=told), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_the_order_of_samples_and_parts_of_a_batch_change_nothing(data: dm.Dataset) -> None:
@@ -106,6 +122,20 @@ def test_teacher_and_student_are_measured_under_the_conditions_of_the_data(data:
     assert 0 <= metrics["fd"].value < 1e3
 
 
+def test_real_samples_stand_beside_those_asked_for_under_the_same_conditions(data: dm.Dataset) -> None:
+    asked = asked_of(data, SPEC, 50, seed=4)
+    shown: list[dm.Conditioning] = []
+
+    def draw(n: int, told: dm.Conditioning) -> Drawn:
+        shown.append(told)
+        return Drawn(data.batch(torch.arange(n))[0], None, 1, 0.0)
+
+    drawn = assess(data, {"student": draw}, asked=asked, n=25, seed=4)[1]
+    assert torch.equal(shown[0]["text"], asked["text"])
+    by_hand = asked["text"].mean(1)[:, :2] + 0.1 * asked["age"][:, None]  # as the data were made
+    torch.testing.assert_close(torch.as_tensor(data.scaling.export(drawn["reference"].x)), by_hand)
+
+
 @pytest.mark.parametrize("method", ["dmd", "mmd", "imm", "dpm-ot"])
 def test_methods_that_know_labels_alone_say_so_before_anything_is_trained(
     method: str, data: dm.Dataset
@@ -118,6 +148,11 @@ def test_graphs_of_such_students_are_refused(data: dm.Dataset) -> None:
     student = dm.distill(teacher(), data, method="sid", steps=5, batch=16, quiet=True)
     with pytest.raises(UserError, match="graphs take class labels"):
         Portable(student)
+
+
+def test_training_says_that_conditions_are_left_out(data: dm.Dataset) -> None:
+    with pytest.warns(UserWarning, match="take class labels alone: age, text of these data"):
+        dm.train(data, steps=1, batch=16, width=8, depth=1, quiet=True)
 
 
 def test_data_that_do_not_hold_the_conditions_are_refused(data: dm.Dataset) -> None:

@@ -236,21 +236,25 @@ def _from_npz(file: Path, labelled: bool) -> Dataset:
     labels = None if label_key is None else archive[label_key]
     data = from_arrays(archive[key], labels, class_names=names, name=str(file))
     conditions = {
-        k.removeprefix(_CONDITION): _condition(archive[k], k) for k in archive if k.startswith(_CONDITION)
+        k.removeprefix(_CONDITION): _condition(archive[k], f"{file}: {k}", len(data))
+        for k in archive
+        if k.startswith(_CONDITION)
     }
     return dataclasses.replace(data, conditions=Conditioning(conditions)) if labelled and conditions else data
 
 
-def _condition(values: np.ndarray, name: str) -> Tensor:
+def _condition(values: np.ndarray, name: str, n: int) -> Tensor:
     """Values that samples are conditioned on, float32 or int64.
 
     Raises:
-        UserError: They are no numbers, or not all finite.
+        UserError: They are no numbers, not all finite, or not one row for each of ``n`` samples.
     """
     if values.dtype.kind not in "fiub":
-        raise UserError(f"the array {name} must hold numbers", got=str(values.dtype))
+        raise UserError(f"{name} must hold numbers", got=str(values.dtype))
+    if values.ndim == 0 or len(values) != n:
+        raise UserError(f"{name} must have one row for each sample", got=values.shape, expected=f"({n}, ...)")
     whole = values.dtype.kind != "f"
     found = torch.from_numpy(values.astype(np.int64 if whole else np.float32))
     if not bool(found.isfinite().all()):
-        raise UserError(f"the array {name} holds NaN or infinity", fix="leave these samples out")
+        raise UserError(f"{name} holds NaN or infinity", fix="leave these samples out")
     return found

@@ -54,7 +54,7 @@ class PredictionDenoiser(nn.Module):
         net: The network. It may have ``has_features = True``, and then takes ``return_features`` as those of
             distmatch do. It is given ``x_t`` in the dtype of its parameters, ``t`` as a vector (B,) in the
             same dtype but at least float32 (int64 when ``levels`` is "snap"), labels if it has classes, and
-            the fields of ``conditioning`` by their names.
+            the fields of ``conditioning`` by their names, floating ones in that dtype too.
         path: A path or its name.
         prediction: What it predicts: "x0", "eps", "v", "flow" or "score".
         shape: Shape of one sample.
@@ -202,7 +202,7 @@ class PredictionDenoiser(nn.Module):
         if self.by_name:
             conditioning = as_conditioning(conditioning) or self.null_conditioning(len(x)).to(x.device)
             check_conditioning(conditioning, len(x), self.conditioning_spec)
-            named = dict(conditioning)
+            named = {k: v.to(dtype) if v.is_floating_point() else v for k, v in conditioning.items()}
             if conditioning.label is not None and self.null_class is not None:
                 named[LABEL] = torch.where(conditioning.label < 0, self.null_class, conditioning.label)
             return noised, c, arguments, named

@@ -91,12 +91,18 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
             "prediction": method.objective.prediction,
             **({"larger_net": larger} if larger else {}),
         },
-        warnings=[*few_samples(data, run.batch), *method.warnings],
+        warnings=[*few_samples(data, run.batch), *_left_out(data), *method.warnings],
         finish=finish,
         show=("loss",),
         remarks=[_remark(larger)] if larger else [],
         data=data,
     )
+
+
+def _left_out(data: Dataset) -> list[str]:
+    """What to know of data with conditions that the networks here do not take."""
+    names = ", ".join(sorted(data.conditions))
+    return [f"the networks here take class labels alone: {names} of these data is left out"] if names else []
 
 
 def _larger(chosen: NetOptions, data: Dataset) -> dict[str, Any]:
