@@ -34,7 +34,8 @@ def together(target: Callable[..., None], arguments: list[tuple[Any, ...]], time
     left = [process for process in running if process.exitcode is None]
     for process in left:
         process.kill()
-    assert [process.exitcode for process in running] == [0] * len(running)
+    codes = [None if process in left else process.exitcode for process in running]
+    assert codes == [0] * len(running), f"exit codes {codes}, None for one that ran past {timeout} s"
 
 
 class Forked:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distmatch.methods.state import DistillState
 from tests.helpers.small import batch, distiller, network_teacher
+from tests.helpers.store_group import backend
 from tests.helpers.wrapping import DECLARED, Wrap, wrap
 
 
@@ -51,7 +52,7 @@ def train(rank: int, folder: str, methods: tuple[str, ...]) -> None:
     """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(backend(), init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found: dict[str, dict[str, bool]] = {}
     for name in methods:
         alone, _ = _trained(name, 0, None)
