@@ -28,5 +28,5 @@ def test_the_fast_demo_from_a_clean_state(tmp_path, monkeypatch):
     assert all(metrics[model]["seconds_per_1000"] > 0 for model in ("teacher", "student"))
     assert metrics["teacher"]["nfe"] == 35
     assert metrics["student"]["nfe"] == 1
-    # A few hundred steps make poor digits, but recognisable ones; chance would be 0.1.
+    # A few hundred steps make poor digits, but recognizable ones; chance would be 0.1.
     assert metrics["student"]["label_accuracy"]["value"] > 0.8

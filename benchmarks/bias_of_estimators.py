@@ -28,7 +28,7 @@ from distmatch.divergences.estimators import (
     VariationalEstimator,
     classifier_estimates,
     kl_estimate,
-    kl_neighbours,
+    kl_neighbors,
     monte_carlo,
     monte_carlo_two_sided,
 )
@@ -113,12 +113,12 @@ def estimates(pair: Pair, n: int, seed: int) -> dict[tuple[str, str], Estimate]:
     at_q, at_p = pair.log_densities(x_q), pair.log_densities(x_p)
     found: dict[tuple[str, str], Estimate] = {}
     for name in ("kl", "js", "pearson"):
-        for method in ("plain", "control_variate", "self_normalised"):
+        for method in ("plain", "control_variate", "self_normalized"):
             found[name, f"Monte Carlo, {method}"] = monte_carlo(name, *at_q, method=method)
         found[name, "Monte Carlo, two-sided"] = monte_carlo_two_sided(name, at_q, at_p)
     for term in ("k1", "k2", "k3"):
         found["reverse_kl", term] = kl_estimate(*at_q, term)
-    found["kl", "nearest neighbours"] = kl_neighbours(x_p, x_q, seed=seed)
+    found["kl", "nearest neighbors"] = kl_neighbors(x_p, x_q, seed=seed)
     single_p, single_q = x_p.float(), x_q.float()
     for name, bound in (
         ("kl", "donsker_varadhan"),

@@ -2,7 +2,7 @@
 
     python benchmarks/coverage_of_intervals.py --out docs/estimators.md
 
-p = N(0.7, 1) and q = N(0, 1) on a line, and for nearest neighbours also in the plane. The truth is the exact
+p = N(0.7, 1) and q = N(0, 1) on a line, and for nearest neighbors also in the plane. The truth is the exact
 divergence; for a lower bound it is the bound of the same trained critic on 200,000 fresh samples, because
 that is what its interval is about. Results that carry a warning claim nothing and are counted apart.
 """
@@ -31,7 +31,7 @@ from distmatch.divergences.estimators import (
     donsker_varadhan_bound,
     f_gan_bound,
     kl_estimate,
-    kl_neighbours,
+    kl_neighbors,
     monte_carlo,
     monte_carlo_two_sided,
     renyi_monte_carlo,
@@ -80,7 +80,7 @@ def with_densities(n: int, seed: int) -> Iterator[tuple[str, Estimate, float]]:
     log_p, log_q = log_normal(x_q, SHIFT), log_normal(x_q)
     at_p = (log_normal(x_p, SHIFT), log_normal(x_p))
     for name in MEASURES:
-        for method in ("plain", "control_variate", "self_normalised"):
+        for method in ("plain", "control_variate", "self_normalized"):
             yield (
                 f"Monte Carlo, {method}: {name}",
                 monte_carlo(name, log_p, log_q, method=method),
@@ -92,18 +92,18 @@ def with_densities(n: int, seed: int) -> Iterator[tuple[str, Estimate, float]]:
             truth[name],
         )
     for order in (0.5, 2.0):
-        for method in ("plain", "control_variate", "self_normalised"):
+        for method in ("plain", "control_variate", "self_normalized"):
             found = renyi_monte_carlo(order, log_p, log_q, method=method)
             yield f"Monte Carlo, {method}: renyi:{order:g}", found, truth[f"renyi:{order:g}"]
     for term in ("k1", "k3"):
         yield f"{term}: reverse_kl", kl_estimate(log_p, log_q, term), truth["reverse_kl"]
 
 
-def with_neighbours(n: int, seed: int) -> Iterator[tuple[str, Estimate, float]]:
-    """One repetition of the nearest-neighbour estimates."""
+def with_neighbors(n: int, seed: int) -> Iterator[tuple[str, Estimate, float]]:
+    """One repetition of the nearest-neighbor estimates."""
     for d in (1, 2, 4):
         x_q, x_p = draw(n, d, 2 * seed), draw(n, d, 2 * seed + 1, SHIFT)
-        yield f"nearest neighbours, d = {d}: kl", kl_neighbours(x_p, x_q, seed=seed), TRUTHS["kl"]
+        yield f"nearest neighbors, d = {d}: kl", kl_neighbors(x_p, x_q, seed=seed), TRUTHS["kl"]
 
 
 def with_critics(n: int, seed: int) -> Iterator[tuple[str, Estimate, float]]:
@@ -151,7 +151,7 @@ def main(o: Options) -> None:
     rows = [f"n = {o.n} samples of p and of q, {o.repetitions} repetitions.", ""]
     rows += ["| estimator | covers the truth | claims an interval |", "|---|---|---|"]
     began = time.perf_counter()
-    for group in (with_densities, with_neighbours, with_critics):
+    for group in (with_densities, with_neighbors, with_critics):
         rows += coverage(group, o)
     print(f"{time.perf_counter() - began:.0f} s")
     if o.out is not None:

@@ -75,7 +75,7 @@ def samples(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def pot_sinkhorn(x: np.ndarray, y: np.ndarray, eps: float, tol: float) -> float:
-    """POT's fastest solver, which is not stabilised; a tolerance in L1 is about tol / sqrt n in its L2."""
+    """POT's fastest solver, which is not stabilized; a tolerance in L1 is about tol / sqrt n in its L2."""
     import ot
 
     def one(u: np.ndarray, v: np.ndarray) -> float:

@@ -168,7 +168,7 @@ def digits(options: Options) -> list[str]:
         "|---|---|---|",
         f"| independent pixels | {independent} | |",
         f"| absorbing diffusion, any-order bound | {per_unit(bound, 1 / 64)} | 32 |",
-        f"| marginals (not normalised: squared disagreement {float(loss):.2g} nats²) | {direct} | 1 |",
+        f"| marginals (not normalized: squared disagreement {float(loss):.2g} nats²) | {direct} | 1 |",
     ]
 
 

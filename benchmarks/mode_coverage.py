@@ -5,7 +5,7 @@
 The student is a mixture of isotropic Gaussians with learned means and widths and equal weights, sampled by
 x0 = mean_k + width_k z. So its noised density, score and ratio to the teacher are closed forms: no critic and
 no discriminator stand between divergence and result; `score_difference` is the
-library's own. It is too small for the teacher and starts as one blob off the centre, so that it must choose.
+library's own. It is too small for the teacher and starts as one blob off the center, so that it must choose.
 All runs of a table are the same but for divergence and seed. A mode counts as covered when it gets at least
 a quarter, or half, of its true share of the samples.
 """
@@ -29,7 +29,7 @@ from distmatch.divergences import Divergence, divergence
 from distmatch.losses import score_difference
 from distmatch.metrics.modes import mode_counts
 
-# Components of the student, and the largest noise level: about half the distance between neighbouring modes.
+# Components of the student, and the largest noise level: about half the distance between neighboring modes.
 CASES = {"skewed2": (2, 0.6), "grid25": (10, 0.25)}
 
 
@@ -57,11 +57,11 @@ def train(
     components, highest = case
     gen = generator(seed, "coverage")
     dims = teacher.shape[0]
-    centre = 0.3 * torch.randn(dims, generator=gen)
-    means = (centre + 0.1 * torch.randn(components, dims, generator=gen)).requires_grad_()
+    center = 0.3 * torch.randn(dims, generator=gen)
+    means = (center + 0.1 * torch.randn(components, dims, generator=gen)).requires_grad_()
     log_widths = torch.full((components,), -1.5).requires_grad_()
-    optimiser = torch.optim.Adam([means, log_widths], lr=o.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, o.steps)
+    optimizer = torch.optim.Adam([means, log_widths], lr=o.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.steps)
     noise = Karras(o.noise_low, highest)
     equal = torch.full((components,), 1 / components)
     for _ in range(o.steps):
@@ -75,9 +75,9 @@ def train(
             weight = measure.weight(log_r)
             weight = weight / weight.mean()
             g = score_difference(teacher(x, sigma), student(x, sigma), x0, sigma, weight)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         x0.backward(g / g.numel())
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     final = GaussianMixture(equal, means.detach(), (2 * log_widths.detach()).exp())
     return final.sample(o.n, seed=seed)

@@ -37,15 +37,15 @@ from distmatch.training.sampling import Sampling
 
 SOLVERS = ("heun", "ddim", "dpmpp-2m", "tab:2", "tab:3", "ipndm:3", "ghvb:2.5", "ddim:1")
 # Each method and those with momentum on it, as many velocities.
-STABILISED = {
+STABILIZED = {
     "dpmpp-2m": ("hb-2m:0.8",),
     "ipndm:2": ("ghvb:1.8", "ghvb:1.5", "hb:0.8:2"),
     "ipndm:3": ("ghvb:2.5", "ghvb:2.1"),
     "ipndm:4": ("ghvb:3.5", "ghvb:3.1"),
 }
 BAR = 1.25
-# The palette of Okabe and Ito, which colour-blind readers can tell apart.
-COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+# The palette of Okabe and Ito, which color-blind readers can tell apart.
+COLORS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def stability(o: Options, model: Model) -> dict[str, dict[str, int]]:
 
     fine = drawn(Sampling(steps=o.fine, guidance=o.guidance))
     counts = {f"heun, {o.fine} steps": {"divergent": 0, "out of range": int(out_of_range(fine).sum())}}
-    names = [name for base, others in STABILISED.items() for name in (base, *others)]
+    names = [name for base, others in STABILIZED.items() for name in (base, *others)]
     for solver in ("ddim", *names):
         how = settings(solver, o.evaluations, o.guidance)
         if how is not None:
@@ -144,10 +144,10 @@ def plot(path: Path, found: dict[str, dict[int, Estimate]], floor: Estimate, bar
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "distmatch", "font.size": 9})
     figure, axes = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
     for index, (solver, values) in enumerate(found.items()):
-        colour, style = COLOURS[index % len(COLOURS)], "--" if index % 2 else "-"
+        color, style = COLORS[index % len(COLORS)], "--" if index % 2 else "-"
         x, y = list(values), [v.value for v in values.values()]
         bars = [1.96 * v.stderr for v in values.values()]
-        axes.errorbar(x, y, yerr=bars, color=colour, ls=style, marker="o", ms=3, lw=1.2, label=solver)
+        axes.errorbar(x, y, yerr=bars, color=color, ls=style, marker="o", ms=3, lw=1.2, label=solver)
     axes.axhline(bar, color="#888888", lw=0.8, ls=":", label=f"{BAR} x Heun at 35")
     axes.axhline(floor.value, color="#888888", lw=0.8, label="real data")
     axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="fd")

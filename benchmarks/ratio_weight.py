@@ -2,11 +2,11 @@
 
     python benchmarks/ratio_weight.py
 
-The ratio is exact, so only its normalisation is measured: samples of q = N(0, 1), noised to levels of the
+The ratio is exact, so only its normalization is measured: samples of q = N(0, 1), noised to levels of the
 sampling distribution, and the exact log r = log p/q of p = N(gap, 1) at each level. The slope of the weight
 used on the true weight h(r) / E_q[h(r)] is 1 where the two agree up to noise, and 0 where all weights are
 equal and the divergence acts as reverse KL. `Own batch` divides by the mean of the batch itself
-(--ratio-memory 0). `Clip alone` is the true weight with log r held within --ratio-clip: what normalisation
+(--ratio-memory 0). `Clip alone` is the true weight with log r held within --ratio-clip: what normalization
 cannot give back.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distmatch.diffusion.noise import Karras
 from distmatch.divergences import Divergence, divergence
-from distmatch.ratio.normaliser import NormaliserConfig, RatioNormaliser
+from distmatch.ratio.normalizer import NormaliserConfig, RatioNormalizer
 
 LEVELS = Karras(0.02, 80.0, 7.0)
 SAMPLES = 24_000
@@ -44,13 +44,13 @@ def slope(used: Tensor, true: Tensor) -> float:
 def measure(measure: Divergence, batch: int, gap: float, fixed: bool, memory: float, seed: int) -> float:
     """The slope over SAMPLES samples after a third as many of warm-up."""
     generator = torch.Generator().manual_seed(seed)
-    normaliser = RatioNormaliser(NormaliserConfig(memory=memory))
+    normalizer = RatioNormalizer(NormaliserConfig(memory=memory))
     true_mean = measure.weight(draw(2_000_000, gap, fixed, generator)[0]).mean()
     used, true = [], []
     warmup = SAMPLES // 3 // batch
     for step in range(warmup + SAMPLES // batch):
         log_r, quantile = draw(batch, gap, fixed, generator)
-        weight = normaliser.update(log_r, quantile, measure.weight).weight.double()
+        weight = normalizer.update(log_r, quantile, measure.weight).weight.double()
         if step >= warmup:
             used.append(weight)
             true.append(measure.weight(log_r) / true_mean)
@@ -58,7 +58,7 @@ def measure(measure: Divergence, batch: int, gap: float, fixed: bool, memory: fl
 
 
 def clip_alone(measure: Divergence, gap: float, fixed: bool, seed: int) -> float:
-    """The slope of the clipped weight, without any normalisation from samples."""
+    """The slope of the clipped weight, without any normalization from samples."""
     log_r = draw(2_000_000, gap, fixed, torch.Generator().manual_seed(seed))[0]
     clip = NormaliserConfig().clip
     used, true = measure.weight(log_r.clamp(-clip, clip)), measure.weight(log_r)

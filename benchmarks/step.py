@@ -8,10 +8,10 @@ network calls are listened to once, and made again on ready inputs: the same net
 precision, forward and backward to what they reached, without optimizers, averages, noise, ratios or losses.
 The updates that any training must make, Adam's and the moving average's, are timed on their own; `beyond` is
 the overhead without them. All sides run in one process, in turns; figures are the median over the rounds of
-the ratio of neighbouring runs, and the ratio of the smallest times. On a CPU times are those of the
+the ratio of neighboring runs, and the ratio of the smallest times. On a CPU times are those of the
 processor, which other processes disturb less.
 
-Memory is what a cycle takes at its peak beyond what is held between steps (weights, averages, optimiser
+Memory is what a cycle takes at its peak beyond what is held between steps (weights, averages, optimizer
 moments, kept tensors), by the allocator's own count.
 """
 
@@ -91,7 +91,7 @@ def cases(options: Options) -> list[Case]:
     """The networks to time."""
     mlp = Case("mlp 4x256, 8x8 grey", MLPConfig(), (1, 8, 8), options.batch or 256)
     unet_config = UNetConfig(width=options.width, multipliers=(1, 2, 2))
-    unet = Case(f"unet {options.width}, 32x32 colour", unet_config, (3, 32, 32), options.batch or 16)
+    unet = Case(f"unet {options.width}, 32x32 color", unet_config, (3, 32, 32), options.batch or 16)
     return {"mlp": [mlp], "unet": [unet], "both": [mlp, unet]}[options.net]
 
 
@@ -130,28 +130,28 @@ def networks_of(teacher: EDMDenoiser, state: DistillState) -> dict[str, nn.Modul
 
 
 def updates_of(state: DistillState, cycle: Callable[[], None]) -> Callable[[], None]:
-    """The moves of optimisers and of the average in a cycle, made again on gradients like those of it."""
+    """The moves of optimizers and of the average in a cycle, made again on gradients like those of it."""
     moves: Counter[str] = Counter()
     before = state.updates
     handles = [
-        optimiser.register_step_post_hook(lambda *_, key=key: moves.update([key]))
-        for key, optimiser in state.optimisers.items()
+        optimizer.register_step_post_hook(lambda *_, key=key: moves.update([key]))
+        for key, optimizer in state.optimizers.items()
     ]
     cycle()
     for handle in handles:
         handle.remove()
     averages = state.updates - before
-    parameters = {k: [p for g in o.param_groups for p in g["params"]] for k, o in state.optimisers.items()}
+    parameters = {k: [p for g in o.param_groups for p in g["params"]] for k, o in state.optimizers.items()}
     # Gradients of their own, which a step does not clear, and no change to what is trained.
     gradients = {key: [torch.full_like(p, 1e-3) for p in found] for key, found in parameters.items()}
 
     def again() -> None:
         for key, count in moves.items():
-            set_rate(state.optimisers[key], 0.0)
+            set_rate(state.optimizers[key], 0.0)
             for _ in range(count):
                 for parameter, gradient in zip(parameters[key], gradients[key], strict=True):
                     parameter.grad = gradient
-                clipped_step(state.optimisers[key], 0.0)
+                clipped_step(state.optimizers[key], 0.0)
         for _ in range(averages):
             state.average.update(state.student.denoiser, 1.0)
 
@@ -193,8 +193,8 @@ def held(teacher: EDMDenoiser, state: DistillState) -> float:
     tensors: list[Tensor] = [*teacher.parameters(), *state.memory.values()]
     for module in state.modules().values():
         tensors += [*module.parameters(), *module.buffers()]
-    for optimiser in state.optimisers.values():
-        for moments in optimiser.state.values():
+    for optimizer in state.optimizers.values():
+        for moments in optimizer.state.values():
             tensors += [v for v in moments.values() if isinstance(v, Tensor)]
     unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
     return sum(unique.values()) / 2**20

@@ -26,14 +26,14 @@ from distmatch.divergences import divergence, divergence_1d
 FAMILIES = {
     "kl": ["reverse_kl", "jeffreys", "kl"],
     "bounded": ["tv", "hellinger", "le_cam", "js"],
-    "generalised-js": ["gjs:0.1", "js", "gjs:0.9"],
+    "generalized-js": ["gjs:0.1", "js", "gjs:0.9"],
     "softened": ["softened_reverse_kl", "softened_kl"],
     "skew": ["skew_reverse_kl:0.1", "skew_reverse_kl:0.5", "skew_kl:0.5", "skew_kl:0.1"],
     "chi-square": ["neyman", "pearson"],
     "alpha": ["alpha:-1", "alpha:0", "alpha:0.5", "alpha:1", "alpha:2"],
 }
-# The palette of Okabe and Ito, which colour-blind readers can tell apart.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
+# The palette of Okabe and Ito, which color-blind readers can tell apart.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
 STYLES = ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))]
 
 # The target: 60 % at -2 with width 0.6, 40 % at 2 with width 0.8. The student starts between them.
@@ -71,7 +71,7 @@ def target(x: Tensor) -> Tensor:
 
 @cache
 def fit(name: str) -> Fit:
-    """The Gaussian that minimises the exact divergence, the best of three starts (left, middle, right)."""
+    """The Gaussian that minimizes the exact divergence, the best of three starts (left, middle, right)."""
 
     def value_and_slope(at: np.ndarray) -> tuple[float, np.ndarray]:
         parameters = torch.tensor(at, dtype=torch.float64, requires_grad=True)
@@ -100,10 +100,10 @@ def push(name: str, x: Tensor) -> Tensor:
 
 def _functions(ax_f: Axes, ax_h: Axes, names: list[str]) -> None:
     log_r = torch.linspace(-3, 3, 121, dtype=torch.float64)
-    for name, colour, style in zip(names, COLOURS, STYLES, strict=False):
+    for name, color, style in zip(names, COLORS, STYLES, strict=False):
         d = divergence(name)
-        ax_f.plot(log_r, d.f(log_r), color=colour, ls=style, label=name)
-        ax_h.plot(log_r, d.weight(log_r), color=colour, ls=style)
+        ax_f.plot(log_r, d.f(log_r), color=color, ls=style, label=name)
+        ax_h.plot(log_r, d.weight(log_r), color=color, ls=style)
     ax_f.set(title="generator f(r)", xlabel="log r = log p - log q", ylim=(-0.1, 4))
     top = min(4.0, 1.1 * max(divergence(name).weight(log_r).max().item() for name in names))
     ax_h.set(title="weight h(r) = r² f''(r)", xlabel="log r = log p - log q", ylim=(-0.02 * top, top))
@@ -116,13 +116,13 @@ def _movement(ax_push: Axes, ax_fit: Axes, names: list[str]) -> None:
         ax.fill_between(x, target(x).exp(), color="0.85", lw=0)
     ax_push.plot(x, normal(x, *START).exp(), color="0.4", lw=1)
     inner = torch.linspace(START[0] - 2 * START[1], START[0] + 2 * START[1], 121, dtype=torch.float64)
-    for name, colour, style in zip(names, COLOURS, STYLES, strict=False):
+    for name, color, style in zip(names, COLORS, STYLES, strict=False):
         if divergence(name).differentiable:
             speed = push(name, inner)
             # Only the shape counts: methods divide the weight by its mean.
-            ax_push.plot(inner, 0.45 * speed / speed.abs().max(), color=colour, ls=style)
+            ax_push.plot(inner, 0.45 * speed / speed.abs().max(), color=color, ls=style)
         found = fit(name)
-        ax_fit.plot(x, normal(x, found.mean, found.width).exp(), color=colour, ls=style)
+        ax_fit.plot(x, normal(x, found.mean, found.width).exp(), color=color, ls=style)
     ax_push.axhline(0, color="0.6", lw=0.6)
     ax_push.set(title="push on the student (grey line)", xlabel="x", ylim=(-0.5, 0.5))
     ax_fit.set(title="the Gaussian it ends at", xlabel="x", ylim=(0, 0.7))

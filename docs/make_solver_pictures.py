@@ -27,7 +27,7 @@ from distmatch.report import image_grid
 from distmatch.training.models import open_model
 from distmatch.training.sampling import Sampling
 
-# The palette of Okabe and Ito, which colour-blind readers can tell apart.
+# The palette of Okabe and Ito, which color-blind readers can tell apart.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "distmatch", "font.size": 9, "axes.titlesize": 9}
 
@@ -82,12 +82,12 @@ def trajectories(file: Path) -> None:
     plt.close(figure)
 
 
-def _draw_paths(ax: Axes, levels: Tensor, states: Tensor, colour: str, marker: str | None) -> None:
+def _draw_paths(ax: Axes, levels: Tensor, states: Tensor, color: str, marker: str | None) -> None:
     """States at unit scale; level 0 is drawn at 0.001."""
     scaled = states / (1 + levels**2).sqrt()[:, None]
     step = slice(None) if marker else slice(0, None, 16)
     x = levels.clamp_min(0.001)[step]
-    ax.plot(x, scaled[step], color=colour, lw=1.6 if marker is None else 0.8, marker=marker, ms=4)
+    ax.plot(x, scaled[step], color=color, lw=1.6 if marker is None else 0.8, marker=marker, ms=4)
 
 
 def guidance(file: Path) -> None:
@@ -107,10 +107,10 @@ def guidance(file: Path) -> None:
     figure, axes = plt.subplots(1, 5, figsize=(10.5, 2.2), sharex=True, sharey=True, constrained_layout=True)
     for ax, (title, denoiser) in zip(axes, cases.items(), strict=True):
         x = sample_teacher(denoiser, n, steps=30, labels=labels, seed=0)
-        for label, colour in ((1, VERMILION), (0, BLUE)):
+        for label, color in ((1, VERMILION), (0, BLUE)):
             which = torch.full((len(places),), label)
             density = PLANE.log_prob(places, 1e-3, which).exp().reshape(xx.shape)
-            ax.contour(xx, yy, density, levels=[0.02, 0.1, 0.3], colors=colour, linewidths=0.6, alpha=0.6)
+            ax.contour(xx, yy, density, levels=[0.02, 0.1, 0.3], colors=color, linewidths=0.6, alpha=0.6)
         ax.plot(x[:, 0], x[:, 1], ".", color=BLUE, ms=1.6, mew=0)
         right = PLANE.log_prob(x, 1e-3, labels) > PLANE.log_prob(x, 1e-3, 1 - labels)
         ax.set_title(f"{title}\n{right.double().mean():.0%} nearer to its class", fontsize=8)

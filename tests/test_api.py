@@ -34,7 +34,7 @@ def test_data_of_a_formula_teacher_are_taken_in_its_own_units():
     data = 2 + 0.5 * torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
     student = dm.distill(Shifted(), data, steps=5, fit_steps=600, **{**TINY, "width": 64})
     x = student.sample(500)
-    assert float(x.mean()) == pytest.approx(2, abs=0.4)  # scaled data would have been centred on 0
+    assert float(x.mean()) == pytest.approx(2, abs=0.4)  # scaled data would have been centered on 0
     np.testing.assert_array_equal(student.export(x), x.numpy())
 
 
@@ -161,7 +161,7 @@ def test_what_is_no_samples_is_refused_with_the_way_out(wrong):
 
 def test_warnings_of_a_run_point_at_the_line_that_started_it():
     teacher = dm.train("digits", steps=2, **TINY)
-    with pytest.warns(UserWarning, match="ratio normalisation") as found:
+    with pytest.warns(UserWarning, match="ratio normalization") as found:
         dm.distill(teacher, "digits", steps=5, **QUICK)
     assert {w.filename for w in found} == {__file__}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import distmatch as dm
 from distmatch.base.errors import UserError
-from distmatch.diffusion.calls import CALLS, CalledNet, recognised_call
+from distmatch.diffusion.calls import CALLS, CalledNet, recognized_call
 from distmatch.diffusion.custom_paths import path_of
 from distmatch.diffusion.denoiser import has_features
 from distmatch.diffusion.guidance import Guided
@@ -240,7 +240,7 @@ def test_a_run_folder_and_the_command_line(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ calls
 
 
-def test_calls_are_recognised() -> None:
+def test_calls_are_recognized() -> None:
     class TimeLast(nn.Module):
         def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
             return x
@@ -250,10 +250,10 @@ def test_calls_are_recognised() -> None:
             return args[0]
 
     modules = [Conv(), OfKDiffusion(), OfEDM(), Velocity(), TimeLast(), Anything(), nn.Linear(2, 2)]
-    assert [recognised_call(m) for m in modules] == [
+    assert [recognized_call(m) for m in modules] == [
         "plain", "keywords", "edm", "time-first", "plain", "plain", "plain",
     ]  # fmt: skip
-    assert recognised_call(of_diffusers().net.module) == "diffusers"
+    assert recognized_call(of_diffusers().net.module) == "diffusers"
 
 
 def test_each_call_is_the_network_s_own() -> None:

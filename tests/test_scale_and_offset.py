@@ -1,6 +1,6 @@
 """Whatever compares samples: right in float32 at any scale and offset, and bound to the laws it obeys.
 
-hypothesis draws the scale (1e-3 to 1e4) and the offset (up to 1e4); derandomised, so every run is the same.
+hypothesis draws the scale (1e-3 to 1e4) and the offset (up to 1e4); derandomized, so every run is the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from distmatch.discrepancies import (
     sliced_wasserstein_loss,
     wasserstein_1d,
 )
-from distmatch.divergences.estimators import kl_neighbours
+from distmatch.divergences.estimators import kl_neighbors
 from distmatch.metrics import frechet_distance, kernel_distance, prdc, vendi_score
 from distmatch.ratio import fit_ratio
 
@@ -104,8 +104,8 @@ TWO_SETS = {
     "recall": (lambda x, y: prdc(x, y).recall, 0),
     "density": (lambda x, y: prdc(x, y).density, 0),
     "coverage": (lambda x, y: prdc(x, y).coverage, 0),
-    "kl by neighbours": (lambda x, y: kl_neighbours(x, y).value, 0),
-    "ratio by neighbours": (log_ratio("knn"), 0),
+    "kl by neighbors": (lambda x, y: kl_neighbors(x, y).value, 0),
+    "ratio by neighbors": (log_ratio("knn"), 0),
     "ratio by least squares": (log_ratio("ulsif"), 0),
 }
 PAIRED_SETS = {
@@ -152,8 +152,8 @@ def test_a_change_of_unit_and_origin_changes_the_value_by_its_law(name, scale, o
     assert after == pytest.approx(before * scale**degree, rel=1e-5, abs=1e-7 * scale**degree)
 
 
-IN_ORDER = {"mmd imq block", "mmd linear", "mmd p-value", "ratio by least squares", "kl by neighbours"}
-IN_ORDER |= {"frechet wide", "conditional cauchy-schwarz", "ratio by neighbours"}
+IN_ORDER = {"mmd imq block", "mmd linear", "mmd p-value", "ratio by least squares", "kl by neighbors"}
+IN_ORDER |= {"frechet wide", "conditional cauchy-schwarz", "ratio by neighbors"}
 """Those that take the samples in the order they come in, or draw from them by it."""
 
 
@@ -245,7 +245,7 @@ def test_distance_covariance_with_one_sample_far_out():
 def test_sinkhorn_of_clusters_far_apart(epsilon):
     x, y = far_clusters(200)
     found = sinkhorn_divergence(x, y, epsilon=epsilon)
-    # Each cluster on its own, about its own centre: nothing crosses between them.
+    # Each cluster on its own, about its own center: nothing crosses between them.
     ends = torch.where(torch.arange(200) % 2 == 0, 1e4, -1e4)[:, None].double()
     if epsilon is None:
         assert float(found.value) == pytest.approx(

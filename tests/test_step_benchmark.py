@@ -81,8 +81,8 @@ def test_updates_are_as_many_as_in_a_cycle_and_train_nothing(bench: ModuleType) 
     before = {
         k: v.clone() for name, net in state.modules().items() for k, v in flat(name, net.state_dict()).items()
     }
-    for name, optimiser in state.optimisers.items():
-        optimiser.register_step_post_hook(lambda *_, name=name: moves.update([name]))
+    for name, optimizer in state.optimizers.items():
+        optimizer.register_step_post_hook(lambda *_, name=name: moves.update([name]))
     again()
     assert moves == {"student": 1, "fake": steps, "ratio": steps}
     for name, net in state.modules().items():

@@ -81,7 +81,7 @@ NAMES = {
     "distill --teacher t --divergence alpha:x": ("alpha", "finite number"),
     "distill --teacher t --divergence tv": ("tv has no second derivative",),
     "distill --teacher t --method dmd3": ("unknown method", "did you mean dmd"),
-    "distill --teacher t --method dmd2 --divergence kl": ("dmd2 minimises reverse KL", "f-distill"),
+    "distill --teacher t --method dmd2 --divergence kl": ("dmd2 minimizes reverse KL", "f-distill"),
     "demo --divergence jss": ("unknown divergence", "did you mean js"),
     "demo --divergence tv": ("tv has no second derivative",),
     "demo --device abacus": ("device cannot be used", "'abacus'"),

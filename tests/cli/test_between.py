@@ -58,7 +58,7 @@ def test_known_laws_give_known_numbers() -> None:
         assert set(row) <= ROW | MAYBE
     assert rows["js"]["largest"] == pytest.approx(math.log(2))
     # 4 standard errors: see tests/metrics/test_between.py
-    for name, truth in (("kl_neighbours", 0.5), ("wasserstein", 1.0), ("frechet", 1.0), ("sinkhorn", 0.5)):
+    for name, truth in (("kl_neighbors", 0.5), ("wasserstein", 1.0), ("frechet", 1.0), ("sinkhorn", 0.5)):
         assert abs(rows[name]["value"] - truth) < 4 * rows[name]["stderr"], name
     for name, truth in (("kl", 0.5), ("reverse_kl", 0.5), ("js", 0.1114), ("tv", 0.3829)):
         assert rows[name]["value"] < truth + 4 * rows[name]["stderr"]
@@ -71,14 +71,14 @@ def test_the_reference_is_p_and_comes_second_or_as_data(place: Path) -> None:
     wide = place / "wide.npz"
     np.savez(wide, x=3 * np.random.default_rng(1).standard_normal((1500, 1)).astype(np.float32))
     both = [
-        done(f"evaluate {b} {a} --divergences kl,kl_neighbours --json").json()["estimates"]
+        done(f"evaluate {b} {a} --divergences kl,kl_neighbors --json").json()["estimates"]
         for a, b in (("wide.npz", "q.npz"), ("q.npz", "wide.npz"))
     ]
-    as_data = done("evaluate q.npz --data wide.npz --divergences kl,kl_neighbours --json").json()
+    as_data = done("evaluate q.npz --data wide.npz --divergences kl,kl_neighbors --json").json()
     wide.unlink()
     assert as_data["estimates"] == both[0]
     # KL is 2.90 from the wide one to the narrow one and 0.65 the other way round.
-    for name in ("kl", "kl_neighbours"):
+    for name in ("kl", "kl_neighbors"):
         assert both[0][name]["value"] > 1.2
         assert both[1][name]["value"] < 0.9
 
@@ -106,7 +106,7 @@ def test_warnings_stand_below_the_table() -> None:
 
 
 def test_a_seed_decides_everything() -> None:
-    line = "evaluate q.npz p.npz --divergences js,kl_neighbours,energy --n 300 --json"
+    line = "evaluate q.npz p.npz --divergences js,kl_neighbors,energy --n 300 --json"
     first, again, other = (done(f"{line} --seed {seed}").json()["estimates"] for seed in (0, 0, 1))
     assert first == again
     assert first["js"] != other["js"]

@@ -112,8 +112,8 @@ def test_words_are_matched_by_name_in_any_order() -> None:
 def test_only_classes_that_occur_need_a_match() -> None:
     data = from_arrays(pictures([0, 1, 0]), [0, 1, 0], class_names=["dog", "cat", "cow"])
     assert labels_of(matched(data, ("cat", "dog"), 2, "the teacher")) == [1, 0, 1]
-    unlabelled = data.without_labels()
-    assert matched(unlabelled, ("cat", "dog"), 2, "the teacher") is unlabelled
+    unlabeled = data.without_labels()
+    assert matched(unlabeled, ("cat", "dog"), 2, "the teacher") is unlabeled
 
 
 def test_names_and_counts_are_kept_with_teacher_and_student(place: Path) -> None:

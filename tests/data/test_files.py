@@ -16,7 +16,7 @@ from distmatch.data import from_arrays, load_data
 from distmatch.data.batches import Batches
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 7, 9), dtype=np.uint8)
-COLOUR = np.random.default_rng(1).integers(0, 256, (6, 7, 9, 3), dtype=np.uint8)
+COLOR = np.random.default_rng(1).integers(0, 256, (6, 7, 9, 3), dtype=np.uint8)
 LABELS = np.array([0, 1, 2, 0, 1, 2])
 
 
@@ -31,9 +31,9 @@ def savez(path, **arrays):
 
 @pytest.mark.parametrize(("key", "label_key"), [("x", "labels"), ("images", "y"), ("x_train", "y_train")])
 def test_npz_keys(tmp_path, key, label_key):
-    path = savez(tmp_path / "d.npz", **{"other": np.zeros(3), key: COLOUR, label_key: LABELS})
+    path = savez(tmp_path / "d.npz", **{"other": np.zeros(3), key: COLOR, label_key: LABELS})
     data = load_data(str(path))
-    np.testing.assert_array_equal(exported(data), COLOUR)
+    np.testing.assert_array_equal(exported(data), COLOR)
     assert data.labels is not None
     assert data.labels.tolist() == LABELS.tolist()
     assert data.class_names == ("0", "1", "2")
@@ -49,7 +49,7 @@ def test_the_only_array_and_class_names(tmp_path):
 
 
 def test_written_samples_can_be_read_again(tmp_path):
-    """What a model without labels writes has labels -1 throughout: unlabelled."""
+    """What a model without labels writes has labels -1 throughout: unlabeled."""
     data = load_data(savez(tmp_path / "d.npz", x=IMAGES, labels=np.full(6, -1)))
     assert data.num_classes == 0
     assert data.class_names == ()
@@ -183,8 +183,8 @@ def test_damaged_files_never_crash(tmp_path, suffix):
     elif suffix == ".npy":
         np.save(buffer, IMAGES)
     else:
-        Image.fromarray(COLOUR[0]).save(buffer, Image.registered_extensions()[suffix])
-        Image.fromarray(COLOUR[1]).save(tmp_path / "a.png")
+        Image.fromarray(COLOR[0]).save(buffer, Image.registered_extensions()[suffix])
+        Image.fromarray(COLOR[1]).save(tmp_path / "a.png")
     refused = 0
     for content in damaged(buffer.getvalue(), np.random.default_rng(0)):
         (tmp_path / f"d{suffix}").write_bytes(content)
@@ -273,7 +273,7 @@ def write_images(folder, arrays, suffix=".png"):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp"])
-@pytest.mark.parametrize("pixels", [IMAGES, COLOUR])
+@pytest.mark.parametrize("pixels", [IMAGES, COLOR])
 def test_folders_are_read_exactly(tmp_path, pixels, suffix):
     write_images(tmp_path, pixels, suffix)
     (tmp_path / "readme.txt").write_text("no image")
@@ -332,21 +332,21 @@ def test_one_sub_folder_is_no_class(tmp_path):
     assert load_data(tmp_path).labels is None
 
 
-def test_alpha_is_dropped_and_grey_joins_colour(tmp_path):
+def test_alpha_is_dropped_and_grey_joins_color(tmp_path):
     alpha = np.random.default_rng(3).integers(0, 256, (7, 9, 1), dtype=np.uint8)
-    write_images(tmp_path, [np.concatenate((COLOUR[0], alpha), 2), IMAGES[1]])
+    write_images(tmp_path, [np.concatenate((COLOR[0], alpha), 2), IMAGES[1]])
     data = load_data(tmp_path)
     assert data.shape == (3, 7, 9)
-    np.testing.assert_array_equal(exported(data)[0], COLOUR[0])
+    np.testing.assert_array_equal(exported(data)[0], COLOR[0])
     np.testing.assert_array_equal(exported(data)[1], np.stack([IMAGES[1]] * 3, -1))
 
 
 def test_camera_orientation_is_applied(tmp_path):
-    write_images(tmp_path, COLOUR[:1])
+    write_images(tmp_path, COLOR[:1])
     exif = Image.Exif()
     exif[0x0112] = 6  # the sensor was turned: what is stored must be turned clockwise to be upright
-    Image.fromarray(np.ascontiguousarray(np.rot90(COLOUR[1]))).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(exported(load_data(tmp_path)), COLOUR[:2])
+    Image.fromarray(np.ascontiguousarray(np.rot90(COLOR[1]))).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(exported(load_data(tmp_path)), COLOR[:2])
 
 
 def test_the_first_odd_image_is_named(tmp_path):

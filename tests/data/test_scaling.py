@@ -60,7 +60,7 @@ def test_digits_go_to_bytes_on_export():
 @pytest.mark.parametrize(
     ("low", "high", "word"), [(0, 1, "[0, 1]"), (-1, 1, "[-1, 1]"), (0, 255, "[0, 255]")]
 )
-def test_float_ranges_are_recognised(low, high, word):
+def test_float_ranges_are_recognized(low, high, word):
     images = np.linspace(low, high, 4 * 5 * 6).reshape(4, 5, 6)
     data = from_arrays(images)
     assert word in data.scaling.rule
@@ -100,7 +100,7 @@ def test_vector_columns_span_the_range_and_come_back():
     moving = x[:, [0, 2, 3, 4]]
     assert float(moving.abs().max()) == 1
     assert bool(torch.isfinite(x).all())
-    # The centre is rounded to float32, so an end may miss 1 by the resolution of the data, never exceed it.
+    # The center is rounded to float32, so an end may miss 1 by the resolution of the data, never exceed it.
     assert float(moving.amax(0).min()) > 1 - 1e-5
     assert float(moving.amin(0).max()) < -1 + 1e-5
     assert bool((x[:, 1] == 0).all())
@@ -112,7 +112,7 @@ def test_vector_columns_span_the_range_and_come_back():
 
 
 def test_columns_at_the_resolution_of_float32_stay_in_range():
-    """2^24 and the next float32: their middle is no float32, and must not be where the range is centred."""
+    """2^24 and the next float32: their middle is no float32, and must not be where the range is centered."""
     data = from_arrays(np.array([[2.0**24], [2.0**24 + 2]]))
     x, _ = data.batch(torch.tensor([0, 1]))
     assert float(x.abs().max()) <= 1

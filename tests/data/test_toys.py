@@ -49,7 +49,7 @@ def test_samples_are_those_of_the_exact_teacher_unscaled(name):
 
 @pytest.mark.parametrize("name", TOY_NAMES)
 def test_labels_name_the_mode_of_each_sample(name):
-    """Standardised by the mode of its label, a sample is standard normal: squared norm 2 on average."""
+    """Standardized by the mode of its label, a sample is standard normal: squared norm 2 on average."""
     mixture, data = toy(name), toy_dataset(name, N, seed=2)
     assert data.labels is not None
     assert data.num_classes == len(mixture.weights)

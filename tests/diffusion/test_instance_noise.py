@@ -75,18 +75,18 @@ def test_noise_on_the_data_makes_the_generator_right() -> None:
     w1 = {}
     for name, data in (("clean", x), ("blurred", x + s * normal(1500, 2, seed=1))):
         width = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-        optimiser = torch.optim.LBFGS([width], max_iter=20, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([width], max_iter=20, line_search_fn="strong_wolfe")
 
         def loss(
-            data: Tensor = data, width: Tensor = width, optimiser: torch.optim.Optimizer = optimiser
+            data: Tensor = data, width: Tensor = width, optimizer: torch.optim.Optimizer = optimizer
         ) -> Tensor:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             samples = torch.stack([width * z, torch.zeros_like(z)], 1)
             value = -blurred_log_prob(samples, data, s).mean()
             value.backward()
             return value
 
-        optimiser.step(loss)
+        optimizer.step(loss)
         w1[name] = abs(float(width.detach()) - 0.5) * math.sqrt(2 / math.pi)
     assert w1["clean"] == pytest.approx((0.5 - math.sqrt(0.25 - s**2)) * math.sqrt(2 / math.pi), abs=0.005)
     assert w1["blurred"] < 0.02 < w1["clean"] / 3

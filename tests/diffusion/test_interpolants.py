@@ -104,7 +104,7 @@ def test_velocity_is_the_transport_minus_the_noises_score(interpolant: Interpola
 @pytest.mark.statistical
 @pytest.mark.parametrize("interpolant", ALL, ids=by_name)
 def test_the_losses_are_smallest_at_the_truth(interpolant: Interpolant) -> None:
-    # loss(f + d) - loss(f) = E|d|^2 / 2 for the minimiser f, and only for it: to 4 standard errors.
+    # loss(f + d) - loss(f) = E|d|^2 / 2 for the minimizer f, and only for it: to 4 standard errors.
     n, exact = 40000, Exact(interpolant)
     x0 = M0 + normal(n, 2, seed=1) @ torch.linalg.cholesky(C0).T
     x1 = M1 + normal(n, 2, seed=2) @ torch.linalg.cholesky(C1).T

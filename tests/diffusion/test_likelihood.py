@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.geometry.jacobian import denoise_with_trace, denoiser_jacobian, draw_probes
-from distmatch.diffusion.likelihood import class_log_likelihoods, dequantise, log_likelihood
+from distmatch.diffusion.likelihood import class_log_likelihoods, dequantize, log_likelihood
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.priors import gaussian_prior, moment_prior
 
@@ -227,7 +227,7 @@ def test_class_likelihoods_are_conditional_and_classify() -> None:
 def test_uniform_bytes_cost_eight_bits() -> None:
     cube = UniformCube(3)
     levels = torch.randint(10, 246, (24, 3), generator=torch.Generator().manual_seed(0))
-    x = (dequantise(levels) + 0.5) / 128 - 1  # bytes 0..255 fill [-1, 1]: 128 raw units in one of the model
+    x = (dequantize(levels) + 0.5) / 128 - 1  # bytes 0..255 fill [-1, 1]: 128 raw units in one of the model
     ideal = log_likelihood(cube, x, sigma=0.01, solver="rk5:128", prior="moments")
     torch.testing.assert_close(ideal.log_prob, cube.log_prob(x, 0.01), rtol=0, atol=1e-4)
     bits = ideal.bits_per_dim(128.0)
@@ -238,14 +238,14 @@ def test_uniform_bytes_cost_eight_bits() -> None:
     assert columns.value == pytest.approx(bits.value, abs=1e-9)
 
 
-def test_dequantised_integers_stay_in_their_cell() -> None:
+def test_dequantized_integers_stay_in_their_cell() -> None:
     levels = torch.arange(256).repeat(50).to(torch.uint8)
-    noise = dequantise(levels, seed=1) - levels.double()
+    noise = dequantize(levels, seed=1) - levels.double()
     assert float(noise.min()) >= -0.5
     assert float(noise.max()) < 0.5
     assert abs(float(noise.mean())) < 4 / math.sqrt(12 * len(levels))
     with pytest.raises(UserError, match="integers"):
-        dequantise(levels.float())
+        dequantize(levels.float())
 
 
 def test_float32_networks_keep_their_dtype() -> None:

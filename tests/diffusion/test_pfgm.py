@@ -94,8 +94,8 @@ def test_the_jacobian_is_not_the_posterior_covariance() -> None:
         teacher = StudentTTeacher(POINTS, dims)
         jacobian = torch.autograd.functional.jacobian(lambda v, t=teacher: t(v, 0.6)[0], x)[:, 0]
         share = teacher._log_kernels(x, 0.6)[0].softmax(1)[0]
-        centred = POINTS - share @ POINTS
-        covariance = (share[:, None] * centred).T @ centred / 0.36
+        centered = POINTS - share @ POINTS
+        covariance = (share[:, None] * centered).T @ centered / 0.36
         cosine = (jacobian * covariance).sum() / (jacobian.norm() * covariance.norm())
         found[dims] = (float(cosine), float((jacobian - jacobian.T).abs().max()))
     assert found[1e7] == pytest.approx((1.0, 0.0), abs=1e-5)

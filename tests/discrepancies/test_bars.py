@@ -16,7 +16,7 @@ from distmatch.discrepancies import (
     kernel_stein,
     mmd,
 )
-from distmatch.discrepancies.bars import centred_square, near_zero, squared_distance_sum
+from distmatch.discrepancies.bars import centered_square, near_zero, squared_distance_sum
 from distmatch.discrepancies.energy import _in_one_dimension
 from distmatch.discrepancies.sums import across, within
 from tests.reference.discrepancy_truths import covered, energy_1d, normal_distance_covariance, samples
@@ -76,14 +76,14 @@ def test_at_zero_the_variance_is_the_degenerate_one_and_the_jackknife_says_twice
     assert covered(results, 0.0) >= 0.95
 
 
-def centred_matrix(k):
+def centered_matrix(k):
     return k - k.mean(0) - k.mean(1)[:, None] + k.mean()
 
 
-def test_the_degenerate_variance_is_that_of_the_centred_matrices():
+def test_the_degenerate_variance_is_that_of_the_centered_matrices():
     x, y = samples(40, 2, 0), samples(30, 2, 1, 0.5)
     kernel = gaussian(1.0)
-    xy = centred_matrix(kernel(x, y)).square().sum() / (39 * 29)
+    xy = centered_matrix(kernel(x, y)).square().sum() / (39 * 29)
     assert float(across(kernel, x, y).degenerate) == pytest.approx(float(xy) / (40 * 30), rel=1e-9)
     matrix = kernel(x, x).fill_diagonal_(0)
     rows = matrix.sum(1) / 38
@@ -94,14 +94,14 @@ def test_the_degenerate_variance_is_that_of_the_centred_matrices():
     assert [float(v) for v in narrow] == pytest.approx([expected, float(xy) / 1200], rel=1e-5)
 
 
-def test_the_centred_square_is_unbiased():
-    # k(x, y) = x y + x + y: centred it is (x - m)(y - m), whose mean square is var^2 = 1. The spread of the
+def test_the_centered_square_is_unbiased():
+    # k(x, y) = x y + x + y: centered it is (x - m)(y - m), whose mean square is var^2 = 1. The spread of the
     # mean of 4000 is 0.065 at most (var^2 from 5 points), so 4 of those.
     found = []
     for i in range(4000):
         x = samples(5, 1, i, 2.0)[:, 0]
         k = (x[:, None] * x + x[:, None] + x).fill_diagonal_(0)
-        found.append(float(centred_square(k.square().sum(), k.sum(1))))
+        found.append(float(centered_square(k.square().sum(), k.sum(1))))
     assert np.mean(found) == pytest.approx(1, abs=4 * np.std(found) / 4000**0.5)
     assert np.std(found) / 4000**0.5 < 0.07
 
@@ -116,7 +116,7 @@ def test_the_curvature_of_the_logarithm_counts(variances):
         k = k / (k.sum() / (n * (n - 1)))
         rows = k.sum(1) / (n - 1)
         rest = (k - rows[:, None] * rows).fill_diagonal_(0)
-        expected += 2 * float(centred_square(rest.square().sum(), rest.sum(1))) / (n * (n - 1))
+        expected += 2 * float(centered_square(rest.square().sum(), rest.sum(1))) / (n * (n - 1))
     k = kernel(x, y) / kernel(x, y).mean()
     rest = k - k.mean(1)[:, None] * k.mean(0)
     expected += 4 * float(rest.square().sum()) / (39 * 29 * 40 * 30)

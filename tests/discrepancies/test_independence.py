@@ -32,8 +32,8 @@ def xor(n, seed):
     return [v.double() for v in (a ^ b, a, b)]
 
 
-def centred_matrix(x):
-    """The unbiased centring, written out."""
+def centered_matrix(x):
+    """The unbiased centering, written out."""
     x = x.reshape(len(x), -1)
     a, n = torch.cdist(x, x), len(x)
     rows = a.sum(1) / (n - 2)
@@ -82,7 +82,7 @@ def test_the_error_bar_is_the_jackknife():
 def test_the_terms_behind_the_error_bar_are_the_row_sums(d):
     # Padded with a zero column the same samples take the general path.
     x, y = (torch.stack([v, 0 * v], 1)[:, :d] for v in normals(60, 0.7, 0))
-    product = centred_matrix(x) * centred_matrix(y)
+    product = centered_matrix(x) * centered_matrix(y)
     expected = float(2 * (product.sum(1) / 57).std() / 60**0.5) * 59 / 57
     assert distance_covariance(x, y).stderr == pytest.approx(expected, rel=1e-6)
 
@@ -121,7 +121,7 @@ def test_the_joint_form_is_its_decomposition(elements, monkeypatch):
     monkeypatch.setattr(chunks, "_CPU_ELEMENTS", elements)
     x, y = normals(50, 0.6, 0)
     z = x * y
-    u, v, w = (centred_matrix(t) for t in (x, y, z))
+    u, v, w = (centered_matrix(t) for t in (x, y, z))
     scale = 50 * 47
     pairs = [distance_covariance(*p).value for p in itertools.combinations((x, y, z), 2)]
     triple = float((u * v * w).sum()) / scale
@@ -162,10 +162,10 @@ def exact_xor_concatenated():
     f = (points[:, 0] != points[:, 1]).double()
     b = (f[:, None] - f).abs()
 
-    def centre(m):
+    def center(m):
         return m - m.mean(0) - m.mean(1)[:, None] + m.mean()
 
-    return float((centre(a) * centre(b)).mean())
+    return float((center(a) * center(b)).mean())
 
 
 @pytest.mark.statistical

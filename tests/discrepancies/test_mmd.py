@@ -195,7 +195,7 @@ def test_precision_follows_the_input():
     x, y = samples(400, 8, 0, 100.0), samples(300, 8, 1, 100.1)
     wide = mmd(x, y, "laplace")
     narrow = mmd(x.float(), y.float(), "laplace")
-    assert narrow.value == pytest.approx(wide.value, abs=1e-6)  # the data are centred first
+    assert narrow.value == pytest.approx(wide.value, abs=1e-6)  # the data are centered first
     assert mmd_loss(x, y).dtype == torch.float64
     assert mmd_loss(x.float(), y.float()).dtype == torch.float32
     assert mmd_loss(x.half(), y.half()).dtype == torch.float32

@@ -201,7 +201,7 @@ BAD = {
     "integers": ((GOOD.long(), GOOD), {}, "floating"),
     "an array": ((GOOD.numpy(), GOOD), {}, "torch tensor"),
     "negative weight": ((GOOD, GOOD), {"a": torch.tensor([1.5, -0.5, 0, 0])}, "not negative"),
-    "unnormalised": ((GOOD, GOOD), {"b": torch.ones(4)}, "sum to one"),
+    "unnormalized": ((GOOD, GOOD), {"b": torch.ones(4)}, "sum to one"),
     "number of weights": ((GOOD, GOOD), {"a": torch.ones(3) / 3}, "one floating weight per sample"),
     "NaN weight": ((GOOD, GOOD), {"a": torch.tensor([math.nan, 0, 0, 1])}, "finite"),
 }

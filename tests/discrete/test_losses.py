@@ -75,7 +75,7 @@ def test_losses_in_time_are_the_bound_between_their_ends(loss, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["log-linear", "cosine"])
-def test_score_entropy_is_cross_entropy_draw_by_draw_when_conditionals_are_normalised(schedule):
+def test_score_entropy_is_cross_entropy_draw_by_draw_when_conditionals_are_normalized(schedule):
     model, x = Lookup(), table().states
     both = [discrete_loss(model, x, name, generator=rng(3), schedule=schedule) for name in ("t-dse", "t-dce")]
     assert torch.allclose(*both, rtol=1e-9, atol=1e-12)

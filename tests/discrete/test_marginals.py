@@ -65,7 +65,7 @@ def test_the_loss_is_its_definition():
     assert error < 0.03 * sum(steps)
 
 
-def test_a_wrong_constant_is_seen_by_the_normalisation_alone():
+def test_a_wrong_constant_is_seen_by_the_normalization_alone():
     loss = consistency_loss(Scaled(1.0, 0.1), table(), table().states, generator=rng())
     assert torch.allclose(loss, torch.full_like(loss, 0.01), atol=1e-12)
 

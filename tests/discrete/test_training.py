@@ -89,7 +89,7 @@ def test_marginals_learn_from_conditionals_in_the_second_stage():
 
 
 @torch.no_grad()
-def test_an_energy_is_normalised_without_data():
+def test_an_energy_is_normalized_without_data():
     # A ring of four spins with couplings and fields: 16 states, so Z is known.
     states = torch.tensor(list(itertools.product((0, 1), repeat=4)))
     field = torch.tensor([0.5, -0.3, 0.2, 0.4])
@@ -213,7 +213,7 @@ def test_crops_are_windows_and_depend_on_the_step_alone():
 
 
 class Alternating:
-    """The letter after a is b, after b is c, after c is a; known from either neighbour."""
+    """The letter after a is b, after b is c, after c is a; known from either neighbor."""
 
     vocabulary, length = 3, 8
 

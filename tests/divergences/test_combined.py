@@ -54,7 +54,7 @@ def test_a_mixture_is_the_weighted_sum_in_every_respect():
     t = torch.linspace(-3, high - 0.01, 50, dtype=torch.float64)
     gap = ours.f(X)[:, None] + ours.conjugate(t) - X.exp()[:, None] * t
     assert gap.min() > -1e-9
-    assert gap.min(0).values.max() < 0.1  # and it is tight: the best grid point is near the maximiser
+    assert gap.min(0).values.max() < 0.1  # and it is tight: the best grid point is near the maximizer
     # Total variation with Le Cam: both limits are finite.
     ends = mixture([divergence("neyman"), divergence("le_cam")], [0.25, 0.75])
     limit = ends.conjugate(torch.tensor([1.0 - 1e-13, 1.0], dtype=torch.float64)).tolist()

@@ -179,7 +179,7 @@ def test_the_plane_counts_mass_where_the_other_density_vanishes():
         assert got == pytest.approx(value), name
 
 
-def test_the_plane_factorises_and_has_gradients():
+def test_the_plane_factorizes_and_has_gradients():
     # Independent coordinates: KL adds, the Bhattacharyya coefficient multiplies. 262,144 points: two chunks.
     def normal(mean, scale):
         return torch.distributions.Normal(torch.tensor(mean).double(), torch.tensor(scale).double()).log_prob

@@ -1,6 +1,6 @@
 """What must hold for every divergence and every pair of discrete distributions, zeros included.
 
-hypothesis draws the distributions and the members of the families; derandomised, so every run is the same.
+hypothesis draws the distributions and the members of the families; derandomized, so every run is the same.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _members = st.one_of(
 )
 
 
-def _normalised(x):
+def _normalized(x):
     return torch.from_numpy(x / x.sum(-1, keepdims=True))
 
 
 # Masses from 1e-4 to 1, and often exactly zero.
 _masses = st.one_of(st.just(0.0), st.floats(1e-4, 1.0))
-_pairs = arrays(np.float64, (2, 5), elements=_masses).filter(lambda x: (x.sum(-1) > 0).all()).map(_normalised)
-_positive = arrays(np.float64, (2, 5), elements=st.floats(1e-3, 1.0)).map(_normalised)
+_pairs = arrays(np.float64, (2, 5), elements=_masses).filter(lambda x: (x.sum(-1) > 0).all()).map(_normalized)
+_positive = arrays(np.float64, (2, 5), elements=st.floats(1e-3, 1.0)).map(_normalized)
 _channels = (
-    arrays(np.float64, (5, 4), elements=_masses).filter(lambda x: (x.sum(-1) > 0).all()).map(_normalised)
+    arrays(np.float64, (5, 4), elements=_masses).filter(lambda x: (x.sum(-1) > 0).all()).map(_normalized)
 )
 
 

@@ -87,16 +87,16 @@ def test_values_and_gradients_keep_their_digits_from_minus_80_to_80(name, dtype)
     with mpmath.workdps(250):
         f, tilt = textbook(name, mpmath)
 
-        def centred(r):
+        def centered(r):
             return f(r) - tilt * (r - 1)
 
         def slope(r):
-            return relative_derivative(centred, r) / r
+            return relative_derivative(centered, r) / r
 
         def weight(r):
             return r * relative_derivative(slope, r)
 
-        exact = {"f": centred, "df": slope, "d2f": lambda r: weight(r) / r**2, "weight": weight}
+        exact = {"f": centered, "df": slope, "d2f": lambda r: weight(r) / r**2, "weight": weight}
         for function, true in exact.items():
             x = torch.tensor(points, dtype=dtype, requires_grad=True)
             value = getattr(d, function)(x)
@@ -132,7 +132,7 @@ def test_far_outside_everything_stays_finite_and_nan_stays_nan(name):
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-def test_generator_is_centred_and_never_negative(name):
+def test_generator_is_centered_and_never_negative(name):
     d = divergence(name)
     zero = torch.zeros(1)
     assert d.f(zero).item() == 0
@@ -156,7 +156,7 @@ def test_fenchel_equality_and_fenchel_young_inequality(name):
 
 
 @pytest.mark.parametrize("name", [*SMOOTH, "tv"])
-def test_conjugate_outside_its_domain_and_its_gradient_is_the_maximiser(name):
+def test_conjugate_outside_its_domain_and_its_gradient_is_the_maximizer(name):
     d = divergence(name)
     low, high = d.conjugate_domain
     assert low == -math.inf
@@ -209,7 +209,7 @@ def test_the_numerical_conjugates_match_their_lambert_forms():
     t = torch.linspace(-20, 0.3, 60, dtype=torch.float64)
     w = torch.from_numpy(lambertw((1 - t).exp().numpy()).real)
     torch.testing.assert_close(divergence("jeffreys").conjugate(t), w + 1 / w + t - 2, rtol=1e-10, atol=1e-12)
-    # Centring moves the argument by f'(1) = -1: f_c*(t) = f*(t - 1) + 1.
+    # Centering moves the argument by f'(1) = -1: f_c*(t) = f*(t - 1) + 1.
     w = torch.from_numpy(lambertw(-2 * (t - 2).exp().numpy(), k=-1).real)
     torch.testing.assert_close(
         divergence("softened_reverse_kl").conjugate(t), 2 - t + w, rtol=1e-8, atol=1e-10

@@ -78,7 +78,7 @@ def student_events(steps: int = 3000) -> list[dict[str, Any]]:
             "weight_mean": (ratio / ratio.mean()).tolist(),
         }
         events.append(event)
-    message = "ratio normalisation: a noise bin gathers 51.2 samples at batch 256; its mean is pooled."
+    message = "ratio normalization: a noise bin gathers 51.2 samples at batch 256; its mean is pooled."
     events.insert(40, {"event": "warning", "step": 195, "time": 1e9 + 9, "message": message})
     events.append({"event": "end", "step": steps, "time": 1e9 + steps * 0.046})
     measured = {"features": "classifier", "n": 800, "groups": 10, "guidance": 1.0, "reference": False}

@@ -218,7 +218,7 @@ SKIPS = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipU
         (latent_dit, "at level 1"),
         (shifted, "a shift or a scale"),
     ],
-    ids=["ours", "calls", "centred", "oblong", "latent U-Net", "pixel DiT", "level 1", "shifted latents"],
+    ids=["ours", "calls", "centered", "oblong", "latent U-Net", "pixel DiT", "level 1", "shifted latents"],
 )
 def test_refusals_say_why(make: object, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:

@@ -83,7 +83,7 @@ def test_latent_folders_bring_their_autoencoder(tmp_path):
 
 
 def ldm(folder):
-    """A pipeline on the latents of a quantising autoencoder, as LDM's are stored."""
+    """A pipeline on the latents of a quantizing autoencoder, as LDM's are stored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         codec = diffusers.VQModel(
@@ -99,7 +99,7 @@ def ldm(folder):
     return codec
 
 
-def test_latents_of_a_quantising_autoencoder_are_decoded(tmp_path):
+def test_latents_of_a_quantizing_autoencoder_are_decoded(tmp_path):
     codec = ldm(tmp_path / "ldm")
     teacher = load_diffusers(tmp_path / "ldm")
     assert (teacher.shape, teacher.decoder.shape) == ((3, 8, 8), (3, 16, 16))
@@ -112,8 +112,8 @@ def test_latents_of_a_quantising_autoencoder_are_decoded(tmp_path):
 def test_a_part_that_is_not_read_is_named(tmp_path):
     """Without it the samples would be something else: latents taken for pixels, for example."""
     ldm(tmp_path / "ldm")
-    (tmp_path / "ldm" / "vqvae").rename(tmp_path / "ldm" / "quantiser")
-    with pytest.raises(UserError, match=r"a part that is not read.*Got: quantiser\."):
+    (tmp_path / "ldm" / "vqvae").rename(tmp_path / "ldm" / "quantizer")
+    with pytest.raises(UserError, match=r"a part that is not read.*Got: quantizer\."):
         load_diffusers(tmp_path / "ldm")
 
 

@@ -129,7 +129,7 @@ def test_networks_that_are_not_read_say_so(tmp_path):
     with pytest.raises(UserError, match="variant"):
         from_arguments("song", {**SMALL, "encoder_type": "skip"})
     with pytest.raises(UserError, match="unknown option"):
-        from_arguments("song", {**SMALL, "colour": 3})
+        from_arguments("song", {**SMALL, "color": 3})
     with pytest.raises(UserError, match="cannot be halved"):
         from_arguments("edm2", {**SMALL, "img_resolution": 9})
     wrong = write_pickle(

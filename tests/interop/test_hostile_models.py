@@ -122,13 +122,13 @@ def test_a_config_of_a_huge_network_is_refused_before_it_is_built(change, tmp_pa
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool])
 @pytest.mark.parametrize("every", [True, False])
-def test_quantised_weights_are_refused(dtype, every, tmp_path):
+def test_quantized_weights_are_refused(dtype, every, tmp_path):
     net = build_net(MLPConfig(width=16, depth=1), (2,), 0)
     save_denoiser(tmp_path / "m", EDMDenoiser(net, shape=(2,), num_classes=0))
     state = net.state_dict()
     odd = {k: v.to(dtype) if every or k == "last.weight" else v for k, v in state.items()}
     save_file(odd, tmp_path / "m" / "model.safetensors")
-    with pytest.raises(UserError, match="undo the quantisation"):
+    with pytest.raises(UserError, match="undo the quantization"):
         load_denoiser(tmp_path / "m")
 
 

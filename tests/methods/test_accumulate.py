@@ -14,9 +14,9 @@ def gradients(accumulate: int, steps: int, classes: int, **settings: object) -> 
     rates = read_by(settings.get("method", "f-distill"), lr=0.3, lr_critic=0.05, lr_ratio=0.3)
     method = distiller(network_teacher(classes), accumulate=accumulate, grad_clip=0.0, **rates, **settings)
     state = method.init(0)
-    for name, optimiser in state.optimisers.items():
-        parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        state.optimisers[name] = torch.optim.SGD(parameters)
+    for name, optimizer in state.optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state.optimizers[name] = torch.optim.SGD(parameters)
     infos = [method.step(state, batch(step, classes)) for step in range(steps)]
     return state, infos
 
@@ -48,10 +48,10 @@ def test_the_parts_of_a_batch_change_nothing(settings: dict[str, object], classe
             assert one.keys() == two.keys()
             for key, value in one.items():
                 torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-6, equal_nan=True, msg=key)
-        if whole.normaliser is not None and settings.get("which"):
-            assert whole.normaliser.count.sum() > 32
-            for key, value in whole.normaliser.state_dict().items():
-                torch.testing.assert_close(parts.normaliser.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+        if whole.normalizer is not None and settings.get("which"):
+            assert whole.normalizer.count.sum() > 32
+            for key, value in whole.normalizer.state_dict().items():
+                torch.testing.assert_close(parts.normalizer.state_dict()[key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_networks_see_no_more_than_a_part() -> None:

@@ -33,7 +33,7 @@ def test_presets_and_refusals() -> None:
     assert resolve_method("dmd2", "rkl")[1] == "reverse_kl"
     with pytest.raises(UserError, match="did you mean f-distill"):
         resolve_method("f-distil", None)
-    with pytest.raises(UserError, match="dmd2 minimises reverse KL"):
+    with pytest.raises(UserError, match="dmd2 minimizes reverse KL"):
         resolve_method("dmd2", "js")
     with pytest.raises(UserError, match="no second derivative"):
         distiller(network_teacher(), "tv")

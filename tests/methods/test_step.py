@@ -15,7 +15,7 @@ from distmatch.losses import adversarial_generator_loss, score_difference
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.matching.networks import predictions
 from distmatch.methods.state import DistillState
-from distmatch.ratio.normaliser import RatioNormaliser
+from distmatch.ratio.normalizer import RatioNormalizer
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
 
 
@@ -115,7 +115,7 @@ def student_step(
         teacher, logit = method.teacher(x, sigma, labels), None
         fake = state.fake(x, sigma, labels)
     parts = {"teacher": teacher, "fake": fake, "sigma": sigma, "x": x}
-    normaliser = RatioNormaliser(state.normaliser.config)
+    normalizer = RatioNormalizer(state.normalizer.config)
     if state.discriminator is not None:
         leaf = x.clone().requires_grad_()
         if method.compared.source == "own":
@@ -124,7 +124,7 @@ def student_step(
             lender = method.teacher if method.compared.source == "teacher" else state.fake
             logit = state.discriminator(lender(leaf, sigma, labels, return_features=True)[1], sigma, labels)
         weigh = method.setup.divergence.weight
-        parts["weight"] = normaliser.update(logit, method.noise.cdf(sigma), weigh).weight
+        parts["weight"] = normalizer.update(logit, method.noise.cdf(sigma), weigh).weight
         adversarial = method.config.gan_weight * adversarial_generator_loss(logit).mean()
         (parts["adversarial"],) = torch.autograd.grad(adversarial, leaf)
     method._backward(state, x0, x, call, labels, method._gradient(state, x0.detach(), x, call, told).gradient)
@@ -137,7 +137,7 @@ def test_the_samples_receive_exactly_the_weighted_score_difference(features: str
     teacher = network_teacher(3).requires_grad_(True)  # even a teacher that forgot to freeze gets nothing
     method = distiller(teacher, "kl", ratio_features=features, gan_weight=gan_weight, lr_ratio=0.05)
     state = run(method, 6)
-    state.normaliser = RatioNormaliser(state.normaliser.config)
+    state.normalizer = RatioNormalizer(state.normalizer.config)
     x0, received, parts = student_step(method, state, torch.arange(32) % 3)
     g = score_difference(parts["teacher"], parts["fake"], x0, parts["sigma"], parts["weight"])
     g = g / (2 * teacher.sigma_data)  # in the length in which the data have a standard deviation of 1/2
@@ -215,7 +215,7 @@ def test_learning_rates_follow_the_schedule() -> None:
     seen = []
     for step in range(8):
         method.step(state, batch(step))
-        seen.append([state.optimisers[k].param_groups[0]["lr"] for k in ("student", "fake", "ratio")])
+        seen.append([state.optimizers[k].param_groups[0]["lr"] for k in ("student", "fake", "ratio")])
     # ramp (step + 1) / 4 up to 1, times (1 + cos(pi step / 8)) / 2.
     cosine = [0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * s / 8)))) for s in range(8)]
     factor = [min(1, (s + 1) / 4) * c for s, c in enumerate(cosine)]

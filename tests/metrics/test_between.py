@@ -14,7 +14,7 @@ from distmatch.base.errors import UserError
 from distmatch.data import from_arrays, toy, toy_dataset
 from distmatch.discrepancies import median_bandwidth, silverman_bandwidth
 from distmatch.divergences import NAMES, divergence_1d
-from distmatch.divergences.estimators import LowerBound, kl_neighbours
+from distmatch.divergences.estimators import LowerBound, kl_neighbors
 from distmatch.metrics import compare_datasets, compare_samples
 from distmatch.metrics.distances import resampled
 from distmatch.metrics.names import EVERYTHING, checked_names
@@ -37,7 +37,7 @@ def plane():
 @pytest.fixture(scope="module")
 def line():
     p, q = normal(1500, 1, 2) + 1, normal(1500, 1, 3)
-    return compare_samples(p, q, "energy,wasserstein,sliced_wasserstein,max_sliced_wasserstein,kl_neighbours")
+    return compare_samples(p, q, "energy,wasserstein,sliced_wasserstein,max_sliced_wasserstein,kl_neighbors")
 
 
 def close(measured, truth, sigmas=4.0):
@@ -67,14 +67,14 @@ def test_bounds_are_below_the_truth_and_not_far_below(plane, name):
     assert truth < row.largest
 
 
-def test_kl_by_neighbours_goes_both_ways():
+def test_kl_by_neighbors_goes_both_ways():
     wide, unit = 2 * normal(500, 1, 0), normal(500, 1, 1)
-    found = compare_samples(wide, unit, "kl_neighbours,reverse_kl_neighbours").measured
-    forward, backward = kl_neighbours(wide, unit).value, kl_neighbours(unit, wide).value
+    found = compare_samples(wide, unit, "kl_neighbors,reverse_kl_neighbors").measured
+    forward, backward = kl_neighbors(wide, unit).value, kl_neighbors(unit, wide).value
     assert forward != pytest.approx(backward, rel=0.01)
     # The order of the samples changes the error, not the value.
-    assert found["kl_neighbours"].estimate.value == pytest.approx(forward, rel=1e-9)
-    assert found["reverse_kl_neighbours"].estimate.value == pytest.approx(backward, rel=1e-9)
+    assert found["kl_neighbors"].estimate.value == pytest.approx(forward, rel=1e-9)
+    assert found["reverse_kl_neighbors"].estimate.value == pytest.approx(backward, rel=1e-9)
 
 
 def test_distances_in_the_plane(plane):
@@ -104,7 +104,7 @@ def test_both_sets_are_projected_on_the_same_directions():
 def test_distances_on_the_line(line):
     close(line.measured["energy"], energy_1d(1, 1, 1))
     close(line.measured["wasserstein"], 1.0)
-    close(line.measured["kl_neighbours"], 0.5)
+    close(line.measured["kl_neighbors"], 0.5)
     assert line.not_computed.keys() == {"sliced_wasserstein", "max_sliced_wasserstein"}
 
 
@@ -192,9 +192,9 @@ def test_everything_is_measured_or_explained(plane):
         *("wasserstein", "kernel_stein", "fisher", "distance_covariance", "conditional_cauchy_schwarz")
     }
     high = compare_samples(normal(300, 8, 0), normal(300, 8, 1))
-    assert "8 dimensions" in high.not_computed["kl_neighbours"]
-    alone = compare_samples(normal(300, 8, 0), normal(300, 8, 1), "kl_neighbours").measured["kl_neighbours"]
-    assert "too few for nearest neighbours in 8 dimensions" in alone.estimate.warning
+    assert "8 dimensions" in high.not_computed["kl_neighbors"]
+    alone = compare_samples(normal(300, 8, 0), normal(300, 8, 1), "kl_neighbors").measured["kl_neighbors"]
+    assert "too few for nearest neighbors in 8 dimensions" in alone.estimate.warning
 
 
 def test_a_seed_fixes_every_number_and_a_subset_changes_none(plane):
@@ -211,6 +211,8 @@ def test_a_seed_fixes_every_number_and_a_subset_changes_none(plane):
 
 def test_names():
     assert checked_names("all") == EVERYTHING
+    with pytest.warns(UserWarning, match="now called"):
+        assert checked_names("kl_neighbours, kl") == ("kl_neighbors", "kl")
     assert checked_names(" Forward-KL, kl,fkl ,MMD:Gaussian,mmd:imq") == ("kl", "mmd", "mmd:imq")
     assert checked_names("gjs:0.3,renyi:2") == ("gjs:0.3", "renyi:2")
     assert set(checked_names("all,alpha:3")) == {*EVERYTHING, "alpha:3"}

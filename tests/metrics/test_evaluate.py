@@ -194,7 +194,7 @@ def test_users_mistakes(digits):
         evaluate(normal(30, 2, 0), torch.zeros(30, 2, dtype=torch.int64))
 
 
-def test_repeats_in_the_reference_are_said_where_neighbours_are_counted():
+def test_repeats_in_the_reference_are_said_where_neighbors_are_counted():
     atoms = normal(10, 3, 0)
     draws = torch.randint(10, (2, 400), generator=torch.Generator().manual_seed(0))
     real, fake = (atoms[d] for d in draws)
@@ -239,7 +239,7 @@ def test_shares_whose_errors_reach_far_out_of_their_range_are_called_unstable():
 
 
 def test_a_collapsed_model_is_called_unstable_and_its_figures_stay(digits):
-    """400 noisy copies of one digit: which halves hold its few neighbours decides the precision."""
+    """400 noisy copies of one digit: which halves hold its few neighbors decides the precision."""
     x, _ = digits.batch(torch.arange(1797))
     collapsed = x[:1] + 0.3 * normal(400, 64, 0).reshape(400, 1, 8, 8)
     found = evaluate(collapsed, digits, features="pixels", n=200)

@@ -128,9 +128,9 @@ def test_automatic_choice(few, monkeypatch, tmp_path):
 
 
 def test_users_mistakes(few):
-    with pytest.raises(UserError, match="labelled reference"):
+    with pytest.raises(UserError, match="labeled reference"):
         resolve_features("classifier", few.without_labels())
-    with pytest.raises(UserError, match="labelled reference"):
+    with pytest.raises(UserError, match="labeled reference"):
         resolve_features("classifier", None)
     with pytest.raises(UserError, match="classifier"):
         resolve_features("clasifier", few)

@@ -87,7 +87,7 @@ def test_halvings_are_balanced_and_their_error_of_a_mean_is_right():
 
 def test_identical_sets_score_one_even_far_from_the_origin():
     x = normal(50, 4, 6) + 300
-    assert values(x, x) == [1, 1, 1, 1]  # density: the open ball holds the centre and k - 1 others
+    assert values(x, x) == [1, 1, 1, 1]  # density: the open ball holds the center and k - 1 others
 
 
 def test_a_copied_sample_is_inside_its_closed_ball_of_radius_zero():
@@ -101,7 +101,7 @@ def test_a_copied_sample_is_inside_its_closed_ball_of_radius_zero():
 def test_among_repeats_every_ball_is_closed_and_counts_what_it_holds():
     copies = normal(1, 3, 7).expand(40, 3)
     assert values(copies, copies) == pytest.approx([1, 1, 40 / 39, 1], rel=1e-6)
-    # whole numbers from 0 to 3: many copies, and many neighbours at one distance
+    # whole numbers from 0 to 3: many copies, and many neighbors at one distance
     real, fake = (normal(n, 2, seed).round().clamp(-1, 2) for n, seed in ((45, 1), (38, 2)))
     assert values(real, fake) == pytest.approx(by_loops(real, fake), rel=1e-6)
     replicates, edges = prdc_replicates(real, fake, halves=True), group_bounds(45, 8)

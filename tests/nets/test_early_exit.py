@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.adapters import as_denoiser
 from distmatch.diffusion.conditioning import as_conditioning
-from distmatch.diffusion.control.neighbour_sets import NeighbourConditioned, SetEmbedding
+from distmatch.diffusion.control.neighbor_sets import NeighborConditioned, SetEmbedding
 from distmatch.diffusion.guidance import Guided
 from distmatch.interop.edm2_unet import EDM2UNet
 from distmatch.interop.edm_config import from_arguments
@@ -108,7 +108,7 @@ def test_denoisers_and_wrappers_pass_it_on() -> None:
     net = NETS["unet"]()
     plain = EDMDenoiser(net, shape=(3, 8, 8), num_classes=2).eval()
     inner = random(build_net(UNET, (5, 8, 8), 0))
-    sets = NeighbourConditioned(
+    sets = NeighborConditioned(
         inner, SetEmbedding(2, 8, 2), torch.randn(6, 2), torch.tensor([[0, 1], [2, 3]])
     )
     foreign: Any = as_denoiser(net, "vp", "eps", shape=(3, 8, 8), num_classes=2)

@@ -172,16 +172,16 @@ def test_training_reaches_the_exact_denoiser_of_two_points() -> None:
     denoiser = EDMDenoiser(
         build_net(MLPConfig(width=32, depth=2), (1,), 0), shape=(1,), num_classes=0, sigma_data=1.0
     )
-    optimiser = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
     g = torch.Generator().manual_seed(0)
     levels = torch.tensor([0.5, 1.0])
     for step in range(400):
-        optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / 400)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 400)
         x0 = torch.randint(0, 2, (512, 1), generator=g) * 2.0 - 1
         sigma = levels[torch.randint(0, 2, (512,), generator=g)]
         edm_loss(denoiser, x0, sigma, torch.randn(512, 1, generator=g)).mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     x = torch.linspace(-1.5, 1.5, 31)[:, None]
     for level in levels:
         with torch.no_grad():

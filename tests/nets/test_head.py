@@ -29,7 +29,7 @@ def test_the_ratio_starts_at_exactly_one() -> None:
         assert torch.equal(logits, torch.zeros(4))
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
         nn.init.normal_(parameter, std=fan_in**-0.5)
@@ -38,7 +38,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def test_head_uses_everything_and_every_parameter_learns() -> None:
     torch.manual_seed(0)
-    head = randomised(RatioHead(SHAPES, 3, width=16))
+    head = randomized(RatioHead(SHAPES, 3, width=16))
     given, sigma, labels = features(), torch.tensor([0.01, 0.1, 5.0, 60.0]), torch.tensor([-1, 0, 1, 2])
     for feature in given:
         feature.requires_grad_()
@@ -54,7 +54,7 @@ def test_head_uses_everything_and_every_parameter_learns() -> None:
 
 def test_logits_are_the_mean_over_levels() -> None:
     torch.manual_seed(0)
-    head = randomised(RatioHead(SHAPES, 0, width=8)).double()
+    head = randomized(RatioHead(SHAPES, 0, width=8)).double()
     given, sigma = features(dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     whole, parts = head(given, sigma), []
     for keep in range(len(SHAPES)):
@@ -68,7 +68,7 @@ def test_logits_are_the_mean_over_levels() -> None:
 def test_projection_is_bilinear_with_an_offset() -> None:
     torch.manual_seed(0)
     layer = Projection(6).double()
-    randomised(layer)
+    randomized(layer)
     hidden, embedding = torch.randn(5, 6).double(), torch.randn(5, 6).double()
     w, b = layer.last.weight, layer.last.bias
     by_hand = torch.einsum("bi,ij,bj->b", hidden, w[:6], embedding) + hidden @ b[:6]
@@ -78,7 +78,7 @@ def test_projection_is_bilinear_with_an_offset() -> None:
 
 def test_logits_stay_float32_under_autocast() -> None:
     torch.manual_seed(0)
-    head, net = randomised(RatioHead(SHAPES, 0, width=16)), randomised(RatioNet((3,), 0, width=16))
+    head, net = randomized(RatioHead(SHAPES, 0, width=16)), randomized(RatioNet((3,), 0, width=16))
     sigma, x = torch.tensor([0.01, 0.1, 5.0, 60.0]), torch.randn(4, 3)
     exact = (head(features(), sigma), net(x, sigma))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -90,7 +90,7 @@ def test_logits_stay_float32_under_autocast() -> None:
 
 def test_ratio_head_trace_in_one_graph() -> None:
     torch.manual_seed(0)
-    head, sigma = randomised(RatioHead(SHAPES, 3, width=8)), torch.tensor([0.01, 0.1, 5.0, 60.0])
+    head, sigma = randomized(RatioHead(SHAPES, 3, width=8)), torch.tensor([0.01, 0.1, 5.0, 60.0])
     compiled = torch.compile(head, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(features(), sigma), head(features(), sigma))
 
@@ -126,13 +126,13 @@ def test_ratio_net_recovers_the_log_ratio_of_two_gaussians() -> None:
         scale = (1 + sigma**2).sqrt()[:, None]
         return sign * means[labels] + scale * torch.randn(n, 2, generator=g), sigma, labels
 
-    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     for step in range(400):
-        optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / 400)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 400)
         loss = F.softplus(-net(*draw(1024, 1.0))).mean() + F.softplus(net(*draw(1024, -1.0))).mean()
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     x, sigma, labels = draw(4000, 1.0)
     with torch.no_grad():
         fitted = net(x, sigma, labels)

@@ -25,7 +25,7 @@ NETS: list[NetConfig] = [
 ENDS = {"shape": (1, 4, 4), "num_classes": 3, "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     return module
@@ -33,7 +33,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def denoiser(config: NetConfig) -> EDMDenoiser:
     torch.manual_seed(0)
-    return EDMDenoiser(randomised(build_net(config, (1, 4, 4), 3)), **ENDS).eval()
+    return EDMDenoiser(randomized(build_net(config, (1, 4, 4), 3)), **ENDS).eval()
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +59,7 @@ def test_a_copy_starts_as_its_teacher_wherever_it_jumps_to(config: NetConfig) ->
 @pytest.mark.parametrize("config", NETS)
 def test_where_it_jumps_to_matters_once_trained_and_none_is_the_data(config: NetConfig) -> None:
     student = as_jump(denoiser(config))
-    randomised(student)
+    randomized(student)
     x, sigma, labels = inputs()
     to_data = student(x, sigma, labels, target_sigma=torch.zeros(3))
     assert torch.equal(student(x, sigma, labels), to_data)
@@ -82,7 +82,7 @@ def test_a_jump_of_a_denoiser_is_a_step_of_euler() -> None:
 @pytest.mark.parametrize("config", NETS)
 def test_saved_and_loaded_with_both_levels(config: NetConfig, tmp_path: Path) -> None:
     student = as_jump(denoiser(config))
-    randomised(student)
+    randomized(student)
     save_model(tmp_path / "m", student)
     again, _ = load_model(tmp_path / "m")
     x, sigma, labels = inputs()
@@ -94,7 +94,7 @@ def test_saved_and_loaded_with_both_levels(config: NetConfig, tmp_path: Path) ->
 
 def test_denoisers_on_other_paths_jump_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = randomised(build_net(NETS[0], (1, 4, 4), 3))
+    net = randomized(build_net(NETS[0], (1, 4, 4), 3))
     teacher = PathDenoiser(net, condot(), "flow", **ENDS).eval()
     x, sigma, labels = inputs()
     student = as_jump(teacher)

@@ -31,7 +31,7 @@ CASES = [(kind, shape) for kind in SMALL for shape in VECTORS + IMAGES if kind =
 KINDS = [("mlp", (6,)), ("unet", (2, 7, 9)), ("dit", (2, 7, 9))]
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     """Gives every weight, also those that start at zero, a random value that keeps activations near 1."""
     for parameter in module.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
@@ -41,7 +41,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def make(kind: str, shape: tuple[int, ...], classes: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    return randomised(build_net(SMALL[kind], shape, classes)).eval()
+    return randomized(build_net(SMALL[kind], shape, classes)).eval()
 
 
 def batch(
@@ -105,7 +105,7 @@ def test_conditioning(kind: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("classes", [0, 3])
 def test_every_parameter_gets_a_gradient(kind: str, shape: tuple[int, ...], classes: int) -> None:
     torch.manual_seed(0)
-    net = randomised(build_net(SMALL[kind], shape, classes))
+    net = randomized(build_net(SMALL[kind], shape, classes))
     x, c_noise, labels = batch(shape)
     net(x, c_noise, labels if classes else None).square().sum().backward()
     dead = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -130,7 +130,7 @@ def test_dropout_acts_in_training_only() -> None:
     shape = (2, 8, 8)
     x, c_noise, labels = batch(shape)
     for config in (MLPConfig(width=16, dropout=0.5), UNetConfig(width=8, multipliers=(1,), dropout=0.5)):
-        net = randomised(build_net(config, shape, 3))
+        net = randomized(build_net(config, shape, 3))
         assert not torch.equal(net(x, c_noise, labels), net(x, c_noise, labels))
         net.eval()
         assert torch.equal(net(x, c_noise, labels), net(x, c_noise, labels))
@@ -210,7 +210,7 @@ def test_unet_sees_shifted_images_alike() -> None:
     # A convolutional net without borders in reach is equivariant to shifts by its coarsest stride.
     torch.manual_seed(0)
     config = UNetConfig(width=4, multipliers=(1, 1), blocks=1, attention=())
-    net = randomised(build_net(config, (1, 32, 32), 0)).eval().double()
+    net = randomized(build_net(config, (1, 32, 32), 0)).eval().double()
     for module in net.modules():
         if isinstance(module, SelfAttention | nn.GroupNorm):  # both look at the whole image
             module.forward = lambda x: x * 0.5  # type: ignore[method-assign]
@@ -235,15 +235,15 @@ def test_modulation_in_closed_form() -> None:
         nn.init.eye_(layer.weight)
         nn.init.zeros_(layer.bias)
     hidden = torch.randn(5, 4, dtype=torch.float64)
-    centred = hidden - hidden.mean(1, keepdim=True)
-    unit = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    centered = hidden - hidden.mean(1, keepdim=True)
+    unit = centered / (centered.square().mean(1, keepdim=True) + 1e-5).sqrt()
     expected = hidden + F.silu(F.silu(unit * (1 + scale) + shift))
     torch.testing.assert_close(block(hidden, torch.zeros(5, 4, dtype=torch.float64)), expected)
 
 
 def test_unet_keeps_detail_by_its_skips_and_lends_live_features() -> None:
     torch.manual_seed(0)
-    net = randomised(build_net(UNetConfig(width=4, multipliers=(1, 1), blocks=1), (1, 8, 8), 0)).eval()
+    net = randomized(build_net(UNetConfig(width=4, multipliers=(1, 1), blocks=1), (1, 8, 8), 0)).eval()
     x, c_noise, _ = batch((1, 8, 8))
     x.requires_grad_()
     # Every map is still connected to the input: a discriminator on it can teach a generator.

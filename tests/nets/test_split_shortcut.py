@@ -105,7 +105,7 @@ def test_the_cut_is_where_the_shortcut_begins() -> None:
     assert len(splits) == 2 * 3 * (2 + 1)  # conv_in and skip, three levels of blocks + 1
 
 
-def quantised(x: Tensor, bits: int = 4) -> Tensor:
+def quantized(x: Tensor, bits: int = 4) -> Tensor:
     """``x`` on the 2^bits even levels between its least and its largest value."""
     low, high = x.min(), x.max()
     step = (high - low) / (2**bits - 1)
@@ -121,11 +121,11 @@ def test_a_range_for_each_half_is_finer_than_one_for_both() -> None:
     x = torch.cat([torch.randn(6, 4, 9, 9), 50 * torch.randn(6, 4, 9, 9)], dim=1).double()
     split = split_layer(whole, 4)
     for part in (split.first, split.second):
-        part.weight.data = quantised(part.weight.data)
-        part.register_forward_pre_hook(lambda module, args: (quantised(args[0]),))
+        part.weight.data = quantized(part.weight.data)
+        part.register_forward_pre_hook(lambda module, args: (quantized(args[0]),))
     exact, apart = whole(x), split(x)
-    whole.weight.data = quantised(whole.weight.data)
-    together = whole(quantised(x))
+    whole.weight.data = quantized(whole.weight.data)
+    together = whole(quantized(x))
     error = [(out - exact).square().mean().sqrt() / exact.std() for out in (apart, together)]
     assert error[0] < 0.25
     assert error[1] > 2.5 * error[0]

@@ -89,13 +89,13 @@ def test_same_seed_same_ratio_in_the_dtype_of_the_points(method):
 def test_samples_of_any_shape_and_columns_that_never_vary():
     p, q = draw(200, 4, 1), draw(200, 4, 2, 0.0, 1.0)
     p[:, 3] = q[:, 3] = 7.0
-    flat = fit_ratio(p, q, "knn", neighbours=5)
-    square = fit_ratio(p.reshape(-1, 2, 2), q.reshape(-1, 2, 2), "knn", neighbours=5)
-    without = fit_ratio(p[:, :3], q[:, :3], "knn", neighbours=5)
+    flat = fit_ratio(p, q, "knn", neighbors=5)
+    square = fit_ratio(p.reshape(-1, 2, 2), q.reshape(-1, 2, 2), "knn", neighbors=5)
+    without = fit_ratio(p[:, :3], q[:, :3], "knn", neighbors=5)
     x = draw(50, 4, 3)
     assert torch.equal(flat.log_ratio(x), square.log_ratio(x.reshape(-1, 2, 2)))
     assert torch.equal(flat.log_ratio(x), without.log_ratio(x[:, :3]))
-    line = fit_ratio(p[:, 0], q[:, 0], "knn", neighbours=5)
+    line = fit_ratio(p[:, 0], q[:, 0], "knn", neighbors=5)
     assert line.log_ratio(x[:, 0]).shape == (50,)
     assert line.log_ratio(x[:0, 0]).shape == (0,)
 
@@ -184,10 +184,10 @@ GOOD = draw(50, 2, 1)
         (GOOD, GOOD, {"method": "ulsif", "bridges": 3}, "does not take this setting"),
         (GOOD, GOOD, {"method": "ulsif", "widths": [0.0]}, "positive"),
         (GOOD, GOOD, {"method": "ulsif", "ridges": []}, "positive"),
-        (GOOD, GOOD, {"method": "kliep", "centres": 0}, "centres"),
+        (GOOD, GOOD, {"method": "kliep", "centers": 0}, "centers"),
         (GOOD, GOOD, {"method": "kliep", "folds": 1}, "folds"),
         (GOOD, GOOD, {"method": "rulsif", "alpha": 1.0}, "alpha"),
-        (GOOD, GOOD, {"method": "knn", "neighbours": 50}, "neighbours"),
+        (GOOD, GOOD, {"method": "knn", "neighbors": 50}, "neighbors"),
         (GOOD, GOOD, {"method": "telescoping", "bridges": 0}, "bridges"),
         (GOOD, GOOD, {"model": "forest"}, "model"),
         (GOOD, GOOD, {"calibration": "plat"}, "platt"),

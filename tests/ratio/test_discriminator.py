@@ -1,4 +1,4 @@
-"""The ratio normaliser and the discriminator: what they recover, and that they never cancel the weight."""
+"""The ratio normalizer and the discriminator: what they recover, and that they never cancel the weight."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from distmatch.diffusion.noise import Karras
 from distmatch.divergences import NAMES, divergence
 from distmatch.nets.head import RatioHead, RatioNet
 from distmatch.ratio.discriminator import build_discriminator, choose_source, denoise_with_logit
-from distmatch.ratio.normaliser import (
+from distmatch.ratio.normalizer import (
     NormaliserConfig,
-    RatioNormaliser,
+    RatioNormalizer,
     effective_sample_size,
 )
 from tests.helpers.small import network_teacher
@@ -39,18 +39,18 @@ def log_ratio(n: int, g: torch.Generator) -> Tensor:
 @pytest.mark.statistical
 @pytest.mark.parametrize("memory", [0.0, 0.95])
 def test_bin_means_are_the_true_ones_and_the_exact_ratio_comes_back(memory: float) -> None:
-    normaliser = RatioNormaliser(NormaliserConfig(memory=memory))
+    normalizer = RatioNormalizer(NormaliserConfig(memory=memory))
     offset = torch.linspace(-1.5, 1.5, 10)  # a discriminator that is off by a constant at each noise level
     g, n = gen(), 40_000
     for _ in range(30):
         quantile = torch.rand(n, generator=g)
         exact = log_ratio(n, g)
-        result = normaliser.update(exact + offset[(quantile * 10).long()], quantile, EVEN)
+        result = normalizer.update(exact + offset[(quantile * 10).long()], quantile, EVEN)
     # E_q[r] = 1, so the mean of bin b is exp(offset_b); Var_q[r] = exp(SHIFT^2) - 1 = 0.43. Each bin holds
     # n / 10 samples without memory and 20 times as many with it; five standard errors.
     share = n / 10 * (1 if memory == 0 else (1 + memory) / (1 - memory) / 2)
     error = 5 * math.sqrt((math.exp(SHIFT**2) - 1) / share)
-    means = normaliser.bin_means()[0]
+    means = normalizer.bin_means()[0]
     assert ((means / offset.double().exp() - 1).abs() < error).all()
     assert int(result.pooled) == 0
     inside = exact.abs() < 2.9
@@ -63,15 +63,15 @@ def test_bin_means_are_the_true_ones_and_the_exact_ratio_comes_back(memory: floa
 @pytest.mark.parametrize("batch", [4, 8, 64])
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_the_weight_is_never_cancelled(name: str, batch: int, memory: float) -> None:
-    normaliser = RatioNormaliser(NormaliserConfig(memory=memory))
+    normalizer = RatioNormalizer(NormaliserConfig(memory=memory))
     weigh, g = divergence(name).weight, gen()
     for _ in range(40):
         raw, quantile = log_ratio(batch, g), torch.rand(batch, generator=g)
-        result = normaliser.update(raw, quantile, weigh)
+        result = normalizer.update(raw, quantile, weigh)
         log_r, weight = result.log_r, result.weight
         torch.testing.assert_close(weight * result.scale.float(), weigh(log_r))
         # Samples of one bin keep the differences of their log ratios, whatever the bin is divided by.
-        index = normaliser.bin_of(quantile)
+        index = normalizer.bin_of(quantile)
         same = index[:, None] == index
         same &= (log_r.abs() < 3)[:, None] & (log_r.abs() < 3)
         difference = (log_r[:, None] - log_r) - (raw[:, None] - raw)
@@ -81,15 +81,15 @@ def test_the_weight_is_never_cancelled(name: str, batch: int, memory: float) -> 
 
 
 def test_thin_bins_are_pooled_and_all_too_thin_are_left_alone() -> None:
-    normaliser = RatioNormaliser(NormaliserConfig(bins=2, memory=0.0, min_count=10))
+    normalizer = RatioNormalizer(NormaliserConfig(bins=2, memory=0.0, min_count=10))
     raw = torch.cat([torch.full((9,), math.log(2.0)), torch.full((30,), math.log(4.0))])
     quantile = torch.cat([torch.full((9,), 0.1), torch.full((30,), 0.9)])
-    result = normaliser.update(raw, quantile, EVEN)
+    result = normalizer.update(raw, quantile, EVEN)
     pooled = (9 * 2 + 30 * 4) / 39
     assert int(result.pooled) == 1
     torch.testing.assert_close(result.log_r[:9], torch.full((9,), math.log(2 / pooled)))
     torch.testing.assert_close(result.log_r[9:], torch.zeros(30))
-    result = normaliser.update(raw[5:14], quantile[5:14], EVEN)  # nine in all
+    result = normalizer.update(raw[5:14], quantile[5:14], EVEN)  # nine in all
     assert int(result.pooled) == 2
     assert torch.equal(result.log_r, raw[5:14])
 
@@ -97,21 +97,21 @@ def test_thin_bins_are_pooled_and_all_too_thin_are_left_alone() -> None:
 def test_small_batches_are_remembered_for_as_long_as_bins_need() -> None:
     assert NormaliserConfig().kept(1000) == 0.95
     for batch in (2, 8, 30):
-        normaliser = RatioNormaliser(NormaliserConfig())
+        normalizer = RatioNormalizer(NormaliserConfig())
         index = torch.arange(10).repeat(batch).reshape(-1, batch)  # every bin in turn
         for step in range(12_000 // batch):
-            normaliser.update(torch.zeros(batch), (index[step % 10] + 0.5) / 10, EVEN)
-        assert normaliser.count.min() > 1.8 * 64, batch  # 2 min_count in the long run
-        assert normaliser.thin_message(batch, 12_000 // batch) is None
+            normalizer.update(torch.zeros(batch), (index[step % 10] + 0.5) / 10, EVEN)
+        assert normalizer.count.min() > 1.8 * 64, batch  # 2 min_count in the long run
+        assert normalizer.thin_message(batch, 12_000 // batch) is None
     assert NormaliserConfig(memory=0.0).kept(2) == 0  # asked for, so it stays
 
 
 def test_the_warning_names_what_happens_to_thin_bins() -> None:
-    default = RatioNormaliser(NormaliserConfig())
+    default = RatioNormalizer(NormaliserConfig())
     assert default.thin_message(8, 100) is None
     assert "pooled over all bins together" in str(default.thin_message(8, 60))
     assert "pooled over nothing" in str(default.thin_message(3, 10))
-    alone = RatioNormaliser(NormaliserConfig(memory=0.0))
+    alone = RatioNormalizer(NormaliserConfig(memory=0.0))
     assert "2.0 samples" in str(alone.thin_message(20, 1000))
     assert "own batch" in str(alone.thin_message(20, 1000))
     assert alone.thin_message(2048, 1000) is None
@@ -119,40 +119,40 @@ def test_the_warning_names_what_happens_to_thin_bins() -> None:
 
 def test_bins_are_equally_filled_under_the_noise_distribution() -> None:
     noise, n = Karras(0.02, 80.0, 7.0), 50_000
-    normaliser = RatioNormaliser(NormaliserConfig(memory=0.0))
+    normalizer = RatioNormalizer(NormaliserConfig(memory=0.0))
     sigma = noise.sample(n, gen())
-    normaliser.update(torch.zeros(n), noise.cdf(sigma), EVEN)
-    assert ((normaliser.count - n / 10).abs() < 5 * math.sqrt(n * 0.1 * 0.9)).all()
+    normalizer.update(torch.zeros(n), noise.cdf(sigma), EVEN)
+    assert ((normalizer.count - n / 10).abs() < 5 * math.sqrt(n * 0.1 * 0.9)).all()
     assert (
-        sigma[normaliser.bin_of(noise.cdf(sigma)) == 0].max()
-        < sigma[normaliser.bin_of(noise.cdf(sigma)) == 1].min()
+        sigma[normalizer.bin_of(noise.cdf(sigma)) == 0].max()
+        < sigma[normalizer.bin_of(noise.cdf(sigma)) == 1].min()
     )
-    assert normaliser.bin_of(torch.tensor([0.0, 0.0999, 0.1001, 0.999, 1.0])).tolist() == [0, 0, 1, 9, 9]
+    assert normalizer.bin_of(torch.tensor([0.0, 0.0999, 0.1001, 0.999, 1.0])).tolist() == [0, 0, 1, 9, 9]
 
 
 def test_clipping_counts_exactly_what_it_clips() -> None:
-    normaliser = RatioNormaliser(NormaliserConfig(clip=3.0))
+    normalizer = RatioNormalizer(NormaliserConfig(clip=3.0))
     raw = torch.tensor([-50.0, -3.5, -3.0, -1.0, 0.0, 2.0, 3.0, 3.1])
-    result = normaliser.update(raw, torch.rand(8, generator=gen()), EVEN)
+    result = normalizer.update(raw, torch.rand(8, generator=gen()), EVEN)
     assert float(result.clip_fraction) == 3 / 8
     assert torch.equal(result.log_r, raw.clamp(-3, 3))
     assert result.log_r.exp().max() <= math.exp(3.0) * (1 + 1e-6)
 
 
 def test_one_wild_sample_does_not_rule_a_bin() -> None:
-    normaliser = RatioNormaliser(NormaliserConfig(bins=1, memory=0.0))
+    normalizer = RatioNormalizer(NormaliserConfig(bins=1, memory=0.0))
     raw = torch.zeros(100)
     raw[0] = 500.0
-    result = normaliser.update(raw, torch.zeros(100), EVEN)
+    result = normalizer.update(raw, torch.zeros(100), EVEN)
     assert result.log_r.isfinite().all()
-    assert normaliser.bin_means()[0].item() == pytest.approx((99 + math.exp(10)) / 100, rel=1e-5)
+    assert normalizer.bin_means()[0].item() == pytest.approx((99 + math.exp(10)) / 100, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 64, 1000])
 def test_weights_of_reverse_kl_stay_exactly_one(size: int) -> None:
-    normaliser, g = RatioNormaliser(NormaliserConfig()), gen()
+    normalizer, g = RatioNormalizer(NormaliserConfig()), gen()
     for _ in range(70):
-        weight = normaliser.update(3 * torch.randn(size, generator=g), torch.rand(size, generator=g), EVEN)
+        weight = normalizer.update(3 * torch.randn(size, generator=g), torch.rand(size, generator=g), EVEN)
         assert torch.equal(weight.weight, torch.ones(size))
 
 
@@ -165,12 +165,12 @@ def test_small_batches_use_the_weight_that_is_true(name: str, batch: int) -> Non
     Seed 0, 24,000 samples after 6,400 of warm-up. The slope is E[1/mean] of means over 64 samples, so
     it may lie a little above one; below it, 0.95 is the bar. Its own standard error is below 0.005.
     """
-    normaliser, g, weigh = RatioNormaliser(NormaliserConfig()), gen(), divergence(name).weight
+    normalizer, g, weigh = RatioNormalizer(NormaliserConfig()), gen(), divergence(name).weight
     expected = weigh(log_ratio(400_000, gen(1))).mean()
     used, true = [], []
     for step in range(30_400 // batch):
         raw = log_ratio(batch, g)
-        weight = normaliser.update(raw, torch.rand(batch, generator=g), weigh).weight
+        weight = normalizer.update(raw, torch.rand(batch, generator=g), weigh).weight
         if step >= 6400 // batch:
             used.append(weight)
             true.append(weigh(raw) / expected)
@@ -181,16 +181,16 @@ def test_small_batches_use_the_weight_that_is_true(name: str, batch: int) -> Non
 def test_the_weight_does_not_depend_on_its_own_batch() -> None:
     """After warm-up a sample's weight is the same whatever else is in its batch."""
     weigh = divergence("kl").weight
-    normaliser, g = RatioNormaliser(NormaliserConfig()), gen()
+    normalizer, g = RatioNormalizer(NormaliserConfig()), gen()
     for _ in range(100):
-        normaliser.update(log_ratio(32, g), torch.rand(32, generator=g), weigh)
-    before = {name: total.clone() for name, total in normaliser.state_dict().items()}
+        normalizer.update(log_ratio(32, g), torch.rand(32, generator=g), weigh)
+    before = {name: total.clone() for name, total in normalizer.state_dict().items()}
     raw, quantile = log_ratio(8, g), torch.rand(8, generator=g)
-    whole = normaliser.update(raw, quantile, weigh).weight
-    normaliser.load_state_dict(before)
+    whole = normalizer.update(raw, quantile, weigh).weight
+    normalizer.load_state_dict(before)
     other = raw.clone()
     other[1:] = 2.5
-    torch.testing.assert_close(normaliser.update(other, quantile, weigh).weight[0], whole[0])
+    torch.testing.assert_close(normalizer.update(other, quantile, weigh).weight[0], whole[0])
 
 
 def test_effective_sample_size() -> None:
@@ -208,25 +208,25 @@ def test_effective_sample_size() -> None:
 def test_a_constant_logit_gives_all_divergences_the_same_weights(constant: float) -> None:
     for name in [*WEIGHTED, "reverse_kl"]:
         for rounds, expected in ((1, constant), (600, 0.0)):  # thin at first, then divided by its own mean
-            normaliser = RatioNormaliser(NormaliserConfig())
+            normalizer = RatioNormalizer(NormaliserConfig())
             for step in range(rounds):
                 quantile = torch.rand(32, generator=gen(step))
-                result = normaliser.update(torch.full((32,), constant), quantile, divergence(name).weight)
+                result = normalizer.update(torch.full((32,), constant), quantile, divergence(name).weight)
             torch.testing.assert_close(result.log_r, torch.full((32,), expected), rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(result.weight, torch.ones(32), rtol=1e-5, atol=1e-5)
 
 
 def test_bin_means_of_weights_are_relative_and_the_state_round_trips() -> None:
-    first, g, weigh = RatioNormaliser(NormaliserConfig()), gen(), divergence("js").weight
+    first, g, weigh = RatioNormalizer(NormaliserConfig()), gen(), divergence("js").weight
     for _ in range(5):
         first.update(log_ratio(64, g), torch.rand(64, generator=g), weigh)
     means = first.bin_means()[1]
     torch.testing.assert_close((means * first.count).sum() / first.count.sum(), torch.tensor(1.0).double())
-    second = RatioNormaliser(NormaliserConfig())
+    second = RatioNormalizer(NormaliserConfig())
     assert second.bin_means()[0].isnan().all()
     second.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
     raw, quantile = log_ratio(64, g), torch.rand(64, generator=g)
-    results = [normaliser.update(raw, quantile, weigh) for normaliser in (first, second)]
+    results = [normalizer.update(raw, quantile, weigh) for normalizer in (first, second)]
     assert torch.equal(results[0].weight, results[1].weight)
     assert all(torch.equal(a, b) for a, b in zip(first.bin_means(), second.bin_means(), strict=True))
 
@@ -261,5 +261,5 @@ def test_where_the_logit_comes_from() -> None:
     "wrong", [{"bins": 0}, {"memory": 1.0}, {"memory": -0.1}, {"min_count": 1.0}, {"clip": 0.0}]
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="normaliser cannot work"):
+    with pytest.raises(UserError, match="normalizer cannot work"):
         NormaliserConfig(**wrong)  # type: ignore[arg-type]

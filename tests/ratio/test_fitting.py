@@ -13,7 +13,7 @@ from distmatch.ratio.kernels import log_kernel
 from distmatch.ratio.kliep import mixture_weights, scaled_log_kernels
 from distmatch.ratio.least_squares import leave_one_out, solve
 from distmatch.ratio.logistic import fit_regression
-from distmatch.ratio.neighbours import fit_neighbours
+from distmatch.ratio.neighbors import fit_neighbors
 from tests.reference.ratio_samples import draw, truth
 
 
@@ -34,14 +34,14 @@ def test_linear_regression_agrees_with_scikit_learn():
 @pytest.mark.parametrize(("n", "m"), [(14, 14), (11, 17), (17, 11)])
 def test_leave_one_out_equals_brute_force_refits(alpha, n, m):
     p, q = draw(n, 2, 1), draw(m, 2, 2, 0.0, 1.0)
-    centres, width, ridges = p[:6], 0.9, [1e-3, 0.1]
-    fast = leave_one_out(p, q, centres, width, ridges, alpha)
+    centers, width, ridges = p[:6], 0.9, [1e-3, 0.1]
+    fast = leave_one_out(p, q, centers, width, ridges, alpha)
     for ridge, values in zip(ridges, fast, strict=True):
         losses = []
         for i in range(min(n, m)):
             rest_p, rest_q = torch.cat([p[:i], p[i + 1 :]]), torch.cat([q[:i], q[i + 1 :]])
-            theta = solve(rest_p, rest_q, centres, width, ridge, alpha)
-            r_p, r_q = (log_kernel(x[i : i + 1], centres, width).exp() @ theta for x in (p, q))
+            theta = solve(rest_p, rest_q, centers, width, ridge, alpha)
+            r_p, r_q = (log_kernel(x[i : i + 1], centers, width).exp() @ theta for x in (p, q))
             losses.append(0.5 * alpha * r_p**2 + 0.5 * (1 - alpha) * r_q**2 - r_p)
         torch.testing.assert_close(values, torch.cat(losses), rtol=1e-8, atol=1e-10)
 
@@ -68,9 +68,9 @@ def test_least_squares_agrees_with_densratio(alpha):
     p, q = draw(150, 2, 1), draw(120, 2, 2, 0.0, 1.0)
     settings = {"sigma_range": [0.8], "lambda_range": [0.05], "kernel_num": 20, "verbose": False}
     peer = densratio.densratio(p.numpy(), q.numpy(), method="RuLSIF", alpha=alpha, **settings)
-    centres = torch.as_tensor(peer.kernel_info.centers)
+    centers = torch.as_tensor(peer.kernel_info.centers)
     x = draw(50, 2, 3)
-    mine = log_kernel(x, centres, 0.8).exp() @ solve(p, q, centres, 0.8, 0.05, alpha)
+    mine = log_kernel(x, centers, 0.8).exp() @ solve(p, q, centers, 0.8, 0.05, alpha)
     torch.testing.assert_close(
         mine, torch.as_tensor(peer.compute_density_ratio(x.numpy())), rtol=1e-6, atol=0
     )
@@ -82,9 +82,9 @@ def test_kliep_reaches_at_least_the_likelihood_of_densratio():
     peer = densratio.densratio(
         p.numpy(), q.numpy(), method="KLIEP", sigma=[0.8], kernel_num=20, verbose=False
     )
-    centres = torch.as_tensor(peer.kernel_info.centers)
-    log_w, gap = mixture_weights(scaled_log_kernels(p, q, centres, 0.8), tolerance=1e-5, most=20_000)
-    mine = torch.logsumexp(scaled_log_kernels(p, q, centres, 0.8) + log_w, 1)
+    centers = torch.as_tensor(peer.kernel_info.centers)
+    log_w, gap = mixture_weights(scaled_log_kernels(p, q, centers, 0.8), tolerance=1e-5, most=20_000)
+    mine = torch.logsumexp(scaled_log_kernels(p, q, centers, 0.8) + log_w, 1)
     on_p, on_q = (torch.as_tensor(peer.compute_density_ratio(x.numpy())) for x in (p, q))
     theirs = on_p / on_q.mean()  # the constraint E_q[r] = 1, exactly
     assert mine.mean() >= theirs.log().mean() - gap
@@ -109,34 +109,34 @@ def test_the_relative_ratio_is_converted_and_says_where_it_cannot_be():
 
 def test_kliep_reaches_its_optimum_and_its_constraint():
     p, q = draw(200, 1, 1), draw(150, 1, 2, 0.0, 1.0)
-    centres = p[:12]
-    terms = scaled_log_kernels(p, q, centres, 0.6)
+    centers = p[:12]
+    terms = scaled_log_kernels(p, q, centers, 0.6)
     log_w, gap = mixture_weights(terms, tolerance=1e-6, most=100_000)
     assert gap <= 1e-6
     assert log_w.exp().sum().item() == pytest.approx(1.0)
     reached = torch.logsumexp(terms + log_w, 1).mean()
     free = log_w.clone().requires_grad_(True)  # the same optimum by an independent route
-    optimiser = torch.optim.LBFGS([free], max_iter=2000, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([free], max_iter=2000, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
     def loss():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = -torch.logsumexp(terms + free.log_softmax(0), 1).mean()
         value.backward()
         return value
 
     with torch.no_grad():
         free.zero_()
-    optimiser.step(loss)
+    optimizer.step(loss)
     assert -loss().item() == pytest.approx(reached.item(), abs=2e-6)
-    mass = torch.logsumexp(scaled_log_kernels(q, q, centres, 0.6) + log_w, 1).exp().mean()
+    mass = torch.logsumexp(scaled_log_kernels(q, q, centers, 0.6) + log_w, 1).exp().mean()
     assert mass.item() == pytest.approx(1.0, rel=1e-9)
 
 
-def test_neighbours_equal_their_definition():
+def test_neighbors_equal_their_definition():
     p, q, x = draw(60, 3, 1), draw(40, 3, 2, 0.0, 1.0), draw(25, 3, 3)
     to_p, to_q = (torch.as_tensor(KDTree(y.numpy()).query(x.numpy(), k=4)[0][:, 3]) for y in (p, q))
     expected = 3 * (to_q.log() - to_p.log()) + math.log(40 / 60)
-    fitted = fit_neighbours(p, q, 4)
+    fitted = fit_neighbors(p, q, 4)
     torch.testing.assert_close(fitted.log_r(x), expected, rtol=1e-9, atol=1e-12)
 
 

@@ -102,14 +102,14 @@ def test_logits_of_the_distillers_discriminator_can_be_tested():
     fresh_p, fresh_q = noised(2000, SHIFT, SCALE), noised(2000, 0.0, 1.0)
     untrained = mass_tests(net(fresh_p, sigma), net(fresh_q, sigma))  # its logits are 0: r = 1 passes
     assert (untrained.q.value, untrained.p.value, untrained.balance.value) == (1.0, 1.0, 0.0)
-    optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 100)  # ends at 0: little noise is left
+    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)  # ends at 0: little noise is left
     for _ in range(100):
         on_p, on_q = net(noised(256, SHIFT, SCALE), sigma[:256]), net(noised(256, 0.0, 1.0), sigma[:256])
         loss = torch.nn.functional.softplus(-on_p).mean() + torch.nn.functional.softplus(on_q).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     logits = net(fresh_p, sigma), net(fresh_q, sigma)
     assert mass_tests(*logits).passed

@@ -36,7 +36,7 @@ def test_sizes(side: int, shown: int) -> None:
     assert picture.size == (shown, shown)
 
 
-def test_colours_survive() -> None:
+def test_colors_survive() -> None:
     x = np.zeros((2, 50, 60, 3), np.uint8)
     x[0, ..., 0], x[1, ..., 2] = 200, 100
     picture = np.asarray(image_grid(x, 2))
@@ -47,11 +47,11 @@ def test_colours_survive() -> None:
 
 def test_labels_are_written_below_their_image_only() -> None:
     x = np.zeros((4, 8, 8), np.uint8)
-    plain, labelled = image_grid(x, 2), np.asarray(image_grid(x, 2, labels=["", "7", "", "a very long name"]))
-    assert labelled.shape[0] == plain.size[1] + 2 * 14
-    assert labelled[40:54, :40, 3].max() == 0
-    assert labelled[40:54, 42:82, 3].max() > 200  # font smoothing
-    assert labelled[96:110, :42, 3].max() == 0  # a long name is cut, it does not reach the neighbour
+    plain, labeled = image_grid(x, 2), np.asarray(image_grid(x, 2, labels=["", "7", "", "a very long name"]))
+    assert labeled.shape[0] == plain.size[1] + 2 * 14
+    assert labeled[40:54, :40, 3].max() == 0
+    assert labeled[40:54, 42:82, 3].max() > 200  # font smoothing
+    assert labeled[96:110, :42, 3].max() == 0  # a long name is cut, it does not reach the neighbor
 
 
 @pytest.mark.parametrize(

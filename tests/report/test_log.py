@@ -89,7 +89,7 @@ def test_pauses_do_not_count_as_training_time() -> None:
     assert wall_seconds(events) == pytest.approx(10 + 3)
 
 
-def test_smooth_is_the_mean_of_the_known_neighbours() -> None:
+def test_smooth_is_the_mean_of_the_known_neighbors() -> None:
     values = np.random.default_rng(0).standard_normal(50)
     values[[3, 4, 5, 20]] = np.nan
     brute = [np.nanmean(values[max(0, i - 3) : i + 4]) for i in range(50)]
@@ -111,7 +111,7 @@ def test_period_means_cover_the_log_once_and_skip_what_is_unknown() -> None:
 @pytest.mark.parametrize(
     ("bins", "expected", "is_sigma"),
     [
-        ([0.1, 1.0, 10.0], [0.1, 1, 10], True),  # centres
+        ([0.1, 1.0, 10.0], [0.1, 1, 10], True),  # centers
         ([0.1, 1.0, 10.0, 1000.0], [10**-0.5, 10**0.5, 100], True),  # edges: geometric middle
         ([0, 1.0, 10.0, None], [10**-0.5, 10**0.5, 10**1.5], True),  # open outer bins
         ([3, 2, 1], [1, 2, 3], False),

@@ -126,7 +126,7 @@ def test_all_parts_are_there(built: tuple[str, Page]) -> None:
     assert "standard errors from 10 jackknife groups." in parsed.text  # the rest is as usual and not said
     assert "The run took 2 min" in parsed.text
     assert "method dmd2" in parsed.text  # the log knows better than the config what was resolved
-    assert "ratio normalisation: a noise bin gathers 51.2 samples" in parsed.text
+    assert "ratio normalization: a noise bin gathers 51.2 samples" in parsed.text
     assert "step 195" in parsed.text
     assert "distmatch distill --teacher runs/demo/teacher" in parsed.text
     assert 'divergence = "js"' in parsed.text

@@ -3,6 +3,7 @@
 import json
 import struct
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def through_disk(tree, folder):
     return load_checkpoint(folder)[1]
 
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-3), fused=True),
@@ -49,34 +50,34 @@ OPTIMISERS = {
 }
 
 
-def train(model, optimiser, generator, steps):
+def train(model, optimizer, generator, steps):
     for _ in range(steps):
         loss = model(torch.randn(4, 3, generator=generator)).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 
-@pytest.mark.parametrize("kind", OPTIMISERS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_training_goes_on_bit_for_bit_after_a_checkpoint(kind, tmp_path):
     def make():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2))
-        return model, OPTIMISERS[kind](model.parameters()), torch.Generator().manual_seed(7)
+        return model, OPTIMIZERS[kind](model.parameters()), torch.Generator().manual_seed(7)
 
-    model, optimiser, generator = make()
-    train(model, optimiser, generator, 3)
-    state = {"net": model.state_dict(), "opt": optimiser.state_dict(), "rng": generator.get_state()}
+    model, optimizer, generator = make()
+    train(model, optimizer, generator, 3)
+    state = {"net": model.state_dict(), "opt": optimizer.state_dict(), "rng": generator.get_state()}
     restored = through_disk(state, tmp_path)
     assert same(state, restored)
     assert set(restored["opt"]["state"]) == {0, 1, 2, 3, 4, 5}, "int keys stay int"
 
-    other, other_optimiser, other_generator = make()
+    other, other_optimizer, other_generator = make()
     other.load_state_dict(restored["net"])
-    other_optimiser.load_state_dict(restored["opt"])
+    other_optimizer.load_state_dict(restored["opt"])
     other_generator.set_state(restored["rng"])
-    train(model, optimiser, generator, 3)
-    train(other, other_optimiser, other_generator, 3)
+    train(model, optimizer, generator, 3)
+    train(other, other_optimizer, other_generator, 3)
     assert same(model.state_dict(), other.state_dict())
 
 
@@ -173,11 +174,11 @@ def test_any_tree_survives_json(tree):
     ],
 )
 def test_what_is_no_tree_is_refused_by_path(value, names, tmp_path):
-    with pytest.raises(TypeError, match=r"optimiser/3/x.*" + names):
-        save_checkpoint(tmp_path / "checkpoints", 1, {"optimiser": {3: {"x": value}}})
+    with pytest.raises(TypeError, match=r"optimizer/3/x.*" + names):
+        save_checkpoint(tmp_path / "checkpoints", 1, {"optimizer": {3: {"x": value}}})
     assert not (tmp_path / "checkpoints").exists()
-    with pytest.raises(TypeError, match="key True in optimiser"):
-        pack({"optimiser": {True: 1}})
+    with pytest.raises(TypeError, match="key True in optimizer"):
+        pack({"optimizer": {True: 1}})
 
 
 def test_keeps_the_newest_and_forgets_a_course_that_was_left(tmp_path):
@@ -233,3 +234,11 @@ def test_what_is_read_is_in_aligned_memory_and_independent_of_the_file(tmp_path)
     with open(file, "r+b") as written:
         written.write(b"\0" * file.stat().st_size)
     assert all(torch.equal(read[name], tensor) for name, tensor in tree.items())
+
+
+def test_parts_that_had_other_names_are_found(tmp_path: Path) -> None:
+    parts = {"optimisers": {"student": {"x": 1}}, "normaliser": {"mean": torch.ones(2)}, "step": 3}
+    save_checkpoint(tmp_path, 3, parts)
+    step, tree = load_checkpoint(tmp_path)
+    assert step == 3
+    assert tree.keys() == {"optimizers", "normalizer", "step"}

@@ -34,7 +34,7 @@ def test_bf16_trains_like_fp32_and_keeps_float32_weights():
     exact, rough = teacher_after(20), teacher_after(20, precision="bf16")
     assert all(p.dtype == torch.float32 for p in rough.parameters())
     difference = (weights(exact) - weights(rough)).norm() / weights(exact).norm()
-    assert 0 < difference < 0.05  # bfloat16 has 8 bits; Adam's normalised steps carry the rounding over
+    assert 0 < difference < 0.05  # bfloat16 has 8 bits; Adam's normalized steps carry the rounding over
 
 
 def test_bf16_distillation_keeps_ratio_statistics_in_high_precision():
@@ -44,7 +44,7 @@ def test_bf16_distillation_keeps_ratio_statistics_in_high_precision():
     job = prepare_distillation(options, teacher, load_data("digits"))
     for step in range(10):
         info = job.step(job.state, job.batches(step))
-    assert all(total.dtype == torch.float64 for total in job.state.normaliser.state_dict().values())
+    assert all(total.dtype == torch.float64 for total in job.state.normalizer.state_dict().values())
     assert info["ess"].dtype == torch.float32
     assert all(torch.isfinite(v).all() for k, v in info.items() if v.ndim == 0)
 

@@ -72,7 +72,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(flag, tmp_path):
     assert names(tmp_path) == ["checkpoints", "config.toml", "thesis.tex"]
 
 
-def test_a_copy_without_hidden_files_is_recognised(tmp_path):
+def test_a_copy_without_hidden_files_is_recognized(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.toml").write_text("")
     (tmp_path / "a" / "log.jsonl").write_text("")

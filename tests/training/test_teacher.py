@@ -77,7 +77,7 @@ def excess(denoiser: torch.nn.Module, teacher: GaussianMixture = GAUSSIAN) -> fl
 
 
 @pytest.mark.parametrize(("path", "prediction"), PAIRS)
-def test_every_parametrisation_learns_the_exact_denoiser(path: str, prediction: str) -> None:
+def test_every_parametrization_learns_the_exact_denoiser(path: str, prediction: str) -> None:
     # All start at 0.3 to 1 but x0, which is hard where D is nearly the input: it starts at 15, and 300 steps
     # take it to 0.12.
     method = training(300, path=path, prediction=prediction)
@@ -229,11 +229,11 @@ def test_learned_uncertainty_finds_the_log_loss_of_each_level() -> None:
     sigma = torch.logspace(-2, 1, 256)
     assert torch.equal(uncertainty_loss(torch.full((256,), 0.7), head(sigma)), torch.full((256,), 0.7))
     truth = 0.3 + sigma.log().cos()
-    optimiser = torch.optim.Adam(head.parameters(), 0.05)
+    optimizer = torch.optim.Adam(head.parameters(), 0.05)
     for _ in range(400):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         uncertainty_loss(truth.exp(), head(sigma)).mean().backward()
-        optimiser.step()
+        optimizer.step()
     assert float((head(sigma) - truth).detach().abs().max()) < 0.05
     # d/du (loss e^-u + u) = 1 - loss e^-u, by finite differences.
     u = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
@@ -289,7 +289,7 @@ def test_no_loss_waits_for_the_device(name: str) -> None:
     loss.mean().backward()
 
 
-def test_a_student_of_such_a_teacher_has_its_parametrisation() -> None:
+def test_a_student_of_such_a_teacher_has_its_parametrization() -> None:
     teacher = run(training(path="condot"), 3).average.module
     method = distiller(teacher, "js")
     state = method.init(0)

@@ -99,16 +99,16 @@ def test_clean_and_noisy_samples_together_recover_the_covariance() -> None:
     y = x0 @ root.T + levels[:, None] * first
     matrix = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
     sigma_all, weight = torch.full((n,), sigma, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
-    optimiser = torch.optim.LBFGS([matrix], max_iter=30, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([matrix], max_iter=30, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         denoiser = lambda x, sigma, conditioning=None: x @ matrix.T  # noqa: E731
         loss = denoiser_loss(denoiser, y, sigma_all, fresh, weight, data_noise=levels).mean()  # type: ignore[arg-type]
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     found = matrix.detach()
     eye = torch.eye(2, dtype=torch.float64)
     recovered = sigma**2 * torch.linalg.solve(eye - found, found)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as _serialise
+from safetensors.torch import save as _serialize
 
 from distmatch.base.errors import UserError
 from distmatch.base.inputs import checked_path, parse_json, read_limited, require_regular_file
@@ -151,7 +151,7 @@ def save_tensors(
         # The format holds every tensor for itself: tied weights are written once for each of their names.
         flat[name] = kept.clone() if kept.untyped_storage().data_ptr() in seen else kept
         seen.add(kept.untyped_storage().data_ptr())
-    atomic_write(path, _serialise(flat, dict(metadata) if metadata else None))
+    atomic_write(path, _serialize(flat, dict(metadata) if metadata else None))
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -226,7 +226,7 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], sour
             f"{source} holds weights of a type that no network computes with here",
             got=f"{odd[0]} of type {str(tensors[odd[0]].dtype).removeprefix('torch.')}",
             expected=", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHTS),
-            fix="undo the quantisation and save the weights as float32",
+            fix="undo the quantization and save the weights as float32",
         )
     module._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     module.load_state_dict(dict(tensors))

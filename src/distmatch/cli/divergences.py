@@ -60,7 +60,7 @@ def _mixture(source: str) -> GaussianMixture | None:
 
 
 def _compare_classes(p: Dataset, q: Dataset) -> None:
-    """Warns where two labelled sets hold the classes in other shares, or are of other classes."""
+    """Warns where two labeled sets hold the classes in other shares, or are of other classes."""
     if p.labels is None or q.labels is None:
         return
     try:

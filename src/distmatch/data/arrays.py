@@ -33,7 +33,7 @@ def from_arrays(
         x: Vectors (N, D); or images (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, where an
             array that can be read both ways has its channels last. Images are uint8, bool, or floats in
             [0, 1], [-1, 1] or [0, 255] (see :meth:`Scaling.fit_images`).
-        labels: (N,) whole numbers from 0, or None. All -1 means unlabelled, as everywhere in this package.
+        labels: (N,) whole numbers from 0, or None. All -1 means unlabeled, as everywhere in this package.
         class_names: One name for each class; by default their numbers.
         name: What to call the data in messages.
         columns: Of a table, its columns.
@@ -216,7 +216,7 @@ def _labels(labels: np.ndarray | Tensor | Sequence[int], n: int, name: str) -> T
         raise UserError(
             f"{name}: labels must not be negative",
             got=f"{low} at index {int(values.argmin())}",
-            expected="class numbers from 0 (or -1 for every sample: unlabelled)",
+            expected="class numbers from 0 (or -1 for every sample: unlabeled)",
         )
     if high >= max(n, _MOST_CLASSES):
         raise UserError(

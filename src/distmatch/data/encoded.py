@@ -69,7 +69,7 @@ def fashion_mnist(split: str = "train") -> Dataset:
 
 
 def cifar10(split: str = "train") -> Dataset:
-    """CIFAR-10, colour images (3, 32, 32), 50,000 in ``"train"`` and 10,000 in ``"test"``.
+    """CIFAR-10, color images (3, 32, 32), 50,000 in ``"train"`` and 10,000 in ``"test"``.
 
     Raises:
         UserError: The archives are not there, or are not what they should be.

@@ -216,7 +216,7 @@ def _read_npy(file: Path) -> np.ndarray:
         return value
 
 
-def _from_npz(file: Path, labelled: bool) -> Dataset:
+def _from_npz(file: Path, labeled: bool) -> Dataset:
     archive = Archive(file)
     known = (*_LABEL_KEYS, "y_train", "y_test", "class_names")
     rest = [k for k in archive if k not in known and not k.startswith(_CONDITION)]
@@ -229,7 +229,7 @@ def _from_npz(file: Path, labelled: bool) -> Dataset:
             fix="np.savez(path, x=..., labels=...)",
         )
     label_keys = ("y_train", *_LABEL_KEYS) if key == "x_train" else _LABEL_KEYS
-    label_key = next((k for k in label_keys if k in archive), None) if labelled else None
+    label_key = next((k for k in label_keys if k in archive), None) if labeled else None
     names: tuple[str, ...] = ()
     if "class_names" in archive and label_key is not None:
         names = tuple(str(v) for v in np.atleast_1d(archive["class_names"]))
@@ -240,7 +240,7 @@ def _from_npz(file: Path, labelled: bool) -> Dataset:
         for k in archive
         if k.startswith(_CONDITION)
     }
-    return dataclasses.replace(data, conditions=Conditioning(conditions)) if labelled and conditions else data
+    return dataclasses.replace(data, conditions=Conditioning(conditions)) if labeled and conditions else data
 
 
 def _condition(values: np.ndarray, name: str, n: int) -> Tensor:

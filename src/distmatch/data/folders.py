@@ -28,7 +28,7 @@ def load_folder(folder: Path) -> Dataset:
 
     Where there are two or more sub-folders with images, each is a class named after it; numbers are in order
     of their value. Other files and names that begin with a dot are passed over. Images are grey when all of
-    them are, else colour; alpha is dropped, and the orientation that a camera noted is applied.
+    them are, else color; alpha is dropped, and the orientation that a camera noted is applied.
 
     Args:
         folder: The folder.
@@ -52,11 +52,11 @@ def load_folder(folder: Path) -> Dataset:
     classes = in_order(list(own))
     files = [file for name in classes for file in groups[own[name]]]
     labels = np.repeat(np.arange(len(classes)), [len(groups[own[name]]) for name in classes])
-    labelled = len(classes) > 1  # a single class says nothing
+    labeled = len(classes) > 1  # a single class says nothing
     return from_arrays(
         _read_all(files),
-        labels if labelled else None,
-        class_names=classes if labelled else (),
+        labels if labeled else None,
+        class_names=classes if labeled else (),
         name=str(folder),
     )
 
@@ -121,7 +121,7 @@ def _read_all(files: list[Path]) -> np.ndarray:
                 expected=f"{first.shape[1]}x{first.shape[0]}, as {files[0]}",
                 fix="crop or resize them first",
             )
-        if image.ndim > pixels.ndim - 1:  # the first image in colour
+        if image.ndim > pixels.ndim - 1:  # the first image in color
             check_bytes(file.parent, 4 * pixels.nbytes)
             pixels = np.repeat(pixels[..., None], 3, -1)
         pixels[k] = image if image.ndim == pixels.ndim - 1 else image[..., None]

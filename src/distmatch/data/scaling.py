@@ -16,30 +16,32 @@ from distmatch.base.errors import UserError
 DARKEST_BYTES = 32
 DARKEST_FLOATS = 128
 
+_CENTER = "centre"  # as files of all releases spell it
+
 
 @dataclass(frozen=True)
 class Scaling:
-    """The affine map ``model = (raw - centre) / half``.
+    """The affine map ``model = (raw - center) / half``.
 
     Attributes:
-        kind: ``"image"`` (one centre for all pixels) or ``"vector"`` (one centre for each column).
-        centre: The raw value that becomes 0; length 1, or one for each column.
-        half: The raw distance from ``centre`` that becomes 1; same length, never 0.
+        kind: ``"image"`` (one center for all pixels) or ``"vector"`` (one center for each column).
+        center: The raw value that becomes 0; length 1, or one for each column.
+        half: The raw distance from ``center`` that becomes 1; same length, never 0.
         rule: In words, how the map was chosen.
         precise: Whether raw values are float64, as float32 could not hold them; model values are float32.
-        constant: Of vectors, the columns that hold one value only: ``centre``, whatever a model gives there.
+        constant: Of vectors, the columns that hold one value only: ``center``, whatever a model gives there.
     """
 
     kind: Literal["image", "vector"]
-    centre: tuple[float, ...]
+    center: tuple[float, ...]
     half: tuple[float, ...]
     rule: str
     precise: bool = False
     constant: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        sane = len(self.centre) == len(self.half) >= 1 and (self.kind == "vector" or len(self.half) == 1)
-        finite = bool(np.isfinite(self.centre).all() and np.isfinite(self.half).all())
+        sane = len(self.center) == len(self.half) >= 1 and (self.kind == "vector" or len(self.half) == 1)
+        finite = bool(np.isfinite(self.center).all() and np.isfinite(self.half).all())
         fixed = all(type(k) is int and 0 <= k < len(self.half) for k in self.constant)
         if (
             self.kind not in ("image", "vector")
@@ -51,8 +53,8 @@ class Scaling:
         ):
             raise UserError(
                 "this is not a scaling",
-                got=f"kind {self.kind!r}, {len(self.centre)} centres, {len(self.half)} half ranges",
-                expected="finite centres and as many half ranges above zero; one of each for images",
+                got=f"kind {self.kind!r}, {len(self.center)} centers, {len(self.half)} half ranges",
+                expected="finite centers and as many half ranges above zero; one of each for images",
             )
 
     @classmethod
@@ -62,7 +64,7 @@ class Scaling:
 
     @classmethod
     def fit_images(cls, raw: Tensor) -> Scaling:
-        """Recognises the range of images by their type and their smallest and largest value.
+        """Recognizes the range of images by their type and their smallest and largest value.
 
         uint8 is 0..255. Floats within [0, 1] are [0, 1]; else within [-1, 1] are [-1, 1]; else within
         [0, 255] and reaching 128 are [0, 255].
@@ -103,16 +105,16 @@ class Scaling:
         low = raw.amin(0).double().cpu().numpy()
         high = raw.amax(0).double().cpu().numpy()
         precise = raw.dtype == torch.float64
-        centre = low + (high - low) / 2
+        center = low + (high - low) / 2
         if not precise:
-            # The centre is rounded to float32, in which the data are: else a column of large values with a
-            # small spread would lose its place when the centre is subtracted.
-            centre = centre.astype(np.float32).astype(np.float64)
-        half = np.maximum(high - centre, centre - low)
+            # The center is rounded to float32, in which the data are: else a column of large values with a
+            # small spread would lose its place when the center is subtracted.
+            center = center.astype(np.float32).astype(np.float64)
+        half = np.maximum(high - center, center - low)
         constant = tuple(np.flatnonzero(half == 0).tolist())
         half = np.where(half > 0, half, 1.0)
         rule = "columns, from minimum to maximum"
-        return cls("vector", tuple(centre.tolist()), tuple(half.tolist()), rule, precise, constant)
+        return cls("vector", tuple(center.tolist()), tuple(half.tolist()), rule, precise, constant)
 
     @classmethod
     def identity(cls, dim: int) -> Scaling:
@@ -135,29 +137,29 @@ class Scaling:
         return cls.identity(shape[0]) if len(shape) == 1 else cls.for_images(-1.0, 1.0, "model space")
 
     def _numbers(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
-        """Centre and half range, ready to broadcast over ``like``."""
+        """Center and half range, ready to broadcast over ``like``."""
         if self.kind == "image":
-            return self.centre[0], self.half[0]
-        if like.ndim != 2 or like.shape[1] != len(self.centre):
+            return self.center[0], self.half[0]
+        if like.ndim != 2 or like.shape[1] != len(self.center):
             raise UserError(
                 "vectors of another length than the data",
                 got=tuple(like.shape),
                 expected=f"(N, {len(self.half)})",
             )
-        centre, half = (torch.tensor(v, dtype=dtype, device=like.device) for v in (self.centre, self.half))
-        return centre, half
+        center, half = (torch.tensor(v, dtype=dtype, device=like.device) for v in (self.center, self.half))
+        return center, half
 
     def to_model(self, raw: Tensor) -> Tensor:
         """Raw values, (N, C, H, W) or (N, D), in the range of the model: float32, in [-1, 1]."""
         dtype = torch.float64 if self.precise or raw.dtype == torch.float64 else torch.float32
-        centre, half = self._numbers(raw, dtype)
-        return ((raw.to(dtype) - centre) / half).to(torch.float32)
+        center, half = self._numbers(raw, dtype)
+        return ((raw.to(dtype) - center) / half).to(torch.float32)
 
     def to_raw(self, x: Tensor) -> Tensor:
         """Model values in the units of the data: float32 or, where precise, float64; not clipped."""
         dtype = torch.float64 if self.precise else torch.float32
-        centre, half = self._numbers(x, dtype)
-        return x.to(dtype) * half + centre
+        center, half = self._numbers(x, dtype)
+        return x.to(dtype) * half + center
 
     def settled(self, x: Tensor) -> Tensor:
         """Samples of a model, in model space, with what it makes of constant columns put back to 0."""
@@ -199,7 +201,7 @@ class Scaling:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; :meth:`from_dict` gives back an equal object."""
-        said = {"kind": self.kind, "centre": list(self.centre), "half": list(self.half), "rule": self.rule}
+        said = {"kind": self.kind, _CENTER: list(self.center), "half": list(self.half), "rule": self.rule}
         precise = {"precise": True} if self.precise else {}
         return {**said, **precise, **({"constant": list(self.constant)} if self.constant else {})}
 
@@ -211,16 +213,16 @@ class Scaling:
             UserError: A field is missing or is not what it should be.
         """
         try:
-            centre, half = (tuple(float(v) for v in values[key]) for key in ("centre", "half"))
+            center, half = (tuple(float(v) for v in values[key]) for key in (_CENTER, "half"))
             precise, constant = values.get("precise") is True, tuple(values.get("constant", ()))
-            return cls(values["kind"], centre, half, str(values["rule"]), precise, constant)
+            return cls(values["kind"], center, half, str(values["rule"]), precise, constant)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(
                 "cannot read the scaling of the data",
                 got=f"{type(error).__name__}: {error}",
-                expected="the fields kind, centre, half and rule",
+                expected=f"the fields kind, {_CENTER}, half and rule",
                 fix="use the config that was saved with the model",
             ) from error
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.calls import EDM, KEYWORDS, PLAIN, Call, CalledNet, check_arguments, recognised_call
+from distmatch.diffusion.calls import EDM, KEYWORDS, PLAIN, Call, CalledNet, check_arguments, recognized_call
 from distmatch.diffusion.conditioning import (
     LABEL,
     Conditioning,
@@ -281,7 +281,7 @@ def as_denoiser(
 ) -> PredictionDenoiser:
     """Makes a teacher of your own network; a student of it starts as a copy of the network.
 
-    How a module is called is recognised by the names of its arguments: ``net(x_t, t)``; with ``num_classes``,
+    How a module is called is recognized by the names of its arguments: ``net(x_t, t)``; with ``num_classes``,
     ``net(x_t, t, labels)``; with ``conditioning``, ``net(x_t, t, name=...)``; with time first; or as EDM,
     k-diffusion or diffusers call theirs. Anything else is said by a function of two lines, in the network's
     own terms::
@@ -310,7 +310,7 @@ def as_denoiser(
     Raises:
         UserError: No shape, arguments that are no JSON, a module that needs more than it would be given.
     """
-    chosen = call if call != "auto" else recognised_call(module) if isinstance(module, nn.Module) else PLAIN
+    chosen = call if call != "auto" else recognized_call(module) if isinstance(module, nn.Module) else PLAIN
     if chosen == EDM:
         size, channels = getattr(module, "img_resolution", None), getattr(module, "img_channels", None)
         shape = (channels, size, size) if shape is None and size and channels else shape

@@ -75,7 +75,7 @@ _TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "noise_level")
 _SAMPLES = ("x", "x_t", "xt", "sample", "samples", "input", "inputs", "img", "image")
 
 
-def recognised_call(module: Any) -> str:
+def recognized_call(module: Any) -> str:
     """The name of the call that a module takes, by its attributes and the names of its arguments."""
     if hasattr(module, "img_resolution") and hasattr(module, "label_dim"):
         return EDM

@@ -34,7 +34,7 @@ class NoiseLadder:
     Attributes:
         levels: Noise levels s, falling.
         nll: Mean of -log p_s(x + s e) at each, in nats.
-        slopes: d nll / d log s between neighbours; tends to the codimension D - d as s falls.
+        slopes: d nll / d log s between neighbors; tends to the codimension D - d as s falls.
     """
 
     levels: tuple[float, ...]

@@ -162,12 +162,12 @@ def velocity_loss(
         z: Unit normal noise like ``x0``.
     """
     m = interpolant.at(t)
-    centre, moved = _mean(m.a, m.b, x0, x1), _mean(m.d_a, m.d_b, x0, x1)
+    center, moved = _mean(m.a, m.b, x0, x1), _mean(m.d_a, m.d_b, x0, x1)
     if interpolant.gamma == "none":
-        v = velocity(centre, t)
+        v = velocity(center, t)
         return (v.square() / 2 - moved * v).flatten(1).sum(1)
     shift = expand(m.gamma, z) * z
-    plus, minus = velocity(centre + shift, t), velocity(centre - shift, t)
+    plus, minus = velocity(center + shift, t), velocity(center - shift, t)
     rate = expand(m.gamma_slope / m.gamma, z) * z
     square = (plus.square() + minus.square()) / 4
     return (square - moved * (plus + minus) / 2 - rate * (plus - minus) / 2).flatten(1).sum(1)
@@ -187,8 +187,8 @@ def noise_loss(
         z: Unit normal noise like ``x0``.
     """
     m = interpolant.at(t)
-    centre, shift = _mean(m.a, m.b, x0, x1), expand(m.gamma, z) * z
-    plus, minus = noise(centre + shift, t), noise(centre - shift, t)
+    center, shift = _mean(m.a, m.b, x0, x1), expand(m.gamma, z) * z
+    plus, minus = noise(center + shift, t), noise(center - shift, t)
     return ((plus.square() + minus.square()) / 4 - z * (plus - minus) / 2).flatten(1).sum(1)
 
 

@@ -55,7 +55,7 @@ class LogLikelihood:
         dim: Numbers in a sample.
         sigma: Level at which the density was taken.
         sigma_max: Level of the prior.
-        calls: Network calls for each sample, without those for ``prior_gap`` and for the centre of the
+        calls: Network calls for each sample, without those for ``prior_gap`` and for the center of the
             coordinates; in a batched adaptive solve the largest.
         vjps: Vector-Jacobian products for each sample.
     """
@@ -84,7 +84,7 @@ class LogLikelihood:
                 from 0..255 to [-1, 1]. Papers that map (k + u) / 256 to [-1, 1] have 128, that is 7 bits.
 
         Returns:
-            The mean over the samples. For integers that were dequantised it bounds the bits of the integers
+            The mean over the samples. For integers that were dequantized it bounds the bits of the integers
             from above.
 
         Raises:
@@ -241,7 +241,7 @@ def class_log_likelihoods(denoiser: Denoiser, x: Tensor, **options: Any) -> Tens
     return torch.stack(columns, dim=1)
 
 
-def dequantise(levels: Tensor, *, seed: int = 0) -> Tensor:
+def dequantize(levels: Tensor, *, seed: int = 0) -> Tensor:
     """Integers plus uniform noise in [-1/2, 1/2): a density of these bounds the mass of the integers.
 
     Args:
@@ -256,7 +256,7 @@ def dequantise(levels: Tensor, *, seed: int = 0) -> Tensor:
     """
     if levels.is_floating_point():
         raise UserError(
-            "only integers are dequantised", got=levels.dtype, fix="pass the raw data, before scaling"
+            "only integers are dequantized", got=levels.dtype, fix="pass the raw data, before scaling"
         )
     noise = torch.rand(levels.shape, generator=generator(seed, "dequantise"), dtype=torch.float64)
     return levels.double() + (noise - 0.5).to(levels.device)

@@ -102,8 +102,8 @@ class GaussianMixture(nn.Module):
         self.shape: tuple[int, ...] = (dim,)
         self.num_classes = 0 if classes is None else int(labels.max()) + 1
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        centred = m - (w[:, None] * m).sum(0)
-        total = (w * (values.clamp_min(0).sum(1) + centred.square().sum(1))).sum()
+        centered = m - (w[:, None] * m).sum(0)
+        total = (w * (values.clamp_min(0).sum(1) + centered.square().sum(1))).sum()
         self.sigma_data = math.sqrt(float(total) / dim)
 
     def _log_weights(self, conditioning: ConditioningLike, like: Tensor) -> Tensor:
@@ -153,11 +153,11 @@ class GaussianMixture(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Responsibilities (B, K), posterior means of the components, and eigenvalue shrinkage, (B, K, D).
 
-        The means are relative to :meth:`_centre`, which keeps their digits in float32.
+        The means are relative to :meth:`_center`, which keeps their digits in float32.
         """
         log_p, rotated, variance, vectors = self._components(x, sigma, conditioning)
         shrink = self._eigenvalues.to(x.dtype)[None] / variance
-        around = (self.means - self._centre()).to(x.dtype)
+        around = (self.means - self._center()).to(x.dtype)
         means = around[None] + torch.einsum("kde,bke->bkd", vectors, shrink * rotated)
         return log_p.softmax(1), means, shrink
 
@@ -165,9 +165,9 @@ class GaussianMixture(nn.Module):
         """The exact denoiser E[x0 | x], (B, D)."""
         responsibility, means, _ = self._posterior(x, sigma, conditioning)
         mean = torch.einsum("bk,bkd->bd", responsibility, means)
-        return (self._centre() + mean.double()).to(x.dtype)
+        return (self._center() + mean.double()).to(x.dtype)
 
-    def _centre(self) -> Tensor:
+    def _center(self) -> Tensor:
         """The mean of all components, (D,)."""
         return self.weights @ self.means
 
@@ -180,8 +180,8 @@ class GaussianMixture(nn.Module):
         level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         within = torch.einsum("kde,bke,kfe->bkdf", vectors, shrink * level[:, None, None] ** 2, vectors)
         mean = torch.einsum("bk,bkd->bd", responsibility, means)
-        centred = means - mean[:, None]
-        between = torch.einsum("bk,bkd,bke->bde", responsibility, centred, centred)
+        centered = means - mean[:, None]
+        between = torch.einsum("bk,bkd,bke->bde", responsibility, centered, centered)
         return torch.einsum("bk,bkdf->bdf", responsibility, within) + between
 
     def divergence_of_score(

@@ -20,7 +20,7 @@ class PathLevels:
     """Levels sigma = rho(t) with t drawn between the times of two levels.
 
     With share = (t - t(low)) / (t(high) - t(low)) in (0, 1): ``"uniform"`` draws it uniformly;
-    ``"logit-normal"`` draws logit(share) ~ N(mean, std^2), which favours the middle (Esser et al. 2024,
+    ``"logit-normal"`` draws logit(share) ~ N(mean, std^2), which favors the middle (Esser et al. 2024,
     "Scaling rectified flow transformers", section 3.1).
 
     Attributes:
@@ -28,7 +28,7 @@ class PathLevels:
         low: Smallest level.
         high: Largest level.
         spacing: ``"uniform"`` or ``"logit-normal"``.
-        mean: Mean of the logit; above 0 favours noise.
+        mean: Mean of the logit; above 0 favors noise.
         std: Spread of the logit.
     """
 

@@ -37,7 +37,7 @@ def gaussian_prior(variance: float, mean: Tensor | float = 0.0) -> Prior:
 def moment_prior(
     denoiser: Denoiser, sigma: float, *, dtype: torch.dtype = torch.float64, chunk: int = 16
 ) -> Prior:
-    """The Gaussian whose score is the model's score at ``sigma``, linearised about its zero.
+    """The Gaussian whose score is the model's score at ``sigma``, linearized about its zero.
 
     For Gaussian data it is exact; else its error falls as the data's third cumulant over sigma^3.
 

@@ -18,10 +18,10 @@ _FIRST_ORDER = 5.0
 _FAR = 6.0
 
 
-def centred_square(squares: Tensor, rows: Tensor) -> Tensor:
+def centered_square(squares: Tensor, rows: Tensor) -> Tensor:
     """The mean square of the entries of a symmetric matrix without diagonal, less its row and column means.
 
-    Unbiased for the entries k(x_i, x_j) of independent samples, as the U-centring of distance covariance
+    Unbiased for the entries k(x_i, x_j) of independent samples, as the U-centering of distance covariance
     (Szekely and Rizzo 2014) is.
 
     Args:
@@ -29,17 +29,17 @@ def centred_square(squares: Tensor, rows: Tensor) -> Tensor:
         rows: Sums of the rows, (n,).
 
     Returns:
-        The mean square, (); NaN for n < 4, as nothing is left after centring.
+        The mean square, (); NaN for n < 4, as nothing is left after centering.
     """
     n = len(rows)
     if n < 4:
         return torch.full_like(squares, math.nan)
-    centred = squares - 2 * rows.dot(rows) / (n - 2) + rows.sum() ** 2 / ((n - 1) * (n - 2))
-    return centred.clamp_min(0) / (n * (n - 3))
+    centered = squares - 2 * rows.dot(rows) / (n - 2) + rows.sum() ** 2 / ((n - 1) * (n - 2))
+    return centered.clamp_min(0) / (n * (n - 3))
 
 
 def squared_distance_sum(x: Tensor, y: Tensor) -> Tensor:
-    r"""The sum over i and j of \|x_i - y_j\|^2, () in float64, for samples (n, ...) about a common centre."""
+    r"""The sum over i and j of \|x_i - y_j\|^2, () in float64, for samples (n, ...) about a common center."""
     x, y = x.double(), y.double()
     own = len(y) * x.square().sum() + len(x) * y.square().sum()
     return own - 2 * (x.sum(0) * y.sum(0)).sum()

@@ -18,7 +18,7 @@ from distmatch.base.estimate import Estimate
 from distmatch.discrepancies.bars import near_zero
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.kernels import squared_distances
-from distmatch.discrepancies.samples import about_centre, checked_pair, same_count
+from distmatch.discrepancies.samples import about_center, checked_pair, same_count
 from distmatch.discrepancies.sums import PairSums, degenerate_across, degenerate_within, two_sample_variances
 
 ESTIMATORS = ("unbiased", "biased")
@@ -70,14 +70,14 @@ def _prepared(
     x, y = checked_pair(x, y)
     scale = 1 / (2 * _bandwidth(bandwidth, x, y))
     given = x.dtype
-    x, y = about_centre(x, y)
+    x, y = about_center(x, y)
     return x * scale, y * scale, given
 
 
 def cauchy_schwarz_loss(
     x: Tensor, y: Tensor, *, bandwidth: float | None = None, estimator: str = "unbiased"
 ) -> Tensor:
-    """The Cauchy-Schwarz divergence as a number to minimise, differentiable in bounded memory.
+    """The Cauchy-Schwarz divergence as a number to minimize, differentiable in bounded memory.
 
     Args:
         x: Samples (m, d), m >= 2.
@@ -103,8 +103,8 @@ def cauchy_schwarz_loss(
 def _relative(x: Tensor, y: Tensor, within: bool, precision: torch.dtype) -> tuple[float, PairSums]:
     """The log of the mean of the kernel matrix, and the sums of the matrix divided by that mean.
 
-    The degenerate part of the logarithm of three means has the entries k_ij - r_i c_j: their double centring,
-    less the product of the relative row and column means that the curvature of the logarithm adds.
+    The degenerate part of the logarithm of three means has the entries k_ij - r_i c_j: their double
+    centering, less the product of the relative row and column means that the curvature of the logarithm adds.
     """
     pairs = len(x) * (len(y) - within)
     rows = _log_rows(x, y, within, precision)

@@ -1,8 +1,8 @@
 r"""Distance covariance, squared, and its joint and concatenated forms for several variables.
 
 dCov^2 = E\|X-X'\|\|Y-Y'\| + E\|X-X'\| E\|Y-Y'\| - 2 E\|X-X'\|\|Y-Y''\| is zero only for independent
-variables. It is not scale invariant: standardise the variables first, and write categories as one-hot
-columns. The centring U_ij = a_i./(n-2) + a_.j/(n-2) - a_ij - a../((n-1)(n-2)), U_ii = 0, has the sign of the
+variables. It is not scale invariant: standardize the variables first, and write categories as one-hot
+columns. The centering U_ij = a_i./(n-2) + a_.j/(n-2) - a_ij - a../((n-1)(n-2)), U_ii = 0, has the sign of the
 paper on joint distance covariance; ``dcor`` has the other one, which matters for products of three.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import centred_square, near_zero, squared_distance_sum
+from distmatch.discrepancies.bars import centered_square, near_zero, squared_distance_sum
 from distmatch.discrepancies.distance_products import (
     ProductSums,
-    centred,
+    centered,
     distances,
     product_sums,
     times_distances,
@@ -75,7 +75,7 @@ def distance_covariance_loss(x: Tensor, y: Tensor, *, estimator: str = "unbiased
 
 
 def _terms(x: Tensor, y: Tensor, sums: ProductSums) -> Tensor:
-    """The row means of the product of the two centred matrices; their mean is the unbiased estimate."""
+    """The row means of the product of the two centered matrices; their mean is the unbiased estimate."""
     n = len(x)
     a, b = sums.a / (n - 2), sums.b / (n - 2)
     p, q = a - sums.a.sum() / ((n - 1) * (n - 2)), b - sums.b.sum() / ((n - 1) * (n - 2))
@@ -91,8 +91,8 @@ def distance_variance(x: Tensor, rows: Tensor) -> Tensor:
         x: Samples (n, d).
         rows: Their distance sums, (n,) in float64.
     """
-    x = centred(x)
-    return centred_square(squared_distance_sum(x, x), rows)
+    x = centered(x)
+    return centered_square(squared_distance_sum(x, x), rows)
 
 
 def distance_covariance(x: Tensor, y: Tensor, *, estimator: str = "unbiased") -> Estimate:
@@ -179,11 +179,11 @@ def distance_covariance_test(
         where = generator.device if generator is not None else x.device
         sums = product_sums(x, y)
         n, observed = len(x), _unbiased(sums)
-        a, b = (distances(centred(v), centred(v), 0) if n <= _HELD else None for v in (x, y))
+        a, b = (distances(centered(v), centered(v), 0) if n <= _HELD else None for v in (x, y))
         null = []
         for _ in range(resamples):
             order = torch.randperm(n, generator=generator, device=where).to(y.device)
-            # Shuffling changes the sum of products only, not what the centring subtracts from each variable.
+            # Shuffling changes the sum of products only, not what the centering subtracts from each variable.
             if a is None or b is None:
                 products = product_sums(x, y[order], in_order=False).ab
             else:

@@ -40,7 +40,7 @@ class ProductSums:
     ab: Tensor
 
 
-def centred(x: Tensor) -> Tensor:
+def centered(x: Tensor) -> Tensor:
     """The samples in float64 about their mean.
 
     Distance covariance is what is left of sums that are larger by the spread over what varies together: with
@@ -58,7 +58,7 @@ def product_sums(x: Tensor, y: Tensor, in_order: bool = True) -> ProductSums:
         y: Samples (n, e).
         in_order: The sums come in the order of the samples; otherwise in any, the same for all three.
     """
-    x, y = centred(x), centred(y)
+    x, y = centered(x), centered(y)
     if x.shape[1] == 1 and y.shape[1] == 1:
         sums, order = _in_one_dimension(x.squeeze(1), y.squeeze(1))
         return ProductSums(*(torch.zeros_like(sums).index_add(1, order, sums) if in_order else sums))
@@ -73,7 +73,7 @@ def product_sums(x: Tensor, y: Tensor, in_order: bool = True) -> ProductSums:
 def times_distances(x: Tensor, weights: Tensor) -> Tensor:
     """The sums over j of |x_i - x_j| w_j, (n,) in float64, without a graph."""
     with torch.no_grad():
-        x = centred(x)
+        x = centered(x)
         if x.shape[1] > 1:
             return in_chunks(lambda low, high, x, w: distances(x[low:high], x, low) @ w, x, weights)
         points, order = x.squeeze(1).sort()

@@ -41,8 +41,8 @@ def distance_rows(x: Tensor, y: Tensor) -> Tensor:
 
 def _in_one_dimension(x: Tensor, y: Tensor) -> tuple[PairSums, PairSums, PairSums]:
     """The sums of -|x_i - y_j| within x, within y and across."""
-    centre = torch.cat([x, y]).detach().mean()
-    x, y = (x.squeeze(1).double() - centre), (y.squeeze(1).double() - centre)
+    center = torch.cat([x, y]).detach().mean()
+    x, y = (x.squeeze(1).double() - center), (y.squeeze(1).double() - center)
 
     def within(z: Tensor) -> PairSums:
         rows = distance_rows(z, z)
@@ -56,7 +56,7 @@ def _in_one_dimension(x: Tensor, y: Tensor) -> tuple[PairSums, PairSums, PairSum
 def energy_distance_loss(
     x: Tensor, y: Tensor, *, exponent: float = 1.0, estimator: str = "unbiased"
 ) -> Tensor:
-    """The energy distance as a number to minimise, differentiable in both samples in bounded memory.
+    """The energy distance as a number to minimize, differentiable in both samples in bounded memory.
 
     Args:
         x: Samples (m, d), m >= 2.

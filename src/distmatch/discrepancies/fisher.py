@@ -55,7 +55,7 @@ def score_of(log_density: Callable[[Tensor], Tensor]) -> Score:
 
 
 def fisher_divergence(score_p: Tensor, score_q: Tensor) -> Estimate:
-    r"""E_p\|s_p - s_q\|^2 from both scores at samples of p; half of it is what score matching minimises.
+    r"""E_p\|s_p - s_q\|^2 from both scores at samples of p; half of it is what score matching minimizes.
 
     Args:
         score_p: grad log p at n samples of p, (n, d).

@@ -17,7 +17,7 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def _spread_cost(first: Tensor, second: Tensor, eps: float) -> Tensor:
-    """OT_eps between centred Gaussians, less a constant that the divergence does not see."""
+    """OT_eps between centered Gaussians, less a constant that the divergence does not see."""
     # The eigenvalues of (4 S^(1/2) T S^(1/2) + eps^2)^(1/2), without half the digits lost to squares.
     mixed = torch.hypot(2 * torch.linalg.svdvals(_root(first).T @ _root(second)), first.new_tensor(eps))
     return (first.trace() + second.trace() - mixed.sum() + eps * (mixed + eps).log().sum()) / 2
@@ -28,14 +28,14 @@ def gaussian_sinkhorn(
 ) -> Tensor:
     """S_eps between N(mean_x, covariance_x) and N(mean_y, covariance_y) under the cost |x - y|^2 / 2.
 
-    Janati et al. 2020, theorem 1, with half their cost and so half their regularisation.
+    Janati et al. 2020, theorem 1, with half their cost and so half their regularization.
 
     Args:
         mean_x: (d,).
         covariance_x: (d, d), symmetric, positive semidefinite.
         mean_y: (d,).
         covariance_y: (d, d).
-        epsilon: Regularisation in units of the cost.
+        epsilon: Regularization in units of the cost.
 
     Returns:
         () float64; half the squared Wasserstein-2 distance as ``epsilon`` falls to zero.

@@ -10,30 +10,30 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import centred_square, near_zero
+from distmatch.discrepancies.bars import centered_square, near_zero
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.distance_covariance import checked_list, distance_variance
-from distmatch.discrepancies.distance_products import centred, distances
+from distmatch.discrepancies.distance_products import centered, distances
 
 
-def _product(centred_rows: list[Tensor], c: float) -> Tensor:
+def _product(centered_rows: list[Tensor], c: float) -> Tensor:
     """prod_k (U^k + c)."""
-    product = centred_rows[0] + c
-    for u in centred_rows[1:]:
+    product = centered_rows[0] + c
+    for u in centered_rows[1:]:
         product = product * (u + c)
     return product
 
 
-def _interactions(centred_rows: list[Tensor], c: float, about_first: bool) -> Tensor:
+def _interactions(centered_rows: list[Tensor], c: float, about_first: bool) -> Tensor:
     """The terms of prod_k (U^k + c) with two factors U and more; with ``about_first`` those that hold U^1.
 
-    The other terms add up to a constant, as each centred matrix adds up to zero.
+    The other terms add up to a constant, as each centered matrix adds up to zero.
     """
-    first, others = centred_rows[0], _product(centred_rows[1:], c)
-    power = c ** (len(centred_rows) - 1)
+    first, others = centered_rows[0], _product(centered_rows[1:], c)
+    power = c ** (len(centered_rows) - 1)
     if about_first:
         return first * (others - power)
-    return (first + c) * others - power * torch.stack(centred_rows).sum(0) - c * power
+    return (first + c) * others - power * torch.stack(centered_rows).sum(0) - c * power
 
 
 def _row_sums(
@@ -45,23 +45,23 @@ def _row_sums(
         points, own, w = tensors[: len(variables)], tensors[len(variables) : -1], tensors[-1]
         apart = torch.ones(high - low, len(w), dtype=torch.bool, device=w.device)
         apart.diagonal(low).zero_()
-        centred_rows = [
+        centered_rows = [
             margin[low:high, None] + margin - distances(x[low:high], x, low)
             for x, margin in zip(points, own, strict=True)
         ]
-        return (entries(centred_rows) * apart * w).sum(1)
+        return (entries(centered_rows) * apart * w).sum(1)
 
     return in_chunks(of_rows, *variables, *margins, weights)
 
 
 def _margins(x: Tensor, weights: Tensor, shrink: float) -> Tensor:
-    """Weighted row sums of the distances less half of their total, so that two of them centre an entry."""
+    """Weighted row sums of the distances less half of their total, so that two of them center an entry."""
     rows = in_chunks(lambda low, high, x, w: distances(x[low:high], x, low) @ w, x, weights)
     return rows - shrink * rows.dot(weights) / 2
 
 
 def _sums(variables: list[Tensor], weights: Tensor, c: float, about_first: bool) -> Tensor:
-    """The weighted row sums of the interactions, (n,), with the unbiased centring for weights 1 / (n - 2)."""
+    """The weighted row sums of the interactions, (n,), with unbiased centering for weights 1 / (n - 2)."""
     n = len(weights)
     margins = [_margins(x, weights, (n - 2) / (n - 1)) for x in variables]
     return _row_sums(lambda us: _interactions(us, c, about_first), variables, margins, weights)
@@ -87,7 +87,7 @@ def _jackknife(variables: list[Tensor], c: float, about_first: bool) -> float:
 def _degenerate(variables: list[Tensor], c: float, about_first: bool) -> float:
     """The variance of the degenerate part, which is all there is without dependence.
 
-    The statistic is then a mean of products of independent centred matrices with mean squares v_k: those of
+    The statistic is then a mean of products of independent centered matrices with mean squares v_k: those of
     two factors and more of prod_k (U^k + c), or U^1 times the rest of the product, which may be dependent.
     """
     n, ones = len(variables[0]), torch.ones_like(variables[0][:, 0])
@@ -97,7 +97,7 @@ def _degenerate(variables: list[Tensor], c: float, about_first: bool) -> float:
         margins = [_margins(x, ones / (n - 2), (n - 2) / (n - 1)) for x in others]
         rows = _row_sums(lambda us: _product(us, c), others, margins, ones)
         squares = _row_sums(lambda us: _product(us, c).square(), others, margins, ones)
-        mean_square = v[0] * float(centred_square(squares.sum(), rows))
+        mean_square = v[0] * float(centered_square(squares.sum(), rows))
     else:
         d = len(v)
         mean_square = math.prod(s + c**2 for s in v) - c ** (2 * d) - c ** (2 * d - 2) * sum(v)
@@ -107,7 +107,7 @@ def _degenerate(variables: list[Tensor], c: float, about_first: bool) -> float:
 def _prepared(variables: Sequence[Tensor], c: float) -> list[Tensor]:
     if not (math.isfinite(c) and c > 0):
         raise UserError("c must be a positive number", got=c, fix="1 weighs all orders of interaction alike")
-    return [centred(x) for x in checked_list(variables, 2)]
+    return [centered(x) for x in checked_list(variables, 2)]
 
 
 def joint_distance_covariance_loss(
@@ -133,7 +133,7 @@ def joint_distance_covariance_loss(
 def joint_distance_covariance(
     variables: Sequence[Tensor], *, c: float = 1.0, about_first: bool = False
 ) -> Estimate:
-    """JdCov: zero only if all variables are independent jointly, not just in pairs (U-centred form).
+    """JdCov: zero only if all variables are independent jointly, not just in pairs (U-centered form).
 
     mean over pairs of prod_k (U^k + c), less c^d: for two variables the squared distance covariance (c = 1),
     for three the sum of the three pairwise ones, times c, and a triple term.

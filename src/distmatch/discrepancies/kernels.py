@@ -83,7 +83,7 @@ def squared_distances(
     """Squared Euclidean distances (..., n, m), never negative.
 
     By one product of matrices in float64. Pairs so close for their distance from the origin that it loses
-    their digits are taken by differences, so that equal points are at distance zero. Subtract a common centre
+    their digits are taken by differences, so that equal points are at distance zero. Subtract a common center
     first, in float64, where the samples are far from the origin: that leaves fewer of these pairs. Where the
     result is float32, samples of many coordinates without any close pair are multiplied in float32.
 

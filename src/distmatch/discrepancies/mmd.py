@@ -19,7 +19,7 @@ from distmatch.discrepancies.permutation import (
     resamples_per_pass,
     result_of,
 )
-from distmatch.discrepancies.samples import about_centre, checked_pair
+from distmatch.discrepancies.samples import about_center, checked_pair
 from distmatch.discrepancies.sums import across, total_across, total_within, two_sample, within
 
 ESTIMATORS = ("unbiased", "biased", "linear", "block")
@@ -28,17 +28,17 @@ ESTIMATORS = ("unbiased", "biased", "linear", "block")
 _LEAST_TERMS = 20
 
 
-def _centred(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64, about a common centre where the kernel does not see it."""
+def _centered(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64, about a common center where the kernel does not see it."""
     x, y = x.double(), y.double()
-    return (x, y) if kernel.of_products else about_centre(x, y)
+    return (x, y) if kernel.of_products else about_center(x, y)
 
 
 def _prepared(x: Tensor, y: Tensor, kernel: str | Kernel) -> tuple[Tensor, Tensor, Kernel, torch.dtype]:
     """The samples in float64, the kernel, and the precision that the samples came in."""
     x, y = checked_pair(x, y)
     kernel = resolve_kernel(kernel, x, y)
-    return *_centred(kernel, x, y), kernel, x.dtype
+    return *_centered(kernel, x, y), kernel, x.dtype
 
 
 def _linear_terms(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def mmd_loss(
     estimator: str = "unbiased",
     block: int | None = None,
 ) -> Tensor:
-    """MMD^2 as a number to minimise, differentiable in both samples in bounded memory.
+    """MMD^2 as a number to minimize, differentiable in both samples in bounded memory.
 
     Args:
         x: Samples (m, d), m >= 2.
@@ -193,7 +193,7 @@ def mmd_test(
             where = generator.device if generator is not None else x.device
             shuffled = torch.randperm(len(pooled), generator=generator, device=where).to(x.device)
             kernel = resolve_kernel(kernel, pooled[shuffled])
-        x, y = _centred(kernel, x, y)
+        x, y = _centered(kernel, x, y)
         scaled = kernel.scaled(torch.cat([x, y]))
 
         def rows(low: int, high: int) -> Tensor:

@@ -69,14 +69,14 @@ def checked_pair(
     return x.to(dtype), y.to(dtype)
 
 
-def about_centre(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def about_center(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets in float64, less the mean of their means, through which no gradient runs.
 
     What depends on distances does not change; in float64 the subtraction itself loses nothing of float32.
     """
     x, y = x.double(), y.double()
-    centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
-    return x - centre, y - centre
+    center = (x.detach().mean(0) + y.detach().mean(0)) / 2
+    return x - center, y - center
 
 
 def same_dimension(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:

@@ -36,7 +36,7 @@ class SinkhornResult:
 
     Attributes:
         value: The divergence (), in the precision of the samples; differentiable once in samples and weights.
-        epsilon: The regularisation used, in units of the cost.
+        epsilon: The regularization used, in units of the cost.
         converged: Whether all marginal errors are within twice the tolerance.
         iterations: Iterations at ``epsilon`` of the problem between the two measures.
         marginal_error: The largest L1 error of a marginal; the error of ``value`` is of second order in it.
@@ -73,9 +73,9 @@ class _Envelope(torch.autograd.Function):
 def _cost_gradients(x: Cloud, y: Cloud, found: Solution) -> tuple[Tensor, Tensor]:
     """Gradients of OT_eps in the points: sums over the plan of x_i - y_j, and of y_j - x_i."""
     last = found.sweep
-    if last.barycentre is None or last.pulled is None:
+    if last.barycenter is None or last.pulled is None:
         raise RuntimeError("the last sweep was made without its moments")
-    of_x = x.weight.to(x.points.dtype)[:, None] * (x.points - last.barycentre)
+    of_x = x.weight.to(x.points.dtype)[:, None] * (x.points - last.barycenter)
     of_y = last.columns.to(y.points.dtype)[:, None] * y.points - last.pulled
     return of_x, of_y
 
@@ -84,7 +84,7 @@ def _dual(x: Cloud, y: Cloud, found: Solution) -> Tensor:
     return x.weight @ found.sweep.f + y.weight @ found.g
 
 
-def _centred(potential: Tensor, weight: Tensor) -> Tensor:
+def _centered(potential: Tensor, weight: Tensor) -> Tensor:
     return potential - weight @ potential
 
 
@@ -94,7 +94,7 @@ def _variance(witness: Tensor, weight: Tensor) -> float:
         return math.nan
     squares = weight.square()
     share = float(squares.sum())
-    return float(squares @ _centred(witness, weight).square()) / (1 - share) if share < 1 else math.nan
+    return float(squares @ _centered(witness, weight).square()) / (1 - share) if share < 1 else math.nan
 
 
 def _check_settings(epsilon: float | None, tol: float, max_iter: int, memory: int) -> None:
@@ -176,7 +176,7 @@ def sinkhorn_divergence(
         y: Samples (m, d).
         a: Weights of ``x`` (n,), not negative, summing to one; equal ones by default. Zero is allowed.
         b: Weights of ``y`` (m,).
-        epsilon: Regularisation in units of the cost, blur^2 in the words of geomloss. By default a twentieth
+        epsilon: Regularization in units of the cost, blur^2 in the words of geomloss. By default a twentieth
             of the mean cost between two draws of the pooled sample, which is the trace of its covariance.
         debias: Whether to take the two halves of the self-transport off; without it the value is OT_eps.
         tol: L1 error of the marginals at which to stop. The value is then off by about its square.
@@ -194,8 +194,8 @@ def sinkhorn_divergence(
     with torch.no_grad():
         wa, wb = measures.a.detach(), measures.b.detach()
         px, py = (z.detach().double() for z in (measures.x, measures.y))
-        centre = (wa @ px + wb @ py) / 2
-        clouds = cloud(px - centre, wa), cloud(py - centre, wb)
+        center = (wa @ px + wb @ py) / 2
+        clouds = cloud(px - center, wa), cloud(py - center, wb)
         left, right = (z.half_norm for z in clouds)
         spread = float(wa @ left + wb @ right)
         eps = float(epsilon) if epsilon is not None else 0.05 * spread or 1.0
@@ -207,7 +207,7 @@ def sinkhorn_divergence(
         found = _transport(rounded if narrow else clouds, settings)
         if narrow and abs(float(found.total)) < _LEAST_ABOVE_ROUNDING * rounding:
             found = _transport(clouds, settings)
-        f, g = _centred(found.f, wa), _centred(found.g, wb)
+        f, g = _centered(found.f, wa), _centered(found.g, wb)
         value, pulls = found.total.to(given), [pull.to(given) for pull in found.pulls]
     if moments:
         value = _Envelope.apply(value, (*pulls, f, g), *inputs)

@@ -1,7 +1,7 @@
 """The solver behind the Sinkhorn divergence: dual potentials of entropic transport, in blocks of rows.
 
 Notation: C_ij = |x_i - y_j|^2 / 2, plan P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps). One *sweep* takes g,
-sets f to its exact minimiser given g (so that every row of P sums to a_i) and returns the column sums of P. A
+sets f to its exact minimizer given g (so that every row of P sums to a_i) and returns the column sums of P. A
 block of rows is finished before the next begins, so the exponentials are taken once per iteration, not twice,
 and no more than a block exists at a time. Where the whole kernel exp((f + g - C) / eps) fits into the memory
 allowed, it is kept around a reference pair of potentials, and a sweep is two products with vectors.
@@ -34,7 +34,7 @@ _LOST = 35.0
 
 @dataclass(frozen=True)
 class Cloud:
-    """One measure, prepared: centred points (n, d); half squared norms and weights (n,) in float64."""
+    """One measure, prepared: centered points (n, d); half squared norms and weights (n,) in float64."""
 
     points: Tensor
     half_norm: Tensor
@@ -47,15 +47,15 @@ class Sweep:
     """What a sweep knows.
 
     Attributes:
-        f: Potential on the rows, the exact minimiser given g (n,) float64.
+        f: Potential on the rows, the exact minimizer given g (n,) float64.
         columns: Column sums of the plan (m,) float64.
-        barycentre: Mean of y under row i of the plan (n, d), or None.
+        barycenter: Mean of y under row i of the plan (n, d), or None.
         pulled: Sum over i of P_ij x_i (m, d), or None.
     """
 
     f: Tensor
     columns: Tensor
-    barycentre: Tensor | None = None
+    barycenter: Tensor | None = None
     pulled: Tensor | None = None
 
 
@@ -66,7 +66,7 @@ class Solution:
     Attributes:
         sweep: The last sweep, with the row potential f.
         g: The column potential (m,) float64.
-        iterations: Sweeps at the final regularisation.
+        iterations: Sweeps at the final regularization.
         marginal_error: L1 distance of the plan's column sums from the weights; its row sums are exact.
         converged: Whether that is within twice the tolerance.
     """
@@ -79,7 +79,7 @@ class Solution:
 
 
 def cloud(points: Tensor, weight: Tensor) -> Cloud:
-    """Prepares a measure about the common centre; a weight of zero becomes 1e-30 and has a potential."""
+    """Prepares a measure about the common center; a weight of zero becomes 1e-30 and has a potential."""
     weight = weight.clamp_min(_SMALLEST_WEIGHT)
     return Cloud(points.contiguous(), points.double().square().sum(1) / 2, weight, weight.log())
 
@@ -99,16 +99,16 @@ def sweep_blocks(
         x: The row measure.
         y: The column measure.
         g: Potential on ``y`` (m,).
-        eps: Regularisation.
+        eps: Regularization.
         columns: Whether to sum the columns; left at zero otherwise.
-        moments: Whether to return the barycentres that the gradient needs.
+        moments: Whether to return the barycenters that the gradient needs.
     """
     bias = ((g - y.half_norm) / eps + y.log_weight).to(x.points.dtype)
     scaled = (y.points.T / eps).contiguous()
     step = _rows_per_block(y)
     buffer = x.points.new_empty(min(step, x.points.shape[0]), y.points.shape[0])
     f, sums = torch.empty_like(x.half_norm), torch.zeros_like(y.half_norm)
-    barycentre = torch.empty_like(x.points) if moments else None
+    barycenter = torch.empty_like(x.points) if moments else None
     pulled = torch.zeros_like(y.points) if moments else None
     for low in range(0, x.points.shape[0], step):
         rows = slice(low, low + step)
@@ -121,14 +121,14 @@ def sweep_blocks(
         share = (x.weight[rows] / mass).to(block.dtype)
         if columns:
             sums += share @ block
-        if barycentre is not None and pulled is not None:
-            barycentre[rows] = (block @ y.points) / mass[:, None]
+        if barycenter is not None and pulled is not None:
+            barycenter[rows] = (block @ y.points) / mass[:, None]
             pulled += block.T @ (share[:, None] * points)
-    return Sweep(f, sums, barycentre, pulled)
+    return Sweep(f, sums, barycenter, pulled)
 
 
 class Sweeper:
-    """Sweeps at one regularisation, by a kept kernel where there is room for it.
+    """Sweeps at one regularization, by a kept kernel where there is room for it.
 
     The kept kernel is b_j exp((f_i + g_j - C_ij) / eps) around reference potentials, so its rows sum to one.
     """
@@ -190,7 +190,7 @@ def _ascent(x: Cloud, y: Cloud, g: Tensor, found: Sweep, eps: float) -> Tensor:
 
 
 def cooling(start: float, eps: float) -> list[float]:
-    """Regularisations from ``start`` down towards ``eps`` (left out), each a quarter of the one before."""
+    """Regularizations from ``start`` down towards ``eps`` (left out), each a quarter of the one before."""
     if not start > eps:
         return []
     count = math.ceil(math.log(start / eps) / math.log(4))
@@ -213,12 +213,12 @@ def solve(
     Args:
         x: The row measure.
         y: The column measure.
-        eps: Regularisation, in units of the cost.
-        spread: Cost from which the regularisation is cooled down.
+        eps: Regularization, in units of the cost.
+        spread: Cost from which the regularization is cooled down.
         tol: L1 error of the column marginal at which to stop.
         max_iter: Largest number of sweeps at ``eps``.
         memory: Bytes that a kept kernel may take.
-        moments: Whether the last sweep returns the barycentres.
+        moments: Whether the last sweep returns the barycenters.
     """
     g = torch.zeros_like(y.half_norm)
     for hot in cooling(spread, eps):
@@ -267,12 +267,12 @@ def solve_self(
 
     Args:
         x: The measure.
-        eps: Regularisation, in units of the cost.
-        spread: Cost from which the regularisation is cooled down.
+        eps: Regularization, in units of the cost.
+        spread: Cost from which the regularization is cooled down.
         tol: L1 error of the marginal at which to stop.
         max_iter: Largest number of sweeps at ``eps``.
         memory: Bytes that a kept kernel may take.
-        moments: Whether the last sweep returns the barycentres.
+        moments: Whether the last sweep returns the barycenters.
     """
     f = torch.zeros_like(x.half_norm)
     for hot in cooling(spread, eps):

@@ -85,8 +85,8 @@ def _along(of_lines: OfLines, measures: Measures, directions: Tensor, p: float) 
     """:func:`line_costs` or :func:`line_distances` along each direction (L,), in chunks of directions."""
     x, y, a, b = measures.x, measures.y, measures.a, measures.b
     # Far from the origin a projection would round more than the samples themselves do.
-    centre = (x.detach().double().mean(0) + y.detach().double().mean(0)) / 2
-    x, y = ((z.double() - centre).to(z.dtype) for z in (x, y))
+    center = (x.detach().double().mean(0) + y.detach().double().mean(0)) / 2
+    x, y = ((z.double() - center).to(z.dtype) for z in (x, y))
     room = _ENTRIES["cpu" if x.device.type == "cpu" else "cuda"]
     chunks = directions.split(max(1, room // (len(x) + len(y))))
 
@@ -116,7 +116,7 @@ def sliced_wasserstein_loss(
     directions: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """SW_p^p as a number to minimise, differentiable in samples and weights, unbiased over directions.
+    """SW_p^p as a number to minimize, differentiable in samples and weights, unbiased over directions.
 
     Args:
         x: Samples (n, d).

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import centred_square, near_zero
+from distmatch.discrepancies.bars import centered_square, near_zero
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.kernels import median_bandwidth, squared_distances
 from distmatch.discrepancies.permutation import (
@@ -65,7 +65,7 @@ def _stein_rows(
 def _prepared(
     x: Tensor, score: Tensor, kernel: str, bandwidth: float | None, exponent: float
 ) -> tuple[Tensor, Tensor, float, torch.dtype]:
-    """Centred samples and scores in float64, the bandwidth, and the precision they came in."""
+    """Centered samples and scores in float64, the bandwidth, and the precision they came in."""
     if kernel not in KERNELS:
         raise unknown_name("Stein kernel", kernel, KERNELS)
     if not -1 < exponent < 0:
@@ -155,7 +155,7 @@ def kernel_stein(
 
         rows, squares = in_chunks(of_rows, x, score)
         means, pairs = rows / (n - 1), n * (n - 1)
-        degenerate = 2 * float(centred_square(squares.sum(), rows)) / pairs
+        degenerate = 2 * float(centered_square(squares.sum(), rows)) / pairs
         return near_zero(float(means.mean()), 4 * float(means.var()) / n, degenerate, n, "kernel_stein_test")
 
 

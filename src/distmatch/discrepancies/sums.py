@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import centred_square, near_zero
+from distmatch.discrepancies.bars import centered_square, near_zero
 from distmatch.discrepancies.chunks import recomputed, rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel
 
@@ -57,7 +57,7 @@ def degenerate_within(squares: Tensor, rows: Tensor) -> Tensor:
         squares: Sum of the squared entries off the diagonal, ().
         rows: Sums of the rows, (n,).
     """
-    return 2 * centred_square(squares, rows) / (len(rows) * (len(rows) - 1))
+    return 2 * centered_square(squares, rows) / (len(rows) * (len(rows) - 1))
 
 
 def degenerate_across(squares: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ def degenerate_across(squares: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         columns: Sums of the columns, (n,).
     """
     m, n = len(rows), len(columns)
-    centred = squares - rows.dot(rows) / n - columns.dot(columns) / m + rows.sum() ** 2 / (m * n)
-    return centred.clamp_min(0) / ((m - 1) * (n - 1) * m * n)
+    centered = squares - rows.dot(rows) / n - columns.dot(columns) / m + rows.sum() ** 2 / (m * n)
+    return centered.clamp_min(0) / ((m - 1) * (n - 1) * m * n)
 
 
 def _chunks(n: int, columns: int, device: torch.device) -> list[tuple[int, int]]:

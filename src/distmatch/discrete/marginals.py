@@ -1,7 +1,7 @@
 """Marginalization models (MaM, 2310.12920): the probability of any set of tokens in one evaluation.
 
 A network of marginals and one of conditionals agree when log p(x_S, x_i) = log p(x_S) + log c(x_i | x_S) for
-all sets S and positions i outside; then the first one is normalised as soon as p(nothing visible) = 1.
+all sets S and positions i outside; then the first one is normalized as soon as p(nothing visible) = 1.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def reinforce_loss(
 
     Args:
         marginals: log p of whole sequences.
-        log_f: Sequences (B, L) -> log of the unnormalised density, (B,) in nats.
+        log_f: Sequences (B, L) -> log of the unnormalized density, (B,) in nats.
         x: Sequences from the model.
 
     Returns:

@@ -42,7 +42,7 @@ class TokenNetConfig:
 
 
 class _Block(nn.Module):
-    """Neighbouring tokens by a depthwise convolution, all tokens by attention, then a perceptron."""
+    """Neighboring tokens by a depthwise convolution, all tokens by attention, then a perceptron."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ class _Choice:
 
 
 def nucleus(p: Tensor, top_p: float) -> Tensor:
-    """Keeps the most probable symbols whose probabilities first reach ``top_p``; normalised again."""
+    """Keeps the most probable symbols whose probabilities first reach ``top_p``; normalized again."""
     ordered, place = p.sort(dim=-1, descending=True)
     kept = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
     return torch.zeros_like(p).scatter(-1, place, kept / kept.sum(-1, keepdim=True))
@@ -95,7 +95,7 @@ def sample_tokens(
         sampler: ``tweedie`` or ``euler``: ``steps`` steps of the process with ``schedule``, tokens of one
             step drawn independently; ``any-order``: one at a time in random order, or in ``turns``;
             ``forward``: left to right; ``confidence``: each step reveals those drawn with the largest
-            probability, which favours likely sequences and does not sample the law of the model.
+            probability, which favors likely sequences and does not sample the law of the model.
         steps: For tweedie, euler and confidence.
         schedule: For tweedie and euler: how fast tokens are hidden.
         given: Sequences (n, L) or (1, L) in which the hidden symbol marks what is to be drawn.

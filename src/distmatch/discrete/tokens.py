@@ -52,7 +52,7 @@ class Marginals(Protocol):
 
 
 def log_conditionals(model: Conditionals, tokens: Tensor) -> Tensor:
-    """Normalised log-probabilities (B, length, V), at least float32; the hidden symbol has none.
+    """Normalized log-probabilities (B, length, V), at least float32; the hidden symbol has none.
 
     Raises:
         UserError: The model's output has another shape.
@@ -74,7 +74,7 @@ def check_tokens(
 ) -> None:
     """Refuses what is not a batch of sequences of the model.
 
-    Values are read only on the CPU, where that costs no synchronisation.
+    Values are read only on the CPU, where that costs no synchronization.
 
     Args:
         tokens: To be checked.

@@ -64,7 +64,7 @@ class TokenState:
     Attributes:
         model: The modules in training.
         average: Their moving average; what is used and saved.
-        optimiser: Their optimiser.
+        optimizer: Their optimizer.
         generator: The random stream of the steps.
         chains: Sequences (n, L) of the Gibbs chains; none for conditionals alone.
         step: Steps done.
@@ -72,7 +72,7 @@ class TokenState:
 
     model: nn.ModuleDict
     average: nn.ModuleDict
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     generator: torch.Generator
     chains: Tensor
     step: int = 0
@@ -82,7 +82,7 @@ class TokenState:
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "chains": self.chains,
             "step": self.step,
@@ -96,7 +96,7 @@ class TokenState:
         """
         load_into(self.model, tree.get("model", {}), "the checkpoint")
         load_into(self.average, tree.get("average", {}), "the checkpoint")
-        self.optimiser.load_state_dict(tree["optimiser"])
+        self.optimizer.load_state_dict(tree["optimizer"])
         self.generator.set_state(tree["generator"].cpu())
         self.chains = tree["chains"].to(self.chains.device)
         self.step = tree["step"]
@@ -128,17 +128,17 @@ class _Training:
         return TokenState(
             model=model,
             average=copy.deepcopy(model).requires_grad_(False).eval(),
-            optimiser=adam(model.parameters(), self.config),
+            optimizer=adam(model.parameters(), self.config),
             generator=random,
             chains=start,
         )
 
     def _descend(self, state: TokenState, loss: Tensor) -> Tensor:
-        """Gradient, clipping, learning rate, optimiser, average; returns the gradient's norm."""
+        """Gradient, clipping, learning rate, optimizer, average; returns the gradient's norm."""
         cfg = self.config
-        set_rate(state.optimiser, cfg.lr * rate(cfg, state.step, self.total_steps))
+        set_rate(state.optimizer, cfg.lr * rate(cfg, state.step, self.total_steps))
         loss.backward()
-        norm = clipped_step(state.optimiser, cfg.grad_clip)
+        norm = clipped_step(state.optimizer, cfg.grad_clip)
         state.step += 1
         decay = min(cfg.ema_decay, (1 + state.step) / (10 + state.step))
         with torch.no_grad():
@@ -199,7 +199,7 @@ class MarginalTraining(_Training):
 
 @dataclass
 class EnergyTraining(_Training):
-    """Fits marginals and conditionals to an unnormalised density, with no data: KL(p || f / Z).
+    """Fits marginals and conditionals to an unnormalized density, with no data: KL(p || f / Z).
 
     Attributes:
         log_f: Sequences (B, L) -> log f, (B,) in nats.

@@ -65,7 +65,7 @@ def _generator(a: float) -> Callable[[Tensor], Tensor]:
 
 
 def _conjugate(a: float) -> Callable[[Tensor], Tensor]:
-    """f*(t) = ((1 + (a - 1) t)_+^{a / (a - 1)} - 1) / a, through the log of the maximiser."""
+    """f*(t) = ((1 + (a - 1) t)_+^{a / (a - 1)} - 1) / a, through the log of the maximizer."""
 
     def conjugate(t: Tensor) -> Tensor:
         # The floor is where 1 + (a - 1) t reaches 0: for a > 1 the conjugate is constant below it.

@@ -3,10 +3,10 @@
 Conventions, for every divergence in this package:
 
 * ``D_f(p || q) = E_q[f(r)]`` in nats, with true constants: JS <= log 2, squared Hellinger <= 2.
-* f is the *centred* generator: f(1) = f'(1) = 0. It differs from the textbook generator by a multiple of
+* f is the *centered* generator: f(1) = f'(1) = 0. It differs from the textbook generator by a multiple of
   r - 1, whose mean under q is zero, so D_f, f'' and the weight are the same; but f >= 0, so that the mean of
   f(r) over samples of q is an unbiased estimate of D_f that is never negative (for KL(q || p) it is the
-  estimator known as k3). f' and the conjugate are those of the centred f.
+  estimator known as k3). f' and the conjugate are those of the centered f.
 * ``weight`` is h(r) = r^2 f''(r), the factor of the score difference in
   grad D_f(p || q_theta) = -E[h(r) (s_p - s_q)^T dx/dtheta] (f-distill, arXiv 2502.15681, theorem 1).
 * Values that overflow are held at about the largest finite number of their dtype; their gradient is zero.
@@ -75,7 +75,7 @@ class Divergence:
 
     Attributes:
         name: The name :func:`distmatch.divergences.divergence` accepts (a custom one has a name of its own).
-        f: log r -> centred generator f(r), nats.
+        f: log r -> centered generator f(r), nats.
         df: log r -> f'(r), derivative with respect to r (not log r).
         d2f: log r -> f''(r).
         weight: log r -> h(r) = r^2 f''(r).

@@ -83,7 +83,7 @@ def custom(
 
     Everything is computed in float64 from r = exp(log r); f', f'' and h = r^2 f'' by automatic
     differentiation, the conjugate by Newton's method inside a bracket, as far out as f' is finite in float64
-    (at most |log r| <= 700). The generator is centred (f'(1) (r - 1) is subtracted), which changes no
+    (at most |log r| <= 700). The generator is centered (f'(1) (r - 1) is subtracted), which changes no
     divergence. Far from r = 1 the digits are those of your
     formula: f'' of ``log(r + 1) - log(r)``, say, is rounding error beyond r = 1e8.
 
@@ -125,12 +125,12 @@ def custom(
         ends = (at_infinity, at_zero - offset)
         return custom(lambda r: r * (f(1.0 / r) - offset), f"{name}_dual", limits=ends)
 
-    centred = of_log_ratio(lambda r: f(r) - offset - tilt * (r - 1.0))
-    centred_slope = of_log_ratio(lambda r: first(r) - tilt)
+    centered = of_log_ratio(lambda r: f(r) - offset - tilt * (r - 1.0))
+    centered_slope = of_log_ratio(lambda r: first(r) - tilt)
     curvature = of_log_ratio(second)
     reach = _reach(lambda x: first(x.exp()))
-    search = numeric_conjugate(centred, centred_slope, curvature, reach)
-    searched = float(centred_slope(torch.tensor([reach], dtype=torch.float64)))
+    search = numeric_conjugate(centered, centered_slope, curvature, reach)
+    searched = float(centered_slope(torch.tensor([reach], dtype=torch.float64)))
 
     def conjugate(t: Tensor) -> Tensor:
         # Beyond the searched range the supremum is out of sight: larger than anything that can be told.
@@ -139,8 +139,8 @@ def custom(
 
     return Divergence(
         name=name,
-        f=centred,
-        df=centred_slope,
+        f=centered,
+        df=centered_slope,
         d2f=curvature,
         weight=of_log_ratio(lambda r: r * r * second(r)),
         conjugate=conjugate,

@@ -67,7 +67,7 @@ def exp_curvature(x: Tensor) -> Tensor:
 
 
 def exp_excess(x: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * (exp(x) - 1 - x)``; with scale 1 the centred reverse-KL generator, never negative."""
+    """``scale * (exp(x) - 1 - x)``; with scale 1 the centered reverse-KL generator, never negative."""
     return blend(
         x,
         lambda y: scale * exp_curvature(y) * y * y,
@@ -77,7 +77,7 @@ def exp_excess(x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def entropy_excess(x: Tensor) -> Tensor:
-    """``x exp(x) - exp(x) + 1``, never negative: the centred KL generator."""
+    """``x exp(x) - exp(x) + 1``, never negative: the centered KL generator."""
     top = log_max(x.dtype)
     # Below -1000 exp is 0 in every dtype (and 0 * inf is avoided); above, twice the product is still finite.
     y = x.clamp(-1000.0, top - math.log(top) - 1.0)
@@ -114,7 +114,7 @@ def family_name(family: str, order: float) -> str:
     return f"{family}:{short if float(short) == order else repr(order)}"
 
 
-def _maximiser(df: Function, d2f: Function, target: Tensor, reach: float) -> Tensor:
+def _maximizer(df: Function, d2f: Function, target: Tensor, reach: float) -> Tensor:
     """The log u in [-reach, reach] where f'(u) meets ``target``, by Newton steps inside a shrinking bracket.
 
     A step that leaves the bracket, or does not halve the one before, is replaced by a bisection: the search
@@ -143,7 +143,7 @@ def _maximiser(df: Function, d2f: Function, target: Tensor, reach: float) -> Ten
 def numeric_conjugate(f: Function, df: Function, d2f: Function, reach: float = 700.0) -> Function:
     """The convex conjugate ``sup_u (u t - f(u))`` by safeguarded Newton search of f'(u) = t, in float64.
 
-    By the envelope theorem the gradient of the result is the maximiser u itself: the search needs no graph.
+    By the envelope theorem the gradient of the result is the maximizer u itself: the search needs no graph.
 
     Args:
         f: The generator as a function of log u.
@@ -157,7 +157,7 @@ def numeric_conjugate(f: Function, df: Function, d2f: Function, reach: float = 7
 
     def conjugate(t: Tensor) -> Tensor:
         with torch.no_grad():
-            best = _maximiser(df, d2f, t.detach().double(), reach)
+            best = _maximizer(df, d2f, t.detach().double(), reach)
             value = f(best)
         return narrow(torch.exp(best) * t.double() - value, t.dtype)
 

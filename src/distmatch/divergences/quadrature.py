@@ -34,8 +34,8 @@ def _rule(low: float, high: float, n: int, device: torch.device | str) -> tuple[
     nodes = torch.as_tensor(unit_nodes, dtype=torch.float64, device=device)
     weights = torch.as_tensor(unit_weights, dtype=torch.float64, device=device)
     half = 0.5 * (high - low) / n
-    centres = low + half * (2 * torch.arange(n, dtype=torch.float64, device=device) + 1)
-    return (centres[:, None] + half * nodes).flatten(), (half * weights).log().repeat(n)
+    centers = low + half * (2 * torch.arange(n, dtype=torch.float64, device=device) + 1)
+    return (centers[:, None] + half * nodes).flatten(), (half * weights).log().repeat(n)
 
 
 def _evaluate(log_density: LogDensity, x: Tensor, who: str) -> Tensor:
@@ -73,7 +73,7 @@ def _integral(
         if abs(mass - 1.0) > 1e-3:
             warnings.warn(
                 f"{who} has mass {mass:.4g} on the region of the quadrature, not 1: the region is too small, "
-                "the panels are too wide, or the density is not normalised; the value is that much off.",
+                "the panels are too wide, or the density is not normalized; the value is that much off.",
                 stacklevel=3,
             )
     return combined(found, parts)

@@ -1,7 +1,7 @@
-"""The divergences between one distribution and a mixture of both: generalised JS, skew KL, skew reverse KL.
+"""The divergences between one distribution and a mixture of both: generalized JS, skew KL, skew reverse KL.
 
 With L = log(b r + 1 - b), the log-ratio of the mixture M = b p + (1 - b) q to q, each of them is a mean under
-M of the centred KL generator of p/M or q/M: no term cancels another near r = 1, and none overflows alone.
+M of the centered KL generator of p/M or q/M: no term cancels another near r = 1, and none overflows alone.
 Skew divergences: Lee (1999); as training losses with small b: DistiLLM (arXiv 2402.03898).
 """
 
@@ -48,7 +48,7 @@ def _bounded(x: Tensor) -> Tensor:
 
 
 def gjs(b: float) -> Divergence:
-    """Generalised Jensen-Shannon: b KL(p || M) + (1 - b) KL(q || M) with M = b p + (1 - b) q.
+    """Generalized Jensen-Shannon: b KL(p || M) + (1 - b) KL(q || M) with M = b p + (1 - b) q.
 
     b = 1/2 is JS. The bound is the entropy of (b, 1 - b); h(r) = b (1 - b) r / (b r + 1 - b). Divided by
     b (1 - b) it tends to KL(p || q) for b to 0 and to KL(q || p) for b to 1. Swapping the arguments replaces

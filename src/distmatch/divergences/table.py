@@ -1,4 +1,4 @@
-"""The classical f-divergences, each in its true scale and with the centred generator (see ``core``).
+"""The classical f-divergences, each in its true scale and with the centered generator (see ``core``).
 
 p is the teacher, q the student, m = (p + q) / 2, r = p/q. The comment above each row is its textbook
 definition. Weights: f-distill, arXiv 2502.15681, table 1, whose JS is twice ours and whose squared Hellinger
@@ -57,7 +57,7 @@ KL: Divergence = Divergence(
 def _js(x: Tensor) -> Tensor:
     top = log_max(x.dtype)
     x = x.clamp(max=top - math.log(top) - 1.0)  # so that the products of the backward pass are finite
-    # E_m over both halves of KL(. || m), each half with the centred KL generator: no cancellation anywhere.
+    # E_m over both halves of KL(. || m), each half with the centered KL generator: no cancellation anywhere.
     to_q, to_p = log_mean(x), log_mean(-x)  # log m/q, log m/p
     return bounded_exp(to_q, 0.5) * (entropy_excess(-to_p) + entropy_excess(-to_q))
 

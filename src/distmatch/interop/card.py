@@ -76,7 +76,7 @@ def model_card(
         f"```python\n{usage or _usage(about, shape, network)}\n```",
         "## Intended use",
         "Research on fast samplers, and use where samples like those of the data are wanted. The samples are "
-        "not evidence about any real person or thing. Nobody has checked them for memorised training data or "
+        "not evidence about any real person or thing. Nobody has checked them for memorized training data or "
         "for harm; check both before you publish samples or build on them.",
         "## Licence",
         _licence(about),

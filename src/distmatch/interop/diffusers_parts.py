@@ -308,7 +308,7 @@ def _shapes(files: Sequence[Path]) -> list[tuple[int, ...]]:
                             f"{file} holds weights of a type that no network computes with here",
                             got=f"{key[:200]} of type {view.get_dtype()}",
                             expected=", ".join(_FLOATS),
-                            fix="undo the quantisation and save the weights as float32",
+                            fix="undo the quantization and save the weights as float32",
                         )
                     shapes.append(tuple(view.get_shape()))
         except (SafetensorError, OSError) as error:

@@ -1,7 +1,7 @@
 """The magnitude-preserving U-Net of EDM2 (Karras et al. 2024), layer for layer as its checkpoints name it.
 
-Equation numbers are those of the paper. Weights are normalised where they are used (equation 47); the forced
-normalisation of the stored weights during training (equation 66), which changes no output, is not done here.
+Equation numbers are those of the paper. Weights are normalized where they are used (equation 47); the forced
+normalization of the stored weights during training (equation 66), which changes no output, is not done here.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class MPBlock(nn.Module):
         stage: Channels, attention, resampling.
         embedding: Size of the conditioning vector.
         config: The network's config.
-        encoder: Whether it stands in the encoder: there the input is changed and normalised first.
+        encoder: Whether it stands in the encoder: there the input is changed and normalized first.
     """
 
     kernel: Tensor
@@ -119,7 +119,7 @@ class MPBlock(nn.Module):
             x = self.conv_skip(x)
         x = mp_sum(x, inner, self.config.res_balance)
         if self.heads:
-            mixed = attend(self.attn_qkv(x), self.heads, normalise=True)
+            mixed = attend(self.attn_qkv(x), self.heads, normalize=True)
             x = mp_sum(x, self.attn_proj(mixed), self.config.attn_balance)
         limit = self.config.clip_act
         return x if limit is None else x.clamp(-limit, limit)

@@ -91,7 +91,7 @@ class Conv(nn.Module):
 
 
 def norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group normalisation with at most 32 groups of at least 4 channels each."""
+    """Group normalization with at most 32 groups of at least 4 channels each."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
@@ -147,20 +147,20 @@ class Block(nn.Module):
         return x
 
 
-def attend(qkv: Tensor, heads: int, normalise: bool = False) -> Tensor:
+def attend(qkv: Tensor, heads: int, normalize: bool = False) -> Tensor:
     """Attention over all pixels; query, key and value are interleaved channel by channel in each head.
 
     Args:
         qkv: (B, 3 C, H, W).
         heads: Number of heads.
-        normalise: Bring each of the three to unit magnitude at each pixel (EDM2).
+        normalize: Bring each of the three to unit magnitude at each pixel (EDM2).
 
     Returns:
         (B, C, H, W).
     """
     batch, channels, height, width = qkv.shape
     parts = qkv.reshape(batch, heads, channels // (3 * heads), 3, height * width)
-    if normalise:
+    if normalize:
         parts = unit(parts, 2)
     q, k, v = (part.transpose(2, 3) for part in parts.unbind(3))
     mixed = F.scaled_dot_product_attention(q, k, v)

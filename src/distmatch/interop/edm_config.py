@@ -304,9 +304,9 @@ def _check_edm(config: EDMConfig) -> None:
     if type(config.residual_encoder) is not bool:
         raise ValueError("residual_encoder is neither true nor false")
     for width in {config.model_channels, *(config.model_channels * m for m in config.channel_mult)}:
-        # Normalised in groups of four channels or more, 32 groups at most.
+        # Normalized in groups of four channels or more, 32 groups at most.
         if width < 4 or width % min(32, width // 4):
-            raise ValueError(f"a level of {width} channels, which cannot be normalised in groups")
+            raise ValueError(f"a level of {width} channels, which cannot be normalized in groups")
 
 
 def config_dict(config: AnyConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from distmatch.nets.config import blocks, from_dict, to_dict
 from distmatch.nets.dit import DiT
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.mlp import MLP
-from distmatch.nets.saved import edm_values, parametrised
+from distmatch.nets.saved import edm_values, parametrized
 from distmatch.nets.unet import UNet
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -248,7 +248,7 @@ def _around(
             fix="hand in the denoiser in its place: network=dm.as_denoiser(...), made as it was before",
         )
     if kind == "edm":
-        return parametrised(module, values)
+        return parametrized(module, values)
     options = {name: values[name] for name in ("sigma_data", "sigma_min", "sigma_max", "levels")}
     options |= {name: values[name] for name in ("null_class", "reverse_time", "time")}
     if "conditioning" in values:

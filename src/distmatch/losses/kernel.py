@@ -179,7 +179,7 @@ def group_mmd(x: Tensor, y: Tensor, profile: Profile, same: Tensor | None = None
     """The biased MMD^2 of groups of particles: all pairs, those of a particle with itself included.
 
     Of a group with several labels it is the mean of the MMD^2 of each label, by their shares of the group, so
-    that every particle counts as much as any other, whatever the labels of its neighbours.
+    that every particle counts as much as any other, whatever the labels of its neighbors.
 
     Args:
         x: Groups (G, M, d).

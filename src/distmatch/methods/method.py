@@ -34,7 +34,7 @@ class Method:
         forward_mode: Whether it needs forward-mode derivatives of the student.
         conditions: What its samples may be conditioned on: ``any``, or class ``labels`` alone, which it
             compares samples by or draws itself.
-        divergences: ``any``; a name; or '' for a method that minimises no f-divergence.
+        divergences: ``any``; a name; or '' for a method that minimizes no f-divergence.
         default_divergence: Of those with ``any``.
     """
 

@@ -128,14 +128,14 @@ class RatioSettings(AdversarialSettings):
     """The discriminator and the density ratio."""
 
     ratio_bins: Count = 10
-    """Noise bins of the ratio normaliser, of equal probability."""
+    """Noise bins of the ratio normalizer, of equal probability."""
     ratio_memory: Decay = 0.95
     """Share of the running sums of the ratio kept at each student step; more is kept at small batches.
     0 divides by the mean of the batch itself."""
     ratio_min_count: Positive = 64.0
     """Samples a noise bin needs before its own mean is used."""
     ratio_clip: Positive = 3.0
-    """Bound on |log r| after normalisation."""
+    """Bound on |log r| after normalization."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ class Setup(Generic[S]):
         return Truncated(LogNormal(mean + math.log(self.teacher.sigma_data), std), low, high)
 
     def adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-        """The optimiser of a network, with the shared settings."""
+        """The optimizer of a network, with the shared settings."""
         return adam(module.parameters(), self.settings, lr)
 
     def rate(self, step: int) -> float:
@@ -149,7 +149,7 @@ class Distiller(Protocol):
         ...
 
     def step(self, state: DistillState, batch: Batch) -> Info:
-        """One training step; changes ``state`` and returns what is worth logging (tensors, not synchronised).
+        """One training step; changes ``state`` and returns what is worth logging (tensors, not synchronized).
 
         Args:
             state: From :meth:`init`.

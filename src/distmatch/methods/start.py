@@ -104,16 +104,16 @@ def fit_to_teacher(
         teacher: What it shall predict like.
         draw: Gives n clean samples and what they are conditioned on.
         noise: The levels at which they must agree.
-        steps: Optimiser steps of 512 samples.
+        steps: Optimizer steps of 512 samples.
         seed: Seed of the noise.
     """
     device = next(network.parameters()).device
     gen = generator(seed, "fit", device)
     settings = OptimizerSettings(lr=1e-3, lr_rampup=50, lr_decay="cosine")
-    optimiser = adam(network.parameters(), settings)
+    optimizer = adam(network.parameters(), settings)
     with progress(steps, desc="fit to teacher", delay=5.0) as bar:
         for step in range(steps):
-            set_rate(optimiser, settings.lr * rate(settings, step, steps))
+            set_rate(optimizer, settings.lr * rate(settings, step, steps))
             x0, given = draw(512)
             x0 = x0.to(device)
             told = for_model(teacher, as_conditioning(given)).to(device)
@@ -124,5 +124,5 @@ def fit_to_teacher(
             weight = edm_weight(sigma, network.sigma_data)
             loss = denoising_loss(network(x, sigma, told), target, weight).mean()
             loss.backward()
-            clipped_step(optimiser, settings.grad_clip)
+            clipped_step(optimizer, settings.grad_clip)
             bar.update(1, loss=loss.detach())

@@ -12,7 +12,7 @@ from distmatch.base.files import load_into
 from distmatch.methods.start import Network
 from distmatch.methods.student import Student
 from distmatch.nets.ema import EMA
-from distmatch.ratio.normaliser import RatioNormaliser
+from distmatch.ratio.normalizer import RatioNormalizer
 
 
 @dataclass
@@ -22,13 +22,13 @@ class DistillState:
     Attributes:
         student: The generator being trained.
         average: Moving average of its network; what is sampled and saved.
-        optimisers: ``student`` and, where there are such networks, ``fake``, ``ratio`` and some of ``extra``.
+        optimizers: ``student`` and, where there are such networks, ``fake``, ``ratio`` and some of ``extra``.
         generator: The random stream of the steps.
         ratio_generator: The stream of the discriminator's own noise. It is apart so that training a
             discriminator changes nothing else: reverse KL with one and without one are the same to the bit.
         fake: The fake score (critic), which tracks the student's distribution; None without one.
         discriminator: Gives log r; None when the method needs no ratio and no adversarial term.
-        normaliser: Running means of the ratio by noise bin; None without a ratio.
+        normalizer: Running means of the ratio by noise bin; None without a ratio.
         extra: Further networks of a method, by name: target averages, recorded teachers.
         memory: Further tensors of a method, by name; what a step replaces is kept here.
         step: Steps done.
@@ -37,12 +37,12 @@ class DistillState:
 
     student: Student
     average: EMA
-    optimisers: dict[str, torch.optim.Optimizer]
+    optimizers: dict[str, torch.optim.Optimizer]
     generator: torch.Generator
     ratio_generator: torch.Generator
     fake: Network | None = None
     discriminator: nn.Module | None = None
-    normaliser: RatioNormaliser | None = None
+    normalizer: RatioNormalizer | None = None
     extra: dict[str, nn.Module] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
@@ -64,8 +64,8 @@ class DistillState:
         return {
             "modules": {name: module.state_dict() for name, module in self.modules().items()},
             "average_rest": self.average.rest_dict(),
-            "optimisers": {name: opt.state_dict() for name, opt in self.optimisers.items()},
-            "normaliser": self.normaliser.state_dict() if self.normaliser is not None else {},
+            "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
+            "normalizer": self.normalizer.state_dict() if self.normalizer is not None else {},
             "memory": dict(self.memory),
             "generator": self.generator.get_state(),
             "ratio_generator": self.ratio_generator.get_state(),
@@ -82,10 +82,10 @@ class DistillState:
         for name, module in self.modules().items():
             load_into(module, tree["modules"].get(name, {}), f"network '{name}' of the checkpoint")
         self.average.load_rest(tree.get("average_rest", {}))
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(tree["optimisers"][name])
-        if self.normaliser is not None:
-            self.normaliser.load_state_dict(tree["normaliser"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(tree["optimizers"][name])
+        if self.normalizer is not None:
+            self.normalizer.load_state_dict(tree["normalizer"])
         device = self.generator.device
         self.memory = {name: tensor.to(device) for name, tensor in tree.get("memory", {}).items()}
         self.generator.set_state(tree["generator"].cpu())

@@ -32,7 +32,7 @@ def find_method(name: str) -> Method:
 
 
 def own_divergence(method: Method) -> str | None:
-    """The divergence that a method minimises where none is chosen; None for one that minimises none."""
+    """The divergence that a method minimizes where none is chosen; None for one that minimizes none."""
     return method.default_divergence if method.divergences == "any" else method.divergences or None
 
 
@@ -52,9 +52,9 @@ def resolve_method(name: str, divergence: str | None) -> tuple[Method, str]:
         aliases = {"reverse_kl": ("reverse_kl", "rkl"), "kl": ("kl", "fkl")}.get(own, (own,))
         if divergence is not None and divergence not in aliases:
             raise UserError(
-                f"{method.name} minimises {own.replace('_kl', ' KL')}"
+                f"{method.name} minimizes {own.replace('_kl', ' KL')}"
                 if own
-                else f"{method.name} minimises no f-divergence",
+                else f"{method.name} minimizes no f-divergence",
                 got=f"--divergence {divergence}",
                 fix="use --method f-distill for any other divergence"
                 if own

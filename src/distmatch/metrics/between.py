@@ -21,7 +21,7 @@ from distmatch.data.dataset import Dataset
 from distmatch.discrepancies import KERNELS
 from distmatch.divergences import Divergence, Renyi, divergence, measure
 from distmatch.divergences.estimators import LowerBound, classifier_estimates, consistent
-from distmatch.metrics.distances import DISTANCES, NEIGHBOURS, Measured, Score, impossible, mmd_of, stein
+from distmatch.metrics.distances import DISTANCES, NEIGHBORS, Measured, Score, impossible, mmd_of, stein
 from distmatch.metrics.features import resolve_features
 from distmatch.metrics.names import ALL, EVERYTHING, STEIN, checked_names, in_nats, why_not
 from distmatch.metrics.resampling import COPIES
@@ -29,8 +29,8 @@ from distmatch.metrics.settings import FeatureChoice
 
 MOST = 20_000
 """The most samples taken of a set; what costs more than n log n takes fewer, as its ``n`` says."""
-LEAST = 8 * NEIGHBOURS
-"""The fewest samples of a set: what nearest neighbours need, and the classifier nearly."""
+LEAST = 8 * NEIGHBORS
+"""The fewest samples of a set: what nearest neighbors need, and the classifier nearly."""
 _MANY_DIMENSIONS = 32
 _LINKS = ("tv", "js", "hellinger")  # bounded, so that their bounds imply others
 _UNEVEN = 100.0  # a column so much wider than another rules every distance

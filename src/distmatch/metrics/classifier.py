@@ -26,7 +26,7 @@ _VECTOR_NOISE = 0.1  # of the standard deviation of a column
 
 
 class Classifier(nn.Module):
-    """Body, standardised penultimate features, linear head.
+    """Body, standardized penultimate features, linear head.
 
     Args:
         shape: Shape of one sample.
@@ -88,8 +88,8 @@ def _train(reference: Reference, labels: Tensor) -> tuple[Classifier, int, int]:
         torch.manual_seed(seeds.stream_seed(0, "classifier/init"))
         net = Classifier(tuple(reference.shape), reference.num_classes)
     steps = max(_STEPS[0], min(_STEPS[1], 4 * len(train) // _BATCH))
-    optimiser = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     stream = seeds.generator(0, "classifier/batches")
     first, _ = _batch(reference, train[:10_000])
     scale = _VECTOR_NOISE * first.std(0) if first.ndim == 2 else torch.tensor(_IMAGE_NOISE)
@@ -98,9 +98,9 @@ def _train(reference: Reference, labels: Tensor) -> tuple[Classifier, int, int]:
             x, y = _batch(reference, train[torch.randint(len(train), (_BATCH,), generator=stream)])
             noise = scale * torch.randn(x.shape, generator=stream)
             loss = nn.functional.cross_entropy(net(x + noise), y)
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             bar.update(1, loss=loss.detach())
     net.eval().requires_grad_(False)
@@ -153,12 +153,12 @@ def _load(stem: Path, reference: Reference) -> tuple[Classifier, int, int]:
 
 
 def load_or_train(reference: Reference, cache: Path | None = None) -> tuple[Classifier, int, int]:
-    """The classifier of a labelled reference, from the cache if it is there and whole.
+    """The classifier of a labeled reference, from the cache if it is there and whole.
 
     A cache that cannot be read or written costs time, never the result.
 
     Args:
-        reference: Labelled samples; generated samples never take part in the training.
+        reference: Labeled samples; generated samples never take part in the training.
         cache: Folder; by default :func:`cache_folder`.
 
     Returns:
@@ -170,7 +170,7 @@ def load_or_train(reference: Reference, cache: Path | None = None) -> tuple[Clas
     labels = reference.labels
     if labels is None or reference.num_classes < 2:
         raise UserError(
-            "classifier features need a labelled reference",
+            "classifier features need a labeled reference",
             got="a reference without labels" if labels is None else f"{reference.num_classes} class",
             expected="labels of at least two classes",
             fix="use features='pixels', or give the reference labels",

@@ -32,7 +32,7 @@ from distmatch.discrepancies import (
     sliced_wasserstein,
     wasserstein_1d,
 )
-from distmatch.divergences.estimators import kl_neighbours
+from distmatch.divergences.estimators import kl_neighbors
 from distmatch.metrics.frechet import frechet_distance
 from distmatch.metrics.resampling import jackknife_stderr, kept
 from distmatch.metrics.settings import GROUPS
@@ -40,7 +40,7 @@ from distmatch.metrics.settings import GROUPS
 Score = Callable[[Tensor], Tensor]
 """Maps points (n, d) to the gradient of a log-density there, (n, d)."""
 
-NEIGHBOURS = 5
+NEIGHBORS = 5
 _PROJECTIONS = 200
 _RELABELLINGS = 19  # one in twenty pairs of equal laws goes without the warning
 _MOST_PAIRS = 5000  # samples of a side where all pairs are seen once, or all samples many times,
@@ -111,16 +111,16 @@ def resampled(
     return Estimate(value, stderr, min(len(x), len(y)), warning)
 
 
-def _neighbours(p: Tensor, q: Tensor, seed: int) -> Measured:
-    found = kl_neighbours(p[:_MOST_PAIRS], q[:_MOST_PAIRS], k=NEIGHBOURS, seed=seed)
-    return Measured(found, f"{NEIGHBOURS} nearest neighbours", "KL(p‖q), nats")
+def _neighbors(p: Tensor, q: Tensor, seed: int) -> Measured:
+    found = kl_neighbors(p[:_MOST_PAIRS], q[:_MOST_PAIRS], k=NEIGHBORS, seed=seed)
+    return Measured(found, f"{NEIGHBORS} nearest neighbors", "KL(p‖q), nats")
 
 
-def _neighbours_reversed(p: Tensor, q: Tensor, seed: int) -> Measured:
-    found = kl_neighbours(q[:_MOST_PAIRS], p[:_MOST_PAIRS], k=NEIGHBOURS, seed=seed)
+def _neighbors_reversed(p: Tensor, q: Tensor, seed: int) -> Measured:
+    found = kl_neighbors(q[:_MOST_PAIRS], p[:_MOST_PAIRS], k=NEIGHBORS, seed=seed)
     if found.warning is not None:
         found = replace(found, warning=f"with p and q exchanged, {found.warning}")
-    return Measured(found, f"{NEIGHBOURS} nearest neighbours", "KL(q‖p), nats")
+    return Measured(found, f"{NEIGHBORS} nearest neighbors", "KL(q‖p), nats")
 
 
 def mmd_of(kernel: str, p: Tensor, q: Tensor, seed: int) -> Measured:
@@ -189,8 +189,8 @@ def _frechet(p: Tensor, q: Tensor, seed: int) -> Measured:
 
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor, int], Measured]] = {
-    "kl_neighbours": _neighbours,
-    "reverse_kl_neighbours": _neighbours_reversed,
+    "kl_neighbors": _neighbors,
+    "reverse_kl_neighbors": _neighbors_reversed,
     "mmd": partial(mmd_of, "gaussian"),
     "energy": _energy,
     "sinkhorn": _sinkhorn,
@@ -203,7 +203,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor, int], Measured]] = {
 """What needs samples of p and of q, and a seed."""
 
 
-_NEVER_BELOW_ZERO = ("cauchy_schwarz", "sinkhorn", "kl_neighbours", "reverse_kl_neighbours")
+_NEVER_BELOW_ZERO = ("cauchy_schwarz", "sinkhorn", "kl_neighbors", "reverse_kl_neighbors")
 
 
 def impossible(name: str, row: Measured) -> str | None:

@@ -216,10 +216,10 @@ def _combine(pairs: list[tuple[Tensor, Tensor]], size: int) -> dict[str, Estimat
 def _doubtful(
     found: dict[str, Estimate], blocks: Sequence[dict[str, Tensor]], real: Sequence[Tensor]
 ) -> dict[str, Estimate]:
-    """The estimates, with warnings where one is unstable or nearest-neighbour balls mean little."""
+    """The estimates, with warnings where one is unstable or nearest-neighbor balls mean little."""
     share = sum(map(repeats, real)) / len(real)
     copies = (
-        f"{share:.0%} of the reference samples repeat others: many nearest-neighbour balls have no size, and "
+        f"{share:.0%} of the reference samples repeat others: many nearest-neighbor balls have no size, and "
         "only copies fall into them"
         if share > COPIES
         else None
@@ -236,7 +236,7 @@ def _unstable(name: str, found: Estimate, halves: Tensor) -> str | None:
     """Why an estimate cannot be read as value and error, or None.
 
     An error that reaches far out of [0, 1] comes from halves that say something else than the whole: radii of
-    nearest-neighbour balls that a few samples decide. Density may exceed 1, so that its lower end counts.
+    nearest-neighbor balls that a few samples decide. Density may exceed 1, so that its lower end counts.
     """
     room = found.value if name == "density" else min(found.value, 1 - found.value)
     if found.stderr <= room + _FAR_OUT:

@@ -125,7 +125,7 @@ def classifier_features(dataset: Reference, cache: Path | None = None) -> Featur
     result is cached by the content of the data set; generated samples never take part in the training.
 
     Args:
-        dataset: The labelled reference.
+        dataset: The labeled reference.
         cache: Folder of cached classifiers; by default ``$DISTMATCH_CACHE``, ``$XDG_CACHE_HOME/distmatch`` or
             ``~/.cache/distmatch``.
 
@@ -179,13 +179,13 @@ def resolve_features(
     if features not in ("auto", "classifier", "pixels"):
         raise unknown_name("feature space", features, ("auto", "classifier", "pixels"))
     if features == "auto":
-        labelled = dataset is not None and dataset.num_classes > 1
-        features = "classifier" if labelled and not _few_numbers(dataset) else "pixels"
+        labeled = dataset is not None and dataset.num_classes > 1
+        features = "classifier" if labeled and not _few_numbers(dataset) else "pixels"
     if features == "pixels":
         return pixels()
     if dataset is None:
         raise UserError(
-            "classifier features need a labelled reference",
+            "classifier features need a labeled reference",
             got="a plain tensor",
             expected="a data set with labels",
             fix="use features='pixels', or make one with distmatch.data.from_arrays(x, labels)",

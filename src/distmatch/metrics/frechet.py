@@ -40,16 +40,16 @@ def _factor(covariance: Tensor) -> Tensor:
 def _moments(x: Tensor, groups: int) -> list[tuple[Tensor, Tensor]]:
     """Mean and covariance of all samples, then with each group left out, from group sums."""
     n = x.shape[0]
-    centre = x.mean(0)
-    centred = x - centre
-    total = centred.T @ centred
+    center = x.mean(0)
+    centered = x - center
+    total = centered.T @ centered
     edges = group_bounds(n, groups)
-    result = [(centre, total / (n - 1))]
+    result = [(center, total / (n - 1))]
     for low, high in pairwise(edges) if groups > 1 else ():
-        part = centred[low:high]
+        part = centered[low:high]
         m = n - (high - low)
-        shift = -part.sum(0) / m  # all of centred sums to zero, so the rest sums to minus the part
-        result.append((centre + shift, (total - part.T @ part - m * torch.outer(shift, shift)) / (m - 1)))
+        shift = -part.sum(0) / m  # all of centered sums to zero, so the rest sums to minus the part
+        result.append((center + shift, (total - part.T @ part - m * torch.outer(shift, shift)) / (m - 1)))
     return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.discrepancies import KERNELS
 from distmatch.divergences import ALIASES, FAMILIES, NAMES, measure
@@ -16,10 +18,11 @@ _ELSEWHERE = {
     "conditional_cauchy_schwarz": "needs the condition of each sample: "
     "distmatch.discrepancies.conditional_cauchy_schwarz",
 }
-_FEW_DIMENSIONS = 4  # beyond them nearest neighbours give no usable number
+_FEW_DIMENSIONS = 4  # beyond them nearest neighbors give no usable number
 
 EVERYTHING = (*NAMES, *DISTANCES, STEIN, *_ELSEWHERE)
 """What ``all`` stands for."""
+_RENAMED = {f"{side}kl_neighbours": f"{side}kl_neighbors" for side in ("", "reverse_")}
 
 
 def checked_names(which: str) -> tuple[str, ...]:
@@ -48,6 +51,9 @@ def _name(text: str) -> str:
         if rest not in KERNELS:
             raise unknown_name("kernel", rest, KERNELS)
         return "mmd" if rest == "gaussian" else f"mmd:{rest}"
+    if head in _RENAMED:
+        warnings.warn(f"{head} is now called {_RENAMED[head]}", UserWarning, stacklevel=2)
+        head = _RENAMED[head]
     if head in (*DISTANCES, STEIN, *_ELSEWHERE) and not colon:
         return head
     if ALIASES.get(head, head) in (*NAMES, *FAMILIES, "renyi"):
@@ -84,6 +90,6 @@ def why_not(name: str, d: int, computable: bool, everything: bool) -> str | None
         return f"is exact on the line only: in {d} dimensions see sinkhorn and sliced_wasserstein"
     if name.endswith("sliced_wasserstein") and d == 1:
         return "is wasserstein on the line"
-    if name.endswith("kl_neighbours") and d > _FEW_DIMENSIONS and everything:
+    if name.endswith("kl_neighbors") and d > _FEW_DIMENSIONS and everything:
         return f"is of no use in {d} dimensions; named alone it is computed"
     return None

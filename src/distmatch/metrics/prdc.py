@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage from nearest-neighbour balls.
+"""Precision, recall, density and coverage from nearest-neighbor balls.
 
 Conventions. A radius is the distance to the k-th nearest other sample of the same set. Precision and recall
 (Kynkaanniemi et al. 2019) use closed balls (``<=``) and k = 3; density and coverage (Naeem et al. 2020) use
@@ -74,7 +74,7 @@ class _Balls:
                 distances = _squared_distances(x[low : low + _ROWS], x)[:, start:stop]
                 for r in parts[:, group].nonzero()[:, 0].tolist():
                     held[r, low : low + _ROWS] += (distances < self.opened[r, low : low + _ROWS, None]).sum(1)
-        return torch.where(self.tied, k / (held - 1).clamp_min(1), 1.0)  # less the centre
+        return torch.where(self.tied, k / (held - 1).clamp_min(1), 1.0)  # less the center
 
 
 def _balls(x: Tensor, ks: tuple[int, int], parts: Tensor) -> _Balls:
@@ -110,27 +110,27 @@ def prdc_replicates(
         real: Reference features (N, D), in random order if ``halves``.
         fake: Generated features (M, D), likewise.
         halves: Whether to compute the half-samples (see :func:`half_sample_stderr`).
-        k_precision: Neighbours for precision and recall.
-        k_coverage: Neighbours for density and coverage.
+        k_precision: Neighbors for precision and recall.
+        k_coverage: Neighbors for density and coverage.
 
     Returns:
         Float64 (15, 4), or (1, 4) without halves.
 
     Raises:
-        UserError: A set has too few samples for that many neighbours.
+        UserError: A set has too few samples for that many neighbors.
     """
     parts = (half_samples() if halves else torch.ones(1, 1, dtype=torch.bool)).to(real.device)
     most, groups = max(k_precision, k_coverage), parts.shape[1]
     least, needed = min(real.shape[0], fake.shape[0]), (most + 1) * (2 if halves else 1)
     if least < needed:
         raise UserError(
-            "too few samples for nearest-neighbour metrics",
+            "too few samples for nearest-neighbor metrics",
             got=least,
             expected=f"at least {needed}",
             fix="generate more samples or use a smaller k",
         )
-    centre = real.double().mean(0)  # near the origin the squared norms cancel less
-    real, fake = real.double() - centre, fake.double() - centre
+    center = real.double().mean(0)  # near the origin the squared norms cancel less
+    real, fake = real.double() - center, fake.double() - center
     of_real, of_fake = (_balls(x, (k_precision, k_coverage), parts) for x in (real, fake))
     real_closed, real_open, in_real = of_real.closed, of_real.opened, of_real.present
     fake_closed, in_fake = of_fake.closed, of_fake.present
@@ -176,14 +176,14 @@ def prdc(real: Tensor, fake: Tensor, *, k_precision: int = 3, k_coverage: int = 
     Args:
         real: Reference features (N, D).
         fake: Generated features (M, D).
-        k_precision: Neighbours for precision and recall.
-        k_coverage: Neighbours for density and coverage.
+        k_precision: Neighbors for precision and recall.
+        k_coverage: Neighbors for density and coverage.
 
     Returns:
         The four shares.
 
     Raises:
-        UserError: A set has too few samples for that many neighbours.
+        UserError: A set has too few samples for that many neighbors.
     """
     values = prdc_replicates(real, fake, k_precision=k_precision, k_coverage=k_coverage)[0]
     return PRDC(*values.tolist())

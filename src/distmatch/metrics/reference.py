@@ -12,7 +12,7 @@ from distmatch.base.errors import UserError
 
 
 class Reference(Protocol):
-    """Labelled or unlabelled samples in model space."""
+    """Labeled or unlabeled samples in model space."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,7 +90,7 @@ def reference_labels(reference: Reference, count: int, *, seed: int = 0) -> Tens
     """Labels to ask a conditional model for: in random order, every slice in the shares of the reference.
 
     Args:
-        reference: A labelled reference.
+        reference: A labeled reference.
         count: How many; beyond the size of the reference they repeat.
         seed: Of the order.
 

@@ -2,8 +2,8 @@
 
 Every metric of this room has a form that returns its *replicates*: the value on all samples first, then
 values on subsets. Smooth statistics of sums use the delete-one-group jackknife, whose sums are kept by group.
-Counts of nearest-neighbour balls use half-samples: there the jackknife gives 1.3 to 2.6 times the actual
-spread (measured on Gaussians in 3 to 16 dimensions), because what a removed neighbour does depends on the
+Counts of nearest-neighbor balls use half-samples: there the jackknife gives 1.3 to 2.6 times the actual
+spread (measured on Gaussians in 3 to 16 dimensions), because what a removed neighbor does depends on the
 others.
 """
 

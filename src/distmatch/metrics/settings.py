@@ -29,8 +29,8 @@ class EvaluationSettings:
         n: Samples per block; a model and the reference give two blocks each.
         seed: Chooses the blocks.
         groups: Jackknife groups per block.
-        k_precision: Neighbours for precision and recall.
-        k_coverage: Neighbours for density and coverage.
+        k_precision: Neighbors for precision and recall.
+        k_coverage: Neighbors for density and coverage.
     """
 
     features: str

@@ -75,7 +75,7 @@ class UNetConfig:
         _dropout("unet", self.dropout)
         if self.width < 4:
             raise UserError(
-                "unet: width is too small for group normalisation", got=self.width, expected=">= 4"
+                "unet: width is too small for group normalization", got=self.width, expected=">= 4"
             )
         if not isinstance(self.multipliers, tuple) or not self.multipliers:
             raise UserError(

@@ -1,4 +1,4 @@
-"""A diffusion transformer with zero-initialised adaptive layer norm (DiT, Peebles & Xie 2022)."""
+"""A diffusion transformer with zero-initialized adaptive layer norm (DiT, Peebles & Xie 2022)."""
 
 from __future__ import annotations
 

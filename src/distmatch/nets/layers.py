@@ -1,4 +1,4 @@
-"""Parts that the networks share: conditioning, zero-initialised layers, padding, attention."""
+"""Parts that the networks share: conditioning, zero-initialized layers, padding, attention."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def zeroed(layer: Layer) -> Layer:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation with at most 32 groups of at least 4 channels each."""
+    """Group normalization with at most 32 groups of at least 4 channels each."""
     groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 4))
     return nn.GroupNorm(groups, channels)
 

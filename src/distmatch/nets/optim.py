@@ -1,4 +1,4 @@
-"""Optimisers and learning rates, the same for teachers, students and critics."""
+"""Optimizers and learning rates, the same for teachers, students and critics."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def rate(settings: OptimizerSettings, step: int, total: int) -> float:
     return factor
 
 
-def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of every parameter group."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def clipped_step(optimiser: torch.optim.Optimizer, max_norm: float) -> Tensor:
+def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Clips the gradient (``max_norm`` 0: leaves it alone), steps, clears it; returns the norm before."""
-    parameters: list[nn.Parameter] = [p for group in optimiser.param_groups for p in group["params"]]
+    parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     # A CPU can look at the norm for nothing; elsewhere that would wait for the device.
     if max_norm > 0 and (norm.device.type != "cpu" or norm > max_norm):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm.detach()

@@ -158,7 +158,7 @@ def edm_values(denoiser: EDMDenoiser) -> dict[str, Any]:
     return said
 
 
-def parametrised(net: nn.Module, config: Mapping[str, Any]) -> EDMDenoiser:
+def parametrized(net: nn.Module, config: Mapping[str, Any]) -> EDMDenoiser:
     """The denoiser of :func:`edm_values`, ``shape`` and ``num_classes``, around a network of one level."""
     options: dict[str, Any] = {name: float(config[name]) for name in _SIGMAS}
     options |= {"shape": tuple(config["shape"]), "num_classes": config["num_classes"]}
@@ -235,4 +235,4 @@ def _one_level(config: dict[str, Any], tensors: int) -> EDMDenoiser:
         )
     with torch.device("meta"):
         net = build_net(net_config, shape, num_classes)
-    return parametrised(net, config)
+    return parametrized(net, config)

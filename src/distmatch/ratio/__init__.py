@@ -1,4 +1,4 @@
-"""Density ratios: fitted to two samples, tested, and, for distillation, normalised."""
+"""Density ratios: fitted to two samples, tested, and, for distillation, normalized."""
 
 from distmatch.ratio.density_ratio import METHODS, DensityRatio, fit_ratio
 from distmatch.ratio.diagnostics import MassTests, mass_tests

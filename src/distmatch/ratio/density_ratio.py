@@ -16,17 +16,17 @@ from distmatch.ratio.diagnostics import MassTests, mass_tests
 from distmatch.ratio.kliep import KliepSettings, fit_kliep
 from distmatch.ratio.least_squares import LeastSquaresSettings, fit_least_squares
 from distmatch.ratio.logistic import ClassifierSettings, fit_classifier
-from distmatch.ratio.neighbours import fit_neighbours
+from distmatch.ratio.neighbors import fit_neighbors
 from distmatch.ratio.samples import (
     LOG_LIMIT,
     Fitted,
     LogRatio,
-    Standardiser,
+    Standardizer,
     check_pair,
     check_samples,
     in_chunks,
     split,
-    standardiser,
+    standardizer,
 )
 from distmatch.ratio.telescoping import TelescopingSettings, fit_telescoping
 
@@ -37,10 +37,10 @@ _RELATIVE_EDGE = 1e-3  # a relative ratio nearer than this to its bound 1/a cann
 _OPTIONS = {
     "classifier": ("model", "calibration", "steps"),
     "telescoping": ("bridges", "model", "calibration", "steps"),
-    "ulsif": ("centres", "widths", "ridges"),
-    "rulsif": ("alpha", "centres", "widths", "ridges"),
-    "kliep": ("centres", "widths", "folds"),
-    "knn": ("neighbours",),
+    "ulsif": ("centers", "widths", "ridges"),
+    "rulsif": ("alpha", "centers", "widths", "ridges"),
+    "kliep": ("centers", "widths", "folds"),
+    "knn": ("neighbors",),
 }
 
 
@@ -62,7 +62,7 @@ class DensityRatio:
     warnings: tuple[str, ...]
     relative: float
     _fitted: Fitted = field(repr=False)
-    _standardise: Standardiser = field(repr=False)
+    _standardize: Standardizer = field(repr=False)
 
     @property
     def reliable(self) -> bool:
@@ -95,7 +95,7 @@ class DensityRatio:
         return self._evaluate(x, self._fitted.log_r)
 
     def _evaluate(self, x: Tensor, function: LogRatio) -> Tensor:
-        shape = self._standardise.shape
+        shape = self._standardize.shape
         if not isinstance(x, Tensor) or x.ndim == 0 or tuple(x.shape[1:]) != shape:
             raise UserError(
                 "these points do not fit the ratio",
@@ -106,7 +106,7 @@ class DensityRatio:
         if len(x) == 0:
             return torch.zeros(0, dtype=dtype, device=x.device)
         check_samples(x, "x")
-        return in_chunks(lambda part: _held(function(self._standardise(part))), x).to(dtype)
+        return in_chunks(lambda part: _held(function(self._standardize(part))), x).to(dtype)
 
 
 def _held(log_r: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _held(log_r: Tensor) -> Tensor:
 
 
 def plain_log_ratio(fitted: Fitted) -> LogRatio:
-    """Log p/q of standardised points, from a fit that may be of a relative ratio."""
+    """Log p/q of standardized points, from a fit that may be of a relative ratio."""
     a = fitted.relative
     if a == 0.0:
         return fitted.log_r
@@ -138,11 +138,11 @@ def fit_ratio(
     steps: int | None = None,
     bridges: int | None = None,
     alpha: float | None = None,
-    centres: int | None = None,
+    centers: int | None = None,
     widths: Sequence[float] | None = None,
     ridges: Sequence[float] | None = None,
     folds: int | None = None,
-    neighbours: int | None = None,
+    neighbors: int | None = None,
 ) -> DensityRatio:
     """Fits r = p/q to samples of p and of q.
 
@@ -150,13 +150,13 @@ def fit_ratio(
       ``calibration`` (none, platt, temperature, isotonic), ``steps`` of the network.
     * ``telescoping``: a chain of classifiers between waypoints, for p and q that hardly overlap;
       ``bridges`` (chosen if not given) and the options of the classifier.
-    * ``ulsif``: least squares on kernels; ``centres``, and ``widths`` and ``ridges`` to choose from by
+    * ``ulsif``: least squares on kernels; ``centers``, and ``widths`` and ``ridges`` to choose from by
       leave-one-out.
     * ``rulsif``: the same for the relative ratio p / (alpha p + (1 - alpha) q), which is bounded; ``alpha``
       (0.1). See :meth:`DensityRatio.log_ratio` for how it becomes p/q again.
-    * ``kliep``: maximum likelihood on kernels; ``centres``, ``widths`` (chosen by ``folds``-fold
+    * ``kliep``: maximum likelihood on kernels; ``centers``, ``widths`` (chosen by ``folds``-fold
       cross-validation).
-    * ``knn``: nearest neighbours; ``neighbours`` (chosen if not given).
+    * ``knn``: nearest neighbors; ``neighbors`` (chosen if not given).
 
     Args:
         x_p: Samples of p, (N, *shape), floating point.
@@ -169,11 +169,11 @@ def fit_ratio(
         steps: See above.
         bridges: See above.
         alpha: See above.
-        centres: See above.
-        widths: See above; in the unit of samples standardised to unit variance.
+        centers: See above.
+        widths: See above; in the unit of samples standardized to unit variance.
         ridges: See above.
         folds: See above.
-        neighbours: See above.
+        neighbors: See above.
 
     Returns:
         The ratio, with its diagnostics.
@@ -189,11 +189,11 @@ def fit_ratio(
         "steps": steps,
         "bridges": bridges,
         "alpha": alpha,
-        "centres": centres,
+        "centers": centers,
         "widths": widths,
         "ridges": ridges,
         "folds": folds,
-        "neighbours": neighbours,
+        "neighbors": neighbors,
     }
     options = {name: value for name, value in given.items() if value is not None}
     if foreign := [name for name in options if name not in _OPTIONS[method]]:
@@ -208,15 +208,15 @@ def fit_ratio(
     stream = seeds.generator(seed, "ratio/split")
     fit_p, test_p = (x_p[i] for i in split(len(x_p), held_out, stream, x_p.device))
     fit_q, test_q = (x_q[i] for i in split(len(x_q), held_out, stream, x_q.device))
-    standardise, warnings = standardiser(fit_p, fit_q)
+    standardize, warnings = standardizer(fit_p, fit_q)
     with torch.no_grad():
-        fitted = _fit(method, standardise(fit_p), standardise(fit_q), options, seed)
+        fitted = _fit(method, standardize(fit_p), standardize(fit_q), options, seed)
         log_r = plain_log_ratio(fitted)
-        on_p = _held(in_chunks(lambda x: log_r(standardise(x)), test_p))
-        on_q = _held(in_chunks(lambda x: log_r(standardise(x)), test_q))
+        on_p = _held(in_chunks(lambda x: log_r(standardize(x)), test_p))
+        on_q = _held(in_chunks(lambda x: log_r(standardize(x)), test_q))
     mass = mass_tests(on_p, on_q)
     found = (*warnings, *fitted.warnings, *_edge_warnings(fitted.relative, on_p), *mass.failures())
-    return DensityRatio(method, fitted.chosen, mass, found, fitted.relative, fitted, standardise)
+    return DensityRatio(method, fitted.chosen, mass, found, fitted.relative, fitted, standardize)
 
 
 def _fit(method: str, p: Tensor, q: Tensor, options: dict[str, Any], seed: int) -> Fitted:
@@ -228,7 +228,7 @@ def _fit(method: str, p: Tensor, q: Tensor, options: dict[str, Any], seed: int) 
     if method == "kliep":
         return fit_kliep(p, q, KliepSettings(**options), seed)
     if method == "knn":
-        return fit_neighbours(p, q, options.get("neighbours"))
+        return fit_neighbors(p, q, options.get("neighbors"))
     if method == "rulsif":
         options = {"alpha": _RELATIVE, **options}
     return fit_least_squares(p, q, LeastSquaresSettings(**options), seed)

@@ -29,11 +29,11 @@ def mean_estimate(values: Tensor) -> Estimate:
     mean = v.mean()
     if n < 2:
         return Estimate(mean.item(), math.nan, n, warning="one sample gives no standard error")
-    centred = v - mean
-    largest = centred.abs().max()
+    centered = v - mean
+    largest = centered.abs().max()
     if not bool(largest > 0):
         return Estimate(mean.item(), 0.0 if math.isfinite(mean.item()) else math.nan, n)
-    unit = centred / largest  # so that no square overflows
+    unit = centered / largest  # so that no square overflows
     variance = unit.square().mean()
     skew = (unit**3).mean() / variance**1.5
     warning = None

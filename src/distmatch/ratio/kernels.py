@@ -16,22 +16,22 @@ _WIDTHS = (0.1, 0.2, 0.35, 0.6, 1.0, 1.7, 3.0)  # in units of the median distanc
 _MEDIAN_OF = 1000  # points
 
 
-def log_kernel(x: Tensor, centres: Tensor, width: float) -> Tensor:
-    """Log of the unnormalised Gaussian kernels, (N, b)."""
-    return squared_distances(x, centres) * (-0.5 / width**2)
+def log_kernel(x: Tensor, centers: Tensor, width: float) -> Tensor:
+    """Log of the unnormalized Gaussian kernels, (N, b)."""
+    return squared_distances(x, centers) * (-0.5 / width**2)
 
 
-def choose_centres(p: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def choose_centers(p: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """At most ``count`` samples of p, drawn without replacement."""
     if count < 1:
-        raise UserError("a kernel ratio needs centres", got=count, expected="at least 1")
+        raise UserError("a kernel ratio needs centers", got=count, expected="at least 1")
     return p[torch.randperm(len(p), generator=generator)[:count].to(p.device)]
 
 
 def candidate_widths(widths: Sequence[float] | None, p: Tensor, q: Tensor) -> list[float]:
     """The widths to choose from: the given ones, or multiples of the median distance within both samples.
 
-    Given widths are in the unit of standardised samples.
+    Given widths are in the unit of standardized samples.
 
     Raises:
         UserError: A given width is not a positive number, or there is none.
@@ -58,16 +58,16 @@ def positive(values: Sequence[float], name: str) -> list[float]:
     return found
 
 
-def second_moment(x: Tensor, centres: Tensor, width: float) -> Tensor:
+def second_moment(x: Tensor, centers: Tensor, width: float) -> Tensor:
     """Mean of phi phi^T over ``x``, (b, b)."""
-    total = torch.zeros(len(centres), len(centres), dtype=x.dtype, device=x.device)
+    total = torch.zeros(len(centers), len(centers), dtype=x.dtype, device=x.device)
     for part in x.split(CHUNK):
-        phi = log_kernel(part, centres, width).exp()
+        phi = log_kernel(part, centers, width).exp()
         total += phi.T @ phi
     return total / len(x)
 
 
-def first_moment(x: Tensor, centres: Tensor, width: float) -> Tensor:
+def first_moment(x: Tensor, centers: Tensor, width: float) -> Tensor:
     """Mean of phi over ``x``, (b,)."""
-    parts = [log_kernel(part, centres, width).exp().sum(0) for part in x.split(CHUNK)]
+    parts = [log_kernel(part, centers, width).exp().sum(0) for part in x.split(CHUNK)]
     return torch.stack(parts).sum(0) / len(x)

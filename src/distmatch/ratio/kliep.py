@@ -1,6 +1,6 @@
 """KLIEP: the ratio that brings r q nearest to p in Kullback-Leibler divergence.
 
-It maximises E_p[log r] over r = sum of non-negative kernels subject to E_q[r] = 1 (Sugiyama et al. 2008).
+It maximizes E_p[log r] over r = sum of non-negative kernels subject to E_q[r] = 1 (Sugiyama et al. 2008).
 Scaling every kernel to mean 1 under q turns the constraint into weights that sum to one, and the problem into
 the maximum likelihood of mixture weights: convex, and solved by multiplicative updates without a step size.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
-from distmatch.ratio.kernels import candidate_widths, choose_centres, log_kernel
+from distmatch.ratio.kernels import candidate_widths, choose_centers, log_kernel
 from distmatch.ratio.samples import CHUNK, Fitted, high_dimension
 
 
@@ -25,13 +25,13 @@ class KliepSettings:
     """How KLIEP is fitted.
 
     Attributes:
-        centres: Kernels, at most.
-        widths: Kernel widths to choose from, in the unit of standardised samples; None takes multiples of the
+        centers: Kernels, at most.
+        widths: Kernel widths to choose from, in the unit of standardized samples; None takes multiples of the
             median distance.
         folds: Parts of the samples for the cross-validation.
     """
 
-    centres: int = 100
+    centers: int = 100
     widths: Sequence[float] | None = None
     folds: int = 5
 
@@ -41,21 +41,21 @@ class KliepSettings:
 
 
 def fit_kliep(p: Tensor, q: Tensor, settings: KliepSettings, seed: int) -> Fitted:
-    """Fits KLIEP with the width of greatest cross-validated likelihood; memory grows with n times centres.
+    """Fits KLIEP with the width of greatest cross-validated likelihood; memory grows with n times centers.
 
     Both samples are divided into folds, and the score of a width is E_p[log r] - E_q[r] + 1 on the fold that
     was left out, a lower bound of KL(p || q). Dividing p alone, as is usual, rewards ratios that grow without
     bound where there is no sample of q.
 
     Args:
-        p: Samples of p, (n, d) float64, standardised, in random order.
+        p: Samples of p, (n, d) float64, standardized, in random order.
         q: Samples of q, (m, d), likewise.
         settings: The settings.
-        seed: Seed of the choice of centres.
+        seed: Seed of the choice of centers.
     """
-    centres = choose_centres(p, settings.centres, seeds.generator(seed, "ratio/centres"))
+    centers = choose_centers(p, settings.centers, seeds.generator(seed, "ratio/centres"))
     widths = candidate_widths(settings.widths, p, q)
-    scores = [_left_out_scores(p, q, centres, width, settings.folds) for width in widths]
+    scores = [_left_out_scores(p, q, centers, width, settings.folds) for width in widths]
     best_p, best_q = max(scores, key=lambda parts: (parts[0].mean() + parts[1].mean()).item())
     # The widest that is not worse than the best by more than one standard error: the smoother ratio.
     tied = []
@@ -64,28 +64,28 @@ def fit_kliep(p: Tensor, q: Tensor, settings: KliepSettings, seed: int) -> Fitte
         if loss_p.mean() + loss_q.mean() <= (loss_p.var() / len(p) + loss_q.var() / len(q)).sqrt():
             tied.append((width, (on_p.mean() + on_q.mean()).item()))
     width, bound = max(tied)
-    log_w, gap = mixture_weights(scaled_log_kernels(p, q, centres, width), tolerance=1e-4)
-    shift = log_w - log_mean_kernel(q, centres, width)
+    log_w, gap = mixture_weights(scaled_log_kernels(p, q, centers, width), tolerance=1e-4)
+    shift = log_w - log_mean_kernel(q, centers, width)
     chosen: dict[str, float | int | str] = {
         "width": width,
-        "centres": len(centres),
+        "centers": len(centers),
         "kl_bound": bound,
         "gap": gap,
     }
     return Fitted(
-        lambda x: torch.logsumexp(log_kernel(x, centres, width) + shift, 1),
+        lambda x: torch.logsumexp(log_kernel(x, centers, width) + shift, 1),
         chosen,
         high_dimension("kernels", p.shape[1]),
     )
 
 
 def _left_out_scores(
-    p: Tensor, q: Tensor, centres: Tensor, width: float, folds: int
+    p: Tensor, q: Tensor, centers: Tensor, width: float, folds: int
 ) -> tuple[Tensor, Tensor]:
     """Log r (n,) at samples of p and 1 - r (m,) at samples of q, each fitted without its own fold."""
     fold_p = torch.arange(len(p), device=p.device) % folds
     fold_q = torch.arange(len(q), device=q.device) % folds
-    kernels_p, kernels_q = log_kernel(p, centres, width), log_kernel(q, centres, width)
+    kernels_p, kernels_q = log_kernel(p, centers, width), log_kernel(q, centers, width)
     on_p, on_q = torch.empty_like(p[:, 0]), torch.empty_like(q[:, 0])
     for k in range(folds):
         rest = kernels_q[fold_q != k]
@@ -96,19 +96,19 @@ def _left_out_scores(
     return on_p, on_q
 
 
-def log_mean_kernel(q: Tensor, centres: Tensor, width: float) -> Tensor:
+def log_mean_kernel(q: Tensor, centers: Tensor, width: float) -> Tensor:
     """Log E_q[phi], (b,)."""
-    parts = [torch.logsumexp(log_kernel(part, centres, width), 0) for part in q.split(CHUNK)]
+    parts = [torch.logsumexp(log_kernel(part, centers, width), 0) for part in q.split(CHUNK)]
     return torch.logsumexp(torch.stack(parts), 0) - math.log(len(q))
 
 
-def scaled_log_kernels(p: Tensor, q: Tensor, centres: Tensor, width: float) -> Tensor:
+def scaled_log_kernels(p: Tensor, q: Tensor, centers: Tensor, width: float) -> Tensor:
     """Log of the kernels at samples of p, (n, b), each kernel scaled to mean 1 under q."""
-    return log_kernel(p, centres, width) - log_mean_kernel(q, centres, width)
+    return log_kernel(p, centers, width) - log_mean_kernel(q, centers, width)
 
 
 def mixture_weights(terms: Tensor, tolerance: float, most: int = 2000) -> tuple[Tensor, float]:
-    """The weights w that maximise the mean of log sum_j w_j exp(terms_ij), as log w (b,).
+    """The weights w that maximize the mean of log sum_j w_j exp(terms_ij), as log w (b,).
 
     Args:
         terms: (n, b).

@@ -1,6 +1,6 @@
 """uLSIF and RuLSIF: the ratio that is nearest in mean square, in closed form.
 
-The relative ratio r_a = p / (a p + (1 - a) q) minimises
+The relative ratio r_a = p / (a p + (1 - a) q) minimizes
 
     J(r) = a/2 E_p[r^2] + (1 - a)/2 E_q[r^2] - E_p[r].
 
@@ -22,7 +22,7 @@ from distmatch.base import seeds
 from distmatch.base.errors import UserError
 from distmatch.ratio.kernels import (
     candidate_widths,
-    choose_centres,
+    choose_centers,
     first_moment,
     log_kernel,
     positive,
@@ -40,14 +40,14 @@ class LeastSquaresSettings:
 
     Attributes:
         alpha: The share a of p in the denominator; 0 is uLSIF.
-        centres: Kernels, at most.
-        widths: Kernel widths to choose from, in the unit of standardised samples; None takes multiples of the
+        centers: Kernels, at most.
+        widths: Kernel widths to choose from, in the unit of standardized samples; None takes multiples of the
             median distance.
         ridges: Ridges lambda to choose from.
     """
 
     alpha: float = 0.0
-    centres: int = 100
+    centers: int = 100
     widths: Sequence[float] | None = None
     ridges: Sequence[float] = _RIDGES
 
@@ -62,17 +62,17 @@ def fit_least_squares(p: Tensor, q: Tensor, settings: LeastSquaresSettings, seed
     """Fits the (relative) ratio with width and ridge chosen by leave-one-out loss.
 
     Args:
-        p: Samples of p, (n, d) float64, standardised, in random order.
+        p: Samples of p, (n, d) float64, standardized, in random order.
         q: Samples of q, (m, d), likewise.
         settings: The settings.
-        seed: Seed of the choice of centres.
+        seed: Seed of the choice of centers.
     """
     a = settings.alpha
-    centres = choose_centres(p, settings.centres, seeds.generator(seed, "ratio/centres"))
+    centers = choose_centers(p, settings.centers, seeds.generator(seed, "ratio/centres"))
     ridges = positive(settings.ridges, "ridge")
     trials = []
     for width in candidate_widths(settings.widths, p, q):
-        losses = leave_one_out(p, q, centres, width, ridges, a)
+        losses = leave_one_out(p, q, centers, width, ridges, a)
         index = int(losses.mean(1).argmin())
         trials.append((width, ridges[index], losses[index]))
     best = min((losses for _, _, losses in trials), key=lambda losses: losses.mean().item())
@@ -81,7 +81,7 @@ def fit_least_squares(p: Tensor, q: Tensor, settings: LeastSquaresSettings, seed
     tied = [t for t, gap in zip(trials, gaps, strict=True) if gap.mean() <= gap.std() / math.sqrt(len(gap))]
     width, ridge, losses = max(tied, key=lambda trial: trial[0])
     loss = losses.mean().item()
-    theta = solve(p, q, centres, width, ridge, a)
+    theta = solve(p, q, centers, width, ridge, a)
     if not bool((theta > 0).any()):
         raise UserError(
             "the least-squares ratio vanishes everywhere",
@@ -90,11 +90,11 @@ def fit_least_squares(p: Tensor, q: Tensor, settings: LeastSquaresSettings, seed
             fix="give other widths or ridges, or use method='classifier'",
         )
     log_theta = theta[theta > 0].log()
-    used = centres[theta > 0]
+    used = centers[theta > 0]
     chosen: dict[str, float | int | str] = {
         "width": width,
         "ridge": ridge,
-        "centres": len(used),
+        "centers": len(used),
         "loss": loss,
     }
     return Fitted(
@@ -105,12 +105,12 @@ def fit_least_squares(p: Tensor, q: Tensor, settings: LeastSquaresSettings, seed
     )
 
 
-def solve(p: Tensor, q: Tensor, centres: Tensor, width: float, ridge: float, a: float) -> Tensor:
+def solve(p: Tensor, q: Tensor, centers: Tensor, width: float, ridge: float, a: float) -> Tensor:
     """The coefficients theta (b,) of one width and ridge, negative ones set to 0."""
-    h_matrix = (1 - a) * second_moment(q, centres, width)
+    h_matrix = (1 - a) * second_moment(q, centers, width)
     if a > 0:
-        h_matrix = h_matrix + a * second_moment(p, centres, width)
-    return _solve(h_matrix, ridge, first_moment(p, centres, width)[:, None])[:, 0].clamp_min(0.0)
+        h_matrix = h_matrix + a * second_moment(p, centers, width)
+    return _solve(h_matrix, ridge, first_moment(p, centers, width)[:, None])[:, 0].clamp_min(0.0)
 
 
 def _solve(matrix: Tensor, ridge: float, right: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _solve(matrix: Tensor, ridge: float, right: Tensor) -> Tensor:
 
 
 def leave_one_out(
-    p: Tensor, q: Tensor, centres: Tensor, width: float, ridges: Sequence[float], a: float
+    p: Tensor, q: Tensor, centers: Tensor, width: float, ridges: Sequence[float], a: float
 ) -> Tensor:
     """Leave-one-out losses of each ridge, without refitting.
 
@@ -128,9 +128,9 @@ def leave_one_out(
     its inverse follows from the full one by the Woodbury formula. The value is that of refitting every time.
 
     Args:
-        p: Samples of p, (n, d) float64, standardised.
+        p: Samples of p, (n, d) float64, standardized.
         q: Samples of q, (m, d), likewise.
-        centres: Kernel centres (b, d); they stay when their own sample is left out.
+        centers: Kernel centers (b, d); they stay when their own sample is left out.
         width: Kernel width.
         ridges: Ridges.
         a: Share of p in the denominator.
@@ -140,13 +140,13 @@ def leave_one_out(
     """
     n, m = len(p), len(q)
     folds = min(n, m, _LEFT_OUT)
-    phi_p = log_kernel(p[:folds], centres, width).exp()
-    phi_q = log_kernel(q[:folds], centres, width).exp()
+    phi_p = log_kernel(p[:folds], centers, width).exp()
+    phi_q = log_kernel(q[:folds], centers, width).exp()
     out_p, out_q = a / (n - 1), (1 - a) / (m - 1)  # weight of one sample in the smaller means
-    matrix = out_q * m * second_moment(q, centres, width)
+    matrix = out_q * m * second_moment(q, centers, width)
     if a > 0:
-        matrix = matrix + out_p * n * second_moment(p, centres, width)
-    h = first_moment(p, centres, width)
+        matrix = matrix + out_p * n * second_moment(p, centers, width)
+    h = first_moment(p, centers, width)
     right = (n * h - phi_p) / (n - 1)  # h of each fold, (folds, b)
     removed = torch.stack([math.sqrt(out_p) * phi_p, math.sqrt(out_q) * phi_q], 1)  # (folds, 2, b)
     losses = []

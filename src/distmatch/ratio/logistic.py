@@ -40,7 +40,7 @@ class ClassifierSettings:
         model: One of :data:`MODELS`; ``mlp`` is the quadratic regression plus a network.
         calibration: One of :data:`distmatch.ratio.calibration.CALIBRATIONS`. A fifth of the samples is set
             aside for it; early stopping leaves so little to correct that the default is ``none``.
-        steps: Optimiser steps of the network, at most.
+        steps: Optimizer steps of the network, at most.
     """
 
     model: str = "mlp"
@@ -60,7 +60,7 @@ def fit_classifier(p: Tensor, q: Tensor, settings: ClassifierSettings, seed: int
     """Fits and calibrates a classifier.
 
     Args:
-        p: Samples of p, (n, d) float64, standardised.
+        p: Samples of p, (n, d) float64, standardized.
         q: Samples of q, (m, d), likewise.
         settings: The settings.
         seed: Seed of the calibration split, the network and its batches.
@@ -208,7 +208,7 @@ def _with_network(
     held_label = torch.cat([torch.ones(len(held_p)), torch.zeros(len(held_q))]).to(p.device)
     held_base = held_base.float() + prior
     loss = nn.functional.binary_cross_entropy_with_logits
-    optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.01)
     stream = seeds.generator(seed, "ratio/batches")
     best, best_step, best_net = math.inf, 0, copy.deepcopy(net)
     with torch.enable_grad():
@@ -221,8 +221,8 @@ def _with_network(
                 elif step - best_step >= _PATIENCE * _CHECK_EVERY:
                     break
             index = torch.randint(len(x), (min(_BATCH, len(x)),), generator=stream).to(p.device)
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             loss(base[index] + net(x[index])[:, 0], label[index]).backward()
-            optimiser.step()
+            optimizer.step()
     final = best_net.double().requires_grad_(False)
     return (lambda z: raw(z) + final(z)[:, 0]), best_step

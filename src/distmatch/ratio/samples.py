@@ -1,4 +1,4 @@
-"""Two samples made ready for a ratio: checked, flattened, standardised and split."""
+"""Two samples made ready for a ratio: checked, flattened, standardized and split."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Fitted:
     """What a method hands back.
 
     Attributes:
-        log_r: The fitted log-ratio of standardised points; the relative one where ``relative`` is not 0.
+        log_r: The fitted log-ratio of standardized points; the relative one where ``relative`` is not 0.
         chosen: The hyperparameters that were chosen or given, and what was measured on the way.
         warnings: What may be wrong with it.
         relative: The share a of the relative ratio p / (a p + (1 - a) q) that was fitted.
@@ -43,7 +43,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Standardiser:
+class Standardizer:
     """Flattens samples and gives every column zero mean and unit variance over both samples together.
 
     Columns that are constant over both samples are dropped: they hold nothing about the ratio.
@@ -51,18 +51,18 @@ class Standardiser:
     Attributes:
         shape: Shape of one sample.
         kept: Indices (d,) of the columns that vary.
-        centre: Their means (d,), float64.
+        center: Their means (d,), float64.
         scale: Their standard deviations (d,), float64.
     """
 
     shape: tuple[int, ...]
     kept: Tensor
-    centre: Tensor
+    center: Tensor
     scale: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Standardised float64 points (N, d) of samples (N, *shape)."""
-        return (x.reshape(len(x), -1)[:, self.kept].double() - self.centre) / self.scale
+        """Standardized float64 points (N, d) of samples (N, *shape)."""
+        return (x.reshape(len(x), -1)[:, self.kept].double() - self.center) / self.scale
 
 
 def check_samples(x: Tensor, name: str, least: int = 1) -> None:
@@ -125,12 +125,12 @@ def check_pair(x_p: Tensor, x_q: Tensor, least: int = SMALLEST) -> None:
             )
 
 
-def standardiser(x_p: Tensor, x_q: Tensor) -> tuple[Standardiser, tuple[str, ...]]:
-    """The standardiser of two checked samples, and warnings about columns that vary in one of them only."""
+def standardizer(x_p: Tensor, x_q: Tensor) -> tuple[Standardizer, tuple[str, ...]]:
+    """The standardizer of two checked samples, and warnings about columns that vary in one of them only."""
     p, q = x_p.reshape(len(x_p), -1).double(), x_q.reshape(len(x_q), -1).double()
     n = len(p) + len(q)
-    centre = (p.sum(0) + q.sum(0)) / n
-    variance = ((p - centre).square().sum(0) + (q - centre).square().sum(0)) / n
+    center = (p.sum(0) + q.sum(0)) / n
+    variance = ((p - center).square().sum(0) + (q - center).square().sum(0)) / n
     still_p, still_q = (p == p[:1]).all(0), (q == q[:1]).all(0)
     varies = ~(still_p & still_q & (p[0] == q[0]))
     kept = varies.nonzero().flatten()
@@ -143,7 +143,7 @@ def standardiser(x_p: Tensor, x_q: Tensor) -> tuple[Standardiser, tuple[str, ...
         if one_sided
         else ()
     )
-    return Standardiser(tuple(x_p.shape[1:]), kept, centre[kept], variance[kept].sqrt()), warnings
+    return Standardizer(tuple(x_p.shape[1:]), kept, center[kept], variance[kept].sqrt()), warnings
 
 
 def split(n: int, share: float, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:

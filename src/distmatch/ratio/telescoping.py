@@ -1,7 +1,7 @@
 """The telescoping ratio: a chain of easy ratios between waypoints that lead from p to q.
 
 Waypoint k mixes pairs of samples, x_k = cos(t_k) x_p + sin(t_k) x_q with 0 = t_0 < ... < t_m = pi/2, and
-log p/q = sum of the log-ratios of neighbouring waypoints (Rhodes, Xu and Gutmann, arXiv 2006.12204).
+log p/q = sum of the log-ratios of neighboring waypoints (Rhodes, Xu and Gutmann, arXiv 2006.12204).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def fit_telescoping(p: Tensor, q: Tensor, settings: TelescopingSettings, seed: i
     """Fits a chain of classifiers.
 
     Args:
-        p: Samples of p, (n, d) float64, standardised.
+        p: Samples of p, (n, d) float64, standardized.
         q: Samples of q, (m, d), likewise.
         settings: The settings.
         seed: Seed of the pairing and of the classifiers.
@@ -60,14 +60,14 @@ def fit_telescoping(p: Tensor, q: Tensor, settings: TelescopingSettings, seed: i
     hardest, chosen = 0.5, {}
     for k in range(len(angles) - 1):
         start, end = _waypoint(first, last, angles[k]), _waypoint(first, last, angles[k + 1])
-        centre, scale = _scaling(start, end)
+        center, scale = _scaling(start, end)
         fitted = fit_classifier(
-            (start - centre) / scale,
-            (end - centre) / scale,
+            (start - center) / scale,
+            (end - center) / scale,
             settings.classifier,
             seeds.stream_seed(seed, f"{k}"),
         )
-        bridges.append(lambda x, log_r=fitted.log_r, c=centre, s=scale: log_r((x - c) / s))  # type: ignore[misc]
+        bridges.append(lambda x, log_r=fitted.log_r, c=center, s=scale: log_r((x - c) / s))  # type: ignore[misc]
         hardest = max(hardest, float(fitted.chosen["accuracy"]))
         chosen = {"model": fitted.chosen["model"], "calibration": fitted.chosen["calibration"]}
     chosen |= {"bridges": len(bridges), "hardest_accuracy": hardest}
@@ -99,8 +99,8 @@ def _easy_angles(first: Tensor, last: Tensor, seed: int) -> list[float]:
 
     def accuracy(low: float, high: float) -> float:
         start, end = _waypoint(first, last, low), _waypoint(first, last, high)
-        centre, scale = _scaling(start, end)
-        start, end = (start - centre) / scale, (end - centre) / scale
+        center, scale = _scaling(start, end)
+        start, end = (start - center) / scale, (end - center) / scale
         log_r = fit_regression(start[train], end[train], "quadratic")
         return balanced_accuracy(log_r(start[held]), log_r(end[held]))
 

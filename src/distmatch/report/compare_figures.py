@@ -83,14 +83,14 @@ def front_panel(
 
 def _mark(axes: Axes, point: Point, at: tuple[float, float], marker: str) -> None:
     """A point with its errors and its name, or with its values if it is drawn at the edge."""
-    colour = (ACCENT if point.on_front else INK) if point.is_method else MUTED
+    color = (ACCENT if point.on_front else INK) if point.is_method else MUTED
     outside = at != (point.x.value, point.y.value)
     axes.errorbar(
         *at,
         xerr=None if outside else _bar(point.x),
         yerr=None if outside else _bar(point.y),
         fmt=marker,
-        color=colour,
+        color=color,
         markersize=5,
         elinewidth=1.0,
         clip_on=not outside,
@@ -104,7 +104,7 @@ def _mark(axes: Axes, point: Point, at: tuple[float, float], marker: str) -> Non
         xytext=(-6 if turned else 6, -13 if point.label == "Teacher" else 5),
         textcoords="offset points",
         ha="right" if turned else "left",
-        color=colour,
+        color=color,
         fontsize=12,
     )
 

@@ -16,7 +16,7 @@ from distmatch.report.svg import ACCENT, INK, MUTED, RULE, SOFT, TIMES, to_svg
 
 _RAW_POINTS = 400  # more points than this a small panel cannot show
 _SHOWN_SAMPLES = 1000  # points in a scatter panel; more only hide each other
-_PNG_COLOUR = "#0b6e6e"  # the accent of the page, for pictures that stand alone
+_PNG_COLOR = "#0b6e6e"  # the accent of the page, for pictures that stand alone
 
 
 def panel(width: float = 330.0, height: float = 190.0) -> tuple[Figure, Axes]:
@@ -63,7 +63,7 @@ def _finish_y(axes: Axes, values: np.ndarray) -> None:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean over ``window`` entries (fewer at the ends); NaN entries do not count.
+    """Centered running mean over ``window`` entries (fewer at the ends); NaN entries do not count.
 
     Args:
         values: (T,).
@@ -113,8 +113,8 @@ def noise_panel(
         level: Height of a dotted guide line, or None.
     """
     figure, axes = panel(390.0, 230.0)
-    for colour, values in zip(TIMES[-len(series) :], series, strict=True):
-        axes.plot(levels, values, "o-", color=colour, linewidth=1.8, markersize=3.5, markeredgewidth=0)
+    for color, values in zip(TIMES[-len(series) :], series, strict=True):
+        axes.plot(levels, values, "o-", color=color, linewidth=1.8, markersize=3.5, markeredgewidth=0)
     if level is not None:
         axes.axhline(level, color=INK, linewidth=1.0, linestyle=(0, (1, 3)))
     if is_sigma:
@@ -176,16 +176,16 @@ def scatter_panel(
     figure, axes = panel(320.0, 320.0 if dims == 2 else 200.0)
     if dims == 1:
         edges = np.linspace(low[0], high[0], 61)
-        for values, colour, fill in ((behind, RULE, True), (points, ACCENT, False)):
+        for values, color, fill in ((behind, RULE, True), (points, ACCENT, False)):
             if values is not None:
                 counts = np.histogram(values[:, 0], edges)[0] / (len(values) * (edges[1] - edges[0]))
-                axes.stairs(counts, edges, color=colour, fill=fill, linewidth=1.5)
+                axes.stairs(counts, edges, color=color, fill=fill, linewidth=1.5)
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     else:
-        for values, colour, size in ((behind, RULE, 3.0), (points, ACCENT, 2.4)):
+        for values, color, size in ((behind, RULE, 3.0), (points, ACCENT, 2.4)):
             if values is not None:
                 shown = values[:: -(-len(values) // _SHOWN_SAMPLES)]
-                axes.plot(*shown.T, "o", color=colour, markersize=size, markeredgewidth=0, alpha=0.75)
+                axes.plot(*shown.T, "o", color=color, markersize=size, markeredgewidth=0, alpha=0.75)
         axes.set_ylim(low[1], high[1])
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.set_xlim(low[0], high[0])
@@ -201,9 +201,9 @@ def scatter_png(x: np.ndarray) -> bytes:
     figure = Figure(figsize=(5, 5), layout="constrained")
     inside = figure.add_subplot()
     if points.shape[1] == 1:
-        inside.hist(points[:, 0], bins=60, range=(low[0], high[0]), color=_PNG_COLOUR)
+        inside.hist(points[:, 0], bins=60, range=(low[0], high[0]), color=_PNG_COLOR)
     else:
-        inside.plot(*points.T, "o", color=_PNG_COLOUR, markersize=2.4, markeredgewidth=0, alpha=0.6)
+        inside.plot(*points.T, "o", color=_PNG_COLOR, markersize=2.4, markeredgewidth=0, alpha=0.6)
         inside.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -100,9 +100,9 @@ def image_grid(
             text = str(label)
             while len(text) > 1 and pen.textlength(text, font=font) > width:
                 text = text[:-1]
-            centre = (i % columns) * pitch_x + width // 2
+            center = (i % columns) * pitch_x + width // 2
             pen.text(
-                (centre, (i // columns) * pitch_y + height + 1), text, fill=_GREY, font=font, anchor="ma"
+                (center, (i // columns) * pitch_y + height + 1), text, fill=_GREY, font=font, anchor="ma"
             )
     return picture
 

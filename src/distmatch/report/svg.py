@@ -1,4 +1,4 @@
-"""Turns a matplotlib figure into SVG for the inside of a page: its fonts and colours, no outside address."""
+"""Turns a matplotlib figure into SVG for the inside of a page: its fonts and colors, no outside address."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-# Matplotlib wants colours it can parse; these stand for CSS variables, so one drawing fits light and dark.
+# Matplotlib wants colors it can parse; these stand for CSS variables, so one drawing fits light and dark.
 INK, MUTED, RULE, ACCENT, SOFT = "#010101", "#010102", "#010103", "#010104", "#010105"
 TIMES = ("#010111", "#010112", "#010113", "#010114")
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", SOFT: "accent-soft"} | {
-    colour: f"time-{i}" for i, colour in enumerate(TIMES, start=1)
+    color: f"time-{i}" for i, color in enumerate(TIMES, start=1)
 }
 
 
@@ -23,7 +23,7 @@ def to_svg(figure: Figure, alt: str) -> Markup:
     """Renders a figure for the page.
 
     Args:
-        figure: Drawn in the colours of this module.
+        figure: Drawn in the colors of this module.
         alt: What the picture shows, for those who do not see it.
 
     Returns:
@@ -41,8 +41,8 @@ def to_svg(figure: Figure, alt: str) -> Markup:
     body = body.replace("xlink:href", "href")  # in HTML the plain name is enough, and needs no namespace
     body = re.sub(r"font(-family)?: [^;\"]*;?", _font, body)
     body = _private_ids(body, salt)
-    for colour, name in _VARIABLES.items():
-        body = body.replace(colour, f"var(--{name})")
+    for color, name in _VARIABLES.items():
+        body = body.replace(color, f"var(--{name})")
     body = re.sub(r"\s*\n\s*", "\n", body)
     title = escape(alt)
     head = f'<svg viewBox="{view.group(1) if view else "0 0 1 1"}" role="img" aria-label="{title}">'

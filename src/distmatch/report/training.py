@@ -75,7 +75,7 @@ def bin_levels(bins: object, count: int) -> tuple[np.ndarray, bool]:
     """The noise levels to draw ``count`` bins at.
 
     Args:
-        bins: ``sigma_bins`` of the ``start`` event: ``count`` centres, or ``count + 1`` edges of which the
+        bins: ``sigma_bins`` of the ``start`` event: ``count`` centers, or ``count + 1`` edges of which the
             outer ones may be 0 or null (open); anything else is not understood.
         count: Number of bins.
 
@@ -89,7 +89,7 @@ def bin_levels(bins: object, count: int) -> tuple[np.ndarray, bool]:
     )
     values = np.array(numbers)
     if len(values) == count + 1 and count > 2:
-        inner = values[1:-1]  # an open outer bin is drawn as wide, on the logarithmic axis, as its neighbour
+        inner = values[1:-1]  # an open outer bin is drawn as wide, on the logarithmic axis, as its neighbor
         low, high = values[0], values[-1]
         low = low if np.isfinite(low) and low > 0 else inner[0] ** 2 / inner[1]
         high = high if np.isfinite(high) else inner[-1] ** 2 / inner[-2]
@@ -140,7 +140,7 @@ def noise_charts(events: Sequence[Event]) -> NoiseSection:
         (
             "ratio_mean",
             "Ratio r = teacher / student",
-            "before normalising; a calibrated one averages 1 at every level",
+            "before normalizing; a calibrated one averages 1 at every level",
             1.0,
         ),
     ):

@@ -66,39 +66,39 @@ def _of_images(way: Way) -> Figure:
     left, across = 0.65 / width, _TILE * columns / width
     top = figure.add_axes((left, 2.1 / height, across, _TILE * (rows + 0.35) / height))
     bottom = figure.add_axes((left, 0.45 / height, across, 1.5 / height))
-    centres = np.arange(len(shown)) + 0.5
-    for centre, step in zip(centres, shown, strict=True):
-        _column(top, way.x0[step], centre)
-        top.text(centre, rows + 0.06, f"{way.levels[step]:.3g}", ha="center", va="bottom", fontsize=7.5)
+    centers = np.arange(len(shown)) + 0.5
+    for center, step in zip(centers, shown, strict=True):
+        _column(top, way.x0[step], center)
+        top.text(center, rows + 0.06, f"{way.levels[step]:.3g}", ha="center", va="bottom", fontsize=7.5)
     for number, (name, samples) in enumerate(way.beside.items()):
-        centre = len(shown) + 0.75 + 1.25 * number
-        _column(top, samples, centre)
-        top.text(centre, rows + 0.06, name, ha="center", va="bottom", fontsize=7.5, color=_COARSE)
+        center = len(shown) + 0.75 + 1.25 * number
+        _column(top, samples, center)
+        top.text(center, rows + 0.06, name, ha="center", va="bottom", fontsize=7.5, color=_COARSE)
     top.set(xlim=(0, columns), ylim=(0, rows + 0.35))
     top.set_axis_off()
     top.set_title("predicted sample at noise level σ", fontsize=9, color=_DARK)
 
     def place(levels: np.ndarray) -> np.ndarray:
         """Where levels lie on the axis of the columns."""
-        return np.interp(-np.log(levels), -np.log(way.levels[shown]), centres)
+        return np.interp(-np.log(levels), -np.log(way.levels[shown]), centers)
 
     _curves(bottom, way, place(way.levels))
     _marks(bottom, way, place)
     bottom.set_xlim(0, columns)
-    bottom.xaxis.set_major_locator(FixedLocator(centres.tolist()))
+    bottom.xaxis.set_major_locator(FixedLocator(centers.tolist()))
     bottom.set_xticklabels([f"{v:.3g}" for v in way.levels[shown]], fontsize=7.5)
     bottom.set_xlabel("noise level σ", fontsize=8, color=_DARK)
     return figure
 
 
-def _column(axes: Axes, images: np.ndarray, centre: float) -> None:
+def _column(axes: Axes, images: np.ndarray, center: float) -> None:
     """Images below each other, each in a unit square."""
     for row, image in enumerate(images):
         bottom = len(images) - 1 - row
         tile = np.asarray(image_grid(image[None], 1))
         height, width = (side / max(tile.shape[:2]) * 0.47 for side in tile.shape[:2])
         middle = bottom + 0.5
-        axes.imshow(tile, extent=(centre - width, centre + width, middle - height, middle + height))
+        axes.imshow(tile, extent=(center - width, center + width, middle - height, middle + height))
 
 
 def _of_vectors(way: Way) -> Figure:
@@ -142,8 +142,8 @@ def _curves(axes: Axes, way: Way, at: np.ndarray) -> None:
     lines: Sequence[tuple[np.ndarray, str, str]] = ((way.layout, _COARSE, "of the layout"),)
     if not np.allclose(way.detail, way.layout):
         lines = ((way.detail, _DETAIL, "of all detail"), *lines)
-    for values, colour, name in lines:
-        axes.plot(at, values, "o-", color=colour, markersize=2.5, linewidth=1.4, label=name)
+    for values, color, name in lines:
+        axes.plot(at, values, "o-", color=color, markersize=2.5, linewidth=1.4, label=name)
     axes.set_ylim(0, 1.04 * max(1.0, float(way.layout.max()), float(way.detail.max())))
     axes.yaxis.set_major_locator(FixedLocator([0, 0.1, 0.5, 1]))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

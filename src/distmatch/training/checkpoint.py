@@ -23,6 +23,7 @@ from distmatch.base.files import atomic_folder, atomic_json, load_tensors, read_
 FORMAT = "distmatch-checkpoint"
 VERSION = 1
 
+_RENAMED = {"optimiser": "optimizer", "optimisers": "optimizers", "normaliser": "normalizer"}  # since 0.2
 _STEP = re.compile(r"step-(\d{6,})")
 # A folder being replaced is set aside under such a name; it is the only copy if the machine stops just then.
 _SET_ASIDE = re.compile(r"\.step-(\d{6,})\..*\.old")
@@ -58,7 +59,7 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
 
     def add(t: Tensor, path: str) -> dict[str, Any]:
         if t.layout != torch.strided or t.is_quantized or t.is_meta:
-            raise TypeError(f"{path or 'the tree'} is a tensor that is sparse, quantised or without data")
+            raise TypeError(f"{path or 'the tree'} is a tensor that is sparse, quantized or without data")
         place = (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg())
         if t.numel() and place in nodes:
             return nodes[place]
@@ -272,7 +273,8 @@ def _read(path: Path) -> tuple[Any, Any]:
     if type(step) is not int or step < 0:
         raise UserError(f"{path} is no checkpoint", got=f"step {step!r:.80}", expected="a number of steps")
     try:
-        return step, unpack(tensors, structure)
+        tree = unpack(tensors, structure)
+        return step, {_RENAMED.get(k, k): v for k, v in tree.items()} if isinstance(tree, dict) else tree
     except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
         raise UserError(
             f"{path} is no checkpoint",

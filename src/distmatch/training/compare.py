@@ -25,7 +25,7 @@ from distmatch.training.compare_record import (
     progress_line,
 )
 from distmatch.training.compare_stats import Measured
-from distmatch.training.compare_summary import summarise
+from distmatch.training.compare_summary import summarize
 from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
 from distmatch.training.environment import environment
@@ -130,7 +130,7 @@ class _Comparison:
         for run in self.record["runs"]:
             if run["status"] == "done":
                 finished.setdefault(run["name"], {})[run["seed"]] = measured(run, self._place(run))
-        self.record["summary"] = summarise(self.record, finished, self.told.options.baseline)
+        self.record["summary"] = summarize(self.record, finished, self.told.options.baseline)
         atomic_json(self.folder.path / RECORD, self.record)
 
     def carry_out(self, run: dict[str, Any]) -> None:

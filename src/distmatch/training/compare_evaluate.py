@@ -139,9 +139,9 @@ def open_bench(
         model = open_model(options.shared.teacher)
     spec = options.shared.data or (model.data if model is not None else "")
     if data is None and spec:
-        labelled = model is not None and bool(model.conditioning_spec)
+        labeled = model is not None and bool(model.conditioning_spec)
         columns = columns_of(model.trained_on) if model is not None else ()
-        data = load_data(spec, labels=labelled, columns=columns)
+        data = load_data(spec, labels=labeled, columns=columns)
     if data is None or model is None:
         raise UserError(
             "students can only be compared against real data",

@@ -22,7 +22,7 @@ from distmatch.training.compare_stats import (
 Finished = Mapping[str, Mapping[int, Measured]]
 
 
-def summarise(record: dict[str, Any], finished: Finished, baseline: str) -> dict[str, Any]:
+def summarize(record: dict[str, Any], finished: Finished, baseline: str) -> dict[str, Any]:
     """Means, differences from the baseline, Pareto fronts and costs.
 
     Args:

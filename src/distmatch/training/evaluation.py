@@ -62,8 +62,8 @@ def evaluate_models(
         if model.num_classes and data.labels is None:
             raise UserError(
                 f"the {name} is class-conditional and the data have no labels",
-                got=f"{model.num_classes} classes and unlabelled {data.name}",
-                fix="give labelled data",
+                got=f"{model.num_classes} classes and unlabeled {data.name}",
+                fix="give labeled data",
             )
     data = _seen_by_all(models, data)
     specs = {name: model.conditioning_spec for name, model in models.items()}

@@ -42,7 +42,7 @@ def plan_hybrid(
     sampling.check(first)
     check_same_classes(first, last.denoiser, "teacher and student")
     before, after = teacher.scaling, student.scaling
-    if before.kind == after.kind == "vector" and (before.centre, before.half) != (after.centre, after.half):
+    if before.kind == after.kind == "vector" and (before.center, before.half) != (after.center, after.half):
         raise UserError(
             "teacher and student were trained on data that were scaled differently",
             got=f"half ranges {list(before.half)[:4]} and {list(after.half)[:4]}",

@@ -117,7 +117,7 @@ def seen_by(data: Dataset, about: Mapping[str, Any], num_classes: int, whose: st
             )
     if data.kind == "vector" and "scaling" in about:
         scaling = Scaling.from_dict(about["scaling"])
-        if scaling.kind == "vector" and len(scaling.centre) == data.shape[0]:
+        if scaling.kind == "vector" and len(scaling.center) == data.shape[0]:
             return dataclasses.replace(data, scaling=scaling)
     return data
 

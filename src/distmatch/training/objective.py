@@ -93,7 +93,7 @@ def denoiser_loss(
 
     From noisy data a sample that is itself ``x0 + s n`` is taken to the level sigma by ``sqrt(sigma^2 -
     s^2)`` of fresh noise, and the prediction is turned into that of the sample
-    (:func:`~distmatch.losses.noisy_mean`). The minimiser is the same D.
+    (:func:`~distmatch.losses.noisy_mean`). The minimizer is the same D.
 
     Args:
         denoiser: The denoiser to train.

@@ -134,7 +134,7 @@ class TeacherConfig(OptimizerSettings):
     noise_distribution: Literal["auto", "log-normal", "uniform", "logit-normal"] = "auto"
     """Levels in training: log-normal in sigma, or uniform or logit-normal in the time of the path."""
     logit_mean: Finite = 0.0
-    """Mean of the logit of time, for logit-normal; above 0 favours noise."""
+    """Mean of the logit of time, for logit-normal; above 0 favors noise."""
     logit_std: Positive = 1.0
     """Spread of the logit of time, for logit-normal."""
     weighting: Literal["auto", "edm", "target", "min-snr", "x0"] = "auto"

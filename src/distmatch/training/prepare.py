@@ -199,8 +199,8 @@ def _warnings(method: Method, options: DistillOptions, state: DistillState) -> l
     """What the user should know before the run starts."""
     own, batch = options.settings, options.run.batch
     thin = None
-    if isinstance(own, RatioSettings) and isinstance(own, FakeScoreSettings) and state.normaliser:
-        thin = state.normaliser.thin_message(batch, options.run.steps // own.critic_steps)
+    if isinstance(own, RatioSettings) and isinstance(own, FakeScoreSettings) and state.normalizer:
+        thin = state.normalizer.thin_message(batch, options.run.steps // own.critic_steps)
     found = [thin] if thin else []
     if method.family == "transport" and batch != RunOptions().batch:
         found.append("--batch does nothing here: a step draws --cell-draws samples for each latent of --bank")
@@ -213,7 +213,7 @@ def _untried(method: Method, options: DistillOptions, teacher: Denoiser, state: 
         return []
     usual = DistillOptions.of(method.name)
     names = {"lr": "student", "lr_critic": "fake", "lr_ratio": "ratio"}
-    rates = {n: getattr(options.settings, n) for n, of in names.items() if of in state.optimisers}
+    rates = {n: getattr(options.settings, n) for n, of in names.items() if of in state.optimizers}
     theirs = {name: getattr(usual.settings, name) for name in rates}
     parameters = sum(p.numel() for p in state.student.denoiser.parameters())
     if preset := find_preset(options.preset):
@@ -287,8 +287,8 @@ def check_fit(teacher: Any, data: Dataset) -> None:
     if teacher.num_classes and data.labels is None:
         raise UserError(
             "the teacher is class-conditional and the data have no labels",
-            got=f"{teacher.num_classes} classes and unlabelled {data.name}",
-            fix="give labelled data, or train the teacher with --no-labels",
+            got=f"{teacher.num_classes} classes and unlabeled {data.name}",
+            fix="give labeled data, or train the teacher with --no-labels",
         )
     spec = spec_of(teacher)
     if missing := set(spec) - {LABEL} - set(data.conditions):

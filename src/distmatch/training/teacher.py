@@ -37,7 +37,7 @@ class TeacherState:
     Attributes:
         denoiser: The network in training.
         average: Its moving average; what is sampled and saved.
-        optimiser: Its optimiser.
+        optimizer: Its optimizer.
         generator: The random stream of the steps.
         uncertainty: The log-variance that balances the levels, when it is learned.
         step: Steps done.
@@ -45,7 +45,7 @@ class TeacherState:
 
     denoiser: EDMDenoiser
     average: EMA
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     generator: torch.Generator
     uncertainty: LearnedUncertainty | None = None
     step: int = 0
@@ -56,7 +56,7 @@ class TeacherState:
             "denoiser": self.denoiser.state_dict(),
             "average": self.average.module.state_dict(),
             "average_rest": self.average.rest_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
         }
@@ -75,7 +75,7 @@ class TeacherState:
         self.average.load_rest(tree.get("average_rest", {}))
         if self.uncertainty is not None:
             load_into(self.uncertainty, tree.get("uncertainty", {}), "the checkpoint")
-        self.optimiser.load_state_dict(tree["optimiser"])
+        self.optimizer.load_state_dict(tree["optimizer"])
         self.generator.set_state(tree["generator"].cpu())
         self.step = tree["step"]
 
@@ -115,12 +115,12 @@ class TeacherTraining:
         if cfg.condition_noise > 0 and self.num_classes == 0:
             raise UserError(
                 "--condition-noise perturbs labels, and there are none",
-                fix="leave it out, or train on labelled data",
+                fix="leave it out, or train on labeled data",
             )
         if cfg.label_dropout not in (0, TeacherConfig.label_dropout) and self.num_classes == 0:
             raise UserError(
                 "--label-dropout hides labels, and there are none",
-                fix="leave it out, or train on labelled data",
+                fix="leave it out, or train on labeled data",
             )
         sigma_data = math.hypot(cfg.sigma_data or self.sigma_data, cfg.instance_noise)
         self.objective = build_objective(cfg, sigma_data, self.path)
@@ -146,15 +146,15 @@ class TeacherTraining:
                 if isinstance(part, Conditioning):
                     part.perturbation = Perturbation(cfg.condition_noise, cfg.condition_noise_kind)
         denoiser = self.objective.denoiser(net, self.shape, self.num_classes).to(self.device)
-        optimiser = adam(denoiser.parameters(), cfg)
+        optimizer = adam(denoiser.parameters(), cfg)
         uncertainty = None
         if cfg.learned_uncertainty:
             uncertainty = LearnedUncertainty().to(self.device)
-            optimiser.add_param_group({"params": list(uncertainty.parameters()), "weight_decay": 0.0})
+            optimizer.add_param_group({"params": list(uncertainty.parameters()), "weight_decay": 0.0})
         return TeacherState(
             denoiser=denoiser,
             average=EMA(denoiser),
-            optimiser=optimiser,
+            optimizer=optimizer,
             generator=generator(seed, "teacher", self.device),
             uncertainty=uncertainty,
         )
@@ -179,7 +179,7 @@ class TeacherTraining:
             draw = torch.rand(len(x0), generator=state.generator, device=self.device)
             null = null_conditioning(state.denoiser, len(x0), self.device)
             conditioning = null.where(draw < cfg.label_dropout, conditioning)
-        set_rate(state.optimiser, cfg.lr * rate(cfg, state.step, self.total_steps))
+        set_rate(state.optimizer, cfg.lr * rate(cfg, state.step, self.total_steps))
         with (
             self._dropout_stream(state),
             torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext(),
@@ -189,7 +189,7 @@ class TeacherTraining:
             )
         total = losses if state.uncertainty is None else uncertainty_loss(losses, state.uncertainty(sigma))
         total.mean().backward()
-        norm = clipped_step(state.optimiser, cfg.grad_clip)
+        norm = clipped_step(state.optimizer, cfg.grad_clip)
         state.step += 1
         state.average.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
         return {"loss": losses.detach().mean(), "grad_norm": norm}

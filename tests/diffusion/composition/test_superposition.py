@@ -129,15 +129,15 @@ def randn_like_rows(m: int) -> Tensor:
     return torch.randn(m, 50, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-def test_the_mean_of_three_models_is_their_circumcentre() -> None:
+def test_the_mean_of_three_models_is_their_circumcenter() -> None:
     scores, _ = three_scores(3)
-    centre = equal_density_move(scores, torch.zeros(50, 5, dtype=torch.float64), 1.0)
-    distances = (scores - centre).norm(dim=-1)
+    center = equal_density_move(scores, torch.zeros(50, 5, dtype=torch.float64), 1.0)
+    distances = (scores - center).norm(dim=-1)
     torch.testing.assert_close(distances, distances[:1].expand_as(distances), rtol=1e-10, atol=0)
-    # In the affine hull: the three scores and the centre span two directions and no third.
-    singular = torch.linalg.svdvals(torch.stack([*(scores[1:] - scores[0]), centre - scores[0]], dim=1))
+    # In the affine hull: the three scores and the center span two directions and no third.
+    singular = torch.linalg.svdvals(torch.stack([*(scores[1:] - scores[0]), center - scores[0]], dim=1))
     assert float((singular[:, 2] / singular[:, 0]).max()) < 1e-10
-    # Equilateral: the circumcentre is the mean.
+    # Equilateral: the circumcenter is the mean.
     corners = torch.eye(3, dtype=torch.float64)[:, None]
     middle = equal_density_move(corners, torch.zeros(1, 3, dtype=torch.float64), 1.0)
     torch.testing.assert_close(middle, torch.full((1, 3), 1 / 3, dtype=torch.float64))

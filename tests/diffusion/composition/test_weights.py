@@ -46,7 +46,7 @@ def moments(done: Particles) -> tuple[float, float]:
 
 
 def gaussian_target(powers: tuple[float, float], sigma: float = 0.0) -> tuple[float, float, float]:
-    """Mean, variance and log normaliser of N(-1, .5)^a N(1, .8)^b, both noised."""
+    """Mean, variance and log normalizer of N(-1, .5)^a N(1, .8)^b, both noised."""
     spread = torch.tensor([0.5, 0.8], dtype=torch.float64) + sigma**2
     b, m = torch.tensor(powers, dtype=torch.float64), torch.tensor([-1.0, 1.0], dtype=torch.float64)
     precision = (b / spread).sum()
@@ -109,7 +109,7 @@ def test_annealing_has_the_same_weights_at_every_noise_scale(zeta: float) -> Non
 
 
 @pytest.mark.statistical
-def test_the_normaliser_is_estimated() -> None:
+def test_the_normalizer_is_estimated() -> None:
     """log (Z_end / Z_start) in closed form, from a start that is drawn from the target itself."""
     for target, powers in CASES.values():
         mean, variance, log_z = gaussian_target(powers, 20.0)
@@ -117,7 +117,7 @@ def test_the_normaliser_is_estimated() -> None:
         done = run(target, start=start)
         change = gaussian_target(powers, 0.02)[2] - log_z
         # The steps take h |s|^2 at their start, which is off by a share of half a step in log sigma^2.
-        assert abs(float(done.log_normaliser) - change) < 0.03 + 0.06 * abs(change), (powers, change)
+        assert abs(float(done.log_normalizer) - change) < 0.03 + 0.06 * abs(change), (powers, change)
 
 
 @pytest.mark.statistical
@@ -125,10 +125,10 @@ def test_weights_of_a_start_from_another_law_count() -> None:
     """A start shifted by a third of its width, with its importance weights, ends where the right one does."""
     target, powers = CASES["product"]
     mean, variance, _ = gaussian_target(powers, 20.0)
-    centred = math.sqrt(variance) * noise_for(seed=5).normal(0)
+    centered = math.sqrt(variance) * noise_for(seed=5).normal(0)
     shift = math.sqrt(variance) / 3
-    start = centred + mean + shift
-    log_w = (-0.5 * ((start - mean) ** 2 - centred**2) / variance)[:, 0]
+    start = centered + mean + shift
+    log_w = (-0.5 * ((start - mean) ** 2 - centered**2) / variance)[:, 0]
     done = run(target, start=start, log_w=log_w)
     assert abs(moments(done)[0] - gaussian_target(powers, 0.02)[0]) < 0.1
 

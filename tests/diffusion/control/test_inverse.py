@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.control.colour import colour_frame, from_frame, grey_map, grey_value, to_frame
+from distmatch.diffusion.control.color import color_frame, from_frame, grey_map, grey_value, to_frame
 from distmatch.diffusion.control.forward_model import ObservationGuided, quantile_loss, spread_quantiles
 from distmatch.diffusion.control.inpainting import Replacement, paste
 from distmatch.diffusion.control.inverse import LinearPosterior, conjugate_gradients
@@ -176,8 +176,8 @@ def test_costs_are_counted() -> None:
     assert (counter.calls, counter.spent.backward) == (5, 20)
 
 
-def test_the_frame_of_colours_is_orthonormal_and_grey_is_its_first_channel() -> None:
-    frame, x = colour_frame(), normal(3, 3, 2, 4)
+def test_the_frame_of_colors_is_orthonormal_and_grey_is_its_first_channel() -> None:
+    frame, x = color_frame(), normal(3, 3, 2, 4)
     torch.testing.assert_close(frame.mT @ frame, torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(frame[:, 0], torch.full((3,), 3**-0.5, dtype=torch.float64))
     torch.testing.assert_close(from_frame(to_frame(x)), x)
@@ -189,7 +189,7 @@ def test_the_frame_of_colours_is_orthonormal_and_grey_is_its_first_channel() -> 
     torch.testing.assert_close((grey.apply(x) * v).sum(), (x * grey.transpose(v)).sum())
 
 
-def test_colourisation_keeps_the_grey() -> None:
+def test_colorization_keeps_the_grey() -> None:
     """Replacement in the frame, written out as rotating, masking and rotating back, and its samples."""
     pictures = Pictures(autoregressive(12), (3, 2, 2))
     grey, levels = normal(1, 2, 2, seed=2), grid("log", 20, 0.05, 20.0)

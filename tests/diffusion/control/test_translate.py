@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.control.neighbour_sets import NeighbourConditioned, SetEmbedding
-from distmatch.diffusion.control.retrieval import NeighbourDenoiser, NeighbourStore
+from distmatch.diffusion.control.neighbor_sets import NeighborConditioned, SetEmbedding
+from distmatch.diffusion.control.retrieval import NeighborDenoiser, NeighborStore
 from distmatch.diffusion.control.translate import decode, encode, translate
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
@@ -113,7 +113,7 @@ def test_wrong_codes_are_refused() -> None:
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_the_store_finds_the_nearest_whatever_the_chunks(metric: str) -> None:
     rows, queries = normal(57, 4), normal(23, 4, seed=1)
-    store = NeighbourStore(rows, metric)  # type: ignore[arg-type]
+    store = NeighborStore(rows, metric)  # type: ignore[arg-type]
     found = store.search(queries, 5)
     apart = torch.stack([(queries[:, None] - rows).norm(dim=2)])[0]
     if metric == "cosine":
@@ -125,45 +125,45 @@ def test_the_store_finds_the_nearest_whatever_the_chunks(metric: str) -> None:
         assert torch.equal(store.search(queries, 5, chunk=chunk).indices, found.indices)
 
 
-def test_a_row_is_not_its_own_neighbour_but_its_double_is() -> None:
+def test_a_row_is_not_its_own_neighbor_but_its_double_is() -> None:
     rows = normal(40, 3)
     rows[7] = rows[21]
-    store, every = NeighbourStore(rows), torch.arange(40)
-    alone = store.neighbours_of_rows(every, 4, chunk=9)
+    store, every = NeighborStore(rows), torch.arange(40)
+    alone = store.neighbors_of_rows(every, 4, chunk=9)
     assert not bool((alone.indices == every[:, None]).any())
     assert int(alone.indices[7, 0]) == 21
     assert float(alone.distances[7, 0]) == 0
     assert bool((store.search(rows, 2).indices == every[:, None]).any(1).all())
     free = store.search(rows[:1], 39, exclude=torch.tensor([-1]))
     assert 0 in free.indices
-    equal = NeighbourStore(torch.ones(6, 2)).search(torch.ones(1, 2), 4, chunk=2)
+    equal = NeighborStore(torch.ones(6, 2)).search(torch.ones(1, 2), 4, chunk=2)
     assert equal.indices.tolist() == [[0, 1, 2, 3]]
 
 
 def test_wrong_searches_are_refused() -> None:
-    store = NeighbourStore(normal(5, 3))
+    store = NeighborStore(normal(5, 3))
     with pytest.raises(UserError, match="different length"):
         store.search(normal(2, 4), 1)
     with pytest.raises(UserError, match="that many"):
-        store.neighbours_of_rows(torch.arange(5), 5)
+        store.neighbors_of_rows(torch.arange(5), 5)
     with pytest.raises(UserError, match="finite"):
-        NeighbourStore(torch.full((2, 2), math.nan))
+        NeighborStore(torch.full((2, 2), math.nan))
     with pytest.raises(UserError, match="rows of the store"):
-        NeighbourDenoiser(normal(5, 3), torch.tensor([[5]]))
+        NeighborDenoiser(normal(5, 3), torch.tensor([[5]]))
 
 
 VALUES = normal(30, 2, seed=3)
-NEAR = NeighbourStore(VALUES).neighbours_of_rows(torch.arange(30), 4).indices
+NEAR = NeighborStore(VALUES).neighbors_of_rows(torch.arange(30), 4).indices
 
 
-def test_the_denoiser_of_neighbours_is_that_of_their_mixture() -> None:
-    teacher = NeighbourDenoiser(VALUES, NEAR, bandwidth=0.3)
+def test_the_denoiser_of_neighbors_is_that_of_their_mixture() -> None:
+    teacher = NeighborDenoiser(VALUES, NEAR, bandwidth=0.3)
     y, sigma = 2 * normal(6, 2, seed=4), torch.linspace(0.1, 3, 6, dtype=torch.float64)
     for q in (0, 17):
         mixture = GaussianMixture([0.25] * 4, VALUES[NEAR[q]], [0.09] * 4)
         query = torch.full((6,), q)
         torch.testing.assert_close(teacher(y, sigma, query), mixture(y, sigma), rtol=1e-9, atol=1e-9)
-        shuffled = NeighbourDenoiser(VALUES, NEAR.flip(1), bandwidth=0.3)
+        shuffled = NeighborDenoiser(VALUES, NEAR.flip(1), bandwidth=0.3)
         torch.testing.assert_close(shuffled(y, sigma, query), teacher(y, sigma, query))
     whole = GaussianMixture([1 / 30] * 30, VALUES, [0.09] * 30)
     torch.testing.assert_close(teacher(y, sigma), whole(y, sigma), rtol=1e-9, atol=1e-9)
@@ -174,18 +174,18 @@ def test_the_denoiser_of_neighbours_is_that_of_their_mixture() -> None:
     torch.testing.assert_close(guided, expected)
 
 
-def test_samples_of_a_neighbourhood_are_near_it() -> None:
-    teacher, queries = NeighbourDenoiser(VALUES, NEAR), torch.arange(30)
+def test_samples_of_a_neighborhood_are_near_it() -> None:
+    teacher, queries = NeighborDenoiser(VALUES, NEAR), torch.arange(30)
     y = 80 * normal(30, 2)
     x = solve(teacher, y, grid("karras", 25, 0.002, 80.0), "heun", conditioning=queries).y
     apart = (x[:, None] - VALUES[NEAR]).norm(dim=2).amin(1)
     assert float(apart.max()) < 0.02
 
 
-def small_net() -> NeighbourConditioned:
+def small_net() -> NeighborConditioned:
     torch.manual_seed(0)
     inner = MLP(MLPConfig(width=64, depth=2), (2 + 6,), 0)
-    return NeighbourConditioned(inner, SetEmbedding(2, 32, 6), VALUES.float(), NEAR)
+    return NeighborConditioned(inner, SetEmbedding(2, 32, 6), VALUES.float(), NEAR)
 
 
 def test_a_set_has_no_order_and_the_empty_set_is_its_own() -> None:
@@ -201,7 +201,7 @@ def test_a_set_has_no_order_and_the_empty_set_is_its_own() -> None:
     some = torch.tensor([[True, True, False], [True, True, True]])
     torch.testing.assert_close(net.sets(members, some)[0], net.sets(members[:1, :2])[0])
     assert net(x, c, labels, return_features=True)[0].shape == (5, 2)
-    pictures = NeighbourConditioned(torch.nn.Identity(), SetEmbedding(2, 8, 4), VALUES.float(), NEAR)
+    pictures = NeighborConditioned(torch.nn.Identity(), SetEmbedding(2, 8, 4), VALUES.float(), NEAR)
     wide = pictures._widened(torch.zeros(2, 3, 5, 5), torch.tensor([1, -1]))
     assert wide.shape == (2, 7, 5, 5)
 
@@ -211,40 +211,40 @@ def test_a_network_takes_another_store_in_one_call_and_refuses_rows_of_one_that_
     torch.nn.init.normal_(net.net.last.weight)
     x, c, labels = torch.randn(4, 2), torch.zeros(4), torch.tensor([0, 1, 2, -1])
     before = net(x, c, labels)
-    other = NeighbourStore(VALUES.flip(0)[:20].float() + 1)
+    other = NeighborStore(VALUES.flip(0)[:20].float() + 1)
     queries = torch.randn(3, 2, generator=torch.Generator().manual_seed(5))
     found = other.search(queries, 2)
     for wrong, message in ((found, "another store"), (found.indices, "which store")):
         with pytest.raises(UserError, match=message):
-            net.use_neighbours(wrong)  # type: ignore[arg-type]
+            net.use_neighbors(wrong)  # type: ignore[arg-type]
     for store, rows in ((VALUES, torch.tensor([[30]])), (VALUES[:, :1], NEAR), (VALUES, NEAR.double())):
         with pytest.raises(UserError, match=r"rows of the store|embeddings that the network can take"):
             net.use_store(store, rows)
     assert torch.equal(net(x, c, labels), before)  # a refusal changes nothing
 
     net.use_store(found.embeddings, found.indices)
-    fresh = NeighbourConditioned(net.net, net.sets, found.embeddings, found.indices)
+    fresh = NeighborConditioned(net.net, net.sets, found.embeddings, found.indices)
     assert torch.equal(net(x, c, labels), fresh(x, c, labels))
     assert float((net(x, c, labels) - before)[:3].detach().abs().min()) > 0
     assert torch.equal(net(x, c, None), small_like(net)(x, c, None))  # the empty set knows no store
 
-    again = NeighbourStore(VALUES.float()).search(queries, 3)
+    again = NeighborStore(VALUES.float()).search(queries, 3)
     net = small_net()
-    net.use_neighbours(again)  # other queries of the same store
-    assert torch.equal(net.neighbours, again.indices)
+    net.use_neighbors(again)  # other queries of the same store
+    assert torch.equal(net.neighbors, again.indices)
 
 
-def small_like(net: NeighbourConditioned) -> NeighbourConditioned:
-    return NeighbourConditioned(net.net, net.sets, VALUES.float(), NEAR)
+def small_like(net: NeighborConditioned) -> NeighborConditioned:
+    return NeighborConditioned(net.net, net.sets, VALUES.float(), NEAR)
 
 
-def test_a_network_learns_from_the_neighbours() -> None:
+def test_a_network_learns_from_the_neighbors() -> None:
     """Trained on kernels at the rows, the net with its sets comes near the exact denoiser of sets at level 1,
     much nearer than the best that ignores them."""
     net = small_net()
     model = EDMDenoiser(net, shape=(2,), num_classes=30, sigma_data=1.0)
-    exact = NeighbourDenoiser(VALUES.float(), NEAR, bandwidth=0.1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    exact = NeighborDenoiser(VALUES.float(), NEAR, bandwidth=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     gen = torch.Generator().manual_seed(1)
     sigma = torch.ones(256)
     for _ in range(250):
@@ -253,9 +253,9 @@ def test_a_network_learns_from_the_neighbours() -> None:
         clean = VALUES.float()[member] + 0.1 * torch.randn(256, 2, generator=gen)
         y = clean + torch.randn(256, 2, generator=gen)
         loss = (model(y, sigma, labels) - clean).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     with torch.no_grad():
         learned = (model(y, sigma, labels) - exact(y, sigma, labels)).square().mean()
         ignorant = (exact(y, sigma) - exact(y, sigma, labels)).square().mean()

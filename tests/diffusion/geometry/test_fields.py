@@ -57,7 +57,7 @@ def variance_preserving(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("process", ["exploding", "preserving"])
-def test_the_potential_residual_of_a_mixture_is_zero_and_sees_its_normaliser(process: str) -> None:
+def test_the_potential_residual_of_a_mixture_is_zero_and_sees_its_normalizer(process: str) -> None:
     x, _ = places(20, 2, 1.0)
     t = torch.linspace(0.3, 2, 20, dtype=torch.float64)
     options = {} if process == "exploding" else {"process": variance_preserving}

@@ -13,7 +13,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.geometry.agreement import (
     agreement,
-    generalisation_gap,
+    generalization_gap,
     nearest_cosine,
     sample_cosine,
 )
@@ -30,7 +30,7 @@ def fitted(x: Tensor) -> GaussianMixture:
     return GaussianMixture([1.0], x.mean(0)[None], torch.cov(x.T)[None])
 
 
-def memorised(x: Tensor) -> GaussianMixture:
+def memorized(x: Tensor) -> GaussianMixture:
     return GaussianMixture(torch.full((len(x),), 1 / len(x)).double(), x, torch.zeros(len(x)))
 
 
@@ -85,17 +85,17 @@ def test_disagreement_falls_as_one_over_the_data() -> None:
 
 
 @pytest.mark.statistical
-def test_equal_models_agree_and_memorising_ones_do_not() -> None:
+def test_equal_models_agree_and_memorizing_ones_do_not() -> None:
     data = TRUTH.sample(60).double()
     held_out = TRUTH.sample(2000, seed=5).double()
     same = agreement(fitted(data), fitted(data), held_out, [0.1, 1.0, 10.0])
     assert [row.sigma for row in same] == [0.1, 1.0, 10.0]
     assert all(row.disagreement.value == 0 for row in same)
-    learned = agreement(memorised(data[:30]), memorised(data[30:]), held_out, [0.1, 10.0], batch=100)
+    learned = agreement(memorized(data[:30]), memorized(data[30:]), held_out, [0.1, 10.0], batch=100)
     assert learned[0].disagreement.value > 0.5 > 0.2 > learned[1].disagreement.value
-    gap = generalisation_gap(memorised(data), data, held_out, [0.1])[0]
+    gap = generalization_gap(memorized(data), data, held_out, [0.1])[0]
     assert gap.value > 10 * gap.stderr > 0
-    open_gap = generalisation_gap(TRUTH, TRUTH.sample(2000).double(), held_out, [0.5])[0]
+    open_gap = generalization_gap(TRUTH, TRUTH.sample(2000).double(), held_out, [0.5])[0]
     assert abs(open_gap.value) < 4 * open_gap.stderr < 0.5
 
 

@@ -119,8 +119,8 @@ def test_guided_pairs_and_other_solvers() -> None:
             STRONG, WEAK, 10 * X, levels, name, conditioning=LABELS, noise=noise, weak_at="end"
         )
         assert bool(end.y.isfinite().all())
-    unlabelled = GaussianMixture([1.0], [[0.0, 0.3]], [1.0])
-    same = solve_reflected(STRONG, unlabelled, 10 * X, levels, conditioning=LABELS)
+    unlabeled = GaussianMixture([1.0], [[0.0, 0.3]], [1.0])
+    same = solve_reflected(STRONG, unlabeled, 10 * X, levels, conditioning=LABELS)
     assert bool(same.y.isfinite().all())
 
 

@@ -1,4 +1,4 @@
-"""Lower bounds: exact values at the best critic, and the labelled warnings."""
+"""Lower bounds: exact values at the best critic, and the labeled warnings."""
 
 import math
 
@@ -181,7 +181,7 @@ def test_a_mean_of_exponentials_that_rests_on_three_samples_says_so():
     assert donsker_varadhan_bound(torch.zeros(1000), torch.zeros(1000)).reliable
 
 
-def test_bounds_are_labelled():
+def test_bounds_are_labeled():
     found = f_gan_bound("js", LOG_R[AT_P], LOG_R)
     assert isinstance(found, LowerBound)
     assert str(found).startswith(">= ")

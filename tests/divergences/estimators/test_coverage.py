@@ -15,7 +15,7 @@ from distmatch.divergences.estimators import (
     donsker_varadhan_bound,
     f_gan_bound,
     kl_estimate,
-    kl_neighbours,
+    kl_neighbors,
     monte_carlo,
     monte_carlo_two_sided,
     renyi_monte_carlo,
@@ -59,7 +59,7 @@ def critic(x):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("name", ["kl", "js", "neyman"])
-@pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalised"])
+@pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalized"])
 def test_monte_carlo(name, method):
     share = covered(lambda _, x_q: monte_carlo(name, *at(x_q), method=method), exact(name))
     assert 0.90 <= share <= 0.99
@@ -72,7 +72,7 @@ def test_monte_carlo_two_sided():
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalised"])
+@pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalized"])
 def test_renyi(method):
     share = covered(lambda _, x_q: renyi_monte_carlo(0.5, *at(x_q), method=method), 0.25 * SHIFT**2)
     assert 0.90 <= share <= 0.99
@@ -109,6 +109,6 @@ def test_bounds_cover_what_the_critic_can_show(bound, truth):
 
 
 @pytest.mark.statistical
-def test_nearest_neighbours():
-    share = covered(lambda x_p, x_q: kl_neighbours(x_p, x_q), 0.5 * SHIFT**2, repetitions=100)
+def test_nearest_neighbors():
+    share = covered(lambda x_p, x_q: kl_neighbors(x_p, x_q), 0.5 * SHIFT**2, repetitions=100)
     assert 0.90 <= share <= 1.0  # 100 repetitions: all of them may cover

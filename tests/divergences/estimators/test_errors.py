@@ -11,7 +11,7 @@ from distmatch.divergences.estimators import monte_carlo, renyi_monte_carlo
 from distmatch.divergences.estimators.results import mass_warning, mean_error
 from distmatch.divergences.estimators.tails import both_tails
 
-# Generators in r, not centred: independent of the package's formulas.
+# Generators in r, not centered: independent of the package's formulas.
 TEXTBOOK = {
     "js": lambda r: 0.5 * (r * np.log(r) - (r + 1) * np.log((r + 1) / 2)),
     "neyman": lambda r: (1 - r) ** 2 / r,
@@ -96,14 +96,14 @@ def influence(name, w, ws, value):
 
 
 @pytest.mark.parametrize("estimate", ["js", "neyman", "renyi"])
-def test_the_self_normalised_error_is_that_of_the_jackknife(estimate):
+def test_the_self_normalized_error_is_that_of_the_jackknife(estimate):
     x = draw(400)
     log_p, log_q = normal(x, 0.7) + 3.0, normal(x)
 
     def run(keep):
         if estimate == "renyi":
-            return renyi_monte_carlo(2.0, log_p[keep], log_q[keep], method="self_normalised")
-        return monte_carlo(estimate, log_p[keep], log_q[keep], method="self_normalised")
+            return renyi_monte_carlo(2.0, log_p[keep], log_q[keep], method="self_normalized")
+        return monte_carlo(estimate, log_p[keep], log_q[keep], method="self_normalized")
 
     index = torch.arange(400)
     left_out = np.array([run(index != i).value for i in range(400)])

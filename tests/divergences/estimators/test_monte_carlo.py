@@ -30,7 +30,7 @@ Q = np.full(10, 0.1)
 LOG_P, LOG_Q = torch.tensor(np.log(P)), torch.tensor(np.log(Q))
 AT_P = torch.tensor(np.repeat(np.arange(10), COUNTS))
 
-# Textbook generators, written in r and not centred: independent of the package's formulas.
+# Textbook generators, written in r and not centered: independent of the package's formulas.
 TEXTBOOK = {
     "reverse_kl": lambda r: -np.log(r),
     "kl": lambda r: r * np.log(r),
@@ -78,7 +78,7 @@ def test_every_name_is_tested():
 
 
 @pytest.mark.parametrize("name", TEXTBOOK)
-@pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalised"])
+@pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalized"])
 def test_values_are_expectations(name, method):
     found = monte_carlo(name, LOG_P, LOG_Q, method=method)
     assert found.value == pytest.approx(exact(name), rel=1e-9)
@@ -98,7 +98,7 @@ def test_kl_and_js_agree_with_scipy():
 
 
 @pytest.mark.parametrize("order", [0.3, 1.0, 1.0 + 1e-5, 2.0, 5.0])
-@pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalised"])
+@pytest.mark.parametrize("method", ["plain", "control_variate", "self_normalized"])
 def test_renyi_is_the_textbook_sum(order, method):
     kl = float(rel_entr(P, Q).sum())
     if abs(order - 1) < 1e-3:  # d R / d order at 1 is half the variance of log r under p: 2e-6 here
@@ -116,10 +116,10 @@ def test_a_custom_divergence_works_as_well():
 
 
 @pytest.mark.parametrize("name", ["kl", "js", "neyman"])
-def test_self_normalised_takes_densities_up_to_constants(name):
-    found = monte_carlo(name, LOG_P + 7.0, LOG_Q - 40.0, method="self_normalised")
+def test_self_normalized_takes_densities_up_to_constants(name):
+    found = monte_carlo(name, LOG_P + 7.0, LOG_Q - 40.0, method="self_normalized")
     assert found.value == pytest.approx(exact(name), rel=1e-9)
-    shifted = renyi_monte_carlo(2.0, LOG_P + 7.0, LOG_Q, method="self_normalised")
+    shifted = renyi_monte_carlo(2.0, LOG_P + 7.0, LOG_Q, method="self_normalized")
     assert shifted.value == pytest.approx(math.log(np.sum(P * P / Q)), rel=1e-9)
     assert monte_carlo("renyi:2", LOG_P, LOG_Q) == renyi_monte_carlo(2.0, LOG_P, LOG_Q)
 
@@ -135,12 +135,12 @@ def draw(n: int, seed: int = 0, **kw) -> torch.Tensor:
 def test_the_effective_sample_size_is_reported():
     r = P / Q
     expected = r.sum() ** 2 / (r**2).sum()
-    assert monte_carlo("kl", LOG_P + 5, LOG_Q, method="self_normalised").ess == pytest.approx(expected)
+    assert monte_carlo("kl", LOG_P + 5, LOG_Q, method="self_normalized").ess == pytest.approx(expected)
     assert effective_number(torch.tensor([1e300, 1e300, 0.0], dtype=torch.float64)) == pytest.approx(2.0)
 
 
 def test_equal_distributions_are_at_distance_zero_without_error():
-    for method in ("plain", "control_variate", "self_normalised"):
+    for method in ("plain", "control_variate", "self_normalized"):
         found = monte_carlo("js", LOG_Q, LOG_Q, method=method)
         assert (found.value, found.stderr, found.ess) == (0.0, 0.0, pytest.approx(10.0))
         assert found.reliable
@@ -184,15 +184,15 @@ def test_samples_of_q_that_cannot_see_p_are_reported():
     assert far.ess < 20
     assert (
         "effective sample size"
-        in monte_carlo("kl", normal(x, 6), normal(x), method="self_normalised").warning
+        in monte_carlo("kl", normal(x, 6), normal(x), method="self_normalized").warning
     )
     # k3 = k1 + (r - 1) misses the whole mean of r here: it would be too low by 1 with a tiny error.
     k3 = kl_estimate(normal(x, 6.0), normal(x), "k3")
     assert abs(k3.value - 18.0) > 5 * k3_scatter(x, 6.0)
     assert "not 1" in k3.warning
     assert kl_estimate(normal(x, 6.0), normal(x), "k1").reliable
-    unnormalised = monte_carlo("js", normal(x, 0.5) + 1.0, normal(x))
-    assert "not 1" in unnormalised.warning
+    unnormalized = monte_carlo("js", normal(x, 0.5) + 1.0, normal(x))
+    assert "not 1" in unnormalized.warning
     assert monte_carlo("js", normal(x, 0.5), normal(x)).reliable
 
 
@@ -229,7 +229,7 @@ def test_unknown_methods_orders_and_names_are_refused():
         kl_terms(LOG_P, LOG_Q, "k4")
     nowhere = torch.full((4,), -math.inf)
     with pytest.raises(UserError, match="vanishes"):
-        monte_carlo("kl", nowhere, torch.zeros(4), method="self_normalised")
+        monte_carlo("kl", nowhere, torch.zeros(4), method="self_normalized")
     with pytest.raises(UserError, match="vanishes"):
         renyi_monte_carlo(2.0, nowhere, torch.zeros(4))
 
@@ -271,7 +271,7 @@ def test_gradients_of_the_kl_terms_at_fixed_samples():
     assert not torch.allclose(reverse, forward, atol=1e-2)
 
 
-def test_gradients_of_the_kl_terms_through_reparametrised_samples():
+def test_gradients_of_the_kl_terms_through_reparametrized_samples():
     """x = m + s z, expectations by Gauss-Hermite: k1 and k3 have the gradient of KL(q||p), k2 does not."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
     z, w = torch.tensor(nodes), torch.tensor(weights / weights.sum())

@@ -10,7 +10,7 @@ import torch
 from distmatch.divergences.estimators import (
     f_gan_bound,
     kl_estimate,
-    kl_neighbours,
+    kl_neighbors,
     monte_carlo,
     monte_carlo_two_sided,
     renyi_monte_carlo,
@@ -115,7 +115,7 @@ WIDE = 1.77  # KL(p || q) = 0.5, and p/q has no second moment under q
 ONE_SIDED = {
     "kl": lambda _p, _q, at, _: monte_carlo("kl", *at),
     "kl plain": lambda _p, _q, at, _: monte_carlo("kl", *at, method="plain"),
-    "kl self-normalised": lambda _p, _q, at, _: monte_carlo("kl", *at, method="self_normalised"),
+    "kl self-normalized": lambda _p, _q, at, _: monte_carlo("kl", *at, method="self_normalized"),
     "js": lambda _p, _q, at, _: monte_carlo("js", *at),
     "pearson": lambda _p, _q, at, _: monte_carlo("pearson", *at),
     "renyi": lambda _p, _q, at, _: renyi_monte_carlo(2.0, *at),
@@ -137,7 +137,7 @@ def test_a_far_p_is_always_noticed(name):
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("name", ["kl", "kl plain", "kl self-normalised", "js", "k3"])
+@pytest.mark.parametrize("name", ["kl", "kl plain", "kl self-normalized", "js", "k3"])
 def test_a_near_p_is_hardly_ever_a_cause_for_warning(name):
     assert warned(ONE_SIDED[name], 0.5) <= 0.1
 
@@ -173,9 +173,9 @@ def test_the_error_of_two_sides_is_that_of_both_with_what_is_unseen():
 
 
 @pytest.mark.statistical
-def test_neighbours_notice_samples_of_p_beyond_those_of_q():
+def test_neighbors_notice_samples_of_p_beyond_those_of_q():
     def knn(x_p, x_q, *_):
-        return kl_neighbours(x_p, x_q)
+        return kl_neighbors(x_p, x_q)
 
     assert warned(knn, 0.0, WIDE, repetitions=20) >= 0.9
     assert warned(knn, 0.7, repetitions=20) <= 0.15

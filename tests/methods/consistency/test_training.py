@@ -58,9 +58,9 @@ def test_the_parts_of_a_batch_change_nothing(settings: dict[str, Any]) -> None:
     for accumulate in (1, 5):  # 32 samples do not divide by 5
         method = distiller(network_teacher(3), accumulate=accumulate, grad_clip=0.0, **settings)
         state = method.init(0)
-        for name, optimiser in state.optimisers.items():  # plain descent shows gradients as they are
-            own = [p for group in optimiser.param_groups for p in group["params"]]
-            state.optimisers[name] = torch.optim.SGD(own)
+        for name, optimizer in state.optimizers.items():  # plain descent shows gradients as they are
+            own = [p for group in optimizer.param_groups for p in group["params"]]
+            state.optimizers[name] = torch.optim.SGD(own)
         infos = [method.step(state, batch(step, 3)) for step in range(4)]
         runs.append((parameters(state), infos))
     (whole, said), (parts, told) = runs
@@ -149,7 +149,7 @@ def test_rcm_balances_its_two_terms_as_the_authors_do(dimensions: int, at: int) 
             for parameter in network.parameters():
                 parameter.mul_(factor)
     assert "uncertainty" not in state.extra  # nothing that learns to weigh one term changes the balance
-    state.optimisers["student"] = torch.optim.SGD(student.parameters())
+    state.optimizers["student"] = torch.optim.SGD(student.parameters())
     state.step = at
     again = torch.Generator()
     again.set_state(state.generator.get_state())
@@ -200,7 +200,7 @@ def test_rcm_adds_the_weighted_score_difference_of_diff_instruct() -> None:
         plain = {"student_sigma": 0.0, "tangent_warmup": 0.0, "critic_steps": 1, "grad_clip": 0.0, "lr": 1.0}
         method = distiller(network_teacher(), method=name, **read_by(name, **plain), **settings)
         state = method.init(0)
-        state.optimisers["student"] = torch.optim.SGD(state.student.denoiser.parameters())
+        state.optimizers["student"] = torch.optim.SGD(state.student.denoiser.parameters())
         with torch.no_grad():  # a fake score that is not the teacher's
             for parameter in state.fake.parameters():
                 parameter.mul_(1.2)
@@ -261,7 +261,7 @@ def distance_to_modes(student: Student) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_on_ring8(ring: EDMDenoiser, method: str) -> None:
-    """From one call of the teacher, at the centre of the ring. Seed 0, a short run: far from done.
+    """From one call of the teacher, at the center of the ring. Seed 0, a short run: far from done.
 
     Seeds 0 to 2 came to at most 0.36 of the distance at the start.
     """

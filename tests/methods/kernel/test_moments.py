@@ -113,8 +113,8 @@ def test_parts_change_nothing_but_rounding(calls: int) -> None:
         method = distiller(network_teacher(3), method="moment-matching", **settings)
         state = method.init(0)
         # Gradients, before Adam makes steps of one size of them.
-        state.optimisers = {
-            n: torch.optim.SGD(o.param_groups[0]["params"], 1e-3) for n, o in state.optimisers.items()
+        state.optimizers = {
+            n: torch.optim.SGD(o.param_groups[0]["params"], 1e-3) for n, o in state.optimizers.items()
         }
         for step in range(3):
             method.step(state, batch(step, classes=3))

@@ -185,7 +185,7 @@ def test_uni_instruct_is_sim_until_the_discriminator_has_learned() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="no second derivative"):
         distiller(network_teacher(), "tv", "uni-instruct")
-    with pytest.raises(UserError, match="minimises no f-divergence"):
+    with pytest.raises(UserError, match="minimizes no f-divergence"):
         resolve_method("sid", "js")
     for name, settings in (
         ("sid", {"sid_alpha": -1.0}),

@@ -176,12 +176,12 @@ def test_the_regression_brings_a_lost_mode_back() -> None:
     method = distiller(teacher, method="dmd", pairs=500, fit_steps=1, student_sigma=0.0)
     state = method.init(0)
     term = regression(method)
-    optimiser = torch.optim.Adam(state.student.denoiser.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(state.student.denoiser.parameters(), 1e-2)
     for step in range(150):
         state.step = step
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         term.backward(state, batch(step, 0, 128, (1,)))
-        optimiser.step()
+        optimizer.step()
     x = state.student.sample(2000, seed=9)
     assert float((x < 0).double().mean()) == pytest.approx(0.5, abs=0.056)
 

@@ -46,7 +46,7 @@ def solved(targets: Tensor, draws: Tensor, steps: int = 400, lr: float = 0.05) -
         adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         transport.descend(draws)
         adam.step()
-        transport.recentre()
+        transport.recenter()
     return transport
 
 

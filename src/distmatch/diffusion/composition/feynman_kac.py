@@ -42,8 +42,8 @@ class Particles:
     Attributes:
         y: States at the last level, (B, *shape), in the dtype of the start.
         log_w: Their log weights since the last resampling, (P, B / P) float64 for P populations.
-        log_normaliser: Estimate of log (Z_end / Z_start), Z the integral of the target without its
-            normaliser, (P,) nats.
+        log_normalizer: Estimate of log (Z_end / Z_start), Z the integral of the target without its
+            normalizer, (P,) nats.
         ess: Effective sample size after each step, as a share of the population, before resampling,
             (steps, P).
         ancestors: Number within its population of the start that each particle comes from, (P, B / P).
@@ -52,14 +52,14 @@ class Particles:
 
     y: Tensor
     log_w: Tensor
-    log_normaliser: Tensor
+    log_normalizer: Tensor
     ess: Tensor
     ancestors: Tensor
     calls: int
 
     @property
     def weights(self) -> Tensor:
-        """Normalised weights, (B,), summing to 1 in each population."""
+        """Normalized weights, (B,), summing to 1 in each population."""
         return self.log_w.softmax(-1).flatten()
 
     def resampled(self, seed: int = 0) -> Tensor:
@@ -122,7 +122,7 @@ def feynman_kac(
     draws = torch.rand(
         populations, len(levels), generator=generator(noise.seed, "resampling"), dtype=torch.float64
     ).to(device)
-    log_normaliser = torch.zeros(populations, dtype=torch.float64, device=device)
+    log_normalizer = torch.zeros(populations, dtype=torch.float64, device=device)
     own = torch.arange(shape[1], device=device).expand(shape)
     ancestors, history = own, []
     state = y.double()
@@ -142,8 +142,8 @@ def feynman_kac(
             change = change + (pulls[k + 1] - pulls[k]) * value
         change = change.reshape(shape)
         if clamp is not None:
-            centre = change.mean(-1, keepdim=True)
-            change = centre + (change - centre).clamp(-clamp, clamp)
+            center = change.mean(-1, keepdim=True)
+            change = center + (change - center).clamp(-clamp, clamp)
         state = state + h * drift
         if noise_scale > 0:
             state = state + noise_scale * math.sqrt(h) * noise.normal(k).double()
@@ -153,14 +153,14 @@ def feynman_kac(
         chosen = share[:, None] < resample_below
         slots = torch.where(chosen, systematic_indices(weights, draws[:, k]), own)
         gained = log_mean_exp(weights)
-        log_normaliser = log_normaliser + torch.where(chosen[:, 0], gained, 0)
+        log_normalizer = log_normalizer + torch.where(chosen[:, 0], gained, 0)
         weights = torch.where(chosen, 0, weights)
         state = state[_slots(slots, shape[1])]
         ancestors = ancestors.gather(1, slots)
     return Particles(
         state.to(y.dtype),
         weights,
-        log_normaliser + log_mean_exp(weights),
+        log_normalizer + log_mean_exp(weights),
         torch.stack(history),
         ancestors,
         models.calls,

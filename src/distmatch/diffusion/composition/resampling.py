@@ -22,7 +22,7 @@ def systematic_indices(log_w: Tensor, u: Tensor) -> Tensor:
     Particle i gets floor or ceil of K w_i slots, and K w_i on average over ``u``.
 
     Args:
-        log_w: Log weights (P, K) of P populations, not normalised.
+        log_w: Log weights (P, K) of P populations, not normalized.
         u: One uniform number in [0, 1) for each population, (P,).
 
     Returns:

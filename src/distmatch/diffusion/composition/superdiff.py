@@ -72,7 +72,7 @@ def superpose(
         noise: Noise of the samples.
         mode: ``"or"`` or ``"and"``.
         conditions: Labels (B,) or None for each model.
-        log_weights: Log mixture weights (M,), nats; they need not be normalised. Only for ``"or"``.
+        log_weights: Log mixture weights (M,), nats; they need not be normalized. Only for ``"or"``.
         temperature: Factor on the log-densities; above 1 it sharpens. Only for ``"or"``.
         curvature: For ``"and"``: count what the noise that is projected away would have added to the
             densities, with M - 1 VJPs of each model a step, and pull the samples to equal densities. False is
@@ -178,7 +178,7 @@ def equal_density_move(
 ) -> Tensor:
     """A step of the reverse SDE along which the log-densities of all models change by the same amount.
 
-    The mean is h times the circumcentre of the scores in their affine hull, and the noise is projected off
+    The mean is h times the circumcenter of the scores in their affine hull, and the noise is projected off
     the span of their differences. For two models that is the average score, and noise off s_1 - s_2. The
     weights kappa of the paper give the same step; they hold differences of 1 / h that cancel, this does not.
 
@@ -186,7 +186,7 @@ def equal_density_move(
     span and H_i the Hessian of log q_i, log q_i changes by h tr(P H_i) / 2 less than it counts. ``extra``
     takes that in.
 
-    With three or more models whose scores are nearly on a line the circumcentre is far away, and the step
+    With three or more models whose scores are nearly on a line the circumcenter is far away, and the step
     large: equal densities are then hardly to be had.
 
     Args:

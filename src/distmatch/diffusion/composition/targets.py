@@ -21,7 +21,7 @@ Reward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """prod_i q_i^powers_i exp(b r), up to its normaliser.
+    """prod_i q_i^powers_i exp(b r), up to its normalizer.
 
     Attributes:
         denoisers: The models, of one shape; the same one may be there with several conditions.

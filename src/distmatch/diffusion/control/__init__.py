@@ -1,1 +1,1 @@
-"""Samples that agree with something known: measurements, a forward model, another image, neighbours."""
+"""Samples that agree with something known: measurements, a forward model, another image, neighbors."""

@@ -23,7 +23,7 @@ class Replacement:
     """The ``on_step`` of a solve that keeps measurements at their noised values, with fresh noise each step.
 
     y becomes y + A^T (value + sigma z - A y). With a mask that is (1 - m) y + m (x + sigma z); with the grey
-    of a picture it is colourisation.
+    of a picture it is colorization.
 
     Args:
         operator: What is known; its rows must be orthonormal.

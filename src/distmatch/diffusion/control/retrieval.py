@@ -1,8 +1,8 @@
-"""Generation given retrieved neighbours: a store with exact search, and the denoiser of a neighbourhood.
+"""Generation given retrieved neighbors: a store with exact search, and the denoiser of a neighborhood.
 
-Retrieval-augmented diffusion (Blattmann et al. 2022) conditions on the set of a query's neighbours.
-:class:`NeighbourDenoiser` is the exact teacher of that task for a kernel density: the law of the data given
-the neighbours is the mixture of kernels at them, and without neighbours that of the whole store.
+Retrieval-augmented diffusion (Blattmann et al. 2022) conditions on the set of a query's neighbors.
+:class:`NeighborDenoiser` is the exact teacher of that task for a kernel density: the law of the data given
+the neighbors is the mixture of kernels at them, and without neighbors that of the whole store.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distmatch.diffusion.denoiser import expand
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """What a search found, nearest first; equal distances in the order of the store.
 
     Attributes:
@@ -34,7 +34,7 @@ class Neighbours:
     embeddings: Tensor
 
 
-class NeighbourStore:
+class NeighborStore:
     """Embeddings to search among, exactly: every query is compared with every embedding.
 
     Args:
@@ -62,14 +62,14 @@ class NeighbourStore:
 
     def search(
         self, queries: Tensor, k: int, *, exclude: Tensor | None = None, chunk: int = 8192
-    ) -> Neighbours:
+    ) -> Neighbors:
         """The k nearest embeddings of each query.
 
         Args:
             queries: (Q, E).
             k: How many.
             exclude: Optional (Q,) int64: the row of the store that a query must not find, -1 for none. In
-                training that is the query itself: with it among its own neighbours, a model learns to copy.
+                training that is the query itself: with it among its own neighbors, a model learns to copy.
                 Rows are told apart by number, so an equal row elsewhere in the store is found.
             chunk: Queries and embeddings at a time; memory is chunk^2 numbers.
 
@@ -80,7 +80,7 @@ class NeighbourStore:
         room = len(self) - (0 if exclude is None else 1)
         if not 1 <= k <= room:
             raise UserError(
-                "the store does not hold that many neighbours", got=f"k={k}", expected=f"1 to {room}"
+                "the store does not hold that many neighbors", got=f"k={k}", expected=f"1 to {room}"
             )
         if exclude is not None and (exclude.shape != (len(queries),) or exclude.is_floating_point()):
             raise UserError("exclude must be one row number for each query", got=tuple(exclude.shape))
@@ -90,9 +90,9 @@ class NeighbourStore:
             )
             for i in range(0, len(queries), chunk)
         ]
-        return Neighbours(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), self.given)
+        return Neighbors(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), self.given)
 
-    def neighbours_of_rows(self, rows: Tensor, k: int, *, chunk: int = 8192) -> Neighbours:
+    def neighbors_of_rows(self, rows: Tensor, k: int, *, chunk: int = 8192) -> Neighbors:
         """The k nearest other rows of the rows with these numbers (Q,): none finds itself."""
         return self.search(self.embeddings[rows], k, exclude=rows, chunk=chunk)
 
@@ -104,7 +104,7 @@ class NeighbourStore:
             part = self.embeddings[first : first + chunk]
             if self.metric == "cosine":
                 found = 1 - wanted @ part.mT
-            else:  # differences, not products: near neighbours keep their digits
+            else:  # differences, not products: near neighbors keep their digits
                 found = torch.cdist(wanted, part, compute_mode="donot_use_mm_for_euclid_dist")
             numbers = torch.arange(first, first + len(part), device=found.device).expand(len(wanted), -1)
             if exclude is not None:
@@ -132,57 +132,57 @@ def _check_rows(rows: Tensor, width: int | None) -> None:
         )
 
 
-class NeighbourDenoiser(nn.Module):
-    """The exact denoiser of data near retrieved neighbours.
+class NeighborDenoiser(nn.Module):
+    """The exact denoiser of data near retrieved neighbors.
 
-    Given the set of its neighbours, x0 is one of them, each as likely, plus ``bandwidth`` times normal noise.
+    Given the set of its neighbors, x0 is one of them, each as likely, plus ``bandwidth`` times normal noise.
     The condition is the number of a query; -1, the empty set, has the whole store, so that guidance works as
     with classes.
 
     Args:
         values: Data of the store, (N, *shape).
-        neighbours: Rows of ``values`` for each query, (Q, k) int64, as a search returns.
-        bandwidth: Width of the kernel; 0 gives the neighbours themselves.
+        neighbors: Rows of ``values`` for each query, (Q, k) int64, as a search returns.
+        bandwidth: Width of the kernel; 0 gives the neighbors themselves.
         sigma_min: Smallest noise level samplers should go to.
         sigma_max: Largest noise level.
 
     Raises:
-        UserError: Neighbours that are no rows of the store, or a negative bandwidth.
+        UserError: Neighbors that are no rows of the store, or a negative bandwidth.
     """
 
     values: Tensor
-    neighbours: Tensor
+    neighbors: Tensor
 
     def __init__(
         self,
         values: Tensor,
-        neighbours: Tensor,
+        neighbors: Tensor,
         bandwidth: float = 0.0,
         *,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
     ) -> None:
         super().__init__()
-        whole = neighbours.ndim == 2 and not neighbours.is_floating_point() and neighbours.numel() > 0
-        if not whole or int(neighbours.min()) < 0 or int(neighbours.max()) >= len(values):
+        whole = neighbors.ndim == 2 and not neighbors.is_floating_point() and neighbors.numel() > 0
+        if not whole or int(neighbors.min()) < 0 or int(neighbors.max()) >= len(values):
             raise UserError(
-                "neighbours must be rows of the store",
-                got=f"{tuple(neighbours.shape)}, {neighbours.dtype}",
+                "neighbors must be rows of the store",
+                got=f"{tuple(neighbors.shape)}, {neighbors.dtype}",
                 expected=f"(Q, k) integers from 0 to {len(values) - 1}",
             )
         if not 0 <= bandwidth < math.inf:
             raise UserError("a bandwidth is a number from 0 on", got=bandwidth)
         self.register_buffer("values", values)
-        self.register_buffer("neighbours", neighbours)
+        self.register_buffer("neighbors", neighbors)
         self.shape: tuple[int, ...] = tuple(values.shape[1:])
-        self.num_classes = len(neighbours)
+        self.num_classes = len(neighbors)
         self.bandwidth, self.sigma_min, self.sigma_max = bandwidth, sigma_min, sigma_max
         flat = values.double().flatten(1)
         variance = float((flat - flat.mean(0)).square().mean())
         self.sigma_data = math.sqrt(variance + bandwidth**2)
 
     def forward(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
-        """E[x0 | x, neighbours], (B, *shape); ``conditioning`` (B,) numbers of queries, -1 for none."""
+        """E[x0 | x, neighbors], (B, *shape); ``conditioning`` (B,) numbers of queries, -1 for none."""
         level = sigma.to(x).reshape(-1).expand(len(x))
         queries = labels_of(conditioning)
         near = self._posterior_mean(x, level, queries)
@@ -192,13 +192,13 @@ class NeighbourDenoiser(nn.Module):
 
     def _posterior_mean(self, x: Tensor, level: Tensor, queries: Tensor | None) -> Tensor:
         flat = x.flatten(1)
-        centres = self.values.to(x).flatten(1)
+        centers = self.values.to(x).flatten(1)
         if queries is None:
-            apart = torch.cdist(flat, centres, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+            apart = torch.cdist(flat, centers, compute_mode="donot_use_mm_for_euclid_dist") ** 2
         else:
-            centres = centres[self.neighbours[queries.clamp_min(0)]]
-            apart = (flat[:, None] - centres).square().sum(2)
+            centers = centers[self.neighbors[queries.clamp_min(0)]]
+            apart = (flat[:, None] - centers).square().sum(2)
         variance = (level**2 + self.bandwidth**2)[:, None]
         share = (-0.5 * apart / variance).softmax(1)
-        mean = share @ centres if queries is None else torch.einsum("bk,bkd->bd", share, centres)
+        mean = share @ centers if queries is None else torch.einsum("bk,bkd->bd", share, centers)
         return (mean + self.bandwidth**2 / variance * (flat - mean)).reshape(x.shape)

@@ -1,6 +1,6 @@
 """Do two denoisers that learned from disjoint halves of the data agree? If so they learned the distribution.
 
-After Kadkhodaie et al. 2024 (arXiv 2310.02557): models that memorise disagree, models that generalise agree,
+After Kadkhodaie et al. 2024 (arXiv 2310.02557): models that memorize disagree, models that generalize agree,
 first at high noise and last at low noise.
 """
 
@@ -80,7 +80,7 @@ def agreement(
     return rows
 
 
-def generalisation_gap(
+def generalization_gap(
     denoiser: Denoiser,
     train: Tensor,
     held_out: Tensor,
@@ -92,7 +92,7 @@ def generalisation_gap(
     """How many dB better a denoiser is on its training data than on held-out data, at each level.
 
     That is the difference of the PSNR, 10 log10 of the ratio of the mean squared errors: 0 for a model that
-    generalises, positive for one that memorises. Conditional models are called without a condition.
+    generalizes, positive for one that memorizes. Conditional models are called without a condition.
 
     Args:
         denoiser: The model.
@@ -138,7 +138,7 @@ def _square_errors(
 
 
 def sample_cosine(first: Tensor, second: Tensor) -> Estimate:
-    """Mean cosine between samples that two models made from the same noise, (n, *shape) each, centred alike.
+    """Mean cosine between samples that two models made from the same noise, (n, *shape) each, centered alike.
 
     Both sets have their common mean subtracted, else the mean of the data would make any two models agree.
 
@@ -150,8 +150,8 @@ def sample_cosine(first: Tensor, second: Tensor) -> Estimate:
             "cosines need pairs of samples", got=f"{tuple(first.shape)} and {tuple(second.shape)}"
         )
     a, b = first.double().flatten(1), second.double().flatten(1)
-    centre = torch.cat([a, b]).mean(0)
-    return mean_of(torch.cosine_similarity(a - centre, b - centre, dim=1))
+    center = torch.cat([a, b]).mean(0)
+    return mean_of(torch.cosine_similarity(a - center, b - center, dim=1))
 
 
 def nearest_cosine(samples: Tensor, train: Tensor, *, chunk: int = 1024) -> Tensor:
@@ -162,9 +162,9 @@ def nearest_cosine(samples: Tensor, train: Tensor, *, chunk: int = 1024) -> Tens
         train: (m, *shape); its mean is subtracted from both.
         chunk: Samples at a time.
     """
-    centre = train.flatten(1).double().mean(0)  # and differences in float64: a mean far out has few digits
+    center = train.flatten(1).double().mean(0)  # and differences in float64: a mean far out has few digits
     known, ours = (
-        torch.nn.functional.normalize((x.flatten(1).double() - centre).to(x.dtype), dim=1)
+        torch.nn.functional.normalize((x.flatten(1).double() - center).to(x.dtype), dim=1)
         for x in (train, samples)
     )
     return torch.cat([(part @ known.T).amax(1) for part in ours.split(chunk)])

@@ -157,17 +157,17 @@ def _moved(part: Tensor, step: float, row: Sequence[float], slopes: Sequence[Ten
 
 @dataclass(frozen=True)
 class ScaledFlow:
-    """z = (y - centre) / c(sigma) at log sigma = t, for a denoiser that is called in the dtype of a batch.
+    """z = (y - center) / c(sigma) at log sigma = t, for a denoiser that is called in the dtype of a batch.
 
     Attributes:
         denoiser: The model.
         dtype: In which it is called.
-        centre: The mean of the data as the model sees it from the highest level, (B, *shape) float64.
+        center: The mean of the data as the model sees it from the highest level, (B, *shape) float64.
     """
 
     denoiser: Denoiser
     dtype: torch.dtype
-    centre: Tensor
+    center: Tensor
 
     @classmethod
     def of(cls, denoiser: Denoiser, y: Tensor, sigma: float, conditioning: ConditioningLike) -> ScaledFlow:
@@ -181,11 +181,11 @@ class ScaledFlow:
 
     def scaled(self, t: float, y: Tensor) -> Tensor:
         """The z of positions ``y``, (B, *shape) float64."""
-        return (y.double() - self.centre) / self.radius(t)
+        return (y.double() - self.center) / self.radius(t)
 
     def position(self, t: float, z: Tensor) -> Tensor:
         """The inverse of :meth:`scaled`, float64."""
-        return self.centre + self.radius(t) * z
+        return self.center + self.radius(t) * z
 
     def radius(self, t: float) -> float:
         """The radius c = sqrt(sigma^2 + sigma_data^2)."""
@@ -202,4 +202,4 @@ class ScaledFlow:
 
     def slope(self, t: float, z: Tensor, denoised: Tensor) -> Tensor:
         """The slope dz / dlog sigma, float64."""
-        return self.pull(t) * z - (denoised.double() - self.centre) / self.radius(t)
+        return self.pull(t) * z - (denoised.double() - self.center) / self.radius(t)

@@ -51,7 +51,7 @@ def potential_residual(
 ) -> Tensor:
     """R at each point, in nats for each unit of time.
 
-    A c(t) that is added to the potential adds c'(t) to R: it sees the normaliser too.
+    A c(t) that is added to the potential adds c'(t) to R: it sees the normalizer too.
 
     Args:
         potential: phi(x, t) in nats, (B, *shape) and (B,) to (B,), twice differentiable.

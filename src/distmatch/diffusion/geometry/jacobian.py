@@ -67,7 +67,7 @@ def refuse_random_layers(denoiser: object) -> None:
     """Refuses a denoiser whose answer changes from call to call or with the batch.
 
     Raises:
-        UserError: It holds dropout or batch normalisation in training mode.
+        UserError: It holds dropout or batch normalization in training mode.
     """
     layer: object | None = denoiser
     while layer is not None:

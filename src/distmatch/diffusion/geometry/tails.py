@@ -74,7 +74,7 @@ def tail_check(
 ) -> TailCheck:
     """Compares how far out two sets of samples reach.
 
-    The centre and the covariance are those of both sets together. That is symmetric in them, so samples of
+    The center and the covariance are those of both sets together. That is symmetric in them, so samples of
     one distribution stay exchangeable, and the number of generated radii above the k-th largest of n real
     ones is beta-binomial with parameters (k, n + 1 - k), exactly, for any continuous distribution.
 
@@ -155,15 +155,15 @@ def _radii(generated: Tensor, real: Tensor, radius: str, ridge: float) -> Tensor
     if radius not in ("mahalanobis", "norm"):
         raise UserError("unknown radius", got=radius, expected="mahalanobis or norm")
     both = torch.cat([generated.flatten(1).double(), real.flatten(1).double().to(generated.device)])
-    centred = both - both.mean(0)
+    centered = both - both.mean(0)
     if radius == "norm":
-        return centred.norm(dim=1).cpu()
-    covariance = centred.T @ centred / len(centred)
+        return centered.norm(dim=1).cpu()
+    covariance = centered.T @ centered / len(centered)
     floor = ridge * float(covariance.diagonal().mean())
     if floor == 0 and float(covariance.diagonal().mean()) == 0:
         raise UserError("all samples are equal", fix="check that the generator works")
     values, vectors = torch.linalg.eigh(covariance)
-    return ((centred @ vectors) / (values.clamp_min(0) + floor).sqrt()).norm(dim=1).cpu()
+    return ((centered @ vectors) / (values.clamp_min(0) + floor).sqrt()).norm(dim=1).cpu()
 
 
 def _exceedance(ours: Tensor, theirs: Tensor, share: float) -> Exceedance:
@@ -182,9 +182,9 @@ def _exceedance(ours: Tensor, theirs: Tensor, share: float) -> Exceedance:
 def _log_spread(radii: Tensor) -> Estimate:
     """The log of the standard deviation; by the delta method its variance is (kurtosis - 1) / (4 n)."""
     n = len(radii)
-    centred = radii - radii.mean()
-    variance = float(centred.square().mean())
+    centered = radii - radii.mean()
+    variance = float(centered.square().mean())
     if variance == 0:
         return Estimate(-math.inf, math.nan, n, "all radii are equal")
-    kurtosis = float((centred**4).mean()) / variance**2
+    kurtosis = float((centered**4).mean()) / variance**2
     return Estimate(0.5 * math.log(variance), math.sqrt(max(kurtosis - 1, 0) / (4 * n)), n)

@@ -229,14 +229,14 @@ def refuse_training_mode(classifier: object) -> None:
     """Refuses a classifier whose answer changes from call to call or with the batch.
 
     Raises:
-        UserError: It holds dropout or batch normalisation in training mode.
+        UserError: It holds dropout or batch normalization in training mode.
     """
     try:
         refuse_random_layers(classifier)
     except UserError as error:
         raise UserError(
             "the classifier of a guidance must be a fixed function",
-            got="dropout or batch normalisation in training mode",
+            got="dropout or batch normalization in training mode",
             fix="call .eval() on it",
         ) from error
 

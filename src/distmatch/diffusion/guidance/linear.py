@@ -68,7 +68,7 @@ class Guided(Guidance):
             raise UserError(
                 "guidance needs a conditional teacher",
                 got="an unconditional one",
-                fix="train the teacher on labelled data, or leave --guidance at 1; a weaker model as "
+                fix="train the teacher on labeled data, or leave --guidance at 1; a weaker model as "
                 "reference can guide an unconditional one",
             )
 

@@ -84,7 +84,7 @@ class QuantileClasses:
     """Classes of a score with equal counts: 0 the smallest scores, the last one the minority.
 
     Attributes:
-        edges: (classes - 1,) float64, between the scores of neighbouring classes.
+        edges: (classes - 1,) float64, between the scores of neighboring classes.
     """
 
     edges: Tensor

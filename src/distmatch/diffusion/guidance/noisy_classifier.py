@@ -94,7 +94,7 @@ def _feature_size(teacher: FeatureDenoiser) -> int:
 def classifier_loss(
     classifier: nn.Module, x0: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor
 ) -> Tensor:
-    """Cross-entropy in nats at the noised samples; its minimiser is the posterior p(class | x, sigma).
+    """Cross-entropy in nats at the noised samples; its minimizer is the posterior p(class | x, sigma).
 
     Args:
         classifier: ``(x, sigma) -> logits``.
@@ -162,18 +162,18 @@ def fit_noisy_classifier(
         )
         levels = LogNormal(-0.5 + math.log(spread / _UNIT), 1.8)
     classifier.train()
-    optimiser = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = torch.zeros(steps, device=device)
     for step in range(steps):
         rows = torch.randint(len(x0), (batch,), generator=draws, device=device)
         sigma = levels.sample(batch, draws).to(x0.dtype)
         noise = torch.randn((batch, *x0.shape[1:]), generator=draws, device=device, dtype=x0.dtype)
         loss = classifier_loss(classifier, x0[rows], labels[rows], sigma, noise)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         losses[step] = loss.detach()
     classifier.eval()

@@ -51,25 +51,25 @@ class RK45(Solver):
         """Goes from the first level to the last, stopping in between only where somebody looks."""
         positive = [level for level in run.levels if level > 0]
         stops = positive if run.watched else [positive[0], positive[-1]]
-        centre = run.denoise(y, positive[0])
+        center = run.denoise(y, positive[0])
         for k, (now, after) in enumerate(pairwise(stops)):
-            y = self._between(run, y, now, after, centre) if now != after else y
+            y = self._between(run, y, now, after, center) if now != after else y
             y = visit(k if run.watched else run.steps - 1, y) if run.watched else y
         if run.levels[-1] == 0:
             now = positive[-1]
             floor = min(now, run.sigma_min) if run.sigma_min > 0 else now
             if floor < now:
-                y = self._between(run, y, now, floor, centre)
+                y = self._between(run, y, now, floor, center)
             y = run.denoise(y, floor)
             y = visit(run.steps - 1, y) if run.watched else y
         return y
 
-    def _between(self, run: Run, y: Tensor, start: float, end: float, centre: Tensor) -> Tensor:
+    def _between(self, run: Run, y: Tensor, start: float, end: float, center: Tensor) -> Tensor:
         if len(y) == 0:
             return y
 
         def slope(level: float, flat: np.ndarray) -> np.ndarray:
-            state = centre + torch.from_numpy(flat).to(y).reshape(y.shape)
+            state = center + torch.from_numpy(flat).to(y).reshape(y.shape)
             return run.eps(state, level).double().cpu().numpy().reshape(-1)
 
         share = 1 / math.sqrt(len(y))
@@ -77,7 +77,7 @@ class RK45(Solver):
         rtol = max(self.rtol * share, 100 * np.finfo(float).eps)
         # A single point has no spread; the level where the step ends is the finest thing to see then.
         atol = self.atol * share * (run.sigma_data or min(start, end))
-        flat = (y - centre).double().cpu().numpy().reshape(-1)
+        flat = (y - center).double().cpu().numpy().reshape(-1)
         done = solve_ivp(slope, (start, end), flat, "RK45", t_eval=[end], rtol=rtol, atol=atol)
         if not done.success:
             raise UserError(
@@ -85,4 +85,4 @@ class RK45(Solver):
                 got=done.message,
                 fix="raise the tolerance, or use a solver with fixed steps",
             )
-        return centre + torch.from_numpy(done.y[:, -1].copy()).to(y).reshape(y.shape)
+        return center + torch.from_numpy(done.y[:, -1].copy()).to(y).reshape(y.shape)

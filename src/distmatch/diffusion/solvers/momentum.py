@@ -1,4 +1,4 @@
-"""Heavy ball and its generalisation (Wizadwongsa et al. 2024): more stability at few steps.
+"""Heavy ball and its generalization (Wizadwongsa et al. 2024): more stability at few steps.
 
 They enlarge the range of step sizes that do not blow up; they do not lower the error of small steps.
 """

@@ -151,12 +151,12 @@ def chi_square_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
     """
     on_p, on_q = check_critic(critic_p, critic_q)
     n = min(len(on_p), len(on_q))
-    centre = on_q.mean()
-    scale = torch.maximum((on_p - centre).abs().max(), (on_q - centre).abs().max())
+    center = on_q.mean()
+    scale = torch.maximum((on_p - center).abs().max(), (on_q - center).abs().max())
     if float(scale) == 0.0:
         return LowerBound(0.0, 0.0, n)
     # In this unit squares neither overflow nor vanish.
-    on_p, on_q = (on_p - centre) / scale, (on_q - centre) / scale
+    on_p, on_q = (on_p - center) / scale, (on_q - center) / scale
     variance = float(on_q.var(correction=1))
     if variance < 1e-20:
         return LowerBound(math.inf, math.nan, n, "the critic is constant on q: the supports may not overlap")

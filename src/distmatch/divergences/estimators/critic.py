@@ -43,7 +43,7 @@ class Critic(nn.Module):
     """A perceptron with a linear path beside it; zero everywhere before training.
 
     Args:
-        like: Samples (n, d) that give dimension, dtype, device, and the standardisation of the inputs.
+        like: Samples (n, d) that give dimension, dtype, device, and the standardization of the inputs.
         width: Hidden units.
         seed: Seed of the weights.
     """
@@ -106,18 +106,18 @@ def ascend(
         how: Steps, batch and step size.
         batches: CPU generator of the batches.
     """
-    optimiser = torch.optim.AdamW(critic.parameters(), lr=how.lr, weight_decay=how.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, how.steps)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=how.lr, weight_decay=how.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
     best, best_state, looks = _score(critic, objective, validation), copy.deepcopy(critic.state_dict()), 0
     for step in range(1, how.steps + 1):
         drawn = [
             x[torch.randint(len(x), (min(how.batch, len(x)),), generator=batches).to(x.device)] for x in train
         ]
         loss = -objective(critic(drawn[0]), critic(drawn[1]))
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         if step % _EVERY == 0 or step == how.steps:
             score = _score(critic, objective, validation)

@@ -11,7 +11,7 @@ term      formula        its mean under q       the mean of its gradient through
 ========  =============  =====================  ===========================================================
 
 So the loss for reverse KL by its samples is k2, although its value is biased, and k3, the best value of the
-three, moves the student by the *other* KL. Where samples are reparametrised, x = G_theta(z), and the gradient
+three, moves the student by the *other* KL. Where samples are reparametrized, x = G_theta(z), and the gradient
 goes through x as well, k1 and k3 both have the gradient of KL(q || p), and k2 does not.
 
 Names: J. Schulman, "Approximating KL divergence" (2020).

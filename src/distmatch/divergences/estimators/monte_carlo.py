@@ -21,7 +21,7 @@ from distmatch.divergences.estimators.results import (
 )
 from distmatch.divergences.estimators.tails import both_tails, judged, unseen
 
-Method = Literal["plain", "control_variate", "self_normalised"]
+Method = Literal["plain", "control_variate", "self_normalized"]
 
 _LOG_MAX = 700.0  # exp of it is finite in float64
 _NEAR_ONE = 1e-6  # Renyi orders closer than this to 1 are KL: the difference is of this order
@@ -32,10 +32,10 @@ def monte_carlo(
 ) -> WeightedEstimate:
     """D_f(p || q) = E_q[f(p/q)] from log p and log q at independent samples of q.
 
-    * ``"plain"``: the mean of the centred f(r). Unbiased and never negative.
+    * ``"plain"``: the mean of the centered f(r). Unbiased and never negative.
     * ``"control_variate"``: the mean of f(r) - c (r - 1), whose second term has mean zero under q, with c the
       regression coefficient of f(r) on r. Never a larger variance for large n; a bias of order 1/n.
-    * ``"self_normalised"``: for densities known up to constants: r is divided by its mean. A bias of order
+    * ``"self_normalized"``: for densities known up to constants: r is divided by its mean. A bias of order
       1/n, and finite variance only where Pearson's chi-square is finite.
 
     Samples of q cannot see mass of p where q is zero; the mean of r then falls short of 1, which is
@@ -63,7 +63,7 @@ def monte_carlo(
     if method not in get_args(Method):
         raise unknown_name("method", method, get_args(Method))
     ess = effective_from_log(log_r) if bool((log_r > -math.inf).any()) else 0.0
-    if method == "self_normalised":
+    if method == "self_normalized":
         if ess == 0.0:
             raise UserError(
                 "p vanishes at every sample of q", expected="supports that overlap", fix="use method='plain'"
@@ -81,7 +81,7 @@ def monte_carlo(
         slope = _slope(terms, excess)
         terms = terms - slope * excess
         spread = (terms - terms.mean()) * _leverage(excess)
-    elif method == "self_normalised":
+    elif method == "self_normalized":
         # What one more sample does to mean f(w / mean w), by the delta method.
         slope = float(_finite(chosen.df(log_r) * (1.0 + excess)).mean())
         spread = terms - value - slope * excess
@@ -167,7 +167,7 @@ def renyi_monte_carlo(
     if bool((log_r == -math.inf).all()):
         raise UserError("p vanishes at every sample of q", expected="supports that overlap")
     ess = effective_from_log(log_r)
-    if method == "self_normalised":
+    if method == "self_normalized":
         log_r = log_r - _log_mean_exp(log_r)
     top = float((order * log_r).max())
     powers = torch.exp(order * log_r - top)
@@ -180,7 +180,7 @@ def renyi_monte_carlo(
     if method == "control_variate":
         spread = spread * _leverage(excess)
     mass = mass_warning(excess)
-    if method == "self_normalised":
+    if method == "self_normalized":
         slope = order * mean
         spread = spread - order * excess
         mass = None if ess >= few(len(powers)) else _weights_warning(ess, len(powers))
@@ -223,11 +223,11 @@ def _finite(x: Tensor) -> Tensor:
 def _slope(terms: Tensor, control: Tensor) -> float:
     """The coefficient of the regression of ``terms`` on ``control``, which is known to have mean zero."""
     scale = control.abs().max().clamp(min=torch.finfo(control.dtype).tiny)
-    centred = (control - control.mean()) / scale  # so that its square does not overflow
-    variance = centred.square().mean()
+    centered = (control - control.mean()) / scale  # so that its square does not overflow
+    variance = centered.square().mean()
     if float(variance) < 1e-24:  # r is constant up to rounding: nothing to regress on
         return 0.0
-    return float(((terms - terms.mean()) * centred).mean() / variance / scale)
+    return float(((terms - terms.mean()) * centered).mean() / variance / scale)
 
 
 def _leverage(control: Tensor) -> Tensor:
@@ -236,12 +236,12 @@ def _leverage(control: Tensor) -> Tensor:
     With it the error of the intercept is that of the jackknife (MacKinnon and White 1985, "HC3").
     """
     scale = control.abs().max().clamp(min=torch.finfo(control.dtype).tiny)
-    centred = (control - control.mean()) / scale
-    total = centred.square().sum()
+    centered = (control - control.mean()) / scale
+    total = centered.square().sum()
     if float(total) < 1e-24 * len(control):
         return torch.ones_like(control)
-    own = 1.0 / len(control) + centred.square() / total
-    moved = 1.0 - len(control) * (control.mean() / scale) * centred / total
+    own = 1.0 / len(control) + centered.square() / total
+    moved = 1.0 - len(control) * (control.mean() / scale) * centered / total
     return moved / (1.0 - own).clamp(min=0.02)
 
 

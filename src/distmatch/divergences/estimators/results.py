@@ -69,12 +69,12 @@ def mean_error(terms: Tensor) -> float:
 
 
 def skewness(terms: Tensor) -> float:
-    """The third standardised moment; 0 for terms that are all equal."""
-    centred = terms - terms.mean()
-    size = centred.abs().max()
+    """The third standardized moment; 0 for terms that are all equal."""
+    centered = terms - terms.mean()
+    size = centered.abs().max()
     if not float(size) > 0.0:
         return 0.0
-    unit = centred / size
+    unit = centered / size
     return float(unit.pow(3).mean() / unit.square().mean().pow(1.5))
 
 
@@ -99,7 +99,7 @@ def mass_warning(excess: Tensor) -> str | None:
         return None
     return (
         f"the mean of p/q over samples of q is {1 + mean:.3g} ± {error:.1g}, not 1: the densities are not "
-        "normalised, or q has no or too few samples where p is"
+        "normalized, or q has no or too few samples where p is"
     )
 
 

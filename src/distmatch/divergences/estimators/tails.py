@@ -57,7 +57,7 @@ class Unseen:
 
 
 def pareto_tail(values: Tensor) -> ParetoTail:
-    """Fits a generalised Pareto law to the min(n / 5, 3 sqrt n) largest of ``values``.
+    """Fits a generalized Pareto law to the min(n / 5, 3 sqrt n) largest of ``values``.
 
     The density is (1 + b y)^(-1/k - 1) b / k with b = k / scale. For a given b the likelihood is largest at
     k = mean log(1 + b y), where its logarithm is count (log(b / k) - k - 1); b is averaged over a grid with

@@ -44,12 +44,12 @@ class Adversary:
         self._law = Karras(teacher.sigma_min, teacher.sigma_max)
 
     def prepare(self, state: DistillState, seed: int) -> None:
-        """Puts the discriminator and its optimiser into a fresh state."""
+        """Puts the discriminator and its optimizer into a fresh state."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "discriminator"))
             head = build_discriminator(self._source, self.setup.teacher, self.setup.teacher.num_classes)
         state.discriminator = head.to(self.setup.device)
-        state.optimisers["ratio"] = self.setup.adam(head, self.setup.settings.lr_ratio)
+        state.optimizers["ratio"] = self.setup.adam(head, self.setup.settings.lr_ratio)
 
     def draw(self, state: DistillState, x: Tensor) -> dict[str, Tensor]:
         """Levels and noises of a batch like ``x`` (B, *shape): for student, real, and with R1 perturbed."""
@@ -84,10 +84,10 @@ class Adversary:
             lr_factor: Factor on its learning rate.
         """
         cfg = self.setup.settings
-        optimiser, head = state.optimisers["ratio"], state.discriminator
+        optimizer, head = state.optimizers["ratio"], state.discriminator
         if head is None:
             raise RuntimeError("this state has no discriminator")
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = cfg.lr_ratio * lr_factor
         total = torch.zeros((), device=x0.device)
         for part in self.setup.parts(len(x0)):
@@ -105,5 +105,5 @@ class Adversary:
             share = len(some["x0"]) / len(x0)
             (share * loss).backward()
             total = total + share * told
-        clipped_step(optimiser, cfg.grad_clip)
+        clipped_step(optimizer, cfg.grad_clip)
         return {"loss_ratio": total}

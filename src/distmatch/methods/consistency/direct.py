@@ -122,18 +122,18 @@ class Direct:
             chain="jump" if self.term.jumps else "renoise",
             gamma=self.gamma,
         )
-        optimisers = {"student": setup.adam(student.denoiser, cfg.lr)}
-        state = setup.state(seed, student, student.denoiser, optimisers=optimisers)
+        optimizers = {"student": setup.adam(student.denoiser, cfg.lr)}
+        state = setup.state(seed, student, student.denoiser, optimizers=optimizers)
         self.term.prepare(state, seed)
         return state
 
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of the student."""
         setup, cfg = self.setup, self.setup.settings
-        set_rate(state.optimisers["student"], cfg.lr * setup.rate(state.step))
+        set_rate(state.optimizers["student"], cfg.lr * setup.rate(state.step))
         info = self.term.backward(state, batch.taken_by(setup.teacher))
         network = state.student.denoiser
-        info["grad_norm_student"] = clipped_step(state.optimisers["student"], cfg.grad_clip)
+        info["grad_norm_student"] = clipped_step(state.optimizers["student"], cfg.grad_clip)
         state.updates += 1
         state.average.update(network, ema_decay(state.updates, half_life=cfg.ema_half_life))
         state.step += 1

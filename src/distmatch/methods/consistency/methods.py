@@ -1,4 +1,4 @@
-"""The methods that minimise one loss of one network along paths. Imports no torch."""
+"""The methods that minimize one loss of one network along paths. Imports no torch."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class TangentTerm:
             return
         weight = LearnedUncertainty(self.setup.unit).to(self.setup.device)
         state.extra["uncertainty"] = weight
-        state.optimisers["uncertainty"] = self.setup.adam(weight, self.setup.settings.lr)
+        state.optimizers["uncertainty"] = self.setup.adam(weight, self.setup.settings.lr)
 
     def warmth(self, step: int) -> float:
         """rho: share of the tangent that is the consistency function's, from 0 to 1 in the warm-up."""
@@ -77,9 +77,9 @@ class TangentTerm:
         draws = noised_draws(self.setup, state, batch, sigma)
         info = mean_backward(self.setup, draws, lambda part: self.loss(state, part))
         if self.learned_weight:
-            optimiser = state.optimisers["uncertainty"]
-            set_rate(optimiser, self.setup.settings.lr * self.setup.rate(state.step))
-            clipped_step(optimiser, self.setup.settings.grad_clip)
+            optimizer = state.optimizers["uncertainty"]
+            set_rate(optimizer, self.setup.settings.lr * self.setup.rate(state.step))
+            clipped_step(optimizer, self.setup.settings.grad_clip)
         return info
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:

@@ -63,7 +63,7 @@ class TangentSettings(DerivativeSettings):
     tangent_warmup: Share = 0.25
     """Share of the run in which the tangent turns from the denoiser's to the consistency function's."""
     tangent_bound: Positive = 0.1
-    """c of the normalisation g / (|g| + c) of the tangent."""
+    """c of the normalization g / (|g| + c) of the tangent."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,13 +128,13 @@ class UniInstruct(_ThroughInputs):
         return loss / scores.weight_scale.to(loss.dtype)
 
     def _log_r(self, scores: Scores, state: DistillState) -> Tensor:
-        """The normalised log ratio with the gradient that was asked for; zero where it is clipped."""
-        log_r, logit, normaliser = scores.log_r, scores.logit, state.normaliser
-        if log_r is None or logit is None or normaliser is None:
+        """The normalized log ratio with the gradient that was asked for; zero where it is clipped."""
+        log_r, logit, normalizer = scores.log_r, scores.logit, state.normalizer
+        if log_r is None or logit is None or normalizer is None:
             raise RuntimeError("Uni-Instruct was given no ratio")
         if self.ratio_gradient == "none":
             return log_r
-        free = (log_r.abs() < normaliser.config.clip) & (logit.detach().abs() < normaliser.RAW_LIMIT)
+        free = (log_r.abs() < normalizer.config.clip) & (logit.detach().abs() < normalizer.RAW_LIMIT)
         if self.ratio_gradient == "discriminator":
             slope = logit - logit.detach()
         else:

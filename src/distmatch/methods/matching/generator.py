@@ -14,7 +14,7 @@ from distmatch.methods.matching.networks import Comparison, discriminator_logits
 from distmatch.methods.matching.scores import Scores
 from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
-from distmatch.ratio.normaliser import NormalisedRatio, effective_sample_size
+from distmatch.ratio.normalizer import NormalisedRatio, effective_sample_size
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,14 @@ def _scores(
 def _ratio(
     compared: Comparison, state: DistillState, logit: Tensor | None, quantile: Tensor, info: Info
 ) -> NormalisedRatio:
-    """The whole batch's normalised log ratios; the running means take them in."""
-    if logit is None or state.normaliser is None:
+    """The whole batch's normalized log ratios; the running means take them in."""
+    if logit is None or state.normalizer is None:
         raise RuntimeError("this objective needs a discriminator")
-    ratio = state.normaliser.update(logit, quantile, compared.setup.divergence.weight)
+    ratio = state.normalizer.update(logit, quantile, compared.setup.divergence.weight)
     info["clip_fraction"] = ratio.clip_fraction
     info["pooled_bins"] = ratio.pooled
     info["ess"] = effective_sample_size(ratio.weight)
-    info["ratio_mean"], info["weight_mean"] = state.normaliser.bin_means()
+    info["ratio_mean"], info["weight_mean"] = state.normalizer.bin_means()
     return ratio
 
 

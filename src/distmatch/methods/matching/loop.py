@@ -44,7 +44,7 @@ from distmatch.methods.student import Chain, Student
 from distmatch.nets.ema import ema_decay
 from distmatch.nets.optim import clipped_step, set_rate
 from distmatch.ratio.discriminator import build_discriminator, choose_source
-from distmatch.ratio.normaliser import NormaliserConfig, RatioNormaliser
+from distmatch.ratio.normalizer import NormaliserConfig, RatioNormalizer
 
 
 @dataclass
@@ -161,20 +161,20 @@ class Matching:
         student = Student(start, self.levels, chain=self.chain)
         fake = copy.deepcopy(start)
         discriminator = self._discriminator(fake, seed) if self.needs_ratio else None
-        optimisers = {
+        optimizers = {
             "student": setup.adam(student.denoiser, cfg.lr),
             "fake": setup.adam(fake, cfg.lr_critic),
         }
         if discriminator is not None:
-            optimisers["ratio"] = setup.adam(discriminator, self.adversary.lr_ratio)
+            optimizers["ratio"] = setup.adam(discriminator, self.adversary.lr_ratio)
         state = setup.state(
             seed,
             student,
             student.denoiser,
             fake=fake,
             discriminator=discriminator,
-            optimisers=optimisers,
-            normaliser=RatioNormaliser(self._bins, setup.device),
+            optimizers=optimizers,
+            normalizer=RatioNormalizer(self._bins, setup.device),
         )
         for term in self.terms:
             term.prepare(state, seed)
@@ -203,7 +203,7 @@ class Matching:
         x0 = self._call(state, x, call, conditioning, grad=objective_turn and whole)
         info: Info = {}
         if student_turn:
-            set_rate(state.optimisers["student"], cfg.lr * factor)
+            set_rate(state.optimizers["student"], cfg.lr * factor)
             if objective_turn:
                 found = self._gradient(state, x0.detach(), x, call, conditioning)
                 info |= found.info
@@ -212,9 +212,9 @@ class Matching:
                 info |= term.backward(state, batch)
             info |= self._move_student(state)
         if critic_turn:
-            set_rate(state.optimisers["fake"], cfg.lr_critic * factor)
-            if "ratio" in state.optimisers:
-                set_rate(state.optimisers["ratio"], self.adversary.lr_ratio * factor)
+            set_rate(state.optimizers["fake"], cfg.lr_critic * factor)
+            if "ratio" in state.optimizers:
+                set_rate(state.optimizers["ratio"], self.adversary.lr_ratio * factor)
             sigma, noise = self._noise_on(state, x0.detach(), x, call, self.critic_noise)
             info |= fake_score_backward(
                 self.compared, state, x0.detach(), sigma, noise, batch.x, conditioning
@@ -303,13 +303,13 @@ class Matching:
 
     def _move_student(self, state: DistillState) -> Info:
         cfg = self.config
-        norm = clipped_step(state.optimisers["student"], cfg.grad_clip)
+        norm = clipped_step(state.optimizers["student"], cfg.grad_clip)
         state.updates += 1
         state.average.update(state.student.denoiser, ema_decay(state.updates, half_life=cfg.ema_half_life))
         return {"grad_norm_student": norm}
 
     def _move_critic(self, state: DistillState) -> Info:
-        norm = clipped_step(state.optimisers["fake"], self.config.grad_clip)
-        if "ratio" in state.optimisers:
-            clipped_step(state.optimisers["ratio"], self.config.grad_clip)
+        norm = clipped_step(state.optimizers["fake"], self.config.grad_clip)
+        if "ratio" in state.optimizers:
+            clipped_step(state.optimizers["ratio"], self.config.grad_clip)
         return {"grad_norm_fake": norm}

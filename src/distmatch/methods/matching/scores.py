@@ -29,7 +29,7 @@ class Scores:
         logit: The discriminator's raw log ratio, (B,), differentiable in ``x0`` for the adversarial term and
             for objectives with ``through_inputs``; None without a discriminator.
         quantile: Where each level lies in the distribution of levels, (B,), in [0, 1].
-        log_r: Normalised and clipped log p/q, (B,), detached; None for objectives without a ratio.
+        log_r: Normalized and clipped log p/q, (B,), detached; None for objectives without a ratio.
         weight_scale: The running mean of h(r), scalar: what weights are divided by; None like ``log_r``.
         conditioning: What the samples are conditioned on.
     """

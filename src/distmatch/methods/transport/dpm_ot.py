@@ -66,8 +66,8 @@ class Transport:
         transport = BrenierMap(torch.zeros(groups, own.bank, *setup.teacher.shape, device=setup.device))
         levels = setup.student_levels(own.calls)
         student = TransportStudent(network, levels, transport)
-        optimisers = {"transport": setup.adam(transport, own.lr)}
-        return setup.state(seed, student, transport, optimisers=optimisers, extra={"transport": transport})
+        optimizers = {"transport": setup.adam(transport, own.lr)}
+        return setup.state(seed, student, transport, optimizers=optimizers, extra={"transport": transport})
 
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of Adam on the heights. Nothing of the batch is read."""
@@ -78,14 +78,14 @@ class Transport:
             transport.restart()
         doubled = min(own.doublings, state.step * (own.doublings + 1) // setup.total_steps)
         draws = own.cell_draws * own.bank * 2**doubled
-        set_rate(state.optimisers["transport"], own.lr * setup.rate(state.step))
+        set_rate(state.optimizers["transport"], own.lr * setup.rate(state.step))
         energy = transport.descend(self._noise(draws, state.generator))
         if transport.heights.grad is None:
             raise RuntimeError("the heights have no gradient")
         shares = transport.heights.grad + 1 / own.bank
         info = {"loss": energy, "empty_cells": (shares <= 0).float().mean()}
-        info["grad_norm_student"] = clipped_step(state.optimisers["transport"], own.grad_clip)
-        transport.recentre()
+        info["grad_norm_student"] = clipped_step(state.optimizers["transport"], own.grad_clip)
+        transport.recenter()
         state.updates += 1
         state.average.update(transport, ema_decay(state.updates, half_life=own.ema_half_life))
         state.step += 1

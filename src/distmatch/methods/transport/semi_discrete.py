@@ -1,11 +1,11 @@
 r"""The optimal map from Gaussian noise to finitely many points: Brenier's potential and its cells.
 
 The potential u(z) = max_i (<z, y_i> + h_i) has the gradient T(z) = y_i in the cell W_i, where i is largest.
-The heights h that give cell i the noise measure nu_i minimise the convex E(h) = E_z[u(z)] - sum_i nu_i h_i,
+The heights h that give cell i the noise measure nu_i minimize the convex E(h) = E_z[u(z)] - sum_i nu_i h_i,
 whose gradient is mu(W_i) - nu_i. T is then the map of least square distance (semi-discrete optimal transport;
 Li et al. 2023, arXiv 2307.11308). Measures are estimated by draws of the noise, in chunks.
 
-T jumps from point to point at the borders of the cells. Where two neighbours are much alike, a mixture of
+T jumps from point to point at the borders of the cells. Where two neighbors are much alike, a mixture of
 them is a plausible point too, and T may be smoothed there; where they are of different modes, a mixture is of
 none. What tells them apart is the angle between the normals (y_i, -1) and (y_j, -1) of the two planes.
 """
@@ -48,7 +48,7 @@ class Seams:
 
     Attributes:
         first: The cell of each draw, (B,).
-        second: The neighbour across its nearest border, (B,).
+        second: The neighbor across its nearest border, (B,).
         distance: Distance of the draw to the plane between the two, (B,).
         angle: Angle between the lifted normals of the two, in radians, (B,).
     """
@@ -71,8 +71,8 @@ def nearest_seams(z: Tensor, points: Tensor, heights: Tensor) -> Seams:
 class BrenierMap(nn.Module):
     """The map from noise to a bank of latents, one for each class.
 
-    Inside, the latents are centred and divided by their root mean square, which changes no cell and gives the
-    heights a unit; they start where the cells are those of the nearest latent, so that none is empty.
+    Inside, the latents are centered and divided by their root mean square, which changes no cell and gives
+    the heights a unit; they start where the cells are those of the nearest latent, so that none is empty.
 
     Args:
         targets: The latents (G, N, *shape), G the number of classes or 1.
@@ -100,18 +100,18 @@ class BrenierMap(nn.Module):
         """Heights at which each cell is that of the nearest latent, noise and latents having unit spread."""
         for group in range(len(self.targets)):
             self.heights[group] = -0.5 * self.points(group).square().sum(1)
-        self.recentre()
+        self.recenter()
 
     @torch.no_grad()
-    def recentre(self) -> None:
+    def recenter(self) -> None:
         """Shifts the heights to mean zero, which changes nothing else."""
         self.heights.sub_(self.heights.mean(1, keepdim=True))
 
     def points(self, group: int) -> Tensor:
         """The latents of a class as the solver sees them, (N, d)."""
         flat = self.targets[group].flatten(1)
-        centred = flat - flat.mean(0)
-        return centred / centred.square().mean().sqrt().clamp_min(1e-12)
+        centered = flat - flat.mean(0)
+        return centered / centered.square().mean().sqrt().clamp_min(1e-12)
 
     def descend(self, z: Tensor) -> Tensor:
         """Puts the gradient of the energy into that of the heights.

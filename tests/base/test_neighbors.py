@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distmatch.base.neighbours import nearest
+from distmatch.base.neighbors import nearest
 from tests.helpers.draws import normal
 
 
@@ -12,8 +12,8 @@ from tests.helpers.draws import normal
 def test_the_nearest_come_first_and_what_is_left_out_does_not_come(
     d: int, tree: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distmatch.base.neighbours._TREE_DIMENSIONS", 20 if tree else 0)
-    monkeypatch.setattr("distmatch.base.neighbours._PAIRS", 70)  # a row at a time
+    monkeypatch.setattr("distmatch.base.neighbors._TREE_DIMENSIONS", 20 if tree else 0)
+    monkeypatch.setattr("distmatch.base.neighbors._PAIRS", 70)  # a row at a time
     x, points = normal(40, d).requires_grad_(), normal(60, d, seed=1)
     expected, order = (x.detach()[:, None] - points).square().sum(2).sqrt().sort(dim=1)
     distances, indices = nearest(x, points, 5)

@@ -30,7 +30,7 @@ def nearest(x: Tensor, points: Tensor, k: int, *, without: Tensor | None = None)
         distances, indices = (torch.from_numpy(a) for a in found)
     else:
         parts = [
-            # Differences, not products: near neighbours would drown in the rounding of |x|^2.
+            # Differences, not products: near neighbors would drown in the rounding of |x|^2.
             torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist").topk(count, largest=False)
             for part in x.split(max(1, _PAIRS // len(points)))
         ]

@@ -1,4 +1,4 @@
-"""The trainable side of retrieval: any network, conditioned on the set of a query's neighbours."""
+"""The trainable side of retrieval: any network, conditioned on the set of a query's neighbors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.control.retrieval import Neighbours
+from distmatch.diffusion.control.retrieval import Neighbors
 from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, has_features, on_prediction
 
 
@@ -39,13 +39,13 @@ class SetEmbedding(nn.Module):
         return torch.where(count > 0, self.whole(mean), self.empty)
 
 
-class NeighbourConditioned(nn.Module):
+class NeighborConditioned(nn.Module):
     """A network ``net(x, c_noise, labels)`` whose labels are numbers of queries, conditioned on their sets.
 
     The vector of the set joins the sample as further channels, constant over the picture (further numbers,
     for vectors); of what the inner network returns, these channels are dropped. So any network does, built
     for the wider samples and no classes. Training drops labels to -1, the empty set, as it does for classes;
-    with a row's own number as its label, and neighbours found without the row itself, a data set trains it.
+    with a row's own number as its label, and neighbors found without the row itself, a data set trains it.
 
     The network knows a store by its embeddings alone, so that a trained one can be given another store, of
     another size, in one call (:meth:`use_store`): other styles or newer data without training (Blattmann et
@@ -55,23 +55,23 @@ class NeighbourConditioned(nn.Module):
         net: A network on samples of shape (C + outputs, ...), unconditional.
         sets: What embeds a set, with ``outputs`` numbers.
         embeddings: Embeddings of the store, (N, E).
-        neighbours: Rows of ``embeddings`` for each query, (Q, k) int64.
+        neighbors: Rows of ``embeddings`` for each query, (Q, k) int64.
 
     Raises:
-        UserError: Embeddings of another length than ``sets`` takes, or neighbours that are no rows of them.
+        UserError: Embeddings of another length than ``sets`` takes, or neighbors that are no rows of them.
     """
 
     embeddings: Tensor
-    neighbours: Tensor
+    neighbors: Tensor
 
-    def __init__(self, net: nn.Module, sets: SetEmbedding, embeddings: Tensor, neighbours: Tensor) -> None:
+    def __init__(self, net: nn.Module, sets: SetEmbedding, embeddings: Tensor, neighbors: Tensor) -> None:
         super().__init__()
         self.net, self.sets = net, sets
-        self._check(embeddings, neighbours)
+        self._check(embeddings, neighbors)
         self.register_buffer("embeddings", embeddings)
-        self.register_buffer("neighbours", neighbours)
+        self.register_buffer("neighbors", neighbors)
 
-    def _check(self, embeddings: Tensor, neighbours: Tensor) -> None:
+    def _check(self, embeddings: Tensor, neighbors: Tensor) -> None:
         width = self.sets.inputs
         if embeddings.ndim != 2 or embeddings.shape[1] != width or not embeddings.is_floating_point():
             raise UserError(
@@ -80,15 +80,15 @@ class NeighbourConditioned(nn.Module):
                 expected=f"(N, {width}), floating point",
                 fix="embed the store with the model that the network was trained with",
             )
-        whole = neighbours.ndim == 2 and not neighbours.is_floating_point() and neighbours.numel() > 0
-        if not whole or int(neighbours.min()) < 0 or int(neighbours.max()) >= len(embeddings):
+        whole = neighbors.ndim == 2 and not neighbors.is_floating_point() and neighbors.numel() > 0
+        if not whole or int(neighbors.min()) < 0 or int(neighbors.max()) >= len(embeddings):
             raise UserError(
-                "neighbours must be rows of the store",
-                got=f"{tuple(neighbours.shape)}, {neighbours.dtype}",
+                "neighbors must be rows of the store",
+                got=f"{tuple(neighbors.shape)}, {neighbors.dtype}",
                 expected=f"(Q, k) integers from 0 to {len(embeddings) - 1}",
             )
 
-    def use_neighbours(self, found: Neighbours) -> None:
+    def use_neighbors(self, found: Neighbors) -> None:
         """Takes other queries of the same store.
 
         Args:
@@ -97,37 +97,37 @@ class NeighbourConditioned(nn.Module):
         Raises:
             UserError: It was found in another store, or is bare row numbers, which do not say in which.
         """
-        if not isinstance(found, Neighbours):
+        if not isinstance(found, Neighbors):
             raise UserError(
                 "row numbers do not say which store they are rows of",
                 got=type(found).__name__,
-                expected="Neighbours, as NeighbourStore.search returns",
-                fix="pass the result of the search, or both parts: use_store(embeddings, neighbours)",
+                expected="Neighbors, as NeighborStore.search returns",
+                fix="pass the result of the search, or both parts: use_store(embeddings, neighbors)",
             )
         theirs, ours = found.embeddings, self.embeddings
         if theirs is not ours and not (theirs.shape == ours.shape and torch.equal(theirs.to(ours), ours)):
             raise UserError(
-                "these neighbours are rows of another store than the network's",
+                "these neighbors are rows of another store than the network's",
                 got=f"rows of a store of {len(theirs)} embeddings",
                 expected=f"rows of the {len(ours)} embeddings of this network",
-                fix="exchange the store too: use_store(embeddings, neighbours)",
+                fix="exchange the store too: use_store(embeddings, neighbors)",
             )
         self.use_store(ours, found.indices)
 
-    def use_store(self, embeddings: Tensor, neighbours: Tensor) -> None:
+    def use_store(self, embeddings: Tensor, neighbors: Tensor) -> None:
         """Exchanges the store, and with it the queries; the network stays as it was trained.
 
         Args:
             embeddings: Embeddings of the new store, (N, E), made as those of training were.
-            neighbours: Rows of these ``embeddings`` for each query, (Q, k) int64.
+            neighbors: Rows of these ``embeddings`` for each query, (Q, k) int64.
 
         Raises:
-            UserError: Embeddings of another length, or neighbours that are no rows of them; nothing has
+            UserError: Embeddings of another length, or neighbors that are no rows of them; nothing has
                 changed then.
         """
-        self._check(embeddings, neighbours)
+        self._check(embeddings, neighbors)
         self.embeddings = embeddings.to(self.embeddings)
-        self.neighbours = neighbours.to(self.embeddings.device)
+        self.neighbors = neighbors.to(self.embeddings.device)
 
     @property
     def has_features(self) -> bool:
@@ -151,7 +151,7 @@ class NeighbourConditioned(nn.Module):
 
     def _widened(self, x: Tensor, labels: Tensor | None) -> Tensor:
         numbers = torch.full((len(x),), -1, device=x.device) if labels is None else labels
-        members = self.embeddings[self.neighbours[numbers.clamp_min(0)]]
+        members = self.embeddings[self.neighbors[numbers.clamp_min(0)]]
         present = (numbers >= 0)[:, None].expand(-1, members.shape[1])
         vector = self.sets(members.to(self.sets.empty.dtype), present).to(x.dtype)
         extra = vector.reshape(*vector.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])

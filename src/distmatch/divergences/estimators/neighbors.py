@@ -1,4 +1,4 @@
-"""KL(p || q) from samples alone, by the distances to the k-th nearest neighbours."""
+"""KL(p || q) from samples alone, by the distances to the k-th nearest neighbors."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
-from distmatch.base.neighbours import nearest
+from distmatch.base.neighbors import nearest
 from distmatch.divergences.estimators.inputs import check_samples
 from distmatch.divergences.estimators.results import joined
 
-# A jackknife overstates the spread of nearest-neighbour statistics by a fifth or more; half-samples do not.
+# A jackknife overstates the spread of nearest-neighbor statistics by a fifth or more; half-samples do not.
 _HALVES = 40
-_EXTRA = 30  # neighbours beyond twice those needed that are kept, so that half of them can be left out
+_EXTRA = 30  # neighbors beyond twice those needed that are kept, so that half of them can be left out
 _LOCAL = 0.02  # (k/n)^(2/d) above this: the k nearest are not near
-_RING = 15  # neighbours by which a sample of p is judged to be among the samples of q or beyond them
+_RING = 15  # neighbors by which a sample of p is judged to be among the samples of q or beyond them
 _CHANCE = 0.0008  # how often one that is among them is taken to be beyond
 _BEYOND = 0.01  # share of samples beyond, above which what they add is not known
 _TIES = 0.01  # share of samples that coincide with another, above which there is no density
 
 
-def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Estimate:
-    """KL(p || q) by k nearest neighbours (Wang, Kulkarni, Verdu 2009).
+def kl_neighbors(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Estimate:
+    """KL(p || q) by k nearest neighbors (Wang, Kulkarni, Verdu 2009).
 
     The mean over samples of p of d log(nu / rho) + log(m / (n - 1)), where rho and nu are the distances to
     the k-th nearest other sample of p and to the k-th nearest sample of q. It needs no density, but its bias
@@ -33,17 +33,17 @@ def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Est
     there are never enough.
 
     The standard error joins three parts in quadrature: the spread over 40 random halves of both samples, the
-    bias as it shows when the 3k-th neighbours take the place of the k-th (it is taken to grow like
+    bias as it shows when the 3k-th neighbors take the place of the k-th (it is taken to grow like
     (k/n)^(1/d)), and the error of that bias. There is a warning, and no standard error: where that bias is
     significant and larger than that spread; where (k/n)^(2/d) > 0.02; where more than 1 % of the samples of p
     lie beyond those of q, as in heavier tails; where no sample of q lies among those of p, so that KL may be
-    infinite; where more than 1 % of the samples coincide. Fewer samples that coincide have their neighbours
+    infinite; where more than 1 % of the samples coincide. Fewer samples that coincide have their neighbors
     counted from the first that lies elsewhere.
 
     Args:
         x_p: Samples of p, (n,) or (n, *shape), at least 8 k.
         x_q: Samples of q, (m,) or (m, *shape), likewise.
-        k: Which neighbour: a larger one has a smaller variance and a larger bias.
+        k: Which neighbor: a larger one has a smaller variance and a larger bias.
         seed: Fixes the halves.
 
     Returns:
@@ -53,7 +53,7 @@ def kl_neighbours(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Est
         UserError: The samples cannot be used, see the message.
     """
     if not (isinstance(k, int) and k >= 1):
-        raise UserError("the number of neighbours must be a positive integer", got=k, expected="e.g. 5")
+        raise UserError("the number of neighbors must be a positive integer", got=k, expected="e.g. 5")
     wide = 3 * k
     p, q = (x.double() for x in check_samples(x_p, x_q, 8 * k))
     n, d, m = len(p), p.shape[1], len(q)
@@ -99,7 +99,7 @@ def _warning(d: int, n: int, k: int, ties: float, rho: Tensor, nu: Tensor, bias:
         f"{ties:.0%} of the samples coincide with others: there is no density to compare"
         if ties > _TIES
         else None,
-        f"{n} samples are too few for nearest neighbours in {d} dimensions: the bias is not known"
+        f"{n} samples are too few for nearest neighbors in {d} dimensions: the bias is not known"
         if far > _LOCAL
         else None,
         f"{beyond:.1%} of the samples of p lie beyond those of q: how much they add is not known"
@@ -108,7 +108,7 @@ def _warning(d: int, n: int, k: int, ties: float, rho: Tensor, nu: Tensor, bias:
         "no sample of q lies among the samples of p: KL may be infinite"
         if bool((nu[:, 0] > rho[:, -1]).all())
         else None,
-        f"biased by about {bias:.2g}, as three times as many neighbours show" if bias is not None else None,
+        f"biased by about {bias:.2g}, as three times as many neighbors show" if bias is not None else None,
     )
 
 
@@ -139,7 +139,7 @@ def _beyond_ties(distances: Tensor, x: Tensor) -> Tensor:
     smallest = positive.min(1, keepdim=True).values
     overall = positive.min()
     if not bool(overall.isfinite()):
-        # Every neighbour kept is a copy: any positive length will do, the warning says the rest.
+        # Every neighbor kept is a copy: any positive length will do, the warning says the rest.
         overall = x.std(0).norm() * torch.finfo(x.dtype).eps
     smallest = torch.where(smallest.isfinite(), smallest, overall)
     return torch.where(distances > 0, distances, smallest)

@@ -1,4 +1,4 @@
-"""The ratio of two k-nearest-neighbour density estimates."""
+"""The ratio of two k-nearest-neighbor density estimates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from distmatch.base.errors import UserError
-from distmatch.base.neighbours import nearest
+from distmatch.base.neighbors import nearest
 from distmatch.ratio.samples import Fitted, high_dimension
 
 _CANDIDATES = (3, 5, 10, 20, 40, 80, 160)
@@ -17,31 +17,31 @@ _TRIALS = 2000  # points on each side that k is chosen on
 _TINY = 1e-150  # square distances below this count as this: equal points
 
 
-def fit_neighbours(p: Tensor, q: Tensor, neighbours: int | None) -> Fitted:
-    """Log r(x) = d log(rho_q(x) / rho_p(x)) + log(m / n), with rho the distance to the k-th neighbour.
+def fit_neighbors(p: Tensor, q: Tensor, neighbors: int | None) -> Fitted:
+    """Log r(x) = d log(rho_q(x) / rho_p(x)) + log(m / n), with rho the distance to the k-th neighbor.
 
     Args:
-        p: Samples of p, (n, d) float64, standardised.
+        p: Samples of p, (n, d) float64, standardized.
         q: Samples of q, (m, d), likewise.
-        neighbours: k; None takes the one with the least logistic loss on the samples themselves, each left
-            out of its own neighbourhood.
+        neighbors: k; None takes the one with the least logistic loss on the samples themselves, each left
+            out of its own neighborhood.
 
     Raises:
         UserError: k is less than 1 or not smaller than the samples.
     """
     most = min(len(p), len(q)) - 1
-    if neighbours is not None and not 1 <= neighbours <= most:
-        raise UserError("the number of neighbours is out of range", got=neighbours, expected=f"1 to {most}")
+    if neighbors is not None and not 1 <= neighbors <= most:
+        raise UserError("the number of neighbors is out of range", got=neighbors, expected=f"1 to {most}")
     d = p.shape[1]
-    ks = [k for k in _CANDIDATES if k <= most] if neighbours is None else [neighbours]
+    ks = [k for k in _CANDIDATES if k <= most] if neighbors is None else [neighbors]
     loss = _left_out_losses(p, q, ks)
     best = ks[int(loss.argmin())]
-    warnings = list(high_dimension("nearest neighbours", d))
+    warnings = list(high_dimension("nearest neighbors", d))
     if bool((_distances(p[:_TRIALS], p, [2]) <= _TINY).any()):
         warnings.append("some samples are equal: the distances, and so the ratio, vanish at them")
     return Fitted(
         lambda x: _log_ratio(x, p, q, best),
-        {"neighbours": best, "log_loss": loss.min().item()},
+        {"neighbors": best, "log_loss": loss.min().item()},
         tuple(warnings),
     )
 
@@ -59,7 +59,7 @@ def _distances(x: Tensor, y: Tensor, ks: list[int], without: Tensor | None = Non
 
 
 def _left_out_losses(p: Tensor, q: Tensor, ks: list[int]) -> Tensor:
-    """Logistic loss of each k, every sample left out of its own neighbourhood."""
+    """Logistic loss of each k, every sample left out of its own neighborhood."""
     a, b = p[:_TRIALS], q[:_TRIALS]  # both are in random order
     itself = torch.arange(_TRIALS, device=p.device)
     own_p, other_p = _distances(a, p, ks, itself[: len(a)]), _distances(a, q, ks)

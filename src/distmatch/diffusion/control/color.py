@@ -1,4 +1,4 @@
-"""Colourisation: grey is one coordinate of an orthonormal frame of colours (Song et al. 2021)."""
+"""Colorization: grey is one coordinate of an orthonormal frame of colors (Song et al. 2021)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.control.linear import LinearMap
 
 
-def colour_frame() -> Tensor:
+def color_frame() -> Tensor:
     """An orthonormal (3, 3) float64 matrix whose first column is (1, 1, 1) / sqrt 3."""
     columns = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
     frame = torch.tensor(columns, dtype=torch.float64)
@@ -19,13 +19,13 @@ def colour_frame() -> Tensor:
 
 
 def to_frame(x: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in the frame: channel 0 is sqrt 3 times grey, 1 and 2 hold the colour."""
-    return torch.einsum("cf,bchw->bfhw", colour_frame().to(x), x)
+    """Pictures (B, 3, H, W) in the frame: channel 0 is sqrt 3 times grey, 1 and 2 hold the color."""
+    return torch.einsum("cf,bchw->bfhw", color_frame().to(x), x)
 
 
 def from_frame(x: Tensor) -> Tensor:
     """The inverse of :func:`to_frame`."""
-    return torch.einsum("cf,bfhw->bchw", colour_frame().to(x), x)
+    return torch.einsum("cf,bfhw->bchw", color_frame().to(x), x)
 
 
 def grey_map(shape: tuple[int, ...]) -> LinearMap:
@@ -35,7 +35,7 @@ def grey_map(shape: tuple[int, ...]) -> LinearMap:
         UserError: The samples are not pictures of three channels.
     """
     if len(shape) != 3 or shape[0] != 3:
-        raise UserError("only pictures of three channels can be colourised", got=shape, expected="(3, H, W)")
+        raise UserError("only pictures of three channels can be colorized", got=shape, expected="(3, H, W)")
     root = math.sqrt(3)
     return LinearMap(
         lambda x: x.sum(1, keepdim=True) / root,

@@ -1,4 +1,4 @@
-"""Two-stage normalisation of the density ratio (f-distill, section 1.4), without cancelling the weight.
+"""Two-stage normalization of the density ratio (f-distill, section 1.4), without cancelling the weight.
 
 Stage 1 uses that E_q[r] = 1 at every noise level: ratios are divided by a running mean of their noise bin.
 Bins hold equal *probability* of the distribution that noise levels are drawn from, so none stays empty. A
@@ -29,7 +29,7 @@ from distmatch.base.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class NormaliserConfig:
-    """How ratios are normalised.
+    """How ratios are normalized.
 
     Attributes:
         bins: Noise bins of equal probability.
@@ -48,7 +48,7 @@ class NormaliserConfig:
     def __post_init__(self) -> None:
         if self.bins < 1 or not 0 <= self.memory < 1 or self.min_count < 2 or not self.clip > 0:
             raise UserError(
-                "the ratio normaliser cannot work with these numbers",
+                "the ratio normalizer cannot work with these numbers",
                 got=f"bins={self.bins}, memory={self.memory}, min_count={self.min_count}, clip={self.clip}",
                 expected="bins >= 1, 0 <= memory < 1, min_count >= 2, clip > 0",
             )
@@ -62,10 +62,10 @@ class NormaliserConfig:
 
 @dataclass
 class NormalisedRatio:
-    """What :meth:`RatioNormaliser.update` returns. Nothing carries a gradient.
+    """What :meth:`RatioNormalizer.update` returns. Nothing carries a gradient.
 
     Attributes:
-        log_r: Normalised, clipped log ratios (B,), float32.
+        log_r: Normalized, clipped log ratios (B,), float32.
         weight: h(r) / ``scale``, (B,).
         scale: The running mean of h over student samples at all noise levels, scalar.
         clip_fraction: Share of the batch at the clip, scalar.
@@ -79,7 +79,7 @@ class NormalisedRatio:
     pooled: Tensor
 
 
-class RatioNormaliser:
+class RatioNormalizer:
     """Running means of the ratio and of its weight by noise bin; part of the training state.
 
     Args:
@@ -107,7 +107,7 @@ class RatioNormaliser:
         return (quantile * self.config.bins).long().clamp(0, self.config.bins - 1)
 
     def update(self, log_r: Tensor, quantile: Tensor, weigh: Callable[[Tensor], Tensor]) -> NormalisedRatio:
-        """Normalises a batch of student samples and takes it into the running means.
+        """Normalizes a batch of student samples and takes it into the running means.
 
         Args:
             log_r: Raw log ratios of samples *of the student*, (B,).
@@ -177,7 +177,7 @@ class RatioNormaliser:
             return None
         whole = "all bins together" if steady * cfg.bins >= cfg.min_count else "nothing, as all are too few"
         text = (
-            f"ratio normalisation: a noise bin gathers {steady:.1f} samples at batch {batch}, fewer than "
+            f"ratio normalization: a noise bin gathers {steady:.1f} samples at batch {batch}, fewer than "
             f"min_count={cfg.min_count:g}; its mean is pooled over {whole}. "
         )
         if cfg.memory > 0:
