@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.adapters import OnPath, PredictionDenoiser, as_denoiser
+from distmatch.diffusion.adapters import PredictionDenoiser, as_denoiser
 from distmatch.diffusion.denoiser import Denoiser, expand, has_features, has_score, require_score
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.diffusion.on_path import OnPath
 from distmatch.diffusion.paths import (
     NoisePath,
     betas,

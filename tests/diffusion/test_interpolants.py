@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.adapters import OnPath
 from distmatch.diffusion.interpolant_sampling import transport
 from distmatch.diffusion.interpolants import Interpolant, noise_loss, velocity_loss
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
+from distmatch.diffusion.on_path import OnPath
 from distmatch.diffusion.paths import condot
 from tests.helpers.draws import normal
 

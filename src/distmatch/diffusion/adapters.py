@@ -1,4 +1,4 @@
-"""Any network as a denoiser, whatever it predicts on whatever path; and any denoiser seen on a path."""
+"""Any network as a denoiser, whatever it predicts on whatever path."""
 
 from __future__ import annotations
 
@@ -19,21 +19,13 @@ from distmatch.diffusion.conditioning import (
     ConditioningSpec,
     as_conditioning,
     check_conditioning,
+    check_null,
     label_spec,
     labels_of,
     null_labels,
 )
-from distmatch.diffusion.denoiser import (
-    Denoiser,
-    Output,
-    ReturnFeatures,
-    asked,
-    expand,
-    has_features,
-    on_prediction,
-    require_score,
-)
-from distmatch.diffusion.path_core import NoisePath, Time, check_prior
+from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, expand, has_features, on_prediction
+from distmatch.diffusion.path_core import NoisePath, check_prior
 from distmatch.diffusion.paths import DiscretePath, noise_path
 from distmatch.diffusion.predictions import Coefficients, check_prediction, convert
 
@@ -250,24 +242,6 @@ class PredictionDenoiser(nn.Module):
         return convert(value, self.prediction, "x0", noised, coefficients)
 
 
-def check_null(labels: Tensor | None, null_class: int, num_classes: int) -> None:
-    """Refuses a class that stands for "no condition" and is counted among the classes as a label.
-
-    On an accelerator the check would have to wait for the device, and is left out.
-
-    Raises:
-        UserError: One of the labels is that class.
-    """
-    if labels is None or null_class >= num_classes or labels.device.type != "cpu":
-        return
-    if bool((labels == null_class).any()):
-        raise UserError(
-            f"class {null_class} of this teacher stands for no condition, and is no class to ask for",
-            got=f"labels with {null_class}",
-            fix="use -1 for samples without a condition",
-        )
-
-
 def as_denoiser(
     module: Callable[..., Any],
     path: str | NoisePath | None = None,
@@ -350,107 +324,6 @@ def as_denoiser(
         check_arguments(module, 3 if denoiser.num_classes else 2)
     denoiser.arguments = kept
     return denoiser
-
-
-def is_denoiser(model: object) -> bool:
-    """Whether an object can be called and has the attributes of a denoiser."""
-    return callable(model) and all(hasattr(model, name) for name in _CONTRACT)
-
-
-def require_denoiser(model: object) -> None:
-    """Lets only denoisers through, and says how a network of another kind becomes one.
-
-    Raises:
-        UserError: It is no denoiser: a network as EDM's code or k-diffusion has them, or any other object.
-    """
-    if is_denoiser(model):
-        return
-    said = [name for name in _CONTRACT if not hasattr(model, name)]
-    name = type(model).__name__
-    if hasattr(model, "img_resolution") and hasattr(model, "label_dim"):
-        kind, fix = "a network of EDM's code, which takes (x, sigma, class_labels)", _EDM
-    elif hasattr(model, "inner_model"):
-        kind, fix = "a network of k-diffusion's code, which takes (x, sigma)", _CLEAN
-    elif callable(model):
-        kind, fix = "a network or function that does not say what it predicts", _ANY
-    else:
-        kind, fix = "an object that cannot be called", _ANY
-    raise UserError(
-        f"a {name} is not a denoiser: {kind}",
-        got=f"no {', '.join(said)}" if said else name,
-        expected=f"D(x, sigma, conditioning) with the attributes {', '.join(_CONTRACT)}",
-        fix=fix,
-    )
-
-
-_CONTRACT = ("shape", "num_classes", "sigma_data", "sigma_min", "sigma_max")
-_CLEAN = "it returns the clean sample: teacher = dm.as_denoiser(model, shape=(channels, height, width))"
-_EDM = "it returns the clean sample, and says all the rest itself: teacher = dm.as_denoiser(model)"
-_ANY = (
-    'teacher = dm.as_denoiser(model, path, prediction, shape=...), for example path "vp" and prediction '
-    '"eps" for DDPM, "edm" and "x0" for a model that returns the clean sample, "condot" and "flow" for '
-    "flow matching"
-)
-
-
-class OnPath:
-    """A denoiser seen on a path: every prediction at ``x_t`` and ``t``.
-
-    Args:
-        denoiser: The denoiser.
-        path: A path or its name; it need not be the one that the denoiser was trained on.
-        sigma_limit: Levels beyond it, pure noise among them, are asked at it, with the noise scaled to it.
-            By default the ``sigma_max`` of the denoiser, which knows nothing beyond it. The error is of the
-            order of (standard deviation of the data)^2 / sigma_limit.
-    """
-
-    def __init__(
-        self, denoiser: Denoiser, path: str | NoisePath, *, sigma_limit: float | None = None
-    ) -> None:
-        self.denoiser = denoiser
-        self.path = noise_path(path)
-        self.sigma_limit = denoiser.sigma_max if sigma_limit is None else sigma_limit
-
-    def predict(self, prediction: str, x: Tensor, t: Time, conditioning: ConditioningLike = None) -> Tensor:
-        """A prediction at ``x`` (B, *shape) and times ``t``, (B,) or one for all.
-
-        Finite at pure noise (alpha = 0), whatever is asked.
-
-        Raises:
-            UserError: An unknown prediction, or the score of a teacher that has none.
-        """
-        check_prediction(prediction)
-        if prediction == "score":
-            require_score(self.denoiser, "a score")
-        c = self._coefficients(x, t)
-        rho = c.sigma / c.alpha
-        scale = torch.where(rho <= self.sigma_limit, 1 / c.alpha, self.sigma_limit / c.sigma)
-        level = rho.clamp(max=self.sigma_limit).to(x.dtype)
-        clean = self.denoiser(x * expand(scale, x).to(x.dtype), level, conditioning)
-        return convert(clean, "x0", prediction, x, c)
-
-    def velocity(self, x: Tensor, t: Time, conditioning: ConditioningLike = None) -> Tensor:
-        """The velocity dx/dt of the probability flow, E[alpha' x0 + sigma' eps | x]."""
-        return self.predict("flow", x, t, conditioning)
-
-    def score(self, x: Tensor, t: Time, conditioning: ConditioningLike = None) -> Tensor:
-        """The gradient of the log density of ``x_t``."""
-        return self.predict("score", x, t, conditioning)
-
-    def to_frame(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor]:
-        """``(y, sigma)`` of the denoisers from ``x_t`` and ``t``: both are divided by alpha."""
-        c = self._coefficients(x, t)
-        return x / c.over(x).alpha, c.sigma / c.alpha
-
-    def from_frame(self, y: Tensor, sigma: Time) -> tuple[Tensor, Tensor]:
-        """``(x_t, t)`` from y and sigma (B,), or one sigma for all."""
-        level = torch.as_tensor(sigma, dtype=torch.float64, device=y.device).reshape(-1).expand(len(y))
-        t = self.path.t_of_rho(level)
-        return y * self.path.coefficients(t).over(y).alpha, t
-
-    def _coefficients(self, x: Tensor, t: Time) -> Coefficients:
-        times = torch.as_tensor(t, dtype=torch.float64, device=x.device).reshape(-1).expand(len(x))
-        return self.path.coefficients(times)
 
 
 def _range(path: NoisePath, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:

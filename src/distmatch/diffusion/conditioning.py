@@ -323,3 +323,21 @@ def _require_same_fields(one: Conditioning, other: Conditioning) -> None:
             got=f"{', '.join(one) or 'none'} and {', '.join(other) or 'none'}",
             fix="take rows of null_conditioning(denoiser, n) for samples without a condition",
         )
+
+
+def check_null(labels: Tensor | None, null_class: int, num_classes: int) -> None:
+    """Refuses a class that stands for "no condition" and is counted among the classes as a label.
+
+    On an accelerator the check would have to wait for the device, and is left out.
+
+    Raises:
+        UserError: One of the labels is that class.
+    """
+    if labels is None or null_class >= num_classes or labels.device.type != "cpu":
+        return
+    if bool((labels == null_class).any()):
+        raise UserError(
+            f"class {null_class} of this teacher stands for no condition, and is no class to ask for",
+            got=f"labels with {null_class}",
+            fix="use -1 for samples without a condition",
+        )

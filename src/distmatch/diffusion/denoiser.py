@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeGuard, overload, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -65,35 +65,16 @@ class FeatureDenoiser(Denoiser, Protocol):
 
     has_features: bool
 
-    @overload
     def __call__(
         self,
         x: Tensor,
         sigma: Tensor,
         conditioning: ConditioningLike = None,
         *,
-        return_features: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        conditioning: ConditioningLike = None,
-        *,
-        return_features: Literal[True],
-    ) -> tuple[Tensor, Features]: ...
-
-    @overload
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        conditioning: ConditioningLike = None,
-        *,
-        return_features: Literal["only"],
-    ) -> Features: ...
+        return_features: ReturnFeatures = False,
+    ) -> Any:
+        """The prediction; with ``return_features`` the pair of it and a list, or with ``"only"`` the list."""
+        ...
 
 
 def has_features(model: object) -> TypeGuard[FeatureDenoiser]:
@@ -230,3 +211,44 @@ def require_diffused(denoiser: Denoiser, purpose: str) -> None:
             fix="take the teacher without it; log_likelihood(prior='sampler') gives the density of "
             "guided samples",
         )
+
+
+def is_denoiser(model: object) -> bool:
+    """Whether an object can be called and has the attributes of a denoiser."""
+    return callable(model) and all(hasattr(model, name) for name in _CONTRACT)
+
+
+def require_denoiser(model: object) -> None:
+    """Lets only denoisers through, and says how a network of another kind becomes one.
+
+    Raises:
+        UserError: It is no denoiser: a network as EDM's code or k-diffusion has them, or any other object.
+    """
+    if is_denoiser(model):
+        return
+    said = [name for name in _CONTRACT if not hasattr(model, name)]
+    name = type(model).__name__
+    if hasattr(model, "img_resolution") and hasattr(model, "label_dim"):
+        kind, fix = "a network of EDM's code, which takes (x, sigma, class_labels)", _EDM
+    elif hasattr(model, "inner_model"):
+        kind, fix = "a network of k-diffusion's code, which takes (x, sigma)", _CLEAN
+    elif callable(model):
+        kind, fix = "a network or function that does not say what it predicts", _ANY
+    else:
+        kind, fix = "an object that cannot be called", _ANY
+    raise UserError(
+        f"a {name} is not a denoiser: {kind}",
+        got=f"no {', '.join(said)}" if said else name,
+        expected=f"D(x, sigma, conditioning) with the attributes {', '.join(_CONTRACT)}",
+        fix=fix,
+    )
+
+
+_CONTRACT = ("shape", "num_classes", "sigma_data", "sigma_min", "sigma_max")
+_CLEAN = "it returns the clean sample: teacher = dm.as_denoiser(model, shape=(channels, height, width))"
+_EDM = "it returns the clean sample, and says all the rest itself: teacher = dm.as_denoiser(model)"
+_ANY = (
+    'teacher = dm.as_denoiser(model, path, prediction, shape=...), for example path "vp" and prediction '
+    '"eps" for DDPM, "edm" and "x0" for a model that returns the clean sample, "condot" and "flow" for '
+    "flow matching"
+)

@@ -7,21 +7,13 @@ from typing import Any, Literal
 import torch
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.adapters import require_denoiser
 from distmatch.diffusion.conditioning import LABEL, spec_of
-from distmatch.diffusion.denoiser import Denoiser, require_input_gradient, require_score
+from distmatch.diffusion.denoiser import Denoiser, require_denoiser, require_input_gradient, require_score
 from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence
 from distmatch.divergences import divergence as divergence_of
 from distmatch.interop import is_external
-from distmatch.methods.consistency.settings import (
-    ConsistencySettings,
-    CTMSettings,
-    FlowSettings,
-    LevelSettings,
-    RCMSettings,
-)
-from distmatch.methods.settings import GuidedSettings, NoiseLawSettings, Settings
+from distmatch.methods.settings import GuidedSettings, Settings
 from distmatch.methods.setup import Distiller, Setup
 from distmatch.methods.start import frozen, has_network
 from distmatch.methods.table import resolve_method, unknown_setting
@@ -139,29 +131,9 @@ def _check_conditions(setup: Setup[Settings]) -> None:
 
 def _refuse_idle(own: Settings) -> None:
     """Refuses settings that other settings leave without effect."""
-    idle: dict[str, tuple[str, ...]] = {}
-    if isinstance(own, NoiseLawSettings):
-        if own.noise_law != "karras":
-            idle["--noise-law log-normal"] = ("noise_rho",)
-        elif own.critic_law == "same":
-            idle["--noise-law karras and --critic-law same"] = ("noise_mean", "noise_std")
-    if isinstance(own, LevelSettings) and own.level_law == "karras":
-        idle["--level-law karras"] = ("level_mean", "level_std")
-    if isinstance(own, FlowSettings) and own.consistency_from == "data":
-        if isinstance(own, GuidedSettings) and own.guidance != 1:
-            raise UserError(
-                "a student of the data's flow has no teacher to guide",
-                got=f"--guidance {own.guidance}",
-                fix="use --consistency-from teacher, or leave --guidance at 1",
-            )
-        if isinstance(own, ConsistencySettings):
-            idle["--consistency-from data"] = ("teacher_solver", "solver_steps")
-    if isinstance(own, CTMSettings) and own.gan_weight == 0:
-        idle["--gan-weight 0"] = ("gan_after",)
-    if isinstance(own, RCMSettings) and own.dmd_weight == 0:
-        idle["--dmd-weight 0"] = ("dmd_after",)
-    for reason, names in idle.items():
-        for name in names:
+    for kind in type(own).__mro__:
+        idle: dict[str, str] = vars(kind)["idle"](own) if "idle" in vars(kind) else {}
+        for name, reason in idle.items():
             if (value := getattr(own, name)) != getattr(type(own), name):
                 raise UserError(
                     f"--{name.replace('_', '-')} does nothing with {reason}",

@@ -2,8 +2,9 @@
 
 A method's class inherits what it reads and has its own defaults as those of its fields, all of them in the
 class itself: a dataclass takes the fields of each base whole, inherited ones too, so that what one of several
-bases replaces can be lost. The first line of a class is the title of its settings in help texts. The defaults
-are for laptop-size problems; `docs/presets.md` lists published ones.
+bases replaces can be lost. A class may have a method ``idle``, which names those of its settings that others
+leave without effect; giving one of them is refused. The first line of a class is the title of its settings in
+help texts. The defaults are for laptop-size problems; `docs/presets.md` lists published ones.
 """
 
 from __future__ import annotations
@@ -97,6 +98,13 @@ class NoiseLawSettings(FakeScoreSettings):
     """Mean of log(sigma / sigma_data) of a log-normal law; this is EDM's -1.2 for data of 1/2."""
     noise_std: Positive = 1.2
     """Spread of log(sigma / sigma_data) of a log-normal law."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        if self.noise_law != "karras":
+            return {"noise_rho": "--noise-law log-normal"}
+        reason = "--noise-law karras and --critic-law same"
+        return dict.fromkeys(("noise_mean", "noise_std"), reason) if self.critic_law == "same" else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,8 @@ from distmatch.data import TOY_NAMES, Dataset, load_data
 from distmatch.data.batches import Batch, Batches
 from distmatch.data.classes import Classes, drawn_labels
 from distmatch.data.columns import columns_of
-from distmatch.diffusion.adapters import require_denoiser
 from distmatch.diffusion.conditioning import LABEL, Conditioning, check_conditioning, for_model, spec_of
-from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.denoiser import Denoiser, require_denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of, is_external
 from distmatch.methods.construct import build_method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Hashable
-from typing import Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, as_
 from distmatch.diffusion.denoiser import (
     Denoiser,
     Features,
-    Output,
     ReturnFeatures,
     expand,
     has_features,
@@ -74,36 +73,6 @@ class Guidance(Wrapper):
         """Whether ``inner`` has features."""
         return has_features(self.inner)
 
-    @overload
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        conditioning: ConditioningLike = None,
-        *,
-        return_features: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        conditioning: ConditioningLike = None,
-        *,
-        return_features: Literal[True],
-    ) -> tuple[Tensor, Features]: ...
-
-    @overload
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        conditioning: ConditioningLike = None,
-        *,
-        return_features: Literal["only"],
-    ) -> Features: ...
-
     def __call__(
         self,
         x: Tensor,
@@ -111,7 +80,7 @@ class Guidance(Wrapper):
         conditioning: ConditioningLike = None,
         *,
         return_features: ReturnFeatures = False,
-    ) -> Output:
+    ) -> Any:
         """The guided prediction, (B, *shape); samples with nothing to guide them are not guided.
 
         Features are those of the main pass, not of the reference; ``"only"`` they make neither the pass of

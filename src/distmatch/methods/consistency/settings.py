@@ -26,6 +26,11 @@ class LevelSettings:
     level_std: Positive = 2.0
     """Spread of log(sigma / sigma_data) of the log-normal law."""
 
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        unused = ("level_mean", "level_std") if self.level_law == "karras" else ()
+        return dict.fromkeys(unused, "--level-law karras")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowSettings:
@@ -33,6 +38,10 @@ class FlowSettings:
 
     consistency_from: Literal["teacher", "data"] = "teacher"
     """Whose flow the student follows: the teacher's, or that of the data alone (consistency training)."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings that have no effect, each with the reason: the data's flow has no teacher to guide."""
+        return {"guidance": "--consistency-from data"} if self.consistency_from == "data" else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,11 @@ class ConsistencySettings(FlowSettings, LevelSettings, PairSettings, GuidedSetti
     stages: Count = 8
     """Times that the two levels of a pair come closer by half over the run."""
 
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        unused = ("teacher_solver", "solver_steps") if self.consistency_from == "data" else ()
+        return dict.fromkeys(unused, "--consistency-from data")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SCMSettings(FlowSettings, LevelSettings, TangentSettings, GuidedSettings):
@@ -102,6 +116,10 @@ class CTMSettings(LevelSettings, PairSettings, GammaSettings, DiscriminatorSetti
     is --gan-weight."""
     gan_after: Share = 0.5
     """Share of the run before the adversarial term."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        return {"gan_after": "--gan-weight 0"} if self.gan_weight == 0 else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +157,7 @@ class RCMSettings(LevelSettings, TangentSettings, NoiseLawSettings):
     """Weight of the score difference beside the consistency loss."""
     dmd_after: Share = 0.0
     """Share of the run in which the score difference is measured but does not count yet."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        return {"dmd_after": "--dmd-weight 0"} if self.dmd_weight == 0 else {}
