@@ -260,7 +260,10 @@ def evaluate(
     """
     if not isinstance(x, Student):
         x = as_samples(x)
-    real = reference if isinstance(reference, (Tensor, Dataset)) else as_dataset(reference)
+    shape = x.shape if isinstance(x, Student) else x.shape[1:]
+    real = (
+        reference if isinstance(reference, (Tensor, Dataset)) else as_dataset(reference, shape=tuple(shape))
+    )
     if isinstance(x, Student):
         x, labels, real = drawn_from(x, real, labels, n, seed)
     known = real.labels if isinstance(real, Dataset) else None

@@ -100,7 +100,7 @@ def test_nothing_is_unpickled(tmp_path):
         ({"x": np.zeros((4, 0, 8))}, "nothing in it"),
         ({"x": np.ones((1, 8, 8))}, "too few samples"),
         ({"x": np.arange(9.0)}, r"x\[:, None\]"),
-        ({"x": np.zeros((2, 3, 4, 5, 6))}, "number of axes"),
+        ({"x": np.zeros((2, 3, 4, 5, 6, 7))}, "number of axes"),
         ({"x": np.zeros((4, 5, 6, 4), np.uint8)}, "1 or 3 channels"),
         ({"x": np.zeros((4, 3), complex)}, "not numbers"),
         ({"x": np.array([["a"], ["b"]])}, "not numbers"),

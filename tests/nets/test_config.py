@@ -22,6 +22,12 @@ def test_configs_round_trip_and_defaults() -> None:
         assert default_config("auto", (1, 8, 8), device) == MLPConfig()
         assert default_config("unet", (3, 64, 64), device) == UNetConfig(multipliers=(1, 2, 2, 2))
         assert default_config("dit", (3, 32, 32), device) == DiTConfig()
+        assert default_config("dit", (6, 2), device) == DiTConfig(patch=1)
+    assert default_config("auto", (1, 8, 8, 8), "cuda") == DiTConfig()
+    assert default_config("auto", (1, 8, 8, 8), "cpu") == DiTConfig(width=96, depth=4)
+    # A power of 2 that leaves at most 1024 tokens: 1025 in pairs, 16 x 64 x 64 by fours.
+    assert default_config("dit-small", (1025, 2), "cuda") == DiTConfig(width=96, depth=4, patch=2)
+    assert default_config("dit", (3, 16, 64, 64), "cuda") == DiTConfig(patch=4)
     assert default_config("auto", (3, 8, 8), "cuda") == UNetConfig(multipliers=(1, 2))
     assert default_config("auto", (1, 28, 28), "mps") == UNetConfig()
     assert default_config("auto", (1, 28, 28), "cpu") == UNetConfig(width=24, blocks=1)
@@ -81,9 +87,12 @@ def test_work_is_what_torch_counts(shape: tuple[int, ...]) -> None:
         (lambda: from_dict({"kind": "umet"}), "unet"),
         (lambda: from_dict({}), "mlp, unet, dit"),
         (lambda: from_dict({"kind": "mlp", "widht": 3}), "did you mean width"),
-        (lambda: default_config("cnn", (2,), "cpu"), "auto, mlp, unet, dit, unet-small"),
-        (lambda: default_config("auto", (8, 8), "cpu"), "(1, height, width)"),
+        (lambda: default_config("cnn", (2,), "cpu"), "auto, mlp, unet, dit, unet-small, dit-small"),
+        (lambda: default_config("auto", (8, 0), "cpu"), "(length, channels)"),
+        (lambda: default_config("auto", (1, 2, 3, 4, 5), "cpu"), "(channels, frames, height, width)"),
         (lambda: build_net(UNetConfig(), (5,), 0), "mlp network for vectors"),
+        (lambda: build_net(UNetConfig(), (1, 4, 8, 8), 0), "dit network for sequences and video"),
+        (lambda: build_net(DiTConfig(), (5,), 0), "mlp network for vectors"),
         (lambda: build_net(MLPConfig(), (5,), -1), "number of classes"),
     ],
 )

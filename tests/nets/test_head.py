@@ -11,7 +11,7 @@ from distmatch.base.errors import UserError
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.head import Projection, RatioHead, RatioNet
 
-SHAPES = [(12,), (4, 7, 9), (8, 1, 1), (6, 16, 16), (5, 1, 4)]
+SHAPES = [(12,), (4, 7, 9), (8, 1, 1), (6, 16, 16), (5, 1, 4), (5, 6), (4, 3, 5, 6)]
 
 
 def features(n: int = 4, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -107,8 +107,8 @@ def test_ratio_net_sees_inputs_of_unit_variance() -> None:
 
 
 def test_no_features_is_explained() -> None:
-    for shapes in ([], [(3, 4)]):
-        with pytest.raises(UserError, match="vectors or maps"):
+    for shapes in ([], [(3, 4, 1, 1, 1)]):
+        with pytest.raises(UserError, match="vectors, tokens or maps"):
             RatioHead(shapes, 0)
 
 

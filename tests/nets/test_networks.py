@@ -22,13 +22,15 @@ from distmatch.nets.mlp import MLPBlock
 
 VECTORS = [(2,), (64,)]
 IMAGES = [(1, 8, 8), (3, 32, 32), (1, 28, 28), (3, 7, 9), (1, 1, 1)]
+OTHERS = [(9, 3), (1, 4, 8, 8), (3, 3, 5, 7)]  # sequences and video
 SMALL: dict[str, NetConfig] = {
     "mlp": MLPConfig(width=16, depth=3),
     "unet": UNetConfig(width=8, multipliers=(1, 2, 2), blocks=1, attention=(1,)),
     "dit": DiTConfig(patch=2, width=16, depth=3, heads=2),
 }
-CASES = [(kind, shape) for kind in SMALL for shape in VECTORS + IMAGES if kind == "mlp" or len(shape) == 3]
-KINDS = [("mlp", (6,)), ("unet", (2, 7, 9)), ("dit", (2, 7, 9))]
+TAKEN = {"mlp": (1, 2, 3, 4), "unet": (3,), "dit": (2, 3, 4)}
+CASES = [(kind, shape) for kind in SMALL for shape in VECTORS + IMAGES + OTHERS if len(shape) in TAKEN[kind]]
+KINDS = [("mlp", (6,)), ("unet", (2, 7, 9)), ("dit", (2, 7, 9)), ("dit", (7, 3)), ("dit", (2, 3, 5, 7))]
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -65,7 +67,7 @@ def test_shapes_and_features(kind: str, shape: tuple[int, ...]) -> None:
     assert features
     for feature in features:
         assert len(feature) == len(x)
-        assert feature.ndim == (2 if kind == "mlp" else 4)
+        assert feature.ndim == (2 if kind == "mlp" else x.ndim)
 
 
 def test_unet_lends_one_map_per_resolution_and_dit_its_grid() -> None:
@@ -75,6 +77,23 @@ def test_unet_lends_one_map_per_resolution_and_dit_its_grid() -> None:
     x, c_noise, _ = batch((3, 7, 9))
     _, maps = make("dit", (3, 7, 9))(x, c_noise, return_features=True)
     assert [tuple(f.shape[1:]) for f in maps] == [(16, 4, 5), (16, 4, 5)]
+    for shape, grid in (((9, 3), (5, 16)), ((1, 3, 7, 9), (16, 2, 4, 5))):  # tokens; a map in space and time
+        x, c_noise, _ = batch(shape)
+        _, maps = make("dit", shape)(x, c_noise, return_features=True)
+        assert [tuple(f.shape[1:]) for f in maps] == [grid, grid]
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (3, 4, 6), (2, 4, 2, 6)])
+def test_patches_are_those_of_torch_s_windows(shape: tuple[int, ...]) -> None:
+    """Cut by ``unfold`` along each axis; joined again they are the sample."""
+    net, (x, _, _) = make("dit", shape), batch(shape)
+    maps = windows = x.transpose(1, 2) if len(shape) == 2 else x
+    axes = maps.ndim - 2
+    for axis in range(2, 2 + axes):
+        windows = windows.unfold(axis, 2, 2)
+    expected = windows.movedim(1, 1 + axes).flatten(1, axes).flatten(2)
+    assert torch.equal(net._cut(maps), expected)
+    assert torch.equal(net._joined(expected), maps)
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
@@ -195,10 +214,17 @@ def test_dit_patches_and_positions() -> None:
     net.positions.data.zero_()
     assert difference() < 1e-12
     # The table is a Gram matrix of cosines: rows and columns are separable, and equal positions are nearest.
-    table = position_table(3, 4, 16).double()
+    table = position_table((3, 4), 16).double()
     gram = table @ table.T
     torch.testing.assert_close(gram.diagonal(), torch.full((12,), 8.0, dtype=torch.float64))
     assert (gram - torch.diag(torch.full((12,), torch.inf))).max() < 8 - 0.1
+    # On three axes the cosines of each axis add up, and what the width leaves over is zero.
+    table = position_table((2, 3, 2), 20).double()
+    assert not table[:, 18:].any()
+    at = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (2, 3, 2)))
+    frequencies = 10_000.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
+    apart = (at[:, None] - at)[..., None] * frequencies
+    torch.testing.assert_close(table @ table.T, apart.cos().sum((2, 3)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_fresh_transformer_block_is_the_identity() -> None:
@@ -267,7 +293,7 @@ def test_padding_is_even_and_undone_by_crop() -> None:
     padded, offset = pad_to_multiple(x, 4)
     assert padded.shape == (2, 1, 8, 8)
     assert offset == (1, 0)
-    assert torch.equal(crop(padded, offset, 5, 7), x)
+    assert torch.equal(crop(padded, offset, (5, 7)), x)
     assert padded.sum() == pytest.approx(x.sum().item(), abs=1e-5)
     same, offset = pad_to_multiple(x[..., :4, :4], 4)
     assert same.shape[-2:] == (4, 4)

@@ -132,7 +132,7 @@ def test_truncated(saved: Path, keep: int) -> None:
         ({"net": {"kind": "transformer"}}, "unknown network"),
         ({"net": 5}, "damaged"),
         ({"net": {"kind": "mlp", "width": -1}}, "width"),
-        ({"shape": [2, 5]}, "vectors or images"),
+        ({"shape": [2, 5, 1, 1, 1]}, "vectors, sequences, images or video"),
         ({"shape": None}, "damaged"),
         ({"num_classes": "three"}, "number of classes"),
         ({"sigma_data": "big"}, "damaged"),

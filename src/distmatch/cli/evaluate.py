@@ -206,7 +206,7 @@ def _sample_file(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Feature
             got=f"{given.kind}s {given.shape}",
             expected=f"{real.kind}s {real.shape}",
         )
-    if real.kind == "vector":  # vectors are measured in the units of the real data, not in their own
+    if real.scaling.kind == "vector":  # vectors are measured in the units of the real data, not in their own
         x = real.scaling.to_model(given.raw)
     else:
         x, _ = given.batch(torch.arange(len(given)))

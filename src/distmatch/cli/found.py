@@ -14,7 +14,7 @@ from distmatch.data import Dataset
 from distmatch.data.classes import Classes, listed, names_of
 from distmatch.training.models import refuse_existing
 
-_IMAGES, _POINTS = 64, 2000  # in a picture
+_SHOWN = {"vector": 2000, "sequence": 20, "image": 64, "video": 64}  # in a picture
 
 
 def check_grid(path: Path | None, *, dry_run: bool, overwrite: bool) -> None:
@@ -72,8 +72,7 @@ def found_lines(found: dict[str, Any]) -> list[str]:
 
 def write_grid(path: Path, data: Dataset, seed: int, overwrite: bool) -> None:
     """A picture of some of the data, drawn at random, images in the order of their classes."""
-    count = _IMAGES if data.kind == "image" else _POINTS
-    rows = torch.randperm(len(data), generator=generator(seed, "grid"))[:count]
+    rows = torch.randperm(len(data), generator=generator(seed, "grid"))[: _SHOWN[data.kind]]
     if data.labels is not None:
         rows = rows[data.labels[rows].argsort(stable=True)]
     x, labels = data.batch(rows)

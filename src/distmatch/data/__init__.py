@@ -10,7 +10,7 @@ from distmatch.base.errors import UserError, unknown_name
 from distmatch.data.arrays import from_arrays
 from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
-from distmatch.data.digits import digits
+from distmatch.data.digits import digits, moving_digits
 from distmatch.data.encoded import cifar10, fashion_mnist
 from distmatch.data.files import load_file
 from distmatch.data.order import BatchOrder
@@ -19,6 +19,7 @@ from distmatch.data.toys import TOY_NAMES, toy, toy_dataset
 
 _NAMED: dict[str, Callable[[], Dataset]] = {
     "digits": digits,
+    "moving-digits": moving_digits,
     "fashion_mnist": fashion_mnist,
     "fashion_mnist:test": lambda: fashion_mnist("test"),
     "cifar10": cifar10,

@@ -8,14 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, unknown_name
 from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
+from distmatch.data.kinds import ARRAYS, KINDS, Kind
 from distmatch.data.scaling import Scaling
 
 _LOST = 1e-5  # of a column's half range: rounding beyond this asks for float64
 _PROBED, _FEWEST_PROBED = 2**21, 256  # values, and rows, that are counted: all of most tables
 _TOLD_APART = 512  # different values of a column that are enough to call it continuous
+_BY_AXES: dict[int, Kind] = {
+    2: "vector",
+    3: "image",
+    4: "image",
+    5: "video",
+}  # what an array is unless it says
+_AXES: dict[Kind, tuple[int, ...]] = {"vector": (2,), "sequence": (2, 3), "image": (3, 4), "video": (4, 5)}
 _MOST_CLASSES = 1000  # more classes than this need as many samples, or they are not class numbers
 
 
@@ -23,6 +31,7 @@ def from_arrays(
     x: np.ndarray | Tensor,
     labels: np.ndarray | Tensor | Sequence[int] | None = None,
     *,
+    kind: Kind | None = None,
     class_names: Sequence[str] = (),
     name: str = "array",
     columns: tuple[Column, ...] = (),
@@ -30,10 +39,14 @@ def from_arrays(
     """Makes a data set of arrays in memory.
 
     Args:
-        x: Vectors (N, D); or images (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, where an
-            array that can be read both ways has its channels last. Images are uint8, bool, or floats in
-            [0, 1], [-1, 1] or [0, 255] (see :meth:`Scaling.fit_images`).
+        x: Vectors (N, D); images (N, H, W), (N, H, W, C) or (N, C, H, W); or video (N, T, H, W, C) or
+            (N, C, T, H, W), each with 1 or 3 channels, where an array that can be read both ways has its
+            channels last. Images and video are uint8, bool, or floats in [0, 1], [-1, 1] or [0, 255] (see
+            :meth:`Scaling.fit_images`). Sequences (N, L, D) look like grey images: ``kind`` tells them apart.
         labels: (N,) whole numbers from 0, or None. All -1 means unlabeled, as everywhere in this package.
+        kind: ``"vector"``, ``"sequence"``, ``"image"`` or ``"video"``; None goes by the number of axes, of
+            which 3 and 4 are images. With it (N, L) are sequences of single numbers, and (N, T, H, W) is
+            grey video.
         class_names: One name for each class; by default their numbers.
         name: What to call the data in messages.
         columns: Of a table, its columns.
@@ -42,15 +55,19 @@ def from_arrays(
         UserError: Something about the arrays is not as described; the message names it.
     """
     values = _numeric(x, name)
-    _check_shape(values, name)
-    raw = _image_tensor(values, name) if values.ndim > 2 else _vector_tensor(values, name)
+    kind = _check_shape(values, kind, name)
+    if kind in ("image", "video"):
+        raw = _pixel_tensor(values, kind, name)
+    else:
+        values = values[..., None] if kind == "sequence" and values.ndim == 2 else values
+        raw = _column_tensor(values, name)
     if bool((raw == raw[:1]).all()):
         raise UserError(
             f"{name}: all samples are the same",
             got=f"{len(raw)} copies of one sample",
             expected="samples that differ",
         )
-    scaling = Scaling.fit_images(raw) if raw.ndim == 4 else Scaling.fit_vectors(raw)
+    scaling = Scaling.fit_images(raw) if kind in ("image", "video") else Scaling.fit_vectors(raw)
     classes = None if labels is None else _labels(labels, len(raw), name)
     names: tuple[str, ...] = ()
     if classes is not None:
@@ -63,8 +80,8 @@ def from_arrays(
                 expected=count,
             )
     data = Dataset(raw, classes, names, name, scaling, columns)
-    if data.kind == "vector":
-        _check_resolution(values, data)
+    if scaling.kind == "vector":
+        _check_resolution(values.reshape(-1, values.shape[-1]), data)
     return data
 
 
@@ -84,12 +101,21 @@ def _numeric(x: np.ndarray | Tensor, name: str) -> np.ndarray:
     return values
 
 
-def _check_shape(values: np.ndarray, name: str) -> None:
-    if values.ndim not in (2, 3, 4):
+def _check_shape(values: np.ndarray, kind: Kind | None, name: str) -> Kind:
+    """The kind of samples in an array.
+
+    Raises:
+        UserError: There is no such kind, the array has other axes, or too few samples.
+    """
+    if kind is not None and kind not in KINDS:
+        raise unknown_name("kind of samples", kind, KINDS)
+    found = kind or _BY_AXES.get(values.ndim)
+    if found is None or values.ndim not in _AXES[found]:
+        forms = [f"{k}s {ARRAYS[k]}" for k in KINDS if kind in (None, k)]
         raise UserError(
-            f"{name}: the array has the wrong number of axes",
+            f"{name}: the array has the wrong number of axes" + (f" for {kind}s" if kind else ""),
             got=f"shape {values.shape}",
-            expected="vectors (N, D), or images (N, H, W), (N, H, W, C) or (N, C, H, W)",
+            expected="; ".join(forms),
             fix="reshape it; numbers in a row are vectors of length 1: x[:, None]"
             if values.ndim == 1
             else "reshape it",
@@ -102,6 +128,7 @@ def _check_shape(values: np.ndarray, name: str) -> None:
         )
     if len(values) < 2:
         raise UserError(f"{name}: too few samples", got=f"{len(values)}", expected="2 or more")
+    return found
 
 
 def _float_tensor(values: np.ndarray, name: str) -> Tensor:
@@ -120,13 +147,14 @@ def _float_tensor(values: np.ndarray, name: str) -> Tensor:
     return torch.from_numpy(raw)
 
 
-def _vector_tensor(values: np.ndarray, name: str) -> Tensor:
-    """Vectors as float32, or as float64 where float32 would round away much of a column's spread."""
+def _column_tensor(values: np.ndarray, name: str) -> Tensor:
+    """Vectors or sequences as float32, or as float64 where float32 would lose much of a column's spread."""
     single = _float_tensor(values, name)
     if values.dtype.kind in "iuf" and values.dtype.itemsize >= 4 and values.dtype != np.float32:
         exact = np.array(values, dtype=np.float64, order="C")
-        spread = (exact.max(0) - exact.min(0)) / 2
-        lost = np.abs(exact - single.numpy()).max(0)
+        axes = tuple(range(values.ndim - 1))
+        spread = (exact.max(axes) - exact.min(axes)) / 2
+        lost = np.abs(exact - single.numpy()).max(axes)
         if bool(((lost > _LOST * spread) & (spread > 0)).any()):
             return torch.from_numpy(exact)
     return single
@@ -135,12 +163,16 @@ def _vector_tensor(values: np.ndarray, name: str) -> Tensor:
 def _check_resolution(values: np.ndarray, data: Dataset) -> None:
     """Refuses columns whose different values become the same ones in the range of the model.
 
+    Args:
+        values: As they came, (rows, D): of sequences all their members.
+        data: What was made of them.
+
     Raises:
         UserError: A column with a few values so far out that float32 cannot tell the others apart.
     """
     count = min(len(values), max(_PROBED // values.shape[1], _FEWEST_PROBED))
     rows = np.linspace(0, len(values) - 1, count).astype(np.int64)
-    scaled = data.scaling.to_model(data.raw[torch.from_numpy(rows)]).numpy()
+    scaled = data.scaling.to_model(data.raw.flatten(0, -2)[torch.from_numpy(rows)]).numpy()
     before, after = ((np.diff(np.sort(v, 0), axis=0) != 0).sum(0) + 1 for v in (values[rows], scaled))
     lost = after < 0.9 * np.minimum(before, _TOLD_APART)
     if lost.any():
@@ -156,24 +188,25 @@ def _check_resolution(values: np.ndarray, data: Dataset) -> None:
         )
 
 
-def _image_tensor(values: np.ndarray, name: str) -> Tensor:
-    """Images as (N, C, H, W), uint8 or float32."""
-    if values.ndim == 3:
+def _pixel_tensor(values: np.ndarray, kind: Kind, name: str) -> Tensor:
+    """Images as (N, C, H, W), video as (N, C, T, H, W), uint8 or float32."""
+    if values.ndim == min(_AXES[kind]):
         values = values[:, None]
-    elif values.shape[3] in (1, 3):
-        values = values.transpose(0, 3, 1, 2)
+    elif values.shape[-1] in (1, 3):
+        values = np.moveaxis(values, -1, 1)
     elif values.shape[1] not in (1, 3):
         raise UserError(
-            f"{name}: these are not images of 1 or 3 channels",
+            f"{name}: these are not {kind}s of 1 or 3 channels",
             got=f"shape {values.shape}",
-            expected="(N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1 or 3",
-            fix="drop a fourth channel (alpha) with x[..., :3]",
+            expected=f"{ARRAYS[kind]}, where C is 1 or 3",
+            fix="drop a fourth channel (alpha) with x[..., :3]"
+            + ('; grey video (N, T, H, W) says so with kind="video"' if kind == "image" else ""),
         )
     if values.dtype.kind in "iu" and values.dtype != np.uint8:
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 255:
             raise UserError(
-                f"{name}: whole-number images must lie in 0..255",
+                f"{name}: {kind}s of whole numbers must lie in 0..255",
                 got=f"{low} to {high}",
                 fix="save them as uint8",
             )

@@ -60,7 +60,7 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         """The batch of this step."""
         mask = None
-        if self.flip and self.data.kind == "image":
+        if self.flip and self.data.scaling.kind == "image":
             mask = torch.rand(self.size, generator=generator(self.seed, f"flip/{step}")) < 0.5
         indices = self._order.indices(step)
         x, _ = self.data.batch(indices, flip=mask)

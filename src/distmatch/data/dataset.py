@@ -7,13 +7,13 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.columns import Column, columns_of, decoded, element_names, is_coded
+from distmatch.data.kinds import Kind, kind_of_shape
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import LABEL, UNCONDITIONAL, Conditioning, check_conditioning
 
@@ -25,7 +25,8 @@ class Dataset:
     """Samples of one shape, kept as they came.
 
     Attributes:
-        raw: Images (N, C, H, W), uint8 or float32, or vectors (N, D), float32 or float64.
+        raw: Images (N, C, H, W) or video (N, C, T, H, W), uint8 or float32; or vectors (N, D) or sequences
+            (N, L, D), float32 or float64.
         labels: Class of each sample, (N,) int64 in 0..num_classes-1, or None.
         class_names: One name for each class, or ().
         name: What the data are called, for messages and logs.
@@ -43,13 +44,14 @@ class Dataset:
     conditions: Conditioning = UNCONDITIONAL
 
     def __post_init__(self) -> None:
-        image = self.raw.ndim == 4 and self.raw.dtype in (torch.uint8, torch.float32)
-        vector = self.raw.ndim == 2 and self.raw.dtype in (torch.float32, torch.float64)
-        if not (image if self.scaling.kind == "image" else vector):
+        pixels = self.raw.ndim in (4, 5) and self.raw.dtype in (torch.uint8, torch.float32)
+        columns = self.raw.ndim in (2, 3) and self.raw.dtype in (torch.float32, torch.float64)
+        if not (pixels if self.scaling.kind == "image" else columns):
             raise UserError(
                 f"{self.name}: the samples do not fit their scaling",
                 got=f"{self.raw.dtype} of shape {tuple(self.raw.shape)}, scaled as {self.scaling.kind}s",
-                expected="images (N, C, H, W), uint8 or float32, or vectors (N, D), float32 or 64",
+                expected="images (N, C, H, W) or video (N, C, T, H, W), uint8 or float32; vectors (N, D) or "
+                "sequences (N, L, D), float32 or float64",
             )
         if self.labels is not None and (
             self.labels.shape != self.raw.shape[:1] or self.labels.dtype != torch.int64
@@ -71,13 +73,13 @@ class Dataset:
         return len(self.raw)
 
     @property
-    def kind(self) -> Literal["image", "vector"]:
-        """``"image"`` or ``"vector"``."""
-        return self.scaling.kind
+    def kind(self) -> Kind:
+        """``"vector"``, ``"sequence"``, ``"image"`` or ``"video"``."""
+        return kind_of_shape(self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (C, H, W) or (D,)."""
+        """Shape of one sample: (D,), (L, D), (C, H, W) or (C, T, H, W)."""
         return tuple(self.raw.shape[1:])
 
     @cached_property
@@ -105,20 +107,22 @@ class Dataset:
 
         Args:
             indices: Which samples, (B,) int64.
-            flip: Which of these to mirror left to right, (B,) bool; images only.
+            flip: Which of these to mirror left to right, (B,) bool; images and video only.
 
         Returns:
             ``x`` (B, *shape), float32 in [-1, 1], and labels (B,) or None, on the device of the data.
 
         Raises:
-            UserError: Vectors are to be mirrored.
+            UserError: Vectors or sequences are to be mirrored.
         """
         where = indices.to(self.raw.device)
         x = self.scaling.to_model(self.raw[where])
         if flip is not None:
-            if self.kind != "image":
-                raise UserError("only images can be mirrored", got=f"{self.name}, which holds vectors")
-            x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(-1), x)
+            if self.scaling.kind != "image":
+                raise UserError(
+                    "only images and video can be mirrored", got=f"{self.name}, which holds {self.kind}s"
+                )
+            x = torch.where(flip.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
         return x, None if self.labels is None else self.labels[where]
 
     @property
@@ -134,8 +138,11 @@ class Dataset:
 
     def constant_columns(self) -> list[str]:
         """Names of the columns of numbers that hold one value only, "column 3" where they have none."""
-        names = element_names(self.columns or columns_of({}, self.shape[0])) if self.kind == "vector" else []
-        same = (self.raw == self.raw[:1]).all(0).tolist() if names else []
+        if self.scaling.kind != "vector":
+            return []
+        names = element_names(self.columns or columns_of({}, self.shape[-1]))
+        rows = self.raw.flatten(0, -2)
+        same = (rows == rows[:1]).all(0).tolist()
         return [name for name, one in zip(names, same, strict=True) if one and name is not None]
 
     def as_rows(self, x: Tensor) -> Tensor:

@@ -24,12 +24,14 @@ from distmatch.data.bounds import check_bytes
 from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
 from distmatch.data.folders import IMAGE_SUFFIXES, load_folder
+from distmatch.data.kinds import KINDS, Kind
 from distmatch.data.tables import ONE_HOT, load_table
 from distmatch.diffusion.conditioning import Conditioning
 
 _SAMPLE_KEYS = ("x", "images", "x_train")
 _LABEL_KEYS = ("labels", "y")
 _CONDITION = "condition_"
+_KIND = "kind"
 _TABLES = (".csv", ".tsv")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib")
 # What NumPy and the zip module are known to raise on damaged files.
@@ -149,7 +151,8 @@ def load_file(
 
     ``.npz``: the samples are under ``x``, ``images`` or ``x_train``, or are the only array; labels may be
     under ``labels`` or ``y`` (``y_train`` for ``x_train``), names of the classes under ``class_names``,
-    further conditions of the samples under ``condition_NAME``.
+    further conditions of the samples under ``condition_NAME``; a word under ``kind`` says what the samples
+    are where their axes do not: ``"sequence"`` or ``"video"``.
     ``.npy``: the samples. A folder: see :func:`distmatch.data.folders.load_folder`. ``.csv`` or ``.tsv``: see
     :func:`distmatch.data.tables.load_table`; ``table.csv:one-hot`` encodes columns of text.
 
@@ -218,7 +221,7 @@ def _read_npy(file: Path) -> np.ndarray:
 
 def _from_npz(file: Path, labeled: bool) -> Dataset:
     archive = Archive(file)
-    known = (*_LABEL_KEYS, "y_train", "y_test", "class_names")
+    known = (*_LABEL_KEYS, "y_train", "y_test", "class_names", _KIND)
     rest = [k for k in archive if k not in known and not k.startswith(_CONDITION)]
     key = next((k for k in _SAMPLE_KEYS if k in archive), rest[0] if len(rest) == 1 else None)
     if key is None:
@@ -234,13 +237,26 @@ def _from_npz(file: Path, labeled: bool) -> Dataset:
     if "class_names" in archive and label_key is not None:
         names = tuple(str(v) for v in np.atleast_1d(archive["class_names"]))
     labels = None if label_key is None else archive[label_key]
-    data = from_arrays(archive[key], labels, class_names=names, name=str(file))
+    kind = _stated_kind(archive)
+    data = from_arrays(archive[key], labels, kind=kind, class_names=names, name=str(file))
     conditions = {
         k.removeprefix(_CONDITION): _condition(archive[k], f"{file}: {k}", len(data))
         for k in archive
         if k.startswith(_CONDITION)
     }
     return dataclasses.replace(data, conditions=Conditioning(conditions)) if labeled and conditions else data
+
+
+def _stated_kind(archive: Archive) -> Kind | None:
+    """What a file says its samples are; an array called ``kind`` that is no single word says nothing."""
+    value = archive.get(_KIND)
+    if value is None or value.ndim != 0 or value.dtype.kind != "U":
+        return None
+    word = str(value)
+    for kind in KINDS:
+        if word == kind:
+            return kind
+    raise unknown_name(f"{archive.path}: kind of samples", word, KINDS)
 
 
 def _condition(values: np.ndarray, name: str, n: int) -> Tensor:

@@ -24,12 +24,13 @@ class Scaling:
     """The affine map ``model = (raw - center) / half``.
 
     Attributes:
-        kind: ``"image"`` (one center for all pixels) or ``"vector"`` (one center for each column).
+        kind: ``"image"`` (one center for all pixels of images and video) or ``"vector"`` (one center for each
+            column of vectors, or channel of sequences: the last axis).
         center: The raw value that becomes 0; length 1, or one for each column.
         half: The raw distance from ``center`` that becomes 1; same length, never 0.
         rule: In words, how the map was chosen.
         precise: Whether raw values are float64, as float32 could not hold them; model values are float32.
-        constant: Of vectors, the columns that hold one value only: ``center``, whatever a model gives there.
+        constant: The columns that hold one value only: ``center``, whatever a model gives there.
     """
 
     kind: Literal["image", "vector"]
@@ -70,7 +71,7 @@ class Scaling:
         [0, 255] and reaching 128 are [0, 255].
 
         Args:
-            raw: Images, (N, C, H, W), uint8 or float.
+            raw: Images (N, C, H, W) or video (N, C, T, H, W), uint8 or float.
 
         Raises:
             UserError: The range is none of these, or so dark that it may be another one.
@@ -92,18 +93,22 @@ class Scaling:
             "the range of these images is not one we know",
             got=f"values from {low:.6g} to {high:.6g}",
             expected="uint8, or floats in [0, 1], [-1, 1] or [0, 255]",
-            fix="scale or clip them to one of these ranges",
+            fix="scale or clip them to one of these ranges; if they are sequences (N, L, D), say so: "
+            'np.savez(path, x=x, kind="sequence")'
+            if raw.ndim == 4 and raw.shape[1] == 1
+            else "scale or clip them to one of these ranges",
         )
 
     @classmethod
     def fit_vectors(cls, raw: Tensor) -> Scaling:
-        """Maps each column of ``raw`` (N, D) from its smallest and largest value to [-1, 1].
+        """Maps each column of ``raw`` (N, D) or (N, L, D) from its smallest and largest value to [-1, 1].
 
         A constant column becomes 0, and samples have its value again. Columns in float64 are mapped in
         float64.
         """
-        low = raw.amin(0).double().cpu().numpy()
-        high = raw.amax(0).double().cpu().numpy()
+        rows = raw.flatten(0, -2)
+        low = rows.amin(0).double().cpu().numpy()
+        high = rows.amax(0).double().cpu().numpy()
         precise = raw.dtype == torch.float64
         center = low + (high - low) / 2
         if not precise:
@@ -118,12 +123,12 @@ class Scaling:
 
     @classmethod
     def identity(cls, dim: int) -> Scaling:
-        """Leaves vectors of ``dim`` columns as they are: for data that an exact teacher describes."""
+        """Leaves vectors or sequences of ``dim`` columns as they are: for data of an exact teacher."""
         return cls("vector", (0.0,) * dim, (1.0,) * dim, "as they are")
 
     @classmethod
     def known(cls, about: Mapping[str, Any], shape: Sequence[int]) -> Scaling:
-        """That of the data of a saved model; without one vectors stay as they are, and images lie in [-1, 1].
+        """That of the data of a saved model; without one vectors and sequences stay, pixels are in [-1, 1].
 
         Args:
             about: What the model keeps of its data.
@@ -134,23 +139,23 @@ class Scaling:
         """
         if "scaling" in about:
             return cls.from_dict(about["scaling"])
-        return cls.identity(shape[0]) if len(shape) == 1 else cls.for_images(-1.0, 1.0, "model space")
+        return cls.identity(shape[-1]) if len(shape) < 3 else cls.for_images(-1.0, 1.0, "model space")
 
     def _numbers(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
         """Center and half range, ready to broadcast over ``like``."""
         if self.kind == "image":
             return self.center[0], self.half[0]
-        if like.ndim != 2 or like.shape[1] != len(self.center):
+        if like.ndim not in (2, 3) or like.shape[-1] != len(self.center):
             raise UserError(
                 "vectors of another length than the data",
                 got=tuple(like.shape),
-                expected=f"(N, {len(self.half)})",
+                expected=f"(N, {len(self.half)}), or sequences (N, L, {len(self.half)})",
             )
         center, half = (torch.tensor(v, dtype=dtype, device=like.device) for v in (self.center, self.half))
         return center, half
 
     def to_model(self, raw: Tensor) -> Tensor:
-        """Raw values, (N, C, H, W) or (N, D), in the range of the model: float32, in [-1, 1]."""
+        """Raw values (N, *shape) in the range of the model: float32, in [-1, 1]."""
         dtype = torch.float64 if self.precise or raw.dtype == torch.float64 else torch.float32
         center, half = self._numbers(raw, dtype)
         return ((raw.to(dtype) - center) / half).to(torch.float32)
@@ -173,11 +178,12 @@ class Scaling:
         """What ``distmatch sample`` writes.
 
         Args:
-            x: Model values, (N, C, H, W) or (N, D).
+            x: Model values (N, *shape).
 
         Returns:
-            Images as uint8 in 0..255, clipped, (N, H, W) when grey and (N, H, W, C) otherwise; vectors in
-            their original units, (N, D), float32 or, where precise, float64.
+            Images as uint8 in 0..255, clipped, (N, H, W) when grey and (N, H, W, C) otherwise; video in the
+            same way as (N, T, H, W, C), whatever C is; vectors (N, D) and sequences (N, L, D) in their
+            original units, float32 or, where precise, float64.
 
         Raises:
             UserError: A value is not finite.
@@ -197,7 +203,8 @@ class Scaling:
         if self.kind == "vector":
             return self.to_raw(self.settled(x))
         pixels = (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        return pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)
+        grey = x.ndim == 4 and x.shape[1] == 1
+        return pixels[:, 0] if grey else pixels.permute(0, *range(2, x.ndim), 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; :meth:`from_dict` gives back an equal object."""

@@ -99,8 +99,9 @@ def on_prediction(output: Any, return_features: ReturnFeatures, change: Callable
 
 
 def pooled(features: list[Tensor]) -> Tensor:
-    """Features (B, C) or (B, C, H, W) as one (B, sum of C), averaged over positions."""
-    return torch.cat([f.flatten(2).mean(2) if f.ndim > 2 else f for f in features], dim=1)
+    """Features (B, C), tokens (B, N, C) or maps (B, C, ...) as one (B, sum of C), averaged over positions."""
+    flat = [f.mean(1) if f.ndim == 3 else f.flatten(2).mean(2) if f.ndim > 3 else f for f in features]
+    return torch.cat(flat, dim=1)
 
 
 def expand(sigma: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -52,12 +53,21 @@ def pass_for_features(
 
 
 def as_map(feature: Tensor, x: Tensor) -> Tensor:
-    """Tokens (B, N, C) of images ``x`` (B, *, height, width) as (B, C, H', W'); anything else stays."""
-    if feature.ndim != 3 or x.ndim != 4:
+    """Tokens (B, N, C) of images or video ``x`` as maps (B, C, H', W') or (B, C, T', H', W').
+
+    Whatever does not form a grid of patches stays as it is: patches are square, and of video each is of one
+    frame, or of as many frames as pixels along a side.
+    """
+    if feature.ndim != 3 or x.ndim not in (4, 5):
         return feature
-    height, width = x.shape[-2:]
-    patch = round((height * width / feature.shape[1]) ** 0.5)
-    return feature.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+    sides, tokens = x.shape[2:], feature.shape[1]
+    spatial = round((math.prod(sides) / tokens) ** 0.5) or 1
+    solid = round((math.prod(sides) / tokens) ** (1 / 3)) or 1
+    for steps in ((spatial, spatial), (1, spatial, spatial), (solid, solid, solid)):
+        grid = tuple(side // step for side, step in zip(sides, steps, strict=False))
+        if len(steps) == len(sides) and math.prod(grid) == tokens:
+            return feature.transpose(1, 2).unflatten(2, grid)
+    return feature
 
 
 @contextmanager

@@ -166,7 +166,7 @@ def compare_datasets(
             expected="the same shape",
         )
     space = resolve_features("pixels" if features == "auto" else features, p)
-    raw = p.kind == "vector" and space.name == "pixels"
+    raw = p.scaling.kind == "vector" and space.name == "pixels"
     sides = []
     for side, data in (("p", p), ("q", q)):
         order = torch.randperm(len(data), generator=seeds.generator(seed, f"between/{side}/chosen"))
@@ -174,7 +174,7 @@ def compare_datasets(
         if side == "q":  # as rows of p, where p is a table: words and whole numbers, nothing between
             part = torch.from_numpy(decoded(p.columns, part.cpu().numpy()))
         if not raw:  # features are made for the range of the model, p's where it is a fitted one
-            part = (p if p.kind == "vector" else data).scaling.to_model(part)
+            part = (p if p.scaling.kind == "vector" else data).scaling.to_model(part)
         sides.append(space(part.to(device)))
     if not raw:
         score_p = score_q = None  # those of the samples, not of what is made of them
@@ -268,7 +268,7 @@ def _about_space(space: str, kind: str, x: Tensor) -> tuple[str, ...]:
             "it ignores does not show, and p-values are approximate",
         )
     notes = []
-    if kind == "image" and d > _MANY_DIMENSIONS:
+    if kind in ("image", "video") and d > _MANY_DIMENSIONS:
         notes.append(
             f"{d} pixel values a sample: this compares pixels, not what the pictures show; where p has "
             "labels, the classifier features compare what tells pictures apart"

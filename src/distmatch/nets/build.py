@@ -16,7 +16,7 @@ def build_net(config: NetConfig, shape: Sequence[int], num_classes: int) -> MLP 
 
     Args:
         config: What to build; the network keeps it as ``net.config``.
-        shape: Shape of one sample, ``(D,)`` or ``(C, H, W)``.
+        shape: Shape of one sample: ``(D,)``, ``(L, D)``, ``(C, H, W)`` or ``(C, T, H, W)``.
         num_classes: Number of classes; 0 for an unconditional network.
 
     Raises:
@@ -29,12 +29,17 @@ def build_net(config: NetConfig, shape: Sequence[int], num_classes: int) -> MLP 
         )
     if isinstance(config, MLPConfig):
         return MLP(config, shape, num_classes)
-    if len(shape) != 3:
+    if len(shape) not in ((3,) if isinstance(config, UNetConfig) else (2, 3, 4)):
+        images = "(channels, height, width)"
         raise UserError(
-            f"a {kind_of(config)} works on images",
-            got=f"samples of shape {shape}",
-            expected="(channels, height, width)",
-            fix="use the mlp network for vectors",
+            f"a {kind_of(config)} does not work on samples of this shape",
+            got=f"shape {shape}",
+            expected=images
+            if isinstance(config, UNetConfig)
+            else f"(length, channels), {images} or (channels, frames, height, width)",
+            fix="use the dit network for sequences and video"
+            if len(shape) > 1
+            else "use the mlp network for vectors",
         )
     return (
         UNet(config, shape, num_classes)

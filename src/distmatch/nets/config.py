@@ -34,7 +34,7 @@ def _dropout(net: str, value: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """A residual multilayer perceptron on flattened samples: vectors and tiny images.
+    """A residual multilayer perceptron on flattened samples of any shape: for vectors and tiny images.
 
     Attributes:
         width: Hidden units.
@@ -103,10 +103,10 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """A diffusion transformer on image patches.
+    """A diffusion transformer on patches of sequences, images or video.
 
     Attributes:
-        patch: Side of a square patch in pixels.
+        patch: Side of a patch along every axis: members of a sequence, pixels, frames and pixels.
         width: Size of a token; a multiple of 4 (sine-cosine positions) and of ``heads``.
         depth: Transformer blocks.
         heads: Attention heads.
@@ -132,9 +132,11 @@ class DiTConfig:
 NetConfig: TypeAlias = MLPConfig | UNetConfig | DiTConfig
 
 _MLP, _UNET, _DIT = "mlp", "unet", "dit"
-SMALL_UNET = "unet-small"
-"""A choice of a U-Net, not a kind of its own: the defaults that :func:`default_config` has for it."""
+SMALL_UNET, SMALL_DIT = "unet-small", "dit-small"
+"""Choices of a U-Net and a DiT, not kinds of their own: other defaults that :func:`default_config` has."""
 KINDS: tuple[str, ...] = (_MLP, _UNET, _DIT)
+_CHOICES = (*KINDS, SMALL_UNET, SMALL_DIT)
+_MOST_TOKENS = 1024  # of a sequence or video, by default
 
 
 def config_class(kind: object) -> type[MLPConfig] | type[UNetConfig] | type[DiTConfig]:
@@ -172,42 +174,48 @@ def blocks(config: NetConfig) -> int:
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Checks the shape of one sample, ``(D,)`` or ``(C, H, W)``, and returns it as a tuple.
+    """Checks the shape of one sample, of one to four axes, and returns it as a tuple.
 
     Raises:
-        UserError: It is neither.
+        UserError: It is none.
     """
     whole = all(type(side) is int and side > 0 for side in shape)
-    if not whole or len(shape) not in (1, 3):
+    if not whole or len(shape) not in (1, 2, 3, 4):
         raise UserError(
-            "a network needs samples that are vectors or images",
+            "a network needs samples that are vectors, sequences, images or video",
             got=f"shape {tuple(shape)}",
-            expected="(D,) or (channels, height, width), all positive",
-            fix="give grey images a channel axis: (1, height, width)",
+            expected="(D,), (length, channels), (channels, height, width) or "
+            "(channels, frames, height, width), all positive",
         )
     return tuple(shape)
 
 
 def auto_kind(shape: Sequence[int], device: str) -> str:
-    """What ``auto`` stands for: an MLP for vectors and for grey images of at most 8x8 pixels, else a U-Net.
+    """What ``auto`` stands for.
 
-    On a CPU it is the small one. That is a rule and no timing, so that it is the same on every CPU.
+    An MLP for vectors and for grey images of at most 8x8 pixels, a U-Net for other images, a DiT for
+    sequences and video; on a CPU the small ones. That is a rule and no timing, so that it is the same on
+    every CPU.
 
     Args:
         shape: Shape of one sample.
         device: Type of the device that it is trained on: ``"cpu"``, ``"cuda"``, ...
     """
     shape = check_shape(shape)
-    if len(shape) == 1 or (shape[0] == 1 and max(shape[1:]) <= 8):
+    if len(shape) == 1 or (len(shape) == 3 and shape[0] == 1 and max(shape[1:]) <= 8):
         return _MLP
-    return SMALL_UNET if device == "cpu" else _UNET
+    small = device == "cpu"
+    if len(shape) == 3:
+        return SMALL_UNET if small else _UNET
+    return SMALL_DIT if small else _DIT
 
 
 def default_config(kind: str, shape: Sequence[int], device: str) -> NetConfig:
     """A network of the given kind that suits samples of the given shape.
 
     Args:
-        kind: ``"mlp"``, ``"unet"``, ``"unet-small"``, ``"dit"``, or ``"auto"``, see :func:`auto_kind`.
+        kind: ``"mlp"``, ``"unet"``, ``"unet-small"``, ``"dit"``, ``"dit-small"``, or ``"auto"``, see
+            :func:`auto_kind`.
         shape: Shape of one sample.
         device: Type of the device that it is trained on.
 
@@ -217,13 +225,26 @@ def default_config(kind: str, shape: Sequence[int], device: str) -> NetConfig:
     shape = check_shape(shape)
     if kind == "auto":
         kind = auto_kind(shape, device)
-    elif kind not in (*KINDS, SMALL_UNET):
-        raise unknown_name("network", kind, ("auto", *KINDS, SMALL_UNET))
+    elif kind not in _CHOICES:
+        raise unknown_name("network", kind, ("auto", *_CHOICES))
     if kind in (_UNET, SMALL_UNET) and len(shape) == 3:
         # Halve until the coarsest map is about 8x8: there attention over all pixels is cheap.
         halvings = max(1, math.ceil(math.log2(max(shape[1:]) / 8)))
         return _small_unet(halvings) if kind == SMALL_UNET else UNetConfig(multipliers=(1,) + (2,) * halvings)
+    if kind in (_DIT, SMALL_DIT):
+        small = {"width": 96, "depth": 4} if kind == SMALL_DIT else {}
+        return DiTConfig(patch=_patch(shape), **small)
     return config_class(_UNET if kind == SMALL_UNET else kind)()
+
+
+def _patch(shape: tuple[int, ...]) -> int:
+    """The patch of a DiT: 2 for images; of a sequence or video one that leaves at most 1024 tokens."""
+    if len(shape) not in (2, 4):
+        return 2
+    sides, patch = (shape[:1], 1) if len(shape) == 2 else (shape[1:], 2)
+    while math.prod(-(-side // patch) for side in sides) > _MOST_TOKENS:
+        patch *= 2
+    return patch
 
 
 def _small_unet(halvings: int) -> UNetConfig:

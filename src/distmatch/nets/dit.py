@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from distmatch.nets.config import DiTConfig
 from distmatch.nets.layers import (
     Conditioning,
     SelfAttention,
+    channels_and_sides,
+    channels_first,
     crop,
     feature_blocks,
     modulate,
@@ -19,18 +23,21 @@ from distmatch.nets.layers import (
 )
 
 
-def position_table(rows: int, columns: int, width: int) -> Tensor:
-    """Sine-cosine positions of a grid, (rows * columns, width): one half for the row, one for the column."""
-    quarter = width // 4
-    frequencies = 10_000.0 ** (-torch.arange(quarter) / quarter)
+def position_table(grid: Sequence[int], width: int) -> Tensor:
+    """Sine-cosine positions of a grid, (points, width), row by row: each axis has an equal part of the width.
 
-    def waves(count: int) -> Tensor:
+    What is left where the width cannot be divided is zero.
+    """
+    part = width // (2 * len(grid))
+    frequencies = 10_000.0 ** (-torch.arange(part) / part)
+    parts = []
+    for axis, count in enumerate(grid):
         angle = torch.arange(count)[:, None] * frequencies
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-    by_row = waves(rows)[:, None].expand(-1, columns, -1)
-    by_column = waves(columns)[None].expand(rows, -1, -1)
-    return torch.cat([by_row, by_column], dim=2).flatten(0, 1)
+        along = [count if other == axis else 1 for other in range(len(grid))]
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1).reshape(*along, -1)
+        parts.append(waves.expand(*grid, -1))
+    table = torch.cat(parts, dim=-1).flatten(0, -2)
+    return F.pad(table, (0, width - table.shape[1]))
 
 
 class DiTBlock(nn.Module):
@@ -55,11 +62,12 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """The transformer as a network ``net(x, c_noise, labels)``.
+    """The transformer as a network ``net(x, c_noise, labels)`` for sequences, images and video.
 
     Args:
         config: Patch, width, depth, heads.
-        shape: Shape of one image, (channels, height, width); sizes that the patch does not divide are padded.
+        shape: Shape of one sample: (length, channels), (channels, height, width) or (channels, frames,
+            height, width). A patch has one side along all axes; sizes that it does not divide are padded.
         num_classes: Number of classes; 0 without.
     """
 
@@ -69,15 +77,16 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.features = feature_blocks(config.depth)
-        channels, height, width = shape
-        self.grid = (-(-height // config.patch), -(-width // config.patch))
+        self.channels, sides = channels_and_sides(shape)
+        self.grid = tuple(-(-side // config.patch) for side in sides)
+        numbers = self.channels * config.patch ** len(sides)  # in a patch
         self.conditioning = Conditioning(num_classes, config.width)
-        self.first = nn.Linear(channels * config.patch**2, config.width)
-        self.positions = nn.Parameter(position_table(*self.grid, config.width))
+        self.first = nn.Linear(numbers, config.width)
+        self.positions = nn.Parameter(position_table(self.grid, config.width))
         self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
         self.modulation = zeroed(nn.Linear(config.width, 2 * config.width))
-        self.last = zeroed(nn.Linear(config.width, channels * config.patch**2))
+        self.last = zeroed(nn.Linear(config.width, numbers))
 
     def forward(
         self,
@@ -87,30 +96,48 @@ class DiT(nn.Module):
         *,
         return_features: ReturnFeatures = False,
     ) -> Output:
-        """Maps ``x`` (B, C, H, W) and ``c_noise`` (B,) to (B, C, H, W).
+        """Maps ``x`` (B, *shape) and ``c_noise`` (B,) to (B, *shape).
 
-        Features are the tokens at about 1/2 and 3/4 of the depth, as maps (B, width, h, w); a pass for
-        ``"only"`` them leaves out the blocks behind the last.
+        Features are the tokens at about 1/2 and 3/4 of the depth: of sequences as they are (B, l, width),
+        else as maps (B, width, h, w) or (B, width, t, h, w). A pass for ``"only"`` them leaves out the blocks
+        behind the last.
         """
         embedding = self.conditioning(c_noise, labels)
-        padded, offset = pad_to_multiple(x, self.config.patch)
+        maps = channels_first(x)
+        padded, offset = pad_to_multiple(maps, self.config.patch)
         depth = max(self.features) + 1 if return_features == "only" else len(self.blocks)
         states = self._states(padded, embedding, depth)
         features = [self._as_map(states[i]) for i in self.features] if return_features else []
         if return_features == "only":
             return features
         scale, shift = self.modulation(embedding)[:, None].chunk(2, dim=2)
-        pixels = self._as_map(self.last(modulate(self.norm(states[-1]), scale, shift)))
-        out = crop(F.pixel_shuffle(pixels, self.config.patch), offset, x.shape[-2], x.shape[-1])
+        patches = self.last(modulate(self.norm(states[-1]), scale, shift))
+        out = channels_first(crop(self._joined(patches), offset, maps.shape[2:]))
         return (out, features) if return_features else out
 
     def _as_map(self, tokens: Tensor) -> Tensor:
-        return tokens.transpose(1, 2).unflatten(2, self.grid)
+        return tokens if len(self.grid) == 1 else tokens.transpose(1, 2).unflatten(2, self.grid)
+
+    def _cut(self, maps: Tensor) -> Tensor:
+        """Maps (B, C, *sides) as patches (B, N, C * patch^axes)."""
+        axes = len(self.grid)
+        sides = [size for count in self.grid for size in (count, self.config.patch)]
+        apart = maps.reshape(len(maps), self.channels, *sides)  # (B, C, count, patch, count, patch, ...)
+        inside, outside = range(3, 3 + 2 * axes, 2), range(2, 2 + 2 * axes, 2)
+        return apart.permute(0, 1, *inside, *outside).flatten(1, 1 + axes).flatten(2).transpose(1, 2)
+
+    def _joined(self, patches: Tensor) -> Tensor:
+        """Undoes :meth:`_cut`."""
+        axes, patch = len(self.grid), self.config.patch
+        apart = patches.transpose(1, 2).reshape(len(patches), self.channels, *[patch] * axes, *self.grid)
+        order = [axis for i in range(axes) for axis in (2 + axes + i, 2 + i)]
+        return apart.permute(0, 1, *order).reshape(
+            len(patches), self.channels, *(patch * count for count in self.grid)
+        )
 
     def _states(self, padded: Tensor, embedding: Tensor, depth: int) -> list[Tensor]:
         """The tokens (B, N, width) after each of the first ``depth`` blocks."""
-        patches = F.pixel_unshuffle(padded, self.config.patch).flatten(2).transpose(1, 2)
-        tokens = self.first(patches.to(self.first.weight.dtype)) + self.positions
+        tokens = self.first(self._cut(padded).to(self.first.weight.dtype)) + self.positions
         states = []
         for block in self.blocks[:depth]:
             tokens = block(tokens, embedding)

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import expand
 from distmatch.nets.config import MLPConfig
-from distmatch.nets.layers import Conditioning, at_least_float32, group_norm, noise_coordinate, zeroed
+from distmatch.nets.layers import (
+    Conditioning,
+    at_least_float32,
+    channels_and_sides,
+    channels_first,
+    convolution,
+    group_norm,
+    noise_coordinate,
+    zeroed,
+)
 from distmatch.nets.mlp import MLPTrunk
 
 
@@ -36,14 +45,15 @@ class Projection(nn.Module):
 
 
 def _map_head(shape: tuple[int, ...], width: int) -> nn.Sequential:
-    """Strided convolutions that bring a map (C, H, W) to (width,).
+    """Strided convolutions that bring tokens (C, N) or a map (C, H, W) or (C, T, H, W) to (width,).
 
-    A kernel of 3 with padding 1 halves sizes upwards (7, 4, 2, 1), so every size ends at one pixel.
+    A kernel of 3 with padding 1 halves sizes upwards (7, 4, 2, 1), so every size ends at one point.
     """
-    channels, height, columns = shape
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 1), group_norm(width), nn.SiLU()]
-    for _ in range(math.ceil(math.log2(max(height, columns)))):
-        layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), group_norm(width), nn.SiLU()]
+    channels, sides = channels_and_sides(shape)
+    conv = convolution(sides)
+    layers: list[nn.Module] = [conv(channels, width, 1), group_norm(width), nn.SiLU()]
+    for _ in range(math.ceil(math.log2(max(sides)))):
+        layers += [conv(width, width, 3, stride=2, padding=1), group_norm(width), nn.SiLU()]
     return nn.Sequential(*layers, nn.Flatten())
 
 
@@ -60,13 +70,14 @@ class RatioHead(nn.Module):
     ratio is exactly 1 before any training, whatever the features.
 
     Args:
-        feature_shapes: Shapes of the features without batch, (C,) or (C, H, W) each.
+        feature_shapes: Shapes of the features without batch, each a vector (C,), tokens (N, C), a map
+            (C, H, W) or a map in space and time (C, T, H, W).
         num_classes: Number of classes; 0 without.
         width: Channels inside the heads.
         noise_unit: Unit of the noise levels, as of :class:`~distmatch.nets.edm.EDMDenoiser`.
 
     Raises:
-        UserError: There is no feature, or one is neither a vector nor a map.
+        UserError: There is no feature, or one is neither a vector nor tokens nor a map.
     """
 
     def __init__(
@@ -79,16 +90,16 @@ class RatioHead(nn.Module):
     ) -> None:
         super().__init__()
         self.noise_unit = noise_unit
-        if not feature_shapes or any(len(shape) not in (1, 3) for shape in feature_shapes):
+        if not feature_shapes or any(len(shape) not in (1, 2, 3, 4) for shape in feature_shapes):
             raise UserError(
-                "a ratio head needs features that are vectors or maps",
+                "a ratio head needs features that are vectors, tokens or maps",
                 got=f"shapes {list(feature_shapes)}",
-                expected="one or more of (C,) or (C, H, W)",
+                expected="one or more of (C,), (N, C), (C, H, W) or (C, T, H, W)",
                 fix="use a network of its own for the ratio when the teacher has no features",
             )
         self.conditioning = Conditioning(num_classes, width)
         self.heads = nn.ModuleList(
-            _map_head(shape, width) if len(shape) == 3 else _vector_head(shape, width)
+            _map_head(shape, width) if len(shape) > 1 else _vector_head(shape, width)
             for shape in feature_shapes
         )
         self.projections = nn.ModuleList(Projection(width) for _ in feature_shapes)
@@ -105,7 +116,7 @@ class RatioHead(nn.Module):
         embedding = self.conditioning(level, labels)
         dtype = self.conditioning.mix.weight.dtype
         logits = [
-            projection(head(feature.to(dtype)), embedding)
+            projection(head(channels_first(feature.to(dtype))), embedding)
             for feature, head, projection in zip(features, self.heads, self.projections, strict=True)
         ]
         return torch.stack(logits).mean(dim=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -164,25 +165,43 @@ class SelfAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
-    """Pads images with zeros, evenly on both sides, until height and width are multiples of ``multiple``.
+def channels_first(x: Tensor) -> Tensor:
+    """Swaps the axes of sequences or tokens (B, L, D); vectors and maps have their channels first."""
+    return x.transpose(1, 2) if x.ndim == 3 else x
+
+
+def channels_and_sides(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """The channels of one sample or feature and its other axes: D, (L,) of (L, D); C, (H, W) of (C, H, W)."""
+    return (shape[1], shape[:1]) if len(shape) == 2 else (shape[0], shape[1:])
+
+
+def convolution(sides: tuple[int, ...]) -> type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]:
+    """The layer that convolves over as many axes."""
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sides) - 1]
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Pads maps (B, C, *sides) with zeros, evenly at both ends, to sides that are multiples of ``multiple``.
 
     A network that halves the resolution a few times, or cuts it into patches, then meets whole sizes only,
     and the maps of the way down and the way up always fit. Zeros are what the convolutions pad with anyway,
     so the network sees the one kind of border it knows. Cropping the result with :func:`crop` undoes it.
 
     Returns:
-        The padded images, and the rows and columns that were added before the first.
+        The padded maps, and what was added before the first entry of each side.
     """
-    height, width = x.shape[-2:]
-    rows, columns = -height % multiple, -width % multiple
-    top, left = rows // 2, columns // 2
-    if rows or columns:
-        x = F.pad(x, (left, columns - left, top, rows - top))
-    return x, (top, left)
+    added = [-side % multiple for side in x.shape[2:]]
+    offset = tuple(number // 2 for number in added)
+    if any(added):
+        ends = [(before, number - before) for before, number in zip(offset, added, strict=True)]
+        x = F.pad(
+            x, [number for pair in reversed(ends) for number in pair]
+        )  # torch names the last side first
+    return x, offset
 
 
-def crop(x: Tensor, offset: tuple[int, int], height: int, width: int) -> Tensor:
-    """Cuts ``height`` x ``width`` pixels out of ``x``, from ``offset`` on."""
-    top, left = offset
-    return x[..., top : top + height, left : left + width]
+def crop(x: Tensor, offset: tuple[int, ...], sides: Sequence[int]) -> Tensor:
+    """Cuts maps of these ``sides`` out of ``x`` (B, C, *larger sides), from ``offset`` on."""
+    for axis, (start, side) in enumerate(zip(offset, sides, strict=True), start=2):
+        x = x.narrow(axis, start, side)
+    return x

@@ -162,7 +162,7 @@ class UNet(nn.Module):
             if block.resample == "same":
                 hidden = torch.cat([hidden, kept.pop()], dim=1)
             hidden = block(hidden, embedding)
-        out = crop(self.last(F.silu(self.norm(hidden))), offset, x.shape[-2], x.shape[-1])
+        out = crop(self.last(F.silu(self.norm(hidden))), offset, x.shape[2:])
         return (out, features) if return_features else out
 
     def _way_down(self, padded: Tensor, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]]:

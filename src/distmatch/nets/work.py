@@ -19,7 +19,7 @@ def network_work(config: NetConfig, shape: Sequence[int], num_classes: int) -> t
 
     Args:
         config: The network.
-        shape: Shape of one sample, ``(D,)`` or ``(C, H, W)``.
+        shape: Shape of one sample.
         num_classes: Number of classes; 0 without.
     """
     counted = 0

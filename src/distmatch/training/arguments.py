@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data import Dataset, Scaling, from_arrays, load_data
+from distmatch.data.kinds import kind_of_shape
 from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
@@ -32,19 +33,27 @@ def real_data(teacher: Denoiser | None, data: Data | None, seed: int) -> Dataset
     A saved teacher was trained on scaled data; any other one is in the units of what it is given.
     """
     if data is not None:
-        return as_dataset(data, scaled=teacher is None or isinstance(teacher, EDMDenoiser))
+        scaled = teacher is None or isinstance(teacher, EDMDenoiser)
+        return as_dataset(data, scaled=scaled, shape=None if teacher is None else teacher.shape)
     return _samples_of(teacher, seed) if isinstance(teacher, GaussianMixture) else None
 
 
-def as_dataset(data: Data, *, scaled: bool = True) -> Dataset:
-    """A data set from anything that can be one; ``scaled`` False takes vectors as they are."""
+def as_dataset(data: Data, *, scaled: bool = True, shape: tuple[int, ...] | None = None) -> Dataset:
+    """A data set from anything that can be one.
+
+    Args:
+        data: The data.
+        scaled: False takes vectors and sequences as they are.
+        shape: That of one sample where a model says it: so arrays of sequences are no grey images.
+    """
     if isinstance(data, Dataset):
         return data
     if isinstance(data, (str, os.PathLike)):
         return load_data(data)
-    found = from_arrays(data, None, name="array")
-    if not scaled and found.kind == "vector":
-        return replace(found, scaling=Scaling.identity(found.shape[0]))
+    kind = None if shape is None or len(shape) != 2 else kind_of_shape(shape)
+    found = from_arrays(data, None, kind=kind, name="array")
+    if not scaled and found.scaling.kind == "vector":
+        return replace(found, scaling=Scaling.identity(found.shape[-1]))
     return found
 
 

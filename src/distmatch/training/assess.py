@@ -215,10 +215,15 @@ def plain(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def npz_bytes(x: np.ndarray, labels: Tensor | None, names: Sequence[str] = ()) -> bytes:
-    """An ``.npz`` archive with ``x`` and, where there are any, ``labels`` and ``class_names``."""
+    """An ``.npz`` archive with ``x`` and, where there are any, ``labels`` and ``class_names``.
+
+    Sequences are said to be such under ``kind``, as by their axes they would be grey images.
+    """
     arrays = {"x": x} if labels is None else {"x": x, "labels": labels.numpy()}
     if labels is not None and names:
         arrays["class_names"] = np.array(names, dtype=np.str_)
+    if x.ndim == 3 and x.dtype != np.uint8:
+        arrays["kind"] = np.array("sequence")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()

@@ -30,8 +30,9 @@ def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
         spec: Name or path by which they were loaded; '' for data in memory.
     """
     vectors: dict[str, Any] = {}
-    if data.kind == "vector":
-        low, high = data.raw.amin(0), data.raw.amax(0)
+    if data.scaling.kind == "vector":
+        rows = data.raw.flatten(0, -2)
+        low, high = rows.amin(0), rows.amax(0)
         vectors = {"minimum": low.tolist(), "maximum": high.tolist()}
     if data.columns:
         vectors["columns"] = [column.to_dict() for column in data.columns]
@@ -115,9 +116,9 @@ def seen_by(data: Dataset, about: Mapping[str, Any], num_classes: int, whose: st
                 expected=f"{listed([column.name for column in known])}, in this order, with the same words",
                 fix="order and name the columns alike",
             )
-    if data.kind == "vector" and "scaling" in about:
+    if data.scaling.kind == "vector" and "scaling" in about:
         scaling = Scaling.from_dict(about["scaling"])
-        if scaling.kind == "vector" and len(scaling.center) == data.shape[0]:
+        if scaling.kind == "vector" and len(scaling.center) == data.shape[-1]:
             return dataclasses.replace(data, scaling=scaling)
     return data
 

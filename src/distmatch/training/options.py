@@ -20,9 +20,9 @@ from distmatch.training.presets import LAPTOP, find_preset
 class NetOptions:
     """The network. Only what its kind has can be set; the rest stays at the default for the data."""
 
-    net: Literal["auto", "mlp", "unet", "unet-small", "dit"] = "auto"
-    """Kind of network; auto takes an MLP for vectors and grey 8x8 images, a U-Net for other images: unet on
-    an accelerator, unet-small, with a tenth of its work or less, on a CPU."""
+    net: Literal["auto", "mlp", "unet", "unet-small", "dit", "dit-small"] = "auto"
+    """Kind of network; auto takes an MLP for vectors and grey 8x8 images, a U-Net for other images, a DiT for
+    sequences and video: unet or dit on an accelerator, unet-small or dit-small on a CPU."""
     width: int | None = None
     """Hidden units (mlp), channels at full resolution (unet), token size (dit)."""
     depth: int | None = None
@@ -34,7 +34,7 @@ class NetOptions:
     attention: tuple[int, ...] | None = None
     """Resolutions with self-attention, 0 the finest, -1 the coarsest (unet)."""
     patch: int | None = None
-    """Side of a patch in pixels (dit)."""
+    """Side of a patch along every axis (dit)."""
     heads: int | None = None
     """Attention heads (dit)."""
     dropout: float | None = None

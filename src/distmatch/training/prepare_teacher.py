@@ -16,7 +16,6 @@ from distmatch.diffusion.kinetic import kinetic_path_of
 from distmatch.diffusion.path_core import NoisePath
 from distmatch.diffusion.path_specs import KINETIC
 from distmatch.interop import save_denoiser
-from distmatch.nets.config import SMALL_UNET
 from distmatch.nets.work import network_work
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.known_data import describe_data, few_samples, remember
@@ -27,13 +26,15 @@ from distmatch.training.teacher import TeacherTraining
 
 
 def flips(run: RunOptions, data: Dataset) -> bool:
-    """Whether to mirror, once it is known that the data are images.
+    """Whether to mirror, once it is known that the data are images or video.
 
     Raises:
         UserError: They are not.
     """
-    if run.flip and data.kind != "image":
-        raise UserError("--flip mirrors images", got=f"{data.name}, which holds vectors", fix="leave it out")
+    if run.flip and data.scaling.kind != "image":
+        raise UserError(
+            "--flip mirrors images", got=f"{data.name}, which holds {data.kind}s", fix="leave it out"
+        )
     return run.flip
 
 
@@ -48,7 +49,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     data = load_data(options.data, labels=options.labels) if data is None else data
     sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
     chosen = options.net.settled(data.shape, device.type)
-    larger = _larger(chosen, data) if options.net.net == "auto" and chosen.net == SMALL_UNET else None
+    larger = _larger(chosen, data) if options.net.net == "auto" else None
     options = replace(options, net=chosen)
     method = TeacherTraining(
         config=options.teacher,
@@ -105,14 +106,16 @@ def _left_out(data: Dataset) -> list[str]:
     return [f"the networks here take class labels alone: {names} of these data is left out"] if names else []
 
 
-def _larger(chosen: NetOptions, data: Dataset) -> dict[str, Any]:
-    """The network that an accelerator would have by default, beside the one that was chosen for a CPU."""
+def _larger(chosen: NetOptions, data: Dataset) -> dict[str, Any] | None:
+    """The network that an accelerator would have by default, where another one was chosen for a CPU."""
     shape, classes = data.shape, data.num_classes
-    nets = (chosen, replace(chosen, net="unet"))
+    nets = (chosen, replace(chosen, net="auto").settled(shape, "cuda"))
+    if nets[0] == nets[1]:
+        return None
     small, large = (network_work(net.resolve(shape, "cpu"), shape, classes) for net in nets)
     times = round(large[1] / small[1], 1)
     return {
-        "net": "unet",
+        "net": nets[1].net,
         "parameters": large[0],
         "times_the_work": times,
         "chosen_net": chosen.net,
@@ -122,8 +125,9 @@ def _larger(chosen: NetOptions, data: Dataset) -> dict[str, Any]:
 
 def _remark(larger: dict[str, Any]) -> str:
     return (
-        f"network: {SMALL_UNET}, the default on a CPU, with {larger['chosen_parameters']:,} parameters; "
-        f"--net unet has {larger['parameters']:,} and {larger['times_the_work']:.0f} times the work"
+        f"network: {larger['chosen_net']}, the default on a CPU, with {larger['chosen_parameters']:,} "
+        f"parameters; --net {larger['net']} has {larger['parameters']:,} and "
+        f"{larger['times_the_work']:.0f} times the work"
     )
 
 

@@ -1,0 +1,24 @@
+"""The kinds of samples, told apart by how many axes one sample has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+Kind: TypeAlias = Literal["vector", "sequence", "image", "video"]
+
+KINDS: tuple[Kind, ...] = ("vector", "sequence", "image", "video")
+"""In the order of their axes: one sample is (D,), (L, D), (C, H, W) or (C, T, H, W)."""
+
+ARRAYS: dict[Kind, str] = {
+    "vector": "(N, D)",
+    "sequence": "(N, L, D), or (N, L) of one number each",
+    "image": "(N, H, W), (N, H, W, C) or (N, C, H, W)",
+    "video": "(N, T, H, W, C) or (N, C, T, H, W), or (N, T, H, W) in grey",
+}
+"""The arrays that hold N of them; C is 1 or 3."""
+
+
+def kind_of_shape(shape: Sequence[int]) -> Kind:
+    """The kind of samples of this shape, which has 1 to 4 axes."""
+    return KINDS[len(shape) - 1]
