@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,6 @@ from distmatch.discrete import (
     MarginalTraining,
     TokenNet,
     TokenNetConfig,
-    TokenState,
     TokenTrainingConfig,
     consistency_loss,
     continue_text,
@@ -82,13 +82,11 @@ def counted(train: Tensor, test: Tensor, symbols: int) -> tuple[Estimate, Estima
     return mean(windows[0]), mean(windows[1])
 
 
-def train(
-    training: ConditionalTraining | MarginalTraining, batch: Callable[[int], Tensor], seed: int
-) -> TokenState:
+def train(training: ConditionalTraining | MarginalTraining, batch: Callable[[int], Tensor], seed: int) -> Any:
     state = training.init(seed)
     for step in range(training.total_steps):
         training.step(state, batch(step))
-    return state
+    return training.result(state)
 
 
 def text(options: Options) -> list[str]:
@@ -107,10 +105,9 @@ def text(options: Options) -> list[str]:
     net = TokenNetConfig(len(alphabet), 64, width=96, depth=3)
     steps = options.text_steps
     training = ConditionalTraining(net, steps, TokenTrainingConfig(lr=6e-3, lr_rampup=50))
-    state = train(
+    model: TokenNet = train(
         training, lambda step: text_crops(first, 64, 64, seed=options.seed, step=step), options.seed
     )
-    model: TokenNet = state.average["conditionals"]
     windows = last[: len(last) // 64 * 64].reshape(-1, 64)[::2]
     bound = nll_bound(model, windows, 4, generator=generator(options.seed, "bound"))
     drawn = sample_tokens(model, 64, seed=options.seed, sampler="tweedie", steps=64)
@@ -151,11 +148,9 @@ def digits(options: Options) -> list[str]:
         return first[chosen]
 
     steps = options.digit_steps
-    state = train(ConditionalTraining(net, steps, config), batch, options.seed)
-    model: TokenNet = state.average["conditionals"]
+    model: TokenNet = train(ConditionalTraining(net, steps, config), batch, options.seed)
     bound = nll_bound(model, last, 32, generator=generator(options.seed, "bound"))
-    second = train(MarginalTraining(net, steps, config, conditionals=model), batch, options.seed)
-    marginals = second.average["marginals"]
+    marginals = train(MarginalTraining(net, steps, config, conditionals=model), batch, options.seed)
     with torch.no_grad():
         direct = mean(-marginals.log_marginal(last))
         loss = consistency_loss(marginals, model, last, generator=generator(options.seed, "agree")).mean()

@@ -230,7 +230,7 @@ CHECKPOINTS = {
     "train --out t --resume 77": ("no checkpoint of step 77", "6"),
     "train --out t --resume absent": ("absent", "missing"),
     "train --out t --resume notes": ("missing",),
-    "train --out t --resume s/checkpoints/step-000006": ("another architecture",),
+    "train --out t --resume s/checkpoints/step-000006": ("a run of another kind", "same verb"),
     "distill --out s --resume t/checkpoints/step-000006": ("a run of another kind", "same verb"),
     "distill --out t --resume": ("config of another verb",),
     "distill --out s --resume --method dmd2": ("the method that it began with", "in a run of"),

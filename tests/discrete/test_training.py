@@ -45,15 +45,14 @@ def fit(training, steps, batch=None, seed=0):
     state = training.init(seed)
     for step in range(steps):
         info = training.step(state, batch(step)) if batch else training.step(state)
-    return state, info
+    return training.result(state), info
 
 
 @torch.no_grad()
 def test_conditionals_learn_a_known_law():
     model = table(vocabulary=2)
     with torch.enable_grad():
-        state, _ = fit(ConditionalTraining(BITS, 100, QUICK), 100, lambda i: model.sample(256, rng(i)))
-    net = state.average["conditionals"]
+        net, _ = fit(ConditionalTraining(BITS, 100, QUICK), 100, lambda i: model.sample(256, rng(i)))
     p = model.log_p.exp()
     kl = float((p * (model.log_p - exact_log_prob(net, model.states))).sum())
     slack = float((p * (exact_bound(net, model.states) + model.log_p)).sum())
@@ -66,9 +65,9 @@ def test_conditionals_learn_a_known_law():
 def test_every_loss_descends(loss):
     model = table()
     config = TokenTrainingConfig(loss=loss, lr=1e-2, lr_rampup=5, ema_decay=0.9)
-    state, _ = fit(ConditionalTraining(NET, 40, config), 40, lambda i: model.sample(64, rng(i)))
+    net, _ = fit(ConditionalTraining(NET, 40, config), 40, lambda i: model.sample(64, rng(i)))
     with torch.no_grad():
-        bound = model.log_p.exp() @ exact_bound(state.average["conditionals"], model.states).double()
+        bound = model.log_p.exp() @ exact_bound(net, model.states).double()
     assert float(bound) < L * math.log(V) - 0.3
 
 
@@ -77,8 +76,7 @@ def test_marginals_learn_from_conditionals_in_the_second_stage():
     model = table(vocabulary=2)
     training = MarginalTraining(BITS, 150, QUICK, conditionals=model)
     with torch.enable_grad():
-        state, info = fit(training, 150, lambda i: model.sample(128, rng(i)))
-    net = state.average["marginals"]
+        net, info = fit(training, 150, lambda i: model.sample(128, rng(i)))
     assert float(info["loss"]) < 0.05
     p = model.log_p.exp()
     assert float(p @ (net.log_marginal(model.states) - model.log_p).abs()) < 0.1
@@ -100,14 +98,14 @@ def test_an_energy_is_normalized_without_data():
 
     config = dataclasses.replace(QUICK, block=2)
     with torch.enable_grad():
-        state, info = fit(EnergyTraining(BITS, 200, config, log_f=log_f), 200)
+        nets, info = fit(EnergyTraining(BITS, 200, config, log_f=log_f), 200)
     log_z = float(log_f(states).logsumexp(0))
     truth = log_f(states) - log_z
-    learned = state.average["marginals"].log_marginal(states)
+    learned = nets["marginals"].log_marginal(states)
     assert float(truth.exp() @ (learned - truth).abs()) < 0.08
     assert -float(info["gap"]) == pytest.approx(log_z, abs=0.05)
     assert float(info["gap_std"]) < 0.15
-    sampled = exact_log_prob(state.average["conditionals"], states)
+    sampled = exact_log_prob(nets["conditionals"], states)
     assert 0 <= float(truth.exp() @ (truth - sampled)) < 0.02
 
 
@@ -138,17 +136,18 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(kind):
     assert other.step == 4
     for i in range(4, 8):
         step(other, i)
-    for a, b in ((whole.model, other.model), (whole.average, other.average)):
+    for a, b in zip(whole.modules().values(), other.modules().values(), strict=True):
         assert all(
             torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
         )
-    assert torch.equal(whole.chains, other.chains)
+    assert torch.equal(whole.memory["chains"], other.memory["chains"])
 
 
 def test_a_state_of_another_network_is_refused():
     state = ConditionalTraining(NET, 8).init(0)
+    other = ConditionalTraining(BITS, 8).init(0)
     with pytest.raises(UserError, match="architecture"):
-        state.load_state_dict({"model": {}})
+        state.load_state_dict(other.state_dict())
 
 
 def test_models_are_saved_and_read_again(tmp_path):
@@ -156,8 +155,7 @@ def test_models_are_saved_and_read_again(tmp_path):
         ("conditionals", ConditionalTraining(NET, 2, QUICK)),
         ("marginals", MarginalTraining(NET, 2, QUICK, conditionals=table())),
     ):
-        state, _ = fit(training, 2, lambda i: table().sample(16, rng(i)))
-        net = state.average[name]
+        net, _ = fit(training, 2, lambda i: table().sample(16, rng(i)))
         save_discrete(tmp_path / name, net, {"alphabet": "abc"})
         save_discrete(tmp_path / name, net, {"alphabet": "abcd"})
         again, extra = load_discrete(tmp_path / name)

@@ -3,7 +3,6 @@
 import json
 import struct
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -234,11 +233,3 @@ def test_what_is_read_is_in_aligned_memory_and_independent_of_the_file(tmp_path)
     with open(file, "r+b") as written:
         written.write(b"\0" * file.stat().st_size)
     assert all(torch.equal(read[name], tensor) for name, tensor in tree.items())
-
-
-def test_parts_that_had_other_names_are_found(tmp_path: Path) -> None:
-    parts = {"optimisers": {"student": {"x": 1}}, "normaliser": {"mean": torch.ones(2)}, "step": 3}
-    save_checkpoint(tmp_path, 3, parts)
-    step, tree = load_checkpoint(tmp_path)
-    assert step == 3
-    assert tree.keys() == {"optimizers", "normalizer", "step"}

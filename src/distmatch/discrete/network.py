@@ -130,3 +130,7 @@ class MarginalNet(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """The same as :meth:`log_marginal`."""
         return self.log_marginal(tokens)
+
+
+NETWORKS: dict[str, type[TokenNet] | type[MarginalNet]] = {"conditionals": TokenNet, "marginals": MarginalNet}
+"""The networks by what they give."""

@@ -20,12 +20,11 @@ from distmatch.base.files import (
     read_json,
     save_tensors,
 )
-from distmatch.discrete.network import MarginalNet, TokenNet, TokenNetConfig
+from distmatch.discrete.network import NETWORKS, MarginalNet, TokenNet, TokenNetConfig
 
 FORMAT = "distmatch-discrete"
 VERSION = 1
 _TENSORS, _CONFIG = "model.safetensors", "config.json"
-_KINDS: dict[str, type[TokenNet] | type[MarginalNet]] = {"conditionals": TokenNet, "marginals": MarginalNet}
 
 
 def save_discrete(
@@ -74,7 +73,7 @@ def load_discrete(folder: str | os.PathLike[str]) -> tuple[TokenNet | MarginalNe
         )
     tensors = load_tensors(folder / _TENSORS)
     try:
-        net, kind = TokenNetConfig(**config["net"]), _KINDS[config["kind"]]
+        net, kind = TokenNetConfig(**config["net"]), NETWORKS[config["kind"]]
         if net.depth > len(tensors):
             raise ValueError(f"{len(tensors)} tensors for {net.depth} blocks")
         with torch.device("meta"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -11,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.base.files import load_into
 from distmatch.base.rules import Count, Decay, Positive, Share
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.discrete.losses import LOSSES, discrete_loss
 from distmatch.discrete.marginals import check_pair, consistency_loss, gibbs_block, reinforce_loss
-from distmatch.discrete.network import MarginalNet, TokenNet, TokenNetConfig
+from distmatch.discrete.network import NETWORKS, TokenNetConfig
 from distmatch.discrete.tokens import Conditionals
+from distmatch.nets.ema import EMA
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
 from distmatch.nets.optimizer import OptimizerSettings
+from distmatch.nets.training_state import TrainingState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,54 +57,26 @@ class TokenTrainingConfig(OptimizerSettings):
             raise UserError("there must be at least 2 Gibbs chains", got=self.chains)
 
 
-@dataclass
-class TokenState:
-    """What a checkpoint of a training holds.
+@dataclass(kw_only=True)
+class TokenState(TrainingState):
+    """What a training of tokens carries along, with one optimizer, ``model``.
+
+    Its memory holds ``chains``, the sequences (n, L) of the Gibbs chains; none for conditionals alone.
 
     Attributes:
-        model: The modules in training.
-        average: Their moving average; what is used and saved.
-        optimizer: Their optimizer.
-        generator: The random stream of the steps.
-        chains: Sequences (n, L) of the Gibbs chains; none for conditionals alone.
-        step: Steps done.
+        model: The networks in training, by name.
     """
 
     model: nn.ModuleDict
-    average: nn.ModuleDict
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator
-    chains: Tensor
-    step: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """A tree of tensors, numbers and strings."""
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "chains": self.chains,
-            "step": self.step,
-        }
-
-    def load_state_dict(self, tree: dict[str, Any]) -> None:
-        """Restores a state of the same configuration.
-
-        Raises:
-            UserError: The network is of another architecture.
-        """
-        load_into(self.model, tree.get("model", {}), "the checkpoint")
-        load_into(self.average, tree.get("average", {}), "the checkpoint")
-        self.optimizer.load_state_dict(tree["optimizer"])
-        self.generator.set_state(tree["generator"].cpu())
-        self.chains = tree["chains"].to(self.chains.device)
-        self.step = tree["step"]
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks."""
+        return {"model": self.model, **super().modules()}
 
 
 @dataclass
-class _Training:
-    """What the three trainings share.
+class TokenTraining:
+    """What the three trainings share: ``state = init(seed)``, ``info = step(state, x)``, ``result(state)``.
 
     Attributes:
         net: Sizes of the networks.
@@ -117,119 +89,127 @@ class _Training:
     total_steps: int
     config: TokenTrainingConfig = field(default_factory=TokenTrainingConfig)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def _state(self, modules: dict[str, Callable[[], nn.Module]], chains: int, seed: int) -> TokenState:
-        net = self.net
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(seed, "network"))
-            model = nn.ModuleDict({name: make() for name, make in modules.items()}).to(self.device)
-        random = generator(seed, "tokens", self.device)
-        start = torch.randint(net.vocabulary, (chains, net.length), generator=random, device=self.device)
-        return TokenState(
-            model=model,
-            average=copy.deepcopy(model).requires_grad_(False).eval(),
-            optimizer=adam(model.parameters(), self.config),
-            generator=random,
-            chains=start,
-        )
-
-    def _descend(self, state: TokenState, loss: Tensor) -> Tensor:
-        """Gradient, clipping, learning rate, optimizer, average; returns the gradient's norm."""
-        cfg = self.config
-        set_rate(state.optimizer, cfg.lr * rate(cfg, state.step, self.total_steps))
-        loss.backward()
-        norm = clipped_step(state.optimizer, cfg.grad_clip)
-        state.step += 1
-        decay = min(cfg.ema_decay, (1 + state.step) / (10 + state.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(state.average.parameters()), list(state.model.parameters()), 1 - decay)
-        return norm
-
-
-@dataclass
-class ConditionalTraining(_Training):
-    """Trains a :class:`TokenNet` on whole sequences; ``state.average["conditionals"]`` is the model."""
+    trains: ClassVar[tuple[str, ...]]
+    """The networks that learn, by their names in :data:`~distmatch.discrete.network.NETWORKS`."""
 
     def init(self, seed: int) -> TokenState:
         """The state before the first step."""
-        return self._state({"conditionals": lambda: TokenNet(self.net)}, 0, seed)
+        net = self.net
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "network"))
+            model = nn.ModuleDict({name: NETWORKS[name](net) for name in self.trains}).to(self.device)
+        random = generator(seed, "tokens", self.device)
+        size = (self.config.chains if "marginals" in self.trains else 0, net.length)
+        return TokenState(
+            model=model,
+            average=EMA(model),
+            optimizers={"model": adam(model.parameters(), self.config)},
+            generator=random,
+            memory={"chains": torch.randint(net.vocabulary, size, generator=random, device=self.device)},
+        )
 
     def step(self, state: TokenState, x: Tensor) -> dict[str, Tensor]:
-        """One step on sequences (B, L); changes ``state``, returns loss (nats a token) and gradient norm."""
+        """One step on sequences ``x`` (B, L).
+
+        Args:
+            state: From :meth:`init`; it is changed.
+            x: Sequences; an energy reads none.
+
+        Returns:
+            ``loss``, ``grad_norm``, the norm of its gradient, and what else the training measures.
+        """
+        cfg, optimizer = self.config, state.optimizers["model"]
+        loss, info = self.loss(state, x)
+        loss.backward()
+        set_rate(optimizer, cfg.lr * rate(cfg, state.step, self.total_steps))
+        info["grad_norm"] = clipped_step(optimizer, cfg.grad_clip)
+        state.step += 1
+        state.average.update(state.model, min(cfg.ema_decay, (1 + state.step) / (10 + state.step)))
+        return info
+
+    def loss(self, state: TokenState, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is descended, and what is logged of it."""
+        raise NotImplementedError
+
+    def result(self, state: TokenState) -> Any:
+        """The network on its averaged weights; several of them as a ``ModuleDict``."""
+        networks: Any = state.average.module
+        return networks if len(self.trains) > 1 else networks[self.trains[0]]
+
+
+@dataclass
+class ConditionalTraining(TokenTraining):
+    """Trains a :class:`TokenNet` on whole sequences. ``loss`` is in nats a token."""
+
+    trains = ("conditionals",)
+
+    def loss(self, state: TokenState, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The chosen loss."""
         cfg = self.config
         model: Any = state.model["conditionals"]
         terms = discrete_loss(model, x, cfg.loss, generator=state.generator, schedule=cfg.schedule)
         loss = terms.mean() / self.net.length
-        return {"loss": loss.detach(), "grad_norm": self._descend(state, loss)}
+        return loss, {"loss": loss.detach()}
 
 
 @dataclass
-class MarginalTraining(_Training):
+class MarginalTraining(TokenTraining):
     """Second stage of maximum likelihood: fits marginals to conditionals that are already trained.
 
-    ``state.average["marginals"]`` is the model.
+    A share of each batch is replaced by Gibbs chains. ``loss`` is the squared disagreement.
 
     Attributes:
         conditionals: The result of the first stage, :class:`ConditionalTraining`; not changed.
     """
 
     conditionals: Conditionals = field(kw_only=True)
+    trains = ("marginals",)
 
     def __post_init__(self) -> None:
         check_pair(self.net, self.conditionals)  # type: ignore[arg-type]
 
-    def init(self, seed: int) -> TokenState:
-        """The state before the first step."""
-        return self._state({"marginals": lambda: MarginalNet(self.net)}, self.config.chains, seed)
-
-    def step(self, state: TokenState, x: Tensor) -> dict[str, Tensor]:
-        """One step on data (B, L), a share of it replaced by Gibbs chains; returns loss, gradient norm."""
-        cfg = self.config
-        count = min(round(cfg.on_policy * len(x)), len(state.chains))
+    def loss(self, state: TokenState, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The disagreement with the conditionals."""
+        cfg, chains = self.config, state.memory["chains"]
+        count = min(round(cfg.on_policy * len(x)), len(chains))
         if count:
             # The chains take turns: no more of them are swept than the batch has use for.
-            next_ones, rest = state.chains[:count], state.chains[count:]
-            drawn = gibbs_block(self.conditionals, next_ones, cfg.block, generator=state.generator)
-            state.chains = torch.cat([rest, drawn])
+            drawn = gibbs_block(self.conditionals, chains[:count], cfg.block, generator=state.generator)
+            state.memory["chains"] = torch.cat([chains[count:], drawn])
             x = torch.cat([x[count:], drawn])
         model: Any = state.model["marginals"]
         loss = consistency_loss(model, _Fixed(self.conditionals), x, generator=state.generator).mean()
-        return {"loss": loss.detach(), "grad_norm": self._descend(state, loss)}
+        return loss, {"loss": loss.detach()}
 
 
 @dataclass
-class EnergyTraining(_Training):
+class EnergyTraining(TokenTraining):
     """Fits marginals and conditionals to an unnormalized density, with no data: KL(p || f / Z).
+
+    A step sweeps the Gibbs chains once. It measures ``loss`` (the consistency), ``gap`` (mean of log p -
+    log f, minus log Z when p = f / Z) and ``gap_std`` (its spread over the chains, 0 when p = f / Z).
 
     Attributes:
         log_f: Sequences (B, L) -> log f, (B,) in nats.
     """
 
     log_f: Callable[[Tensor], Tensor] = field(kw_only=True)
+    trains = ("conditionals", "marginals")
 
-    def init(self, seed: int) -> TokenState:
-        """The state before the first step."""
-        modules: dict[str, Callable[[], nn.Module]] = {
-            "conditionals": lambda: TokenNet(self.net),
-            "marginals": lambda: MarginalNet(self.net),
-        }
-        return self._state(modules, self.config.chains, seed)
+    def step(self, state: TokenState, x: Tensor | None = None) -> dict[str, Tensor]:
+        """One step; ``x`` is not read."""
+        return super().step(state, state.memory["chains"])
 
-    def step(self, state: TokenState) -> dict[str, Tensor]:
-        """One Gibbs sweep and one gradient step.
-
-        Returns:
-            ``loss`` (the consistency), ``gap`` (mean of log p - log f, minus log Z when p = f / Z),
-            ``gap_std`` (its spread over the chains, 0 when p = f / Z) and ``grad_norm``.
-        """
+    def loss(self, state: TokenState, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The KL, as far as its gradient goes, and the consistency."""
         cfg = self.config
         conditionals: Any = state.model["conditionals"]
         marginals: Any = state.model["marginals"]
-        state.chains = gibbs_block(conditionals, state.chains, cfg.block, generator=state.generator)
-        surrogate, gap = reinforce_loss(marginals, self.log_f, state.chains)
-        agree = consistency_loss(marginals, conditionals, state.chains, generator=state.generator).mean()
-        norm = self._descend(state, surrogate + cfg.consistency * agree)
-        return {"loss": agree.detach(), "gap": gap.mean(), "gap_std": gap.std(), "grad_norm": norm}
+        x = state.memory["chains"] = gibbs_block(conditionals, x, cfg.block, generator=state.generator)
+        surrogate, gap = reinforce_loss(marginals, self.log_f, x)
+        agree = consistency_loss(marginals, conditionals, x, generator=state.generator).mean()
+        info = {"loss": agree.detach(), "gap": gap.mean(), "gap_std": gap.std()}
+        return surrogate + cfg.consistency * agree, info
 
 
 class _Fixed:

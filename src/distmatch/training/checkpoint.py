@@ -23,7 +23,6 @@ from distmatch.base.files import atomic_folder, atomic_json, load_tensors, read_
 FORMAT = "distmatch-checkpoint"
 VERSION = 1
 
-_RENAMED = {"optimiser": "optimizer", "optimisers": "optimizers", "normaliser": "normalizer"}  # since 0.2
 _STEP = re.compile(r"step-(\d{6,})")
 # A folder being replaced is set aside under such a name; it is the only copy if the machine stops just then.
 _SET_ASIDE = re.compile(r"\.step-(\d{6,})\..*\.old")
@@ -273,8 +272,7 @@ def _read(path: Path) -> tuple[Any, Any]:
     if type(step) is not int or step < 0:
         raise UserError(f"{path} is no checkpoint", got=f"step {step!r:.80}", expected="a number of steps")
     try:
-        tree = unpack(tensors, structure)
-        return step, {_RENAMED.get(k, k): v for k, v in tree.items()} if isinstance(tree, dict) else tree
+        return step, unpack(tensors, structure)
     except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
         raise UserError(
             f"{path} is no checkpoint",

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,24 +18,11 @@ from distmatch.base.errors import DivergedError, Terminated, UserError
 from distmatch.base.progress import progress
 from distmatch.base.stack import caller_level
 from distmatch.data.batches import Batch
+from distmatch.nets.training_state import TrainingState
 from distmatch.training.checkpoint import load_checkpoint, save_checkpoint
 from distmatch.training.log import EventLog
 from distmatch.training.options import RunOptions
 from distmatch.training.runfolder import RunFolder
-
-
-class State(Protocol):
-    """What a method carries from step to step, and what a checkpoint holds."""
-
-    step: int
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as a tree."""
-        ...
-
-    def load_state_dict(self, tree: dict[str, Any]) -> None:
-        """Restores the state."""
-        ...
 
 
 @dataclass
@@ -74,7 +61,7 @@ class Averages:
         self.counts.clear()
 
 
-def restore(state: State, folder: RunFolder, which: str | int) -> int:
+def restore(state: TrainingState, folder: RunFolder, which: str | int) -> int:
     """Puts a checkpoint back into a state.
 
     Args:
@@ -143,7 +130,7 @@ def deferred_interrupt() -> Iterator[Callable[[], type[KeyboardInterrupt] | None
 
 def run_loop(
     step: Callable[[Any, Batch], dict[str, Tensor]],
-    state: State,
+    state: TrainingState,
     batches: Callable[[int], Batch],
     options: RunOptions,
     *,

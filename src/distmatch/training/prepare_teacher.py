@@ -73,7 +73,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     }
 
     def finish() -> Finished:
-        model = state.average.module
+        model = method.result(state)
         remember(model, describe_data(data, options.data))
         return Finished(model, lambda folder: save_denoiser(folder, model, extra))
 

@@ -17,9 +17,10 @@ from distmatch.base.stack import caller_level
 from distmatch.data import Dataset
 from distmatch.data.batches import Batch
 from distmatch.interop.saved import MODEL_PARTS
+from distmatch.nets.training_state import TrainingState
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
-from distmatch.training.loop import State, restore, run_loop
+from distmatch.training.loop import restore, run_loop
 from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.segments import Changes, changes_on_resume, write_config, write_segment
@@ -60,7 +61,7 @@ class Job:
 
     verb: str
     options: TrainOptions | DistillOptions
-    state: State
+    state: TrainingState
     step: Callable[[Any, Batch], dict[str, Tensor]]
     batches: Callable[[int], Batch]
     networks: dict[str, nn.Module]

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.files import load_into
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import for_model, null_conditioning
@@ -25,59 +24,28 @@ from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.layers import Conditioning, Perturbation
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+from distmatch.nets.training_state import TrainingState
 from distmatch.nets.uncertainty import LearnedUncertainty
 from distmatch.training.objective import Objective, build_objective, denoiser_loss
 from distmatch.training.options import TeacherConfig
 
 
-@dataclass
-class TeacherState:
-    """What a checkpoint of a teacher's training holds.
+@dataclass(kw_only=True)
+class TeacherState(TrainingState):
+    """What a teacher's training carries along, with one optimizer, ``denoiser``.
 
     Attributes:
         denoiser: The network in training.
-        average: Its moving average; what is sampled and saved.
-        optimizer: Its optimizer.
-        generator: The random stream of the steps.
         uncertainty: The log-variance that balances the levels, when it is learned.
-        step: Steps done.
     """
 
     denoiser: EDMDenoiser
-    average: EMA
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator
     uncertainty: LearnedUncertainty | None = None
-    step: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """A tree of tensors, numbers and strings."""
-        tree = {
-            "denoiser": self.denoiser.state_dict(),
-            "average": self.average.module.state_dict(),
-            "average_rest": self.average.rest_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "step": self.step,
-        }
-        if self.uncertainty is not None:
-            tree["uncertainty"] = self.uncertainty.state_dict()
-        return tree
-
-    def load_state_dict(self, tree: dict[str, Any]) -> None:
-        """Restores a state of the same configuration.
-
-        Raises:
-            UserError: The network is of another architecture.
-        """
-        load_into(self.denoiser, tree.get("denoiser", {}), "the checkpoint")
-        load_into(self.average.module, tree.get("average", {}), "the checkpoint")
-        self.average.load_rest(tree.get("average_rest", {}))
-        if self.uncertainty is not None:
-            load_into(self.uncertainty, tree.get("uncertainty", {}), "the checkpoint")
-        self.optimizer.load_state_dict(tree["optimizer"])
-        self.generator.set_state(tree["generator"].cpu())
-        self.step = tree["step"]
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by name."""
+        own: dict[str, nn.Module] = {"denoiser": self.denoiser, **super().modules()}
+        return own if self.uncertainty is None else {**own, "uncertainty": self.uncertainty}
 
 
 @dataclass
@@ -154,7 +122,7 @@ class TeacherTraining:
         return TeacherState(
             denoiser=denoiser,
             average=EMA(denoiser),
-            optimizer=optimizer,
+            optimizers={"denoiser": optimizer},
             generator=generator(seed, "teacher", self.device),
             uncertainty=uncertainty,
         )
@@ -179,7 +147,8 @@ class TeacherTraining:
             draw = torch.rand(len(x0), generator=state.generator, device=self.device)
             null = null_conditioning(state.denoiser, len(x0), self.device)
             conditioning = null.where(draw < cfg.label_dropout, conditioning)
-        set_rate(state.optimizer, cfg.lr * rate(cfg, state.step, self.total_steps))
+        (optimizer,) = state.optimizers.values()
+        set_rate(optimizer, cfg.lr * rate(cfg, state.step, self.total_steps))
         with (
             self._dropout_stream(state),
             torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext(),
@@ -189,10 +158,15 @@ class TeacherTraining:
             )
         total = losses if state.uncertainty is None else uncertainty_loss(losses, state.uncertainty(sigma))
         total.mean().backward()
-        norm = clipped_step(state.optimizer, cfg.grad_clip)
+        norm = clipped_step(optimizer, cfg.grad_clip)
         state.step += 1
         state.average.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
         return {"loss": losses.detach().mean(), "grad_norm": norm}
+
+    def result(self, state: TeacherState) -> EDMDenoiser:
+        """The teacher on its averaged weights."""
+        averaged: Any = state.average.module
+        return averaged
 
     @contextmanager
     def _dropout_stream(self, state: TeacherState) -> Iterator[None]:
