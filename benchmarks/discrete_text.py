@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from sections import replace_section
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.seeds import generator
@@ -82,13 +81,6 @@ def counted(train: Tensor, test: Tensor, symbols: int) -> tuple[Estimate, Estima
     return mean(windows[0]), mean(windows[1])
 
 
-def train(training: ConditionalTraining | MarginalTraining, batch: Callable[[int], Tensor], seed: int) -> Any:
-    state = training.init(seed)
-    for step in range(training.total_steps):
-        training.step(state, batch(step))
-    return training.result(state)
-
-
 def text(options: Options) -> list[str]:
     try:
         raw = np.load(options.data)["bytes"]
@@ -105,8 +97,11 @@ def text(options: Options) -> list[str]:
     net = TokenNetConfig(len(alphabet), 64, width=96, depth=3)
     steps = options.text_steps
     training = ConditionalTraining(net, steps, TokenTrainingConfig(lr=6e-3, lr_rampup=50))
-    model: TokenNet = train(
-        training, lambda step: text_crops(first, 64, 64, seed=options.seed, step=step), options.seed
+    model: TokenNet = dm.fit(
+        training,
+        lambda step: text_crops(first, 64, 64, seed=options.seed, step=step),
+        steps=steps,
+        seed=options.seed,
     )
     windows = last[: len(last) // 64 * 64].reshape(-1, 64)[::2]
     bound = nll_bound(model, windows, 4, generator=generator(options.seed, "bound"))
@@ -148,9 +143,10 @@ def digits(options: Options) -> list[str]:
         return first[chosen]
 
     steps = options.digit_steps
-    model: TokenNet = train(ConditionalTraining(net, steps, config), batch, options.seed)
+    run: dict[str, int] = {"steps": steps, "seed": options.seed}
+    model: TokenNet = dm.fit(ConditionalTraining(net, steps, config), batch, **run)
     bound = nll_bound(model, last, 32, generator=generator(options.seed, "bound"))
-    marginals = train(MarginalTraining(net, steps, config, conditionals=model), batch, options.seed)
+    marginals = dm.fit(MarginalTraining(net, steps, config, conditionals=model), batch, **run)
     with torch.no_grad():
         direct = mean(-marginals.log_marginal(last))
         loss = consistency_loss(marginals, model, last, generator=generator(options.seed, "agree")).mean()

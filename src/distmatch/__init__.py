@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distmatch.divergences import Divergence, divergence
     from distmatch.methods.hybrid import hybrid_sample
     from distmatch.methods.student import Student
+    from distmatch.training.fit import fit
 
 _MODULES = {
     "divergences": "distmatch.divergences",
@@ -47,6 +48,7 @@ _HOME = {
     "distill": "distmatch.api",
     "divergence": "distmatch.divergences",
     "evaluate": "distmatch.api",
+    "fit": "distmatch.training.fit",
     "hybrid_sample": "distmatch.methods.hybrid",
     "load_data": "distmatch.data",
     "load_teacher": "distmatch.api",
@@ -68,6 +70,7 @@ __all__ = [
     "divergence",
     "divergences",
     "evaluate",
+    "fit",
     "guidance",
     "hybrid_sample",
     "load_data",

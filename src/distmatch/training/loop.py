@@ -17,11 +17,10 @@ from torch import Tensor
 from distmatch.base.errors import DivergedError, Terminated, UserError
 from distmatch.base.progress import progress
 from distmatch.base.stack import caller_level
-from distmatch.data.batches import Batch
 from distmatch.nets.training_state import TrainingState
 from distmatch.training.checkpoint import load_checkpoint, save_checkpoint
 from distmatch.training.log import EventLog
-from distmatch.training.options import RunOptions
+from distmatch.training.options import LoopOptions
 from distmatch.training.runfolder import RunFolder
 
 
@@ -129,10 +128,10 @@ def deferred_interrupt() -> Iterator[Callable[[], type[KeyboardInterrupt] | None
 
 
 def run_loop(
-    step: Callable[[Any, Batch], dict[str, Tensor]],
+    step: Callable[[Any, Any], dict[str, Tensor]],
     state: TrainingState,
-    batches: Callable[[int], Batch],
-    options: RunOptions,
+    batches: Callable[[int], Any],
+    options: LoopOptions,
     *,
     folder: RunFolder | None = None,
     desc: str = "train",

@@ -78,23 +78,13 @@ class NetOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class LoopOptions:
     """How a training run is carried out."""
 
     steps: Count = 3000
     """Training steps."""
-    batch: Count = 256
-    """Samples a step."""
     seed: int = 0
     """Seed of everything random."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the networks under bfloat16 autocast; weights and statistics stay in fp32."""
-    compile: bool = False
-    """Compile the networks with torch.compile."""
-    flip: bool = False
-    """Mirror images left-right at random."""
     keep: Count = 3
     """Checkpoints kept."""
     checkpoint_every: Count = 500
@@ -104,6 +94,22 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_rules(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(LoopOptions):
+    """How a training run is carried out."""
+
+    batch: Count = 256
+    """Samples a step."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the networks under bfloat16 autocast; weights and statistics stay in fp32."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    flip: bool = False
+    """Mirror images left-right at random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +192,13 @@ class TrainOptions:
     run: RunOptions = field(default_factory=RunOptions)
     net: NetOptions = field(default_factory=NetOptions)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnOptions:
+    """What a run folder keeps of a training that a program carries out with :func:`distmatch.fit`."""
+
+    run: LoopOptions = field(default_factory=LoopOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

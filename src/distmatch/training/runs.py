@@ -15,13 +15,11 @@ from distmatch.base.files import atomic_json, check_model_folder
 from distmatch.base.progress import tell
 from distmatch.base.stack import caller_level
 from distmatch.data import Dataset
-from distmatch.data.batches import Batch
 from distmatch.interop.saved import MODEL_PARTS
 from distmatch.nets.training_state import TrainingState
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
 from distmatch.training.loop import restore, run_loop
-from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.segments import Changes, changes_on_resume, write_config, write_segment
 
@@ -44,8 +42,8 @@ class Job:
     """A run that is ready to start.
 
     Attributes:
-        verb: ``train`` or ``distill``.
-        options: The resolved options.
+        verb: ``train``, ``distill``, or ``fit`` for a training of a program's own.
+        options: The resolved options, with :class:`~distmatch.training.options.LoopOptions` as ``run``.
         state: State before the first step.
         step: One training step.
         batches: Batch of a step number.
@@ -60,10 +58,10 @@ class Job:
     """
 
     verb: str
-    options: TrainOptions | DistillOptions
+    options: Any
     state: TrainingState
-    step: Callable[[Any, Batch], dict[str, Tensor]]
-    batches: Callable[[int], Batch]
+    step: Callable[[Any, Any], dict[str, Tensor]]
+    batches: Callable[[int], Any]
     networks: dict[str, nn.Module]
     notes: dict[str, Any]
     warnings: list[str]

@@ -13,7 +13,7 @@ from distmatch.base.inputs import read_limited
 from distmatch.divergences import divergence
 from distmatch.methods.table import resolve_method
 from distmatch.training.config_format import config_text, read_config
-from distmatch.training.options import DistillOptions, TrainOptions
+from distmatch.training.options import DistillOptions, OwnOptions, TrainOptions
 from distmatch.training.toml import dataclass_to_dict
 
 # They change how a run is carried out, not what it computes.
@@ -23,11 +23,12 @@ _RATES = ("lr", "lr_critic", "lr_ratio", "grad_clip")
 _PATHS = ("data", "teacher")
 _HEAD = "# until step "
 
+AnyOptions = TrainOptions | DistillOptions | OwnOptions
 Changes = dict[str, tuple[Any, Any]]
 """Options by their place in the config, as they were and as they are."""
 
 
-def changes_on_resume(options: TrainOptions | DistillOptions, config: Path) -> Changes:
+def changes_on_resume(options: AnyOptions, config: Path) -> Changes:
     """The options that are not those that a run was begun with.
 
     Args:
@@ -43,7 +44,7 @@ def changes_on_resume(options: TrainOptions | DistillOptions, config: Path) -> C
     values = read_config(config)
     if isinstance(options, DistillOptions):
         _check_same_method(options, values, config)
-    usual = DistillOptions(method=options.method) if isinstance(options, DistillOptions) else TrainOptions()
+    usual = DistillOptions(method=options.method) if isinstance(options, DistillOptions) else type(options)()
     begun, plain, now = (
         dict(_flat(tree)) for tree in (values, dataclass_to_dict(usual), dataclass_to_dict(options))
     )
@@ -77,14 +78,12 @@ def changes_on_resume(options: TrainOptions | DistillOptions, config: Path) -> C
     return changes
 
 
-def write_config(options: TrainOptions | DistillOptions, verb: str, config: Path) -> None:
+def write_config(options: AnyOptions, verb: str, config: Path) -> None:
     """Writes the ``config.toml`` of a run that begins."""
     atomic_write(config, config_text(verb, options))
 
 
-def write_segment(
-    options: TrainOptions | DistillOptions, verb: str, config: Path, step: int, changes: Changes
-) -> None:
+def write_segment(options: AnyOptions, verb: str, config: Path, step: int, changes: Changes) -> None:
     """Brings ``config.toml`` up to date for a run that goes on from ``step`` with other options.
 
     It holds the options of the last stretch, as the next ``--resume`` needs them; what earlier stretches had
