@@ -117,6 +117,35 @@ def test_pixels_flatten_and_large_images_are_averaged():
     assert (pixels()(torch.ones(2, 3, 64, 64)) == 1).all()
 
 
+def test_video_and_sequences_are_averaged_in_space_then_time_and_along_their_length():
+    g = torch.Generator().manual_seed(0)
+    small = torch.randn(2, 1, 8, 8, 8, generator=g)
+    assert torch.equal(pixels()(small), small.flatten(1))
+    clips = torch.randn(2, 3, 4, 16, 16, generator=g)
+    by_hand = clips.reshape(2, 3, 4, 8, 2, 8, 2).mean((4, 6)).flatten(1)
+    torch.testing.assert_close(pixels()(clips), by_hand)
+    long = torch.randn(2, 3, 2048, 1, 1, generator=g)  # no more to halve in space
+    by_hand = long.reshape(2, 3, 256, 8).mean(3).flatten(1)
+    torch.testing.assert_close(pixels()(long), by_hand)
+    walks = torch.randn(2, 1000, 3, generator=g)
+    by_hand = walks.reshape(2, 250, 4, 3).mean(2).transpose(1, 2).flatten(1)
+    torch.testing.assert_close(pixels()(walks), by_hand)
+    assert pixels()(torch.randn(2, 3000)).shape == (2, 3000)  # vectors have no neighbours to average
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((40, 6, 9, 8, 3), "video"), ((40, 150, 2), "sequence")])
+def test_larger_video_and_sequences_get_a_convolutional_net_too(shape, kind, tmp_path, monkeypatch):
+    monkeypatch.setitem(load_or_train.__globals__, "_STEPS", (5, 5))
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    found = data.from_arrays(x, torch.arange(40) % 2, kind=kind)
+    space = classifier_features(found, tmp_path)
+    batch = found.batch(torch.arange(40))[0]
+    assert space(batch).shape == (40, 64)
+    assert_same_but_for_rounding(classifier_features(found, tmp_path)(batch), space(batch))
+    swapped = batch.flip(2 if kind == "video" else 1)  # time backwards
+    assert float((space(swapped) - space(batch)).abs().mean()) > 0.1
+
+
 def test_automatic_choice(few, monkeypatch, tmp_path):
     monkeypatch.setenv("DISTMATCH_CACHE", str(tmp_path))
     assert resolve_features("auto", few).name == "classifier"

@@ -15,6 +15,8 @@ _BETTER = {
     "density": "floor",
     "coverage": "higher",
     "vendi": "floor",
+    "frame_fd": "lower",
+    "motion": "floor",
     "label_accuracy": "higher",
     "modes": "higher",
     "kl": "lower",
@@ -26,7 +28,8 @@ _BETTER = {
 def metric_table(metrics: dict[str, dict[str, Any]], features: str = "", notes: Sequence[str] = ()) -> str:
     """A plain-text table: a row for each metric, a column for each model, value ± standard error.
 
-    Density and Vendi are best at the floor: more means concentrated or noisy samples. Warnings stand below.
+    Density, Vendi and motion are best at the floor: more means concentrated or noisy samples. Warnings stand
+    below.
 
     Args:
         metrics: By model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
 from distmatch.data.scaling import Scaling
 
@@ -26,21 +27,24 @@ def digits() -> Dataset:
 
 
 def moving_digits() -> Dataset:
-    """Every digit moving by one pixel a frame in four directions: video (1, 8, 8, 8) of 8 frames.
+    """Every digit moving by one pixel a frame: 1,797 clips (1, 8, 8, 8) of channel, frames, rows, columns.
 
-    What leaves on one side comes in on the other. The 40 classes are digit and direction, ``"3 left"``; clip
-    ``4 k + d`` is sample k of the digits in direction d. Axes are channels, frames, rows, columns.
+    What leaves on one side comes in on the other. Each digit moves in one direction, drawn with a fixed seed:
+    several clips of one digit would not be independent. The 40 classes are digit and direction: class 4 k + d
+    is digit k moving right, left, down or up.
     """
     still = digits()
-    ways = [
-        torch.stack([still.raw.roll((row * t, column * t), (-2, -1)) for t in range(_FRAMES)], dim=2)
-        for row, column in _DIRECTIONS.values()
-    ]
     digit = torch.zeros(0, dtype=torch.int64) if still.labels is None else still.labels
+    way = torch.randint(len(_DIRECTIONS), (len(still),), generator=generator(0, "moving-digits"))
+    clips = torch.empty(len(still), 1, _FRAMES, *still.shape[1:], dtype=still.raw.dtype)
+    for d, (row, column) in enumerate(_DIRECTIONS.values()):
+        of_this = way == d
+        for t in range(_FRAMES):
+            clips[of_this, :, t] = still.raw[of_this].roll((row * t, column * t), (-2, -1))
     return Dataset(
-        raw=torch.stack(ways, dim=1).flatten(0, 1),
-        labels=(len(ways) * digit[:, None] + torch.arange(len(ways))).flatten(),
-        class_names=tuple(f"{name} {way}" for name in still.class_names for way in _DIRECTIONS),
+        raw=clips,
+        labels=len(_DIRECTIONS) * digit + way,
+        class_names=tuple(f"{name} {word}" for name in still.class_names for word in _DIRECTIONS),
         name="moving-digits",
         scaling=still.scaling,
     )

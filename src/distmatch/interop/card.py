@@ -23,7 +23,8 @@ LICENSE = "unknown: that of the teacher and the data"
 _BEGIN, _END = "<!-- metrics -->", "<!-- end of metrics -->"
 _UNMEASURED = "Not measured. `distmatch evaluate` on the run folder fills this in."
 _DIRECTIONS = (
-    "Lower is better for fd, kid, kl, reverse_kl and js; density and vendi are best at the floor; higher is "
+    "Lower is better for fd, kid, frame_fd, kl, reverse_kl and js; density, vendi and motion are best at the "
+    "floor; higher is "
     "better for the others. The floor is real data against real data. Errors are one standard error; that of "
     "a difference takes its two sides for independent."
 )

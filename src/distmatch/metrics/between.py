@@ -145,9 +145,10 @@ def compare_datasets(
         p: What q should match.
         q: The other set, of the same shape.
         which: As for :func:`checked_names`.
-        features: ``"auto"`` and ``"pixels"`` take the samples themselves (images of more than 1024 numbers
-            are halved by averaging), ``"classifier"`` the inner layer of a classifier of p's labels. For
-            f-divergences the latter give lower bounds as well, as no function of samples can add to them.
+        features: ``"auto"`` and ``"pixels"`` take the samples themselves (those of more than 1024 numbers
+            are halved by averaging, but for vectors), ``"classifier"`` the inner layer of a classifier of p's
+            labels. For f-divergences the latter give lower bounds as well, as no function of samples can add
+            to them.
         n: Most samples of each set; 20,000 by default.
         seed: As for :func:`compare_samples`.
         device: Where to compute.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_json, load_into, load_tensors, read_json, save_tensors
 from distmatch.base.progress import progress
 from distmatch.metrics.reference import Reference, stratified_order
+from distmatch.nets.layers import channels_and_sides, channels_first, convolution
 
 RECIPE = 1  # raise it when the network or its training changes: it is part of the cache key
 _BATCH = 128
@@ -39,7 +41,7 @@ class Classifier(nn.Module):
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         size = torch.Size(shape).numel()
-        tiny = len(shape) != 3 or size <= 256
+        tiny = len(shape) == 1 or size <= 256
         self.width = 32 if tiny else 64
         self.body = _mlp(size, self.width) if tiny else _conv(shape, self.width)
         self.head = nn.Linear(self.width, num_classes)
@@ -48,11 +50,15 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of samples (B, *shape) in model space."""
-        return self.head(self.body(x))
+        return self.head(self.inner(x))
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B, width): zero mean and unit variance over the training part of the reference."""
-        return (self.body(x) - self.mean) / self.std
+        return (self.inner(x) - self.mean) / self.std
+
+    def inner(self, x: Tensor) -> Tensor:
+        """The penultimate layer as it is, (B, width)."""
+        return self.body(channels_first(x))
 
 
 def _mlp(size: int, width: int) -> nn.Sequential:
@@ -68,15 +74,16 @@ def _mlp(size: int, width: int) -> nn.Sequential:
 
 
 def _conv(shape: tuple[int, ...], width: int) -> nn.Sequential:
-    """Stride-2 convolutions down to 4 x 4 or less, then one linear layer."""
-    channels, height, size = shape[0], shape[1], shape[2]
+    """Stride-2 convolutions of images, video or sequences to sides of 4 or less, then one linear layer."""
+    channels, sides = channels_and_sides(shape)
+    conv = convolution(sides)
     layers: list[nn.Module] = []
     out = 16
-    while max(height, size) > 4:
-        layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.SiLU()]
+    while max(sides) > 4:
+        layers += [conv(channels, out, 3, stride=2, padding=1), nn.SiLU()]
         channels, out = out, min(2 * out, 64)
-        height, size = (height + 1) // 2, (size + 1) // 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * size, width), nn.SiLU())
+        sides = tuple((side + 1) // 2 for side in sides)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * math.prod(sides), width), nn.SiLU())
 
 
 def _train(reference: Reference, labels: Tensor) -> tuple[Classifier, int, int]:
@@ -92,7 +99,7 @@ def _train(reference: Reference, labels: Tensor) -> tuple[Classifier, int, int]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     stream = seeds.generator(0, "classifier/batches")
     first, _ = _batch(reference, train[:10_000])
-    scale = _VECTOR_NOISE * first.std(0) if first.ndim == 2 else torch.tensor(_IMAGE_NOISE)
+    scale = _VECTOR_NOISE * first.std(0) if first.ndim < 4 else torch.tensor(_IMAGE_NOISE)
     with progress(steps, desc="feature network", delay=5.0) as bar:
         for _ in range(steps):
             x, y = _batch(reference, train[torch.randint(len(train), (_BATCH,), generator=stream)])
@@ -104,7 +111,7 @@ def _train(reference: Reference, labels: Tensor) -> tuple[Classifier, int, int]:
             schedule.step()
             bar.update(1, loss=loss.detach())
     net.eval().requires_grad_(False)
-    inner = torch.cat([net.body(part) for part in first.split(1024)])
+    inner = torch.cat([net.inner(part) for part in first.split(1024)])
     net.mean.copy_(inner.mean(0))
     net.std.copy_(inner.std(0).clamp(min=1e-3))
     right = 0

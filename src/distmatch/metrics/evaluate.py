@@ -27,6 +27,7 @@ from distmatch.metrics.reference import Reference, draw_reference, stratified_or
 from distmatch.metrics.resampling import COPIES, half_sample_stderr, jackknife_stderr, repeats
 from distmatch.metrics.settings import GROUPS, K_COVERAGE, K_PRECISION, FeatureChoice, plan
 from distmatch.metrics.vendi import vendi_replicates
+from distmatch.metrics.video import video_estimates
 
 _NAMES = ("fd", "kid", "precision", "recall", "density", "coverage", "vendi")
 _HALVED = ("precision", "recall", "density", "coverage")
@@ -94,7 +95,8 @@ def evaluate(
     Returns:
         Estimates under ``fd``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage``, ``vendi`` with
         ``n`` the block size, and where they apply ``label_accuracy`` and the four mode keys, with ``n`` both
-        blocks together.
+        blocks together; of video ``frame_fd`` and ``motion`` as well
+        (:func:`~distmatch.metrics.video.video_estimates`).
 
     Raises:
         UserError: Too few samples, another shape than the reference, or values that are not finite.
@@ -125,6 +127,7 @@ def evaluate_replicates(
     chosen = x[order.to(x.device)]
     generated = space(chosen).to(_device(x)).split(size)
     samples = _reference_samples(reference, size, seed, stratified=labels is not None).to(x.device)
+    pairs = zip(chosen.split(size), samples.split(size), strict=True)
     real = space(samples).to(_device(x)).split(size)
     blocks = [_replicates(g, r) for g, r in zip(generated, real, strict=True)]
     result = _doubtful(_combine([_summary(block) for block in blocks], size), blocks, real)
@@ -134,7 +137,8 @@ def evaluate_replicates(
         if len(right):
             result["label_accuracy"] = smoothed_share(float(right.sum()), len(right))
     replicates = {name: torch.stack([block[name] for block in blocks]).cpu() for name in _NAMES}
-    return Evaluation(result | _mode_estimates(chosen, mixture), replicates)
+    extra = _mode_estimates(chosen, mixture) | video_estimates(chosen, pairs)
+    return Evaluation(result | extra, replicates)
 
 
 def reference_floor(
@@ -176,7 +180,8 @@ def reference_floor(
     result = _doubtful(_combine([_summary(block)], size), [block], (first, second))
     if space.heldout_accuracy is not None:
         result["label_accuracy"] = space.heldout_accuracy
-    return result | _mode_estimates(samples, mixture)
+    extra = video_estimates(samples, [(samples[:size], samples[size:])])
+    return result | _mode_estimates(samples, mixture) | extra
 
 
 def _device(x: Tensor) -> torch.device:

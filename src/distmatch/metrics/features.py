@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
@@ -16,6 +17,7 @@ from distmatch.base.estimate import Estimate
 from distmatch.metrics.classifier import Classifier, load_or_train
 from distmatch.metrics.modes import smoothed_share
 from distmatch.metrics.reference import Reference
+from distmatch.nets.layers import channels_first
 
 _BATCH = 1024
 _MOST_PIXELS = 1024
@@ -95,20 +97,29 @@ class Features:
             return torch.cat([self.classify(part).argmax(1) for part in x.split(_BATCH)]).to(x.device)
 
 
-def _flatten(x: Tensor) -> Tensor:
-    if x.ndim == 4:
-        while x[0].numel() > _MOST_PIXELS and min(x.shape[2:]) > 1:
-            x = torch.nn.functional.avg_pool2d(x, 2)
+def flattened(x: Tensor) -> Tensor:
+    """Samples (N, *shape) as vectors of some 1024 numbers at most, where they are not vectors already.
+
+    Larger ones are halved by averaging, images in height and width, video then in time, sequences along their
+    length: beyond that the Frechet distance costs minutes and says nothing new.
+    """
+    x = channels_first(x)
+    while x[0].numel() > _MOST_PIXELS and (window := _halving(x.shape[2:])):
+        pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(window) - 1]
+        x = pool(x, window)
     return x.flatten(1).float()
 
 
-def pixels() -> Features:
-    """The samples themselves, flattened.
+def _halving(sides: Sequence[int]) -> tuple[int, ...]:
+    """By how much each side of a map is to be divided; () where nothing is left to halve."""
+    if len(sides) == 3 and min(sides[1:]) == 1:
+        return (2, 1, 1) if sides[0] > 1 else ()
+    return () if not sides or min(sides[-2:]) == 1 else (1, 2, 2)[-len(sides) :]
 
-    Images of more than 1024 numbers are halved by averaging until they have no more: beyond that the Frechet
-    distance costs minutes and says nothing new.
-    """
-    return Features("pixels", _flatten)
+
+def pixels() -> Features:
+    """The samples themselves, as :func:`flattened` makes vectors of them."""
+    return Features("pixels", flattened)
 
 
 def _on_device_of(x: Tensor, nets: dict[torch.device, Classifier]) -> Classifier:
@@ -120,9 +131,10 @@ def _on_device_of(x: Tensor, nets: dict[torch.device, Classifier]) -> Classifier
 def classifier_features(dataset: Reference, cache: Path | None = None) -> Features:
     """The penultimate layer of a small network trained to tell the labels of the reference apart.
 
-    It has 32 numbers for vectors and tiny images (an MLP) and 64 for larger images (a small convolutional
-    net), each of unit variance over the reference. A tenth of the reference is held out for the accuracy. The
-    result is cached by the content of the data set; generated samples never take part in the training.
+    It has 32 numbers for vectors and tiny samples (an MLP) and 64 for larger images, video and sequences (a
+    small convolutional net, over all of their axes), each of unit variance over the reference. A tenth of the
+    reference is held out for the accuracy. The result is cached by the content of the data set; generated
+    samples never take part in the training.
 
     Args:
         dataset: The labeled reference.

@@ -51,6 +51,8 @@ METRICS = (
     Metric("density", "Density", "floor", "how densely real data surround the samples"),
     Metric("coverage", "Coverage", "up", "share of real data with a sample close by"),
     Metric("vendi", "Vendi score", "floor", "effective number of different samples"),
+    Metric("frame_fd", "Fréchet distance, frames", "down", "between the pixels of single frames"),
+    Metric("motion", "Motion", "floor", "mean change of a pixel between frames, as a share of its range"),
     Metric("label_accuracy", "Label accuracy", "up", "share of samples classified as the label asked for"),
     Metric("modes", "Modes found", "up", "modes of the mixture that were hit"),
     Metric("kl", "KL(p‖q) of modes", "down", "large when modes are missing"),
