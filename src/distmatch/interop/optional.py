@@ -59,6 +59,7 @@ ONNX = (
     OptionalPackage("onnxscript", "export to ONNX needs", "onnx"),
     OptionalPackage("onnxruntime", "the check of a model exported to ONNX needs", "onnx"),
 )
+PEFT = OptionalPackage("peft", "adapters of low rank (--train lora) need", "lora")
 
 
 def import_diffusers() -> Any:

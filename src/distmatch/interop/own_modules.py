@@ -38,14 +38,18 @@ HandedIn = nn.Module | Callable[..., nn.Module]
 """A module, whose weights are replaced in a copy; its class or a function that makes one; or a denoiser."""
 
 
-def copied_module(module: Module) -> Module:
+def copied_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """A deep copy.
+
+    Args:
+        module: The module.
+        memo: As for :func:`copy.deepcopy`: what takes the place of objects, by their id.
 
     Raises:
         UserError: Something in the module cannot be copied.
     """
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, memo)
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"a {type(module).__name__} cannot be copied, and a student starts as a copy of its teacher",

@@ -45,6 +45,7 @@ from distmatch.interop.edm_checkpoint import (
 )
 from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
+from distmatch.interop.lora import merged
 from distmatch.interop.own_modules import HandedIn, described_module, null_tensors, rebuilt
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -86,6 +87,7 @@ def save_denoiser(
     Raises:
         UserError: The folder holds something else or cannot be written, or the denoiser cannot be saved.
     """
+    denoiser = merged(denoiser)
     about = vars(denoiser).get("trained_on")
     if about and "data" not in (extra or {}):
         extra = {**(extra or {}), "data": about}

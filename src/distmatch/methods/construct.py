@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from distmatch.base.errors import UserError
-from distmatch.diffusion.conditioning import LABEL, spec_of
+from distmatch.base.errors import UserError, cause
+from distmatch.diffusion.conditioning import LABEL, example_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_denoiser, require_input_gradient, require_score
 from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence
 from distmatch.divergences import divergence as divergence_of
 from distmatch.interop import is_external
-from distmatch.methods.settings import GuidedSettings, Settings
+from distmatch.interop.lora import chosen_layers, network_in
+from distmatch.interop.optional import PEFT
+from distmatch.methods.settings import GuidedSettings, RoleSettings, Settings
 from distmatch.methods.setup import Distiller, Setup
 from distmatch.methods.start import frozen, has_network
 from distmatch.methods.table import resolve_method, unknown_setting
@@ -77,7 +80,7 @@ def build(
     device = torch.device(device)
     return build_method(
         Setup(
-            teacher=frozen(teacher, device),
+            teacher=frozen(teacher, device, values if isinstance(values, RoleSettings) else None),
             method=chosen,
             divergence=divergence if isinstance(divergence, Divergence) else divergence_of(name),
             settings=values,
@@ -98,6 +101,7 @@ def build_method(setup: Setup[Settings]) -> Distiller:
     _check_levels(setup)
     _check_conditions(setup)
     _refuse_idle(setup.settings)
+    _check_roles(setup)
     if setup.method.family == "consistency":
         require_score(setup.teacher, "a path of samples with Gaussian noise")
     if isinstance(setup.settings, GuidedSettings) and setup.settings.guidance != 1:
@@ -127,6 +131,33 @@ def _check_conditions(setup: Setup[Settings]) -> None:
             got=f"conditions {', '.join(sorted(others))}",
             fix="use f-distill, dmd2, sid or another method of docs/methods.md",
         )
+
+
+def _check_roles(setup: Setup[Settings]) -> None:
+    """Refuses adapters where there is nothing to adapt, and a base that does not run in its type."""
+    own, teacher = setup.settings, setup.teacher
+    if not isinstance(own, RoleSettings) or own.train == "full":
+        return
+    if setup.copied is None or not isinstance(teacher, nn.Module):
+        raise UserError(
+            "--train lora adapts the network of the teacher, and this student has another",
+            got="a fresh network for the student" if setup.net else "a teacher without a network",
+            fix="use --train full, or leave --net out for a teacher with a network",
+        )
+    PEFT.load()
+    chosen_layers(network_in(teacher), own.lora_targets)
+    if own.base_dtype == "float32":
+        return
+    x = torch.ones(2, *teacher.shape, device=setup.device)
+    try:
+        with setup.autocast(), torch.no_grad():
+            teacher(x, x.new_ones(2), example_conditioning(teacher, 2, setup.device))
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"this network does not run with weights in {own.base_dtype}",
+            got=cause(error),
+            fix="leave --base-dtype out, or have the network bring its inputs to the type of its weights",
+        ) from error
 
 
 def _refuse_idle(own: Settings) -> None:

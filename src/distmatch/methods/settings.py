@@ -37,7 +37,30 @@ class Settings(OptimizerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkSettings(Settings):
+class RoleSettings:
+    """How a network in a role (student, fake score, average, recorded teacher) is made of the teacher's."""
+
+    train: Literal["full", "lora"] = "full"
+    """full: each network is a copy of its own, all of which is trained. lora: all share the teacher's frozen
+    weights, and have adapters of low rank of their own."""
+    lora_rank: Count = 8
+    """Rank of the adapters."""
+    lora_alpha: NotNegative = 0.0
+    """The adapters' scaling times their rank; 0 takes the rank, for a scaling of 1."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers with adapters: regular expressions for whole names, or for what follows a dot in them; without
+    any, all linear layers and convolutions."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen weights that are shared; adapters, their average and optimizer are float32."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        names = ("lora_rank", "lora_alpha", "lora_targets", "base_dtype") if self.train == "full" else ()
+        return dict.fromkeys(names, "--train full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(RoleSettings, Settings):
     """The student and its training."""
 
     accumulate: Count = 1

@@ -17,12 +17,13 @@ from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import Karras, LogNormal, Truncated
 from distmatch.divergences import Divergence
 from distmatch.methods.method import Method
-from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, Settings
+from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, RoleSettings, Settings
 from distmatch.methods.start import Draw, Network, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, student_levels
 from distmatch.nets.config import NetConfig
 from distmatch.nets.ema import EMA
+from distmatch.nets.jump import require_jump, taught_to_jump
 from distmatch.nets.optim import adam, rate
 
 S = TypeVar("S", bound=Settings, covariant=True)
@@ -94,19 +95,22 @@ class Setup(Generic[S]):
 
     def adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimizer of a network, with the shared settings."""
-        return adam(module.parameters(), self.settings, lr)
+        return adam((p for p in module.parameters() if p.requires_grad), self.settings, lr)
 
     def rate(self, step: int) -> float:
         """The factor on all learning rates at a step."""
         return rate(self.settings, step, self.total_steps)
 
-    def network(self, seed: int, draw: Draw | None, seen: Karras | None = None) -> Network:
+    def network(
+        self, seed: int, draw: Draw | None, seen: Karras | None = None, *, jumps: bool = False
+    ) -> Network:
         """What the student starts from; a fresh network is fitted at the levels that are ``seen`` first."""
-        network = starting_network(self.teacher, self.net, seed, self.device)
+        roles = self.settings if isinstance(self.settings, RoleSettings) else None
+        network = starting_network(self.teacher, self.net, seed, self.device, roles=roles, jumps=jumps)
         if draw is not None and self.copied is None:
             seen = seen or Karras(self.teacher.sigma_min, self.first_level)
             fit_to_teacher(network, self.teacher, draw, seen, self.settings.fit_steps, seed)
-        return network
+        return taught_to_jump(require_jump(network)) if jumps else network
 
     def state(self, seed: int, student: Student, trained: nn.Module, **others: Any) -> DistillState:
         """The state before the first step, with an average of what is trained."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,13 @@ from distmatch.diffusion.conditioning import LABEL, ConditioningLike, as_conditi
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import NoiseLevels
 from distmatch.interop import check_storable, copied_module
+from distmatch.interop.lora import shared_base, with_adapters
 from distmatch.losses import denoising_loss, edm_weight
+from distmatch.methods.settings import RoleSettings
 from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig, default_config
 from distmatch.nets.edm import EDMDenoiser
+from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.optim import adam, clipped_step, rate, set_rate
 from distmatch.nets.optimizer import OptimizerSettings
 
@@ -36,10 +38,16 @@ def has_network(teacher: Denoiser) -> TypeGuard[Network]:
     return isinstance(teacher, nn.Module) and any(p.is_floating_point() for p in teacher.parameters())
 
 
-def frozen(teacher: Denoiser, device: torch.device) -> Denoiser:
-    """A teacher for one run: a copy on its device whose parameters do not learn, or the same formula."""
+def frozen(teacher: Denoiser, device: torch.device, roles: RoleSettings | None = None) -> Denoiser:
+    """A teacher for one run: a copy on its device whose parameters do not learn, or the same formula.
+
+    As the base of adapters it has the memory of the teacher that was handed in, where device and type agree.
+    """
     if not isinstance(teacher, nn.Module):
         return teacher
+    if roles is not None and roles.train == "lora":
+        base: Denoiser = shared_base(teacher, device, getattr(torch, roles.base_dtype))
+        return base
     copied: Denoiser = copied_module(teacher).to(device).eval().requires_grad_(False)
     return copied
 
@@ -54,8 +62,16 @@ def check_saveable(teacher: object) -> None:
         check_storable(teacher)
 
 
-def starting_network(teacher: Denoiser, net: NetConfig | None, seed: int, device: torch.device) -> Network:
-    """A trainable copy of the teacher, or a fresh network of its shape.
+def starting_network(
+    teacher: Denoiser,
+    net: NetConfig | None,
+    seed: int,
+    device: torch.device,
+    *,
+    roles: RoleSettings | None = None,
+    jumps: bool = False,
+) -> Network:
+    """A trainable copy of the teacher, adapters on it, or a fresh network of its shape.
 
     The autoencoder of a teacher on latents is shared, not copied, and is not trained.
 
@@ -63,11 +79,19 @@ def starting_network(teacher: Denoiser, net: NetConfig | None, seed: int, device
         teacher: The teacher.
         net: The fresh network's config. None copies the teacher's network; where it has none, the shape
             decides.
-        seed: Seed of a fresh network.
+        seed: Seed of a fresh network, and of adapters.
         device: Where it goes.
+        roles: How it is made of the teacher's network; None copies it.
+        jumps: Whether what adapters are added to knows a second noise level, which the base does not.
     """
     if net is None and has_network(teacher):
-        network: Network = copy.deepcopy(teacher)
+        if roles is not None and roles.train == "lora":
+            alpha, targets = roles.lora_alpha or roles.lora_rank, roles.lora_targets
+            extend: Any = taught_to_jump if jumps else None
+            return with_adapters(
+                teacher, rank=roles.lora_rank, alpha=alpha, targets=targets, seed=seed, extend=extend
+            )
+        network: Network = copied_module(teacher)
     else:
         if others := set(spec_of(teacher)) - {LABEL}:
             raise UserError(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from distmatch.base.errors import UserError
 from distmatch.methods.start import Network
 from distmatch.methods.student import Student
+from distmatch.nets.shared import adapted_of, fingerprint
 from distmatch.nets.training_state import TrainingState, current
 from distmatch.ratio.normalizer import RatioNormalizer
 
@@ -40,6 +43,12 @@ class DistillState(TrainingState):
     extra: dict[str, nn.Module] = field(default_factory=dict)
     updates: int = 0
 
+    @cached_property
+    def base(self) -> str:
+        """The sha256 of the weights that its networks share and that no checkpoint holds; '' without any."""
+        network = self.student.denoiser
+        return fingerprint(network) if adapted_of(network) is not None else ""
+
     def modules(self) -> dict[str, nn.Module]:
         """The networks by name."""
         named = {
@@ -55,6 +64,7 @@ class DistillState(TrainingState):
         """A tree of tensors, numbers and strings."""
         return {
             **super().state_dict(),
+            **({"base": self.base} if self.base else {}),
             "normalizer": self.normalizer.state_dict() if self.normalizer is not None else {},
             "ratio_generator": self.ratio_generator.get_state(),
             "updates": self.updates,
@@ -64,9 +74,16 @@ class DistillState(TrainingState):
         """Restores a state of the same configuration.
 
         Raises:
-            UserError: The networks are others, or of another architecture.
+            UserError: The networks are others, of another architecture, or on another base.
         """
         tree = current(tree)
+        if (saved := tree.get("base", "")) != self.base:
+            raise UserError(
+                "the checkpoint is of adapters on another base, or of networks without one",
+                got=f"a base of sha256 {saved}" if saved else "networks that were trained in full",
+                expected=f"a base of sha256 {self.base}" if self.base else "networks trained in full",
+                fix="resume with the teacher and the --train that the run began with",
+            )
         super().load_state_dict(tree)
         if self.normalizer is not None:
             self.normalizer.load_state_dict(tree["normalizer"])

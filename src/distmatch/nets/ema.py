@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.nets.shared import role_copy, unshared
 
 _PLAIN = 0.999  # the largest decay without compensation
 
 
 class EMA:
-    """A frozen copy of a model whose parameters follow the model's.
+    """A frozen copy of a model whose parameters follow the model's; what does not learn is shared.
 
     A step of an average of long half-life is often smaller than half a unit in the last place of float32, and
     would be lost. What rounding leaves of each parameter is therefore kept and added later (Kahan summation).
@@ -28,12 +28,13 @@ class EMA:
 
     Attributes:
         module: The average, in eval mode and without gradients; use it as any model.
-        rest: What the parameters of ``module`` lack of the average, one tensor for each.
+        rest: What the parameters of ``module`` that follow lack of the average, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.rest = [torch.zeros_like(p) for p in self.module.parameters()]
+        self.module = role_copy(model).eval().requires_grad_(False)
+        pairs = zip(self.module.named_parameters(), model.parameters(), strict=True)
+        self.rest = {name: torch.zeros_like(p) for (name, p), of in pairs if p is not of}
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
@@ -43,19 +44,19 @@ class EMA:
             model: The model after its step, of the same architecture.
             decay: In [0, 1]; 0 copies the model.
         """
-        average: list[Tensor] = list(self.module.parameters())
-        new = [p.detach() for p in model.parameters()]
+        average, new = unshared(self.module, model)
+        rest = list(self.rest.values())
         if decay == 0:
             torch._foreach_copy_(average, new)
-            torch._foreach_zero_(self.rest)
+            torch._foreach_zero_(rest)
         elif decay <= _PLAIN:
             torch._foreach_lerp_(average, new, 1.0 - decay)
         else:
             # With the average a + rest, rest becomes lerp(rest, new - a); what of it a can hold goes there.
-            torch._foreach_lerp_(self.rest, torch._foreach_sub(new, average), 1.0 - decay)
-            moved = torch._foreach_add(average, self.rest)
+            torch._foreach_lerp_(rest, torch._foreach_sub(new, average), 1.0 - decay)
+            moved = torch._foreach_add(average, rest)
             torch._foreach_sub_(average, moved)
-            torch._foreach_add_(self.rest, average)
+            torch._foreach_add_(rest, average)
             torch._foreach_copy_(average, moved)
         for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
             own.copy_(buffer)
@@ -67,26 +68,25 @@ class EMA:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned; a model's own state starts the average there."""
         self.module.load_state_dict(state)
-        torch._foreach_zero_(self.rest)
+        self.load_rest({})
 
     def rest_dict(self) -> dict[str, Tensor]:
-        """:attr:`rest` by the names of the parameters, for a checkpoint that goes on to the bit."""
-        names = (name for name, _ in self.module.named_parameters())
-        return dict(zip(names, self.rest, strict=True))
+        """:attr:`rest`, for a checkpoint that goes on to the bit."""
+        return dict(self.rest)
 
     @torch.no_grad()
     def load_rest(self, rest: Mapping[str, Tensor]) -> None:
         """Restores what :meth:`rest_dict` returned; a name that is missing, as in older checkpoints, is 0."""
-        for name, own in self.rest_dict().items():
+        for name, own in self.rest.items():
             own.copy_(rest[name]) if name in rest else own.zero_()
 
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copies parameters and buffers between two networks of one architecture, wrapped or not."""
-    for tensors in (nn.Module.parameters, nn.Module.buffers):
-        for own, other in zip(tensors(target), tensors(source), strict=True):
-            own.copy_(other)
+    buffers = zip(target.buffers(), source.buffers(), strict=True)
+    for own, other in (*zip(*unshared(target, source), strict=True), *buffers):
+        own.copy_(other)
 
 
 def ema_decay(

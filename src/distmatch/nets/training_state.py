@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.files import load_into
 from distmatch.nets.ema import EMA
+from distmatch.nets.shared import load_own_state, own_state
 
 _FLAT = ("denoiser", "model", "average", "uncertainty")
 """Networks of teachers and of tokens that version 0.1 kept beside the rest, not below ``modules``."""
@@ -44,7 +44,7 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         """A tree of tensors, numbers and strings."""
         return {
-            "modules": {name: module.state_dict() for name, module in self.modules().items()},
+            "modules": {name: own_state(module) for name, module in self.modules().items()},
             "average_rest": self.average.rest_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "memory": dict(self.memory),
@@ -68,7 +68,7 @@ class TrainingState:
                 fix="resume with the options that wrote it: see the config.toml of its run",
             )
         for name, module in mine.items():
-            load_into(module, theirs[name], f"network '{name}' of the checkpoint")
+            load_own_state(module, theirs[name], f"network '{name}' of the checkpoint")
         self.average.load_rest(tree.get("average_rest", {}))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(tree["optimizers"][name])

@@ -22,7 +22,7 @@ from distmatch.interop import decoder_of, is_external
 from distmatch.methods.construct import build_method
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.method import Method
-from distmatch.methods.settings import FakeScoreSettings, GuidedSettings, RatioSettings
+from distmatch.methods.settings import FakeScoreSettings, GuidedSettings, RatioSettings, RoleSettings
 from distmatch.methods.setup import Setup
 from distmatch.methods.start import Draw, frozen, has_network
 from distmatch.methods.state import DistillState
@@ -76,7 +76,7 @@ def prepare_distillation(
             )
         teacher, known = open_teacher(options.teacher)
     require_denoiser(teacher)
-    teacher = frozen(teacher, device)
+    teacher = frozen(teacher, device, own if isinstance(own, RoleSettings) else None)
     chosen_net = options.net != NetOptions()
     copied = has_network(teacher) and not (chosen_net and is_external(teacher))
     if copied and chosen_net:

@@ -38,6 +38,7 @@ from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA
+from distmatch.nets.shared import unshared
 
 
 @dataclass
@@ -83,7 +84,7 @@ class TrajectoryTerm:
         n, gen, cfg = len(batch.x), state.generator, self.setup.settings
         student, target = state.student.denoiser, state.extra["target"]
         with torch.no_grad():
-            torch._foreach_lerp_(list(target.parameters()), list(student.parameters()), 1 - cfg.target_decay)
+            torch._foreach_lerp_(*unshared(target, student), 1 - cfg.target_decay)
         sigma = self._levels(n, gen)
         share = torch.rand(n, generator=gen, device=gen.device)
         to, via = ctm_levels(sigma, self._law, self.cells(state) * CTM_CELL, share)
@@ -269,7 +270,7 @@ class LayerRecord:
             raise RuntimeError("no call of the layer was recorded")
         seen, output = self._seen
         (at_output,) = torch.autograd.grad(out, output, gradient, retain_graph=True)
-        layer = self._layer
+        layer = getattr(self._layer, "base_layer", self._layer)  # peft's adapters wrap it
         weight = layer.weight.detach().requires_grad_()  # type: ignore[operator]
         if isinstance(layer, nn.Conv2d):
             again = F.conv2d(seen.detach(), weight, None, layer.stride, layer.padding)

@@ -28,7 +28,7 @@ from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.ema import ema_decay
-from distmatch.nets.jump import as_jump, require_jump
+from distmatch.nets.jump import require_jump
 from distmatch.nets.optim import clipped_step, set_rate
 
 
@@ -113,9 +113,7 @@ class Direct:
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step: the student starts as a copy of the teacher."""
         setup, cfg = self.setup, self.setup.settings
-        start = setup.network(seed, draw)
-        if self.term.jumps:
-            start = as_jump(start)
+        start = setup.network(seed, draw, jumps=self.term.jumps)
         student = Student(
             start,
             setup.student_levels(cfg.calls),

@@ -10,7 +10,6 @@ second starts with a fake score that knows the student already.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from distmatch.methods.start import Draw, Network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.ema import copy_weights
+from distmatch.nets.shared import role_copy
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Backtracking:
         """The state before the first step, with room for the copies."""
         state = self.base.init(seed, draw)
         for index in range(1, self.path.copies):
-            state.extra[_name(index)] = copy.deepcopy(_fake(state)).requires_grad_(False)
+            state.extra[_name(index)] = role_copy(_fake(state)).requires_grad_(False)
         return state
 
     def step(self, state: DistillState, batch: Batch) -> Info:

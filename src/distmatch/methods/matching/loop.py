@@ -9,7 +9,6 @@ gradient ever reaches teacher, fake score or discriminator from the student's lo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +42,7 @@ from distmatch.methods.state import DistillState
 from distmatch.methods.student import Chain, Student
 from distmatch.nets.ema import ema_decay
 from distmatch.nets.optim import clipped_step, set_rate
+from distmatch.nets.shared import role_copy
 from distmatch.ratio.discriminator import build_discriminator, choose_source
 from distmatch.ratio.normalizer import NormaliserConfig, RatioNormalizer
 
@@ -159,7 +159,7 @@ class Matching:
         seen = Karras(min(law.low for law in ends), high, cfg.noise_rho)
         start = setup.network(seed, draw, seen)
         student = Student(start, self.levels, chain=self.chain)
-        fake = copy.deepcopy(start)
+        fake = role_copy(start)
         discriminator = self._discriminator(fake, seed) if self.needs_ratio else None
         optimizers = {
             "student": setup.adam(student.denoiser, cfg.lr),

@@ -1,0 +1,196 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): networks that are a frozen base and adapters of low rank on it.
+
+A network with adapters is a module tree of its own around the parameters of its base, which are the same
+objects in both. So there is nothing to switch: the teacher is the base, and each role has its own adapters.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.base.seeds import stream_seed
+from distmatch.interop.diffusers_net import DiffusersNet
+from distmatch.interop.edm2_unet import MPLayer
+from distmatch.interop.edm_blocks import Conv
+from distmatch.interop.edm_checkpoint import network_of
+from distmatch.interop.optional import PEFT
+from distmatch.interop.own_modules import copied_module, inner_module
+from distmatch.nets.shared import Adapted, adapted_of, role_copy
+
+Module = TypeVar("Module", bound=nn.Module)
+NAME = "default"
+_BARE = (Conv, MPLayer)
+"""Layers with a parameter as their weight, which is all that peft's own adapters cannot take."""
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that read the weights of layers inside them and do not call these: adapters would be passed by."""
+_SHOWN = 8
+
+
+def network_in(denoiser: nn.Module) -> nn.Module:
+    """The network inside a denoiser, by whose names layers are called: that whose tensors a file holds."""
+    found = network_of(denoiser) or inner_module(denoiser)
+    return found.model if isinstance(found, DiffusersNet) else found
+
+
+def shared_base(teacher: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """A teacher as the base of all roles: frozen, on a device, of one type.
+
+    Its memory is that of the teacher that was handed in where device and type agree; its parameters are
+    objects of its own, so that the other's ``requires_grad`` stays as it is.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in teacher.parameters():
+        there = parameter.detach().to(device, dtype if parameter.is_floating_point() else parameter.dtype)
+        memo[id(parameter)] = nn.Parameter(there, requires_grad=False)
+    return copied_module(teacher, memo).to(device=device, dtype=dtype).eval()
+
+
+def adaptable(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can have an adapter, by name: linear ones and convolutions.
+
+    Convolutions in groups, dilated ones and those with other borders than zeros are left out, as peft would
+    compute something else with them.
+    """
+    return dict(_adaptable(network, ""))
+
+
+def _adaptable(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in module.named_children():
+        full = prefix + name
+        if isinstance(part, _BARE):
+            if part.weight is not None:
+                yield full, part
+        elif isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if part.groups == 1 and set(part.dilation) == {1} and part.padding_mode == "zeros":
+                yield full, part
+        elif isinstance(part, nn.Linear):
+            yield full, part
+        elif not isinstance(part, _FUSED):
+            yield from _adaptable(part, f"{full}.")
+
+
+def chosen_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The names of the layers that get adapters.
+
+    Args:
+        network: The network.
+        targets: Regular expressions for whole names or what follows a dot in them; none for all layers.
+
+    Raises:
+        UserError: There is no layer to adapt, one expression is none, or it fits no layer.
+    """
+    known = list(adaptable(network))
+    some = ", ".join(known[:_SHOWN]) + (f", ... ({len(known)} in all)" if len(known) > _SHOWN else "")
+    if not known:
+        raise UserError(
+            "this network has no layer that LoRA can adapt",
+            got=type(network).__name__,
+            expected="linear layers or convolutions that are called as modules",
+            fix="use --train full",
+        )
+    found: list[str] = []
+    for target in targets or (".*",):
+        try:
+            pattern = re.compile(rf"(?:.*\.)?(?:{target})")
+        except re.error as error:
+            raise UserError("--lora-targets takes regular expressions", got=f"{target}: {error}") from error
+        here = [name for name in known if pattern.fullmatch(name)]
+        if not here:
+            raise UserError(
+                f"--lora-targets {target} fits no layer of the network that can have an adapter",
+                expected=some,
+                fix="give the end of a name, such as " + known[0].rsplit(".", 1)[-1],
+            )
+        found += [name for name in here if name not in found]
+    return found
+
+
+def with_adapters(
+    base: Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = (),
+    seed: int = 0,
+    extend: Callable[[Module], Any] | None = None,
+) -> Module:
+    """A trainable network on a frozen base: adapters that change nothing yet, and what it is extended by.
+
+    Args:
+        base: The base; it is not changed.
+        rank: Of the adapters.
+        alpha: Their scaling times the rank.
+        targets: See :func:`chosen_layers`.
+        seed: Seed of the first factor of each adapter; the second is zero.
+        extend: Adds layers that the base lacks. They are trained in full.
+
+    Raises:
+        UserError: peft is not installed, no layer fits, or the base has adapters already.
+    """
+    targets = chosen_layers(network_in(base), targets)
+    pattern = "|".join(re.escape(name) for name in targets)
+    return _on_base(base, {"r": rank, "lora_alpha": alpha, "target_modules": pattern}, seed, extend)
+
+
+def _on_base(
+    base: Module, config: dict[str, Any], seed: int, extend: Callable[[Module], Any] | None
+) -> Module:
+    peft = PEFT.load()
+    if any(isinstance(part, peft.tuners.lora.LoraLayer) for part in base.modules()):
+        raise UserError(
+            "the teacher has adapters already", fix="merge them into its weights first: merge_and_unload()"
+        )
+    from distmatch.interop.low_rank_weight import LowRankWeight
+
+    shell = role_copy(base.requires_grad_(False))
+    if extend is not None:
+        extend(shell)
+    known = {id(parameter) for parameter in base.parameters()}
+    settings = peft.LoraConfig(**config)
+    settings._register_custom_module(dict.fromkeys(_BARE, LowRankWeight))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type")  # which LowRankWeight is for
+        torch.manual_seed(stream_seed(seed, "adapters"))
+        peft.inject_adapter_in_model(settings, network_in(shell), NAME)
+    shared = set()
+    for name, parameter in shell.named_parameters():
+        if id(parameter) in known:
+            shared.add(name)
+        else:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    shell.adapted = Adapted(frozenset(shared), config)  # type: ignore[assignment]
+    return shell.eval()
+
+
+def adapters_of(module: nn.Module) -> dict[str, Any]:
+    """The layers with adapters, by name."""
+    return {name: part for name, part in module.named_modules() if hasattr(part, "lora_A")}
+
+
+@torch.no_grad()
+def merged(denoiser: Module) -> Module:
+    """A network of the ordinary kind, in float32, whose weights are those of the base with the adapters in.
+
+    Args:
+        denoiser: A network with adapters, which is not changed; any other is returned as it is.
+    """
+    if adapted_of(denoiser) is None:
+        return denoiser
+    whole = copied_module(denoiser).float()
+    for name, layer in adapters_of(whole).items():
+        plain = layer.get_base_layer()
+        delta: Tensor = layer.get_delta_weight(NAME)
+        plain.weight = nn.Parameter(plain.weight + delta.to(plain.weight.dtype), requires_grad=False)
+        parent, _, last = name.rpartition(".")
+        setattr(whole.get_submodule(parent), last, plain)
+    del whole.adapted
+    vars(network_in(whole)).pop("peft_config", None)
+    return whole

@@ -1,0 +1,100 @@
+"""Networks of one base: what a role copies, what it shares, and what of it is its own.
+
+A role (student, fake score, average, recorded teacher) starts as a copy of another network. What learns is
+copied; parameters that do not learn are the same objects in both, so that any number of roles has them once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.files import load_into
+
+Module = TypeVar("Module", bound=nn.Module)
+_WRAPPED = ".base_layer."  # what peft puts into the name of a layer to which it adds an adapter
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a network with adapters on a frozen base knows of itself, as its attribute ``adapted``.
+
+    Attributes:
+        shared: Names of the parameters that are the base's.
+        config: The adapters as peft configures them, as JSON.
+        source: Where the base was loaded from; '' where that is not known.
+    """
+
+    shared: frozenset[str]
+    config: dict[str, Any]
+    source: str = ""
+
+
+def adapted_of(module: nn.Module) -> Adapted | None:
+    """What is known of a network with adapters; None for one that has all its parameters to itself."""
+    found = getattr(module, "adapted", None)
+    return found if isinstance(found, Adapted) else None
+
+
+def role_copy(network: Module) -> Module:
+    """A copy for another role, which shares the parameters that do not learn.
+
+    Buffers are copied: a pass may change them.
+    """
+    return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
+
+
+def unshared(one: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of two networks of one architecture, wrapped or not, that are not the same objects."""
+    pairs = [(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True) if a is not b]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a network without what is its base's: adapters, new layers, buffers."""
+    adapted, state = adapted_of(module), module.state_dict()
+    return state if adapted is None else {k: v for k, v in state.items() if k not in adapted.shared}
+
+
+def load_own_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Restores what :func:`own_state` returned.
+
+    Args:
+        module: The network, on its base.
+        tensors: Its state.
+        source: Where it comes from, for messages.
+
+    Raises:
+        UserError: It is that of another architecture.
+    """
+    adapted = adapted_of(module)
+    if adapted is not None:
+        state = module.state_dict()
+        tensors = {**{name: state[name] for name in adapted.shared}, **tensors}
+    load_into(module, tensors, source)
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module) -> str:
+    """The sha256 of names, types, shapes and values of the parameters of a base.
+
+    Args:
+        network: The base, or a network with adapters on it; both give the same.
+    """
+    adapted = adapted_of(network)
+    found = {
+        name.replace(_WRAPPED, "."): parameter
+        for name, parameter in network.named_parameters()
+        if adapted is None or name in adapted.shared
+    }
+    digest = hashlib.sha256()
+    for name, parameter in sorted(found.items()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
