@@ -18,8 +18,7 @@ from distmatch.discrete import (
     inequality_violation,
     reinforce_loss,
 )
-from distmatch.discrete.marginals import brute_force_marginal
-from tests.reference.discrete_models import L, Lookup, Uniform, V, table
+from tests.reference.discrete_models import L, Lookup, Uniform, V, brute_force_marginal, table
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -202,7 +201,6 @@ def test_consistent_conditionals_need_one_evaluation_instead_of_many():
         ),
         (lambda: consistency_loss(table(), Lookup(), torch.full((1, L), V), generator=rng()), "0 to 2"),
         (lambda: gibbs_block(table(), table().states, 0, generator=rng()), "1 to 4"),
-        (lambda: brute_force_marginal(Uniform(2, 20), torch.full((20,), 2)), "too many"),
     ],
 )
 def test_mistakes_are_explained(mistake, message):

@@ -28,9 +28,8 @@ from distmatch.discrete import (
     save_discrete,
     text_crops,
 )
-from distmatch.discrete.marginals import brute_force_marginal
 from tests.helpers.rounding import assert_same_but_for_rounding
-from tests.reference.discrete_models import L, Uniform, V, table
+from tests.reference.discrete_models import L, Uniform, V, brute_force_marginal, table
 
 NET = TokenNetConfig(vocabulary=V, length=L, width=32, depth=1, heads=2)
 BITS = TokenNetConfig(vocabulary=2, length=L, width=32, depth=1, heads=2)

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from distmatch.discrete import JointTable, order_log_prob
+from distmatch.discrete import JointTable, Marginals, order_log_prob
 
 V, L = 3, 4
 
@@ -49,3 +49,12 @@ def all_orders(model: Lookup | JointTable, x: Tensor) -> Tensor:
     """log p(x) in each of the L! orders, (L!, B)."""
     orders = itertools.permutations(range(model.length))
     return torch.stack([order_log_prob(model, x, torch.tensor(o).expand_as(x)) for o in orders])
+
+
+def brute_force_marginal(marginals: Marginals, tokens: Tensor) -> Tensor:
+    """The log of the sum of p over all ways to fill the hidden tokens of one sequence."""
+    free = (tokens == marginals.vocabulary).nonzero()[:, 0].tolist()
+    ways = torch.tensor(list(itertools.product(range(marginals.vocabulary), repeat=len(free))))
+    filled = tokens.repeat(len(ways), 1)
+    filled[:, free] = ways.reshape(len(ways), len(free)).long()
+    return marginals.log_marginal(filled).logsumexp(0)

@@ -106,29 +106,6 @@ def least_energy(losses: Sequence[float] | Tensor) -> float:
     return 2 - 2 * math.cos(_Table(torch.as_tensor(losses, dtype=torch.float64).flatten()).whole)
 
 
-def kinetic_energy(
-    path: NoisePath, losses: Sequence[float] | Tensor, sigma_data: float, *, points: int = 4001
-) -> float:
-    """The kinetic energy of any path on [0, 1] from these losses, a dimension, in units of sigma_data^2.
-
-    With W = alpha sigma' - alpha' sigma: the integral of ``alpha'^2 + (sigma' / sigma_data)^2
-    - L (W / sigma_data)^2 / (alpha^2 + (sigma / sigma_data)^2)``, by the midpoint rule.
-
-    Args:
-        path: A path from data at time 0 to pure noise of spread ``sigma_data`` at time 1.
-        losses: As for :func:`kinetic_path`.
-        sigma_data: Root mean square of the data.
-        points: Points of the rule.
-    """
-    values = torch.as_tensor(losses, dtype=torch.float64).flatten()
-    c = path.coefficients((torch.arange(points, dtype=torch.float64) + 0.5) / points)
-    angle = torch.atan2(c.sigma / sigma_data, c.alpha)
-    share = _interpolate(values, angle)
-    straight = c.d_alpha**2 + (c.d_sigma / sigma_data) ** 2
-    saved = share * (c.wronskian / sigma_data) ** 2 / (c.alpha**2 + (c.sigma / sigma_data) ** 2)
-    return float((straight - saved).mean())
-
-
 def losses_of_teacher(
     denoiser: Denoiser,
     samples: Tensor,

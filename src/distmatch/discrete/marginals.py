@@ -108,30 +108,6 @@ def gibbs_block(conditionals: Conditionals, x: Tensor, block: int, *, generator:
     return x
 
 
-def brute_force_marginal(marginals: Marginals, tokens: Tensor) -> Tensor:
-    """The log of the sum of p over all ways to fill the hidden tokens of one sequence, a scalar in nats.
-
-    This is what ``log_marginal`` of the same tokens should be.
-
-    Args:
-        marginals: log p of whole sequences.
-        tokens: One sequence (L,), at most 2^16 ways to fill it.
-
-    Raises:
-        UserError: Too many ways.
-    """
-    check_tokens(tokens[None], marginals, hidden=True)
-    free = (tokens == marginals.vocabulary).nonzero()[:, 0]
-    ways = marginals.vocabulary ** len(free)
-    if ways > 1 << 16:
-        raise UserError("too many ways to fill the hidden tokens", got=ways, expected="at most 65536")
-    codes = torch.arange(ways, device=tokens.device)
-    filled = tokens.expand(ways, -1).clone()
-    for k, position in enumerate(free.tolist()):
-        filled[:, position] = codes // marginals.vocabulary**k % marginals.vocabulary
-    return marginals.log_marginal(filled).logsumexp(0)
-
-
 def inequality_violation(marginals: Marginals, x: Tensor) -> Tensor:
     """Largest log p(x_S and x_i) - log p(x_S) over all sets S and i outside, (B,); at most 0 for a law.
 
