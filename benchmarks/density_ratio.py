@@ -108,14 +108,14 @@ def main() -> None:
     o = tyro.cli(Options)
     torch.set_num_threads(1)
     lines = [
-        "| d | method | error at p | error at q | KL (truth 1) | its error bar | warned | seconds |",
+        "| d | method | error at p | error at q | KL (true value 1) | standard error | warned | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for d in o.dimensions:
         for method in o.methods:
             lines.append(accuracy_row(method, d, o))
             print(lines[-1], flush=True)
-    lines += ["", "| 95% interval of | holds the truth |", "|---|---|", *coverage_rows(o)]
+    lines += ["", "| 95% interval of | coverage |", "|---|---|", *coverage_rows(o)]
     text = "\n".join(lines) + "\n"
     print(text)
     if o.out is not None:

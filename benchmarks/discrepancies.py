@@ -234,14 +234,14 @@ def memory_rows() -> Iterator[str]:
 
 
 COVERAGE = ((1, 200, 0.05), (2, 200, 0.05), (2, 500, 0.05), (10, 200, 0.05), (10, 200, 0.5), (10, 200, 2.0))
-"""Dimension, samples, epsilon over the spread."""
+"""Dimension, samples, epsilon relative to the total variance."""
 
 
 def coverage_rows(repetitions: int = 200) -> Iterator[str]:
-    """How often the 95% interval of the Sinkhorn divergence holds the closed form between two Gaussians."""
+    """How often the 95% interval of the Sinkhorn divergence covers the closed form between two Gaussians."""
     yield (
-        "\n| d | n | epsilon / spread | truth | bias | spread | mean bar | warned | coverage of the rest |\n|"
-        + "---|" * 9
+        "\n| d | n | epsilon / total variance | true value | remaining bias | standard deviation | mean "
+        "standard error | warned | coverage of the others |\n|" + "---|" * 9
     )
     for d, n, share in COVERAGE:
         shift = torch.full((d,), 1 / math.sqrt(d))
@@ -255,7 +255,7 @@ def coverage_rows(repetitions: int = 200) -> Iterator[str]:
         values, bars = (torch.tensor([getattr(e, k) for e in found]).double() for k in ("value", "stderr"))
         hits = ((values - truth).abs() <= 1.96 * bars).double()
         claimed = torch.tensor([e.reliable for e in found])
-        covered = f"{hits[claimed].mean():.1%}" if claimed.any() else "no claim"
+        covered = f"{hits[claimed].mean():.1%}" if claimed.any() else "–"
         yield (
             f"| {d} | {n} | {share:g} | {truth:.4f} | {values.mean() - truth:+.4f} | {values.std():.4f} "
             f"| {bars.mean():.4f} | {1 - claimed.double().mean():.0%} | {covered} |"

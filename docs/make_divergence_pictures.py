@@ -124,7 +124,7 @@ def _movement(ax_push: Axes, ax_fit: Axes, names: list[str]) -> None:
         found = fit(name)
         ax_fit.plot(x, normal(x, found.mean, found.width).exp(), color=color, ls=style)
     ax_push.axhline(0, color="0.6", lw=0.6)
-    ax_push.set(title="push on the student (grey line)", xlabel="x", ylim=(-0.5, 0.5))
+    ax_push.set(title="descent direction (start: grey line)", xlabel="x", ylim=(-0.5, 0.5))
     ax_fit.set(title="the Gaussian it ends at", xlabel="x", ylim=(0, 0.7))
 
 
@@ -146,7 +146,7 @@ def draw(family: str, file: Path) -> None:
 
 def table() -> str:
     """The fits as a Markdown table."""
-    lines = ["| divergence | mean | width | value left (nats) |", "|---|---|---|---|"]
+    lines = ["| divergence | mean | standard deviation | remaining value (nats) |", "|---|---|---|---|"]
     for name in dict.fromkeys(name for names in FAMILIES.values() for name in names):
         found = fit(name)
         lines.append(f"| `{name}` | {found.mean:.2f} | {found.width:.2f} | {found.value:.3f} |")

@@ -57,4 +57,4 @@ def test_the_page_has_every_picture_and_the_table_of_the_script(script):
 def test_one_picture_is_drawn(script, tmp_path):
     script.draw("softened", tmp_path / "one.svg")
     assert "<svg" in (tmp_path / "one.svg").read_text()
-    assert not divergence("tv").differentiable  # which is why its push is left out
+    assert not divergence("tv").differentiable  # which is why it has no descent direction
