@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.diffusion.calls import CALLS, CalledNet, recognized_call
-from distmatch.diffusion.custom_paths import path_of
 from distmatch.diffusion.denoiser import has_features
 from distmatch.diffusion.guidance import Guided
+from distmatch.diffusion.paths.custom import path_of
 from distmatch.interop import export_onnx
 from distmatch.interop.frozen import Portable
 from distmatch.interop.own_modules import inner_module

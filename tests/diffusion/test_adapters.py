@@ -16,7 +16,6 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import PredictionDenoiser, as_denoiser
 from distmatch.diffusion.denoiser import Denoiser, expand, has_features, has_score, require_score
 from distmatch.diffusion.mixture import GaussianMixture
-from distmatch.diffusion.on_path import OnPath
 from distmatch.diffusion.paths import (
     NoisePath,
     betas,
@@ -27,6 +26,7 @@ from distmatch.diffusion.paths import (
     trigflow,
     vp,
 )
+from distmatch.diffusion.paths.on_path import OnPath
 from distmatch.diffusion.predictions import PREDICTIONS
 
 NAMES = ["vp", "sub-vp", "ve", "edm", "cosine", "condot", "trigflow"]

@@ -13,8 +13,8 @@ from distmatch.diffusion.interpolant_sampling import transport
 from distmatch.diffusion.interpolants import Interpolant, noise_loss, velocity_loss
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
-from distmatch.diffusion.on_path import OnPath
 from distmatch.diffusion.paths import condot
+from distmatch.diffusion.paths.on_path import OnPath
 from tests.helpers.draws import normal
 
 F64 = torch.float64

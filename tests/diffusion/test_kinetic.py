@@ -12,7 +12,9 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data import from_arrays
-from distmatch.diffusion.kinetic import (
+from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.diffusion.paths import NoisePath, condot, path_of
+from distmatch.diffusion.paths.kinetic import (
     _interpolate,
     kinetic_path,
     kinetic_path_of,
@@ -20,9 +22,7 @@ from distmatch.diffusion.kinetic import (
     losses_of_data,
     losses_of_teacher,
 )
-from distmatch.diffusion.mixture import GaussianMixture
-from distmatch.diffusion.path_specs import parse_path, path_from_dict, path_to_dict
-from distmatch.diffusion.paths import NoisePath, condot, path_of
+from distmatch.diffusion.paths.specs import parse_path, path_from_dict, path_to_dict
 from distmatch.nets.saved import load_model, save_model
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training

@@ -37,11 +37,11 @@ from distmatch.diffusion.guidance.reflection import solve_reflected
 from distmatch.diffusion.interpolant_sampling import transport
 from distmatch.diffusion.interpolants import Interpolant
 from distmatch.diffusion.ito import trajectory_log_density
-from distmatch.diffusion.kinetic import kinetic_path_of
 from distmatch.diffusion.likelihood import log_likelihood
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import noise_path
+from distmatch.diffusion.paths.kinetic import kinetic_path_of
 from distmatch.diffusion.priors import gaussian_prior
 from distmatch.diffusion.solvers import grid, solve
 from tests.reference.solver_cases import DETERMINISTIC, STOCHASTIC

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
-from distmatch.diffusion.kinetic import kinetic_path
 from distmatch.diffusion.mixture import GaussianMixture
-from distmatch.diffusion.path_levels import PathLevels
-from distmatch.diffusion.path_specs import parse_path, path_from_dict, path_to_dict
 from distmatch.diffusion.paths import noise_path
+from distmatch.diffusion.paths.kinetic import kinetic_path
+from distmatch.diffusion.paths.levels import PathLevels
+from distmatch.diffusion.paths.specs import parse_path, path_from_dict, path_to_dict
 from distmatch.diffusion.predictions import convert
 from distmatch.losses import edm_weight, min_snr_weight, target_weight, uncertainty_loss
 from distmatch.nets.build import build_net

@@ -25,8 +25,8 @@ from distmatch.diffusion.conditioning import (
     null_labels,
 )
 from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, expand, has_features, on_prediction
-from distmatch.diffusion.path_core import NoisePath, check_prior
 from distmatch.diffusion.paths import DiscretePath, noise_path
+from distmatch.diffusion.paths.core import NoisePath, check_prior
 from distmatch.diffusion.predictions import Coefficients, check_prediction, convert
 
 _PURE_NOISE = 1e5  # a path that goes beyond this ratio ends in pure noise: samplers start below it, at _START

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.custom_paths import path_of
 from distmatch.diffusion.denoiser import expand
-from distmatch.diffusion.path_core import NoisePath
+from distmatch.diffusion.paths.core import NoisePath
+from distmatch.diffusion.paths.custom import path_of
 
 Field = Callable[[Tensor, Tensor], Tensor]
 KINDS = ("linear", "trig", "encoding-decoding", "mirror")

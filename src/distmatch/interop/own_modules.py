@@ -21,7 +21,7 @@ from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.calls import PLAIN, CalledNet, module_of
 from distmatch.diffusion.conditioning import Conditioning, FieldSpec
 from distmatch.diffusion.denoiser import is_denoiser
-from distmatch.diffusion.path_specs import path_from_dict, path_to_dict
+from distmatch.diffusion.paths.specs import path_from_dict, path_to_dict
 from distmatch.interop.diffusers_parts import network_like
 from distmatch.interop.optional import import_diffusers
 from distmatch.nets.build import build_net

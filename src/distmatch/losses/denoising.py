@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import expand
-from distmatch.diffusion.path_core import NoisePath
+from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.predictions import loss_weight
 
 

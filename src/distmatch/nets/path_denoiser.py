@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from distmatch.diffusion.path_core import NoisePath, check_prior
+from distmatch.diffusion.paths.core import NoisePath, check_prior
 from distmatch.diffusion.predictions import Coefficients, check_prediction, convert
 from distmatch.nets.edm import EDMDenoiser
 

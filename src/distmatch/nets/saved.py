@@ -23,7 +23,7 @@ from distmatch.base.files import (
     read_json,
     save_tensors,
 )
-from distmatch.diffusion.path_specs import path_from_dict, path_to_dict
+from distmatch.diffusion.paths.specs import path_from_dict, path_to_dict
 from distmatch.nets.build import build_net
 from distmatch.nets.config import blocks, from_dict, to_dict
 from distmatch.nets.edm import EDMDenoiser

@@ -12,9 +12,9 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import LogNormal
-from distmatch.diffusion.path_core import NoisePath, check_prior
-from distmatch.diffusion.path_levels import PathLevels
-from distmatch.diffusion.path_specs import parse_path
+from distmatch.diffusion.paths.core import NoisePath, check_prior
+from distmatch.diffusion.paths.levels import PathLevels
+from distmatch.diffusion.paths.specs import parse_path
 from distmatch.losses import denoising_loss, edm_weight, min_snr_weight, noisy_mean, target_weight
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.path_denoiser import PathDenoiser

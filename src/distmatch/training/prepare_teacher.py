@@ -12,9 +12,9 @@ from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.data import Dataset, load_data
 from distmatch.data.batches import Batches
-from distmatch.diffusion.kinetic import kinetic_path_of
-from distmatch.diffusion.path_core import NoisePath
-from distmatch.diffusion.path_specs import KINETIC
+from distmatch.diffusion.paths.core import NoisePath
+from distmatch.diffusion.paths.kinetic import kinetic_path_of
+from distmatch.diffusion.paths.specs import KINETIC
 from distmatch.interop import save_denoiser
 from distmatch.nets.work import network_work
 from distmatch.training.devices import compile_network, pick_device

@@ -11,8 +11,8 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import guided, require_null_class
-from distmatch.diffusion.path_specs import parse_path
 from distmatch.diffusion.paths import NoisePath, noise_path
+from distmatch.diffusion.paths.specs import parse_path
 from distmatch.diffusion.solvers import find_solver, grid, snap_grid
 from distmatch.training.known_data import check_same_classes
 

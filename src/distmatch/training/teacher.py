@@ -15,7 +15,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import for_model, null_conditioning
-from distmatch.diffusion.path_core import NoisePath, check_prior
+from distmatch.diffusion.paths.core import NoisePath, check_prior
 from distmatch.diffusion.pfgm import student_t
 from distmatch.losses import uncertainty_loss
 from distmatch.nets.build import build_net

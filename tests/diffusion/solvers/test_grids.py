@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.discrete_paths import betas, discrete_path
 from distmatch.diffusion.noise import karras_grid
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import noise_path
+from distmatch.diffusion.paths.discrete import betas, discrete_path
 from distmatch.diffusion.solvers import (
     DDIM,
     GHVB,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.discrete_paths import DiscretePath
 from distmatch.diffusion.noise import karras_grid
 from distmatch.diffusion.paths import NoisePath, noise_path
+from distmatch.diffusion.paths.discrete import DiscretePath
 
 GRIDS = ("karras", "log", "uniform", "power", "log-snr", "time")
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.kinetic import kinetic_path
-from distmatch.diffusion.path_core import NoisePath
-from distmatch.diffusion.paths import PATHS, noise_path
+from distmatch.diffusion.paths.core import NoisePath
+from distmatch.diffusion.paths.kinetic import kinetic_path
+from distmatch.diffusion.paths.named import PATHS, noise_path
 
 KINETIC = "kinetic-optimal"  # made for a data set, so not among the paths that a name alone gives
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,4 +123,18 @@ def check_prior(
             got=f"a noise-to-signal ratio of {end:.4g} for data of standard deviation {sigma_data:.4g}",
             expected=f"at least {at_least * sigma_data:.4g}",
             fix="let the path end later or noisier (t_max, sigma_max, beta_max), or scale the data down",
+        )
+
+
+def check_times(name: str, t_min: float, t_max: float, low: float, high: float) -> None:
+    """Refuses times of a path that do not satisfy ``low <= t_min < t_max <= high``.
+
+    Raises:
+        UserError: They do not.
+    """
+    if not (low <= t_min < t_max <= high and t_max < math.inf):
+        raise UserError(
+            f"the times of the {name} path are out of order or out of its range",
+            got=f"t_min={t_min}, t_max={t_max}",
+            expected=f"{low:g} <= t_min < t_max <= {high:g}, finite",
         )

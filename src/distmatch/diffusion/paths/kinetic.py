@@ -29,7 +29,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator as make_generator
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.path_core import NoisePath
+from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.predictions import Coefficients
 
 _FLOOR = 1e-3  # smallest sqrt(G): the path passes every level, also those where nothing moves

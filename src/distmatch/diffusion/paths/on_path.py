@@ -7,8 +7,8 @@ from torch import Tensor
 
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand, require_score
-from distmatch.diffusion.path_core import NoisePath, Time
-from distmatch.diffusion.paths import noise_path
+from distmatch.diffusion.paths.core import NoisePath, Time
+from distmatch.diffusion.paths.named import noise_path
 from distmatch.diffusion.predictions import Coefficients, check_prediction, convert
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.path_core import NoisePath, check_prior
-from distmatch.diffusion.path_curves import check_times
+from distmatch.diffusion.paths.core import NoisePath, check_prior, check_times
 from distmatch.diffusion.predictions import Coefficients
 
 Curve = Callable[[Tensor], Tensor]

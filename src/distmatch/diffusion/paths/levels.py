@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.path_core import NoisePath
+from distmatch.diffusion.paths.core import NoisePath
 
 SPACINGS = ("uniform", "logit-normal")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.path_core import NoisePath, Time
+from distmatch.diffusion.paths.core import NoisePath, Time
 from distmatch.diffusion.predictions import Coefficients
 
 BETAS = ("linear", "scaled-linear", "cosine")
