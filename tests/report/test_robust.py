@@ -174,7 +174,7 @@ def test_broken_samples_are_refused(tmp_path: Path) -> None:
     np.savez(path, x=np.array([{"a": 1}], dtype=object))  # a pickle inside: never loaded
     with pytest.raises(UserError, match=r"student\.npz"):
         build_report(tmp_path)
-    np.savez(path, x=np.zeros((4, 8, 8), np.float32))
+    np.savez(path, x=np.zeros((4, 1, 8, 8), np.float32))
     with pytest.raises(UserError, match="no samples that can be shown"):
         build_report(tmp_path)
     np.savez(path, x=np.zeros((4, 8, 8), np.uint8), labels=np.zeros(3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,8 +15,10 @@ from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_folder, atomic_write
 from distmatch.data.classes import folder_names, share_warning
 from distmatch.data.columns import Column, table_text
+from distmatch.data.kinds import Kind, kind_of_array
 from distmatch.report.figures import scatter_png
-from distmatch.report.grid import save_grid
+from distmatch.report.grid import animation, save_grid
+from distmatch.report.sequences import sequences_png
 from distmatch.training.assess import npz_bytes
 
 
@@ -29,11 +30,12 @@ def write_samples(
     class_names: Sequence[str] = (),
     columns: Sequence[Column] = (),
 ) -> None:
-    """Writes samples to an ``.npz``, a ``.csv``, a ``.png`` picture, or a folder of one file per image.
+    """Writes samples to an ``.npz``, a ``.csv``, a ``.png`` picture, or a folder of one file each.
 
     Args:
         path: Where to; the suffix decides.
-        x: Images (N, H, W[, C]) uint8, or vectors (N, D) float32 or float64.
+        x: Images (N, H, W[, C]) or video (N, T, H, W, C) uint8, which is written as animated PNG; or vectors
+            (N, D) or sequences (N, L, D), float32 or float64.
         labels: (N,), or None.
         overwrite: Whether an existing folder of ours may be replaced.
         class_names: Names of the classes: those of the sub-folders, where they can be.
@@ -43,25 +45,25 @@ def write_samples(
         UserError: See :func:`check_form`; or the place cannot be written.
     """
     suffix = path.suffix.lower()
-    images = x.ndim > 2
-    check_form(path, images=images, overwrite=overwrite)
+    kind = kind_of_array(x)
+    check_form(path, kind, overwrite=overwrite)
     if suffix == ".npz":
         atomic_write(path, npz_bytes(x, labels, class_names))
     elif suffix == ".csv":
         atomic_write(path, table_text(columns, x, None if labels is None else labels.numpy(), class_names))
-    elif suffix == ".png" and images:
+    elif suffix == ".png" and kind in ("image", "video"):
         save_grid(path, x, max(1, int(np.ceil(np.sqrt(len(x))))))
     elif suffix == ".png":
-        atomic_write(path, scatter_png(x))
+        atomic_write(path, scatter_png(x) if kind == "vector" else sequences_png(x))
     else:
         names = folder_names(class_names)
         with atomic_folder(path) as folder:
-            for i, image in enumerate(x):
+            for i, sample in enumerate(x):
                 place = folder if labels is None else folder / _sub_folder(int(labels[i]), names)
                 place.mkdir(exist_ok=True)
-                buffer = io.BytesIO()
-                Image.fromarray(image).save(buffer, format="PNG")
-                (place / f"{i:06d}.png").write_bytes(buffer.getvalue())
+                frames = sample if kind == "video" else sample[None]
+                pictures = [Image.fromarray(f[..., 0] if f.shape[-1:] == (1,) else f) for f in frames]
+                (place / f"{i:06d}.png").write_bytes(animation(pictures))
 
 
 def _sub_folder(label: int, names: Sequence[str]) -> str:
@@ -82,23 +84,24 @@ def warn_of_shares(labels: Tensor, reference: Tensor, names: Sequence[str]) -> N
         warnings.warn(warning, stacklevel=2)
 
 
-def check_form(path: Path, *, images: bool, overwrite: bool) -> None:
+def check_form(path: Path, kind: Kind, *, overwrite: bool) -> None:
     """Tells whether samples can go to ``path``, before any are drawn.
 
     Args:
         path: The file or folder; its suffix decides.
-        images: Whether the samples are images.
+        kind: What the samples are.
         overwrite: Whether an existing folder of ours may be replaced.
 
     Raises:
-        UserError: Another suffix, a folder asked for vectors, or a folder that is not ours to replace.
+        UserError: A suffix that is not for such samples, or a folder that is not ours to replace.
     """
     suffix = path.suffix.lower()
-    if suffix not in (".npz", ".png") and suffix != ("" if images else ".csv"):
+    own = {"vector": ".csv", "sequence": ".npz"}.get(kind, "")  # beside what every kind has
+    if suffix not in (".npz", ".png", own):
         raise UserError(
             "samples cannot be written in this form",
-            got=f"--out {path} for {'images' if images else 'vectors'}",
-            expected=".npz, .png, for vectors .csv, or for images a folder name without a suffix",
+            got=f"--out {path} for {kind}s",
+            expected=".npz, .png, for vectors .csv, or for images and video a folder name without a suffix",
             fix="choose another --out",
         )
     if path.is_dir() and (suffix != "" or not (overwrite and _holds_only_images(path))):

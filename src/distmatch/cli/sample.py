@@ -49,7 +49,7 @@ class SampleOptions:
     n: int = 64
     """Number of samples."""
     out: Path | None = None
-    """.npz (x and labels), .csv (vectors), .png (a grid), or a folder (one file per image); unset:
+    """.npz (x and labels), .csv (vectors), .png (a picture), or a folder (one file per image or clip); unset:
     samples.npz, or no samples where --trajectory asks for a picture."""
     classes: tuple[str, ...] = ()
     """Classes to draw, in turn, by name or number; none draws them as --class-balance says."""
@@ -103,6 +103,7 @@ def run(argv: list[str]) -> None:
     from distmatch.cli.trajectory import check_picture
     from distmatch.data.classes import names_for
     from distmatch.data.columns import columns_of, decoded
+    from distmatch.data.kinds import kind_of_shape
     from distmatch.training.models import open_model, refuse_existing
     from distmatch.training.ranges import Range, require_range
 
@@ -114,7 +115,7 @@ def run(argv: list[str]) -> None:
     tell_conversion(o.model, model.conversion)
     ask = _asked(o, model, open_model(o.hybrid_teacher) if o.hybrid_teacher else None)
     if out is not None:
-        check_form(out, images=len(model.shape) > 1, overwrite=o.overwrite)
+        check_form(out, kind_of_shape(model.shape), overwrite=o.overwrite)
     if o.trajectory is not None:
         check_picture(o.trajectory, ask.teacher or model, o.n)
     labels, how = _labels(o, model)
@@ -126,8 +127,8 @@ def run(argv: list[str]) -> None:
         columns = columns_of(model.trained_on, x.shape[1]) if x.ndim == 2 else ()
         if out.suffix.lower() == ".csv":
             x = decoded(columns, x)
-        if x.ndim == 2 and bounds is not None:
-            result |= bounds.outside(x)
+        if model.scaling.kind == "vector" and bounds is not None:
+            result |= bounds.outside(x.reshape(-1, x.shape[-1]))
             x = bounds.clip(x) if o.clip else x
         names = names_for(model.classes.names, model.num_classes)
         write_samples(out, x, drawn.labels, o.overwrite, names, columns)

@@ -139,6 +139,11 @@ def _read(file: Path) -> np.ndarray:
                     expected=f"at most {MOST_PIXELS:,} pixels",
                     fix="crop or resize the images first",
                 )
+            if getattr(opened, "is_animated", False):
+                raise UserError(
+                    f"{file} is animated, not an image",
+                    fix="video is read from .npz or .npy, as an array (N, T, H, W, C)",
+                )
             if opened.mode.startswith(_DEEP):
                 raise UserError(
                     f"{file} has more than 8 bits a channel",

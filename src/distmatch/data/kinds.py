@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 Kind: TypeAlias = Literal["vector", "sequence", "image", "video"]
 
 KINDS: tuple[Kind, ...] = ("vector", "sequence", "image", "video")
@@ -17,6 +19,13 @@ ARRAYS: dict[Kind, str] = {
     "video": "(N, T, H, W, C) or (N, C, T, H, W), or (N, T, H, W) in grey",
 }
 """The arrays that hold N of them; C is 1 or 3."""
+
+
+def kind_of_array(x: np.ndarray) -> Kind:
+    """The kind of exported samples (N, ...): pixels are bytes, with the channels of video last."""
+    if x.dtype == np.uint8:
+        return "video" if x.ndim == 5 else "image"
+    return "sequence" if x.ndim == 3 else "vector"
 
 
 def kind_of_shape(shape: Sequence[int]) -> Kind:

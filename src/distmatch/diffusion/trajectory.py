@@ -77,7 +77,7 @@ class Trajectory:
 
 
 def coarse(x: Tensor) -> Tensor:
-    """The layout of samples: means of images (B, C, H, W) over at most 4 x 4 tiles, vectors unchanged.
+    """The layout of samples: means of images (B, C, H, W) over at most 4 x 4 tiles; others unchanged.
 
     Returns:
         float64.

@@ -16,7 +16,7 @@ from distmatch.report.svg import ACCENT, INK, MUTED, RULE, SOFT, TIMES, to_svg
 
 _RAW_POINTS = 400  # more points than this a small panel cannot show
 _SHOWN_SAMPLES = 1000  # points in a scatter panel; more only hide each other
-_PNG_COLOR = "#0b6e6e"  # the accent of the page, for pictures that stand alone
+PNG_COLOR = "#0b6e6e"  # the accent of the page, for pictures that stand alone
 
 
 def panel(width: float = 330.0, height: float = 190.0) -> tuple[Figure, Axes]:
@@ -201,9 +201,9 @@ def scatter_png(x: np.ndarray) -> bytes:
     figure = Figure(figsize=(5, 5), layout="constrained")
     inside = figure.add_subplot()
     if points.shape[1] == 1:
-        inside.hist(points[:, 0], bins=60, range=(low[0], high[0]), color=_PNG_COLOR)
+        inside.hist(points[:, 0], bins=60, range=(low[0], high[0]), color=PNG_COLOR)
     else:
-        inside.plot(*points.T, "o", color=_PNG_COLOR, markersize=2.4, markeredgewidth=0, alpha=0.6)
+        inside.plot(*points.T, "o", color=PNG_COLOR, markersize=2.4, markeredgewidth=0, alpha=0.6)
         inside.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

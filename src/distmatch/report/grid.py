@@ -1,4 +1,4 @@
-"""Picture grids: many small images in one PNG, large enough to be seen."""
+"""Picture grids: many small images in one PNG, large enough to be seen; of clips an animated one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from distmatch.base.files import atomic_write
 
 _GAP = 2  # pixels between tiles
 _CAPTION = 14  # pixels below a tile for its label
+FRAME = 125  # milliseconds that a frame of a clip is shown
+_MOST_FRAMES, _LARGEST_CLIP = 64, 96  # of a grid of clips, so that a page stays small
 _GREY = (128, 128, 128, 255)  # reads on white and on black
 
 
@@ -108,9 +110,24 @@ def image_grid(
 
 
 def grid_png(images: np.ndarray, columns: int, labels: Sequence[object] | np.ndarray | None = None) -> bytes:
-    """The PNG bytes of :func:`image_grid`."""
-    buffer = io.BytesIO()
-    image_grid(images, columns, labels).save(buffer, format="PNG", optimize=True)
+    """The PNG bytes of :func:`image_grid`; of clips (N, T, H, W, C) animated, of 64 frames at most."""
+    if np.ndim(images) == 5:
+        pictures = [
+            image_grid(images[:, t], columns, labels, largest=_LARGEST_CLIP)
+            for t in range(min(images.shape[1], _MOST_FRAMES))
+        ]
+        return animation(pictures)
+    return animation([image_grid(images, columns, labels)])
+
+
+def animation(pictures: Sequence[Image.Image]) -> bytes:
+    """Pictures one after another, eight a second and over again, as an animated PNG; a single one as a PNG.
+
+    What cannot show animations shows the first picture.
+    """
+    buffer, first = io.BytesIO(), pictures[0]
+    moving = {"save_all": True, "append_images": pictures[1:], "duration": FRAME, "loop": 0}
+    first.save(buffer, format="PNG", optimize=True, **(moving if len(pictures) > 1 else {}))
     return buffer.getvalue()
 
 
@@ -120,7 +137,7 @@ def save_grid(
     columns: int,
     labels: Sequence[object] | np.ndarray | None = None,
 ) -> None:
-    """Writes :func:`image_grid` as a PNG file, atomically.
+    """Writes :func:`grid_png` as a file, atomically.
 
     Raises:
         UserError: As :func:`image_grid`, or the file cannot be written.

@@ -14,6 +14,7 @@ from distmatch.base.estimate import Estimate
 from distmatch.base.files import read_json
 from distmatch.base.inputs import parse_toml, read_limited
 from distmatch.data.files import Archive
+from distmatch.data.kinds import Kind, kind_of_array
 from distmatch.report.log import LARGEST_VALUE, Event, read_log
 
 MODELS = ("reference", "teacher", "student")
@@ -25,17 +26,20 @@ class Samples:
     """Samples of one model.
 
     Attributes:
-        x: Images (N, H, W) or (N, H, W, C) uint8, or vectors (N, D) float.
+        x: Images (N, H, W) or (N, H, W, C) or video (N, T, H, W, C), uint8; or vectors (N, D) or sequences
+            (N, L, D), float.
         labels: (N,), or None.
+        class_names: Names of the classes, or ().
     """
 
     x: np.ndarray
     labels: np.ndarray | None
+    class_names: tuple[str, ...] = ()
 
     @property
-    def are_images(self) -> bool:
-        """Whether ``x`` holds pictures rather than vectors."""
-        return self.x.ndim > 2
+    def kind(self) -> Kind:
+        """What ``x`` holds."""
+        return kind_of_array(self.x)
 
 
 @dataclass(frozen=True)
@@ -182,16 +186,18 @@ def read_samples(path: Path) -> Samples:
             fix="remove the file and sample again",
         )
     x, labels = archive["x"], archive.get("labels")
-    images = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[-1] in (1, 3, 4)))
-    vectors = np.issubdtype(x.dtype, np.floating) and x.ndim == 2
-    if not (images or vectors) or 0 in x.shape:
+    pixels = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim in (4, 5) and x.shape[-1] in (1, 3, 4)))
+    columns = np.issubdtype(x.dtype, np.floating) and x.ndim in (2, 3)
+    if not (pixels or columns) or 0 in x.shape:
         raise UserError(
             f"{path} holds no samples that can be shown",
             got=f"x of shape {x.shape}, {x.dtype}",
-            expected="uint8 images (N, H, W) or (N, H, W, C), or float vectors (N, D)",
+            expected="uint8 images (N, H, W) or (N, H, W, C) or video (N, T, H, W, C), or float vectors "
+            "(N, D) or sequences (N, L, D)",
         )
     if labels is not None and labels.shape != x.shape[:1]:
         raise UserError(f"{path}: labels do not match x", got=labels.shape, expected=x.shape[:1])
     if labels is not None and np.issubdtype(labels.dtype, np.number) and (labels < 0).all():
         labels = None  # -1 stands for "no label"
-    return Samples(x, labels)
+    names = archive.get("class_names")
+    return Samples(x, labels, () if names is None else tuple(str(name) for name in names.ravel()))

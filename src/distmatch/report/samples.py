@@ -1,4 +1,4 @@
-"""The samples of the three models side by side: pictures of the same labels, or points in the same plane."""
+"""The samples of the models side by side: pictures or clips of the same labels, points, or curves."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from distmatch.data.kinds import KINDS
 from distmatch.report.figures import frame, plane, scatter_panel
 from distmatch.report.grid import grid_png
 from distmatch.report.run import MODELS, Samples
+from distmatch.report.sequences import CHANNELS, CURVES, curve_limits, sequence_panel
 
 _CLASSES = 10  # rows of a grid
 _COLUMNS = 8
@@ -18,11 +20,15 @@ _NAMES = {"reference": "Real", "teacher": "Teacher", "student": "Student"}
 
 @dataclass(frozen=True)
 class Panel:
-    """The samples of one model: a PNG of ``width`` pixels with its ``row_names``, or an SVG drawing."""
+    """The samples of one model: a PNG with its ``row_names``, or an SVG drawing.
+
+    Of clips the PNG is animated, and ``still`` shows their first frames to those who want no motion.
+    """
 
     title: str
     alt: str
     png: bytes = b""
+    still: bytes = b""
     row_names: tuple[str, ...] = ()
     svg: Markup | None = None
 
@@ -36,19 +42,22 @@ class SamplesSection:
 
 
 def samples_section(samples: dict[str, Samples]) -> SamplesSection:
-    """Builds the panels for the models that have samples; images and vectors are not mixed."""
+    """Builds the panels for the models that have samples; samples of different kinds are not mixed."""
     return side_by_side({m: samples[m] for m in MODELS if m in samples})
 
 
 def side_by_side(present: dict[str, Samples]) -> SamplesSection:
     """The same for any models, in the order given; one of another name than those of a run keeps it."""
-    images = {m: s for m, s in present.items() if s.are_images}
-    if images:
-        return _image_panels(images)
-    first = next(iter(present.values()), None)
-    if first is None:
-        return SamplesSection([], "")
-    return _vector_panels({m: s for m, s in present.items() if s.x.shape[1] == first.x.shape[1]})
+    for kind in reversed(KINDS):
+        of_this = {m: s for m, s in present.items() if s.kind == kind}
+        if not of_this:
+            continue
+        if kind in ("image", "video"):
+            return _image_panels(of_this)
+        shape = next(iter(of_this.values())).x.shape[1:]
+        alike = {m: s for m, s in of_this.items() if s.x.shape[1:] == shape}
+        return _vector_panels(alike) if kind == "vector" else _sequence_panels(alike)
+    return SamplesSection([], "")
 
 
 def _title(model: str) -> str:
@@ -82,27 +91,41 @@ def pick_by_label(label_sets: list[np.ndarray]) -> tuple[np.ndarray, list[np.nda
 
 def _image_panels(images: dict[str, Samples]) -> SamplesSection:
     labels = [s.labels for s in images.values() if s.labels is not None]
-    names: np.ndarray = np.zeros(0)
+    rows: tuple[str, ...] = ()
+    columns = _COLUMNS
     if len(labels) == len(images):
-        names, indices = pick_by_label(labels)
-    if len(names):
+        shown, indices = pick_by_label(labels)
+        rows = _row_names(shown, next(iter(images.values())).class_names)
+    if rows:
         note = "Each row is one label, the same in every grid; the first samples of each label, not selected."
-        text = f"one row for each label: {', '.join(str(n) for n in names)}"
+        text = f"one row for each label: {', '.join(rows)}"
+        columns = indices[0].shape[1]
     else:
         count = min([_CLASSES * _COLUMNS, *(len(s.x) for s in images.values())])
-        indices = [np.arange(count).reshape(1, -1) for _ in images]
+        indices = [np.arange(count) for _ in images]
         note = "The first samples, not selected."
         text = "no labels in common"
-    panels = [
-        Panel(
-            title=_title(model),
-            alt=f"{at.size} samples, {_title(model).lower()}; {text}",
-            png=grid_png(s.x[at.ravel()], at.shape[1] if len(names) else _COLUMNS),
-            row_names=tuple(str(n) for n in names),
+    panels = []
+    for (model, s), at in zip(images.items(), indices, strict=True):
+        x = s.x[at.ravel()]
+        panels.append(
+            Panel(
+                title=_title(model),
+                alt=f"{at.size} samples, {_title(model).lower()}; {text}",
+                png=grid_png(x, columns),
+                still=grid_png(x[:, 0], columns) if s.kind == "video" else b"",
+                row_names=rows,
+            )
         )
-        for (model, s), at in zip(images.items(), indices, strict=True)
-    ]
+    if any(panel.still for panel in panels):
+        note += " Clips repeat; where the browser is set to less motion, their first frames are shown."
     return SamplesSection(panels, note)
+
+
+def _row_names(labels: np.ndarray, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels by their names, where these are known."""
+    by_number = {str(k): name for k, name in enumerate(class_names)}
+    return tuple(by_number.get(str(label), str(label)) for label in labels)
 
 
 def _vector_panels(vectors: dict[str, Samples]) -> SamplesSection:
@@ -128,4 +151,22 @@ def _vector_panels(vectors: dict[str, Samples]) -> SamplesSection:
     for model, samples in vectors.items():
         lost = len(samples.x) - len(known[model])
         note += f" {_title(model)}: {lost} samples hold values that are not finite." if lost else ""
+    return SamplesSection(panels, note)
+
+
+def _sequence_panels(sequences: dict[str, Samples]) -> SamplesSection:
+    known = {m: s.x[np.isfinite(s.x).all(axis=(1, 2))] for m, s in sequences.items()}
+    known = {m: x for m, x in known.items() if len(x)}
+    if not known:
+        return SamplesSection([], "All samples hold values that are not finite.")
+    limits = curve_limits(list(known.values()))
+    panels = []
+    for model, x in known.items():
+        alt = f"the first {min(len(x), CURVES)} samples, {_title(model).lower()}, as curves"
+        behind = known.get("reference") if model != "reference" else None
+        panels.append(Panel(_title(model), alt, svg=sequence_panel(x, behind, limits, alt)))
+    channels = next(iter(known.values())).shape[2]
+    note = f"The first {CURVES} samples, not selected, over real ones drawn pale; all panels share one frame."
+    if channels > CHANNELS:
+        note += f" The first {CHANNELS} of {channels} channels are shown."
     return SamplesSection(panels, note)

@@ -185,8 +185,8 @@ class TrainOptions:
     """Everything `distmatch train` can be told."""
 
     data: str = "digits"
-    """digits, fashion_mnist, cifar10, ring8, grid25, skewed2, a folder of images, a .npz, .npy or .csv file
-    (x.csv:one-hot where it has words)."""
+    """digits, moving-digits, fashion_mnist, cifar10, ring8, grid25, skewed2, a folder of images, a .npz, .npy
+    or .csv file (x.csv:one-hot where it has words)."""
     labels: bool = True
     """Use the labels, when there are any."""
     run: RunOptions = field(default_factory=RunOptions)
