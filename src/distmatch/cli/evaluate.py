@@ -49,6 +49,8 @@ class EvaluateOptions:
     """The reference; empty takes the real data of the run."""
     teacher: str = ""
     """For a student's run: the teacher to stand beside it; empty takes the one it was distilled from."""
+    base: str = ""
+    """For a student of adapters (--train lora): its base, the teacher, where it is not where it was."""
     features: str = "auto"
     """classifier, pixels, or auto: classifier where there are labels; pixels with --divergences."""
     n: int | None = None
@@ -235,7 +237,7 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
     from distmatch.training.runfolder import RunFolder
     from distmatch.training.sampling import Sampling
 
-    model = open_model(o.what)
+    model = open_model(o.what, o.base)
     tell_conversion(o.what, model.conversion)
     spec = o.data or model.data
     if not spec:

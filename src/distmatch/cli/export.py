@@ -38,6 +38,8 @@ class ExportOptions:
     onnx: a graph of the whole student, any batch size, checked in onnxruntime. All have a model card."""
     license: str = ""
     """The licence that the model card states, such as apache-2.0; empty keeps what the model says."""
+    base: str = ""
+    """For a student of adapters (--train lora): its base, the teacher, where it is not where it was."""
     vae: str = ""
     """Folder of the autoencoder that a teacher's latents are from, where it is not in the pipeline (EDM2)."""
     scheduler: str = ""
@@ -97,7 +99,8 @@ def _opened(o: ExportOptions) -> dict[str, Any]:
         save_denoiser(o.out, denoiser, about, metrics=_metrics(o))
         tell_conversion(o.model, str(about.get("conversion", "")))
         return _told(str(about.get("kind", "model")), denoiser)
-    student = student_from(denoiser, about)
+    student = student_from(denoiser, about).merged()
+    denoiser = student.denoiser
     if o.to == "safetensors":
         student.save_pretrained(o.out, metrics=_metrics(o))
         return _told("student", denoiser)
@@ -107,7 +110,7 @@ def _opened(o: ExportOptions) -> dict[str, Any]:
 
 def _options(o: ExportOptions) -> dict[str, Any]:
     """What was said about a teacher from elsewhere."""
-    options = {"vae": o.vae, "scheduler": o.scheduler, "null_class": o.null_class}
+    options = {"base": o.base, "vae": o.vae, "scheduler": o.scheduler, "null_class": o.null_class}
     return {name: value for name, value in options.items() if value not in ("", None)}
 
 

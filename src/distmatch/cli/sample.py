@@ -46,6 +46,8 @@ class SampleOptions:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a model folder, a folder of diffusers, a .pkl of EDM, or ring8, grid25, skewed2."""
+    base: str = ""
+    """For a student of adapters (--train lora): its base, the teacher, where it is not where it was."""
     n: int = 64
     """Number of samples."""
     out: Path | None = None
@@ -111,7 +113,7 @@ def run(argv: list[str]) -> None:
     for path in (out, o.trajectory):
         if path is not None:
             refuse_existing(path, o.overwrite)
-    model = open_model(o.model)
+    model = open_model(o.model, o.base)
     tell_conversion(o.model, model.conversion)
     ask = _asked(o, model, open_model(o.hybrid_teacher) if o.hybrid_teacher else None)
     if out is not None:

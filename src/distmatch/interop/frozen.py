@@ -13,6 +13,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator, latents
 from distmatch.diffusion.conditioning import LABEL, spec_of
 from distmatch.interop.diffusers_net import DiffusersNet
+from distmatch.interop.lora import merged
 
 
 class StudentLike(Protocol):
@@ -150,6 +151,7 @@ class Portable(nn.Module):
                 fix="keep it as a model folder: student.save_pretrained(folder)",
             )
         own: Any = copy.deepcopy(student)
+        own.denoiser = merged(own.denoiser)
         self.student = own.cpu().float().eval().requires_grad_(False)
         self.draws, self.conditional = student.draws, student.num_classes > 0
         denoiser = self.student.denoiser

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -134,14 +134,29 @@ def with_adapters(
     Raises:
         UserError: peft is not installed, no layer fits, or the base has adapters already.
     """
-    targets = chosen_layers(network_in(base), targets)
-    pattern = "|".join(re.escape(name) for name in targets)
-    return _on_base(base, {"r": rank, "lora_alpha": alpha, "target_modules": pattern}, seed, extend)
+    chosen = chosen_layers(network_in(base), targets)
+    return on_base(base, {"r": rank, "lora_alpha": alpha, "targets": chosen}, seed=seed, extend=extend)
 
 
-def _on_base(
-    base: Module, config: dict[str, Any], seed: int, extend: Callable[[Module], Any] | None
+def peft_config(config: Mapping[str, Any], base: str = "") -> Any:
+    """The configuration of peft for a rank ``r``, ``lora_alpha`` and the names of layers, ``targets``."""
+    layers = "|".join(re.escape(name) for name in config["targets"])
+    return PEFT.load().LoraConfig(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        target_modules=layers,
+        base_model_name_or_path=base or None,
+    )
+
+
+def on_base(
+    base: Module,
+    config: dict[str, Any],
+    *,
+    seed: int = 0,
+    extend: Callable[[Module], Any] | None = None,
 ) -> Module:
+    """As :func:`with_adapters`, of what :func:`peft_config` takes."""
     peft = PEFT.load()
     if any(isinstance(part, peft.tuners.lora.LoraLayer) for part in base.modules()):
         raise UserError(
@@ -153,7 +168,7 @@ def _on_base(
     if extend is not None:
         extend(shell)
     known = {id(parameter) for parameter in base.parameters()}
-    settings = peft.LoraConfig(**config)
+    settings = peft_config(config)
     settings._register_custom_module(dict.fromkeys(_BARE, LowRankWeight))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # which LowRankWeight is for

@@ -27,6 +27,8 @@ from distmatch.base.files import (
     save_tensors,
 )
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.interop import adapter_files
+from distmatch.interop.adapter_files import save_adapters
 from distmatch.interop.card import card_of
 from distmatch.interop.diffusers_net import MODELS, DiffusersNet
 from distmatch.interop.diffusers_parts import load_autoencoder, network_like, scheduler_from
@@ -45,18 +47,26 @@ from distmatch.interop.edm_checkpoint import (
 )
 from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
-from distmatch.interop.lora import merged
 from distmatch.interop.own_modules import HandedIn, described_module, null_tensors, rebuilt
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
-from distmatch.nets.saved import CARD, EXTRA_TENSORS, extra_tensors, extra_values, load_model, save_model
+from distmatch.nets.saved import (
+    CARD,
+    EXTRA_TENSORS,
+    MODEL_PARTS,
+    check_version,
+    extra_tensors,
+    extra_values,
+    load_model,
+    save_model,
+)
+from distmatch.nets.shared import adapted_of
 
+Base = str | os.PathLike[str] | nn.Module
 FORMAT = "distmatch-external-model"
 VERSION = 1
 MODULE_VERSION = 2  # with a module of the user's, which earlier releases cannot read
 _TENSORS, _CONFIG, _VAE = "model.safetensors", "config.json", "vae"
-MODEL_PARTS = (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD, _VAE)
-"""The names that a saved model consists of, with or without an autoencoder."""
 
 
 def is_external(denoiser: object) -> bool:
@@ -87,10 +97,12 @@ def save_denoiser(
     Raises:
         UserError: The folder holds something else or cannot be written, or the denoiser cannot be saved.
     """
-    denoiser = merged(denoiser)
     about = vars(denoiser).get("trained_on")
     if about and "data" not in (extra or {}):
         extra = {**(extra or {}), "data": about}
+    if adapted_of(denoiser) is not None:
+        save_adapters(Path(folder), denoiser, extra or {}, metrics)
+        return
     if not is_external(denoiser):
         if not isinstance(denoiser, EDMDenoiser):
             raise UserError("a denoiser of this kind cannot be saved", got=type(denoiser).__name__)
@@ -116,7 +128,7 @@ def save_denoiser(
 
 
 def load_denoiser(
-    folder: str | os.PathLike[str], network: HandedIn | None = None
+    folder: str | os.PathLike[str], network: HandedIn | None = None, base: Base | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """Reads what :func:`save_denoiser` wrote, on the CPU, in eval mode.
 
@@ -124,6 +136,7 @@ def load_denoiser(
         folder: A model folder, or a run folder, which holds one as ``model/``.
         network: For a model with a network of the user's: the module, whose weights are replaced in a copy;
             its class, or a function that makes one; or a denoiser around it.
+        base: For adapters: the folder of their base, or the denoiser; None looks where it was.
 
     Returns:
         The denoiser, and the extra values that were saved with it.
@@ -131,7 +144,12 @@ def load_denoiser(
     Raises:
         UserError: Nothing is there, it is no model of ours, it is damaged, or a package is missing.
     """
-    found = _external_folder(Path(folder))
+    adapters = _folder_of(Path(folder), adapter_files.FORMAT)
+    if adapters is not None:
+        return _load_adapted(adapters, network, base)
+    if base is not None:
+        raise UserError(f"{folder} holds a whole network, and no adapters", fix="leave base out")
+    found = _folder_of(Path(folder), FORMAT)
     if found is not None:
         return _load(found, network)
     if network is not None:
@@ -163,7 +181,7 @@ def load_external(source: str | os.PathLike[str], **options: Any) -> Denoiser | 
     path = Path(source)
     if is_network_pickle(path):
         return read_edm(path)[0]
-    found = _external_folder(path)
+    found = _folder_of(path, FORMAT)
     if found is not None:
         return _load(found, options.get("network"))[0]
     if path.is_dir() and is_diffusers_folder(path):
@@ -228,24 +246,49 @@ def _described(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def _external_folder(path: Path) -> Path | None:
-    """The model folder in this format at ``path`` or in its ``model/``; None when there is none."""
+def _folder_of(path: Path, form: str) -> Path | None:
+    """The model folder in a format at ``path`` or in its ``model/``; None when there is none."""
     for candidate in (path, path / "model"):
         if (candidate / _CONFIG).is_file():
             config = read_json(candidate / _CONFIG)
-            return candidate if isinstance(config, dict) and config.get("format") == FORMAT else None
+            return candidate if isinstance(config, dict) and config.get("format") == form else None
     return None
+
+
+def _load_adapted(folder: Path, network: HandedIn | None, base: Base | None) -> tuple[Any, dict[str, Any]]:
+    """Adapters on the base that is given, or on the one that is found where it was."""
+    config = read_json(folder / _CONFIG)
+    check_version(folder, config, (adapter_files.VERSION,))
+    extra = extra_values(folder / _CONFIG, config)
+    if isinstance(base, nn.Module):
+        return adapter_files.adapters_on(folder, config, base), extra
+    places, options = adapter_files.places_of_base(folder, config)
+    if base is not None:
+        return adapter_files.adapters_on(folder, config, _base_at(Path(base), {}, network)), extra
+    why: list[str] = []
+    for place in places:
+        if not place.exists():
+            why.append(f"{place} does not exist")
+            continue
+        try:
+            return adapter_files.adapters_on(folder, config, _base_at(place, options, network)), extra
+        except UserError as error:
+            why.append(str(error))
+    raise adapter_files.missing_base(folder, config, why)
+
+
+def _base_at(path: Path, options: dict[str, Any], network: HandedIn | None) -> nn.Module:
+    handed = {} if network is None else {"network": network}
+    found = load_external(path, **options, **handed)
+    whole: Any = load_model(path)[0] if found is None else found
+    if not isinstance(whole, nn.Module):
+        raise UserError(f"{path} holds no network")
+    return whole
 
 
 def _load(folder: Path, network: HandedIn | None = None) -> tuple[Any, dict[str, Any]]:
     config = read_json(folder / _CONFIG)
-    if config.get("version") not in (VERSION, MODULE_VERSION):
-        raise UserError(
-            f"{folder} was written in another version of the format",
-            got=config.get("version"),
-            expected=f"{VERSION} or {MODULE_VERSION}",
-            fix="use the release of distmatch that wrote it, or a newer one",
-        )
+    check_version(folder, config, (VERSION, MODULE_VERSION))
     if network is not None and config.get("kind") != "module":
         raise needs_no_network(folder)
     tensors = load_tensors(folder / _TENSORS)

@@ -25,7 +25,10 @@ from distmatch.diffusion.conditioning import (
 )
 from distmatch.diffusion.noise import Karras
 from distmatch.interop import HandedIn, decode_samples, load_denoiser, save_denoiser
+from distmatch.interop.lora import merged
+from distmatch.interop.saved import Base
 from distmatch.methods.start import Network
+from distmatch.nets.shared import adapted_of
 
 Chain = Literal["renoise", "ddim", "posterior", "jump"]
 """How a student goes on to its next level: with fresh noise alone, with the noise that it has found, by a
@@ -256,6 +259,9 @@ class Student(nn.Module):
     ) -> None:
         """Writes ``model.safetensors``, ``config.json`` and a model card, ``README.md``, atomically.
 
+        Of a student with adapters these alone are written, and which base they belong to;
+        ``student.merged()`` is saved whole.
+
         Args:
             folder: The model folder; an earlier model in it is replaced.
             license: The licence that the model is given, such as ``"apache-2.0"``; it is kept with the model.
@@ -273,6 +279,15 @@ class Student(nn.Module):
         """A student of the same chain around another network, or on other levels."""
         return Student(denoiser, levels, info, self.chain, self.gamma)
 
+    def merged(self) -> Student:
+        """The student with a whole network of its own: adapters are added to the weights of their base.
+
+        One that was trained in full is returned as it is.
+        """
+        if adapted_of(self.denoiser) is None:
+            return self
+        return self.around(merged(self.denoiser), self.levels, self.info)
+
     def description(self) -> dict[str, Any]:
         """What is saved beside the network, as JSON: with the tensors enough for :func:`student_from`."""
         chain: dict[str, Any] = {} if self.chain == "renoise" else {"chain": self.chain}
@@ -285,18 +300,26 @@ class Student(nn.Module):
         return None
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], *, network: HandedIn | None = None) -> Student:
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        network: HandedIn | None = None,
+        base: Base | None = None,
+    ) -> Student:
         """Reads what :meth:`save_pretrained` wrote, or the ``model/`` of a run folder.
 
         Args:
             folder: The folder.
             network: For a student of a network of your own: the module (its weights are replaced in a copy),
                 its class, or a denoiser around it.
+            base: For a student of adapters: the folder of the teacher that they were trained on, or the
+                teacher; None looks for it where it was.
 
         Raises:
-            UserError: The folder holds no student, or a damaged one.
+            UserError: The folder holds no student, or a damaged one, or its base is not found or another one.
         """
-        denoiser, info = load_denoiser(folder, network)
+        denoiser, info = load_denoiser(folder, network, base)
         if info.get("kind") != "student":
             raise UserError(
                 f"{folder} holds a teacher, not a student", fix="pass the folder of a distillation run"

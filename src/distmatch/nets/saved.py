@@ -38,6 +38,9 @@ EXTRA_TENSORS = "extra.safetensors"
 CARD = "README.md"
 _SIGMAS = ("sigma_data", "sigma_min", "sigma_max")
 _TENSORS, _CONFIG = "model.safetensors", "config.json"
+ADAPTERS = "adapter_model.safetensors"
+MODEL_PARTS = (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD, "vae", ADAPTERS, "adapter_config.json")
+"""The names that a saved model consists of, whatever its kind."""
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
 
 
@@ -66,7 +69,7 @@ def save_model(
             fix="save the network as it was, and call split_shortcuts after loading",
         )
     folder = Path(folder)
-    check_model_folder(folder, (_TENSORS, _CONFIG, EXTRA_TENSORS, CARD))
+    check_model_folder(folder, MODEL_PARTS)
     config = {
         "format": FORMAT,
         "version": VERSION if denoiser.noise_unit == 1 else UNIT_VERSION,
@@ -106,13 +109,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
             expected=f"format {FORMAT!r}",
             fix="give the folder that save_pretrained or a run wrote",
         )
-    if config.get("version") not in (VERSION, UNIT_VERSION):
-        raise UserError(
-            f"{folder} was written in another version of the format",
-            got=config.get("version"),
-            expected=f"{VERSION} or {UNIT_VERSION}",
-            fix="use the release of distmatch that wrote it, or a newer one",
-        )
+    check_version(folder, config, (VERSION, UNIT_VERSION))
     tensors = load_tensors(folder / _TENSORS)
     denoiser = _described(folder / _CONFIG, config, len(tensors))
     dtypes = {tensor.dtype for tensor in tensors.values()}
@@ -120,6 +117,17 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
         denoiser.to(dtypes.pop())
     load_into(denoiser.net, tensors, str(folder / _TENSORS))
     return denoiser.eval(), {**extra_values(folder / _CONFIG, config), **extra_tensors(folder)}
+
+
+def check_version(folder: Path, config: Mapping[str, Any], known: tuple[int, ...]) -> None:
+    """Refuses a model in a version of its format that is not read."""
+    if config.get("version") not in known:
+        raise UserError(
+            f"{folder} was written in another version of the format",
+            got=config.get("version"),
+            expected=" or ".join(map(str, known)),
+            fix="use the release of distmatch that wrote it, or a newer one",
+        )
 
 
 def extra_values(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,13 +27,11 @@ class Adapted:
 
     Attributes:
         shared: Names of the parameters that are the base's.
-        config: The adapters as peft configures them, as JSON.
-        source: Where the base was loaded from; '' where that is not known.
+        config: Rank ``r``, ``lora_alpha``, and the names of the layers with adapters, ``targets``.
     """
 
     shared: frozenset[str]
     config: dict[str, Any]
-    source: str = ""
 
 
 def adapted_of(module: nn.Module) -> Adapted | None:

@@ -34,7 +34,7 @@ def real_data(teacher: Denoiser | None, data: Data | None, seed: int) -> Dataset
     """
     if data is not None:
         scaled = teacher is None or isinstance(teacher, EDMDenoiser)
-        return as_dataset(data, scaled=scaled, shape=None if teacher is None else teacher.shape)
+        return as_dataset(data, scaled=scaled, shape=getattr(teacher, "shape", None))
     return _samples_of(teacher, seed) if isinstance(teacher, GaussianMixture) else None
 
 

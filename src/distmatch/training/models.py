@@ -109,16 +109,22 @@ class Model:
         return replace(drawn, x=self.scaling.settled(drawn.x))
 
 
-def open_model(source: str) -> Model:
+def open_model(source: str, base: str = "") -> Model:
     """A model from a run folder, a model folder, or the name of an exact mixture.
+
+    Args:
+        source: The folder or name.
+        base: Where the base of a student of adapters is; '' looks where it was.
 
     Raises:
         UserError: There is none.
     """
+    if base and source in TOY_NAMES:
+        raise UserError(f"{source} is a formula without a base", fix="leave --base out")
     if source in TOY_NAMES:
         mixture: GaussianMixture = toy(source)
         return Model(source, None, mixture, Scaling.identity(mixture.shape[0]), source)
-    denoiser, info = open_denoiser(source)
+    denoiser, info = open_denoiser(source, **({"base": base} if base else {}))
     data = info.get("data") or {}
     scaling = Scaling.known(data, (decoder_of(denoiser) or denoiser).shape)
     student = student_from(denoiser, info) if info.get("kind") == "student" else None

@@ -15,7 +15,7 @@ from distmatch.base.files import atomic_json, check_model_folder
 from distmatch.base.progress import tell
 from distmatch.base.stack import caller_level
 from distmatch.data import Dataset
-from distmatch.interop.saved import MODEL_PARTS
+from distmatch.nets.saved import MODEL_PARTS
 from distmatch.nets.training_state import TrainingState
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog

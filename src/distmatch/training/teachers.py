@@ -34,7 +34,8 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
         source: A run folder, a model folder, a folder of diffusers, or a network pickle of EDM or EDM2, which
             is read without running it.
         options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`. For a model
-            with a network of the user's, ``network``: see :func:`distmatch.interop.load_denoiser`.
+            with a network of the user's, ``network``, and for adapters ``base``: see
+            :func:`distmatch.interop.load_denoiser`.
 
     Returns:
         The denoiser and its description. ``kind`` is ``teacher`` or ``student``; of a model from elsewhere,
@@ -43,10 +44,21 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
     Raises:
         UserError: There is none that can be used.
     """
-    path = Path(source)
-    network = options.pop("network", None)
+    denoiser, info = _opened(Path(source), **options)
+    # Adapters on it keep where it was, where all that it was loaded with can be kept.
+    kept = {name: os.fspath(v) if isinstance(v, Path) else v for name, v in options.items()}
+    if all(isinstance(value, (str, int, float, bool)) for name, value in kept.items() if name != "network"):
+        kept.pop("network", None)
+        denoiser.loaded_from = (os.path.abspath(source), kept)
+    return denoiser, info
+
+
+def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    network, base = options.pop("network", None), options.pop("base", None)
     if network is not None and is_from_elsewhere(path):
         raise needs_no_network(path)
+    if base is not None and is_from_elsewhere(path):
+        raise UserError(f"{path} holds a whole network, and no adapters", fix="leave base out")
     if path.is_dir() and is_diffusers_folder(path):
         teacher = load_diffusers(path, **options)
         compared = getattr(teacher, "conversion", None)
@@ -54,7 +66,7 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
     if options:
         raise UserError(
             "these options are for folders of diffusers",
-            got=f"{', '.join(options)} for {source}",
+            got=f"{', '.join(options)} for {path}",
             fix="leave them out: other models say all there is to know",
         )
     if is_network_pickle(path):
@@ -64,7 +76,7 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
         expected = f"a run or model folder, a folder of diffusers, a .pkl of EDM, or {', '.join(TOY_NAMES)}"
         raise missing_model(path, expected)
     _refuse_unfinished(path)
-    denoiser, info = load_denoiser(path, network)
+    denoiser, info = load_denoiser(path, network, base)
     remember(denoiser, info.get("data") or {})
     # Guidance reads it: a network that was never shown a sample without its label has no use for "no class".
     denoiser.saw_no_class = info.get("label_dropout", 0.1) != 0

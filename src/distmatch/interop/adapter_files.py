@@ -1,0 +1,188 @@
+"""Adapters on disk: what a network has of its own, and which base it belongs to.
+
+A folder holds ``adapter_model.safetensors`` and ``adapter_config.json``, which peft reads too;
+``config.json`` with the base (its place, and the sha256 of its weights); and a model card.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError, cause
+from distmatch.base.files import (
+    atomic_folder,
+    atomic_json,
+    atomic_write,
+    check_model_folder,
+    load_tensors,
+    save_tensors,
+)
+from distmatch.interop.card import card_of
+from distmatch.interop.lora import NAME, adaptable, network_in, on_base, peft_config, shared_base
+from distmatch.nets.jump import taught_to_jump
+from distmatch.nets.saved import ADAPTERS, CARD, MODEL_PARTS
+from distmatch.nets.shared import adapted_of, fingerprint, load_own_state, own_state
+
+FORMAT = "distmatch-adapters"
+VERSION = 1
+_CONFIG = "config.json"
+_PREFIX = "base_model.model."  # what peft puts before the names of a network
+_USES = ("shape", "num_classes", "sigma_data", "sigma_min", "sigma_max", "prediction", "null_class")
+_USAGE = """import distmatch as dm
+
+# Adapters of low rank: they need their base, which is looked for where it was. Elsewhere: base="its/folder".
+student = dm.Student.from_pretrained("this/folder")
+x = student.sample(16, seed=0)
+whole = student.merged()  # a network of the ordinary kind"""
+
+
+def save_adapters(
+    folder: Path, denoiser: nn.Module, extra: Mapping[str, Any], metrics: Mapping[str, Any] | None
+) -> None:
+    """Writes what a network with adapters has of its own, atomically.
+
+    Args:
+        folder: The model folder; earlier adapters in it are replaced.
+        denoiser: The network.
+        extra: More values to keep, as JSON.
+        metrics: The content of a run's ``metrics.json``, for the card.
+
+    Raises:
+        UserError: The folder holds something else, or cannot be written.
+    """
+    adapted = adapted_of(denoiser)
+    if adapted is None:
+        raise ValueError("a network without adapters")
+    check_model_folder(folder, MODEL_PARTS)
+    path, options = getattr(denoiser, "loaded_from", None) or ("", {})
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base": {
+            "path": path,
+            "relative": os.path.relpath(path, folder.absolute()) if path else "",
+            "options": options,
+            "sha256": fingerprint(denoiser),
+            "dtype": _dtype_of(denoiser, adapted.shared),
+            "use": _use(denoiser),
+        },
+        "adapters": adapted.config,
+        "jumps": bool(getattr(denoiser, "jumps", False)),
+        "extra": dict(extra),
+    }
+    names = _file_names(denoiser)
+    with atomic_folder(folder) as temporary:
+        save_tensors(temporary / ADAPTERS, {names[name]: t for name, t in own_state(denoiser).items()})
+        peft_config(adapted.config, path).save_pretrained(str(temporary))
+        atomic_write(temporary / CARD, card_of(denoiser, extra, metrics=metrics, usage=_USAGE))
+        atomic_json(temporary / _CONFIG, config)
+
+
+def places_of_base(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], dict[str, Any]]:
+    """Where the base of saved adapters may be, the likeliest first, and the options to load it with."""
+    said = config.get("base")
+    if not (isinstance(said, dict) and isinstance(said.get("options"), dict)):
+        raise _damaged(folder, "no entry base")
+    path, relative = str(said.get("path", "")), str(said.get("relative", ""))
+    places = [Path(os.path.normpath(folder.absolute() / relative))] if relative else []
+    places += [Path(path)] if path and Path(path) not in places else []
+    return places, said["options"]
+
+
+def missing_base(folder: Path, config: Mapping[str, Any], why: list[str]) -> UserError:
+    """The error for adapters whose base is not found."""
+    return UserError(
+        f"{folder} holds adapters, and not the network that they belong to",
+        got="; ".join(why) or "a base that was never saved",
+        expected=f"a network whose weights have the sha256 {config['base'].get('sha256')}",
+        fix="say where it is: --base FOLDER, in Python base=",
+    )
+
+
+def adapters_on(folder: Path, config: Mapping[str, Any], base: nn.Module) -> nn.Module:
+    """The network of saved adapters on a base, on the CPU, in eval mode.
+
+    Args:
+        folder: The folder of the adapters.
+        config: Its ``config.json``.
+        base: The base; it is not changed, and its memory is used where it has the type of the saved one.
+
+    Raises:
+        UserError: The base is another one, or the adapters are damaged.
+    """
+    tensors = load_tensors(folder / ADAPTERS)
+    try:
+        said, adapters = config["base"], config["adapters"]
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[said["dtype"]]
+        base = shared_base(base, torch.device("cpu"), dtype)
+        if (found := fingerprint(base)) != said["sha256"]:
+            raise UserError(
+                f"{folder} holds adapters for another network",
+                got=f"a base with weights of sha256 {found}",
+                expected=f"sha256 {said['sha256']}",
+                fix="give the network that they were trained on: --base FOLDER, in Python base=",
+            )
+        used, wanted = _use(base), dict(said["use"])
+        if other := sorted(n for n in used.keys() | wanted.keys() if used.get(n) != wanted.get(n)):
+            raise UserError(
+                f"{folder} holds adapters for a denoiser that uses its network in another way",
+                got="; ".join(f"{name} {used.get(name)}" for name in other),
+                expected="; ".join(f"{name} {wanted.get(name)}" for name in other),
+                fix="make the base as it was made before",
+            )
+        rank, targets = adapters["r"], adapters["targets"]
+        _check_adapters(rank, targets, tensors, base)
+        config_of = {"r": rank, "lora_alpha": float(adapters["lora_alpha"]), "targets": targets}
+        extend: Any = taught_to_jump if config.get("jumps") else None
+        denoiser = on_base(base, config_of, extend=extend)
+        names = {there: name for name, there in _file_names(denoiser).items()}
+        own = {names.get(there, there): tensor for there, tensor in tensors.items()}
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _damaged(folder, cause(error)) from error
+    load_own_state(denoiser, own, str(folder / ADAPTERS))
+    return denoiser.requires_grad_(False)
+
+
+def _check_adapters(rank: Any, targets: Any, tensors: Mapping[str, Tensor], base: nn.Module) -> None:
+    """Lets no adapters be made that the tensors do not fill: a config may ask for any rank."""
+    firsts = [t for name, t in tensors.items() if name.endswith(".lora_A.weight")]
+    if type(rank) is not int or not firsts or any(len(t) != rank for t in firsts):
+        raise ValueError(f"rank {rank!r:.40} beside tensors of another")
+    if unknown := set(targets) - adaptable(network_in(base)).keys():
+        raise ValueError(f"no layer {min(unknown)!s:.80} in the base")
+
+
+def _file_names(denoiser: nn.Module) -> dict[str, str]:
+    """The names in the file, which are those of peft, by the names in the denoiser."""
+    inner = network_in(denoiser)
+    prefix = next(name for name, part in denoiser.named_modules() if part is inner)
+    prefix += "." if prefix else ""
+    found = {}
+    for name in own_state(denoiser):
+        plain = re.sub(rf"\.(lora_\w+)\.{NAME}\.", r".\1.", name)
+        found[name] = _PREFIX + plain.removeprefix(prefix) if name.startswith(prefix) else plain
+    return found
+
+
+def _use(denoiser: Any) -> dict[str, Any]:
+    """How a denoiser uses its network, as far as numbers and names say it."""
+    said = {name: getattr(denoiser, name, None) for name in _USES}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in said.items() if v is not None}
+
+
+def _dtype_of(denoiser: nn.Module, shared: frozenset[str]) -> str:
+    kinds = {p.dtype for name, p in denoiser.named_parameters() if name in shared and p.is_floating_point()}
+    return str(kinds.pop()).removeprefix("torch.")
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder / _CONFIG} is damaged", got=what, fix="restore it from a copy")
