@@ -11,6 +11,7 @@ from distmatch.cli.answer import print_json
 from distmatch.cli.distill import HELP as DISTILL
 from distmatch.cli.help import Help
 from distmatch.cli.parse import Place, parse_run
+from distmatch.cli.table import in_columns
 from distmatch.training.compare_options import CompareOptions, Entry, entry_options
 from distmatch.training.config_format import config_text
 from distmatch.training.toml import dataclass_to_dict, to_toml
@@ -134,10 +135,7 @@ def comparison_table(record: dict[str, Any]) -> str:
             each = cost["seconds_per_step"] or methods[name]["seconds_per_step"]
             tail = [f"{cost['runs']} of {asked}", str(methods[name]["steps"]), f"{1000 * each:.1f}"]
         lines.append([name, *(_cell(own.get(metric)) for metric in shown), *tail])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "  ".join("-" * w for w in widths))
-    text += _differences(record)
+    text = in_columns(lines) + _differences(record)
     text += [
         f"failed: {r['name']} seed {r['seed']}: {r['message']}"
         for r in record["runs"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import stream_seed
 from distmatch.cli.output import warn_of_shares
+from distmatch.cli.table import in_columns
 from distmatch.data import TOY_NAMES, Dataset, load_data, toy, toy_dataset
 from distmatch.data.classes import matched, names_of
 from distmatch.data.columns import Column
@@ -96,11 +97,7 @@ def divergence_table(a: str, b: str, found: Comparison) -> str:
         largest = f"{row.largest:.3g}" if math.isfinite(row.largest) else ""
         chance = f"{row.test.p_value:.2g}" if row.test is not None else ""
         rows.append([name, value, largest, chance, str(row.estimate.n), f"{row.estimator}; {row.meaning}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    lines.insert(0, f"p (the reference) = {a}, q (the samples) = {b}")
-    lines += remarks
+    lines = [f"p (the reference) = {a}, q (the samples) = {b}", *in_columns(rows), *remarks]
     if any(isinstance(row.estimate, LowerBound) for row in found.measured.values()):
         lines.append(">= is a lower bound, up to its error: the divergence may be far above it")
     tests = [row.test for row in found.measured.values() if row.test is not None]

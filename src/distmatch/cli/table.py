@@ -1,4 +1,4 @@
-"""The metric table that verbs print."""
+"""The tables that verbs print."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ _BETTER = {
 }
 
 
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a plain-text table, with a rule below its first row, the titles."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
+
+
 def metric_table(metrics: dict[str, dict[str, Any]], features: str = "", notes: Sequence[str] = ()) -> str:
     """A plain-text table: a row for each metric, a column for each model, value ± standard error.
 
@@ -49,9 +56,7 @@ def metric_table(metrics: dict[str, dict[str, Any]], features: str = "", notes: 
         cells = [metrics[m].get(key) for m in models]
         if any(c for c in cells):
             rows.append([title, *(f"{c:.3g}" if c else "-" for c in cells), "lower"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * w for w in widths))
+    lines = in_columns(rows)
     lines.append(f"blocks of {n} samples; the floor is real data against real data at the same size")
     if features:
         lines.append(f"features: {features}")
