@@ -173,7 +173,7 @@ def conditional_cases(n: int) -> Iterator[Case]:
         (x, e), (z, f) = (draw(n, 2, 2 * i + k).T[:, :, None] for k in (0, 1))
         return conditional_cauchy_schwarz(x, x + e, z, z + f, bandwidth_x=0.4, bandwidth_y=0.4)
 
-    yield Case("conditional Cauchy-Schwarz", "equal laws", 0.0, estimate)
+    yield Case("conditional Cauchy-Schwarz", "equal", 0.0, estimate)
 
 
 def share(hits: Tensor) -> str:
@@ -204,10 +204,10 @@ def main(options: Options) -> None:
         case for d in options.dimensions for gap in options.gaps for case in gaussian_cases(options.n, d, gap)
     ]
     lines = [
-        f"{options.repetitions} repetitions, n = {options.n} samples of each law.",
+        f"{options.repetitions} repetitions, n = {options.n} samples of each distribution.",
         "",
-        "| estimator | laws | truth | bias | spread (sd) | root mean square of the error bars "
-        "| bars that hold the truth | claim an interval | of these, hold it |",
+        "| estimator | distributions | true value | bias | standard deviation | root mean square of the "
+        "standard errors | coverage, all | without a warning | coverage of these |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in sorted(cases, key=lambda c: c.name) + [

@@ -22,7 +22,7 @@ def table(preset: Preset) -> str:
         value = f"{setting.value:g}" if isinstance(setting.value, float) else str(setting.value)
         flag = "--" + name.replace("_", "-")
         lines.append(f"| `{flag}` | {value} | {setting.published} | {setting.place} |")
-    lines += ["", "Not reproduced here:", ""]
+    lines += ["", "Differences:", ""]
     lines += [f"- {text}." for text in preset.differs]
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
-"""Writes docs/proofs.md, what is proven by which test, from docs/proofs.toml.
+"""Writes docs/proofs.md, the statements with their tests, from docs/proofs.toml.
 
 python docs/make_proofs.py          writes the page
-python docs/make_proofs.py --check  says what is wrong with the table or the page, and writes nothing
+python docs/make_proofs.py --check  reports errors in the table or the page, and writes nothing
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 PAGE, TABLE = DOCS / "proofs.md", DOCS / "proofs.toml"
-HEAD = """# What is proven
+HEAD = """# Verified statements
 
-Each statement below is held by the tests beside it, which compare with something that shares no code with
-the library: a closed form, high precision, another package, finite differences, an exact teacher. Numbers in
-brackets are arXiv's. {count} statements, {tests} tests; run one by its file, `pytest tests/FILE.py -k NAME`.
+Each statement below is verified by the tests in its row. They compare with something that shares no code
+with the library: a closed form, high precision, another package, finite differences, an exact teacher.
+Numbers in brackets are from arXiv. {count} statements, {tests} tests; run one by its file, `pytest
+tests/FILE.py -k NAME`.
 
-`docs/make_proofs.py` makes this page of [proofs.toml](proofs.toml), and a test keeps both as they are.
+`docs/make_proofs.py` writes this page from [proofs.toml](proofs.toml); a test keeps both in agreement.
 """
 
 
@@ -39,7 +40,7 @@ def functions(file: str) -> set[str]:
 
 
 def missing(tests: list[str]) -> list[str]:
-    """Those tests, ``tests/FILE.py::test_NAME``, that there are not."""
+    """Those of the tests, ``tests/FILE.py::test_NAME``, that do not exist."""
     return [test for test in tests if test.partition("::")[2] not in functions(test.partition("::")[0])]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from distmatch.training.published.preset import IMAGENET64, Preset, Value, adam
 from distmatch.training.published.units import karras_level
 
-_TEXT = "there is no conditioning on text here"
-_LATENTS = "levels are even in the steps of the scheduler; here in sigma^(1/7)"
+_TEXT = "no text encoder: prompts are given as embeddings"
+_LATENTS = "noise levels are uniform in the scheduler's timesteps; here in sigma^(1/7)"
 
 
 def _shared(
@@ -15,13 +15,13 @@ def _shared(
     return {
         **adam(lr, 0.9, 0.999, script, trainer),
         "weight_decay": Value(0.01, "AdamW, 0.01", trainer),
-        "lr_rampup": Value(500 // gpus, f"500, counted by {gpus} processes together", trainer),
+        "lr_rampup": Value(500 // gpus, f"500, counted over {gpus} processes", trainer),
         "grad_clip": Value(10.0, "max_grad_norm 10", trainer),
         "critic_steps": Value(every, f"dfake_gen_update_ratio {every}", script),
-        "order": Value("same-batch", "the critic moves at every step", trainer),
-        "ema_half_life": Value(0.0, "no average", trainer),
+        "order": Value("same-batch", "the fake score is updated at every step", trainer),
+        "ema_half_life": Value(0.0, "no EMA", trainer),
         "batch": Value(gpus * each, f"{each} on each of {gpus}", script),
-        "steps": Value(count, f"{count // 1000}k", "README.md beside it"),
+        "steps": Value(count, f"{count // 1000}k", "README.md next to it"),
     }
 
 
@@ -30,7 +30,7 @@ def _adversary(lr: float, weight: float, script: str) -> dict[str, Value]:
         "lr_ratio": Value(lr, f"guidance_lr {lr:g}", script),
         "gan_weight": Value(weight, f"gen_cls_loss_weight {weight:g}", script),
         "joint_weight": Value(1e-2, "weight of the classifier's loss 1e-2", script),
-        "ratio_features": Value("fake", "of the fake score, which learns from it", script),
+        "ratio_features": Value("fake", "of the fake score, which is trained by it", script),
     }
 
 
@@ -50,14 +50,16 @@ def _dmd2() -> list[Preset]:
             settings={
                 **_shared(2e-6, imagenet, edm, gpus=7, each=40, every=5, count=200_000),
                 **_adversary(2e-6, 3e-3, imagenet),
-                "student_sigma": Value(0.0, "conditioning_sigma 80, the largest level", edm),
+                "student_sigma": Value(0.0, "conditioning_sigma 80, sigma_max", edm),
                 "noise_low": Value(karras_level(20 / 999), "step 20 of 0 .. 999 of EDM's grid", edm),
                 "noise_high": Value(karras_level(980 / 999), "step 980 of 0 .. 999 of EDM's grid", edm),
-                "precision": Value("bf16", "bfloat16", "README.md beside it"),
+                "precision": Value("bf16", "bfloat16", "README.md next to it"),
             },
             differs=(
-                "this is the run of FID 1.51; that of 1.28 first goes 410,000 steps without the adversary",
-                "fake score and discriminator learn on all 1000 levels; here on those of the comparison",
+                "this is the run with FID 1.51; that with 1.28 first takes 410,000 steps without the "
+                "adversarial term",
+                "fake score and discriminator are trained at all 1000 noise levels; here at those of "
+                "the score difference",
             ),
         ),
         Preset(
@@ -68,16 +70,16 @@ def _dmd2() -> list[Preset]:
             source=source,
             settings={
                 **_shared(1e-5, stable, sd, gpus=64, each=32, every=10, count=39_000),
-                "gan_weight": Value(0.0, "no adversary", stable),
+                "gan_weight": Value(0.0, "no adversarial term", stable),
                 "guidance": Value(1.75, "real_guidance_scale 1.75", stable),
-                "student_sigma": Value(0.0, "conditioning_timestep 999, the largest level", sd),
+                "student_sigma": Value(0.0, "conditioning_timestep 999, sigma_max", sd),
             },
-            differs=(_TEXT, _LATENTS, "2,000 steps at 5e-7 with the adversary follow"),
+            differs=(_TEXT, _LATENTS, "2,000 steps at 5e-7 with the adversarial term follow"),
         ),
         Preset(
             name="paper:dmd2-sdxl",
             method="dmd2",
-            title="SDXL, text to image, 4 calls",
+            title="SDXL, text to image, 4 steps",
             shape=(4, 128, 128),
             source=source,
             settings={
@@ -85,7 +87,7 @@ def _dmd2() -> list[Preset]:
                 **_adversary(5e-7, 5e-3, xl),
                 "guidance": Value(8.0, "real_guidance_scale 8", xl),
                 "calls": Value(4, "num_denoising_step 4, with backward simulation", xl),
-                "student_sigma": Value(0.0, "conditioning_timestep 999, the largest level", sd),
+                "student_sigma": Value(0.0, "conditioning_timestep 999, sigma_max", sd),
             },
             differs=(_TEXT, _LATENTS),
         ),
@@ -107,7 +109,7 @@ def _disback() -> Preset:
             "critic_steps": Value(5, "dfake_gen_update_ratio 5", script),
             "guidance": Value(8.0, "real_guidance_scale 8", script),
             "grad_clip": Value(10.0, "max_grad_norm 10", script),
-            "backtrack_degrade_steps": Value(100, "log_iters 100, a copy each", f"degradation_{script}"),
+            "backtrack_degrade_steps": Value(100, "log_iters 100, one copy each", f"degradation_{script}"),
             "backtrack_interval": Value(200, "interval 1000, a fifth of them the student's", script),
             "batch": Value(1, "1", script),
             "steps": Value(116_001, "train_iters 116001", script),
@@ -115,8 +117,8 @@ def _disback() -> Preset:
         differs=(
             _TEXT,
             _LATENTS,
-            "the student begins as DMD2's and at step 399; here as the teacher",
-            "the script leaves the number of copies open",
+            "the student is initialized with DMD2's at timestep 399; here with the teacher",
+            "the script does not state the number of copies",
         ),
     )
 

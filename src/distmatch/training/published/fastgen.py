@@ -7,13 +7,13 @@ from distmatch.training.published.units import half_life, level, log_level
 
 _SOURCE = "NVlabs/FastGen, fastgen/configs"
 _CRITIC, _RATIO, _SCM = "config_dmd2.py", "config_f_distill.py", "config_scm.py"
-_AVERAGES = "averages with decay 0.99995 and 0.9996 are kept too"
-_BOUNDS = "the ratio is bounded to [0.1, 20] before it is divided by its mean; here --ratio-clip, after that"
-_HIGHEST = Value(0.0, "max_t 80, the largest level", "config.py")
+_AVERAGES = "FastGen also keeps EMAs with decay 0.99995 and 0.9996"
+_BOUNDS = "the ratio is clipped to [0.1, 20] before normalization; here by --ratio-clip after it"
+_HIGHEST = Value(0.0, "max_t 80, sigma_max", "config.py")
 
 
 def _with_critic(lr: float, place: str, batch: int, count: int) -> dict[str, Value]:
-    """What the experiments with a fake score share; they average at every step, also at the critic's."""
+    """Settings shared by the experiments with a fake score, whose EMA is also updated at fake score steps."""
     rates = "opt.py" if lr == 1e-4 else place
     return {
         **adam(lr, 0.9, 0.999, rates, "opt.py"),
@@ -22,7 +22,7 @@ def _with_critic(lr: float, place: str, batch: int, count: int) -> dict[str, Val
         "lr_rampup": Value(0, "warm_up_steps 0", _CRITIC),
         "grad_clip": Value(10.0, "grad_norm 10, of the student", "callbacks.py"),
         "critic_steps": Value(5, "student_update_freq 5", _CRITIC),
-        "order": Value("alternate", "a step is the student's or the critic's", _CRITIC),
+        "order": Value("alternate", "a step updates the student or the fake score", _CRITIC),
         "student_sigma": _HIGHEST,
         "noise_low": Value(level(0.002), "min_t 0.002", "config.py"),
         "noise_high": _HIGHEST,
@@ -41,7 +41,7 @@ def _ratio(divergence: str, memory: float, place: str) -> dict[str, Value]:
 
 
 def _tangents(lr: float, std: float, place: str, batch: int, count: int) -> dict[str, Value]:
-    """What the experiments with sCM share."""
+    """Settings shared by the experiments with sCM."""
     return {
         "lr": Value(lr, f"{lr:g}", "opt.py" if lr == 1e-4 else place),
         "beta1": Value(0.9, "0.9", _SCM),
@@ -95,9 +95,9 @@ def _f_distill() -> list[Preset]:
                 "gan_weight": Value(3e-3, "gan_loss_weight_gen 3e-3", imagenet),
             },
             differs=(
-                "the paper's table 5 has 380,000 steps, the last at 5e-7",
+                "the paper's table 5 has 380,000 steps, the last with learning rate 5e-7",
                 _BOUNDS,
-                "the weight is divided by its mean over the batch; here with the memory of the ratio",
+                "the weight is divided by its mean over the batch; here by a running mean, as the ratio",
                 _AVERAGES,
             ),
         ),
@@ -109,8 +109,8 @@ def _f_distill() -> list[Preset]:
             source=source,
             settings=stable,
             differs=(
-                "there is no conditioning on text here",
-                "levels are even in the time of the path, 0.001 to 0.999; here in sigma^(1/7)",
+                "no text encoder: prompts are given as embeddings",
+                "noise levels are uniform in the time of the path, 0.001 to 0.999; here in sigma^(1/7)",
                 "the paper's table 5 has a batch of 1024 and 60,000 steps",
                 _BOUNDS,
             ),
@@ -131,7 +131,7 @@ def _dmd2() -> Preset:
 
 
 def _scm() -> list[Preset]:
-    source = f"{_SOURCE}; Lu and Song 2024, arXiv 2410.11081, have networks of their own"
+    source = f"{_SOURCE}; Lu and Song 2024, arXiv 2410.11081, use other networks"
     cifar, imagenet = "EDM/config_scd_cifar10.py", "EDM/config_scd_in64.py"
     return [
         Preset(
@@ -158,7 +158,8 @@ def _scm() -> list[Preset]:
                 "precision": Value("bf16", "precision_amp bfloat16", imagenet),
             },
             differs=(
-                "the learning rate falls with the root of the steps after 35,000; here it stays",
+                "the learning rate decays with the inverse square root of the steps after 35,000; here "
+                "it is constant",
                 "Adam's epsilon is 1e-11; here 1e-8",
                 _AVERAGES,
             ),

@@ -7,7 +7,7 @@ import math
 from distmatch.training.published.preset import CIFAR10, IMAGENET64, Preset, Value, adam, of_run
 from distmatch.training.published.units import ddpm_level, half_life, log_level, rounded, steps
 
-_HIGHEST = "80, the largest level"
+_HIGHEST = "80, sigma_max"
 
 
 def _consistency() -> list[Preset]:
@@ -17,11 +17,11 @@ def _consistency() -> list[Preset]:
         Preset(
             name="paper:consistency-cifar10",
             method="consistency",
-            title="EDM's DDPM++ on CIFAR-10, tuned on the data (ECT)",
+            title="EDM's DDPM++ on CIFAR-10, consistency tuning on data (ECT)",
             shape=CIFAR10,
             source="locuslab/ect; Geng et al. 2024, arXiv 2406.14548",
             settings={
-                "consistency_from": Value("data", "two levels of the same sample and noise", loss),
+                "consistency_from": Value("data", "two noise levels with the same sample and noise", loss),
                 "lr": Value(1e-4, "1e-4", ect),
                 "beta1": Value(0.9, "0.9", defaults),
                 "beta2": Value(0.999, "0.999", defaults),
@@ -32,7 +32,7 @@ def _consistency() -> list[Preset]:
                 "level_mean": Value(log_level(-1.1), "mean -1.1", defaults),
                 "level_std": Value(2.0, "std 2", defaults),
                 "huber": Value(0.0, "c 0", defaults),
-                "stages": Value(8, "25.6 Mimg, one each 250 times 12.8 kimg", ect),
+                "stages": Value(8, "25.6 Mimg, one per 250 times 12.8 kimg", ect),
                 "ema_half_life": Value(half_life(0.9999), "decay 0.9999", defaults),
                 **of_run(128, steps(25.6e6, 128), "duration 25.6 Mimg", ect),
             },
@@ -53,15 +53,15 @@ def _consistency() -> list[Preset]:
                 "lr": Value(8e-6, "8e-6", launch),
                 "weight_decay": Value(0.0, "0", launch),
                 "student_sigma": Value(0.0, "sigma_max " + _HIGHEST, "scripts/launch.sh"),
-                "level_law": Value("karras", "uniform on 40 levels", launch),
+                "level_law": Value("karras", "uniform on 40 noise levels", launch),
                 "ema_half_life": Value(half_life(0.9999432189950708), "decay 0.9999432189950708", launch),
                 **of_run(2048, 600_000, "600000", launch),
             },
             differs=(
-                "40 levels throughout; here pairs come ever closer",
+                "40 noise levels throughout; here the distance of the pairs decreases",
                 "squared distance or LPIPS; here pseudo-Huber",
-                "targets from an average with decay 0.95; here from the student itself",
-                "averages with decay 0.999 and 0.9999 are kept too",
+                "targets from an EMA with decay 0.95; here from the student itself",
+                "EMAs with decay 0.999 and 0.9999 are also kept",
                 "fp16; here --precision",
             ),
         ),
@@ -91,9 +91,10 @@ def _ctm() -> Preset:
         },
         differs=(
             "the first stage has a learning rate of 4e-4 and batches of 1440",
-            "the discriminator is StyleGAN-XL's and the distance LPIPS; here a head on features, and pixels",
-            "with the adversary the student moves at every second step",
-            "averages with decay 0.9999 and 0.9999432 are kept too",
+            "the discriminator is StyleGAN-XL's and the distance LPIPS; here a discriminator head on "
+            "features, and pixels",
+            "with the adversarial term the student is updated at every second step",
+            "EMAs with decay 0.9999 and 0.9999432 are also kept",
         ),
     )
 
@@ -103,7 +104,7 @@ def _mean_flow() -> Preset:
     return Preset(
         name="paper:mean-flow-cifar10",
         method="mean-flow",
-        title="a DDPM++ on CIFAR-10, trained from nothing",
+        title="a DDPM++ on CIFAR-10, trained from scratch",
         shape=CIFAR10,
         source="Gsunshine/py-meanflow, meanflow; Geng et al. 2025, arXiv 2505.13447",
         settings={
@@ -112,7 +113,7 @@ def _mean_flow() -> Preset:
             "beta1": Value(0.9, "0.9", parser),
             "beta2": Value(0.999, "0.999", parser),
             "lr_rampup": Value(200 * 50_000 // 1024, "200 epochs of 50,000 in batches of 1024", script),
-            "student_sigma": Value(0.0, "pure noise; here the largest level", "models/meanflow.py"),
+            "student_sigma": Value(0.0, "pure noise; here sigma_max", "models/meanflow.py"),
             "level_law": Value("log-normal", "t logit-normal", script),
             "level_mean": Value(log_level(-0.6), "P_mean_t -0.6", script),
             "level_std": Value(1.6, "P_std_t 1.6", script),
@@ -125,9 +126,10 @@ def _mean_flow() -> Preset:
             "steps": Value(800_000, "800k", "README.md"),
         },
         differs=(
-            "the network starts from nothing; here from the teacher, for which the rate may be too high",
+            "the network is trained from scratch; here from the teacher, for which the learning rate "
+            "may be too high",
             "dropout 0.2 and augmentation; here neither",
-            "averages with decay 0.99995 and 0.9996 are kept too",
+            "EMAs with decay 0.99995 and 0.9996 are also kept",
         ),
     )
 
@@ -146,16 +148,18 @@ def _rcm() -> Preset:
             "weight_decay": Value(0.01, "0.01", place),
             "grad_clip": Value(0.0, "grad_clip False", place),
             "critic_steps": Value(5, "student_update_freq 5", place),
-            "order": Value("alternate", "a step is the student's or the critic's", model),
+            "order": Value("alternate", "a step updates the student or the fake score", model),
             "calls": Value(4, "max_simulation_steps_fake 4", place),
-            "student_sigma": Value(0.0, "pure noise; here the largest level", model),
+            "student_sigma": Value(0.0, "pure noise; here sigma_max", model),
             "guidance": Value(6.0, "teacher_guidance 5, beyond the conditional one", model),
             "level_law": Value("log-normal", "log-normal", model),
             "level_mean": Value(
-                rounded(-0.8 + math.log(math.sqrt(20))), "p_mean -0.8, times the root of 20 frames", place
+                rounded(-0.8 + math.log(math.sqrt(20))),
+                "p_mean -0.8, times the square root of 20 frames",
+                place,
             ),
             "level_std": Value(1.6, "p_std 1.6", place),
-            "dmd_weight": Value(0.01, "loss_scale_dmd 1 beside loss_scale 100", place),
+            "dmd_weight": Value(0.01, "loss_scale_dmd 1 relative to loss_scale 100", place),
             "dmd_after": Value(0.01, "tangent_warmup 1000 of 100000 steps", place),
             "tangent_warmup": Value(0.01, "tangent_warmup 1000 of 100000 steps", place),
             "tangent_bound": Value(0.1, "0.1", model),
@@ -163,12 +167,13 @@ def _rcm() -> Preset:
             "steps": Value(100_000, "max_iter 100000", place),
         },
         differs=(
-            "there are no videos and no text here",
+            "no text encoder, and no loader for the network of Wan 2.1",
             "the number of GPUs, and so the batch, is not in the file",
-            "in the first 1000 steps only the student moves; here one step in five throughout",
-            "levels of the comparison are even in the time of the path, shifted by 5; here in sigma^(1/7)",
-            "the student's later calls are at random levels; here at fixed ones",
-            "an average whose length is not in the file",
+            "in the first 1000 steps only the student is updated; here one step in five throughout",
+            "noise levels of the score difference are uniform in the time of the path, shifted by 5; "
+            "here in sigma^(1/7)",
+            "the student's later steps are at random noise levels; here at fixed ones",
+            "an EMA whose decay is not in the file",
         ),
     )
 
@@ -178,7 +183,7 @@ def _mmd() -> Preset:
     return Preset(
         name="paper:mmd-cifar10",
         method="mmd",
-        title="DDPM on CIFAR-10, 5 calls",
+        title="DDPM on CIFAR-10, 5 steps",
         shape=CIFAR10,
         source="diegovalsesia/MMD-DDM; Aiello et al. 2023, arXiv 2301.07969",
         settings={
@@ -191,13 +196,13 @@ def _mmd() -> Preset:
             "student_sigma": Value(ddpm_level(800), "step 800 of 1000 of DDPM", runner),
             "mmd_kernel": Value("cubic", "degree 3", runner),
             "mmd_spacing": Value("uniform", "every 200th step", runner),
-            "ema_half_life": Value(0.0, "no average", runner),
+            "ema_half_life": Value(0.0, "no EMA", runner),
             "batch": Value(64, "64", config),
         },
         differs=(
-            "features of an Inception network; here those of the teacher",
+            "features of an Inception network; here of the teacher",
             "the number of steps is not in the code, which saves every 50",
-            "the last call is at step 0; here they are even down to a fifth of the first",
+            "the last step is at timestep 0; here the steps are uniform down to a fifth of the first",
         ),
     )
 

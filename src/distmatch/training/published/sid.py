@@ -1,14 +1,14 @@
-"""SiD and what builds on its code (SiDA, Uni-Instruct), and Diff-Instruct, on which it builds."""
+"""SiD, the methods that build on its code (SiDA, Uni-Instruct), and Diff-Instruct, on which it builds."""
 
 from __future__ import annotations
 
 from distmatch.training.published.preset import CIFAR10, IMAGENET64, Preset, Value, adam, of_run
 from distmatch.training.published.units import karras_level, level, log_level, steps, updates
 
-_DROPOUT = "student and fake score have dropout, the fake score augmentation; here neither"
-_FRESH = "the critic moves first, and the student on fresh samples; here both on the same"
+_DROPOUT = "student and fake score use dropout, the fake score augmentation; here neither"
+_FRESH = "the fake score is updated first, and the student on new samples; here both on the same"
 _HALF = "fp16 and Adam's epsilon 1e-6; here --precision, and 1e-8"
-_CLIP = "gradients of the fake score are cut off at 1 by element; here not"
+_CLIP = "gradients of the fake score are clipped at 1 per element; here not"
 _CIFAR = ("EDM's DDPM++ on CIFAR-10, with and without classes", CIFAR10)
 _IMAGENET = ("EDM's ADM on ImageNet-64", IMAGENET64)
 
@@ -19,20 +19,20 @@ def _average(millions: float, batch: int, place: str) -> dict[str, Value]:
 
 
 def _shared(lr: float, batch: int, millions: float, *, script: str, stem: str) -> dict[str, Value]:
-    """What SiD, SiDA and Uni-Instruct share.
+    """Settings shared by SiD, SiDA and Uni-Instruct.
 
     Args:
         lr: Learning rate.
-        batch: Samples a step.
-        millions: Half-life of the average, in millions of images.
+        batch: Samples per step.
+        millions: Half-life of the EMA, in millions of images.
         script: The file of the commands.
-        stem: Of the names of the other files.
+        stem: Stem of the names of the other files.
     """
     loss, loop, train = f"{stem}_loss.py", f"{stem}_training_loop.py", f"{stem}_train.py"
     return {
         **adam(lr, 0.0, 0.999, script, train),
         "lr_rampup": Value(0, "none", loop),
-        "grad_clip": Value(0.0, "none of the norm", loop),
+        "grad_clip": Value(0.0, "no clipping of the norm", loop),
         "critic_steps": Value(1, "1", loop),
         "student_sigma": Value(level(2.5), "init_sigma 2.5", script),
         "noise_low": Value(level(0.002), "0.002", loss),
@@ -47,7 +47,7 @@ def _shared(lr: float, batch: int, millions: float, *, script: str, stem: str) -
 def _adversary(batch: int, lr: float, script: str, loop: str) -> dict[str, Value]:
     return {
         "lr_ratio": Value(lr, f"{lr:g}, with the fake score", script),
-        "ratio_features": Value("fake", "of the fake score, which learns from it", loop),
+        "ratio_features": Value("fake", "of the fake score, which is trained by it", loop),
         "warmup_steps": Value(steps(1e5, batch), "100 kimg", loop),
     }
 
@@ -56,7 +56,7 @@ def _sid() -> list[Preset]:
     source = "mingyuanzhou/SiD; Zhou et al. 2024, arXiv 2404.04057"
     script = "run_sid.sh"
     alpha = {"sid_alpha": Value(1.2, "alpha 1.2", script)}
-    duration = "the scripts stop at 100 Mimg; the steps are those of the released network"
+    duration = "the scripts stop at 100 Mimg; the steps here are those of the released network"
     cifar, imagenet = (_shared(lr, b, m, script=script, stem="sid") for lr, b, m in _SIZES)
     return [
         Preset(
@@ -89,14 +89,14 @@ def _sid() -> list[Preset]:
 
 
 _SIZES = ((1e-5, 256, 0.5), (4e-6, 8192, 2.0))
-"""Learning rate, batch and half-life of the average, of CIFAR-10 and of ImageNet-64."""
+"""Learning rate, batch and half-life of the EMA, for CIFAR-10 and ImageNet-64."""
 
 
 def _sida() -> list[Preset]:
     script, loop = "run_sida.sh", "sida_training_loop.py"
     differs = (
-        "the adversary joins after 200 kimg; here when the student begins",
-        "the discriminator's loss has EDM's weight of its level beside the fake score's; here --joint-weight",
+        "the adversarial term starts after 200 kimg; here with the student's first update",
+        "the discriminator's loss has EDM's weight of its noise level; here --joint-weight",
         _CLIP,
         _DROPOUT,
         _FRESH,
@@ -105,8 +105,8 @@ def _sida() -> list[Preset]:
     for (lr, batch, millions), (title, shape), name in zip(
         _SIZES, (_CIFAR, _IMAGENET), ("cifar10", "imagenet64"), strict=True
     ):
-        # Both losses are sums over the elements of a sample, of which ours are means; their ratio stays.
-        gan = Value(1e-4, "lsg_gan 0.01 beside lsg 100", script)
+        # Both losses are sums over the elements of a sample, and ours are means; their ratio is the same.
+        gan = Value(1e-4, "lsg_gan 0.01 relative to lsg 100", script)
         large = name == "imagenet64"
         length = (100e6, "duration 100 Mimg, from SiD's generator", script)
         if not large:
@@ -135,8 +135,8 @@ def _uni_instruct() -> list[Preset]:
     script, loop = "run_uni_instruct.sh", "fsim_training_loop.py"
     differs = (
         "the ratio comes from the discriminator's loss; here from its logit",
-        "the student begins as SiD's generator; here as the teacher",
-        "the weight of the adversary is not converted, as it acts in another way",
+        "the student is initialized with SiD's generator; here with the teacher",
+        "the adversarial weight is not converted, since the term has another form",
         _CLIP,
         _DROPOUT,
         _FRESH,
