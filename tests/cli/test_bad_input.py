@@ -51,7 +51,7 @@ DATA = {
     "images:one-hot": (":one-hot is for tables", "leave it out: images."),
     "digits:one-hot": (":one-hot is for tables", "leave it out: digits."),
     "picture.png": ("picture.png is a single image", "--out samples.npz"),
-    "digitz": ("unknown data name", "did you mean digits?"),
+    "digitz": ("unknown data name", "did you mean digits"),
     "wrong.toml": ("cannot be read", ".npz"),
 }
 
