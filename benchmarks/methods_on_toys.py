@@ -30,7 +30,7 @@ from distmatch.base.errors import UserError
 from distmatch.data import toy
 from distmatch.methods.table import METHODS
 from distmatch.metrics.modes import mode_counts
-from distmatch.training.compare_options import parse_methods
+from distmatch.training.comparison.options import parse_methods
 
 
 @dataclass(frozen=True, kw_only=True)

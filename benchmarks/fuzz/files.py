@@ -24,7 +24,7 @@ from distmatch.report import build_report
 from distmatch.report.log import curves, read_log, scalar_keys, wall_seconds
 from distmatch.report.run import read_metrics
 from distmatch.training.checkpoint import load_checkpoint
-from distmatch.training.compare_options import CompareOptions
+from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.loop import restore
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training

@@ -35,8 +35,8 @@ from distmatch.training.arguments import (
     real_data,
     settings_of,
 )
-from distmatch.training.compare import carry_out_comparison, prepare_comparison
-from distmatch.training.compare_options import CompareOptions, SharedOptions
+from distmatch.training.comparison.options import CompareOptions, SharedOptions
+from distmatch.training.comparison.run import carry_out_comparison, prepare_comparison
 from distmatch.training.known_data import name_of_data
 from distmatch.training.options import (
     DistillOptions,

@@ -17,7 +17,7 @@ import distmatch as dm
 from distmatch.base.progress import in_words
 from distmatch.cli import found
 from distmatch.methods.table import find_method
-from distmatch.training.compare_cost import PeakMemory
+from distmatch.training.comparison.cost import PeakMemory
 from distmatch.training.options import NetOptions, TrainOptions
 from distmatch.training.prepare_teacher import prepare_training
 from tests.helpers.command import TINY, command, contents, done

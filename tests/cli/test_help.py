@@ -13,7 +13,7 @@ import pytest
 
 from distmatch.cli.main import VERBS
 from distmatch.cli.parse import Place
-from distmatch.training.compare_options import CompareOptions
+from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.options import DistillOptions, TrainOptions
 from tests.helpers.command import command, done
 

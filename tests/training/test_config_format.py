@@ -12,7 +12,7 @@ import pytest
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import options_from
 from distmatch.methods.table import METHODS
-from distmatch.training.compare_options import CompareOptions
+from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.config_format import FORMAT, config_text, read_config
 from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.toml import to_toml

@@ -22,7 +22,7 @@ from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.training import presets
-from distmatch.training.compare_options import SharedOptions, entry_options, parse_methods
+from distmatch.training.comparison.options import SharedOptions, entry_options, parse_methods
 from distmatch.training.options import DistillOptions, RunOptions
 from distmatch.training.prepare import prepare_distillation
 from distmatch.training.presets import LAPTOP, PRESETS, find_preset, of_method

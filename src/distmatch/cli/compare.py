@@ -12,7 +12,7 @@ from distmatch.cli.distill import HELP as DISTILL
 from distmatch.cli.help import Help
 from distmatch.cli.parse import Place, parse_run
 from distmatch.cli.table import in_columns
-from distmatch.training.compare_options import CompareOptions, Entry, entry_options
+from distmatch.training.comparison.options import CompareOptions, Entry, entry_options
 from distmatch.training.config_format import config_text
 from distmatch.training.toml import dataclass_to_dict, to_toml
 
@@ -41,8 +41,8 @@ def run(argv: list[str]) -> None:
     _check_place(place)
     from distmatch.cli.running import check_place, going_on, open_folder
     from distmatch.report import build_report
-    from distmatch.training.compare import carry_out_comparison, prepare_comparison
-    from distmatch.training.compare_plan import check_options
+    from distmatch.training.comparison.plan import check_options
+    from distmatch.training.comparison.run import carry_out_comparison, prepare_comparison
 
     entries = check_options(options)
     inputs = (options.shared.data, options.shared.teacher)
@@ -74,7 +74,7 @@ def _check_place(place: Place) -> None:
 
 def _dry_run(options: CompareOptions, entries: tuple[Entry, ...], place: Place) -> None:
     """Shows what the comparison would do, from a few real steps of each method, and writes nothing."""
-    from distmatch.training.compare_plan import plan_comparison
+    from distmatch.training.comparison.plan import plan_comparison
 
     plan = plan_comparison(options)
     methods: list[dict[str, Any]] = []

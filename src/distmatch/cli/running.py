@@ -17,7 +17,7 @@ from distmatch.cli.found import check_grid, describe_found, found_lines, write_g
 from distmatch.cli.parse import Place, checkpoint_choice
 from distmatch.methods.table import find_method
 from distmatch.training.checkpoint import list_checkpoints
-from distmatch.training.compare_cost import PeakMemory, step_times
+from distmatch.training.comparison.cost import PeakMemory, step_times
 from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
 from distmatch.training.options import DistillOptions, NetOptions, TrainOptions

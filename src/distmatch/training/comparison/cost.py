@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.methods.settings import FakeScoreSettings
-from distmatch.training.compare_budget import Price
+from distmatch.training.comparison.options import Price
 from distmatch.training.devices import pick_device
 from distmatch.training.options import DistillOptions
 from distmatch.training.runs import Job

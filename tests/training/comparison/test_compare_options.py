@@ -11,12 +11,13 @@ import pytest
 
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import options_from
-from distmatch.training.compare_budget import Price, parse_budget
-from distmatch.training.compare_options import (
+from distmatch.training.comparison.options import (
     CompareOptions,
+    Price,
     SharedOptions,
     check_shared,
     entry_options,
+    parse_budget,
     parse_methods,
     shared_settings,
 )
@@ -163,9 +164,8 @@ def test_every_option_has_a_flag_of_its_own() -> None:
 
 
 def test_reading_the_options_takes_no_torch() -> None:
-    code = (
-        "import sys, distmatch.training.compare_options, distmatch.cli.compare; print('torch' in sys.modules)"
-    )
+    modules = "distmatch.training.comparison.options, distmatch.cli.compare"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 

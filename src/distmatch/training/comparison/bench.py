@@ -19,8 +19,8 @@ from distmatch.metrics import plan, resolve_features
 from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.metrics.features import Features
 from distmatch.training.assess import Drawn, asked_of, assess, npz_bytes, plain, write_assessment
-from distmatch.training.compare_options import CompareOptions
-from distmatch.training.compare_stats import Measured
+from distmatch.training.comparison.options import CompareOptions
+from distmatch.training.comparison.stats import Measured
 from distmatch.training.known_data import known_data
 from distmatch.training.models import Model, open_model
 from distmatch.training.prepare import check_fit

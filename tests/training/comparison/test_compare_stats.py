@@ -11,7 +11,7 @@ from scipy import stats
 
 from distmatch.base.estimate import Estimate
 from distmatch.metrics.evaluate import evaluate_replicates, replicate_stderr
-from distmatch.training.compare_stats import (
+from distmatch.training.comparison.stats import (
     Difference,
     Measured,
     difference,

@@ -15,7 +15,7 @@ import pytest
 
 import distmatch as dm
 from distmatch.base.errors import UserError
-from distmatch.training import compare as module
+from distmatch.training.comparison import run as module
 from distmatch.training.options import DistillOptions
 from distmatch.training.runs import Job
 from tests.helpers.command import command, contents, done, weights

@@ -11,13 +11,14 @@ from distmatch.base.progress import tell
 from distmatch.data import Dataset
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.methods.table import resolve_method
-from distmatch.training.compare_budget import Budget, parse_budget
-from distmatch.training.compare_cost import Cost, measure_cost
-from distmatch.training.compare_options import (
+from distmatch.training.comparison.cost import Cost, measure_cost
+from distmatch.training.comparison.options import (
+    Budget,
     CompareOptions,
     Entry,
     check_shared,
     entry_options,
+    parse_budget,
     parse_methods,
 )
 from distmatch.training.prepare import prepare_distillation

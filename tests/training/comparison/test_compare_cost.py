@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 
-from distmatch.training import compare_cost
-from distmatch.training.compare_cost import Passes, PeakMemory, count_passes, measure_cost, step_times
+from distmatch.training.comparison import cost as compare_cost
+from distmatch.training.comparison.cost import Passes, PeakMemory, count_passes, measure_cost, step_times
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare import prepare_distillation
 from tests.helpers.small import network_teacher
