@@ -314,4 +314,4 @@ def test_without_data_a_student_is_asked_for_the_teachers_shares(place: Path) ->
     due = 90 / 147
     assert abs(float((labels == 11).double().mean()) - due) < 4 * (due * (1 - due) / 2000) ** 0.5
     assert not torch.equal(labels, job.batches(1).conditioning["label"])
-    assert job.finish().model.classes.counts == COUNTS
+    assert job.result().classes.counts == COUNTS

@@ -15,7 +15,7 @@ from distmatch.nets.training_state import TrainingState
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.options import LoopOptions, OwnOptions
 from distmatch.training.runfolder import create
-from distmatch.training.runs import Finished, Job, carry_out
+from distmatch.training.runs import Job, carry_out
 
 
 class Training(Protocol):
@@ -78,11 +78,6 @@ def fit(
     )
     with quietly(quiet), nullcontext() if out is None else create(out, resume=resume) as folder:
         state: TrainingState = training.init(seed)
-
-        def finish() -> Finished:
-            model = training.result(state)
-            return Finished(model, lambda place: save(place, model) if save else None)
-
         job = Job(
             verb="fit",
             options=OwnOptions(run=run),
@@ -90,10 +85,8 @@ def fit(
             step=training.step,
             batches=batches,
             networks=state.modules(),
-            notes={},
-            warnings=[],
-            finish=finish,
-            show=("loss",),
+            result=lambda: training.result(state),
+            save=save,
         )
         begun = folder is not None and resume and bool(list_checkpoints(folder.checkpoints))
         model, _ = carry_out(job, folder, resume="latest" if begun else None)

@@ -33,7 +33,7 @@ from distmatch.training.latent_data import as_latents, check_encodable
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
 from distmatch.training.presets import find_preset, laptop_warning, paper_warning
-from distmatch.training.runs import Finished, Job
+from distmatch.training.runs import Job
 from distmatch.training.teachers import open_teacher
 
 
@@ -151,10 +151,6 @@ def prepare_distillation(
         **{f"teacher_{key}": text for key, text in conversion.items()},
     }
 
-    def finish() -> Finished:
-        student = distiller.result(state, info)
-        return Finished(student, student.save_pretrained)
-
     return Job(
         verb="distill",
         options=options,
@@ -177,7 +173,8 @@ def prepare_distillation(
             *_warnings(method, options, state),
             *_untried(method, options, teacher, state),
         ],
-        finish=finish,
+        result=lambda: distiller.result(state, info),
+        save=lambda folder, student: student.save_pretrained(folder),
         show=("loss_fake", "ess", "clip_fraction") if method.critic else ("loss",),
         advise=_advice,
         data=found,

@@ -21,7 +21,7 @@ from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.known_data import describe_data, few_samples, remember
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
-from distmatch.training.runs import Finished, Job
+from distmatch.training.runs import Job
 from distmatch.training.teacher import TeacherTraining
 
 
@@ -72,10 +72,10 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
         "label_dropout": options.teacher.label_dropout,
     }
 
-    def finish() -> Finished:
+    def result() -> Any:
         model = method.result(state)
         remember(model, describe_data(data, options.data))
-        return Finished(model, lambda folder: save_denoiser(folder, model, extra))
+        return model
 
     return Job(
         verb="train",
@@ -93,8 +93,8 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
             **({"larger_net": larger} if larger else {}),
         },
         warnings=[*few_samples(data, run.batch), *_left_out(data), *method.warnings],
-        finish=finish,
-        show=("loss",),
+        result=result,
+        save=lambda folder, model: save_denoiser(folder, model, extra),
         remarks=[_remark(larger)] if larger else [],
         data=data,
     )

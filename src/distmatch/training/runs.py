@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,6 @@ from distmatch.training.runfolder import RunFolder
 from distmatch.training.segments import Changes, changes_on_resume, write_config, write_segment
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a run ends with.
-
-    Attributes:
-        model: The averaged teacher, or the student.
-        save: Writes it to a model folder, atomically.
-    """
-
-    model: Any
-    save: Callable[[Path], None]
-
-
 @dataclass
 class Job:
     """A run that is ready to start.
@@ -48,9 +35,10 @@ class Job:
         step: One training step.
         batches: Batch of a step number.
         networks: Networks by name, for counting parameters.
+        result: The averaged teacher, the student, or what else the training ends with.
+        save: Writes it to a model folder, atomically; None writes nothing.
         notes: What the start event of the log says besides.
         warnings: What the user should know before it starts.
-        finish: Gives the trained model and the way to save it.
         show: Logged values for the progress bar.
         advise: What the user should know of logged values.
         remarks: What was decided for the user, said as the run starts.
@@ -63,10 +51,11 @@ class Job:
     step: Callable[[Any, Any], dict[str, Tensor]]
     batches: Callable[[int], Any]
     networks: dict[str, nn.Module]
-    notes: dict[str, Any]
-    warnings: list[str]
-    finish: Callable[[], Finished]
-    show: tuple[str, ...]
+    result: Callable[[], Any]
+    save: Callable[[Path, Any], None] | None
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    show: tuple[str, ...] = ("loss",)
     advise: Callable[[dict[str, Any]], list[str]] = lambda means: []
     remarks: Sequence[str] = ()
     data: Dataset | None = None
@@ -123,11 +112,12 @@ def carry_out(
         show=job.show,
         advise=job.advise,
     )
-    finished = job.finish()
+    model = job.result()
     if folder is not None:
-        finished.save(folder.model)
+        if job.save is not None:
+            job.save(folder.model, model)
         with EventLog(folder.log) as log:
             seconds = time.perf_counter() - began
             done = job.state.step
             log.write("end", done, seconds=seconds, steps=done - first, memory=peak_memory())
-    return finished.model, history
+    return model, history
