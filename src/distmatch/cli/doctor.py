@@ -82,9 +82,9 @@ def _words(value: Any) -> str:
 
 
 def _optional_packages() -> list[Check]:
-    from distmatch.interop.optional import DIFFUSERS, ONNX
+    from distmatch.interop.optional import DIFFUSERS, ONNX, PEFT
 
-    found = [(package, package.version) for package in (DIFFUSERS, *ONNX)]
+    found = [(package, package.version) for package in (DIFFUSERS, PEFT, *ONNX)]
     return [
         Check(package.name, True, version)
         if version

@@ -16,6 +16,7 @@ from distmatch.cli.answer import print_json
 from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
 from distmatch.cli.parse import Place, checkpoint_choice
 from distmatch.methods.table import find_method
+from distmatch.nets.sizes import as_json
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.comparison.cost import PeakMemory, step_times
 from distmatch.training.config_format import config_text
@@ -112,9 +113,9 @@ def dry_run(job: Job, place: Place) -> None:
     peak = PeakMemory(device)
     once, seconds = step_times(job, device)
     used = peak.bytes()
-    trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
-    weights = 4 * sum(parameters.values())
-    memory = round((weights + 12 * trained) / 2**20, 1)  # gradients and two Adam moments
+    sizes = job.sizes()
+    weights = sum(size.weights for size in sizes.values())
+    memory = round(sum(size.bytes for size in sizes.values()) / 2**20, 1)
     most = None if used is None else round((weights + used) / 2**20, 1)
     whole = once + seconds * run.steps
     if place.grid is not None and job.data is not None:
@@ -128,6 +129,7 @@ def dry_run(job: Job, place: Place) -> None:
         "options": dataclass_to_dict(replace(job.options)),
         "device": str(device),
         "parameters": parameters,
+        "sizes": as_json(sizes),
         "memory_mib": memory,
         "peak_memory_mib": most,
         "seconds_per_step": round(seconds, 4),
@@ -155,8 +157,9 @@ def dry_run(job: Job, place: Place) -> None:
     print(f"# device      {shown['device']}")
     if copied:
         print("# network     copied from the teacher")
-    for name, count in parameters.items():
-        print(f"# parameters  {name}: {count:,}")
+    for name, size in sizes.items():
+        shared = parameters[name] - size.parameters
+        print(f"# parameters  {name}: {size.parameters:,}{f', and {shared:,} shared' if shared else ''}")
     measured = "activations on top" if most is None else f"with activations {most:.0f} MiB at most, measured"
     print(f"# memory      about {memory} MiB for weights, gradients and Adam, {measured}")
     print(f"# time        about {timing}")

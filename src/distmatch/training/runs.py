@@ -16,6 +16,7 @@ from distmatch.base.progress import tell
 from distmatch.base.stack import caller_level
 from distmatch.data import Dataset
 from distmatch.nets.saved import MODEL_PARTS
+from distmatch.nets.sizes import RoleSize, as_json, role_sizes
 from distmatch.nets.training_state import TrainingState
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
@@ -61,8 +62,12 @@ class Job:
     data: Dataset | None = None
 
     def parameters(self) -> dict[str, int]:
-        """Parameter count of each network."""
+        """Parameter count of each network as it runs, with what it shares with others."""
         return {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks.items()}
+
+    def sizes(self) -> dict[str, RoleSize]:
+        """What each network owns, what is shared being the first one's."""
+        return role_sizes(self.networks, self.state.optimizers.values(), self.state.average)
 
 
 def carry_out(
@@ -94,7 +99,10 @@ def carry_out(
         with EventLog(folder.log) as log:
             if again or resume is not None:  # also where it begins anew: earlier steps are void
                 log.write("resume", job.state.step, changed=changes, environment=environment())
-            log.write("start", job.state.step, kind=job.verb, parameters=job.parameters(), **job.notes)
+            sizes = as_json(job.sizes())
+            log.write(
+                "start", job.state.step, kind=job.verb, parameters=job.parameters(), sizes=sizes, **job.notes
+            )
             for message in job.warnings:
                 log.write("warning", job.state.step, message=message)
     for message in job.warnings:

@@ -94,14 +94,13 @@ def measure_cost(job: Job, batch: int) -> Cost:
     step = Price(seconds / steps, others.calls(parameters) / (batch * steps))
     once = Price(first_seconds - step.seconds, first.calls(parameters) / batch - step.calls)
     more = _made_once(once.seconds, step.seconds) or once.calls > _ONCE_CALLS * step.calls
-    trained = sum(p.numel() for net in job.networks.values() for p in net.parameters() if p.requires_grad)
     return Cost(
         step=step,
         once=Price(max(0.0, once.seconds), max(0.0, once.calls)) if more else Price(0.0, 0.0),
         forward={name: others.forward[name] / (batch * steps) for name in parameters},
         backward={name: others.backward[name] / (batch * steps) for name in parameters},
         parameters=parameters,
-        memory_mib=round((4 * sum(parameters.values()) + 12 * trained) / 2**20, 1),
+        memory_mib=round(sum(size.bytes for size in job.sizes().values()) / 2**20, 1),
     )
 
 

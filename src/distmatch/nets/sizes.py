@@ -1,0 +1,78 @@
+"""What each network of a training owns: parameters, and bytes of weights, gradients and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.nets.ema import EMA
+
+_MOMENTS = 2  # of Adam, for each parameter
+
+
+@dataclass(frozen=True)
+class RoleSize:
+    """What a network has that no network before it has. All but the first are bytes.
+
+    Attributes:
+        parameters: Number of parameters.
+        weights: Parameters and buffers; of an average also what it keeps against rounding.
+        gradients: Those of the parameters that learn.
+        optimizer: Adam's two moments.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def bytes(self) -> int:
+        """All together."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def role_sizes(
+    networks: Mapping[str, nn.Module],
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    average: EMA | None = None,
+) -> dict[str, RoleSize]:
+    """What each network owns; what several share is counted for the first of them.
+
+    With adapters the base is the teacher, and the other roles own their adapters alone.
+
+    Args:
+        networks: The networks by name, the teacher first.
+        optimizers: Those of the training, whose state may not be made yet.
+        average: The average among the networks.
+    """
+    moved = {id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    seen: set[int] = set()
+
+    def new(tensors: Iterable[Tensor]) -> list[Tensor]:
+        found = []
+        for tensor in tensors:
+            if tensor.numel() and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                found.append(tensor)
+        return found
+
+    sizes = {}
+    for name, network in networks.items():
+        own, buffers = new(network.parameters()), new(network.buffers())
+        rest = list(average.rest.values()) if average is not None and average.module is network else []
+        sizes[name] = RoleSize(
+            parameters=sum(p.numel() for p in own),
+            weights=sum(t.nbytes for t in (*own, *buffers, *rest)),
+            gradients=sum(p.nbytes for p in own if p.requires_grad),
+            optimizer=_MOMENTS * sum(p.nbytes for p in own if id(p) in moved),
+        )
+    return sizes
+
+
+def as_json(sizes: Mapping[str, RoleSize]) -> dict[str, dict[str, int]]:
+    """The sizes as a log holds them."""
+    return {name: asdict(size) for name, size in sizes.items()}
