@@ -20,7 +20,7 @@ from distmatch.interop import onnx_export as module
 from distmatch.interop.onnx_export import export_onnx
 from distmatch.methods.student import Student
 from distmatch.nets.build import build_net
-from distmatch.nets.config import UNetConfig
+from distmatch.nets.config import DiTConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.jump import as_jump
 from tests.helpers.command import command, contents, done
@@ -140,6 +140,35 @@ def test_images_come_out_as_bytes(channels: int, tmp_path: Path) -> None:
     assert found.shape == expected.shape == ((7, 9, 6) if channels == 1 else (7, 9, 6, 3))
     assert np.abs(found.astype(int) - expected).max() <= 1
     assert len(np.unique(found)) > 50
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (2, 9, 7), (1, 3, 5, 4), (3, 3, 5, 4)])
+def test_a_transformer_of_any_shape_is_exported_for_every_batch(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = build_net(DiTConfig(patch=2, width=12, depth=1, heads=1), shape, 4)
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    scaling = Scaling.identity(2) if len(shape) == 2 else Scaling.for_images(0, 1, "floats")
+    info = {"data": {"scaling": scaling.to_dict()}}
+    student = Student(EDMDenoiser(net, shape=shape, num_classes=4), (2.5,), info)
+    export_onnx(student, tmp_path / "out")
+    assert worst(student, tmp_path / "out") < 1e-4
+    found, expected = units(student, tmp_path / "out")
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert np.abs(found.astype(float) - expected).max() <= (1e-4 if len(shape) == 2 else 1)
+    assert (
+        found.shape
+        == {
+            (5, 2): (7, 5, 2),
+            (2, 9, 7): (7, 9, 7, 2),
+            (1, 3, 5, 4): (7, 3, 5, 4, 1),
+            (3, 3, 5, 4): (7, 3, 5, 4, 3),
+        }[shape]
+    )
 
 
 def test_latents_have_no_units_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ def _usage(about: Mapping[str, Any], shape: tuple[int, ...], network: str) -> st
     place = f'"this/folder", network={name}' if name.isidentifier() else '"this/folder"'
     if about.get("kind") != "student":
         return f"import distmatch as dm\n\nteacher = dm.load_teacher({place})  # teacher(x, sigma)"
-    unit = "images in [-1, 1]" if len(shape) == 3 else "scaled as the model was trained"
+    unit = {3: "images in [-1, 1]", 4: "video in [-1, 1]"}.get(len(shape), "scaled as the model was trained")
     lines = [
         "import distmatch as dm\n",
         f"student = dm.Student.from_pretrained({place})",

@@ -122,17 +122,17 @@ class DiT(nn.Module):
         """Maps (B, C, *sides) as patches (B, N, C * patch^axes)."""
         axes = len(self.grid)
         sides = [size for count in self.grid for size in (count, self.config.patch)]
-        apart = maps.reshape(len(maps), self.channels, *sides)  # (B, C, count, patch, count, patch, ...)
+        apart = maps.reshape(maps.shape[0], self.channels, *sides)  # (B, C, count, patch, count, patch, ...)
         inside, outside = range(3, 3 + 2 * axes, 2), range(2, 2 + 2 * axes, 2)
         return apart.permute(0, 1, *inside, *outside).flatten(1, 1 + axes).flatten(2).transpose(1, 2)
 
     def _joined(self, patches: Tensor) -> Tensor:
         """Undoes :meth:`_cut`."""
         axes, patch = len(self.grid), self.config.patch
-        apart = patches.transpose(1, 2).reshape(len(patches), self.channels, *[patch] * axes, *self.grid)
+        apart = patches.transpose(1, 2).reshape(patches.shape[0], self.channels, *[patch] * axes, *self.grid)
         order = [axis for i in range(axes) for axis in (2 + axes + i, 2 + i)]
         return apart.permute(0, 1, *order).reshape(
-            len(patches), self.channels, *(patch * count for count in self.grid)
+            patches.shape[0], self.channels, *(patch * count for count in self.grid)
         )
 
     def _states(self, padded: Tensor, embedding: Tensor, depth: int) -> list[Tensor]:
