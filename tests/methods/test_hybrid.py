@@ -21,7 +21,6 @@ from distmatch.methods.handover import hand_over, stations
 from distmatch.methods.hybrid import hybrid_sample
 from distmatch.methods.student import Student
 from distmatch.methods.transport.semi_discrete import BrenierMap
-from distmatch.methods.transport.student import TransportStudent
 from distmatch.nets.jump import as_jump
 from tests.helpers.small import PAIR, network_teacher
 
@@ -214,7 +213,7 @@ def test_a_consistency_function_takes_over_anywhere() -> None:
 def test_a_student_of_stored_latents_follows_a_teacher() -> None:
     """Its first input is noised data already, so a level below sigma_data is no reason to refuse."""
     bank = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0))
-    student = TransportStudent(network_teacher(2), (0.5, 0.2), BrenierMap(bank))
+    student = Student(network_teacher(2), (0.5, 0.2), None, "posterior", transport=BrenierMap(bank))
     alone = student.sample(20, seed=2)
     assert torch.equal(hybrid_sample(PAIR, student, 20, calls=0, seed=2), alone)
     x = hybrid_sample(PAIR, student, 20, calls=2, seed=2, labels=torch.arange(20) % 2, steps=9)

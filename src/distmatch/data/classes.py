@@ -1,4 +1,4 @@
-"""Names and counts of classes: their order, their match between data and models, their folder names."""
+"""Classes: names, counts, order, their match between data and models, draws of them, their folder names."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from torch import Tensor
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
+from distmatch.diffusion.conditioning import (
+    LABEL,
+    Conditioning,
+    ConditioningLike,
+    as_conditioning,
+    check_conditioning,
+    spec_of,
+)
 
 Balance = Literal["data", "uniform"]
 BALANCES: tuple[Balance, ...] = ("data", "uniform")
@@ -198,6 +206,45 @@ def drawn_labels(
     edges = weights.cumsum(0)
     u = torch.rand(n, generator=generator(seed, stream), dtype=torch.float64)
     return torch.searchsorted(edges, u * edges[-1], right=True).clamp(max=num_classes - 1)
+
+
+def checked_conditioning(
+    given: ConditioningLike,
+    n: int,
+    model: Any,
+    seed: int,
+    counts: Sequence[int] = (),
+    balance: Balance = "data",
+) -> Conditioning:
+    """What ``n`` samples are conditioned on: what is given, checked, or classes drawn for a model of classes.
+
+    Args:
+        given: Labels (n,), a conditioning, or None.
+        n: Number of samples.
+        model: The denoiser or student.
+        seed: Seed of the draw.
+        counts: How often each class occurred in training; () when that is not known.
+        balance: See :func:`drawn_labels`.
+
+    Raises:
+        UserError: It does not fit the model, or is missing where it cannot be drawn.
+    """
+    spec = spec_of(model)
+    if given is None:
+        if set(spec) - {LABEL}:
+            raise UserError(
+                "this model must be told what its samples are conditioned on",
+                got="no condition",
+                expected=f"values of {', '.join(spec)}",
+                fix="pass a distmatch.Conditioning, for samples without a condition "
+                "null_conditioning(model, n)",
+            )
+        return as_conditioning(drawn_labels(n, model.num_classes, seed, counts, balance) if spec else None)
+    conditioning = as_conditioning(given)
+    if not spec and conditioning:
+        raise UserError("this model is unconditional", got=", ".join(conditioning), fix="leave it out")
+    check_conditioning(conditioning, n, spec)
+    return conditioning
 
 
 def share_warning(labels: Tensor, reference: Tensor, names: Sequence[str]) -> str | None:

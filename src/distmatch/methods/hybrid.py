@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.seeds import latents
+from distmatch.data.classes import checked_conditioning
 from distmatch.diffusion.conditioning import Conditioning, ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -21,7 +22,7 @@ from distmatch.diffusion.solvers import Solver, find_solver, solve
 from distmatch.diffusion.solvers import grid as make_grid
 from distmatch.interop import decode_samples
 from distmatch.methods.handover import Handover, check_way, hand_over
-from distmatch.methods.student import Student, checked_conditioning, device_of
+from distmatch.methods.student import Student, device_of
 
 
 @torch.no_grad()

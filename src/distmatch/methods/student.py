@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -12,22 +12,15 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import latents
-from distmatch.data.classes import Balance, Classes, drawn_labels
+from distmatch.data.classes import Balance, Classes, checked_conditioning
 from distmatch.data.scaling import Scaling
-from distmatch.diffusion.conditioning import (
-    LABEL,
-    Conditioning,
-    ConditioningLike,
-    ConditioningSpec,
-    as_conditioning,
-    check_conditioning,
-    spec_of,
-)
+from distmatch.diffusion.conditioning import ConditioningLike, ConditioningSpec, labels_of, spec_of
 from distmatch.diffusion.noise import Karras
 from distmatch.interop import HandedIn, decode_samples, load_denoiser, save_denoiser
 from distmatch.interop.lora import merged
 from distmatch.interop.saved import Base
 from distmatch.methods.start import Network
+from distmatch.methods.transport.semi_discrete import BrenierMap
 from distmatch.nets.shared import adapted_of
 
 Chain = Literal["renoise", "ddim", "posterior", "jump"]
@@ -83,13 +76,13 @@ class Student(nn.Module):
         info: What was distilled how; kept in the saved model's config.
         chain: How it goes from call to call.
         gamma: Share of fresh noise in a chain of jumps, in [0, 1].
+        transport: A map from noise to stored samples of the teacher at the first level, where the chain then
+            begins (DPM-OT).
 
     Attributes:
         from_noise: Whether the first input is noise alone, so that there is nothing to keep of it in a chain
             that draws from the posterior.
     """
-
-    from_noise = True
 
     def __init__(
         self,
@@ -98,12 +91,15 @@ class Student(nn.Module):
         info: dict[str, Any] | None = None,
         chain: Chain = "renoise",
         gamma: float = 0.0,
+        transport: BrenierMap | None = None,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.levels = levels
         self.chain: Chain = chain
         self.gamma = gamma
+        self.transport = transport
+        self.from_noise = transport is None
         self.info = dict(info or {})
 
     def __repr__(self) -> str:
@@ -142,16 +138,30 @@ class Student(nn.Module):
 
     @property
     def draws(self) -> int:
-        """Unit-noise tensors that a sample takes: one for each call."""
-        return self.nfe
+        """Unit-noise tensors that a sample takes: one for each call, and one for a map's mixtures."""
+        return self.nfe + (self.transport is not None)
 
     def start(self, noise: Tensor) -> Tensor:
         """The first input: unit noise scaled to the first level."""
         return noise * self.levels[0]
 
     def begin(self, noise: list[Tensor], conditioning: ConditioningLike) -> Tensor:
-        """The input of the first call, from the unit noise of all of them."""
-        return self.start(noise[0])
+        """The input of the first call, from the unit noise of all of them.
+
+        Raises:
+            UserError: A conditional student with a map is asked for samples of no class.
+        """
+        if self.transport is None:
+            return self.start(noise[0])
+        labels = labels_of(conditioning) if self.num_classes else None
+        if self.num_classes and (labels is None or bool((labels < 0).any())):
+            raise UserError(
+                "this student has stored latents of each class and none without a class",
+                got="label -1, or no labels",
+                expected=f"labels from 0 to {self.num_classes - 1}",
+            )
+        latent: Tensor = self.transport(noise[0], labels, self.levels[0], noise[-1])
+        return latent
 
     def call(self, x: Tensor, index: int, conditioning: ConditioningLike = None) -> Tensor:
         """Network call number ``index`` (from 0) on an input at that level; returns clean samples.
@@ -271,13 +281,14 @@ class Student(nn.Module):
             UserError: The folder holds something else, or cannot be written.
         """
         about = {**self.description(), **({"license": license} if license else {})}
-        save_denoiser(folder, self.denoiser, about, self.tensors(), metrics)
+        tensors = None if self.transport is None else self.transport.state_dict()
+        save_denoiser(folder, self.denoiser, about, tensors, metrics)
 
     def around(
         self, denoiser: Network, levels: tuple[float, ...], info: dict[str, Any] | None = None
     ) -> Student:
-        """A student of the same chain around another network, or on other levels."""
-        return Student(denoiser, levels, info, self.chain, self.gamma)
+        """A student of the same kind around another network, or on other levels."""
+        return Student(denoiser, levels, info, self.chain, self.gamma, self.transport)
 
     def merged(self) -> Student:
         """The student with a whole network of its own: adapters are added to the weights of their base.
@@ -289,15 +300,11 @@ class Student(nn.Module):
         return self.around(merged(self.denoiser), self.levels, self.info)
 
     def description(self) -> dict[str, Any]:
-        """What is saved beside the network, as JSON: with the tensors enough for :func:`student_from`."""
+        """What is saved beside the network, as JSON."""
         chain: dict[str, Any] = {} if self.chain == "renoise" else {"chain": self.chain}
         if self.chain == "jump":
             chain["gamma"] = self.gamma
         return {"kind": "student", "levels": list(self.levels), **chain, **self.info}
-
-    def tensors(self) -> dict[str, Tensor] | None:
-        """What is saved beside the network, as tensors: nothing."""
-        return None
 
     @classmethod
     def from_pretrained(
@@ -331,52 +338,11 @@ def student_from(denoiser: Network, info: Mapping[str, Any]) -> Student:
     """The student of a saved model's denoiser and description."""
     own = {key: v for key, v in info.items() if key not in ("kind", "levels", "chain", "gamma", "tensors")}
     levels = tuple(float(v) for v in info["levels"])
-    if "tensors" in info:
-        from distmatch.methods.transport.student import TransportStudent  # which builds on this module
-
-        return TransportStudent.restored(denoiser, levels, info["tensors"], own)
-    return Student(denoiser, levels, own, info.get("chain", "renoise"), float(info.get("gamma", 0.0)))
+    transport = BrenierMap.restored(info["tensors"]) if "tensors" in info else None
+    chain, gamma = info.get("chain", "renoise"), float(info.get("gamma", 0.0))
+    return Student(denoiser, levels, own, chain, gamma, transport)
 
 
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's parameters."""
     return next(module.parameters()).device
-
-
-def checked_conditioning(
-    given: ConditioningLike,
-    n: int,
-    model: Any,
-    seed: int,
-    counts: Sequence[int] = (),
-    balance: Balance = "data",
-) -> Conditioning:
-    """What ``n`` samples are conditioned on: what is given, checked, or classes drawn for a model of classes.
-
-    Args:
-        given: Labels (n,), a conditioning, or None.
-        n: Number of samples.
-        model: The denoiser or student.
-        seed: Seed of the draw.
-        counts: How often each class occurred in training; () when that is not known.
-        balance: See :func:`~distmatch.data.classes.drawn_labels`.
-
-    Raises:
-        UserError: It does not fit the model, or is missing where it cannot be drawn.
-    """
-    spec = spec_of(model)
-    if given is None:
-        if set(spec) - {LABEL}:
-            raise UserError(
-                "this model must be told what its samples are conditioned on",
-                got="no condition",
-                expected=f"values of {', '.join(spec)}",
-                fix="pass a distmatch.Conditioning, for samples without a condition "
-                "null_conditioning(model, n)",
-            )
-        return as_conditioning(drawn_labels(n, model.num_classes, seed, counts, balance) if spec else None)
-    conditioning = as_conditioning(given)
-    if not spec and conditioning:
-        raise UserError("this model is unconditional", got=", ".join(conditioning), fix="leave it out")
-    check_conditioning(conditioning, n, spec)
-    return conditioning

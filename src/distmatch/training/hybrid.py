@@ -9,13 +9,14 @@ from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
+from distmatch.data.classes import checked_conditioning
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.solvers import find_solver
 from distmatch.methods.handover import Handover, check_way, hand_over
 from distmatch.methods.hybrid import hybrid_sample
-from distmatch.methods.student import Student, checked_conditioning
+from distmatch.methods.student import Student
 from distmatch.training.assess import HEUN, Drawn
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import check_same_classes

@@ -11,12 +11,12 @@ from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, Dataset, Scaling, toy
-from distmatch.data.classes import Classes
+from distmatch.data.classes import Classes, checked_conditioning
 from distmatch.diffusion.conditioning import ConditioningLike, ConditioningSpec, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.interop import decoder_of
-from distmatch.methods.student import Student, checked_conditioning, student_from
+from distmatch.methods.student import Student, student_from
 from distmatch.training.assess import HEUN, Drawn, draw_student, draw_teacher
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import seen_by

@@ -17,6 +17,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, latents, stream_seed
 from distmatch.data.batches import Batch
+from distmatch.data.classes import checked_conditioning
 from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
@@ -26,7 +27,6 @@ from distmatch.losses import pair_regression_loss
 from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import checked_conditioning
 
 
 @dataclass(frozen=True)

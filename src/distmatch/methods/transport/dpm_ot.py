@@ -27,7 +27,6 @@ from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.methods.transport.semi_discrete import BrenierMap
 from distmatch.methods.transport.settings import DPMOTSettings
-from distmatch.methods.transport.student import TransportStudent
 from distmatch.nets.ema import ema_decay
 from distmatch.nets.optim import clipped_step, set_rate
 
@@ -65,7 +64,7 @@ class Transport:
         groups = max(setup.teacher.num_classes, 1)
         transport = BrenierMap(torch.zeros(groups, own.bank, *setup.teacher.shape, device=setup.device))
         levels = setup.student_levels(own.calls)
-        student = TransportStudent(network, levels, transport)
+        student = Student(network, levels, None, "posterior", transport=transport)
         optimizers = {"transport": setup.adam(transport, own.lr)}
         return setup.state(seed, student, transport, optimizers=optimizers, extra={"transport": transport})
 
@@ -104,7 +103,7 @@ class Transport:
             self._noise(own.cell_draws * own.bank, gen), own.blend, own.blend_angle
         )
         about = {**(info or {}), "bank": own.bank, "rejected_seams": round(float(rejected), 4)}
-        return TransportStudent(state.student.denoiser, state.student.levels, transport, about)
+        return Student(state.student.denoiser, state.student.levels, about, "posterior", transport=transport)
 
     def _noise(self, draws: int, gen: torch.Generator) -> Tensor:
         """Noise for each class, (G, draws, d)."""

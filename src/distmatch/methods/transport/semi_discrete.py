@@ -12,11 +12,14 @@ none. What tells them apart is the angle between the normals (y_i, -1) and (y_j,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.errors import UserError
+from distmatch.base.files import load_into
 from distmatch.discrepancies.chunks import rows_per_chunk
 
 
@@ -94,6 +97,19 @@ class BrenierMap(nn.Module):
         self.register_buffer("width", torch.zeros(()))
         self.heights = nn.Parameter(torch.zeros(targets.shape[:2]))
         self.restart()
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor]) -> BrenierMap:
+        """The map of a saved ``state_dict``, which does not learn.
+
+        Raises:
+            UserError: It is not that of a map.
+        """
+        if "targets" not in tensors:
+            raise UserError("the tensors beside this model are no bank of latents", got=", ".join(tensors))
+        transport = cls(tensors["targets"])
+        load_into(transport, tensors, "the map beside this model")
+        return transport.requires_grad_(False)
 
     @torch.no_grad()
     def restart(self) -> None:
