@@ -95,7 +95,10 @@ def train(
     options = TrainOptions(data=name_of(data), run=run, net=net, teacher=teacher)
     with quietly(quiet):
         job = prepare_teacher.prepare_training(options, as_dataset(data))
-        return _carried_out(job, out, [])
+        model = _carried_out(job, out, [])
+    if out is not None:
+        model.loaded_from = (os.path.abspath(out), {})
+    return model
 
 
 def distill(

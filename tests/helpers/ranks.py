@@ -32,9 +32,13 @@ def _weights(state: DistillState, name: str) -> Tensor:
 
 
 def _trained(name: str, rank: int, around: Wrap | None) -> tuple[DistillState, list[str]]:
-    """Four steps of a method on data and noise of a rank, and the names of the networks that learn."""
+    """Four steps of a method on data and noise of a rank, and the names of the networks that learn.
+
+    The method may be followed by a way to train: ``sida lora``.
+    """
+    name, _, how = name.partition(" ")
     options = {"gan_weight": 0.1, "gan_after": 0.0} if name == "ctm" else {}
-    method = distiller(network_teacher(2), method=name, **options)
+    method = distiller(network_teacher(2), method=name, train=how or "full", **options)
     state = method.init(0)
     for generator in (state.generator, state.ratio_generator):
         generator.set_state(torch.Generator().manual_seed(rank).get_state())

@@ -140,6 +140,22 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     other.sigma_data = 0.5
     with pytest.raises(UserError, match=r"sigma_data 0\.5.*sigma_data 0\.7"):
         dm.Student.from_pretrained(tmp_path / "student", base=other)
+    for base in (lambda x, sigma: x, 3):
+        with pytest.raises(UserError, match="is a folder, or a teacher that is a module"):
+            dm.Student.from_pretrained(tmp_path / "student", base=base)  # type: ignore[arg-type]
+    student.merged().save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match="holds a whole network, and no adapters"):
+        dm.Student.from_pretrained(tmp_path / "whole", base=network_teacher())
+
+
+def test_a_teacher_trained_into_a_folder_is_found_there(tmp_path: Path) -> None:
+    short: dict[str, Any] = {"net": "mlp", "width": 40, "depth": 1, "batch": 16, "quiet": True}
+    teacher = dm.train("ring8", steps=2, out=tmp_path / "teacher", **short)
+    student = distilled(teacher)
+    student.save_pretrained(tmp_path / "student")
+    assert_same_but_for_rounding(
+        dm.Student.from_pretrained(tmp_path / "student").sample(4), student.sample(4)
+    )
 
 
 @pytest.mark.parametrize(

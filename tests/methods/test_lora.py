@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -203,6 +204,13 @@ def test_a_teacher_without_a_network_and_a_missing_package_are_refused(
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(UserError, match=r"pip install distmatch\[lora\]"):
         distiller(network_teacher(), method="dmd2", train="lora")
+
+
+def test_a_teacher_with_adapters_is_refused_before_training() -> None:
+    teacher = network_teacher()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["mix"]), teacher.net)
+    with pytest.raises(UserError, match="has adapters already"):
+        distiller(teacher, method="dmd2", train="lora")
 
 
 def test_targets_choose_layers_by_the_end_of_their_name() -> None:

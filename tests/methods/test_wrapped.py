@@ -35,10 +35,12 @@ def built(name: str, **options: Any) -> tuple[Any, Any]:
     return method, method.init(0)
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_a_wrapper_sees_every_pass_and_changes_nothing(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "train"), [*((name, "full") for name in TRAINED), ("f-distill", "lora"), ("ctm", "lora")]
+)
+def test_a_wrapper_sees_every_pass_and_changes_nothing(name: str, train: str) -> None:
     """Passes are counted at the one layer of each network that sees the noise level, once in a pass."""
-    (method, plain), (other, state) = built(name), built(name)
+    (method, plain), (other, state) = built(name, train=train), built(name, train=train)
     wrapped = wrap(state)
     entered = dict.fromkeys(wrapped, 0)
     for key, network in wrapped.items():
@@ -79,7 +81,7 @@ def test_no_gradient_is_taken_with_respect_to_parameters(name: str, monkeypatch:
 
 def test_two_processes_under_ddp_train_one_network(tmp_path: Path) -> None:
     """DDP sums gradients in the hooks of ``backward``: a pass or gradient beside it would part the ranks."""
-    methods = ("f-distill", "sid", "sida", "consistency", "ctm", "imm")
+    methods = ("f-distill", "sid", "sida", "consistency", "ctm", "imm", "sida lora")
     together(train, [(rank, str(tmp_path), methods) for rank in range(2)])
     found = json.loads((tmp_path / "found.json").read_text())
     assert found == {name: {"as without": True, "equal": True, "other data": True} for name in methods}

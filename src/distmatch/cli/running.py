@@ -156,7 +156,8 @@ def dry_run(job: Job, place: Place) -> None:
         print(f"# grid        {place.grid}")
     print(f"# device      {shown['device']}")
     if copied:
-        print("# network     copied from the teacher")
+        adapted = getattr(job.options.settings, "train", "full") == "lora"
+        print(f"# network     {'adapters on the network of' if adapted else 'copied from'} the teacher")
     for name, size in sizes.items():
         shared = parameters[name] - size.parameters
         print(f"# parameters  {name}: {size.parameters:,}{f', and {shared:,} shared' if shared else ''}")

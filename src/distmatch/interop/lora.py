@@ -84,8 +84,13 @@ def chosen_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
         targets: Regular expressions for whole names or what follows a dot in them; none for all layers.
 
     Raises:
-        UserError: There is no layer to adapt, one expression is none, or it fits no layer.
+        UserError: There is no layer to adapt, an expression is none or fits no layer, or the network has
+            adapters already.
     """
+    if adapters_of(network):
+        raise UserError(
+            "the teacher has adapters already", fix="merge them into its weights first: merge_and_unload()"
+        )
     known = list(adaptable(network))
     some = ", ".join(known[:_SHOWN]) + (f", ... ({len(known)} in all)" if len(known) > _SHOWN else "")
     if not known:
@@ -132,7 +137,7 @@ def with_adapters(
         extend: Adds layers that the base lacks. They are trained in full.
 
     Raises:
-        UserError: peft is not installed, no layer fits, or the base has adapters already.
+        UserError: peft is not installed, or as for :func:`chosen_layers`.
     """
     chosen = chosen_layers(network_in(base), targets)
     return on_base(base, {"r": rank, "lora_alpha": alpha, "targets": chosen}, seed=seed, extend=extend)
@@ -158,10 +163,6 @@ def on_base(
 ) -> Module:
     """As :func:`with_adapters`, of what :func:`peft_config` takes."""
     peft = PEFT.load()
-    if any(isinstance(part, peft.tuners.lora.LoraLayer) for part in base.modules()):
-        raise UserError(
-            "the teacher has adapters already", fix="merge them into its weights first: merge_and_unload()"
-        )
     from distmatch.interop.low_rank_weight import LowRankWeight
 
     shell = role_copy(base.requires_grad_(False))

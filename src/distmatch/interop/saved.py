@@ -260,8 +260,13 @@ def _load_adapted(folder: Path, network: HandedIn | None, base: Base | None) -> 
     config = read_json(folder / _CONFIG)
     check_version(folder, config, (adapter_files.VERSION,))
     extra = extra_values(folder / _CONFIG, config)
-    if isinstance(base, nn.Module):
+    if isinstance(base, nn.Module) and network is None:
         return adapter_files.adapters_on(folder, config, base), extra
+    if base is not None and not isinstance(base, (str, os.PathLike)):
+        raise UserError(
+            "the base of adapters is a folder, or a teacher that is a module and needs no network",
+            got=type(base).__name__ + ("" if network is None else ", and a network"),
+        )
     places, options = adapter_files.places_of_base(folder, config)
     if base is not None:
         return adapter_files.adapters_on(folder, config, _base_at(Path(base), {}, network)), extra
@@ -272,7 +277,7 @@ def _load_adapted(folder: Path, network: HandedIn | None, base: Base | None) -> 
             continue
         try:
             return adapter_files.adapters_on(folder, config, _base_at(place, options, network)), extra
-        except UserError as error:
+        except (UserError, TypeError) as error:  # the second, of options that it does not take
             why.append(str(error))
     raise adapter_files.missing_base(folder, config, why)
 

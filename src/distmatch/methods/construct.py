@@ -141,7 +141,7 @@ def _check_roles(setup: Setup[Settings]) -> None:
     if setup.copied is None or not isinstance(teacher, nn.Module):
         raise UserError(
             "--train lora adapts the network of the teacher, and this student has another",
-            got="a fresh network for the student" if setup.net else "a teacher without a network",
+            got="a fresh network for the student" if has_network(teacher) else "a teacher without a network",
             fix="use --train full, or leave --net out for a teacher with a network",
         )
     PEFT.load()
