@@ -41,7 +41,7 @@ from distmatch.methods.table import METHODS, resolve_method
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig, NetConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
-from distmatch.nets.optim import clipped_step, set_rate
+from distmatch.nets.optim import clipped_step
 from distmatch.training.devices import compile_network, pick_device
 
 SHORT = {
@@ -147,7 +147,8 @@ def updates_of(state: DistillState, cycle: Callable[[], None]) -> Callable[[], N
 
     def again() -> None:
         for key, count in moves.items():
-            set_rate(state.optimizers[key], 0.0)
+            for group in state.optimizers[key].param_groups:
+                group["lr"] = 0.0
             for _ in range(count):
                 for parameter, gradient in zip(parameters[key], gradients[key], strict=True):
                     parameter.grad = gradient

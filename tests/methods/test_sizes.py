@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import distmatch as dm
+from distmatch.methods import setup
 from distmatch.nets import optim
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
@@ -73,7 +74,7 @@ def test_with_adapters_no_second_buffer_is_as_large_as_the_base(
     teacher = EDMDenoiser(net, shape=(2,), num_classes=0, sigma_data=0.7).eval()
     large = sum(p.nbytes for p in teacher.parameters() if p.numel() >= wide**2)
     found: list[float] = []
-    step = optim.clipped_step
+    step = optim.scheduled_step
 
     def counted(*args: Any) -> Any:
         gc.collect()
@@ -83,9 +84,7 @@ def test_with_adapters_no_second_buffer_is_as_large_as_the_base(
         found.append(unique([t for t in (*alive, *grads) if t.shape in mine]) / large)
         return step(*args)
 
-    from distmatch.methods.matching import loop
-
-    monkeypatch.setattr(loop, "clipped_step", counted)
+    monkeypatch.setattr(setup, "scheduled_step", counted)
     built = dm.methods.build(teacher, "dmd2", total_steps=4, critic_steps=1, gan_weight=0.0, train=train)
     state = built.init(0)
     for index in range(3):

@@ -17,7 +17,7 @@ from distmatch.discrete.marginals import check_pair, consistency_loss, gibbs_blo
 from distmatch.discrete.network import NETWORKS, TokenNetConfig
 from distmatch.discrete.tokens import Conditionals
 from distmatch.nets.ema import EMA
-from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+from distmatch.nets.optim import adam, scheduled_step
 from distmatch.nets.optimizer import OptimizerSettings
 from distmatch.nets.training_state import TrainingState
 
@@ -118,11 +118,10 @@ class TokenTraining:
         Returns:
             ``loss``, ``grad_norm``, the norm of its gradient, and what else the training measures.
         """
-        cfg, optimizer = self.config, state.optimizers["model"]
+        cfg = self.config
         loss, info = self.loss(state, x)
         loss.backward()
-        set_rate(optimizer, cfg.lr * rate(cfg, state.step, self.total_steps))
-        info["grad_norm"] = clipped_step(optimizer, cfg.grad_clip)
+        info["grad_norm"] = scheduled_step(state.optimizers["model"], cfg, state.step, self.total_steps)
         state.step += 1
         state.average.update(state.model, min(cfg.ema_decay, (1 + state.step) / (10 + state.step)))
         return info

@@ -22,9 +22,9 @@ from distmatch.methods.start import Draw, Network, fit_to_teacher, has_network, 
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student, student_levels
 from distmatch.nets.config import NetConfig
-from distmatch.nets.ema import EMA
+from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.jump import require_jump, taught_to_jump
-from distmatch.nets.optim import adam, rate
+from distmatch.nets.optim import adam, scheduled_step
 
 S = TypeVar("S", bound=Settings, covariant=True)
 
@@ -97,9 +97,14 @@ class Setup(Generic[S]):
         """The optimizer of a network, with the shared settings."""
         return adam((p for p in module.parameters() if p.requires_grad), self.settings, lr)
 
-    def rate(self, step: int) -> float:
-        """The factor on all learning rates at a step."""
-        return rate(self.settings, step, self.total_steps)
+    def move(self, state: DistillState, name: str, lr: float) -> Tensor:
+        """Steps an optimizer, whose ``lr`` the schedule scales; returns the norm of the gradient."""
+        return scheduled_step(state.optimizers[name], self.settings, state.step, self.total_steps, lr)
+
+    def follow(self, state: DistillState, trained: nn.Module) -> None:
+        """Counts an update of what is trained and brings its average up to date."""
+        state.updates += 1
+        state.average.update(trained, ema_decay(state.updates, half_life=self.settings.ema_half_life))
 
     def network(
         self, seed: int, draw: Draw | None, seen: Karras | None = None, *, jumps: bool = False

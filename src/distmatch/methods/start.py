@@ -23,7 +23,7 @@ from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig, default_config
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.jump import taught_to_jump
-from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+from distmatch.nets.optim import adam, scheduled_step
 from distmatch.nets.optimizer import OptimizerSettings
 
 Draw = Callable[[int], tuple[Tensor, ConditioningLike]]
@@ -137,7 +137,6 @@ def fit_to_teacher(
     optimizer = adam(network.parameters(), settings)
     with progress(steps, desc="fit to teacher", delay=5.0) as bar:
         for step in range(steps):
-            set_rate(optimizer, settings.lr * rate(settings, step, steps))
             x0, given = draw(512)
             x0 = x0.to(device)
             told = for_model(teacher, as_conditioning(given)).to(device)
@@ -148,5 +147,5 @@ def fit_to_teacher(
             weight = edm_weight(sigma, network.sigma_data)
             loss = denoising_loss(network(x, sigma, told), target, weight).mean()
             loss.backward()
-            clipped_step(optimizer, settings.grad_clip)
+            scheduled_step(optimizer, settings, step, steps)
             bar.update(1, loss=loss.detach())

@@ -34,10 +34,28 @@ def rate(settings: OptimizerSettings, step: int, total: int) -> float:
     return factor
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every parameter group."""
+def scheduled_step(
+    optimizer: torch.optim.Optimizer,
+    settings: OptimizerSettings,
+    step: int,
+    total: int,
+    lr: float | None = None,
+) -> Tensor:
+    """:func:`clipped_step` at the learning rate of ``step`` of ``total``.
+
+    Args:
+        optimizer: Its parameters have their gradients.
+        settings: Schedule and bound.
+        step: Steps done before.
+        total: Length of the run.
+        lr: The learning rate that the schedule scales; None takes that of the settings.
+
+    Returns:
+        The norm of the gradient before it is clipped.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = (settings.lr if lr is None else lr) * rate(settings, step, total)
+    return clipped_step(optimizer, settings.grad_clip)
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:

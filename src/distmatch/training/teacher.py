@@ -23,7 +23,7 @@ from distmatch.nets.config import NetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.layers import Conditioning, Perturbation
-from distmatch.nets.optim import adam, clipped_step, rate, set_rate
+from distmatch.nets.optim import adam, scheduled_step
 from distmatch.nets.training_state import TrainingState
 from distmatch.nets.uncertainty import LearnedUncertainty
 from distmatch.training.objective import Objective, build_objective, denoiser_loss
@@ -147,8 +147,6 @@ class TeacherTraining:
             draw = torch.rand(len(x0), generator=state.generator, device=self.device)
             null = null_conditioning(state.denoiser, len(x0), self.device)
             conditioning = null.where(draw < cfg.label_dropout, conditioning)
-        (optimizer,) = state.optimizers.values()
-        set_rate(optimizer, cfg.lr * rate(cfg, state.step, self.total_steps))
         with (
             self._dropout_stream(state),
             torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext(),
@@ -158,7 +156,7 @@ class TeacherTraining:
             )
         total = losses if state.uncertainty is None else uncertainty_loss(losses, state.uncertainty(sigma))
         total.mean().backward()
-        norm = clipped_step(optimizer, cfg.grad_clip)
+        norm = scheduled_step(state.optimizers["denoiser"], cfg, state.step, self.total_steps)
         state.step += 1
         state.average.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
         return {"loss": losses.detach().mean(), "grad_norm": norm}

@@ -16,7 +16,6 @@ from distmatch.methods.consistency.direct import Draws
 from distmatch.methods.consistency.settings import CTMSettings
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
-from distmatch.nets.optim import clipped_step
 from distmatch.ratio.discriminator import build_discriminator, choose_source, logits_of
 
 
@@ -74,21 +73,15 @@ class Adversary:
         x = x0 + expand(draws["level"], x0) * draws["noise_fake"]
         return adversarial_generator_loss(self.logits(state, [x], draws, grad=True)[0])
 
-    def learn(self, state: DistillState, x0: Tensor, draws: Draws, lr_factor: float) -> Info:
+    def learn(self, state: DistillState, x0: Tensor, draws: Draws) -> Info:
         """One step of the discriminator.
 
         Args:
             state: The networks.
             x0: Samples of the student, (B, *shape), without history.
             draws: Real samples and noises, for the whole batch.
-            lr_factor: Factor on its learning rate.
         """
         cfg = self.setup.settings
-        optimizer, head = state.optimizers["ratio"], state.discriminator
-        if head is None:
-            raise RuntimeError("this state has no discriminator")
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr_ratio * lr_factor
         total = torch.zeros((), device=x0.device)
         for part in self.setup.parts(len(x0)):
             some = draws.index(part)
@@ -105,5 +98,5 @@ class Adversary:
             share = len(some["x0"]) / len(x0)
             (share * loss).backward()
             total = total + share * told
-        clipped_step(optimizer, cfg.grad_clip)
+        self.setup.move(state, "ratio", cfg.lr_ratio)
         return {"loss_ratio": total}

@@ -95,7 +95,7 @@ class TrajectoryTerm:
             return self._accumulate(state, draws, None)[0]
         draws = draws.extended(**adversary.draw(state, batch.x))
         info, samples = self._accumulate(state, draws, adversary)
-        return info | adversary.learn(state, samples, draws, self.setup.rate(state.step))
+        return info | adversary.learn(state, samples, draws)
 
     def _accumulate(
         self, state: DistillState, draws: Draws, adversary: Adversary | None

@@ -27,9 +27,7 @@ from distmatch.methods.setup import Info, Setup, averaged
 from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
-from distmatch.nets.ema import ema_decay
 from distmatch.nets.jump import require_jump
-from distmatch.nets.optim import clipped_step, set_rate
 
 
 @dataclass(frozen=True)
@@ -128,12 +126,9 @@ class Direct:
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of the student."""
         setup, cfg = self.setup, self.setup.settings
-        set_rate(state.optimizers["student"], cfg.lr * setup.rate(state.step))
         info = self.term.backward(state, batch.taken_by(setup.teacher))
-        network = state.student.denoiser
-        info["grad_norm_student"] = clipped_step(state.optimizers["student"], cfg.grad_clip)
-        state.updates += 1
-        state.average.update(network, ema_decay(state.updates, half_life=cfg.ema_half_life))
+        info["grad_norm_student"] = setup.move(state, "student", cfg.lr)
+        setup.follow(state, state.student.denoiser)
         state.step += 1
         return info
 

@@ -25,7 +25,6 @@ from distmatch.methods.consistency.settings import RCMSettings, SCMSettings
 from distmatch.methods.consistency.tangents import allow_forward_mode, choose_derivative, derivative_along
 from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
-from distmatch.nets.optim import clipped_step, set_rate
 from distmatch.nets.uncertainty import LearnedUncertainty
 
 
@@ -77,9 +76,7 @@ class TangentTerm:
         draws = noised_draws(self.setup, state, batch, sigma)
         info = mean_backward(self.setup, draws, lambda part: self.loss(state, part))
         if self.learned_weight:
-            optimizer = state.optimizers["uncertainty"]
-            set_rate(optimizer, self.setup.settings.lr * self.setup.rate(state.step))
-            clipped_step(optimizer, self.setup.settings.grad_clip)
+            self.setup.move(state, "uncertainty", self.setup.settings.lr)
         return info
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:

@@ -40,8 +40,6 @@ from distmatch.methods.setup import Info, Setup, averaged, standard_normal
 from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Chain, Student
-from distmatch.nets.ema import ema_decay
-from distmatch.nets.optim import clipped_step, set_rate
 from distmatch.nets.shared import role_copy
 from distmatch.ratio.discriminator import build_discriminator, choose_source
 from distmatch.ratio.normalizer import NormaliserConfig, RatioNormalizer
@@ -196,14 +194,12 @@ class Matching:
         critic_turn = cfg.order == "same-batch" or not student_turn
         batch = batch.taken_by(self.teacher)
         conditioning = batch.conditioning
-        factor = self.setup.rate(state.step)
         x, call = self._simulate(state, len(batch.x), conditioning)
         whole = len(self.setup.parts(len(x))) == 1
         objective_turn = student_turn and state.step >= self.first
         x0 = self._call(state, x, call, conditioning, grad=objective_turn and whole)
         info: Info = {}
         if student_turn:
-            set_rate(state.optimizers["student"], cfg.lr * factor)
             if objective_turn:
                 found = self._gradient(state, x0.detach(), x, call, conditioning)
                 info |= found.info
@@ -212,9 +208,6 @@ class Matching:
                 info |= term.backward(state, batch)
             info |= self._move_student(state)
         if critic_turn:
-            set_rate(state.optimizers["fake"], cfg.lr_critic * factor)
-            if "ratio" in state.optimizers:
-                set_rate(state.optimizers["ratio"], self.adversary.lr_ratio * factor)
             sigma, noise = self._noise_on(state, x0.detach(), x, call, self.critic_noise)
             info |= fake_score_backward(
                 self.compared, state, x0.detach(), sigma, noise, batch.x, conditioning
@@ -302,14 +295,12 @@ class Matching:
     # ---------------------------------------------------------- who moves
 
     def _move_student(self, state: DistillState) -> Info:
-        cfg = self.config
-        norm = clipped_step(state.optimizers["student"], cfg.grad_clip)
-        state.updates += 1
-        state.average.update(state.student.denoiser, ema_decay(state.updates, half_life=cfg.ema_half_life))
+        norm = self.setup.move(state, "student", self.config.lr)
+        self.setup.follow(state, state.student.denoiser)
         return {"grad_norm_student": norm}
 
     def _move_critic(self, state: DistillState) -> Info:
-        norm = clipped_step(state.optimizers["fake"], self.config.grad_clip)
+        norm = self.setup.move(state, "fake", self.config.lr_critic)
         if "ratio" in state.optimizers:
-            clipped_step(state.optimizers["ratio"], self.config.grad_clip)
+            self.setup.move(state, "ratio", self.adversary.lr_ratio)
         return {"grad_norm_fake": norm}

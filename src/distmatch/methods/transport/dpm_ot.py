@@ -27,8 +27,6 @@ from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.methods.transport.semi_discrete import BrenierMap
 from distmatch.methods.transport.settings import DPMOTSettings
-from distmatch.nets.ema import ema_decay
-from distmatch.nets.optim import clipped_step, set_rate
 
 
 @dataclass
@@ -77,16 +75,14 @@ class Transport:
             transport.restart()
         doubled = min(own.doublings, state.step * (own.doublings + 1) // setup.total_steps)
         draws = own.cell_draws * own.bank * 2**doubled
-        set_rate(state.optimizers["transport"], own.lr * setup.rate(state.step))
         energy = transport.descend(self._noise(draws, state.generator))
         if transport.heights.grad is None:
             raise RuntimeError("the heights have no gradient")
         shares = transport.heights.grad + 1 / own.bank
         info = {"loss": energy, "empty_cells": (shares <= 0).float().mean()}
-        info["grad_norm_student"] = clipped_step(state.optimizers["transport"], own.grad_clip)
+        info["grad_norm_student"] = setup.move(state, "transport", own.lr)
         transport.recenter()
-        state.updates += 1
-        state.average.update(transport, ema_decay(state.updates, half_life=own.ema_half_life))
+        setup.follow(state, transport)
         state.step += 1
         return info
 
