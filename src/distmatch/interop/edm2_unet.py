@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distmatch.interop.edm_blocks import FeatureUNet, attend, double, halve, one_hot, smoothing, unit
+from distmatch.interop.edm_blocks import attend, double, halve, one_hot, smoothing, unit
 from distmatch.interop.edm_config import EDM2Config, Stage, plan
 from distmatch.nets.layers import at_least_float32
+from distmatch.nets.unet import FeatureUNet
 
 
 def mp_silu(x: Tensor) -> Tensor:

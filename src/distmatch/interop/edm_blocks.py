@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.interop.edm_config import ADM, EDMConfig, Stage
 from distmatch.nets.layers import at_least_float32
 
@@ -171,34 +170,3 @@ def unit(x: Tensor, dims: int | list[int], eps: float = 1e-4) -> Tensor:
     """``x`` over its root mean square along ``dims`` (EDM2, equation 47); ``eps`` keeps zeros finite."""
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=at_least_float32(x))
     return x / (eps + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
-
-
-class FeatureUNet(nn.Module):
-    """What the U-Nets of EDM and EDM2 share: how they are called."""
-
-    has_features = True
-
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        *,
-        return_features: ReturnFeatures = False,
-    ) -> Output:
-        """Maps ``x`` (B, C, H, W), ``c_noise`` (B,) and labels (B,), -1 for none, to (B, C, H, W).
-
-        Features are one map (B, C_l, H_l, W_l) for each resolution, finest first: the coarsest is that of the
-        middle, the others are the last of their level on the way down. A pass for ``"only"`` them leaves out
-        the way up.
-        """
-        out, features = self._run(x, c_noise, labels, whole=return_features != "only")
-        if return_features == "only":
-            return features
-        return (out, features) if return_features else out
-
-    def _run(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, whole: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The output and the maps; the first is of no use unless the ``whole`` network is run."""
-        raise NotImplementedError

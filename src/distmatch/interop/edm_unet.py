@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distmatch.interop.edm_blocks import Block, Conv, FeatureUNet, norm, one_hot
+from distmatch.interop.edm_blocks import Block, Conv, norm, one_hot
 from distmatch.interop.edm_config import ADM, EDMConfig, plan
 from distmatch.nets.layers import at_least_float32
+from distmatch.nets.unet import FeatureUNet
 
 _HALF = math.sqrt(0.5)
 

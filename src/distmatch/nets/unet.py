@@ -81,7 +81,38 @@ class UNetBlock(nn.Module):
         return x
 
 
-class UNet(nn.Module):
+class FeatureUNet(nn.Module):
+    """What all U-Nets share: how they are called."""
+
+    has_features = True
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_features: ReturnFeatures = False,
+    ) -> Output:
+        """Maps ``x`` (B, C, H, W), ``c_noise`` (B,) and labels (B,), -1 for none, to (B, C, H, W).
+
+        Features are one map (B, C_l, H_l, W_l) for each resolution, finest first: the coarsest is that of the
+        middle, the others are the last of their level on the way down. A pass for ``"only"`` them leaves out
+        the way up.
+        """
+        out, features = self._run(x, c_noise, labels, whole=return_features != "only")
+        if return_features == "only":
+            return features
+        return (out, features) if return_features else out
+
+    def _run(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output and the maps; the first is of no use unless the ``whole`` network is run."""
+        raise NotImplementedError
+
+
+class UNet(FeatureUNet):
     """The U-Net as a network ``net(x, c_noise, labels)``.
 
     Args:
@@ -89,8 +120,6 @@ class UNet(nn.Module):
         shape: Shape of one image, (channels, height, width).
         num_classes: Number of classes; 0 without.
     """
-
-    has_features = True
 
     def __init__(self, config: UNetConfig, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -138,32 +167,20 @@ class UNet(nn.Module):
         self.norm = group_norm(current)
         self.last = zeroed(nn.Conv2d(current, shape[0], 3, padding=1))
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        *,
-        return_features: ReturnFeatures = False,
-    ) -> Output:
-        """Maps ``x`` (B, C, H, W) and ``c_noise`` (B,) to (B, C, H, W).
-
-        Features are one map (B, C_l, H_l, W_l) for each resolution, finest first: the coarsest is that of the
-        middle, the others are the last of their level on the way down. A pass for ``"only"`` them leaves out
-        the way up.
-        """
+    def _run(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         embedding = self.conditioning(c_noise, labels)
         padded, offset = pad_to_multiple(x, self.multiple)
         kept, features = self._way_down(padded, embedding)
-        if return_features == "only":
-            return features
         hidden = features[-1]
+        if not whole:
+            return hidden, features
         for block in self.up:
             if block.resample == "same":
                 hidden = torch.cat([hidden, kept.pop()], dim=1)
             hidden = block(hidden, embedding)
-        out = crop(self.last(F.silu(self.norm(hidden))), offset, x.shape[2:])
-        return (out, features) if return_features else out
+        return crop(self.last(F.silu(self.norm(hidden))), offset, x.shape[2:]), features
 
     def _way_down(self, padded: Tensor, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The maps that the way up takes, in the order they are made, and the features."""
