@@ -21,7 +21,8 @@ from distmatch.discrete import (
     load_discrete,
     save_discrete,
 )
-from tests.helpers.small import batch, network_teacher
+from distmatch.nets.config import MLPConfig
+from tests.helpers.small import PAIR, batch, network_teacher
 from tests.reference.discrete_models import L, V, table
 
 NET = TokenNetConfig(vocabulary=V, length=L, width=8, depth=1, heads=2)
@@ -83,6 +84,31 @@ def test_the_result_is_saved_where_it_is_asked_for(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(again), strict=True))
     in_memory = dm.fit(tokens(), sequences, steps=2, quiet=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(in_memory), strict=True))
+
+
+def test_a_state_that_was_made_with_more_than_a_seed_is_where_it_begins(tmp_path: Path) -> None:
+    real = PAIR.sample(64, seed=0)
+
+    def state_of(method: Any) -> Any:
+        return method.init(3, draw=lambda n: (real[torch.arange(n) % 64], torch.zeros(n, dtype=torch.int64)))
+
+    def batches(step: int) -> Any:
+        return batch(step, classes=2)
+
+    def make() -> Any:
+        net = MLPConfig(width=8, depth=1)
+        return dm.methods.build(PAIR, "dmd2", total_steps=4, net=net, fit_steps=3)
+
+    method = make()
+    fitted = dm.fit(method, batches, steps=4, state=state_of(method), quiet=True)
+    by_hand, method = make(), make()
+    state = state_of(by_hand)
+    for step in range(4):
+        by_hand.step(state, batches(step))
+    for ours, theirs in zip(weights(fitted), weights(by_hand.result(state)), strict=True):
+        assert torch.equal(ours, theirs)
+    unfitted = dm.fit(method, batches, steps=4, seed=3, quiet=True)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(fitted), weights(unfitted), strict=True))
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def fit(
     *,
     steps: int,
     seed: int = 0,
+    state: TrainingState | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     save: Callable[[Path, Any], None] | None = None,
@@ -61,6 +62,7 @@ def fit(
         batches: The batch of a step number, from 0.
         steps: Training steps.
         seed: Given to ``training.init``.
+        state: Where to begin instead: what ``init`` gave with more than a seed, such as ``draw``.
         out: A run folder to write; None keeps everything in memory.
         resume: Continue the run in ``out``.
         save: Writes the result to a folder, ``model/`` in ``out``; None writes none.
@@ -77,17 +79,17 @@ def fit(
         steps=steps, seed=seed, keep=keep, checkpoint_every=checkpoint_every, log_every=log_every
     )
     with quietly(quiet), nullcontext() if out is None else create(out, resume=resume) as folder:
-        state: TrainingState = training.init(seed)
+        begun: TrainingState = training.init(seed) if state is None else state
         job = Job(
             verb="fit",
             options=OwnOptions(run=run),
-            state=state,
+            state=begun,
             step=training.step,
             batches=batches,
-            networks=state.modules(),
-            result=lambda: training.result(state),
+            networks=begun.modules(),
+            result=lambda: training.result(begun),
             save=save,
         )
-        begun = folder is not None and resume and bool(list_checkpoints(folder.checkpoints))
-        model, _ = carry_out(job, folder, resume="latest" if begun else None)
+        saved = folder is not None and resume and bool(list_checkpoints(folder.checkpoints))
+        model, _ = carry_out(job, folder, resume="latest" if saved else None)
     return model
