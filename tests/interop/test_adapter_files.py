@@ -14,11 +14,11 @@ from torch import nn
 
 import distmatch as dm
 from distmatch.base.errors import UserError
-from distmatch.base.files import load_tensors
+from distmatch.base.files import load_tensors, save_tensors
 from distmatch.interop import export_onnx, save_denoiser
 from distmatch.interop.diffusers_export import export_diffusers
 from distmatch.interop.lora import adapters_of, network_in
-from distmatch.nets.shared import own_state
+from distmatch.nets.shared import fingerprint, own_state
 from tests.helpers.command import command, done
 from tests.helpers.image_teachers import image_teacher
 from tests.helpers.own_networks import Conv
@@ -181,6 +181,43 @@ def test_a_damaged_folder_is_refused(change: Any, tmp_path: Path) -> None:
     file.write_text(json.dumps(config))
     with pytest.raises(UserError):
         dm.Student.from_pretrained(tmp_path / "student", base=teacher)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x) + t[:, None]))
+
+
+def test_weights_of_two_names_are_the_base_s_under_both(tmp_path: Path) -> None:
+    teacher = dm.as_denoiser(Tied(), "vp", "eps", shape=(2,))
+    student = distilled(teacher)
+    student.save_pretrained(tmp_path / "student")
+    kept = load_tensors(tmp_path / "student/adapter_model.safetensors")
+    assert all("lora_" in name for name in kept)
+    again = dm.Student.from_pretrained(tmp_path / "student", base=teacher)
+    assert_same_but_for_rounding(again.sample(4), student.sample(4))
+    assert_same_but_for_rounding(again.merged().sample(4), student.sample(4))
+
+
+def test_no_file_changes_the_base(tmp_path: Path) -> None:
+    teacher = network_teacher()
+    student = distilled(teacher)
+    student.save_pretrained(tmp_path / "student")
+    file = tmp_path / "student/adapter_model.safetensors"
+    weight = torch.zeros_like(teacher.net.last.weight)  # type: ignore[arg-type, union-attr]
+    more = {"net.last.base_layer.weight": weight, "base_model.model.last.base_layer.weight": weight}
+    save_tensors(file, {**load_tensors(file), **more})
+    before = fingerprint(teacher)
+    with pytest.raises(UserError, match="another architecture"):
+        dm.Student.from_pretrained(tmp_path / "student", base=teacher)
+    assert fingerprint(teacher) == before
 
 
 def test_a_base_in_bfloat16_is_found_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Adapters on disk: what a network has of its own, and which base it belongs to.
+"""Adapters on disk: what a network adds to its base, and which base that is.
 
 A folder holds ``adapter_model.safetensors`` and ``adapter_config.json``, which peft reads too;
 ``config.json`` with the base (its place, and the sha256 of its weights); and a model card.
@@ -37,16 +37,16 @@ _PREFIX = "base_model.model."  # what peft puts before the names of a network
 _USES = ("shape", "num_classes", "sigma_data", "sigma_min", "sigma_max", "prediction", "null_class")
 _USAGE = """import distmatch as dm
 
-# Adapters of low rank: they need their base, which is looked for where it was. Elsewhere: base="its/folder".
+# LoRA adapters: their base is loaded from where it was; pass base="its/folder" if it has moved.
 student = dm.Student.from_pretrained("this/folder")
 x = student.sample(16, seed=0)
-whole = student.merged()  # a network of the ordinary kind"""
+whole = student.merged()  # with weights of its own"""
 
 
 def save_adapters(
     folder: Path, denoiser: nn.Module, extra: Mapping[str, Any], metrics: Mapping[str, Any] | None
 ) -> None:
-    """Writes what a network with adapters has of its own, atomically.
+    """Writes the adapters of a network and what else it adds to its base, atomically.
 
     Args:
         folder: The model folder; earlier adapters in it are replaced.
@@ -135,7 +135,7 @@ def adapters_on(folder: Path, config: Mapping[str, Any], base: nn.Module) -> nn.
                 f"{folder} holds adapters for a denoiser that uses its network in another way",
                 got="; ".join(f"{name} {used.get(name)}" for name in other),
                 expected="; ".join(f"{name} {wanted.get(name)}" for name in other),
-                fix="make the base as it was made before",
+                fix="make the base with the same arguments as before",
             )
         rank, targets = adapters["r"], adapters["targets"]
         _check_adapters(rank, targets, tensors, base)

@@ -27,14 +27,14 @@ from distmatch.nets.shared import Adapted, adapted_of, role_copy
 Module = TypeVar("Module", bound=nn.Module)
 NAME = "default"
 _BARE = (Conv, MPLayer)
-"""Layers with a parameter as their weight, which is all that peft's own adapters cannot take."""
+"""Layers of EDM and EDM2, which use their weight in ways that peft's own adapters do not know."""
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules that read the weights of layers inside them and do not call these: adapters would be passed by."""
+"""Modules that read the weights of their layers without calling them, which would bypass adapters."""
 _SHOWN = 8
 
 
 def network_in(denoiser: nn.Module) -> nn.Module:
-    """The network inside a denoiser, by whose names layers are called: that whose tensors a file holds."""
+    """The network inside a denoiser: the one whose tensors are saved, and whose layers are named."""
     found = network_of(denoiser) or inner_module(denoiser)
     return found.model if isinstance(found, DiffusersNet) else found
 
@@ -42,8 +42,8 @@ def network_in(denoiser: nn.Module) -> nn.Module:
 def shared_base(teacher: Module, device: torch.device, dtype: torch.dtype) -> Module:
     """A teacher as the base of all roles: frozen, on a device, of one type.
 
-    Its memory is that of the teacher that was handed in where device and type agree; its parameters are
-    objects of its own, so that the other's ``requires_grad`` stays as it is.
+    It uses the memory of the given teacher where device and type agree. Its parameters are objects of its
+    own, so that ``requires_grad`` of the given ones does not change.
     """
     memo: dict[int, Any] = {}
     for parameter in teacher.parameters():
@@ -55,8 +55,8 @@ def shared_base(teacher: Module, device: torch.device, dtype: torch.dtype) -> Mo
 def adaptable(network: nn.Module) -> dict[str, nn.Module]:
     """The layers that can have an adapter, by name: linear ones and convolutions.
 
-    Convolutions in groups, dilated ones and those with other borders than zeros are left out, as peft would
-    compute something else with them.
+    Convolutions with groups, dilation or another padding than zeros are left out: peft's adapters ignore
+    these.
     """
     return dict(_adaptable(network, ""))
 
@@ -126,10 +126,10 @@ def with_adapters(
     seed: int = 0,
     extend: Callable[[Module], Any] | None = None,
 ) -> Module:
-    """A trainable network on a frozen base: adapters that change nothing yet, and what it is extended by.
+    """A trainable network on a frozen base: adapters with no effect yet, and the layers that are added.
 
     Args:
-        base: The base; it is not changed.
+        base: The base; it is frozen, and otherwise not changed.
         rank: Of the adapters.
         alpha: Their scaling times the rank.
         targets: See :func:`chosen_layers`.
@@ -176,7 +176,7 @@ def on_base(
         torch.manual_seed(stream_seed(seed, "adapters"))
         peft.inject_adapter_in_model(settings, network_in(shell), NAME)
     shared = set()
-    for name, parameter in shell.named_parameters():
+    for name, parameter in shell.named_parameters(remove_duplicate=False):
         if id(parameter) in known:
             shared.add(name)
         else:
@@ -193,7 +193,7 @@ def adapters_of(module: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def merged(denoiser: Module) -> Module:
-    """A network of the ordinary kind, in float32, whose weights are those of the base with the adapters in.
+    """An ordinary network in float32, whose weights are the sum of base and adapters.
 
     Args:
         denoiser: A network with adapters, which is not changed; any other is returned as it is.

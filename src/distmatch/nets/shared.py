@@ -1,4 +1,4 @@
-"""Networks of one base: what a role copies, what it shares, and what of it is its own.
+"""Networks with a common base: what a role copies, what it shares, and what it owns.
 
 A role (student, fake score, average, recorded teacher) starts as a copy of another network. What learns is
 copied; parameters that do not learn are the same objects in both, so that any number of roles has them once.
@@ -23,10 +23,10 @@ _WRAPPED = ".base_layer."  # what peft puts into the name of a layer to which it
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a network with adapters on a frozen base knows of itself, as its attribute ``adapted``.
+    """The description of a network with adapters on a frozen base, as its attribute ``adapted``.
 
     Attributes:
-        shared: Names of the parameters that are the base's.
+        shared: Names of the parameters that are the base's, all of them where one has several.
         config: Rank ``r``, ``lora_alpha``, and the names of the layers with adapters, ``targets``.
     """
 
@@ -35,7 +35,7 @@ class Adapted:
 
 
 def adapted_of(module: nn.Module) -> Adapted | None:
-    """What is known of a network with adapters; None for one that has all its parameters to itself."""
+    """The description of a network with adapters; None for one without a base."""
     found = getattr(module, "adapted", None)
     return found if isinstance(found, Adapted) else None
 
@@ -55,7 +55,7 @@ def unshared(one: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tenso
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a network without what is its base's: adapters, new layers, buffers."""
+    """The state of a network without its base: adapters, new layers, buffers."""
     adapted, state = adapted_of(module), module.state_dict()
     return state if adapted is None else {k: v for k, v in state.items() if k not in adapted.shared}
 
@@ -74,7 +74,7 @@ def load_own_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str
     adapted = adapted_of(module)
     if adapted is not None:
         state = module.state_dict()
-        tensors = {**{name: state[name] for name in adapted.shared}, **tensors}
+        tensors = {**tensors, **{name: state[name] for name in adapted.shared}}
     load_into(module, tensors, source)
 
 
@@ -88,7 +88,7 @@ def fingerprint(network: nn.Module) -> str:
     adapted = adapted_of(network)
     found = {
         name.replace(_WRAPPED, "."): parameter
-        for name, parameter in network.named_parameters()
+        for name, parameter in network.named_parameters(remove_duplicate=False)
         if adapted is None or name in adapted.shared
     }
     digest = hashlib.sha256()
