@@ -123,3 +123,34 @@ def test_an_adversarial_student_is_trained_on_features_of_every_shape(shape: tup
     found = student.sample(3, labels=torch.tensor([0, 1, 0]))
     assert found.shape == (3, *shape)
     assert bool(found.isfinite().all())
+
+
+class OfVideo(torch.nn.Module):
+    """A network of one's own on clips; ``middle`` gives maps, ``mixed`` tokens of 1 x 2 x 2 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = torch.nn.Conv3d(2, 6, 3, padding=1)
+        self.mixed = torch.nn.Linear(24, 6)
+        self.last = torch.nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        level = sigma.log().reshape(-1, 1, 1, 1, 1).expand_as(x)
+        maps = torch.nn.functional.silu(self.middle(torch.cat([x, level], 1)))
+        cut = maps.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 2, 3, 5, 1, 4, 6)
+        tokens = self.mixed(cut.flatten(4).flatten(1, 3))
+        out = self.last(tokens).unflatten(1, cut.shape[1:4]).unflatten(4, (2, 2))
+        return out.permute(0, 1, 2, 4, 3, 5).reshape(x.shape)
+
+
+def test_parts_of_a_network_of_ones_own_are_features_of_video() -> None:
+    torch.manual_seed(0)
+    teacher = dm.as_denoiser(
+        OfVideo(), "edm", "x0", shape=(1, 3, 4, 4), sigma_data=0.5, features=("middle", "mixed")
+    )
+    x = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = teacher(x[:5, None], torch.ones(5), return_features="only")
+    assert [tuple(f.shape) for f in found] == [(5, 6, 3, 4, 4), (5, 6, 3, 2, 2)]
+    data = dm.data.from_arrays(x, kind="video")
+    student = dm.distill(teacher, data, method="dmd2", steps=4, batch=8, critic_steps=2, quiet=True)
+    assert bool(student.sample(3).isfinite().all())
