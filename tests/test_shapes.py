@@ -12,6 +12,7 @@ from torch import Tensor
 
 import distmatch as dm
 from distmatch.data import Dataset, Scaling
+from distmatch.diffusion.denoiser import pooled
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.hooked import as_map
 from distmatch.diffusion.mixture import GaussianMixture
@@ -99,6 +100,7 @@ def test_tokens_of_images_and_video_are_the_map_that_a_convolution_gives(
     there = convolution(3, 7, strides, strides)(x)
     tokens = there.flatten(2).transpose(1, 2)
     assert torch.equal(as_map(tokens, x), there)
+    assert_same_but_for_rounding(pooled([tokens, x.flatten(1)]), pooled([there, x.flatten(1)]))
     more = torch.cat([tokens, tokens[:, :1]], dim=1)  # one of a class, which has no place
     assert as_map(more, x) is more
     assert as_map(there, x) is there
