@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from distmatch.data.batches import Batch
 from distmatch.divergences import divergence
 from distmatch.methods.construct import build_method
-from distmatch.methods.setup import Distiller, Setup
+from distmatch.methods.context import Context, Distiller
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import METHODS, resolve_method
 from distmatch.nets.build import build_net
@@ -112,7 +112,7 @@ def build(name: str, teacher: EDMDenoiser, options: Options, device: torch.devic
         "solver_steps": 1,
     }
     settings = method.settings(**{key: value for key, value in short.items() if key in method.options()})
-    setup = Setup(
+    context = Context(
         teacher=teacher,
         method=method,
         divergence=divergence(measure),
@@ -121,7 +121,7 @@ def build(name: str, teacher: EDMDenoiser, options: Options, device: torch.devic
         device=device,
         bf16=options.precision == "bf16",
     )
-    return build_method(setup), getattr(settings, "critic_steps", 1)
+    return build_method(context), getattr(settings, "fake_score_steps", 1)
 
 
 def networks_of(teacher: EDMDenoiser, state: DistillState) -> dict[str, nn.Module]:
@@ -154,7 +154,7 @@ def updates_of(state: DistillState, cycle: Callable[[], None]) -> Callable[[], N
                     parameter.grad = gradient
                 clipped_step(state.optimizers[key], 0.0)
         for _ in range(averages):
-            state.average.update(state.student.denoiser, 1.0)
+            state.ema.update(state.student.denoiser, 1.0)
 
     return again
 

@@ -106,7 +106,7 @@ def guidance(file: Path) -> None:
     places = torch.stack([xx, yy], dim=-1).reshape(-1, 2)
     figure, axes = plt.subplots(1, 5, figsize=(10.5, 2.2), sharex=True, sharey=True, constrained_layout=True)
     for ax, (title, denoiser) in zip(axes, cases.items(), strict=True):
-        x = sample_teacher(denoiser, n, steps=30, labels=labels, seed=0)
+        x = sample_teacher(denoiser, n, steps=30, conditioning=labels, seed=0)
         for label, color in ((1, VERMILION), (0, BLUE)):
             which = torch.full((len(places),), label)
             density = PLANE.log_prob(places, 1e-3, which).exp().reshape(xx.shape)

@@ -149,7 +149,7 @@ def test_a_student_is_measured_by_samples_of_its_own():
     found = dm.evaluate(student, "digits", n=60, features="pixels", quiet=True)
     data = dm.load_data("digits")
     labels = reference_labels(data, 120, seed=0)
-    same = dm.evaluate(student.sample(120, labels=labels), data, labels=labels, n=60, features="pixels")
+    same = dm.evaluate(student.sample(120, conditioning=labels), data, labels=labels, n=60, features="pixels")
     assert found == same
 
 

@@ -32,7 +32,7 @@ from tests.helpers.own_networks import Conv, OfEDM, OfKDiffusion, Velocity, Whol
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import network_teacher
 
-QUICK: dict[str, Any] = {"steps": 1, "data": "digits", "batch": 4, "critic_steps": 1, "quiet": True}
+QUICK: dict[str, Any] = {"steps": 1, "data": "digits", "batch": 4, "fake_score_steps": 1, "quiet": True}
 IMAGE = (1, 8, 8)
 
 
@@ -85,7 +85,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     """Students of each network by each method, and what a process of its own made of the saved ones."""
     root, made, folders = tmp_path_factory.mktemp("students"), {}, {}
     for network, method in CASES:
-        often = {} if method == "consistency" else {"critic_steps": 1}
+        often = {} if method == "consistency" else {"fake_score_steps": 1}
         teacher = seeded(TEACHERS[network])
         student = dm.distill(teacher, "digits", method=method, steps=2, batch=16, quiet=True, **often)
         folder = str(root / f"{network}-{method}")
@@ -210,7 +210,7 @@ def test_a_config_builds_networks_of_two_libraries_only(
 def test_what_cannot_be_kept_is_said_before_training(tmp_path: Path) -> None:
     class Noting(Conv):
         def get_extra_state(self) -> Any:
-            return {"calls": 3}
+            return {"num_steps": 3}
 
         def set_extra_state(self, state: Any) -> None: ...
 

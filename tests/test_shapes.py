@@ -78,12 +78,12 @@ def test_a_method_does_the_same_in_every_shape(method: str, shape: tuple[int, ..
         as_it_is = Scaling.for_images(-1, 1, "") if len(shape) > 2 else Scaling.identity(shape[-1])
         data = Dataset(x.reshape(64, *shape), torch.arange(64) % 2, ("a", "b"), "x", as_it_is)
         steps = 16 if method == "disback" else 4  # it has two phases
-        quick = read_by(method, mmd_features="samples", critic_steps=2, lr_rampup=0, fit_steps=3)
+        quick = read_by(method, mmd_features="samples", fake_score_steps=2, lr_rampup=0, fit_steps=3)
         student = dm.distill(
             network_teacher(2, shape), data, method=method, steps=steps, batch=16, quiet=True, **quick
         )
         assert student.shape == shape
-        return student.sample(6, seed=5, labels=torch.arange(6) % 2).flatten(1)
+        return student.sample(6, seed=5, conditioning=torch.arange(6) % 2).flatten(1)
 
     assert_same_but_for_rounding(trained(shape), trained((8,)))
 
@@ -120,9 +120,9 @@ def test_an_adversarial_student_is_trained_on_features_of_every_shape(shape: tup
         for f in teacher(data.batch(torch.arange(4))[0], torch.ones(4), return_features="only")
     )
     student = dm.distill(
-        teacher, data, method="f-distill", steps=4, batch=8, gan_weight=0.1, critic_steps=2, quiet=True
+        teacher, data, method="f-distill", steps=4, batch=8, gan_weight=0.1, fake_score_steps=2, quiet=True
     )
-    found = student.sample(3, labels=torch.tensor([0, 1, 0]))
+    found = student.sample(3, conditioning=torch.tensor([0, 1, 0]))
     assert found.shape == (3, *shape)
     assert bool(found.isfinite().all())
 

@@ -19,7 +19,7 @@ from distmatch.data.classes import names_of, share_warning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence
-from distmatch.methods.start import Network, check_saveable
+from distmatch.methods.initialization import Network, check_saveable
 from distmatch.methods.student import Student
 from distmatch.methods.table import find_method
 from distmatch.metrics import evaluate as _evaluate

@@ -113,7 +113,7 @@ VALUES = {
     "train --net mlp --patch 2": ("--patch does not apply", "mlp"),
     "train --precision fp64": ("--precision", "'fp64'", "bf16"),
     "train --data ring8 --flip": ("--flip mirrors images",),
-    "distill --teacher t --calls 0": ("--calls must be at least 1",),
+    "distill --teacher t --num-steps 0": ("--num-steps must be at least 1",),
     "distill --teacher t --lr 0": ("--lr must be positive",),
     "distill --teacher t --gan-weight -1": ("--gan-weight must not be negative",),
     "distill --teacher t --noise-low 5 --noise-high 1": (
@@ -122,7 +122,7 @@ VALUES = {
     ),
     "distill --teacher t --ratio-bins 0": ("--ratio-bins must be at least 1",),
     "distill --teacher t --ratio-memory 2": ("--ratio-memory must be in [0, 1)",),
-    "distill --teacher t --order alternate --critic-steps 1": ("--order alternate",),
+    "distill --teacher t --order alternate --fake-score-steps 1": ("--order alternate",),
 }
 CONFIGS = {
     "train --config s/config.toml": ("config of another verb", "distill"),
@@ -225,7 +225,7 @@ CHECKPOINTS = {
     "train --out t --resume --seed 1 --lr 0.1": ("the --seed that it began with",),
     "train --out t --resume --data ring8": ("the --data that it began with", "digits"),
     "train --out t --resume --steps 5": ("cannot become shorter", "a run of 6"),
-    "distill --out s --resume --critic-steps 2": ("the --critic-steps that it began with",),
+    "distill --out s --resume --fake-score-steps 2": ("the --fake-score-steps that it began with",),
     "distill --out s --resume --steps 5 --lr 0.5": ("cannot become shorter",),
     "train --out t --resume 77": ("no checkpoint of step 77", "6"),
     "train --out t --resume absent": ("absent", "missing"),

@@ -114,7 +114,9 @@ def test_what_does_not_fit_into_memory() -> None:
 
 
 def _run(verb: str, out: Path, options: str = "") -> str:
-    start = f"train {TINY} --lr-decay constant" if verb == "train" else "distill --teacher t --critic-steps 2"
+    start = (
+        f"train {TINY} --lr-decay constant" if verb == "train" else "distill --teacher t --fake-score-steps 2"
+    )
     return f"{start} --batch 32 --checkpoint-every 2 --log-every 1 --out {out} {options}"
 
 

@@ -82,7 +82,7 @@ def test_the_help_of_a_method_is_its_own() -> None:
     """Its defaults, and only options that it does not refuse as idle."""
     text = done("distill --method sid --help-all").out
     names = shown(text)
-    assert {"sid_alpha", "critic_steps", "lr", "out"} <= set(names)
+    assert {"sid_alpha", "fake_score_steps", "lr", "out"} <= set(names)
     assert not {"gan_weight", "imm_particles", "tangent", "bank", "sim_c", "divergence"} & set(names)
     assert all(word in done("train --help").out for word in ("digits", "skewed2", ".csv", ":one-hot"))
     short = done("distill --method sid --help").out
@@ -91,9 +91,9 @@ def test_the_help_of_a_method_is_its_own() -> None:
     assert "--divergence" not in short
     answer = command("distill --method sid --gan-weight 0.5 --teacher ring8 --out never")
     assert "--gan-weight does nothing with --method sid" in answer.err
-    assert "critic_steps" not in shown(done("distill --method scm --help-all").out)
+    assert "fake_score_steps" not in shown(done("distill --method scm --help-all").out)
     for method, steps in {"rcm": 1, "sid": 5}.items():
-        line = re.search(r"--critic-steps .*", done(f"distill --method {method} --help-all").out)
+        line = re.search(r"--fake-score-steps .*", done(f"distill --method {method} --help-all").out)
         assert line
         assert f"(default: {steps})" in line[0]
 

@@ -17,7 +17,7 @@ from tests.helpers.processes import Forked
 
 # The full study with 20 kills of each verb is the program itself: python benchmarks/kill9.py
 KILL9 = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "kill9.py"))
-DISTILL = f"distill {TINY} --fit-steps 20 --critic-steps 1"
+DISTILL = f"distill {TINY} --fit-steps 20 --fake-score-steps 1"
 FREQUENT = "--batch 32 --log-every 1 --checkpoint-every 5"
 
 

@@ -113,7 +113,7 @@ def test_drawing_is_what_the_parts_give() -> None:
     drawn = draw_teacher(mixture, N, labels, 3, settings)
     levels = grid("power", 6, mixture.sigma_min, mixture.sigma_max, path="vp")
     guided = Guided(mixture, 2.0, interval=(0.1, 9.0))
-    x = sample_teacher(guided, N, solver="tab:2", grid=levels, path="vp", labels=labels, seed=3)
+    x = sample_teacher(guided, N, solver="tab:2", grid=levels, path="vp", conditioning=labels, seed=3)
     assert torch.equal(drawn.x, x)
     assert drawn.nfe == 6 + int(((levels > 0.1) & (levels <= 9)).sum())
 

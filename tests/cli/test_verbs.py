@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("DISTMATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         done(f"train {TINY} {SHORT} --out t")
         done(f"distill --teacher t {SHORT} --out js")
-        done(f"distill --teacher t {SHORT} --method dmd2 --calls 2 --out two")
+        done(f"distill --teacher t {SHORT} --method dmd2 --num-steps 2 --out two")
         done(f"distill --teacher t {SHORT} --method diff-instruct --out plain")
         exact = f"{TINY} {SHORT} --fit-steps 20"
         done(f"distill --teacher ring8 {exact} --method diff-instruct --out ring")
@@ -248,7 +248,7 @@ def test_a_config_file_with_another_method_leaves_the_first_ones_defaults_behind
     dmd2 = options("--config plain/config.toml --method dmd2")  # of diff-instruct, which has no adversary
     assert dmd2["distill"]["gan_weight"] == DistillOptions.of("dmd2").settings.gan_weight > 0
     scm = options("--config two/config.toml --method scm")  # of dmd2 with two calls, which were chosen
-    assert scm["distill"]["calls"] == 2
+    assert scm["distill"]["num_steps"] == 2
     assert scm["distill"]["student_sigma"] == DistillOptions.of("scm").settings.student_sigma
     assert scm["distill"]["level_mean"] == -0.3
     assert "gan_weight" not in options("--config plain/config.toml")["distill"]
@@ -256,7 +256,7 @@ def test_a_config_file_with_another_method_leaves_the_first_ones_defaults_behind
 
 @pytest.mark.parametrize("verb", ["train", "distill"])
 def test_resume_extends_a_run_as_if_it_had_been_longer(verb: str, tmp_path: Path) -> None:
-    options = f"{TINY} --lr-decay constant" if verb == "train" else "--teacher t --critic-steps 2"
+    options = f"{TINY} --lr-decay constant" if verb == "train" else "--teacher t --fake-score-steps 2"
     start = f"{verb} {options} --batch 32 --log-every 2"
     done(f"{start} --steps 9 --out {tmp_path}/whole")
     done(f"{start} --steps 5 --out {tmp_path}/parts")

@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         np.savez("walks.npz", x=10 * x, kind="sequence")
         for name, data, patch_size in (("v", "moving-digits", 4), ("s", "walks.npz", 1)):
             done(f"train --data {data} {NET} --patch {patch_size} {SHORT} --out {name}/t")
-            done(f"distill --teacher {name}/t {SHORT} --critic-steps 1 --out {name}/student")
+            done(f"distill --teacher {name}/t {SHORT} --fake-score-steps 1 --out {name}/student")
         yield folder
 
 

@@ -201,7 +201,7 @@ def test_classes_are_drawn_in_the_shares_of_the_training_data(place: Path, tmp_p
         got = np.bincount(drawn.numpy(), minlength=12) / n
         assert (abs(got - due) < 4 * np.sqrt(due * (1 - due) / n)).all()
         x = student.sample(64, seed=0, class_balance=balance)  # type: ignore[arg-type]
-        torch.testing.assert_close(x, student.sample(64, seed=0, labels=drawn[:64]), rtol=0, atol=0)
+        torch.testing.assert_close(x, student.sample(64, seed=0, conditioning=drawn[:64]), rtol=0, atol=0)
     answer = done(f"sample {place}/s --n 200 --out {tmp_path}/a.npz --json")
     assert answer.json()["class_balance"] == "data"
     even = done(f"sample {place}/s --n 200 --class-balance uniform --out {tmp_path}/b.npz")

@@ -103,7 +103,7 @@ def test_a_wrong_word_in_a_file_and_mirrored_sequences_are_refused(tmp_path: Pat
 def test_a_model_of_sequences_reads_plain_arrays_as_such() -> None:
     walks = RNG.standard_normal((40, 6, 2)).astype(np.float32)
     teacher = dm.train(from_arrays(walks, kind="sequence"), steps=1, batch=8, quiet=True)
-    student = dm.distill(teacher, walks, steps=1, batch=8, quiet=True, critic_steps=1)
+    student = dm.distill(teacher, walks, steps=1, batch=8, quiet=True, fake_score_steps=1)
     assert student.shape == (6, 2)
     assert student.export(student.sample(3)).shape == (3, 6, 2)
     assert dm.evaluate(student, walks, n=16)["fd"].value > 0

@@ -123,12 +123,12 @@ def test_a_condition_of_any_field_does_what_labels_do() -> None:
         close(guided[0](X, SIGMA, one_hot), guided[1](X, SIGMA, LABELS))
         assert guided[0].cost(SIGMA, one_hot) == guided[1].cost(SIGMA, LABELS)
     drawn = [
-        sample_teacher(model, 12, steps=6, labels=told, batch=5)
+        sample_teacher(model, 12, steps=6, conditioning=told, batch=5)
         for model, told in ((BY_WEIGHTS, ONE_HOT), (BY_CLASS, LABELS))
     ]
     torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
     ways = [
-        x0_trajectory(model, 12, levels, labels=told, batch=5).final
+        x0_trajectory(model, 12, levels, conditioning=told, batch=5).final
         for model, told in ((BY_WEIGHTS, ONE_HOT), (BY_CLASS, LABELS))
     ]
     torch.testing.assert_close(*ways, rtol=1e-4, atol=1e-4)

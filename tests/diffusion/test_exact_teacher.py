@@ -169,9 +169,9 @@ def test_heun_ends_in_a_denoising_step_and_makes_two_calls_less_one() -> None:
 def test_teacher_samples_do_not_depend_on_the_batch_and_follow_labels() -> None:
     teacher = mixture([0, 1, 0])
     labels = torch.arange(50) % 2
-    whole = sample_teacher(teacher, 50, steps=10, labels=labels, seed=4)
+    whole = sample_teacher(teacher, 50, steps=10, conditioning=labels, seed=4)
     seen: list[int] = []
-    parts = sample_teacher(teacher, 50, steps=10, labels=labels, seed=4, batch=7, on_batch=seen.append)
+    parts = sample_teacher(teacher, 50, steps=10, conditioning=labels, seed=4, batch=7, on_batch=seen.append)
     assert_same_but_for_rounding(parts, whole)
     assert seen == [7] * 7 + [1]
     assert (whole[labels == 1] - torch.tensor(MEANS[1])).abs().max() < 3  # std <= 0.63, 50 draws

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import latents
+from distmatch.base.seeds import initial_noise
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import has_score
 from distmatch.diffusion.guidance import CallCounter
@@ -130,11 +130,11 @@ def test_the_flow_from_the_prior_finds_both_points(dims: float) -> None:
 
 def test_the_start_of_a_sample_does_not_depend_on_the_batch() -> None:
     teacher = StudentTTeacher(POINTS, 3.0)
-    many, few = (start_noise(teacher, latents(n, (2,), 7), 7) for n in (500, 20))
+    many, few = (start_noise(teacher, initial_noise(n, (2,), 7), 7) for n in (500, 20))
     assert torch.equal(many[:20], few)
-    assert not torch.equal(few, latents(20, (2,), 7))
+    assert not torch.equal(few, initial_noise(20, (2,), 7))
     plain = GaussianMixture([1.0], [[0.0, 0.0]], [1.0])
-    assert torch.equal(start_noise(plain, latents(20, (2,), 7), 7), latents(20, (2,), 7))
+    assert torch.equal(start_noise(plain, initial_noise(20, (2,), 7), 7), initial_noise(20, (2,), 7))
     assert pfgm_dims(CallCounter(teacher)) == 3.0
     with pytest.raises(UserError, match="the solver ddim:1, which adds Gaussian noise"):
         Sampling(solver="ddim:1").check(teacher)
@@ -153,7 +153,7 @@ def test_training_draws_this_noise_and_the_teacher_says_so() -> None:
     ratio = (seen[0] / sigma[:, None]).square().sum(1) / 2
     assert stats.kstest(ratio.numpy(), stats.f(2, 3).cdf).pvalue > 0.01
     assert not has_score(state.denoiser)
-    assert not has_score(state.average.module)
+    assert not has_score(state.ema.module)
 
 
 def test_what_needs_a_score_is_refused() -> None:

@@ -8,9 +8,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import wasserstein_distance
 
 from distmatch.base.errors import UserError
-from distmatch.discrepancies import line, sliced
+from distmatch.discrepancies import sliced, wasserstein
 from distmatch.discrepancies.gaussian_transport import gaussian_sinkhorn
-from distmatch.discrepancies.line import line_distances, wasserstein_1d
 from distmatch.discrepancies.sinkhorn import sinkhorn_divergence
 from distmatch.discrepancies.sliced import (
     max_sliced_wasserstein,
@@ -18,6 +17,7 @@ from distmatch.discrepancies.sliced import (
     sliced_wasserstein,
     sliced_wasserstein_loss,
 )
+from distmatch.discrepancies.wasserstein import line_distances, wasserstein_1d
 from tests.helpers.draws import normal
 from tests.reference.transport_samples import DEVICES, seeded, weighted_pair, weights
 
@@ -242,5 +242,5 @@ def test_levels_of_equal_weights_are_exact():
     """With 3 against 7 points the shares of the merged levels are whole multiples of 1/21."""
     u, v = torch.arange(3.0)[None], torch.arange(7.0)[None]
     expected = wasserstein_distance(u[0], v[0])
-    gaps, share = line._equal_weights(u, v)
+    gaps, share = wasserstein._equal_weights(u, v)
     assert float(gaps.abs() @ share) == pytest.approx(expected, rel=1e-6)

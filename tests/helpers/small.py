@@ -12,8 +12,8 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence, divergence
 from distmatch.methods.construct import build_method
-from distmatch.methods.setup import Setup
-from distmatch.methods.start import has_network
+from distmatch.methods.context import Context
+from distmatch.methods.initialization import has_network
 from distmatch.methods.table import find_method, resolve_method
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
@@ -49,9 +49,9 @@ def distiller(
 ) -> Any:
     """A method with quick settings; keywords are fields of its settings."""
     chosen, name = resolve_method(method, which.name if isinstance(which, Divergence) else which)
-    quick = read_by(method, critic_steps=2, lr_rampup=0, fit_steps=20)
+    quick = read_by(method, fake_score_steps=2, lr_rampup=0, fit_steps=20)
     return build_method(
-        Setup(
+        Context(
             teacher=teacher,
             method=chosen,
             divergence=which if isinstance(which, Divergence) else divergence(name),

@@ -40,9 +40,9 @@ def wrap(state: DistillState, around: Wrap = Wrapped) -> dict[str, Any]:
     """Puts a wrapper around every network that the state trains; the wrappers by name."""
     student: Any = around(state.student.denoiser)
     found, state.student.denoiser = {"student": student}, student
-    if state.fake is not None:
-        fake: Any = around(state.fake)
-        found["fake"] = state.fake = fake
+    if state.fake_score is not None:
+        fake: Any = around(state.fake_score)
+        found["fake"] = state.fake_score = fake
     if state.discriminator is not None:
         found["ratio"] = state.discriminator = around(state.discriminator)
     return found

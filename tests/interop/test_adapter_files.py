@@ -32,7 +32,7 @@ QUICK |= {"quiet": True}
 def distilled(teacher: Any, method: str = "diff-instruct", **options: Any) -> dm.Student:
     """A student whose adapters differ from what they start as."""
     torch.manual_seed(3)
-    size = {"critic_steps": 1} if method != "ctm" else {"gan_weight": 0.0}
+    size = {"fake_score_steps": 1} if method != "ctm" else {"gan_weight": 0.0}
     data = 0.5 * torch.randn(20, *(teacher.shape if hasattr(teacher, "shape") else (2,)))
     set_ = None
     if method == "ctm":
@@ -66,14 +66,14 @@ def test_a_saved_student_is_the_same_one(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[key]) for key, value in own_state(again.denoiser).items())
     x = student.sample(5, seed=1)
     assert_same_but_for_rounding(again.sample(5, seed=1), x)
-    plain = student.around(teacher, student.levels).sample(5, seed=1)
+    plain = student.around(teacher, student.sigmas).sample(5, seed=1)
     assert not torch.allclose(x, plain, rtol=1e-2)
     assert not any(p.requires_grad for p in again.denoiser.parameters())
 
 
 def test_a_student_that_jumps_keeps_the_layers_that_its_base_lacks(tmp_path: Path) -> None:
     base = saved_teacher(tmp_path / "teacher", network_teacher(2))
-    student = distilled(dm.load_teacher(base), "ctm", calls=2)
+    student = distilled(dm.load_teacher(base), "ctm", num_steps=2)
     layer: Any = network_in(student.denoiser).trunk.conditioning.to_level  # type: ignore[union-attr]
     assert float(layer.weight.abs().max()) > 0
     student.save_pretrained(tmp_path / "student")

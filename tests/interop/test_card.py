@@ -124,7 +124,7 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     Student(network_teacher(), (2.5, 0.5)).save_pretrained(tmp_path / "m")
     text = (tmp_path / "m/README.md").read_text()
     assert not {"method", "divergence", "teacher", "data", "guidance of the teacher"} & rows(text).keys()
-    assert rows(text)["between calls"] == ["renoise"]
+    assert rows(text)["between calls"] == ["stochastic"]
     assert "Not measured" in text
     assert "None" not in text
 
@@ -186,7 +186,7 @@ def test_evaluating_a_run_and_exporting_it(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     data = load_data("digits")
     teacher = network_teacher(0, (1, 8, 8))
-    dm.distill(teacher, data, steps=2, batch=8, critic_steps=1, fit_steps=1, out="run", quiet=True)
+    dm.distill(teacher, data, steps=2, batch=8, fake_score_steps=1, fit_steps=1, out="run", quiet=True)
     card = Path("run/model/README.md")
     assert rows(card.read_text())["hash of the data"] == [f"sha256 {data.content_hash}"]
     measured = {"student": {"nfe": 1, "fd": Estimate(0.25, 0.5, 10)}}

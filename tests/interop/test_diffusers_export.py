@@ -80,7 +80,7 @@ def test_from_a_folder_of_diffusers_to_a_folder_of_diffusers(kind: str, tmp_path
     SCHEDULERS[kind]().save_pretrained(tmp_path / "teacher/scheduler")
     teacher = load_diffusers(tmp_path / "teacher")
     data = (noise(32, 1, 8, 8) / 4).clamp(-1, 1)
-    student = dm.distill(teacher, data, steps=3, batch=8, critic_steps=1, lr_rampup=0, quiet=True)
+    student = dm.distill(teacher, data, steps=3, batch=8, fake_score_steps=1, lr_rampup=0, quiet=True)
     moved = [a - b for a, b in zip(student.denoiser.parameters(), teacher.parameters(), strict=True)]
     assert sum(float(part.detach().abs().sum()) for part in moved) > 0
     difference = export_diffusers(student, tmp_path / "out")

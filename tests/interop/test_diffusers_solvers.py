@@ -23,7 +23,7 @@ N = 32
 START = torch.randn(N, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-class Drawn(SampleNoise):
+class SampleResult(SampleNoise):
     """The numbers that diffusers draws from a seed, one batch a step."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
@@ -39,7 +39,7 @@ def clean(y: Tensor, sigma: Tensor) -> Tensor:
 
 
 def arrived(y: Tensor, sigmas: Tensor, solver: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    return solve(MIXTURE, y, sigmas.double(), solver, noise=Drawn(1, dtype)).y
+    return solve(MIXTURE, y, sigmas.double(), solver, noise=SampleResult(1, dtype)).y
 
 
 def stepped(scheduler: Any, x: Tensor, output: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

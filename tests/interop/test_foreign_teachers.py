@@ -12,7 +12,7 @@ import torch
 
 import distmatch as dm
 from distmatch.data import Scaling, load_data
-from distmatch.methods.start import has_network, starting_network
+from distmatch.methods.initialization import has_network, starting_network
 from distmatch.training.latent_data import as_latents
 from distmatch.training.teachers import open_denoiser
 from tests.helpers.command import command, done
@@ -22,7 +22,7 @@ diffusers = pytest.importorskip("diffusers")
 from tests.helpers import diffusers_models as models  # noqa: E402
 from tests.helpers.rounding import assert_same_but_for_rounding  # noqa: E402
 
-FEW = "--steps 3 --batch 8 --critic-steps 1"
+FEW = "--steps 3 --batch 8 --fake-score-steps 1"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +61,7 @@ def test_a_folder_of_diffusers_is_distilled_and_its_student_sampled(teacher: str
     student.save_pretrained("again")
     again = dm.Student.from_pretrained("again")
     assert_same_but_for_rounding(again.sample(4, seed=1), student.sample(4, seed=1))
-    assert again.levels == student.levels
+    assert again.levels == student.sigmas
     assert again.info == student.info
     # It moved: three steps of training from the teacher's weights.
     first = dm.load_teacher(teacher)
@@ -72,7 +72,7 @@ def test_a_folder_of_diffusers_is_distilled_and_its_student_sampled(teacher: str
 
 
 def test_a_run_with_a_foreign_teacher_resumes_to_the_same_student() -> None:
-    four = "--data digits --steps 4 --batch 8 --critic-steps 1 --checkpoint-every 2"
+    four = "--data digits --steps 4 --batch 8 --fake-score-steps 1 --checkpoint-every 2"
     done(f"distill --teacher plain {four} --out whole")
     done(f"distill --teacher plain {four} --out cut")
     (Path("cut") / "model/model.safetensors").unlink()

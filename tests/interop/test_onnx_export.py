@@ -60,7 +60,7 @@ def test_jumps_from_level_to_level(tmp_path: Path) -> None:
     network = as_jump(network_teacher(3))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    student = Student(network, (2.5, 0.7, 0.2), {"method": "ctm"}, "jump", 0.5)
+    student = Student(network, (2.5, 0.7, 0.2), {"method": "ctm"}, "gamma", 0.5)
     assert export_onnx(student, tmp_path / "m") < 1e-4
     assert worst(student, tmp_path / "m") < 1e-4
 

@@ -11,7 +11,7 @@ from tests.helpers.small import PAIR, batch, distiller, network_teacher, read_by
 
 def gradients(accumulate: int, steps: int, classes: int, **settings: object) -> tuple[DistillState, list]:
     """Runs with plain gradient descent, which shows gradients as they are; returns what was logged, too."""
-    rates = read_by(settings.get("method", "f-distill"), lr=0.3, lr_critic=0.05, lr_ratio=0.3)
+    rates = read_by(settings.get("method", "f-distill"), lr=0.3, lr_fake_score=0.05, lr_discriminator=0.3)
     method = distiller(network_teacher(classes), accumulate=accumulate, grad_clip=0.0, **rates, **settings)
     state = method.init(0)
     for name, optimizer in state.optimizers.items():
@@ -26,7 +26,7 @@ CASES = [
     {"which": "js", "ratio_features": "fake", "gan_weight": 0.5},
     {"which": "kl", "ratio_features": "own", "gan_weight": 0.0},
     {"method": "diff-instruct"},
-    {"which": "js", "calls": 3, "ratio_features": "own", "gan_weight": 0.5},
+    {"which": "js", "num_steps": 3, "ratio_features": "own", "gan_weight": 0.5},
     {"method": "sida", "gan_weight": 0.5},
     {"method": "sim"},
     {"method": "uni-instruct", "which": "js", "ratio_warmup": 2, "gan_weight": 0.5},
@@ -57,7 +57,7 @@ def test_the_parts_of_a_batch_change_nothing(settings: dict[str, object], classe
 def test_networks_see_no_more_than_a_part() -> None:
     method = distiller(network_teacher(), "js", accumulate=4, gan_weight=0.1)
     state = method.init(0)
-    networks = {"student": state.student.denoiser, "fake": state.fake, "teacher": method.teacher}
+    networks = {"student": state.student.denoiser, "fake": state.fake_score, "teacher": method.teacher}
     seen: dict[str, list[int]] = {name: [] for name in networks}
     for name, net in networks.items():
         net.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(len(inputs[0])))

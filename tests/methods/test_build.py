@@ -14,7 +14,7 @@ from distmatch.data.batches import Batch, Batches
 from distmatch.nets.config import MLPConfig
 from tests.helpers.small import batch, network_teacher
 
-SETTINGS = {"critic_steps": 2, "lr_rampup": 0}
+SETTINGS = {"fake_score_steps": 2, "lr_rampup": 0}
 
 
 @pytest.mark.parametrize(

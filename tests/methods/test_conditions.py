@@ -16,7 +16,7 @@ from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.conditioning import FieldSpec
 from distmatch.diffusion.guidance import Guided
 from distmatch.interop.frozen import Portable
-from distmatch.training.assess import Drawn, asked_of, assess
+from distmatch.training.assess import SampleResult, asked_of, assess
 
 SPEC = {"text": FieldSpec((-1, 4)), "age": FieldSpec()}
 
@@ -73,12 +73,12 @@ def test_a_student_is_distilled_saved_and_sampled_under_conditions(
 ) -> None:
     student = dm.distill(teacher(), data, method=method, steps=5, batch=16, seed=1, quiet=True)
     told = conditions(6, seed=3)
-    x = student.sample(6, seed=2, labels=told)
-    assert (x - student.sample(6, seed=2, labels=conditions(6, seed=4))).abs().max() > 1e-4
+    x = student.sample(6, seed=2, conditioning=told)
+    assert (x - student.sample(6, seed=2, conditioning=conditions(6, seed=4))).abs().max() > 1e-4
     student.save_pretrained(tmp_path / "student")
     again = dm.Student.from_pretrained(tmp_path / "student", network=TextNet)
-    assert torch.equal(again.sample(6, seed=2, labels=told), x)
-    torch.testing.assert_close(again.sample(6, seed=2, labels=told, batch=4), x)
+    assert torch.equal(again.sample(6, seed=2, conditioning=told), x)
+    torch.testing.assert_close(again.sample(6, seed=2, conditioning=told, batch=4), x)
     none = x, torch.ones(6)  # "no condition" is saved too
     with torch.no_grad():
         assert torch.equal(again.denoiser(*none), student.denoiser(*none))
@@ -92,7 +92,7 @@ def test_conditions_follow_the_precision_of_the_network(data: dm.Dataset) -> Non
     exact = dm.distill(teacher(), data, method="scm", tangent="exact", steps=3, batch=16, seed=1, quiet=True)
     told = conditions(6)
     torch.testing.assert_close(
-        student.sample(6, labels=told), exact.sample(6, labels=told), rtol=1e-3, atol=1e-3
+        student.sample(6, conditioning=told), exact.sample(6, conditioning=told), rtol=1e-3, atol=1e-3
     )
 
 
@@ -103,7 +103,7 @@ def test_the_order_of_samples_and_parts_of_a_batch_change_nothing(data: dm.Datas
     )
     told = conditions(8)
     torch.testing.assert_close(
-        plain.sample(8, labels=told), parts.sample(8, labels=told), rtol=1e-3, atol=1e-4
+        plain.sample(8, conditioning=told), parts.sample(8, conditioning=told), rtol=1e-3, atol=1e-4
     )
     model = teacher()
     x, sigma = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 5, 8)
@@ -126,9 +126,9 @@ def test_real_samples_stand_beside_those_asked_for_under_the_same_conditions(dat
     asked = asked_of(data, SPEC, 50, seed=4)
     shown: list[dm.Conditioning] = []
 
-    def draw(n: int, told: dm.Conditioning) -> Drawn:
+    def draw(n: int, told: dm.Conditioning) -> SampleResult:
         shown.append(told)
-        return Drawn(data.batch(torch.arange(n))[0], None, 1, 0.0)
+        return SampleResult(data.batch(torch.arange(n))[0], None, 1, 0.0)
 
     drawn = assess(data, {"student": draw}, asked=asked, n=25, seed=4)[1]
     assert torch.equal(shown[0]["text"], asked["text"])

@@ -22,7 +22,9 @@ def test_an_exact_teacher_starts_from_a_fitted_network() -> None:
         x = x0 + sigma * torch.randn(2000, 2, generator=drawn)
         level = torch.full((2000,), sigma)
         with torch.no_grad():
-            errors = [float((s.fake(x, level) - PAIR(x, level)).square().mean()) for s in (blank, fitted)]
+            errors = [
+                float((s.fake_score(x, level) - PAIR(x, level)).square().mean()) for s in (blank, fitted)
+            ]
         assert errors[1] < 0.5 * errors[0], (sigma, errors)  # measured 0.4 and 0.2
 
 
@@ -51,10 +53,10 @@ def test_presets_and_refusals() -> None:
     assert distiller(network_teacher(), divergence("js")).needs_ratio
 
 
-WRONG = [{"calls": 0}, {"lr": 0.0}, {"critic_steps": 0}, {"gan_weight": -1.0}, {"grad_clip": -1.0}]
+WRONG = [{"num_steps": 0}, {"lr": 0.0}, {"fake_score_steps": 0}, {"gan_weight": -1.0}, {"grad_clip": -1.0}]
 
 
-@pytest.mark.parametrize("wrong", [*WRONG, {"order": "alternate", "critic_steps": 1}], ids=str)
+@pytest.mark.parametrize("wrong", [*WRONG, {"order": "alternate", "fake_score_steps": 1}], ids=str)
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="--"):
         METHODS["f-distill"].settings(**wrong)  # type: ignore[arg-type]
@@ -63,8 +65,8 @@ def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
 def test_a_default_start_goes_no_higher_than_the_teacher_and_a_chosen_one_is_refused() -> None:
     low = copy.copy(network_teacher())
     low.sigma_max = 1.5
-    assert distiller(low, "js").init(0).student.levels == (1.5,)
-    assert distiller(low, method="scm").init(0).student.levels == (1.5,)
-    assert distiller(low, "js", student_sigma=2.0).init(0).student.levels == (1.4,)
+    assert distiller(low, "js").init(0).student.sigmas == (1.5,)
+    assert distiller(low, method="scm").init(0).student.sigmas == (1.5,)
+    assert distiller(low, "js", student_sigma=2.0).init(0).student.sigmas == (1.4,)
     with pytest.raises(UserError, match="the student must start at a noise level that the teacher knows"):
         distiller(low, "js", student_sigma=3.0)

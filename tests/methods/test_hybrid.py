@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import latents
+from distmatch.base.seeds import initial_noise
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import CallCounter, Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.solvers import grid, sample_teacher, solve
 from distmatch.diffusion.trajectory import Trajectory, coarse, x0_trajectory
-from distmatch.methods.handover import hand_over, stations
 from distmatch.methods.hybrid import hybrid_sample
+from distmatch.methods.hybrid_schedule import hybrid_schedule, stations
 from distmatch.methods.student import Student
 from distmatch.methods.transport.semi_discrete import BrenierMap
 from distmatch.nets.jump import as_jump
@@ -46,15 +46,17 @@ def student_by(teacher: Any, rule: Callable[[Tensor, Tensor], Tensor], *levels: 
     return Student(Rule(teacher, rule), levels)  # type: ignore[arg-type]
 
 
-def network_student(chain: Any = "renoise", levels: tuple[float, ...] = LEVELS, classes: int = 2) -> Student:
-    return Student(network_teacher(classes), levels, chain=chain)
+def network_student(
+    chain: Any = "stochastic", levels: tuple[float, ...] = LEVELS, classes: int = 2
+) -> Student:
+    return Student(network_teacher(classes), levels, sampler=chain)
 
 
 # ------------------------------------------------------------------- the two ends, and the middle
 
 
 @pytest.mark.parametrize("levels", [(20.0,), (2.5,), LEVELS])
-@pytest.mark.parametrize("chain", ["renoise", "ddim", "posterior"])
+@pytest.mark.parametrize("chain", ["stochastic", "ddim", "posterior"])
 def test_without_the_teacher_it_is_the_student_to_the_bit(levels: tuple[float, ...], chain: str) -> None:
     student = network_student(chain, levels)
     alone = student.sample(50, seed=3, batch=16)
@@ -66,9 +68,9 @@ def test_without_the_teacher_it_is_the_student_to_the_bit(levels: tuple[float, .
 def test_with_all_calls_it_is_the_teacher_to_the_bit(levels: tuple[float, ...], solver: str) -> None:
     student = network_student(levels=levels)
     labels = torch.arange(50) % 2
-    alone = sample_teacher(PAIR, 50, steps=7, solver=solver, labels=labels, seed=3, batch=16)
+    alone = sample_teacher(PAIR, 50, steps=7, solver=solver, conditioning=labels, seed=3, batch=16)
     every = len(stations(PAIR, student))
-    common: dict[str, Any] = {"steps": 7, "solver": solver, "labels": labels, "seed": 3, "batch": 16}
+    common: dict[str, Any] = {"steps": 7, "solver": solver, "conditioning": labels, "seed": 3, "batch": 16}
     assert torch.equal(hybrid_sample(PAIR, student, 50, calls=every, **common), alone)
 
 
@@ -76,28 +78,28 @@ def test_a_student_that_starts_below_the_teacher_is_handed_its_own_first_level()
     assert stations(PAIR, network_student(levels=(2.5,))) == (2.5, 0.0)
     assert stations(PAIR, network_student(levels=(20.0,))) == (0.0,)  # nothing above it for the teacher
     assert stations(PAIR, network_student()) == (3.0, 0.8, 0.0)
-    way = hand_over(PAIR, network_student(levels=(2.5,)), grid("karras", 8, 0.002, 20.0))
-    assert way.student_levels == (2.5,)
+    way = hybrid_schedule(PAIR, network_student(levels=(2.5,)), grid("karras", 8, 0.002, 20.0))
+    assert way.student_sigmas == (2.5,)
     assert way.teacher_levels[0] == 20.0
     assert way.teacher_levels[-1] == 2.5
     full = grid("karras", 8, 0.002, 20.0)
     assert way.teacher_levels[:-1] == tuple(full[full > 2.5].tolist())  # its own levels, cut where it stops
 
 
-@pytest.mark.parametrize("chain", ["renoise", "ddim", "posterior"])
+@pytest.mark.parametrize("chain", ["stochastic", "ddim", "posterior"])
 def test_the_later_calls_are_those_of_the_student(chain: str) -> None:
     """The first station of a three-call student: the teacher to 3, then two calls on the student's noise."""
     student, levels = network_student(chain), grid("karras", 9, 0.002, 20.0)
     labels = torch.arange(40) % 2
-    x = hybrid_sample(PAIR, student, 40, calls=1, grid=levels, labels=labels, seed=5)
-    z = 20.0 * latents(40, (2,), 5)
+    x = hybrid_sample(PAIR, student, 40, calls=1, grid=levels, conditioning=labels, seed=5)
+    z = 20.0 * initial_noise(40, (2,), 5)
     y = solve(PAIR, z, [*levels[levels > 3].tolist(), 3.0], conditioning=labels).y
     full = torch.full((40,), 3.0)
     x0 = student.denoiser(y, full, labels)
     ratio = 0.8 / 3.0
-    fresh = latents(40, (2,), 5, "latents/2")
+    fresh = initial_noise(40, (2,), 5, "latents/2")
     y = {
-        "renoise": x0 + 0.8 * fresh,
+        "stochastic": x0 + 0.8 * fresh,
         "ddim": x0 + ratio * (y - x0),
         "posterior": x0 + ratio**2 * (y - x0) + 0.8 * math.sqrt(1 - ratio**2) * fresh,
     }[chain]
@@ -116,7 +118,9 @@ def test_a_guided_call_of_the_teacher_counts_twice() -> None:
     student = network_student()
     counter = CallCounter(Guided(PAIR, 2.0))
     levels = [20.0, 9.0, 3.0, 1.0, 0.0]
-    hybrid_sample(counter, student, 10, calls=1, grid=levels, solver="heun", labels=torch.ones(10).long())
+    hybrid_sample(
+        counter, student, 10, calls=1, grid=levels, solver="heun", conditioning=torch.ones(10).long()
+    )
     assert counter.calls == 2 * 2 * 2  # two steps to 3, two calls each, two networks a call
 
 
@@ -204,7 +208,7 @@ def test_a_consistency_function_takes_over_anywhere() -> None:
     jumping = Student(as_jump(teacher), (20.0,))
     levels = grid("karras", 9, 0.002, 20.0)
     x = hybrid_sample(teacher, jumping, 20, level=1.7, grid=levels, seed=2)
-    y = solve(teacher, 20.0 * latents(20, (2,), 2), [*levels[levels > 1.7].tolist(), 1.7]).y
+    y = solve(teacher, 20.0 * initial_noise(20, (2,), 2), [*levels[levels > 1.7].tolist(), 1.7]).y
     torch.testing.assert_close(x, teacher(y, torch.full((20,), 1.7)))  # untrained, the second level is idle
     with pytest.raises(UserError, match="not trained to take over"):
         hybrid_sample(teacher, jumping, 20, level=25.0)
@@ -216,11 +220,11 @@ def test_a_student_of_stored_latents_follows_a_teacher() -> None:
     student = Student(network_teacher(2), (0.5, 0.2), None, "posterior", transport=BrenierMap(bank))
     alone = student.sample(20, seed=2)
     assert torch.equal(hybrid_sample(PAIR, student, 20, calls=0, seed=2), alone)
-    x = hybrid_sample(PAIR, student, 20, calls=2, seed=2, labels=torch.arange(20) % 2, steps=9)
+    x = hybrid_sample(PAIR, student, 20, calls=2, seed=2, conditioning=torch.arange(20) % 2, steps=9)
     levels = grid("karras", 9, 0.002, 20.0)
     y = solve(
         PAIR,
-        20.0 * latents(20, (2,), 2),
+        20.0 * initial_noise(20, (2,), 2),
         [*levels[levels > 0.2].tolist(), 0.2],
         conditioning=torch.arange(20) % 2,
     ).y
@@ -241,10 +245,10 @@ def test_an_own_level_can_be_named() -> None:
 def test_the_last_prediction_is_the_sample(solver: str) -> None:
     levels = grid("karras", 9, 0.002, 20.0)
     labels = torch.arange(30) % 2
-    way = x0_trajectory(PAIR, 30, levels, solver, labels=labels, seed=4, batch=7)
+    way = x0_trajectory(PAIR, 30, levels, solver, conditioning=labels, seed=4, batch=7)
     assert way.x0.shape == (9, 30, 2)
     torch.testing.assert_close(way.x0[-1], way.final, atol=1e-6, rtol=1e-5)
-    alone = sample_teacher(PAIR, 30, grid=levels, solver=solver, labels=labels, seed=4)
+    alone = sample_teacher(PAIR, 30, grid=levels, solver=solver, conditioning=labels, seed=4)
     torch.testing.assert_close(way.final, alone)
     assert float(way.open_share()[0]) == 1
     assert float(way.open_share()[-1]) < 1e-9

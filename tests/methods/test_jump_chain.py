@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import jump
-from distmatch.methods.handover import Handover
 from distmatch.methods.hybrid import follower_of
-from distmatch.methods.student import Student, chain_weights
+from distmatch.methods.hybrid_schedule import HybridSchedule
+from distmatch.methods.student import Student, sampler_weights
 from distmatch.nets.jump import as_jump
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import distiller, network_teacher
@@ -27,7 +27,7 @@ V = 0.49
 def exact(gamma: float, levels: tuple[float, ...] = LEVELS) -> Student:
     """The student whose network knows every jump of N(0, v)."""
     network: Any = Flow(V)
-    return Student(network, levels, chain="jump", gamma=gamma)
+    return Student(network, levels, sampler="gamma", gamma=gamma)
 
 
 def noise(n: int, draws: int = 3) -> list[Tensor]:
@@ -60,7 +60,7 @@ def test_states_on_the_way_have_the_spread_of_their_level(gamma: float) -> None:
         x = torch.full((1, 2), squares**0.5, dtype=F64)
         with torch.no_grad():
             there = student.advance(x, student.call(x, index), torch.zeros_like(x), index + 1)
-        fresh = chain_weights("jump", t, s, gamma)[1]
+        fresh = sampler_weights("gamma", t, s, gamma)[1]
         squares = float(there[0, 0]) ** 2 + fresh**2
         assert squares == pytest.approx(V + s**2, rel=1e-10)
         assert student.goal(index) == pytest.approx((1 - gamma**2) ** 0.5 * s)
@@ -70,7 +70,7 @@ def test_states_on_the_way_have_the_spread_of_their_level(gamma: float) -> None:
 def test_fresh_noise_alone_is_the_other_chain_to_the_bit() -> None:
     net, z, labels = network(), noise(20), torch.arange(20) % 3
     with torch.no_grad():
-        jumped = Student(net, LEVELS, chain="jump", gamma=1.0)(z, labels)
+        jumped = Student(net, LEVELS, sampler="gamma", gamma=1.0)(z, labels)
         assert torch.equal(jumped, Student(net, LEVELS)(z, labels))
 
 
@@ -85,18 +85,18 @@ def test_a_chain_is_jumps_of_the_network() -> None:
         x = jump(net, x, level(10.0), level(0.8 * 1.5), labels) + 0.6 * 1.5 * z[1]
         x = jump(net, x, level(1.5), level(0.8 * 0.3), labels) + 0.6 * 0.3 * z[2]
         x = jump(net, x, level(0.3), level(0.0), labels)
-        student = Student(net, LEVELS, chain="jump", gamma=0.6)
+        student = Student(net, LEVELS, sampler="gamma", gamma=0.6)
         torch.testing.assert_close(student(z, labels), x)
 
 
 def test_a_trained_student_jumps_and_keeps_its_share_of_noise(tmp_path: Path) -> None:
     for name in ("ctm", "mean-flow", "imm"):
-        method = distiller(network_teacher(), method=name, calls=2, gamma=0.4)
+        method = distiller(network_teacher(), method=name, num_steps=2, gamma=0.4)
         student = method.result(method.init(0), {"method": name})
-        assert (student.chain, student.gamma) == ("jump", 0.4)
+        assert (student.sampler, student.gamma) == ("gamma", 0.4)
         student.save_pretrained(tmp_path / name)
         again = Student.from_pretrained(tmp_path / name)
-        assert (again.chain, again.gamma) == ("jump", 0.4)
+        assert (again.sampler, again.gamma) == ("gamma", 0.4)
         assert_same_but_for_rounding(again.sample(16, seed=1), student.sample(16, seed=1))
 
 
@@ -104,14 +104,14 @@ def test_what_would_do_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="a student of one call"):
         distiller(network_teacher(), method="ctm", gamma=0.5)
     with pytest.raises(UserError, match=r"--gamma must be in \[0, 1\]"):
-        distiller(network_teacher(), method="ctm", calls=2, gamma=1.5)
+        distiller(network_teacher(), method="ctm", num_steps=2, gamma=1.5)
 
 
 def test_the_student_goes_on_from_a_teacher_as_it_does_alone() -> None:
-    student = Student(network(), LEVELS, chain="jump", gamma=0.5)
-    way = Handover((10.0, 3.0, 1.5), (1.5, 0.3))
+    student = Student(network(), LEVELS, sampler="gamma", gamma=0.5)
+    way = HybridSchedule((10.0, 3.0, 1.5), (1.5, 0.3))
     follower = follower_of(student, way)
-    assert (follower.levels, follower.chain, follower.gamma) == ((1.5, 0.3), "jump", 0.5)
+    assert (follower.sigmas, follower.sampler, follower.gamma) == ((1.5, 0.3), "gamma", 0.5)
 
 
 @pytest.mark.parametrize(("spread", "start"), [(0.5, 7.0), (1.0, 14.0), (3.0, 42.0), (40.0, 80.0)])
@@ -119,5 +119,5 @@ def test_the_default_start_hides_wide_data(spread: float, start: float) -> None:
     teacher = network_teacher()
     teacher.sigma_data, teacher.sigma_max = spread, 80.0
     for name in ("consistency", "imm"):
-        assert distiller(teacher, method=name).setup.first_level == start
-        assert distiller(teacher, method=name, student_sigma=1.5).setup.first_level == 1.5 * spread
+        assert distiller(teacher, method=name).context.first_sigma == start
+        assert distiller(teacher, method=name, student_sigma=1.5).context.first_sigma == 1.5 * spread

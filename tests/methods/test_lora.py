@@ -13,7 +13,7 @@ from torch import nn
 import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.interop.lora import adaptable, adapters_of, merged, network_in
-from distmatch.methods import start
+from distmatch.methods import initialization
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import METHODS
 from distmatch.nets.shared import fingerprint, own_state
@@ -26,7 +26,7 @@ TRAINED = [name for name in METHODS if name != "dpm-ot"]  # which trains no netw
 OPTIONS: dict[str, dict[str, Any]] = {
     "ctm": {"gan_weight": 0.1, "gan_after": 0.0},
     "disback": {"backtrack": 2, "backtrack_degrade_steps": 1, "backtrack_interval": 1},
-    "mmd": {"mmd_features": "teacher", "calls": 2},
+    "mmd": {"mmd_features": "teacher", "num_steps": 2},
     "dmd": {"pairs": 16, "pair_steps": 2},
 }
 
@@ -101,7 +101,7 @@ def identity_adapters(*args: Any, **kwargs: Any) -> Any:
     return made
 
 
-REAL = start.with_adapters
+REAL = initialization.with_adapters
 
 
 def quiet_adam(state: DistillState, learning: Any) -> None:
@@ -140,7 +140,7 @@ def test_adapters_of_full_rank_are_full_training(
             p.requires_grad_(p.requires_grad and (not networks or n in free or "to_level" in n))
     quiet_adam(full, lambda p: p.requires_grad)
 
-    monkeypatch.setattr(start, "with_adapters", identity_adapters)
+    monkeypatch.setattr(initialization, "with_adapters", identity_adapters)
     low = distiller(teacher, method=name, train="lora", lora_rank=rank, **options)
     state = low.init(0)
     quiet_adam(state, lambda p: p.requires_grad)
@@ -167,7 +167,7 @@ def test_calls_that_are_computed_again_have_the_gradient_of_those_that_are_kept(
     found = []
     for again in (False, True):
         teacher = network_teacher(2)
-        method = distiller(teacher, method="mmd", train="lora", calls=2, mmd_checkpoint=again)
+        method = distiller(teacher, method="mmd", train="lora", num_steps=2, mmd_checkpoint=again)
         state = method.init(0)
         trained(method, state, teacher, 3)
         found.append(own_state(state.student.denoiser))
@@ -254,7 +254,7 @@ def test_a_base_in_bfloat16_has_adapters_and_outputs_in_float32() -> None:
         assert {p.dtype for p in shared} == {torch.bfloat16}
         assert all(p.dtype == torch.float32 for p in teacher.parameters())
         assert state.student.sample(3).dtype == torch.float32
-        assert {v.dtype for v in state.average.rest.values()} == {torch.float32}
+        assert {v.dtype for v in state.ema.rest.values()} == {torch.float32}
         moments = state.optimizers["student"].state.values()
         assert {m["exp_avg"].dtype for m in moments} == {torch.float32}
 

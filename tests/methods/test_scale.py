@@ -21,7 +21,7 @@ from distmatch.ratio.discriminator import build_discriminator
 from tests.helpers.small import distiller, network_teacher, read_by
 
 STEPS, BATCH = 4, 24
-QUICK = {"lr": 1e-2, "fit_steps": 3, "critic_steps": 1, "gan_weight": 0.1}
+QUICK = {"lr": 1e-2, "fit_steps": 3, "fake_score_steps": 1, "gan_weight": 0.1}
 SPECIAL: dict[str, dict[str, Any]] = {
     "dmd": {"pairs": 32, "pair_steps": 4},
     "disback": {"backtrack": 2, "backtrack_degrade_steps": 1, "backtrack_interval": 1},
@@ -29,7 +29,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "scm": {"tangent_warmup": 0.05},
     "rcm": {"tangent_warmup": 0.05, "dmd_weight": 1.0},
     "ctm": {"gan_after": 0.0},
-    "dpm-ot": {"bank": 16, "bank_steps": 4, "cell_draws": 4, "calls": 2},
+    "dpm-ot": {"bank": 16, "bank_steps": 4, "cell_draws": 4, "num_steps": 2},
 }
 
 
@@ -55,7 +55,7 @@ def run(
     made = distiller(teacher, which, method, total_steps=40, **chosen)
     state = made.init(0, lambda n: real(c, 1000, n))
     log = [made.step(state, Batch(*real(c, step, BATCH))) for step in range(STEPS)]
-    return made.result(state, {}).sample(64, labels=torch.arange(64) % 2) / c, log
+    return made.result(state, {}).sample(64, conditioning=torch.arange(64) % 2) / c, log
 
 
 def compare(c: float, teachers: tuple[Any, Any], *choice: Any) -> None:
@@ -80,25 +80,25 @@ def test_scaled_data_give_scaled_samples(method: str) -> None:
 
 VARIANTS: list[tuple[str, str | None, dict[str, Any]]] = [
     ("f-distill", "kl", {"r1": 1.0}),
-    ("f-distill", "hellinger", {"calls": 2, "guidance": 2.0, "noise_high": 20.0}),
+    ("f-distill", "hellinger", {"num_steps": 2, "guidance": 2.0, "noise_high": 20.0}),
     ("f-distill", "reverse_kl", {"scaling": "score", "student_sigma": 0.0}),
     ("dmd2", None, {"ratio_features": "fake", "noise_low": 0.3}),
     ("dmd", None, {"pair_loss": "huber", "guidance": 1.5}),
-    ("sid", None, {"scaling": "score", "calls": 2}),
+    ("sid", None, {"scaling": "score", "num_steps": 2}),
     ("sim", None, {"sim_distance": "absolute", "scaling": "score"}),
     ("sim", None, {"sim_distance": "squared", "guidance": 2.0}),
     ("uni-instruct", "js", {"ratio_gradient": "scores", "scaling": "score"}),
-    ("moment-matching", None, {"calls": 3, "scaling": "dmd2"}),
+    ("moment-matching", None, {"num_steps": 3, "scaling": "dmd2"}),
     ("consistency", None, {"consistency_from": "data", "level_law": "log-normal", "huber": 0.3}),
-    ("consistency", None, {"calls": 2, "teacher_solver": "euler", "solver_steps": 2, "guidance": 1.5}),
-    ("scm", None, {"level_law": "log-normal", "calls": 2, "tangent": "difference"}),
-    ("ctm", None, {"calls": 2, "gamma": 0.5, "huber": 0.1, "target_decay": 0.5}),
-    ("mean-flow", None, {"calls": 2, "consistency_from": "data", "level_law": "karras"}),
-    ("rcm", None, {"calls": 2, "level_law": "log-normal", "guidance": 1.5}),
-    ("mmd", None, {"calls": 3, "mmd_spacing": "quadratic", "mmd_kernel": "rbf"}),
-    ("mmd", None, {"calls": 2, "mmd_spacing": "uniform", "mmd_kernel": "cubic"}),
-    ("imm", None, {"calls": 2, "gamma": 0.3, "imm_halvings": 4}),
-    ("dpm-ot", None, {"blend": 0.5, "student_sigma": 3.0, "calls": 3}),
+    ("consistency", None, {"num_steps": 2, "teacher_solver": "euler", "solver_steps": 2, "guidance": 1.5}),
+    ("scm", None, {"level_law": "log-normal", "num_steps": 2, "tangent": "difference"}),
+    ("ctm", None, {"num_steps": 2, "gamma": 0.5, "huber": 0.1, "target_decay": 0.5}),
+    ("mean-flow", None, {"num_steps": 2, "consistency_from": "data", "level_law": "karras"}),
+    ("rcm", None, {"num_steps": 2, "level_law": "log-normal", "guidance": 1.5}),
+    ("mmd", None, {"num_steps": 3, "mmd_spacing": "quadratic", "mmd_kernel": "rbf"}),
+    ("mmd", None, {"num_steps": 2, "mmd_spacing": "uniform", "mmd_kernel": "cubic"}),
+    ("imm", None, {"num_steps": 2, "gamma": 0.3, "imm_halvings": 4}),
+    ("dpm-ot", None, {"blend": 0.5, "student_sigma": 3.0, "num_steps": 3}),
 ]
 
 
@@ -122,7 +122,7 @@ def network(c: float) -> EDMDenoiser:
     ("method", "settings"),
     [
         ("f-distill", {"ratio_features": "teacher"}),
-        ("ctm", {"ratio_features": "teacher", "lr_ratio": 0.03}),
+        ("ctm", {"ratio_features": "teacher", "lr_discriminator": 0.03}),
         ("mmd", {"mmd_features": "teacher"}),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_fresh_network_is_told_levels_in_units_of_the_data_and_saved_so(tmp_pa
     again = Student.from_pretrained(tmp_path / "model")
     assert again.denoiser.noise_unit == student.denoiser.noise_unit
     labels = torch.arange(8) % 2
-    torch.testing.assert_close(again.sample(8, labels=labels), student.sample(8, labels=labels))
+    torch.testing.assert_close(again.sample(8, conditioning=labels), student.sample(8, conditioning=labels))
     config = tmp_path / "model" / "config.json"
     assert json.loads(config.read_text())["version"] == 2  # which a release that knows no unit refuses
     config.write_text(config.read_text().replace(f'"noise_unit": {unit}', '"noise_unit": 0'))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import distmatch as dm
-from distmatch.methods import setup
+from distmatch.methods import context
 from distmatch.nets import optim
 from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
@@ -32,7 +32,7 @@ def test_sizes_are_those_of_the_tensors(name: str, train: str) -> None:
     method = distiller(teacher, method=name, train=train, **({"gan_after": 0.0} if name == "ctm" else {}))
     state = method.init(0)
     networks: dict[str, nn.Module] = {"teacher": teacher, **state.modules()}
-    said = role_sizes(networks, state.optimizers.values(), state.average)
+    said = role_sizes(networks, state.optimizers.values(), state.ema)
     grads: dict[int, int] = {}
     for module in networks.values():
         for p in module.parameters():
@@ -42,7 +42,7 @@ def test_sizes_are_those_of_the_tensors(name: str, train: str) -> None:
         method.step(state, batch(step, 2))
 
     held = [t for m in networks.values() for t in (*m.parameters(), *m.buffers())]
-    assert sum(s.weights for s in said.values()) == unique([*held, *state.average.rest.values()])
+    assert sum(s.weights for s in said.values()) == unique([*held, *state.ema.rest.values()])
     assert sum(s.parameters for s in said.values()) == sum(
         {p.data_ptr(): p.numel() for m in networks.values() for p in m.parameters()}.values()
     )
@@ -84,8 +84,8 @@ def test_with_adapters_no_second_buffer_is_as_large_as_the_base(
         found.append(unique([t for t in (*alive, *grads) if t.shape in mine]) / large)
         return step(*args)
 
-    monkeypatch.setattr(setup, "scheduled_step", counted)
-    built = dm.methods.build(teacher, "dmd2", total_steps=4, critic_steps=1, gan_weight=0.0, train=train)
+    monkeypatch.setattr(context, "scheduled_step", counted)
+    built = dm.methods.build(teacher, "dmd2", total_steps=4, fake_score_steps=1, gan_weight=0.0, train=train)
     state = built.init(0)
     for index in range(3):
         built.step(state, batch(index, 0, 4))

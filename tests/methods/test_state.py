@@ -14,7 +14,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import UNCONDITIONAL, as_conditioning
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, student_levels
+from distmatch.methods.student import Student, student_sigmas
 from distmatch.training.checkpoint import load_checkpoint, pack, save_checkpoint
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
 
@@ -39,7 +39,7 @@ def assert_equal(one: DistillState, two: DistillState) -> None:
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("calls", [1, 2, 4])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, calls: int, classes: int) -> None:
-    settings = {"calls": calls, "gan_weight": 0.1, "r1": 0.5, "lr_decay": "cosine", "weight_decay": 0.01}
+    settings = {"num_steps": calls, "gan_weight": 0.1, "r1": 0.5, "lr_decay": "cosine", "weight_decay": 0.01}
 
     def method() -> Matching:
         return distiller(network_teacher(classes), "kl", **settings)
@@ -83,8 +83,8 @@ def test_a_state_of_another_network_is_refused() -> None:
 
 
 def test_levels_of_a_student_fall_from_the_first() -> None:
-    assert student_levels(1, 20.0, 0.5) == (20.0,)
-    levels = student_levels(4, 80.0, 0.5)
+    assert student_sigmas(1, 20.0, 0.5) == (20.0,)
+    levels = student_sigmas(4, 80.0, 0.5)
     assert levels[0] == 80.0
     steps = torch.tensor([*levels, 0.002]).double() ** (1 / 7)  # even in sigma^(1/7), down to 0.002
     torch.testing.assert_close(
@@ -93,7 +93,7 @@ def test_levels_of_a_student_fall_from_the_first() -> None:
 
 
 def test_backward_simulation_trains_every_call_about_equally_often() -> None:
-    method = distiller(network_teacher(), "js", calls=4)
+    method = distiller(network_teacher(), "js", num_steps=4)
     state, seen = method.init(0), torch.zeros(4)
     for step in range(600):
         state.step = step
@@ -106,7 +106,7 @@ def test_backward_simulation_trains_every_call_about_equally_often() -> None:
 
 
 def test_backward_simulation_gives_what_sampling_gives_with_a_gradient_through_the_last_call_alone() -> None:
-    method = distiller(network_teacher(3), "js", calls=4)
+    method = distiller(network_teacher(3), "js", num_steps=4)
     state, labels = method.init(0), as_conditioning(torch.arange(16) % 3)
     lengths = set()
     for step in range(12):
@@ -121,11 +121,11 @@ def test_backward_simulation_gives_what_sampling_gives_with_a_gradient_through_t
         last = inputs[-1][1]
         noise = [torch.randn(16, 2, generator=again) for _ in range(last + 1)]
         with torch.no_grad():
-            prefix = Student(state.student.denoiser, state.student.levels[: last + 1])
+            prefix = Student(state.student.denoiser, state.student.sigmas[: last + 1])
             assert torch.equal(prefix(noise, labels), x0)
             if last:
-                before = Student(state.student.denoiser, state.student.levels[:last])(noise[:-1], labels)
-                assert torch.equal(inputs[-1][0], before + state.student.levels[last] * noise[-1])
+                before = Student(state.student.denoiser, state.student.sigmas[:last])(noise[:-1], labels)
+                assert torch.equal(inputs[-1][0], before + state.student.sigmas[last] * noise[-1])
         assert not inputs[-1][0].requires_grad
         one_call = state.student.call(inputs[-1][0], last, labels)
         first = next(state.student.parameters())

@@ -88,7 +88,7 @@ def test_divergences_differ_once_the_discriminator_knows_something() -> None:
 
 @pytest.mark.parametrize("scaling", ["dmd2", "score"])
 def test_a_critic_equal_to_the_teacher_is_a_fixed_point(scaling: str) -> None:
-    method = distiller(network_teacher(), "js", gan_weight=0.0, critic_steps=1, scaling=scaling)
+    method = distiller(network_teacher(), "js", gan_weight=0.0, fake_score_steps=1, scaling=scaling)
     state = method.init(0)  # student and critic start as copies of the teacher
     before = weights(state)["student"]
     info = method.step(state, batch(0))
@@ -113,7 +113,7 @@ def student_step(
         clean = x0.detach()
         x = clean + expand(sigma, clean) * torch.randn(clean.shape, generator=again)
         teacher, logit = method.teacher(x, sigma, labels), None
-        fake = state.fake(x, sigma, labels)
+        fake = state.fake_score(x, sigma, labels)
     parts = {"teacher": teacher, "fake": fake, "sigma": sigma, "x": x}
     normalizer = RatioNormalizer(state.normalizer.config)
     if state.discriminator is not None:
@@ -121,9 +121,9 @@ def student_step(
         if method.compared.source == "own":
             logit = state.discriminator(leaf, sigma, labels)
         else:
-            lender = method.teacher if method.compared.source == "teacher" else state.fake
+            lender = method.teacher if method.compared.source == "teacher" else state.fake_score
             logit = state.discriminator(lender(leaf, sigma, labels, return_features=True)[1], sigma, labels)
-        weigh = method.setup.divergence.weight
+        weigh = method.context.divergence.weight
         parts["weight"] = normalizer.update(logit, method.noise.cdf(sigma), weigh).weight
         adversarial = method.config.gan_weight * adversarial_generator_loss(logit).mean()
         (parts["adversarial"],) = torch.autograd.grad(adversarial, leaf)
@@ -135,7 +135,7 @@ def student_step(
 @pytest.mark.parametrize("features", ["teacher", "fake", "own"])
 def test_the_samples_receive_exactly_the_weighted_score_difference(features: str, gan_weight: float) -> None:
     teacher = network_teacher(3).requires_grad_(True)  # even a teacher that forgot to freeze gets nothing
-    method = distiller(teacher, "kl", ratio_features=features, gan_weight=gan_weight, lr_ratio=0.05)
+    method = distiller(teacher, "kl", ratio_features=features, gan_weight=gan_weight, lr_discriminator=0.05)
     state = run(method, 6)
     state.normalizer = RatioNormalizer(state.normalizer.config)
     x0, received, parts = student_step(method, state, torch.arange(32) % 3)
@@ -146,7 +146,7 @@ def test_the_samples_receive_exactly_the_weighted_score_difference(features: str
         assert parts["adversarial"].abs().max() > 1e-6
     # Samples in another unit, and a teacher's pass that is part of a graph: both differ by roundings.
     torch.testing.assert_close(received, g / g.numel() + parts["adversarial"], rtol=1e-4, atol=1e-8)
-    for net in (teacher, state.fake, state.discriminator):
+    for net in (teacher, state.fake_score, state.discriminator):
         assert all(p.grad is None for p in net.parameters())  # type: ignore[union-attr]
 
 
@@ -163,15 +163,15 @@ def test_the_critic_never_reaches_the_student_and_frozen_features_stay_frozen() 
     for features in ("teacher", "fake", "own"):
         method = distiller(teacher, "js", ratio_features=features, r1=0.5)
         state = method.init(0)
-        fake = state.fake.net.trunk.first.weight
-        method.step(state, batch(0))  # critic_steps is 2: the first step is the critic's alone
+        fake = state.fake_score.net.trunk.first.weight
+        method.step(state, batch(0))  # fake_score_steps is 2: the first step is the critic's alone
         assert all(p.grad is None for p in state.student.parameters())
         assert all(p.grad is None for p in teacher.parameters())
         assert not torch.equal(fake, teacher.net.trunk.first.weight)
 
 
 ORDERS = {
-    # critic_steps 3: the student moves at steps 2, 5, 8 (counted from 0), not before the warm-up is over.
+    # fake_score_steps 3: the student moves at steps 2, 5, 8 (counted from 0), not before the warm-up is over.
     ("same-batch", 0): ({2, 5, 8}, set(range(9))),
     ("alternate", 0): ({2, 5, 8}, {0, 1, 3, 4, 6, 7}),
     ("same-batch", 4): ({5, 8}, set(range(9))),
@@ -182,7 +182,7 @@ ORDERS = {
 @pytest.mark.parametrize(("order", "warmup"), ORDERS)
 def test_who_learns_at_which_step(order: str, warmup: int) -> None:
     method = distiller(
-        network_teacher(), "js", critic_steps=3, order=order, warmup_steps=warmup, gan_weight=0.1
+        network_teacher(), "js", fake_score_steps=3, order=order, warmup_steps=warmup, gan_weight=0.1
     )
     state = method.init(0)
     moved: dict[str, set[int]] = {name: set() for name in state.modules()}
@@ -205,8 +205,8 @@ def test_learning_rates_follow_the_schedule() -> None:
         network_teacher(),
         "js",
         lr=1e-3,
-        lr_critic=2e-3,
-        lr_ratio=4e-3,
+        lr_fake_score=2e-3,
+        lr_discriminator=4e-3,
         lr_rampup=4,
         lr_decay="cosine",
         total_steps=8,
@@ -240,7 +240,7 @@ def test_the_teacher_is_guided_and_the_critic_is_not(features: str) -> None:
         rounding = {"rtol": 1e-5, "atol": 1e-6}  # two batches against one of twice the size
         torch.testing.assert_close(mine, none + 2.5 * (plain - none), **rounding)
         assert (mine - plain).abs().max() > 0.01
-        assert torch.equal(fake, state.fake(x, sigma, y))
+        assert torch.equal(fake, state.fake_score(x, sigma, y))
         head = state.discriminator
         lent = (x,) if features == "own" else (teacher(x, sigma, y, return_features=True)[1],)
         torch.testing.assert_close(logit, head(*lent, sigma, y), **rounding)  # type: ignore[misc]

@@ -64,8 +64,8 @@ def test_every_call_gets_noise_of_its_own_and_the_right_level() -> None:
 
 def test_labels_are_used_checked_and_drawn_evenly() -> None:
     model = student(classes=3)
-    ones = model.sample(40, labels=torch.ones(40, dtype=torch.int64))
-    assert (ones - model.sample(40, labels=torch.zeros(40, dtype=torch.int64))).abs().mean() > 0.01
+    ones = model.sample(40, conditioning=torch.ones(40, dtype=torch.int64))
+    assert (ones - model.sample(40, conditioning=torch.zeros(40, dtype=torch.int64))).abs().mean() > 0.01
     drawn: list[Tensor] = []
     forward = model.denoiser.forward
     model.denoiser.forward = lambda x, s, y=None: drawn.append(y["label"]) or forward(x, s, y)  # type: ignore[method-assign]
@@ -74,9 +74,9 @@ def test_labels_are_used_checked_and_drawn_evenly() -> None:
     assert (counts - 1000).abs().max() < 5 * (3000 * 2 / 9) ** 0.5
     for wrong in (torch.zeros(39), torch.full((40,), 3), torch.full((40,), -2), torch.zeros(0)):
         with pytest.raises(UserError, match=r"one condition for each|out of range"):
-            model.sample(40, labels=wrong.long())
+            model.sample(40, conditioning=wrong.long())
     with pytest.raises(UserError, match="unconditional"):
-        student().sample(4, labels=torch.zeros(4, dtype=torch.int64))
+        student().sample(4, conditioning=torch.zeros(4, dtype=torch.int64))
 
 
 def test_sampling_leaves_the_mode_of_the_student_as_it_was() -> None:
@@ -91,7 +91,7 @@ def test_saved_students_come_back_bit_for_bit(tmp_path: Path) -> None:
     model = student(3, 3)
     model.save_pretrained(str(tmp_path / "out"))
     again = Student.from_pretrained(str(tmp_path / "out"))
-    assert again.levels == model.levels
+    assert again.sigmas == model.sigmas
     assert again.info == model.info
     for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -109,13 +109,13 @@ def test_a_teacher_is_not_a_student(tmp_path: Path) -> None:
 
 QUICK = {"quiet": True, "net": "mlp", "width": 32, "depth": 2, "batch": 128, "device": "cpu"}
 # The critic must keep up with the student: it takes four steps for one, four times as large.
-LEARNING = {"lr": 1e-3, "lr_critic": 4e-3, "critic_steps": 4, "lr_rampup": 20, "ema_half_life": 20.0}
+LEARNING = {"lr": 1e-3, "lr_fake_score": 4e-3, "fake_score_steps": 4, "lr_rampup": 20, "ema_half_life": 20.0}
 
 
 def gaussian(steps: int, **options: object) -> Tensor:
     """Samples of a student of a Gaussian in the plane, under the reverse KL."""
     teacher = dm.GaussianMixture([1.0], MEAN[None], (SPREAD**2)[None], sigma_max=5.0)
-    settings = QUICK | LEARNING | {"depth": 1, "fit_steps": 100, "noise_low": 0.1, "critic_steps": 3}
+    settings = QUICK | LEARNING | {"depth": 1, "fit_steps": 100, "noise_low": 0.1, "fake_score_steps": 3}
     model = dm.distill(teacher, steps=steps, **settings | options)  # type: ignore[arg-type]
     return model.sample(4000, seed=1)
 
@@ -173,7 +173,7 @@ def test_a_student_is_shown_in_a_line() -> None:
     count = sum(p.numel() for p in model.parameters())
     model.info["method"] = "dmd2"
     assert repr(model) == (
-        "Student(method='dmd2', divergence='js', calls=3, levels=(20, 4, 0.7), shape=(2,), "
+        "Student(method='dmd2', divergence='js', num_steps=3, sigmas=(20, 4, 0.7), shape=(2,), "
         f"{count:,} parameters)"
     )
-    assert repr(Student(model.denoiser, (20.0,))).startswith("Student(calls=1, levels=(20), shape=(2,), ")
+    assert repr(Student(model.denoiser, (20.0,))).startswith("Student(num_steps=1, sigmas=(20), shape=(2,), ")

@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ctm": {"gan_weight": 0.1, "gan_after": 0.0},
     "dmd": {},
     "rcm": {"dmd_after": 0.0},
-    "mmd": {"mmd_features": "teacher", "calls": 2},
+    "mmd": {"mmd_features": "teacher", "num_steps": 2},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
 from dataclasses import replace
@@ -12,14 +13,14 @@ import pytest
 from distmatch.base.errors import UserError
 from distmatch.cli.parse import options_from
 from distmatch.methods.table import METHODS
-from distmatch.training.comparison.options import CompareOptions
+from distmatch.training.comparison.options import CompareOptions, parse_methods
 from distmatch.training.config_format import FORMAT, config_text, read_config
 from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.toml import to_toml
 from tests.helpers.command import command, done
 
 ROOT = Path(__file__).parents[2]
-_SHORT = "--net auto --width 16 --depth 1 --steps 2 --batch 16 --fit-steps 1 --critic-steps 1"
+_SHORT = "--net auto --width 16 --depth 1 --steps 2 --batch 16 --fit-steps 1 --fake-score-steps 1"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_an_older_file_without_such_levels_is_read(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text("[distill]\nstudent_sigma = 0\nlr = 1e-4\n[consistency]\nlevel_mean = -0.3\n")
     assert read_config(file)["distill"] == {"student_sigma": 0, "lr": 1e-4, "level_mean": -0.3}
-    file.write_text("format = 4\n")
+    file.write_text("format = 5\n")
     with pytest.raises(UserError, match="another format"):
         read_config(file)
 
@@ -70,13 +71,19 @@ def test_the_command_line_refuses_an_older_config(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('verb = "distill"\n[distill]\nnoise_low = 0.02\n')
     answer = command(f"distill --config {tmp_path}/config.toml --teacher ring8 --dry-run")
     assert answer.code == 2
-    assert "format = 3" in answer.err
+    assert "format = 4" in answer.err
 
 
 # ---- format 2 had a table for each family of methods, with all settings of all of them
 
 _TABLES = {
-    "distill": {"lr": 1e-5, "lr_critic": 1e-5, "lr_decay": "constant", "critic_steps": 5, "gan_weight": 0.0},
+    "distill": {
+        "lr": 1e-5,
+        "lr_fake_score": 1e-5,
+        "lr_decay": "constant",
+        "fake_score_steps": 5,
+        "gan_weight": 0.0,
+    },
     "matching": {"sid_alpha": 0.9, "sim_c": 0.3, "pairs": 4096, "backtrack": 0},
     "consistency": {"level_law": "karras", "level_mean": -0.4, "solver_steps": 1, "gamma": 0.0},
     "kernel": {"mmd_kernel": "auto", "mmd_checkpoint": False, "imm_particles": 4},
@@ -96,7 +103,7 @@ def test_a_file_of_format_2_is_read_with_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"of format 2 .* all settings of a method in \[distill\]"):
         values = read_config(file)
     assert values.keys() == {"verb", "teacher", "method", "preset", "distill"}
-    own = {"lr": 1e-5, "lr_critic": 1e-5, "lr_decay": "constant", "critic_steps": 5}
+    own = {"lr": 1e-5, "lr_fake_score": 1e-5, "lr_decay": "constant", "fake_score_steps": 5}
     own |= {"sid_alpha": 0.9, "backtrack": 0}
     assert values["distill"] == own  # what sid does not read is gone, as it was at its default
     shown = done(f"distill --config {file} --dry-run --json {_SHORT} --steps 8").json()["options"]
@@ -130,7 +137,7 @@ def test_a_comparison_of_format_2_shares_what_was_not_the_default(tmp_path: Path
     file.write_text(to_toml({"verb": "compare", "format": 2, "methods": "sid,imm", "shared": shared}))
     with pytest.warns(UserWarning, match="of format 2"):
         options = options_from(CompareOptions, file, "compare")
-    assert options.shared.given() == {"lr": 1e-5, "lr_critic": 1e-5, "gan_weight": 0.0, "sid_alpha": 0.9}
+    assert options.shared.given() == {"lr": 1e-5, "lr_fake_score": 1e-5, "gan_weight": 0.0, "sid_alpha": 0.9}
     assert options.shared.teacher == "ring8"
 
 
@@ -191,3 +198,20 @@ def test_a_run_of_an_older_file_goes_on(begun: Path, tmp_path: Path) -> None:
 def test_a_teacher_of_digits_says_its_network(tmp_path: Path) -> None:
     done(f"train --steps 1 --batch 4 --width 16 --depth 1 --out {tmp_path}/teacher")
     assert read_config(tmp_path / "teacher/config.toml")["net"]["net"] == "mlp"
+
+
+def test_settings_of_format_3_have_new_names(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('format = 3\nmethod = "f-distill"\n[distill]\ncalls = 2\nlr_critic = 2e-4\nlr = 1e-4\n')
+    with pytest.warns(UserWarning, match="new names"):
+        assert read_config(file)["distill"] == {"num_steps": 2, "lr_fake_score": 2e-4, "lr": 1e-4}
+
+
+def test_old_options_are_understood_with_a_warning() -> None:
+    line = "distill --teacher ring8 --method dmd2 --critic-steps 3 --calls=2 --dry-run --json"
+    answer = command(line)
+    assert answer.code == 0
+    found = json.loads(answer.out)["options"]["distill"]
+    assert (found["fake_score_steps"], found["num_steps"]) == (3, 2)
+    assert "--critic-steps is now called --fake-score-steps" in answer.err + answer.out
+    assert parse_methods("dmd2[critic_steps=2]")[0].settings == {"fake_score_steps": 2}

@@ -37,7 +37,7 @@ def tokens() -> ConditionalTraining:
 
 
 def student() -> Any:
-    return dm.methods.build(network_teacher(), "f-distill", total_steps=6, critic_steps=2)
+    return dm.methods.build(network_teacher(), "f-distill", total_steps=6, fake_score_steps=2)
 
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[[int], Any]]] = {

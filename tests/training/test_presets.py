@@ -72,7 +72,7 @@ def test_every_preset_is_of_its_method_and_moves_a_student(name: str) -> None:
     assert "arXiv" in preset.source or "publish none" in preset.source
     (warning,) = warned(options, own_teacher(), points())  # published for other networks
     assert f"--preset {name} is in force" in warning
-    period = getattr(options.settings, "critic_steps", 1)
+    period = getattr(options.settings, "fake_score_steps", 1)
     if method.critic:
         options = replace(options, settings=replace(options.settings, warmup_steps=0))  # type: ignore[call-arg]
     options = replace(options, run=replace(options.run, batch=16))
@@ -153,7 +153,7 @@ def test_averages_forget_as_the_published_ones() -> None:
     half_life = PRESETS["paper:scm-cifar10"].settings["ema_half_life"].value
     assert 0.5 ** (10_000 / half_life) == pytest.approx(0.9999**10_000, rel=1e-3)
     f_distill = PRESETS["paper:f-distill-cifar10"].settings  # 10,000 steps are 2,000 updates
-    assert f_distill["critic_steps"].value == 5
+    assert f_distill["fake_score_steps"].value == 5
     assert 0.5 ** (2_000 / f_distill["ema_half_life"].value) == pytest.approx(0.9999**10_000, rel=1e-3)
 
 
@@ -182,9 +182,9 @@ def test_options_win_over_files_over_presets_over_defaults(tmp_path: Path) -> No
     assert first["distill"]["weight_decay"] == plain["distill"]["weight_decay"]  # not in the preset
     file = tmp_path / "c.toml"
     file.write_text(f'format = 3\npreset = "{SID}"\n[distill]\nlr = 3e-5\nlr_critic = 4e-5\n')
-    second = resolved(f"{SHORT} --config {file} --steps 4 --lr-critic 7e-5")
+    second = resolved(f"{SHORT} --config {file} --steps 4 --lr-fake-score 7e-5")
     assert (second["method"], second["preset"]) == ("sid", SID)
-    assert (second["distill"]["lr"], second["distill"]["lr_critic"], second["distill"]["beta1"]) == (
+    assert (second["distill"]["lr"], second["distill"]["lr_fake_score"], second["distill"]["beta1"]) == (
         *(3e-5, 7e-5),
         0.0,
     )
@@ -197,19 +197,19 @@ def test_another_preset_leaves_what_was_chosen_and_nothing_else(tmp_path: Path) 
     assert (written["preset"], written["distill"]["noise_high"]) == (SID, 48.817)
     shown = tomllib.loads(done(f"distill --config {config} --dry-run").out)
     assert shown == written
-    for line, method, lr_critic in (
+    for line, method, lr_fake_score in (
         ("--preset laptop", "sid", 1e-3),
         ("--preset paper:sid-imagenet64", "sid", 4e-6),
         ("--preset paper:diff-instruct-cifar10", "diff-instruct", 1e-5),
         ("--method sim --preset laptop", "sim", 1e-3),
     ):
         other = resolved(f"--config {config} {line}")
-        assert (other["method"], other["distill"]["lr"], other["distill"]["lr_critic"]) == (
+        assert (other["method"], other["distill"]["lr"], other["distill"]["lr_fake_score"]) == (
             *(method, 2e-5),
-            lr_critic,
+            lr_fake_score,
         )
         assert other["run"]["batch"] == 8
-    assert resolved(f"--config {config} --preset laptop")["distill"]["critic_law"] == "same"
+    assert resolved(f"--config {config} --preset laptop")["distill"]["fake_score_distribution"] == "same"
 
 
 def test_a_run_goes_on_with_its_preset(tmp_path: Path) -> None:
@@ -245,10 +245,10 @@ def test_published_settings_on_a_small_network_are_not_taken_without_a_word(
     options = DistillOptions.of(None, SID)
     usual = DistillOptions.of("sid")
     (warning,) = warned(options, own_teacher(), points())
-    assert f"--preset {SID} is in force, --lr 1e-05, --lr-critic 1e-05, --steps" in warning
+    assert f"--preset {SID} is in force, --lr 1e-05, --lr-fake-score 1e-05, --steps" in warning
     assert f"--preset laptop has --lr {usual.settings.lr:g}" in warning
     run = replace(options.run, steps=50)
-    mine = replace(options, run=run, settings=replace(options.settings, lr=1e-4, lr_critic=1e-4))
+    mine = replace(options, run=run, settings=replace(options.settings, lr=1e-4, lr_fake_score=1e-4))
     assert warned(mine, own_teacher(), points()) == []
     assert "--steps" not in warned(replace(options, run=run), own_teacher(), points())[0]
     told = done(f"distill {SHORT} --preset {SID} --steps 3 --dry-run --json").json()["warnings"]
@@ -279,7 +279,7 @@ def test_python_has_the_same(tmp_path: Path) -> None:
     dm.distill("ring8", preset=SID, steps=3, lr=3e-5, out=tmp_path / "a", **quick)
     written = tomllib.loads((tmp_path / "a/config.toml").read_text())
     assert (written["method"], written["preset"], written["run"]["steps"]) == ("sid", SID, 3)
-    assert (written["distill"]["lr"], written["distill"]["lr_critic"]) == (3e-5, 1e-5)
+    assert (written["distill"]["lr"], written["distill"]["lr_fake_score"]) == (3e-5, 1e-5)
     dm.distill("ring8", preset="paper:uni-instruct-cifar10", steps=400, out=tmp_path / "b", **quick)
     assert tomllib.loads((tmp_path / "b/config.toml").read_text())["divergence"] == "kl"
     with pytest.raises(UserError, match="holds settings of sid"):
@@ -294,8 +294,8 @@ def test_a_comparison_has_presets_behind_methods() -> None:
     options = entry_options(shared, paper, seed=1, steps=5)
     assert (options.preset, options.run.batch, options.run.steps, options.run.seed) == (SID, 64, 5, 1)
     assert entry_options(SharedOptions(), paper, seed=1, steps=5).run.batch == 256
-    faster = replace(shared, settings=replace(shared.settings, lr_critic=2e-5))
-    assert entry_options(faster, paper, seed=1, steps=5).settings.lr_critic == 2e-5
+    faster = replace(shared, settings=replace(shared.settings, lr_fake_score=2e-5))
+    assert entry_options(faster, paper, seed=1, steps=5).settings.lr_fake_score == 2e-5
     answer = command(f"compare --teacher ring8 --methods sid --preset {SID} --dry-run")
     assert answer.code == 2
     assert f"NAME[preset={SID}]" in answer.err
@@ -324,7 +324,7 @@ def test_a_teacher_from_elsewhere_is_not_given_laptop_rates_without_a_word(
     folder, _ = foreign
     line = f"distill --teacher {folder}/edm.pkl --data {folder}/images.npz --method sid --batch 4 --steps 5"
     told = done(f"{line} --out {tmp_path}/run").err
-    assert "warning: --preset laptop is in force, --lr 0.0005, --lr-critic 0.001" in told
+    assert "warning: --preset laptop is in force, --lr 0.0005, --lr-fake-score 0.001" in told
     assert "comes from elsewhere" in told
     assert f"--preset {SID}" in told
     assert "--preset laptop is in force" in (tmp_path / "run/log.jsonl").read_text()
@@ -345,14 +345,14 @@ def test_the_warning_names_what_is_kept_and_the_closest_preset(foreign: tuple[Pa
         found = warned(options, teacher, data)
         assert len(found) == (method.family != "transport"), name
         for message in found:
-            assert ("--lr-critic" in message.split(":")[0]) == method.critic
+            assert ("--lr-fake-score" in message.split(":")[0]) == method.critic
             near = of_method(name) or of_method(presets._LIKE[name])
             assert near[0].name in message
-    rates = {"lr": 1e-5, "lr_critic": 2e-5, "lr_ratio": 3e-5}
+    rates = {"lr": 1e-5, "lr_fake_score": 2e-5, "lr_discriminator": 3e-5}
     options = DistillOptions.of("dmd2", run=run)
     assert "published for this method: --preset paper:dmd2-cifar10" in warned(options, teacher, data)[0]
-    kept = replace(options, settings=replace(options.settings, lr=1e-5, lr_ratio=3e-5))
-    assert "in force, --lr-critic 0.001: for" in warned(kept, teacher, data)[0]
+    kept = replace(options, settings=replace(options.settings, lr=1e-5, lr_discriminator=3e-5))
+    assert "in force, --lr-fake-score 0.001: for" in warned(kept, teacher, data)[0]
     assert warned(replace(options, settings=replace(options.settings, **rates)), teacher, data) == []
 
 

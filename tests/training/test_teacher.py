@@ -82,7 +82,7 @@ def test_every_parametrization_learns_the_exact_denoiser(path: str, prediction: 
     # take it to 0.12.
     method = training(300, path=path, prediction=prediction)
     before = excess(method.init(0).denoiser)
-    after = excess(run(method, 300).average.module)
+    after = excess(run(method, 300).ema.module)
     assert after < (0.5 if prediction == "x0" else 0.05)
     assert after < before / 8
 
@@ -290,7 +290,7 @@ def test_no_loss_waits_for_the_device(name: str) -> None:
 
 
 def test_a_student_of_such_a_teacher_has_its_parametrization() -> None:
-    teacher = run(training(path="condot"), 3).average.module
+    teacher = run(training(path="condot"), 3).ema.module
     method = distiller(teacher, "js")
     state = method.init(0)
     assert isinstance(state.student.denoiser, PathDenoiser)

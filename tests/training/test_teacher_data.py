@@ -170,7 +170,7 @@ def test_instance_noise_teaches_the_blurred_data() -> None:
     sigma = torch.logspace(-1, 0.7, 1024)
     x = exact.sample(1024, seed=1) + sigma[:, None] * torch.randn(1024, 2, generator=gen(7))
     with torch.no_grad():
-        error = (state.average.module(x, sigma) - exact(x, sigma)).square().mean(1) / sigma**2
+        error = (state.ema.module(x, sigma) - exact(x, sigma)).square().mean(1) / sigma**2
         sharp = GaussianMixture([1.0], [[0.0, 0.0]], [[0.36, 0.0]])
         other = (sharp(x, sigma) - exact(x, sigma)).square().mean(1) / sigma**2
     assert float(error.mean()) < 0.01 < 0.1 * float(other.mean())

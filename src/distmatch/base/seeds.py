@@ -19,7 +19,7 @@ def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch
     return torch.Generator(device=device).manual_seed(stream_seed(seed, name))
 
 
-def latents(n: int, shape: tuple[int, ...], seed: int, name: str = "latents") -> torch.Tensor:
+def initial_noise(n: int, shape: tuple[int, ...], seed: int, name: str = "latents") -> torch.Tensor:
     """Unit normal noise (n, *shape) float32 on the CPU; row i is the same whatever ``n`` is.
 
     torch fills normals in blocks of 16 and redoes the last block when the size is not a multiple of it, so

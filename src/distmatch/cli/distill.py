@@ -14,7 +14,7 @@ HELP = Help(
 
 example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
          distmatch distill --teacher grid25 --divergence kl --steps 2000 --out runs/grid
-         distmatch distill --teacher runs/teacher --method dmd2 --calls 2 --out runs/two
+         distmatch distill --teacher runs/teacher --method dmd2 --num-steps 2 --out runs/two
 
 Options and defaults are those of f-distill; --method NAME --help-all shows those of another method.""",
     named="""Distil a teacher into a student of one call or a few, by {method}.

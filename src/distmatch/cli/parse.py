@@ -16,7 +16,7 @@ import tyro
 from distmatch.base.errors import UserError
 from distmatch.cli.help import LETTERS, Help, asked_for, flags_of, help_text
 from distmatch.cli.refusal import refusal
-from distmatch.methods.table import find_method, readers, unknown_setting
+from distmatch.methods.table import RENAMED, current_name, find_method, readers, unknown_setting
 from distmatch.training.config_format import read_config
 from distmatch.training.options import DistillOptions
 from distmatch.training.toml import dataclass_to_dict, with_values
@@ -193,10 +193,14 @@ def checkpoint_choice(resume: str | None) -> str | int | None:
 
 
 def _in_full(argv: Sequence[str]) -> list[str]:
-    """`-n` and the like as `--n`; where a verb has no such option, that is what its refusal names."""
+    """`-n` and the like as `--n`, and options of before 0.2 by their present names."""
     long = {letter: f"--{name}" for name, letter in LETTERS.items()}
-    parts = [argument.partition("=") for argument in argv]
-    return [long.get(name, name) + equals + value for name, equals, value in parts]
+    old = {f"--{name.replace('_', '-')}": name for name in RENAMED}
+    result = []
+    for name, equals, value in (argument.partition("=") for argument in argv):
+        now = f"--{current_name(old[name]).replace('_', '-')}" if name in old else long.get(name, name)
+        result.append(now + equals + value)
+    return result
 
 
 def _with_resume_value(argv: Sequence[str]) -> list[str]:

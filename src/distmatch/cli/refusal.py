@@ -21,7 +21,7 @@ _ELSEWHERE = {
     **dict.fromkeys(
         ("--epochs", "--iterations", "--iters", "--max-steps", "--num-inference-steps"), "--steps"
     ),
-    **dict.fromkeys(("--nfe", "--num-steps"), "--steps"),
+    "--nfe": "--num-steps",
     **dict.fromkeys(("--batch-size", "--bs"), "--batch"),
     **dict.fromkeys(("--learning-rate", "--rate"), "--lr"),
     **dict.fromkeys(("--guidance-scale", "--cfg", "--cfg-scale"), "--guidance"),

@@ -18,7 +18,7 @@ from distmatch.cli.parse import parse
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distmatch.training.assess import Drawn
+    from distmatch.training.assess import SampleResult
     from distmatch.training.models import Model
     from distmatch.training.sampling import Sampling
 
@@ -206,7 +206,7 @@ class _Asked:
     model: Model
     teacher: Model | None
     sampling: Sampling
-    draw: Callable[[int, Tensor | None], Drawn]
+    draw: Callable[[int, Tensor | None], SampleResult]
     told: dict[str, Any]
 
 
@@ -223,10 +223,10 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
         part: dict[str, Any] = {"calls": o.hybrid_calls, "level": o.hybrid_level}
         way = plan_hybrid(teacher, model, sampling, **part)
 
-        def draw(n: int, labels: Tensor | None) -> Drawn:
+        def draw(n: int, labels: Tensor | None) -> SampleResult:
             return draw_hybrid(teacher, model, n, labels, o.seed, sampling, **part, **common)
 
-        level = way.student_levels[0] if way.student_levels else 0.0
+        level = way.student_sigmas[0] if way.student_sigmas else 0.0
         return _Asked(
             model, teacher, sampling, draw, {"model": "hybrid", "solver": o.solver, "handover": level}
         )
@@ -238,7 +238,7 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
         sampling = _sampling(o)
         sampling.check(model.teacher)
 
-    def alone(n: int, labels: Tensor | None) -> Drawn:
+    def alone(n: int, labels: Tensor | None) -> SampleResult:
         return model.draw(n, labels, o.seed, sampling, **common)
 
     solver = None if model.kind == "student" else o.solver
@@ -269,7 +269,7 @@ def _refuse_for_students(o: SampleOptions) -> None:
         UserError: One of them was given.
     """
     names = ("solver", "steps", "grid", "path", "guidance", "guidance_interval", "guidance_reference")
-    fix = "leave them out, or distil with --calls and --guidance; solvers are for teachers"
+    fix = "leave them out, or distil with --num-steps and --guidance; solvers are for teachers"
     _refuse(o, names, "a student has its calls and its guidance built in: there is no path to solve", fix)
 
 

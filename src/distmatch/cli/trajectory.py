@@ -92,7 +92,7 @@ def draw_trajectory(
         n,
         sampling.levels(denoiser),
         sampling.solver,
-        labels=labels,
+        conditioning=labels,
         path=sampling.path_for(denoiser),
         seed=seed,
         batch=batch,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distmatch.base.seeds import latents
+from distmatch.base.seeds import initial_noise
 from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import at_step
@@ -95,7 +95,7 @@ def x0_trajectory(
     grid: Tensor | Sequence[float],
     solver: str | Solver = "heun",
     *,
-    labels: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     path: NoisePath | str | None = None,
     seed: int = 0,
     batch: int = 1024,
@@ -111,7 +111,7 @@ def x0_trajectory(
         n: Number of samples.
         grid: Decreasing levels; samples are at the last one, usually 0.
         solver: A solver or its name.
-        labels: Their conditions: class labels (n,), a conditioning, or None.
+        conditioning: Class labels (n,), a conditioning, or None.
         path: As for :func:`~distmatch.diffusion.solvers.solve`.
         seed: Seed of all noise.
         batch: Samples at a time.
@@ -123,11 +123,11 @@ def x0_trajectory(
     Raises:
         UserError: What :func:`~distmatch.diffusion.solvers.solve` refuses.
     """
-    conditioning = as_conditioning(labels)
+    conditioning = as_conditioning(conditioning)
     check_conditioning(conditioning, n, spec_of(denoiser))
     chosen = find_solver(solver)
     levels = checked_levels(grid, stochastic=True)
-    latent = start_noise(denoiser, latents(n, denoiser.shape, seed), seed)
+    latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed), seed)
     steps = list(itertools.pairwise(levels))
     seen, final = [], []
     for start in range(0, n, batch):

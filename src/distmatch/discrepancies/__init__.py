@@ -42,7 +42,6 @@ from distmatch.discrepancies.kernels import (
     polynomial,
     rational_quadratic,
 )
-from distmatch.discrepancies.line import wasserstein_1d
 from distmatch.discrepancies.mmd import mmd, mmd_loss, mmd_test
 from distmatch.discrepancies.permutation import TestResult
 from distmatch.discrepancies.sinkhorn import SinkhornResult, sinkhorn_divergence
@@ -55,6 +54,7 @@ from distmatch.discrepancies.sliced import (
     sliced_wasserstein_loss,
 )
 from distmatch.discrepancies.stein import kernel_stein, kernel_stein_loss, kernel_stein_test
+from distmatch.discrepancies.wasserstein import wasserstein_1d
 
 __all__ = [
     "KERNELS",

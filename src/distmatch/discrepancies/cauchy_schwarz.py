@@ -15,11 +15,16 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import near_zero
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.kernels import squared_distances
+from distmatch.discrepancies.pairwise_sums import (
+    PairSums,
+    degenerate_across,
+    degenerate_within,
+    two_sample_variances,
+)
 from distmatch.discrepancies.samples import about_center, checked_pair, same_count
-from distmatch.discrepancies.sums import PairSums, degenerate_across, degenerate_within, two_sample_variances
+from distmatch.discrepancies.u_statistics import near_zero
 
 ESTIMATORS = ("unbiased", "biased")
 _OVERLAP_ERROR = 0.5

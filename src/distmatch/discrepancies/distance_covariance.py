@@ -16,7 +16,6 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import centered_square, near_zero, squared_distance_sum
 from distmatch.discrepancies.distance_products import (
     ProductSums,
     centered,
@@ -26,6 +25,7 @@ from distmatch.discrepancies.distance_products import (
 )
 from distmatch.discrepancies.permutation import TestResult, checked_resamples, result_of
 from distmatch.discrepancies.samples import checked, same_count
+from distmatch.discrepancies.u_statistics import centered_square, near_zero, squared_distance_sum
 
 ESTIMATORS = ("unbiased", "biased")
 LEAST = 4

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from distmatch.base.errors import unknown_name
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import squared_distance_sum
 from distmatch.discrepancies.kernels import energy
 from distmatch.discrepancies.mmd import mmd, mmd_loss, mmd_test
+from distmatch.discrepancies.pairwise_sums import PairSums, degenerate_across, degenerate_within, two_sample
 from distmatch.discrepancies.permutation import TestResult
 from distmatch.discrepancies.samples import checked_pair
-from distmatch.discrepancies.sums import PairSums, degenerate_across, degenerate_within, two_sample
+from distmatch.discrepancies.u_statistics import squared_distance_sum
 
 ESTIMATORS = ("unbiased", "biased")
 

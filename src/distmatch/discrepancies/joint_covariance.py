@@ -10,10 +10,10 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import centered_square, near_zero
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.distance_covariance import checked_list, distance_variance
 from distmatch.discrepancies.distance_products import centered, distances
+from distmatch.discrepancies.u_statistics import centered_square, near_zero
 
 
 def _product(centered_rows: list[Tensor], c: float) -> Tensor:

@@ -11,6 +11,7 @@ from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
 from distmatch.discrepancies.chunks import rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel, resolve_kernel
+from distmatch.discrepancies.pairwise_sums import across, total_across, total_within, two_sample, within
 from distmatch.discrepancies.permutation import (
     TestResult,
     checked_resamples,
@@ -20,7 +21,6 @@ from distmatch.discrepancies.permutation import (
     result_of,
 )
 from distmatch.discrepancies.samples import about_center, checked_pair
-from distmatch.discrepancies.sums import across, total_across, total_within, two_sample, within
 
 ESTIMATORS = ("unbiased", "biased", "linear", "block")
 """What ``estimator`` may be."""

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.line import checked_order, line_costs, line_distances
 from distmatch.discrepancies.measures import Measures, checked_measures
+from distmatch.discrepancies.wasserstein import checked_order, line_costs, line_distances
 
 OfLines = Callable[[Tensor, Tensor, Measures, float], Tensor]
 

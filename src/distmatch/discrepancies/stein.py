@@ -14,7 +14,6 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import centered_square, near_zero
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.kernels import median_bandwidth, squared_distances
 from distmatch.discrepancies.permutation import (
@@ -26,6 +25,7 @@ from distmatch.discrepancies.permutation import (
     result_of,
 )
 from distmatch.discrepancies.samples import checked, same_count, same_dimension
+from distmatch.discrepancies.u_statistics import centered_square, near_zero
 
 KERNELS = ("imq", "gaussian")
 ESTIMATORS = ("unbiased", "biased")

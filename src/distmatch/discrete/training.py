@@ -102,7 +102,7 @@ class TokenTraining:
         size = (self.config.chains if "marginals" in self.trains else 0, net.length)
         return TokenState(
             model=model,
-            average=EMA(model),
+            ema=EMA(model),
             optimizers={"model": adam(model.parameters(), self.config)},
             generator=random,
             memory={"chains": torch.randint(net.vocabulary, size, generator=random, device=self.device)},
@@ -123,7 +123,7 @@ class TokenTraining:
         loss.backward()
         info["grad_norm"] = scheduled_step(state.optimizers["model"], cfg, state.step, self.total_steps)
         state.step += 1
-        state.average.update(state.model, min(cfg.ema_decay, (1 + state.step) / (10 + state.step)))
+        state.ema.update(state.model, min(cfg.ema_decay, (1 + state.step) / (10 + state.step)))
         return info
 
     def loss(self, state: TokenState, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -132,7 +132,7 @@ class TokenTraining:
 
     def result(self, state: TokenState) -> Any:
         """The network on its averaged weights; several of them as a ``ModuleDict``."""
-        networks: Any = state.average.module
+        networks: Any = state.ema.module
         return networks if len(self.trains) > 1 else networks[self.trains[0]]
 
 

@@ -259,5 +259,5 @@ def _difference(student: Any, teacher: Any) -> str:
 
 
 def _between(about: Mapping[str, Any]) -> str:
-    chain = str(about.get("chain", "renoise"))
+    chain = str(about.get("chain", "stochastic"))
     return f"{chain}, gamma {about['gamma']:g}" if "gamma" in about else chain

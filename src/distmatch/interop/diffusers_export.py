@@ -83,11 +83,11 @@ def _check(student: StudentLike) -> None:
             expected="a network of diffusers, as a UNet2DModel",
             fix=_INSTEAD,
         )
-    if len(student.levels) > 1:
+    if len(student.sigmas) > 1:
         raise UserError(
             "stock pipelines of diffusers do not go from call to call as this student does: their noise lies "
             "on levels of their own",
-            got=f"{len(student.levels)} calls",
+            got=f"{len(student.sigmas)} calls",
             expected="1 call",
             fix=_INSTEAD,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import generator, latents
+from distmatch.base.seeds import generator, initial_noise
 from distmatch.diffusion.conditioning import LABEL, spec_of
 from distmatch.interop.diffusers_net import DiffusersNet
 from distmatch.interop.lora import merged
@@ -26,7 +26,7 @@ class StudentLike(Protocol):
     """
 
     denoiser: Any
-    levels: tuple[float, ...]
+    sigmas: tuple[float, ...]
     from_noise: bool
 
     @property
@@ -159,7 +159,7 @@ class Portable(nn.Module):
         self.plain = copy.copy(self.student)
         if not isinstance(getattr(denoiser, "net", None), nn.Module):
             return  # a module that is a denoiser itself has no part that does not depend on the level
-        self.calls = [frozen_call(denoiser, s, student.goal(i)) for i, s in enumerate(student.levels)]
+        self.calls = [frozen_call(denoiser, s, student.goal(i)) for i, s in enumerate(student.sigmas)]
         self.net = PlainNet(denoiser.net) if isinstance(denoiser.net, DiffusersNet) else denoiser.net
         self.plain.call = self._call
 
@@ -179,7 +179,7 @@ class Portable(nn.Module):
     def inputs(self, n: int, seed: int = 0) -> tuple[Tensor, ...]:
         """Random inputs for ``n`` samples."""
         shape = self.student.shape
-        noise = [latents(n, shape, seed, f"export/{index}") for index in range(self.draws)]
+        noise = [initial_noise(n, shape, seed, f"export/{index}") for index in range(self.draws)]
         if self.conditional:
             classes = self.student.num_classes
             noise.append(torch.randint(classes, (n,), generator=generator(seed, "export/labels")))

@@ -16,9 +16,9 @@ from distmatch.divergences import divergence as divergence_of
 from distmatch.interop import is_external
 from distmatch.interop.lora import chosen_layers, network_in
 from distmatch.interop.optional import PEFT
+from distmatch.methods.context import Context, Distiller
+from distmatch.methods.initialization import frozen, has_network
 from distmatch.methods.settings import GuidedSettings, RoleSettings, Settings
-from distmatch.methods.setup import Distiller, Setup
-from distmatch.methods.start import frozen, has_network
 from distmatch.methods.table import resolve_method, unknown_setting
 from distmatch.nets.config import NetConfig
 
@@ -79,7 +79,7 @@ def build(
         raise UserError("the student copies the teacher's network", got=f"net={net}", fix="leave net out")
     device = torch.device(device)
     return build_method(
-        Setup(
+        Context(
             teacher=frozen(teacher, device, values if isinstance(values, RoleSettings) else None),
             method=chosen,
             divergence=divergence if isinstance(divergence, Divergence) else divergence_of(name),
@@ -92,53 +92,53 @@ def build(
     )
 
 
-def build_method(setup: Setup[Settings]) -> Distiller:
+def build_method(context: Context[Settings]) -> Distiller:
     """The method of a set-up; everything that does not fit is refused here, before anything is trained.
 
     Raises:
         UserError: Teacher, method and settings do not go together.
     """
-    _check_levels(setup)
-    _check_conditions(setup)
-    _refuse_idle(setup.settings)
-    _check_roles(setup)
-    if setup.method.family == "consistency":
-        require_score(setup.teacher, "a path of samples with Gaussian noise")
-    if isinstance(setup.settings, GuidedSettings) and setup.settings.guidance != 1:
-        require_null_class(setup.teacher)
-    if setup.method.teacher_gradient:
-        require_input_gradient(setup.teacher, setup.method.name, setup.device)
-    built: Distiller = setup.method.build(setup)
+    _check_levels(context)
+    _check_conditions(context)
+    _refuse_idle(context.settings)
+    _check_roles(context)
+    if context.method.family == "consistency":
+        require_score(context.teacher, "a path of samples with Gaussian noise")
+    if isinstance(context.settings, GuidedSettings) and context.settings.guidance != 1:
+        require_null_class(context.teacher)
+    if context.method.teacher_gradient:
+        require_input_gradient(context.teacher, context.method.name, context.device)
+    built: Distiller = context.method.build(context)
     return built
 
 
-def _check_levels(setup: Setup[Settings]) -> None:
-    teacher = setup.teacher
+def _check_levels(context: Context[Settings]) -> None:
+    teacher = context.teacher
     low, high, data = teacher.sigma_min, teacher.sigma_max, teacher.sigma_data
-    if not low < setup.first_level <= high:
+    if not low < context.first_sigma <= high:
         raise UserError(
             "the student must start at a noise level that the teacher knows",
-            got=f"--student-sigma {setup.settings.student_sigma:g}, in units of sigma_data = {data:.4g}",
+            got=f"--student-sigma {context.settings.student_sigma:g}, in units of sigma_data = {data:.4g}",
             expected=f"above {low / data:.4g} and up to {high / data:.4g}, or 0 for that",
         )
 
 
-def _check_conditions(setup: Setup[Settings]) -> None:
-    others = set(spec_of(setup.teacher)) - {LABEL}
-    if others and setup.method.conditions == "labels":
+def _check_conditions(context: Context[Settings]) -> None:
+    others = set(spec_of(context.teacher)) - {LABEL}
+    if others and context.method.conditions == "labels":
         raise UserError(
-            f"{setup.method.name} knows class labels as conditions, and this teacher takes others",
+            f"{context.method.name} knows class labels as conditions, and this teacher takes others",
             got=f"conditions {', '.join(sorted(others))}",
             fix="use f-distill, dmd2, sid or another method of docs/methods.md",
         )
 
 
-def _check_roles(setup: Setup[Settings]) -> None:
+def _check_roles(context: Context[Settings]) -> None:
     """Refuses adapters where there is nothing to adapt, and a base that does not run in its type."""
-    own, teacher = setup.settings, setup.teacher
+    own, teacher = context.settings, context.teacher
     if not isinstance(own, RoleSettings) or own.train == "full":
         return
-    if setup.copied is None or not isinstance(teacher, nn.Module):
+    if context.copied is None or not isinstance(teacher, nn.Module):
         raise UserError(
             "--train lora adapts the network of the teacher, and this student has another",
             got="a fresh network for the student" if has_network(teacher) else "a teacher without a network",
@@ -148,10 +148,10 @@ def _check_roles(setup: Setup[Settings]) -> None:
     chosen_layers(network_in(teacher), own.lora_targets)
     if own.base_dtype == "float32":
         return
-    x = torch.ones(2, *teacher.shape, device=setup.device)
+    x = torch.ones(2, *teacher.shape, device=context.device)
     try:
-        with setup.autocast(), torch.no_grad():
-            teacher(x, x.new_ones(2), example_conditioning(teacher, 2, setup.device))
+        with context.autocast(), torch.no_grad():
+            teacher(x, x.new_ones(2), example_conditioning(teacher, 2, context.device))
     except (RuntimeError, TypeError) as error:
         raise UserError(
             f"this network does not run with weights in {own.base_dtype}",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distmatch.base.seeds import latents
+from distmatch.base.seeds import initial_noise
 from distmatch.data.classes import checked_conditioning
 from distmatch.diffusion.conditioning import Conditioning, ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
@@ -21,7 +21,7 @@ from distmatch.diffusion.paths import NoisePath
 from distmatch.diffusion.solvers import Solver, find_solver, solve
 from distmatch.diffusion.solvers import grid as make_grid
 from distmatch.interop import decode_samples
-from distmatch.methods.handover import Handover, check_way, hand_over
+from distmatch.methods.hybrid_schedule import HybridSchedule, check_way, hybrid_schedule
 from distmatch.methods.student import Student, device_of
 
 
@@ -37,7 +37,7 @@ def hybrid_sample(
     solver: str | Solver = "heun",
     grid: Tensor | Sequence[float] | None = None,
     path: NoisePath | str | None = None,
-    labels: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     seed: int = 0,
     batch: int = 1024,
     decode: bool = True,
@@ -52,13 +52,14 @@ def hybrid_sample(
         teacher: The teacher; guided, if it shall be.
         student: The student. Its device is where everything is computed.
         n: Number of samples.
-        calls: Steps of the student's way that the teacher takes, see :func:`hand_over`.
+        calls: Steps of the student's way that the teacher takes, see :func:`hybrid_schedule`.
         level: The noise level at which the student takes over, in place of ``calls``.
         steps: Steps of the teacher's grid down to 0; it takes those above the level of the handover.
         solver: How the teacher is sampled.
         grid: Decreasing levels in place of the default ones.
         path: As for :func:`~distmatch.diffusion.solvers.solve`.
-        labels: Classes (n,) int64, or a conditioning; drawn as the student draws them when they are missing.
+        conditioning: Classes (n,) int64, or a conditioning. Without it classes are drawn as the student draws
+            them.
         seed: Seed of everything random.
         batch: Samples at a time.
         decode: Whether latents become images.
@@ -68,17 +69,17 @@ def hybrid_sample(
         (n, *shape) float32 on the CPU, in model space.
 
     Raises:
-        UserError: What :func:`hand_over` refuses, and labels or a solver that do not fit.
+        UserError: What :func:`hybrid_schedule` refuses, and labels or a solver that do not fit.
     """
     levels = make_grid("karras", steps, teacher.sigma_min, teacher.sigma_max) if grid is None else grid
-    way = hand_over(teacher, student, levels, calls=calls, level=level)
+    way = hybrid_schedule(teacher, student, levels, calls=calls, level=level)
     chosen = find_solver(solver)
     check_way(way, chosen, solver)
-    asked = checked_conditioning(labels, n, student, seed, student.classes.counts)
+    asked = checked_conditioning(conditioning, n, student, seed, student.classes.counts)
     device = device_of(student)
-    z = latents(n, student.shape, seed)
+    z = initial_noise(n, student.shape, seed)
     if not way.teacher_levels:
-        return student.sample(n, seed=seed, labels=asked, batch=batch, decode=decode, on_batch=on_batch)
+        return student.sample(n, seed=seed, conditioning=asked, batch=batch, decode=decode, on_batch=on_batch)
     later = student_noise(student, way, n, seed)
     follower = follower_of(student, way)
     training = student.training
@@ -92,7 +93,7 @@ def hybrid_sample(
             noise = SampleNoise(seed, torch.arange(part.start, part.stop), tuple(student.shape), device)
         start = z[part].to(device) * way.teacher_levels[0]
         y = solve(teacher, start, way.teacher_levels, chosen, conditioning=c, noise=noise, path=path).y
-        if way.student_levels:
+        if way.student_sigmas:
             y = student_calls(follower, y, [e[part].to(device) for e in later], c)[-1]
         out.append(y.float().cpu())
         if on_batch is not None:
@@ -102,7 +103,7 @@ def hybrid_sample(
     return decode_samples(student.denoiser, x, device=device) if decode else x
 
 
-def student_noise(student: Student, way: Handover, n: int, seed: int) -> list[Tensor]:
+def student_noise(student: Student, way: HybridSchedule, n: int, seed: int) -> list[Tensor]:
     """The noise before each call of the student's part but the first: that of the student alone there.
 
     Args:
@@ -111,13 +112,13 @@ def student_noise(student: Student, way: Handover, n: int, seed: int) -> list[Te
         n: Number of samples.
         seed: Seed of the samples.
     """
-    later = len(way.student_levels[1:])
-    return [latents(n, student.shape, seed, f"latents/{student.nfe - later + i}") for i in range(later)]
+    later = len(way.student_sigmas[1:])
+    return [initial_noise(n, student.shape, seed, f"latents/{student.nfe - later + i}") for i in range(later)]
 
 
-def follower_of(student: Student, way: Handover) -> Student:
+def follower_of(student: Student, way: HybridSchedule) -> Student:
     """The student as it goes on from a teacher: given noised data, of which its chain can keep the noise."""
-    follower = student.around(student.denoiser, way.student_levels)
+    follower = student.around(student.denoiser, way.student_sigmas)
     follower.from_noise = False
     return follower
 

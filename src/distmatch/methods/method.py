@@ -25,8 +25,8 @@ class Method:
         citation: Authors, year and arXiv number.
         settings: The class of its settings, whose fields are its options and whose defaults are its own. A
             method can be given nothing else.
-        build: From a :class:`~distmatch.methods.setup.Setup` with such settings to the
-            :class:`~distmatch.methods.setup.Distiller` that carries the method out. It imports what needs
+        build: From a :class:`~distmatch.methods.context.Context` with such settings to the
+            :class:`~distmatch.methods.context.Distiller` that carries the method out. It imports what needs
             torch when it is called.
         limits: What it cannot do, in a sentence.
         data: Whether it needs real data.

@@ -25,7 +25,7 @@ to 0.75. Higher levels are hardly in the training of EDM's teachers."""
 class Settings(OptimizerSettings):
     """The student and its training."""
 
-    calls: Count = 1
+    num_steps: Count = 1
     """Network calls of the student: 1, or more with backward simulation."""
     student_sigma: NotNegative = 5.0
     """Noise level at which the student starts, in units of sigma_data; 0 takes the teacher's sigma_max. A
@@ -80,14 +80,14 @@ class GuidedSettings(NetworkSettings):
 class FakeScoreSettings(GuidedSettings):
     """The fake score (critic) and the levels of the comparison."""
 
-    critic_steps: Count = 5
+    fake_score_steps: Count = 5
     """K: the student moves at every K-th step."""
     order: Literal["same-batch", "alternate"] = "same-batch"
     """same-batch: critic every step, student every K-th on the same samples (DMD2).
     alternate: every K-th step is the student's, the others the critic's (FastGen)."""
     warmup_steps: CountOrNone = 0
     """Steps in which only the critic and the discriminator learn."""
-    lr_critic: Positive = 1e-3
+    lr_fake_score: Positive = 1e-3
     """Learning rate of the fake score."""
     noise_low: Positive = 0.04
     """Smallest noise level at which student and teacher are compared, in units of sigma_data."""
@@ -100,21 +100,21 @@ class FakeScoreSettings(GuidedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order == "alternate" and self.critic_steps < 2:
+        if self.order == "alternate" and self.fake_score_steps < 2:
             raise UserError(
                 "with --order alternate a critic step must lie between student steps",
-                got=f"--critic-steps {self.critic_steps}",
+                got=f"--fake-score-steps {self.fake_score_steps}",
                 expected="2 or more",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseLawSettings(FakeScoreSettings):
+class NoiseDistributionSettings(FakeScoreSettings):
     """The fake score (critic) and the levels of the comparison."""
 
-    noise_law: Literal["karras", "log-normal"] = "karras"
+    noise_distribution: Literal["karras", "log-normal"] = "karras"
     """Law of the levels of the comparison, between the two ends: even in sigma^(1/rho), or log-normal."""
-    critic_law: Literal["same", "log-normal"] = "same"
+    fake_score_distribution: Literal["same", "log-normal"] = "same"
     """Law of the levels at which fake score and discriminator learn: that of the comparison, or log-normal
     over all levels of the teacher (SiD)."""
     noise_mean: Finite = -0.5069
@@ -124,17 +124,19 @@ class NoiseLawSettings(FakeScoreSettings):
 
     def idle(self) -> dict[str, str]:
         """The settings of this class that have no effect, each with the others that are the reason."""
-        if self.noise_law != "karras":
-            return {"noise_rho": "--noise-law log-normal"}
-        reason = "--noise-law karras and --critic-law same"
-        return dict.fromkeys(("noise_mean", "noise_std"), reason) if self.critic_law == "same" else {}
+        if self.noise_distribution != "karras":
+            return {"noise_rho": "--noise-distribution log-normal"}
+        if self.fake_score_distribution != "same":
+            return {}
+        reason = "--noise-distribution karras and --fake-score-distribution same"
+        return dict.fromkeys(("noise_mean", "noise_std"), reason)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorSettings:
     """The discriminator and the density ratio."""
 
-    lr_ratio: Positive = 1e-3
+    lr_discriminator: Positive = 1e-3
     """Learning rate of the discriminator."""
     gan_weight: NotNegative = 1e-3
     """Weight of the adversarial term of the student; 0 leaves it out."""

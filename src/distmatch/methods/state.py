@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distmatch.base.errors import UserError
-from distmatch.methods.start import Network
+from distmatch.methods.initialization import Network
 from distmatch.methods.student import Student
 from distmatch.nets.shared import adapted_of, fingerprint
 from distmatch.nets.training_state import TrainingState, current
@@ -28,7 +28,7 @@ class DistillState(TrainingState):
         student: The generator being trained.
         ratio_generator: The stream of the discriminator's own noise. It is apart so that training a
             discriminator changes nothing else: reverse KL with one and without one are the same to the bit.
-        fake: The fake score (critic), which tracks the student's distribution; None without one.
+        fake_score: The fake score, which tracks the student's distribution; None without one.
         discriminator: Gives log r; None when the method needs no ratio and no adversarial term.
         normalizer: Running means of the ratio by noise bin; None without a ratio.
         extra: Further networks of a method, by name: target averages, recorded teachers.
@@ -37,7 +37,7 @@ class DistillState(TrainingState):
 
     student: Student
     ratio_generator: torch.Generator
-    fake: Network | None = None
+    fake_score: Network | None = None
     discriminator: nn.Module | None = None
     normalizer: RatioNormalizer | None = None
     extra: dict[str, nn.Module] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class DistillState(TrainingState):
         named = {
             "student": self.student.denoiser,
             **super().modules(),
-            "fake": self.fake,
+            "fake": self.fake_score,
             "ratio": self.discriminator,
             **self.extra,
         }

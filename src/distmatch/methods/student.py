@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import latents
+from distmatch.base.seeds import initial_noise
 from distmatch.data.classes import Balance, Classes, checked_conditioning
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import ConditioningLike, ConditioningSpec, labels_of, spec_of
@@ -19,60 +19,62 @@ from distmatch.diffusion.noise import Karras
 from distmatch.interop import HandedIn, decode_samples, load_denoiser, save_denoiser
 from distmatch.interop.lora import merged
 from distmatch.interop.saved import Base
-from distmatch.methods.start import Network
+from distmatch.methods.initialization import Network
 from distmatch.methods.transport.semi_discrete import BrenierMap
 from distmatch.nets.shared import adapted_of
 
-Chain = Literal["renoise", "ddim", "posterior", "jump"]
-"""How a student goes on to its next level: with fresh noise alone, with the noise that it has found, by a
-draw from the posterior between the two levels, or by a jump of a network that knows where it goes."""
+Sampler = Literal["stochastic", "ddim", "posterior", "gamma"]
+"""How a student of several steps gets to its next noise level: ``stochastic`` adds fresh noise to the clean
+estimate (multistep sampling of consistency models), ``ddim`` adds the noise that it predicts, ``posterior``
+draws from q(x_s | x_t, x0), ``gamma`` is the gamma-sampling of CTM, which takes a network of two levels."""
+_IN_FILES: dict[str, str] = {"stochastic": "renoise", "gamma": "jump"}  # as saved models name them
 
 
-def chain_weights(chain: Chain, now: float, after: float, gamma: float = 0.0) -> tuple[float, float]:
+def sampler_weights(sampler: Sampler, now: float, after: float, gamma: float = 0.0) -> tuple[float, float]:
     """The weights (kept, fresh) of a step ``x0 + kept (x - x0) + fresh eps`` from level ``now`` to ``after``.
 
     Each leaves noise of level ``after`` on ``x0`` where ``x - x0`` is noise of level ``now``.
     ``posterior`` is q(x_s | x_t, x0) of the diffusion itself, as in multi-step moment matching (Salimans et
-    al. 2024, arXiv 2406.04103). ``jump`` is the gamma-sampling of CTM (Kim et al. 2024, arXiv 2310.02279): to
-    the level sqrt(1 - gamma^2) s, for which the network gives x0, and fresh noise up to s. With gamma = 0 it
-    follows the path, with gamma = 1 it is ``renoise``.
+    al. 2024, arXiv 2406.04103). ``gamma`` is the gamma-sampling of CTM (Kim et al. 2024, arXiv 2310.02279):
+    to the level sqrt(1 - gamma^2) s, for which the network gives x0, and fresh noise up to s. With gamma = 0
+    it follows the path, with gamma = 1 it is ``stochastic``.
     """
-    if chain == "renoise":
+    if sampler == "stochastic":
         return 0.0, after
     ratio = after / now
-    if chain == "jump":
+    if sampler == "gamma":
         return (1 - gamma**2) ** 0.5 * ratio, gamma * after
-    if chain == "ddim":
+    if sampler == "ddim":
         return ratio, 0.0
     return ratio**2, after * (1 - ratio**2) ** 0.5
 
 
-def student_levels(calls: int, sigma: float, sigma_data: float) -> tuple[float, ...]:
-    """Noise levels that a student of ``calls`` calls is evaluated at, from ``sigma`` down.
+def student_sigmas(num_steps: int, sigma: float, sigma_data: float) -> tuple[float, ...]:
+    """Noise levels that a student of ``num_steps`` steps is evaluated at, from ``sigma`` down.
 
     They are equally spaced in the Karras parameter above EDM's smallest level, 0.002 for data of standard
     deviation 1/2, like the time steps 999, 749, 499, 249 of DMD2.
 
     Args:
-        calls: Network calls.
+        num_steps: Network calls.
         sigma: The first level.
         sigma_data: Standard deviation of the data.
     """
-    if calls == 1:
+    if num_steps == 1:
         return (sigma,)
-    share = torch.arange(calls - 1, 0, -1, dtype=torch.float64) / calls
+    share = torch.arange(num_steps - 1, 0, -1, dtype=torch.float64) / num_steps
     return (sigma, *Karras(0.004 * sigma_data, sigma).quantile(share).tolist())
 
 
 class Student(nn.Module):
-    """Turns noise into samples with ``len(levels)`` network calls.
+    """Turns noise into samples with ``len(sigmas)`` network calls.
 
-    The first call denoises pure noise at ``levels[0]``; each further one takes up what the chain makes of the
-    result at the next level.
+    The first step denoises pure noise at ``sigmas[0]``; each further one starts from what the
+    sampler makes of the result at the next noise level.
 
     Args:
         denoiser: The network.
-        levels: Decreasing noise levels, one for each call.
+        sigmas: Decreasing noise levels, one for each call.
         info: What was distilled how; kept in the saved model's config.
         chain: How it goes from call to call.
         gamma: Share of fresh noise in a chain of jumps, in [0, 1].
@@ -80,23 +82,23 @@ class Student(nn.Module):
             begins (DPM-OT).
 
     Attributes:
-        from_noise: Whether the first input is noise alone, so that there is nothing to keep of it in a chain
-            that draws from the posterior.
+        from_noise: Whether the first input is noise alone, so that a sampler that draws from the posterior
+            has nothing to keep of it.
     """
 
     def __init__(
         self,
         denoiser: Network,
-        levels: tuple[float, ...],
+        sigmas: tuple[float, ...],
         info: dict[str, Any] | None = None,
-        chain: Chain = "renoise",
+        sampler: Sampler = "stochastic",
         gamma: float = 0.0,
         transport: BrenierMap | None = None,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.levels = levels
-        self.chain: Chain = chain
+        self.sigmas = sigmas
+        self.sampler: Sampler = sampler
         self.gamma = gamma
         self.transport = transport
         self.from_noise = transport is None
@@ -106,9 +108,9 @@ class Student(nn.Module):
         """In a line; ``student.denoiser`` shows the layers."""
         known = {name: self.info.get(name) for name in ("method", "divergence")}
         said = [f"{name}={value!r}" for name, value in known.items() if value is not None]
-        levels = ", ".join(f"{level:.4g}" for level in self.levels)
+        sigmas = ", ".join(f"{level:.4g}" for level in self.sigmas)
         parameters = sum(p.numel() for p in self.parameters())
-        said += [f"calls={len(self.levels)}", f"levels=({levels})", f"shape={tuple(self.shape)}"]
+        said += [f"num_steps={len(self.sigmas)}", f"sigmas=({sigmas})", f"shape={tuple(self.shape)}"]
         return f"{type(self).__name__}({', '.join(said)}, {parameters:,} parameters)"
 
     @property
@@ -134,7 +136,7 @@ class Student(nn.Module):
     @property
     def nfe(self) -> int:
         """Network calls for a sample."""
-        return len(self.levels)
+        return len(self.sigmas)
 
     @property
     def draws(self) -> int:
@@ -143,7 +145,7 @@ class Student(nn.Module):
 
     def start(self, noise: Tensor) -> Tensor:
         """The first input: unit noise scaled to the first level."""
-        return noise * self.levels[0]
+        return noise * self.sigmas[0]
 
     def begin(self, noise: list[Tensor], conditioning: ConditioningLike) -> Tensor:
         """The input of the first call, from the unit noise of all of them.
@@ -160,42 +162,42 @@ class Student(nn.Module):
                 got="label -1, or no labels",
                 expected=f"labels from 0 to {self.num_classes - 1}",
             )
-        latent: Tensor = self.transport(noise[0], labels, self.levels[0], noise[-1])
+        latent: Tensor = self.transport(noise[0], labels, self.sigmas[0], noise[-1])
         return latent
 
     def call(self, x: Tensor, index: int, conditioning: ConditioningLike = None) -> Tensor:
         """Network call number ``index`` (from 0) on an input at that level; returns clean samples.
 
-        In a chain of jumps all but the last are only what leads to the next level.
+        In gamma-sampling all but the last only lead to the next noise level.
         """
-        sigma = torch.full(x.shape[:1], self.levels[index], device=x.device, dtype=x.dtype)
+        sigma = torch.full(x.shape[:1], self.sigmas[index], device=x.device, dtype=x.dtype)
         to = self.goal(index)
         goal = {"target_sigma": torch.full_like(sigma, to)} if to else {}
         x0: Tensor = self.denoiser(x, sigma, conditioning, **goal)
         return x0
 
     def goal(self, index: int) -> float:
-        """The level that call ``index`` is told to go to; 0, the data, but in a chain of jumps."""
-        if self.chain != "jump" or index + 1 == self.nfe:
+        """The target level of call ``index``: 0, the data, except in gamma-sampling."""
+        if self.sampler != "gamma" or index + 1 == self.nfe:
             return 0.0
-        return (1 - self.gamma**2) ** 0.5 * self.levels[index + 1]
+        return (1 - self.gamma**2) ** 0.5 * self.sigmas[index + 1]
 
     def renoise(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
         """Clean samples brought to the level of call ``index`` with fresh noise alone."""
-        return x0 + self.levels[index] * noise
+        return x0 + self.sigmas[index] * noise
 
     def advance(self, x: Tensor, x0: Tensor, noise: Tensor, index: int) -> Tensor:
         """The input of call ``index``, from input ``x`` and output ``x0`` of the call before it."""
-        if self.chain == "renoise" or (self.chain == "posterior" and index == 1 and self.from_noise):
+        if self.sampler == "stochastic" or (self.sampler == "posterior" and index == 1 and self.from_noise):
             return self.renoise(x0, noise, index)
-        kept, fresh = chain_weights(self.chain, self.levels[index - 1], self.levels[index], self.gamma)
+        kept, fresh = sampler_weights(self.sampler, self.sigmas[index - 1], self.sigmas[index], self.gamma)
         return x0 + kept * (x - x0) + fresh * noise
 
     def forward(self, noise: list[Tensor], conditioning: ConditioningLike = None) -> Tensor:
-        """The whole chain from one unit-noise tensor for each call."""
+        """All steps, from one unit-noise tensor for each."""
         x = self.begin(noise, conditioning)
         x0 = self.call(x, 0, conditioning)
-        for index in range(1, len(self.levels)):
+        for index in range(1, len(self.sigmas)):
             x = self.advance(x, x0, noise[index], index)
             x0 = self.call(x, index, conditioning)
         return x0
@@ -206,7 +208,7 @@ class Student(nn.Module):
         n: int,
         *,
         seed: int = 0,
-        labels: ConditioningLike = None,
+        conditioning: ConditioningLike = None,
         class_balance: Balance = "data",
         batch: int = 1024,
         decode: bool = True,
@@ -217,8 +219,8 @@ class Student(nn.Module):
         Args:
             n: Number of samples.
             seed: Seed of the latents; sample i depends on the seed and i, not on ``batch``.
-            labels: What the samples are conditioned on: classes (n,) int64, or a conditioning. A student of
-                classes draws them when they are missing.
+            conditioning: What the samples are conditioned on: classes (n,) int64, or a conditioning. Without
+                it a class-conditional student draws the classes.
             class_balance: How: ``data`` in the shares of the data it was distilled with (evenly where these
                 are not known), ``uniform`` evenly.
             batch: Samples at a time.
@@ -232,9 +234,10 @@ class Student(nn.Module):
             UserError: Labels of another length or out of range.
         """
         device = device_of(self)
-        asked = checked_conditioning(labels, n, self, seed, self.classes.counts, class_balance)
+        asked = checked_conditioning(conditioning, n, self, seed, self.classes.counts, class_balance)
         noise = [
-            latents(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}") for i in range(self.draws)
+            initial_noise(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}")
+            for i in range(self.draws)
         ]
         out = []
         training = self.training
@@ -285,10 +288,10 @@ class Student(nn.Module):
         save_denoiser(folder, self.denoiser, about, tensors, metrics)
 
     def around(
-        self, denoiser: Network, levels: tuple[float, ...], info: dict[str, Any] | None = None
+        self, denoiser: Network, sigmas: tuple[float, ...], info: dict[str, Any] | None = None
     ) -> Student:
         """A student of the same kind around another network, or on other levels."""
-        return Student(denoiser, levels, info, self.chain, self.gamma, self.transport)
+        return Student(denoiser, sigmas, info, self.sampler, self.gamma, self.transport)
 
     def merged(self) -> Student:
         """The student with a whole network of its own: adapters are added to the weights of their base.
@@ -297,14 +300,15 @@ class Student(nn.Module):
         """
         if adapted_of(self.denoiser) is None:
             return self
-        return self.around(merged(self.denoiser), self.levels, self.info)
+        return self.around(merged(self.denoiser), self.sigmas, self.info)
 
     def description(self) -> dict[str, Any]:
         """What is saved beside the network, as JSON."""
-        chain: dict[str, Any] = {} if self.chain == "renoise" else {"chain": self.chain}
-        if self.chain == "jump":
-            chain["gamma"] = self.gamma
-        return {"kind": "student", "levels": list(self.levels), **chain, **self.info}
+        name = _IN_FILES.get(self.sampler, self.sampler)
+        sampler: dict[str, Any] = {} if self.sampler == "stochastic" else {"chain": name}
+        if self.sampler == "gamma":
+            sampler["gamma"] = self.gamma
+        return {"kind": "student", "levels": list(self.sigmas), **sampler, **self.info}
 
     @classmethod
     def from_pretrained(
@@ -337,10 +341,11 @@ class Student(nn.Module):
 def student_from(denoiser: Network, info: Mapping[str, Any]) -> Student:
     """The student of a saved model's denoiser and description."""
     own = {key: v for key, v in info.items() if key not in ("kind", "levels", "chain", "gamma", "tensors")}
-    levels = tuple(float(v) for v in info["levels"])
+    sigmas = tuple(float(v) for v in info["levels"])
     transport = BrenierMap.restored(info["tensors"]) if "tensors" in info else None
-    chain, gamma = info.get("chain", "renoise"), float(info.get("gamma", 0.0))
-    return Student(denoiser, levels, own, chain, gamma, transport)
+    name, gamma = info.get("chain", "renoise"), float(info.get("gamma", 0.0))
+    sampler: Any = {old: new for new, old in _IN_FILES.items()}.get(name, name)
+    return Student(denoiser, sigmas, own, sampler, gamma, transport)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.stack import caller_level
 from distmatch.methods.consistency import methods as consistency
 from distmatch.methods.kernel import methods as kernel
 from distmatch.methods.matching import methods as matching
@@ -17,6 +19,24 @@ METHODS: dict[str, Method] = {
     for method in (*matching.METHODS, *consistency.METHODS, *kernel.METHODS, *transport.METHODS)
 }
 """All methods. A method of your own is one more entry, for as long as your program runs."""
+RENAMED = {
+    "calls": "num_steps",
+    "critic_steps": "fake_score_steps",
+    "lr_critic": "lr_fake_score",
+    "lr_ratio": "lr_discriminator",
+    "noise_law": "noise_distribution",
+    "critic_law": "fake_score_distribution",
+}
+"""Settings that had another name before release 0.2, which config files and command lines still take."""
+
+
+def current_name(setting: str) -> str:
+    """The present name of a setting; one of before 0.2 gives a warning."""
+    if setting not in RENAMED:
+        return setting
+    old, new = (f"--{name.replace('_', '-')}" for name in (setting, RENAMED[setting]))
+    warnings.warn(f"{old} is now called {new}", stacklevel=caller_level())
+    return RENAMED[setting]
 
 
 def find_method(name: str) -> Method:
@@ -87,6 +107,10 @@ def unknown_setting(setting: str, method: Method | None, known: Iterable[str], g
         known: What could have been given.
         got: The value, where it is known.
     """
+    if setting in RENAMED:
+        return UserError(
+            f"there is no setting {setting}", got=got, fix=f"it is now called {RENAMED[setting]}"
+        )
     others = readers(setting)
     if method is None or not others:
         return unknown_name("setting", setting, sorted(known))

@@ -38,7 +38,7 @@ class RoleSize:
 def role_sizes(
     networks: Mapping[str, nn.Module],
     optimizers: Iterable[torch.optim.Optimizer] = (),
-    average: EMA | None = None,
+    ema: EMA | None = None,
 ) -> dict[str, RoleSize]:
     """What each network owns; what several share is counted for the first of them.
 
@@ -47,7 +47,7 @@ def role_sizes(
     Args:
         networks: The networks by name, the teacher first.
         optimizers: Those of the training, whose state may not be made yet.
-        average: The average among the networks.
+        ema: The average among the networks.
     """
     moved = {id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]}
     seen: set[int] = set()
@@ -63,7 +63,7 @@ def role_sizes(
     sizes = {}
     for name, network in networks.items():
         own, buffers = new(network.parameters()), new(network.buffers())
-        rest = list(average.rest.values()) if average is not None and average.module is network else []
+        rest = list(ema.rest.values()) if ema is not None and ema.module is network else []
         sizes[name] = RoleSize(
             parameters=sum(p.numel() for p in own),
             weights=sum(t.nbytes for t in (*own, *buffers, *rest)),

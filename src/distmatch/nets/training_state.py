@@ -24,14 +24,14 @@ class TrainingState:
     A training adds the networks that it knows by name, and says so in :meth:`modules`.
 
     Attributes:
-        average: Moving average of what is trained; what is used and saved.
+        ema: Moving average of what is trained; what is used and saved.
         optimizers: By the name of what they optimize.
         generator: The random stream of the steps.
         memory: Tensors by name; what a step replaces is kept here.
         step: Steps done.
     """
 
-    average: EMA
+    ema: EMA
     optimizers: dict[str, torch.optim.Optimizer]
     generator: torch.Generator
     memory: dict[str, Tensor] = field(default_factory=dict)
@@ -39,13 +39,13 @@ class TrainingState:
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks by name."""
-        return {"average": self.average.module}
+        return {"average": self.ema.module}
 
     def state_dict(self) -> dict[str, Any]:
         """A tree of tensors, numbers and strings."""
         return {
             "modules": {name: own_state(module) for name, module in self.modules().items()},
-            "average_rest": self.average.rest_dict(),
+            "average_rest": self.ema.rest_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "memory": dict(self.memory),
             "generator": self.generator.get_state(),
@@ -69,7 +69,7 @@ class TrainingState:
             )
         for name, module in mine.items():
             load_own_state(module, theirs[name], f"network '{name}' of the checkpoint")
-        self.average.load_rest(tree.get("average_rest", {}))
+        self.ema.load_rest(tree.get("average_rest", {}))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(tree["optimizers"][name])
         device = self.generator.device

@@ -23,7 +23,7 @@ def to_svg(figure: Figure, alt: str) -> Markup:
     """Renders a figure for the page.
 
     Args:
-        figure: Drawn in the colors of this module.
+        figure: SampleResult in the colors of this module.
         alt: What the picture shows, for those who do not see it.
 
     Returns:

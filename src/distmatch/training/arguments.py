@@ -103,7 +103,7 @@ def drawn_from(
     asked: ConditioningLike = labels
     if labels is None and isinstance(real, Dataset) and set(student.conditioning_spec) <= set(real.fields):
         asked = asked_of(real, student.conditioning_spec, count, seed)
-    x = student.sample(count, seed=seed, labels=asked if isinstance(asked, Tensor) else asked or None)
+    x = student.sample(count, seed=seed, conditioning=asked if isinstance(asked, Tensor) else asked or None)
     return Scaling.known(about, x.shape[1:]).settled(x), labels_of(asked), real
 
 

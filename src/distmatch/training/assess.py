@@ -43,7 +43,7 @@ HEUN = Sampling()
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampleResult:
     """Samples of one model and what they cost.
 
     Attributes:
@@ -74,33 +74,35 @@ class _CountingStudent:
         return self.calls
 
 
-def draw_student(student: Student, n: int, labels: ConditioningLike, seed: int, batch: int = 1024) -> Drawn:
+def draw_student(
+    student: Student, n: int, conditioning: ConditioningLike, seed: int, batch: int = 1024
+) -> SampleResult:
     """Samples a student, counting calls and time."""
     counter = _CountingStudent(student)
     with progress(n, desc="student samples") as bar:
         began = time.perf_counter()
-        x = student.sample(n, seed=seed, labels=labels, batch=batch, on_batch=bar.update)
+        x = student.sample(n, seed=seed, conditioning=conditioning, batch=batch, on_batch=bar.update)
         seconds = time.perf_counter() - began
     batches = math.ceil(n / batch)
-    return Drawn(x, labels_of(labels), counter.done() // batches, 1000 * seconds / n)
+    return SampleResult(x, labels_of(conditioning), counter.done() // batches, 1000 * seconds / n)
 
 
 def draw_teacher(
     teacher: Denoiser,
     n: int,
-    labels: ConditioningLike,
+    conditioning: ConditioningLike,
     seed: int,
     sampling: Sampling = HEUN,
     *,
     batch: int = 1024,
     device: torch.device | str = "cpu",
-) -> Drawn:
+) -> SampleResult:
     """Samples a teacher, by default with Heun's method, counting calls and time.
 
     Args:
         teacher: The teacher; the samples of one that works on latents are decoded.
         n: Number of samples.
-        labels: What they are conditioned on: classes (n,), a conditioning, or None.
+        conditioning: What they are conditioned on: classes (n,), a conditioning, or None.
         seed: Seed of all noise.
         sampling: Solver, grid and guidance.
         batch: Samples at a time.
@@ -119,7 +121,7 @@ def draw_teacher(
             solver=sampling.solver,
             grid=sampling.levels(teacher),
             path=sampling.path_for(teacher),
-            labels=labels,
+            conditioning=conditioning,
             seed=seed,
             batch=batch,
             device=device,
@@ -130,19 +132,19 @@ def draw_teacher(
         seconds = time.perf_counter() - began
     # A solver that chooses its own steps may take more of them for one batch than for another.
     calls = round(counter.calls / math.ceil(n / batch))
-    return Drawn(x, labels_of(labels), calls, 1000 * seconds / n)
+    return SampleResult(x, labels_of(conditioning), calls, 1000 * seconds / n)
 
 
 def assess(
     data: Dataset,
-    models: dict[str, Callable[[int, Conditioning], Drawn]],
+    models: dict[str, Callable[[int, Conditioning], SampleResult]],
     *,
     asked: Conditioning,
     features: str | Features = "auto",
     n: int,
     seed: int = 0,
     mixture: GaussianMixture | None = None,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Drawn]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, SampleResult]]:
     """Draws from each model under the same conditions and from the same noise, and measures all at one N.
 
     Args:
@@ -161,7 +163,7 @@ def assess(
     common: dict[str, Any] = {"features": features, "n": n, "seed": seed, "mixture": mixture}
     floor = reference_floor(data, stratified=labels is not None, **common)
     result: dict[str, dict[str, Any]] = {"reference": {"nfe": None, "seconds_per_1000": None, **floor}}
-    drawn: dict[str, Drawn] = {"reference": _reference(data, labels, 2 * n, seed)}
+    drawn: dict[str, SampleResult] = {"reference": _reference(data, labels, 2 * n, seed)}
     for name, draw in models.items():
         samples = draw(2 * n, asked)
         drawn[name] = samples
@@ -170,10 +172,10 @@ def assess(
     return result, drawn
 
 
-def _reference(data: Dataset, labels: Tensor | None, n: int, seed: int) -> Drawn:
+def _reference(data: Dataset, labels: Tensor | None, n: int, seed: int) -> SampleResult:
     """Real samples with the same labels in the same order, to stand beside the models' in pictures."""
     x, real = data.batch(_rows(data, labels, n, seed))
-    return Drawn(x, real if labels is None else labels, 0, 0.0)
+    return SampleResult(x, real if labels is None else labels, 0, 0.0)
 
 
 def asked_of(data: Dataset, spec: ConditioningSpec, n: int, seed: int) -> Conditioning:
@@ -232,7 +234,7 @@ def npz_bytes(x: np.ndarray, labels: Tensor | None, names: Sequence[str] = ()) -
 def write_assessment(
     folder: RunFolder,
     metrics: dict[str, dict[str, Any]],
-    drawn: dict[str, Drawn],
+    drawn: dict[str, SampleResult],
     scaling: Scaling,
     settings: dict[str, Any],
     class_names: Sequence[str] = (),

@@ -11,12 +11,13 @@ from typing import Any
 
 from distmatch.base.errors import UserError
 from distmatch.base.stack import caller_level
-from distmatch.methods.table import METHODS, first_default, readers
+from distmatch.methods.table import METHODS, RENAMED, first_default, readers
 from distmatch.training.toml import dataclass_to_dict, read_toml, to_toml
 
-FORMAT = 3
+FORMAT = 4
 """1, or no number: noise levels of ``distill`` in the units of the data. 2: in units of ``sigma_data``, and a
-table for each family of methods. 3: all settings of a method in ``distill``, and only those that it reads."""
+table for each family of methods. 3: all settings of a method in ``distill``, and only those that it reads.
+4: with the names that :data:`~distmatch.methods.table.RENAMED` maps to."""
 
 _LEVELS = {"distill": ("student_sigma", "noise_low", "noise_high"), "kernel": ("mmd_feature_sigma",)}
 _FAMILIES = ("matching", "consistency", "kernel", "transport")
@@ -63,22 +64,27 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             "teacher's model/config.json",
             fix="divide them and add the line; or leave these levels out, for the defaults",
         )
-    if found < FORMAT and _brought_up_to_date(values):
+    if found < FORMAT and _brought_up_to_date(values, found):
         warnings.warn(
             f"{os.path.abspath(path)} is of format {found} and was read as one of format {FORMAT}, which has "
-            "all settings of a method in [distill], and only those that it reads",
+            "all settings of a method in [distill], only those that it reads, and some under new names",
             stacklevel=caller_level(),
         )
     return values
 
 
-def _brought_up_to_date(values: dict[str, Any]) -> bool:
+def _brought_up_to_date(values: dict[str, Any], found: int) -> bool:
     """Turns the entries of an older file into today's, in place; whether any had to be."""
     before, shared = copy.deepcopy(values), values.get("shared")
     for options in (values, shared) if isinstance(shared, dict) else (values,):
         for name in _FAMILIES:
             if isinstance(options.get(name), dict) and isinstance(options.setdefault("distill", {}), dict):
                 options["distill"] |= options.pop(name)
+        if isinstance(settings := options.get("distill"), dict):
+            for name in settings.keys() & RENAMED.keys():
+                settings[RENAMED[name]] = settings.pop(name)
+    if found == 3:
+        return values != before
     method = METHODS.get(str(values.get("method")).lower().replace("_", "-"))
     if method is not None and isinstance(settings := values.get("distill"), dict):
         # Files held all settings of all methods, and a run was refused with one that it did not read.

@@ -13,7 +13,7 @@ from distmatch.data.classes import listed, names_of
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.metrics import plan, resolve_features
 from distmatch.metrics.settings import MOST_IN_BLOCK, FeatureChoice
-from distmatch.training.assess import HEUN, Drawn, asked_of, assess, write_assessment
+from distmatch.training.assess import HEUN, SampleResult, asked_of, assess, write_assessment
 from distmatch.training.models import Model
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import Sampling
@@ -77,7 +77,7 @@ def evaluate_models(
     space = resolve_features(features, data)  # once: teacher, student and floor share one feature network
 
     def drawer(model: Model) -> Any:
-        def draw(count: int, asked: Conditioning) -> Drawn:
+        def draw(count: int, asked: Conditioning) -> SampleResult:
             # A model's first calls pay for memory and threads; they are not part of its speed.
             with quietly():
                 model.draw(min(count, 64), asked.index(slice(64)), seed, Sampling(steps=2), device=device)

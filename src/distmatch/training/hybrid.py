@@ -14,10 +14,10 @@ from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.solvers import find_solver
-from distmatch.methods.handover import Handover, check_way, hand_over
 from distmatch.methods.hybrid import hybrid_sample
+from distmatch.methods.hybrid_schedule import HybridSchedule, check_way, hybrid_schedule
 from distmatch.methods.student import Student
-from distmatch.training.assess import HEUN, Drawn
+from distmatch.training.assess import HEUN, SampleResult
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import check_same_classes
 from distmatch.training.models import Model
@@ -26,7 +26,7 @@ from distmatch.training.sampling import Sampling
 
 def plan_hybrid(
     teacher: Model, student: Model, sampling: Sampling = HEUN, *, calls: int = 1, level: float | None = None
-) -> Handover:
+) -> HybridSchedule:
     """Who goes which part of the way; what does not fit is refused here, before anything is drawn.
 
     Args:
@@ -49,7 +49,7 @@ def plan_hybrid(
             got=f"half ranges {list(before.half)[:4]} and {list(after.half)[:4]}",
             fix="use the teacher that the student was distilled from",
         )
-    way = hand_over(sampling.around(first), last, sampling.levels(first), calls=calls, level=level)
+    way = hybrid_schedule(sampling.around(first), last, sampling.levels(first), calls=calls, level=level)
     check_way(way, find_solver(sampling.solver), sampling.solver)
     return way
 
@@ -58,7 +58,7 @@ def draw_hybrid(
     teacher: Model,
     student: Model,
     n: int,
-    labels: ConditioningLike,
+    conditioning: ConditioningLike,
     seed: int,
     sampling: Sampling = HEUN,
     *,
@@ -66,14 +66,14 @@ def draw_hybrid(
     level: float | None = None,
     batch: int = 1024,
     device: str = "auto",
-) -> Drawn:
+) -> SampleResult:
     """Samples that the teacher begins and the student ends; a guided call of the teacher counts as two.
 
     Args:
         teacher: The teacher.
         student: The student.
         n: Number of samples.
-        labels: Their classes (n,), or None for a draw in the shares of the training data.
+        conditioning: Their classes (n,), or None for a draw in the shares of the training data.
         seed: Seed of everything random.
         sampling: Solver, grid and guidance of the teacher.
         calls: Steps of the student's way that the teacher takes.
@@ -90,7 +90,7 @@ def draw_hybrid(
     for module in (first, last, sampling.reference):
         if isinstance(module, nn.Module):
             module.to(where)
-    asked = checked_conditioning(labels, n, last, seed, student.classes.counts)
+    asked = checked_conditioning(conditioning, n, last, seed, student.classes.counts)
     counter = CallCounter(sampling.around(first))
     with progress(n, desc="hybrid samples") as bar:
         began = time.perf_counter()
@@ -103,14 +103,14 @@ def draw_hybrid(
             solver=sampling.solver,
             grid=sampling.levels(first),
             path=sampling.path_for(first),
-            labels=asked,
+            conditioning=asked,
             seed=seed,
             batch=batch,
             on_batch=bar.update,
         )
         seconds = time.perf_counter() - began
     of_teacher = round(counter.calls / math.ceil(n / batch))
-    return Drawn(x, asked.label, of_teacher + len(way.student_levels), 1000 * seconds / n)
+    return SampleResult(x, asked.label, of_teacher + len(way.student_sigmas), 1000 * seconds / n)
 
 
 def _pair(teacher: Model, student: Model) -> tuple[Denoiser, Student]:

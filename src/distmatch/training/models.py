@@ -17,7 +17,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.interop import decoder_of
 from distmatch.methods.student import Student, student_from
-from distmatch.training.assess import HEUN, Drawn, draw_student, draw_teacher
+from distmatch.training.assess import HEUN, SampleResult, draw_student, draw_teacher
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import seen_by
 from distmatch.training.sampling import Sampling
@@ -86,17 +86,17 @@ class Model:
     def draw(
         self,
         n: int,
-        labels: ConditioningLike,
+        conditioning: ConditioningLike,
         seed: int,
         sampling: Sampling = HEUN,
         *,
         batch: int = 1024,
         device: str = "auto",
-    ) -> Drawn:
+    ) -> SampleResult:
         """Draws ``n`` samples; ``sampling`` is for teachers. Constant columns of vectors are constant."""
         where = pick_device(device)
         model: Any = self.student if self.student is not None else self.teacher
-        asked = checked_conditioning(labels, n, model, seed, self.classes.counts)
+        asked = checked_conditioning(conditioning, n, model, seed, self.classes.counts)
         if self.student is not None:
             drawn = draw_student(self.student.to(where), n, asked, seed, batch)
             return replace(drawn, x=self.scaling.settled(drawn.x))

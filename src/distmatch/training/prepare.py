@@ -20,11 +20,11 @@ from distmatch.diffusion.denoiser import Denoiser, require_denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of, is_external
 from distmatch.methods.construct import build_method
+from distmatch.methods.context import Context
+from distmatch.methods.initialization import Draw, frozen, has_network
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.method import Method
 from distmatch.methods.settings import FakeScoreSettings, GuidedSettings, RatioSettings, RoleSettings
-from distmatch.methods.setup import Setup
-from distmatch.methods.start import Draw, frozen, has_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import resolve_method
 from distmatch.training.devices import compile_network, pick_device
@@ -89,7 +89,7 @@ def prepare_distillation(
     if not copied:
         options = replace(options, net=options.net.settled(teacher.shape, device.type))
     distiller = build_method(
-        Setup(
+        Context(
             teacher=teacher,
             method=method,
             divergence=chosen,
@@ -124,7 +124,7 @@ def prepare_distillation(
     if isinstance(distiller, Matching) and run.steps < distiller.least_steps:
         raise UserError(
             "the student would never be updated",
-            got=f"--steps {run.steps} with --critic-steps {distiller.config.critic_steps} and "
+            got=f"--steps {run.steps} with --fake-score-steps {distiller.config.fake_score_steps} and "
             f"--warmup-steps {distiller.config.warmup_steps}",
             expected=f"at least {distiller.least_steps} steps",
             fix="raise --steps",
@@ -132,7 +132,7 @@ def prepare_distillation(
     draw = _drawer(data, run.seed) if fresh and not copied else None
     state = distiller.init(run.seed, draw)
     if run.compile:
-        for net in (teacher, state.student.denoiser, state.fake):
+        for net in (teacher, state.student.denoiser, state.fake_score):
             if isinstance(net, nn.Module) and has_network(net):
                 compile_network(getattr(net, "net", net))
     batches: Callable[[int], Batch]
@@ -164,7 +164,7 @@ def prepare_distillation(
             "method": method.name,
             "preset": options.preset,
             **({"divergence": chosen.name} if takes else {}),
-            "levels": list(state.student.levels),
+            "levels": list(state.student.sigmas),
             **distiller.notes(),
             **conversion,
         },
@@ -196,7 +196,7 @@ def _warnings(method: Method, options: DistillOptions, state: DistillState) -> l
     own, batch = options.settings, options.run.batch
     thin = None
     if isinstance(own, RatioSettings) and isinstance(own, FakeScoreSettings) and state.normalizer:
-        thin = state.normalizer.thin_message(batch, options.run.steps // own.critic_steps)
+        thin = state.normalizer.thin_message(batch, options.run.steps // own.fake_score_steps)
     found = [thin] if thin else []
     if method.family == "transport" and batch != RunOptions().batch:
         found.append("--batch does nothing here: a step draws --cell-draws samples for each latent of --bank")
@@ -208,7 +208,7 @@ def _untried(method: Method, options: DistillOptions, teacher: Denoiser, state: 
     if method.family == "transport":  # which trains no network
         return []
     usual = DistillOptions.of(method.name)
-    names = {"lr": "student", "lr_critic": "fake", "lr_ratio": "ratio"}
+    names = {"lr": "student", "lr_fake_score": "fake", "lr_discriminator": "ratio"}
     rates = {n: getattr(options.settings, n) for n, of in names.items() if of in state.optimizers}
     theirs = {name: getattr(usual.settings, name) for name in rates}
     parameters = sum(p.numel() for p in state.student.denoiser.parameters())
@@ -235,7 +235,7 @@ def _advice(means: dict[str, Any]) -> list[str]:
     if means.get("clip_fraction", 0.0) > 0.15:
         advice.append(
             "more than 15% of the log ratios are clipped: the discriminator tells real from generated "
-            "samples too easily. Raise --noise-low, lower --lr-ratio, or raise --gan-weight."
+            "samples too easily. Raise --noise-low, lower --lr-discriminator, or raise --gan-weight."
         )
     if means.get("ess", 1.0) < 0.1:
         advice.append(

@@ -67,7 +67,7 @@ class Job:
 
     def sizes(self) -> dict[str, RoleSize]:
         """What each network owns, what is shared being the first one's."""
-        return role_sizes(self.networks, self.state.optimizers.values(), self.state.average)
+        return role_sizes(self.networks, self.state.optimizers.values(), self.state.ema)
 
 
 def carry_out(

@@ -121,7 +121,7 @@ class TeacherTraining:
             optimizer.add_param_group({"params": list(uncertainty.parameters()), "weight_decay": 0.0})
         return TeacherState(
             denoiser=denoiser,
-            average=EMA(denoiser),
+            ema=EMA(denoiser),
             optimizers={"denoiser": optimizer},
             generator=generator(seed, "teacher", self.device),
             uncertainty=uncertainty,
@@ -158,12 +158,12 @@ class TeacherTraining:
         total.mean().backward()
         norm = scheduled_step(state.optimizers["denoiser"], cfg, state.step, self.total_steps)
         state.step += 1
-        state.average.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
+        state.ema.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
         return {"loss": losses.detach().mean(), "grad_norm": norm}
 
     def result(self, state: TeacherState) -> EDMDenoiser:
         """The teacher on its averaged weights."""
-        averaged: Any = state.average.module
+        averaged: Any = state.ema.module
         return averaged
 
     @contextmanager

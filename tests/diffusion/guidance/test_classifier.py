@@ -229,7 +229,7 @@ def test_accuracy_rises_with_the_scale() -> None:
     accuracies = []
     for scale in (1.0, 1.5, 2.0, 4.0):
         free = GradientFree(pair, lambda x: posterior(x, 0.0, pair), scale)
-        x = sample_teacher(free, 2000, steps=18, labels=labels, seed=0)
+        x = sample_teacher(free, 2000, steps=18, conditioning=labels, seed=0)
         accuracies.append(float((posterior(x.double(), 0.0, pair).argmax(1) == labels).double().mean()))
     expected = 0.5 * (1 + math.erf(0.5 / math.sqrt(0.4 * 2)))  # 0.785 for exact samples
     assert accuracies[0] == pytest.approx(expected, abs=0.03)

@@ -181,7 +181,7 @@ WRONG = {
     "at least 1 at a time": lambda: sample_teacher(MIXTURE, 3, batch=0),
     "0 samples or more": lambda: sample_teacher(MIXTURE, -1),
     r"one condition for each sample.*Got: 2": lambda: sample_teacher(
-        MIXTURE, 3, labels=torch.zeros(2, dtype=torch.int64)
+        MIXTURE, 3, conditioning=torch.zeros(2, dtype=torch.int64)
     ),
     "tolerances": run([3.0, 1.0], "rk45:0"),
     "decreasing grid": lambda: sample_teacher(MIXTURE, 3, grid=[1.0, 2.0]),

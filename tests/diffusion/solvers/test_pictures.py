@@ -103,7 +103,7 @@ def test_an_interval_pays_for_itself_alone(pictures: ModuleType) -> None:
     counted = []
     for interval in (None, (0.1, 0.5)):
         denoiser = CallCounter(pictures.guided(pictures.PLANE, 5.0, interval=interval))
-        pictures.sample_teacher(denoiser, 2, steps=30, labels=torch.zeros(2, dtype=torch.int64))
+        pictures.sample_teacher(denoiser, 2, steps=30, conditioning=torch.zeros(2, dtype=torch.int64))
         counted.append(denoiser.calls - 59)
     assert counted[0] == 59
     assert counted[1] / counted[0] == pytest.approx(0.1, abs=0.02)

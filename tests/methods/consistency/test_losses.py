@@ -136,7 +136,7 @@ def test_the_number_of_cells_that_ctm_crosses_is_drawn_as_published() -> None:
     assert set(found) == set(range(1, 18))
     assert abs(sum(found) / 2000 - 9) < 4 * 4.9 / 2000**0.5
     assert method.term.adversary is not None
-    assert method.setup.settings.gan_weight == 1
+    assert method.context.settings.gan_weight == 1
 
 
 # ------------------------------------------------------------------ losses: fixed points and gradients

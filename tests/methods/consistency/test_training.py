@@ -15,7 +15,7 @@ from distmatch.data.batches import Batch
 from distmatch.data.toys import toy
 from distmatch.diffusion.noise import Karras
 from distmatch.losses import pseudo_huber
-from distmatch.methods.start import fit_to_teacher, starting_network
+from distmatch.methods.initialization import fit_to_teacher, starting_network
 from distmatch.methods.student import Student
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -33,7 +33,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"method": "ctm", "gan_weight": 0.5, "gan_after": 0.0, "ratio_features": "own"},
     {"method": "mean-flow"},
     {"method": "mean-flow", "consistency_from": "data", "level_law": "karras"},
-    {"method": "rcm", "calls": 2},
+    {"method": "rcm", "num_steps": 2},
 ]
 
 
@@ -93,7 +93,7 @@ def test_students_are_saved_with_all_they_know(settings: dict[str, Any], tmp_pat
     student.save_pretrained(str(tmp_path / "m"))
     again = Student.from_pretrained(str(tmp_path / "m"))
     assert_same_but_for_rounding(again.sample(8, seed=3), student.sample(8, seed=3))
-    assert student.levels[0] == pytest.approx(14 * 0.7)  # not the teacher's sigma_max, 20
+    assert student.sigmas[0] == pytest.approx(14 * 0.7)  # not the teacher's sigma_max, 20
     assert all(torch.isfinite(value).all() for info in infos for value in info.values())
     assert {"loss", "grad_norm_student"} <= infos[-1].keys()
 
@@ -140,12 +140,12 @@ def test_terms_of_ctm_pull_as_hard_as_each_other() -> None:
 def test_rcm_balances_its_two_terms_as_the_authors_do(dimensions: int, at: int) -> None:
     """Both as the authors' sums over elements, in TrigFlow's unit, at any number of dimensions and step."""
     teacher = network_teacher(shape=(dimensions,))
-    settings = {"critic_steps": 1, "grad_clip": 0.0, "lr": 1.0, "dmd_weight": 0.3, "student_sigma": 5.0}
+    settings = {"fake_score_steps": 1, "grad_clip": 0.0, "lr": 1.0, "dmd_weight": 0.3, "student_sigma": 5.0}
     method = distiller(teacher, method="rcm", **settings)
     state = method.init(0)
     student, unit = state.student.denoiser, teacher.sigma_data
     with torch.no_grad():  # a fake score and a student that are not the teacher's
-        for network, factor in ((state.fake, 1.2), (student, 0.9)):
+        for network, factor in ((state.fake_score, 1.2), (student, 0.9)):
             for parameter in network.parameters():
                 parameter.mul_(factor)
     assert "uncertainty" not in state.extra  # nothing that learns to weigh one term changes the balance
@@ -157,11 +157,11 @@ def test_rcm_balances_its_two_terms_as_the_authors_do(dimensions: int, at: int) 
 
     # The score difference, then the tangent, from the numbers that the step will draw.
     fresh = torch.randn(32, dimensions, generator=again)
-    x0 = student(state.student.levels[0] * fresh, torch.full((32,), state.student.levels[0]))
+    x0 = student(state.student.sigmas[0] * fresh, torch.full((32,), state.student.sigmas[0]))
     sigma = method.noise.sample(32, again)[:, None]
     noised = x0.detach() + sigma * torch.randn(32, dimensions, generator=again)
     with torch.no_grad():
-        real, fake = teacher(noised, sigma[:, 0]), state.fake(noised, sigma[:, 0])
+        real, fake = teacher(noised, sigma[:, 0]), state.fake_score(noised, sigma[:, 0])
     d = (fake - real) / (x0.detach() - real).abs().mean(dim=1, keepdim=True)
     x = x0 / unit
     dmd = (x - (x - d).detach()).square().sum(dim=1)
@@ -197,12 +197,18 @@ def test_rcm_adds_the_weighted_score_difference_of_diff_instruct() -> None:
     """Beside scm's: the same random numbers give 4 dmd_weight times the gradient of diff-instruct."""
 
     def gradient(name: str, at: int = 0, **settings: Any) -> torch.Tensor:
-        plain = {"student_sigma": 0.0, "tangent_warmup": 0.0, "critic_steps": 1, "grad_clip": 0.0, "lr": 1.0}
+        plain = {
+            "student_sigma": 0.0,
+            "tangent_warmup": 0.0,
+            "fake_score_steps": 1,
+            "grad_clip": 0.0,
+            "lr": 1.0,
+        }
         method = distiller(network_teacher(), method=name, **read_by(name, **plain), **settings)
         state = method.init(0)
         state.optimizers["student"] = torch.optim.SGD(state.student.denoiser.parameters())
         with torch.no_grad():  # a fake score that is not the teacher's
-            for parameter in state.fake.parameters():
+            for parameter in state.fake_score.parameters():
                 parameter.mul_(1.2)
         state.step = at
         before = parameters_to_vector(state.student.denoiser.parameters()).detach().clone()
@@ -225,10 +231,10 @@ def test_rcm_adds_the_weighted_score_difference_of_diff_instruct() -> None:
 def test_bfloat16_runs(method: str) -> None:
     made = distiller(network_teacher(3), method=method)
     if method == "rcm":
-        made.setup = replace(made.setup, bf16=True)
-        made.terms[0].setup = made.setup
+        made.context = replace(made.context, bf16=True)
+        made.terms[0].context = made.context
     else:
-        made.setup = made.term.setup = replace(made.setup, bf16=True)
+        made.context = made.term.context = replace(made.context, bf16=True)
     state = made.init(0)
     for step in range(2):
         info = made.step(state, batch(step, 3))
@@ -267,7 +273,7 @@ def test_trains_on_ring8(ring: EDMDenoiser, method: str) -> None:
     """
     exact = toy("ring8")
     steps = 250 if method == "mean-flow" else 125
-    settings = {"critic_steps": 1} if method == "rcm" else {}
+    settings = {"fake_score_steps": 1} if method == "rcm" else {}
     made = distiller(
         ring, method=method, total_steps=steps, lr=1e-3, lr_decay="cosine", ema_half_life=20.0, **settings
     )
@@ -336,5 +342,5 @@ def test_an_exact_teacher_is_fitted_first() -> None:
     method = distiller(PAIR, method="ctm")
     state = method.init(0, lambda n: (PAIR.sample(n, seed=n), None))
     assert state.student.denoiser.jumps
-    assert state.student.levels == pytest.approx((14 * PAIR.sigma_data,))
+    assert state.student.sigmas == pytest.approx((14 * PAIR.sigma_data,))
     method.step(state, batch(0, 2))

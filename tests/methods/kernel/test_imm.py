@@ -209,7 +209,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit() -> None:
 def test_it_brings_a_student_close_to_the_data(calls: int) -> None:
     ring = toy("ring8")
     real = ring.sample(6000, seed=0)
-    method = distiller(ring, method="imm", calls=calls, fit_steps=60, total_steps=120, lr=1e-3)
+    method = distiller(ring, method="imm", num_steps=calls, fit_steps=60, total_steps=120, lr=1e-3)
     state = method.init(0, lambda n: (real[:n], None))
     before = mmd(method.result(state, {}).sample(2000), real[4000:], "energy").value
     for step in range(120):

@@ -17,10 +17,10 @@ from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.kernels import Kernel, polynomial
 from distmatch.discrepancies.mmd import mmd, mmd_loss
 from distmatch.losses import mmd_with_gradient
-from distmatch.methods.kernel.mmd import chain_levels, feature_kernel
+from distmatch.methods.kernel.mmd import feature_kernel, mmd_sigmas
 from distmatch.methods.kernel.settings import MMDSettings
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, chain_weights
+from distmatch.methods.student import Student, sampler_weights
 from distmatch.nets.build import build_net
 from distmatch.nets.config import UNetConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -151,7 +151,7 @@ class TwoParameters(nn.Module):
 
 
 def chain(a: float, b: float, **settings: Any) -> tuple[Any, DistillState]:
-    method = distiller(network_teacher(), method="mmd", calls=3, **settings)
+    method = distiller(network_teacher(), method="mmd", num_steps=3, **settings)
     state = method.init(0)
     state.student.denoiser = TwoParameters(a, b)  # type: ignore[assignment]
     return method, state
@@ -194,24 +194,24 @@ def images(classes: int = 3) -> EDMDenoiser:
 def test_on_features_of_the_teacher_parts_change_nothing_but_rounding(checkpointed: bool) -> None:
     found = []
     for parts in (1, 3):
-        method = distiller(images(), method="mmd", calls=2, accumulate=parts, mmd_checkpoint=checkpointed)
+        method = distiller(images(), method="mmd", num_steps=2, accumulate=parts, mmd_checkpoint=checkpointed)
         assert method.notes() == {"mmd_features": "teacher", "mmd_kernel": "polynomial"}
         state = method.init(0)
         method.term.backward(state, batch(0, classes=3, shape=(1, 8, 8)))
         found.append(torch.cat([p.grad.flatten() for p in state.student.denoiser.parameters()]))  # type: ignore[union-attr]
         assert set(state.memory) == {"feature_mean", "feature_spread"}
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))
-    assert all(p.grad is None for p in method.setup.teacher.parameters())
+    assert all(p.grad is None for p in method.context.teacher.parameters())
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit() -> None:
-    whole = distiller(images(), method="mmd", calls=2).init(0)
+    whole = distiller(images(), method="mmd", num_steps=2).init(0)
     kept: dict[str, Any] = {}
     for step in range(4):
-        distiller(images(), method="mmd", calls=2).step(whole, batch(step, classes=3, shape=(1, 8, 8)))
+        distiller(images(), method="mmd", num_steps=2).step(whole, batch(step, classes=3, shape=(1, 8, 8)))
         if step == 1:
             kept = copy.deepcopy(whole.state_dict())
-    method = distiller(images(), method="mmd", calls=2)
+    method = distiller(images(), method="mmd", num_steps=2)
     again = method.init(7)
     again.load_state_dict(kept)
     for step in (2, 3):
@@ -237,16 +237,16 @@ def test_it_brings_a_student_close_to_the_data() -> None:
 def test_levels_of_the_chain() -> None:
     time = noise_path("vp")
     first = float(time.t_of_rho(20.0))
-    uniform, quadratic = (chain_levels(4, 20.0, 0.5, s) for s in ("uniform", "quadratic"))
+    uniform, quadratic = (mmd_sigmas(4, 20.0, 0.5, s) for s in ("uniform", "quadratic"))
     for levels, power in ((uniform, 1), (quadratic, 2)):
         shares = [float(time.t_of_rho(level)) / first for level in levels]
         assert shares == pytest.approx([1, 0.75**power, 0.5**power, 0.25**power], abs=1e-5)
-    assert chain_levels(1, 2.5, 0.5, "quadratic") == (2.5,)
+    assert mmd_sigmas(1, 2.5, 0.5, "quadratic") == (2.5,)
 
 
-@pytest.mark.parametrize("chain", ["renoise", "ddim", "posterior"])
+@pytest.mark.parametrize("chain", ["stochastic", "ddim", "posterior"])
 def test_every_chain_leaves_noise_of_the_next_level(chain: Any) -> None:
-    kept, fresh = chain_weights(chain, 2.0, 0.5)
+    kept, fresh = sampler_weights(chain, 2.0, 0.5)
     assert (2.0 * kept) ** 2 + fresh**2 == pytest.approx(0.25)
 
 
@@ -254,7 +254,7 @@ def test_two_steps_of_ddim_are_one_where_the_prediction_stays() -> None:
     x, x0 = normal(5, 2), normal(5, 2, seed=1)
 
     def step(x: Tensor, now: float, after: float) -> Tensor:
-        kept, _ = chain_weights("ddim", now, after)
+        kept, _ = sampler_weights("ddim", now, after)
         return x0 + kept * (x - x0)
 
     torch.testing.assert_close(step(step(x, 4.0, 1.5), 1.5, 0.2), step(x, 4.0, 0.2))
@@ -262,7 +262,7 @@ def test_two_steps_of_ddim_are_one_where_the_prediction_stays() -> None:
 
 def test_a_chain_of_ddim_takes_one_noise() -> None:
     network = network_teacher()
-    student = Student(network, (2.0, 0.5, 0.1), chain="ddim")
+    student = Student(network, (2.0, 0.5, 0.1), sampler="ddim")
     first, others = torch.randn(8, 2), [torch.randn(8, 2) for _ in range(4)]
     assert torch.equal(student([first, *others[:2]]), student([first, *others[2:]]))
     # It is what the samplers of this package call Euler.

@@ -54,16 +54,16 @@ def test_at_the_optimum_the_gradient_is_half_of_that_of_the_reverse_kl() -> None
 def test_one_step_of_one_call_is_diff_instruct_to_the_bit(scaling: Any) -> None:
     found = []
     for name in ("moment-matching", "diff-instruct"):
-        method = distiller(network_teacher(3), method=name, scaling=scaling, critic_steps=1)
+        method = distiller(network_teacher(3), method=name, scaling=scaling, fake_score_steps=1)
         state = method.init(0)
         with torch.no_grad():
-            for parameter in state.fake.parameters():
+            for parameter in state.fake_score.parameters():
                 parameter.mul_(1.1)  # a fake score that is not the teacher
         method.step(state, batch(0, classes=3))
         found.append(state)
     one, two = (pack(s.student.denoiser.state_dict())[0] for s in found)
     assert all(torch.equal(one[name], two[name]) for name in one)
-    one, two = (pack(s.fake.state_dict())[0] for s in found)
+    one, two = (pack(s.fake_score.state_dict())[0] for s in found)
     assert not all(torch.equal(one[name], two[name]) for name in one)  # the critic is drawn to the teacher
 
 
@@ -86,7 +86,7 @@ def test_posterior_noise_is_that_of_the_diffusion() -> None:
 
 def test_a_student_of_several_calls_draws_from_the_posterior() -> None:
     network = network_teacher()
-    student = Student(network, (5.0, 2.0, 0.8), chain="posterior")
+    student = Student(network, (5.0, 2.0, 0.8), sampler="posterior")
     noise = [torch.randn(8, 2, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     x0 = student.call(student.start(noise[0]), 0)
     x = x0 + 2.0 * noise[1]  # the first input was noise alone: there is nothing to keep of it
@@ -102,14 +102,14 @@ def test_samples_of_a_call_are_compared_between_its_level_and_the_next() -> None
     assert [(k.low, k.high) for k in ends] == [(2.0, 80.0), (0.8, 2.0), (0.02, 0.8)]
     assert levels_between((5.0,), 0, noise) == noise
     with pytest.raises(UserError, match="low < high"):
-        distiller(network_teacher(), method="moment-matching", calls=3, noise_low=1.5)
+        distiller(network_teacher(), method="moment-matching", num_steps=3, noise_low=1.5)
 
 
 @pytest.mark.parametrize("calls", [1, 3])
 def test_parts_change_nothing_but_rounding(calls: int) -> None:
     found = []
     for parts in (1, 3):
-        settings = {"calls": calls, "accumulate": parts, "critic_steps": 1, "grad_clip": 0.0}
+        settings = {"num_steps": calls, "accumulate": parts, "fake_score_steps": 1, "grad_clip": 0.0}
         method = distiller(network_teacher(3), method="moment-matching", **settings)
         state = method.init(0)
         # Gradients, before Adam makes steps of one size of them.
@@ -124,7 +124,7 @@ def test_parts_change_nothing_but_rounding(calls: int) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit() -> None:
-    method = distiller(network_teacher(3), method="moment-matching", calls=3)
+    method = distiller(network_teacher(3), method="moment-matching", num_steps=3)
     whole, again = method.init(0), method.init(7)
     for step in range(6):
         if step == 3:
@@ -136,7 +136,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit() -> None:
 
 
 def test_a_teacher_is_a_fixed_point() -> None:
-    method = distiller(network_teacher(), method="moment-matching", calls=2, critic_steps=1)
+    method = distiller(network_teacher(), method="moment-matching", num_steps=2, fake_score_steps=1)
     state = method.init(0)
     before = copy.deepcopy(state.student.denoiser.state_dict())
     info = method.step(state, batch(0))  # the fake score still is the teacher
@@ -148,7 +148,7 @@ def test_a_teacher_is_a_fixed_point() -> None:
 def test_it_brings_a_student_close_to_the_data(calls: int) -> None:
     ring = toy("ring8")
     real = ring.sample(4000, seed=0)
-    settings = {"calls": calls, "fit_steps": 150, "total_steps": 200, "lr": 1e-3, "lr_critic": 2e-3}
+    settings = {"num_steps": calls, "fit_steps": 150, "total_steps": 200, "lr": 1e-3, "lr_fake_score": 2e-3}
     method = distiller(ring, method="moment-matching", **settings)
     state = method.init(0, lambda n: (real[:n], None))
     before = mmd(method.result(state, {}).sample(2000), real, "energy").value

@@ -79,7 +79,7 @@ def test_copies_are_recorded_on_the_way_and_served_backwards() -> None:
     for step in range(12):
         advance(method, state, 1)
         if step in (3, 7):
-            seen.append(copy.deepcopy(state.fake.state_dict()))
+            seen.append(copy.deepcopy(state.fake_score.state_dict()))
     assert all(torch.equal(v, state.student.state_dict()[k]) for k, v in start.items())
     served = []
     for _ in range(12):
@@ -185,7 +185,7 @@ def moments(denoiser: Any) -> tuple[float, float]:
 
 def test_on_gaussians_the_copies_lead_from_the_student_s_score_to_the_teacher_s() -> None:
     teacher = gaussian(1.5, 0.5)
-    settings = {"student_sigma": 1.0, "noise_low": 0.2, "lr_critic": 0.01, "noise_high": 5.0}
+    settings = {"student_sigma": 1.0, "noise_low": 0.2, "lr_fake_score": 0.01, "noise_high": 5.0}
     method = distiller(
         teacher, method="diff-instruct", total_steps=1000, backtrack=5, backtrack_degrade_steps=36, **settings
     )
@@ -194,7 +194,7 @@ def test_on_gaussians_the_copies_lead_from_the_student_s_score_to_the_teacher_s(
         method.step(state, Batch(torch.empty(256, 1), None))
     # The untrained student maps z to the teacher's denoised z: N(m (1 - k), k^2) with k = 0.25 / 1.25.
     at_start = (1.5 * 0.8, 0.2)
-    recorded = [teacher, *(state.extra[f"target_{i}"] for i in range(1, 5)), state.fake]
+    recorded = [teacher, *(state.extra[f"target_{i}"] for i in range(1, 5)), state.fake_score]
     # The critic's steps of 0.01 leave the last copy within a few hundredths of the truth.
     assert moments(recorded[-1]) == pytest.approx(at_start, abs=0.03)
 

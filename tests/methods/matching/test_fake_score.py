@@ -21,10 +21,15 @@ def test_critic_and_discriminator_learn_the_exact_score_and_ratio(
 ) -> None:
     # An untrained network returns 0, so the student is x0 = c_skip s z, c_skip = sigma_data^2 / (s^2 +
     # sigma_data^2), with s its first level: exactly N(0, spread^2). It never moves: the warm-up never ends.
-    settings = {"warmup_steps": 10**6, "lr_critic": lr, "lr_ratio": lr, "ratio_features": features}
+    settings = {
+        "warmup_steps": 10**6,
+        "lr_fake_score": lr,
+        "lr_discriminator": lr,
+        "ratio_features": features,
+    }
     method = distiller(REAL, "js", noise_low=0.1, beta1=0.9, total_steps=steps, lr_decay="cosine", **settings)
     state = method.init(0)
-    level = state.student.levels[0]
+    level = state.student.sigmas[0]
     spread = REAL.sigma_data**2 * level / (level**2 + REAL.sigma_data**2)
     student = GaussianMixture([1.0], [[0.0]], [spread**2])
     drawn = torch.Generator().manual_seed(0)

@@ -16,8 +16,8 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import UNCONDITIONAL
 from distmatch.diffusion.noise import Karras
 from distmatch.discrepancies import energy_distance
+from distmatch.methods.initialization import fit_to_teacher, starting_network
 from distmatch.methods.matching.generator import generator_gradient
-from distmatch.methods.start import fit_to_teacher, starting_network
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import find_method, resolve_method
 from distmatch.nets.config import MLPConfig
@@ -31,7 +31,7 @@ def moved(method: Any, classes: int = 0, seed: int = 0) -> DistillState:
     """A state whose critic and discriminator have learned something."""
     state = method.init(seed)
     with torch.no_grad():
-        for parameter in state.fake.parameters():
+        for parameter in state.fake_score.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=state.generator))
         if state.discriminator is not None:
             for parameter in state.discriminator.parameters():
@@ -61,7 +61,7 @@ def test_sid_differentiates_both_networks_by_their_input(alpha: float) -> None:
     state = moved(method)
     x0, sigma, noise = inputs()
     x = x0 + sigma[:, None] * noise
-    p, q = (lambda v: method.teacher(v, sigma)), (lambda v: state.fake(v, sigma))
+    p, q = (lambda v: method.teacher(v, sigma)), (lambda v: state.fake_score(v, sigma))
     jp, jq = jacobian(p, x), jacobian(q, x)
     difference, residual = (p(x) - q(x)).detach(), (q(x) - x0).detach()
     size = (x0 - p(x)).abs().mean(1).detach()
@@ -90,10 +90,10 @@ def test_uni_instruct_differentiates_the_ratio_as_it_is_told(source: str, featur
     def logit(v: Tensor) -> Tensor:
         if features == "own":
             return state.discriminator(v, sigma, None)  # type: ignore[misc]
-        lender: Any = method.teacher if features == "teacher" else state.fake
+        lender: Any = method.teacher if features == "teacher" else state.fake_score
         return state.discriminator(lender(v, sigma, return_features=True)[1], sigma, None)  # type: ignore[misc]
 
-    p, q = (lambda v: method.teacher(v, sigma)), (lambda v: state.fake(v, sigma))
+    p, q = (lambda v: method.teacher(v, sigma)), (lambda v: state.fake_score(v, sigma))
     jp, jq = jacobian(p, x), jacobian(q, x)
     difference, residual = (p(x) - q(x)).detach(), (q(x) - x0).detach()
     # 8 samples are too few for means over bins: the ratio is the raw one, clipped.
@@ -133,7 +133,7 @@ def test_sida_s_adversarial_term_is_that_of_the_fake_score_s_features() -> None:
     state = moved(method)
     x0, sigma, noise = inputs()
     leaf = x0.clone().requires_grad_()
-    features = state.fake(leaf + sigma[:, None] * noise, sigma, return_features=True)[1]  # type: ignore[union-attr]
+    features = state.fake_score(leaf + sigma[:, None] * noise, sigma, return_features=True)[1]  # type: ignore[union-attr]
     logit = state.discriminator(features, sigma, None)  # type: ignore[misc]
     # The authors divide it by the mean |x0 - D_p| of each sample, here in the unit of 2 sigma_data = 1.4.
     size = (x0 - method.teacher(x0 + sigma[:, None] * noise, sigma)).abs().mean(1) / 1.4
@@ -157,7 +157,7 @@ def test_a_fake_score_equal_to_the_teacher_is_a_fixed_point(
     name: str, which: str | None, scaling: str
 ) -> None:
     alone = {"gan_weight": 0.0} if find_method(name).adversarial else {}
-    method = distiller(network_teacher(), which, name, critic_steps=1, scaling=scaling, **alone)
+    method = distiller(network_teacher(), which, name, fake_score_steps=1, scaling=scaling, **alone)
     state = method.init(0)
     before = copy.deepcopy(state.student.state_dict())
     info = method.step(state, batch(0))
@@ -235,7 +235,7 @@ def ring() -> tuple[EDMDenoiser, Tensor]:
 )
 def test_students_approach_the_data(ring: tuple[EDMDenoiser, Tensor], name: str, which: str | None) -> None:
     teacher, x = ring
-    method = distiller(teacher, which, name, total_steps=200, critic_steps=4, lr=1e-3, ema_half_life=5.0)
+    method = distiller(teacher, which, name, total_steps=200, fake_score_steps=4, lr=1e-3, ema_half_life=5.0)
     state = method.init(0)
     draws = torch.Generator().manual_seed(2)
 

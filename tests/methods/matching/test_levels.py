@@ -51,7 +51,7 @@ def levels_seen(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[torch
 
     monkeypatch.setattr(loop, "generator_gradient", recorded_generator)
     monkeypatch.setattr(loop, "fake_score_backward", recorded_fake_score)
-    method = distiller(network_teacher(), method="sid", critic_steps=1, **settings)
+    method = distiller(network_teacher(), method="sid", fake_score_steps=1, **settings)
     state = method.init(0)
     for step in range(30):
         method.step(state, batch(step, n=200))
@@ -64,7 +64,12 @@ def test_the_fake_score_learns_at_levels_of_its_own(monkeypatch: pytest.MonkeyPa
     Kolmogorov-Smirnov at 6000 levels, bound 1.95 / sqrt(n), which one law in a thousand exceeds.
     """
     student, critic = levels_seen(
-        monkeypatch, noise_low=0.01, noise_high=10.0, critic_law="log-normal", noise_mean=-0.5, noise_std=1.2
+        monkeypatch,
+        noise_low=0.01,
+        noise_high=10.0,
+        fake_score_distribution="log-normal",
+        noise_mean=-0.5,
+        noise_std=1.2,
     )
     bound = 1.95 / len(student) ** 0.5
     even = (student.clamp_min(1e-9) ** (1 / 7) - 0.01 ** (1 / 7)) / (10 ** (1 / 7) - 0.01 ** (1 / 7))
@@ -80,7 +85,12 @@ def test_both_can_have_a_log_normal_between_the_ends_of_the_comparison(
 ) -> None:
     """Diff-Instruct. Seed 0, bound as above."""
     student, critic = levels_seen(
-        monkeypatch, noise_law="log-normal", noise_mean=0.2, noise_std=0.7, noise_low=0.1, noise_high=4.0
+        monkeypatch,
+        noise_distribution="log-normal",
+        noise_mean=0.2,
+        noise_std=0.7,
+        noise_low=0.1,
+        noise_high=4.0,
     )
     for levels in (student, critic):
         statistic = stats.kstest(levels.log().numpy(), cut(0.2, 0.7, 0.1, 4.0).cdf).statistic
@@ -89,7 +99,7 @@ def test_both_can_have_a_log_normal_between_the_ends_of_the_comparison(
 
 def test_bins_of_the_ratio_have_equal_probability_under_the_law_of_the_comparison() -> None:
     method = distiller(
-        network_teacher(), "kl", noise_law="log-normal", noise_mean=0.0, noise_std=1.0, ratio_bins=5
+        network_teacher(), "kl", noise_distribution="log-normal", noise_mean=0.0, noise_std=1.0, ratio_bins=5
     )
     borders = torch.tensor(method.notes()["sigma_bins"], dtype=torch.float64)
     theirs = cut(math.log(0.7), 1.0, float(borders[0]), float(borders[-1]))
@@ -98,19 +108,22 @@ def test_bins_of_the_ratio_have_equal_probability_under_the_law_of_the_compariso
 
 def test_without_a_choice_both_are_as_they_were() -> None:
     method = distiller(network_teacher(), method="sid")
-    assert method.noise == method.critic_noise == Karras(*method.setup.compared_levels, 7.0)
+    assert method.noise == method.critic_noise == Karras(*method.context.compared_sigmas, 7.0)
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"noise_mean": 0.3}, "--noise-mean does nothing with --noise-law karras and --critic-law same"),
+        (
+            {"noise_mean": 0.3},
+            "--noise-mean does nothing with --noise-distribution karras and --fake-score-distribution same",
+        ),
         ({"noise_std": 0.3}, "--noise-std does nothing"),
         (
-            {"noise_law": "log-normal", "noise_rho": 3.0},
-            "--noise-rho does nothing with --noise-law log-normal",
+            {"noise_distribution": "log-normal", "noise_rho": 3.0},
+            "--noise-rho does nothing with --noise-distribution log-normal",
         ),
-        ({"critic_law": "log-normal", "noise_mean": 30.0}, "hardly any levels"),
+        ({"fake_score_distribution": "log-normal", "noise_mean": 30.0}, "hardly any levels"),
     ],
 )
 def test_settings_of_a_law_that_is_not_in_use_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -120,9 +133,9 @@ def test_settings_of_a_law_that_is_not_in_use_are_refused(settings: dict[str, An
 
 def test_a_half_life_of_zero_keeps_the_last_weights() -> None:
     assert ema_decay(7, half_life=0.0) == 0
-    method = distiller(network_teacher(), method="sid", critic_steps=1, ema_half_life=0.0)
+    method = distiller(network_teacher(), method="sid", fake_score_steps=1, ema_half_life=0.0)
     state = method.init(0)
     for step in range(3):
         method.step(state, batch(step))
-    pairs = zip(state.average.module.parameters(), state.student.denoiser.parameters(), strict=True)
+    pairs = zip(state.ema.module.parameters(), state.student.denoiser.parameters(), strict=True)
     assert all(torch.equal(mean, own) for mean, own in pairs)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import latents
+from distmatch.base.seeds import initial_noise
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.solvers import sample_teacher
@@ -58,9 +58,9 @@ def test_pairs_depend_on_the_seed_and_nothing_else() -> None:
     made = make_pairs(PAIR, 60, steps=5, seed=3, device="cpu", batch=17)
     again = make_pairs(PAIR, 60, steps=5, seed=3, device="cpu")
     assert_same_but_for_rounding(made.samples, again.samples)  # in parts of 17
-    assert torch.equal(made.noise, latents(60, (2,), 3))
+    assert torch.equal(made.noise, initial_noise(60, (2,), 3))
     assert set(made.conditioning["label"].tolist()) == {0, 1}
-    alone = sample_teacher(PAIR, 60, steps=5, labels=made.conditioning, seed=3)
+    alone = sample_teacher(PAIR, 60, steps=5, conditioning=made.conditioning, seed=3)
     assert_same_but_for_rounding(made.samples, alone)
     other = make_pairs(PAIR, 60, steps=5, seed=4, device="cpu")
     assert not torch.equal(other.noise, made.noise)
@@ -106,7 +106,7 @@ def _drawn(term: PairRegression, state: Any) -> torch.Tensor:
     term.backward(state, batch(0, 2))
     handle.remove()
     (x,) = seen
-    return x.detach() / state.student.levels[0]
+    return x.detach() / state.student.sigmas[0]
 
 
 def test_a_student_that_is_the_map_is_left_alone() -> None:
@@ -115,7 +115,7 @@ def test_a_student_that_is_the_map_is_left_alone() -> None:
     state = method.init(0)
     made = term.pairs()
     own = state.student.denoiser(
-        state.student.levels[0] * made.noise, torch.full((32,), state.student.levels[0]), made.conditioning
+        state.student.sigmas[0] * made.noise, torch.full((32,), state.student.sigmas[0]), made.conditioning
     )
     made.samples.copy_(own.detach())
     info = term.backward(state, batch(0, 2))
@@ -150,8 +150,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit() -> None:
 
 
 def test_dmd_is_diff_instruct_at_one_critic_step_where_the_weight_vanishes() -> None:
-    plain = step_of(distiller(network_teacher(2), method="diff-instruct", critic_steps=1))
-    tiny = step_of(distiller(network_teacher(2), method="dmd", critic_steps=1, pair_weight=1e-30, pairs=8))
+    plain = step_of(distiller(network_teacher(2), method="diff-instruct", fake_score_steps=1))
+    tiny = step_of(
+        distiller(network_teacher(2), method="dmd", fake_score_steps=1, pair_weight=1e-30, pairs=8)
+    )
     for a, b in zip(plain.student.parameters(), tiny.student.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -161,7 +163,7 @@ def test_pairs_are_those_of_the_guided_teacher() -> None:
     term = regression(method)
     term.prepare(method.init(0), 0)
     made = term.pairs()
-    guided = sample_teacher(Guided(PAIR, 2.0), 40, steps=6, labels=made.conditioning, seed=term._seed)
+    guided = sample_teacher(Guided(PAIR, 2.0), 40, steps=6, conditioning=made.conditioning, seed=term._seed)
     torch.testing.assert_close(made.samples, guided)
 
 
@@ -188,7 +190,7 @@ def test_the_regression_brings_a_lost_mode_back() -> None:
 
 def test_several_calls_are_refused() -> None:
     with pytest.raises(UserError, match="one noise to one sample"):
-        distiller(network_teacher(2), method="dmd", calls=3)
+        distiller(network_teacher(2), method="dmd", num_steps=3)
 
 
 @pytest.mark.parametrize("name", ["pairs", "pair_steps", "pair_weight", "pair_c"])

@@ -209,7 +209,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit() -> None:
 def trained(**settings: Any) -> tuple[Any, Any]:
     ring = toy("ring8")
     real = ring.sample(4000, seed=0)
-    own = {"bank": 128, "fit_steps": 500, "total_steps": 80, "calls": 4, **settings}
+    own = {"bank": 128, "fit_steps": 500, "total_steps": 80, "num_steps": 4, **settings}
     method = distiller(ring, method="dpm-ot", **own)
     state = method.init(0, lambda n: (real[:n], None))
     for step in range(80):
@@ -219,7 +219,7 @@ def trained(**settings: Any) -> tuple[Any, Any]:
 
 def test_it_samples_the_data_and_evens_the_cells(tmp_path: Path) -> None:
     method, state = trained()
-    transport = state.average.module
+    transport = state.ema.module
     draws = normal(1, 50_000, 2)
     transport.descend(draws)
     after = float(transport.heights.grad.abs().sum() / 2)
@@ -295,7 +295,7 @@ def test_what_cannot_be_is_refused() -> None:
     state = method.init(0)
     method.step(state, batch(0, classes=2))
     with pytest.raises(UserError, match="none without a class"):
-        method.result(state, {}).sample(3, labels=torch.tensor([0, 1, -1]))
+        method.result(state, {}).sample(3, conditioning=torch.tensor([0, 1, -1]))
     with pytest.raises(UserError, match="no bank of latents"):
         BrenierMap.restored({"other": torch.zeros(1)})
     with pytest.raises(UserError, match="--bank must be at least 1"):

@@ -294,7 +294,7 @@ def test_a_dry_run_writes_nothing_and_shows_every_method(
 
 
 def test_a_budget_of_network_calls_is_the_same_for_all(tmp_path: Path) -> None:
-    line = f'compare --methods "diff-instruct,slow=diff-instruct[critic_steps=1]" {COMMON} --seeds 1'
+    line = f'compare --methods "diff-instruct,slow=diff-instruct[fake_score_steps=1]" {COMMON} --seeds 1'
     done(f'{line} --budget "60 calls" --out {tmp_path}/c')
     methods = read(tmp_path / "c")["methods"]
     assert methods[0]["calls_per_step"] < methods[1]["calls_per_step"]

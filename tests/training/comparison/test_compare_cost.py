@@ -117,7 +117,7 @@ def test_what_is_made_once_is_no_part_of_a_step(clock: SimpleNamespace) -> None:
 
 
 def test_a_dry_run_times_whole_periods_and_what_is_made_once(clock: SimpleNamespace) -> None:
-    settings = replace(DistillOptions.of("diff-instruct").settings, critic_steps=8)
+    settings = replace(DistillOptions.of("diff-instruct").settings, fake_score_steps=8)
     options = DistillOptions.of("diff-instruct", run=RunOptions(batch=16, steps=400), settings=settings)
     job = prepare_distillation(options, network_teacher(), fresh=False)
     step, seen = job.step, []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate, mean_of
-from distmatch.base.seeds import latents
+from distmatch.base.seeds import initial_noise
 from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.geometry.summary import ratio_of
@@ -124,7 +124,7 @@ def _square_errors(
     """Mean squares over the coordinates of D_a - D_b, D_a - x0, D_b - x0, or of D_a - x0, (3 or 1, n)."""
     told = as_conditioning(conditioning)
     check_conditioning(told, len(x0))
-    noise = latents(len(x0), tuple(x0.shape[1:]), seed, "agreement")
+    noise = initial_noise(len(x0), tuple(x0.shape[1:]), seed, "agreement")
     columns = []
     for start in range(0, len(x0), batch):
         part = slice(start, start + batch)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate, mean_of
-from distmatch.base.seeds import latents
+from distmatch.base.seeds import initial_noise
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def nll_ladder(
     levels = [float(s) for s in sigmas]
     if len(set(levels)) < 2 or not all(0 < s < math.inf for s in levels):
         raise UserError("a ladder needs two or more different positive noise levels", got=levels)
-    noise = latents(len(x), tuple(x.shape[1:]), seed, "ladder").to(x)
+    noise = initial_noise(len(x), tuple(x.shape[1:]), seed, "ladder").to(x)
     nll = torch.stack([-log_prob(x + s * noise, s).double().cpu() for s in levels])
     t = torch.tensor(levels, dtype=torch.float64).log()
     t = t - t.mean()

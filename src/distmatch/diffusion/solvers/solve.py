@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import latents
+from distmatch.base.seeds import initial_noise
 from distmatch.diffusion.conditioning import (
     Conditioning,
     ConditioningLike,
@@ -201,7 +201,7 @@ def sample_teacher(
     solver: str | Solver = "heun",
     grid: Tensor | Sequence[float] | None = None,
     path: NoisePath | str | None = None,
-    labels: ConditioningLike = None,
+    conditioning: ConditioningLike = None,
     seed: int = 0,
     batch: int = 1024,
     device: torch.device | str = "cpu",
@@ -218,7 +218,7 @@ def sample_teacher(
         solver: A solver or its name.
         grid: Decreasing levels in place of the default ones.
         path: As for :func:`solve`.
-        labels: Their conditions: class labels (n,), a conditioning, or None.
+        conditioning: Class labels (n,), a conditioning, or None.
         seed: Seed of all noise.
         batch: Samples at a time.
         device: Where to compute.
@@ -234,12 +234,12 @@ def sample_teacher(
         raise UserError(
             "there must be 0 samples or more, and at least 1 at a time", got=f"n={n}, batch={batch}"
         )
-    conditioning = as_conditioning(labels)
+    conditioning = as_conditioning(conditioning)
     check_conditioning(conditioning, n, spec_of(denoiser))
     chosen = find_solver(solver)
     levels = make_grid("karras", steps, denoiser.sigma_min, denoiser.sigma_max) if grid is None else grid
     first = checked_levels(levels, stochastic=True)[0]
-    latent = start_noise(denoiser, latents(n, denoiser.shape, seed), seed)
+    latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed), seed)
     out = []
     for start in range(0, n, batch):
         z = latent[start : start + batch].to(device)

@@ -14,7 +14,7 @@ from distmatch.diffusion.noise import Karras
 from distmatch.losses import adversarial_discriminator_loss, adversarial_generator_loss, approximate_r1
 from distmatch.methods.consistency.direct import Draws
 from distmatch.methods.consistency.settings import CTMSettings
-from distmatch.methods.setup import Info, Setup
+from distmatch.methods.context import Context, Info
 from distmatch.methods.state import DistillState
 from distmatch.ratio.discriminator import build_discriminator, choose_source, logits_of
 
@@ -26,17 +26,17 @@ class Adversary:
     Its random numbers come from a stream of its own, so that a run without it is the same to the bit.
 
     Attributes:
-        setup: Teacher and settings.
+        context: Teacher and settings.
     """
 
-    setup: Setup[CTMSettings]
+    context: Context[CTMSettings]
 
     def __post_init__(self) -> None:
-        teacher = self.setup.teacher
-        self._source = choose_source(self.setup.settings.ratio_features, teacher)
+        teacher = self.context.teacher
+        self._source = choose_source(self.context.settings.ratio_features, teacher)
         if self._source == "fake":
             raise UserError(
-                f"{self.setup.method.name} has no fake score whose features a discriminator could see",
+                f"{self.context.method.name} has no fake score whose features a discriminator could see",
                 got="--ratio-features fake",
                 fix="use --ratio-features teacher, or own",
             )
@@ -46,9 +46,9 @@ class Adversary:
         """Puts the discriminator and its optimizer into a fresh state."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "discriminator"))
-            head = build_discriminator(self._source, self.setup.teacher, self.setup.teacher.num_classes)
-        state.discriminator = head.to(self.setup.device)
-        state.optimizers["ratio"] = self.setup.adam(head, self.setup.settings.lr_ratio)
+            head = build_discriminator(self._source, self.context.teacher, self.context.teacher.num_classes)
+        state.discriminator = head.to(self.context.device)
+        state.optimizers["ratio"] = self.context.adam(head, self.context.settings.lr_discriminator)
 
     def draw(self, state: DistillState, x: Tensor) -> dict[str, Tensor]:
         """Levels and noises of a batch like ``x`` (B, *shape): for student, real, and with R1 perturbed."""
@@ -56,14 +56,14 @@ class Adversary:
         level = self._law.sample(len(x), gen).to(x.dtype)
         noises = (
             torch.randn(x.shape, generator=gen, device=x.device, dtype=x.dtype)
-            for _ in range(3 if self.setup.settings.r1 > 0 else 2)
+            for _ in range(3 if self.context.settings.r1 > 0 else 2)
         )
         names = ("noise_fake", "noise_real", "noise_r1")
         return {"level": level, **dict(zip(names, noises, strict=False))}
 
     def logits(self, state: DistillState, kinds: list[Tensor], draws: Draws, *, grad: bool) -> list[Tensor]:
         """The discriminator's log ratios of noised samples of several kinds, (b,) each."""
-        head, teacher = state.discriminator, self.setup.teacher
+        head, teacher = state.discriminator, self.context.teacher
         if head is None:
             raise RuntimeError("this state has no discriminator")
         return logits_of(self._source, teacher, head, kinds, draws["level"], draws.conditioning, grad=grad)
@@ -81,11 +81,11 @@ class Adversary:
             x0: Samples of the student, (B, *shape), without history.
             draws: Real samples and noises, for the whole batch.
         """
-        cfg = self.setup.settings
+        cfg = self.context.settings
         total = torch.zeros((), device=x0.device)
-        for part in self.setup.parts(len(x0)):
+        for part in self.context.parts(len(x0)):
             some = draws.index(part)
-            with self.setup.autocast():
+            with self.context.autocast():
                 level, real = expand(some["level"], x0), some["x0"]
                 kinds = [x0[part] + level * some["noise_fake"], real + level * some["noise_real"]]
                 if cfg.r1 > 0:
@@ -98,5 +98,5 @@ class Adversary:
             share = len(some["x0"]) / len(x0)
             (share * loss).backward()
             total = total + share * told
-        self.setup.move(state, "ratio", cfg.lr_ratio)
+        self.context.move(state, "ratio", cfg.lr_discriminator)
         return {"loss_ratio": total}

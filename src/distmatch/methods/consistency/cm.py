@@ -24,7 +24,7 @@ from distmatch.methods.consistency.direct import (
 )
 from distmatch.methods.consistency.pairs import teacher_path, where_needed
 from distmatch.methods.consistency.settings import ConsistencySettings
-from distmatch.methods.setup import Info, Setup
+from distmatch.methods.context import Context, Info
 from distmatch.methods.state import DistillState
 
 
@@ -37,18 +37,18 @@ class PairTerm:
     dropout, as all students are.
 
     Attributes:
-        setup: Teacher and settings.
+        context: Teacher and settings.
     """
 
-    setup: Setup[ConsistencySettings]
+    context: Context[ConsistencySettings]
     jumps = False
     needs_data = True
 
     def __post_init__(self) -> None:
-        self._guided = guided_teacher(self.setup)
-        self._levels = training_levels(self.setup, self.setup.settings)
-        teacher = self.setup.teacher
-        self._c = pseudo_huber_scale(self.setup.settings.huber, teacher.shape, teacher.sigma_data)
+        self._guided = guided_teacher(self.context)
+        self._levels = training_levels(self.context, self.context.settings)
+        teacher = self.context.teacher
+        self._c = pseudo_huber_scale(self.context.settings.huber, teacher.shape, teacher.sigma_data)
 
     def notes(self) -> dict[str, Any]:
         """Nothing that the options do not say."""
@@ -59,18 +59,18 @@ class PairTerm:
 
     def stage(self, step: int) -> int:
         """How often the levels of a pair have come closer by half, from 0."""
-        return min(self.setup.settings.stages * step // self.setup.total_steps, 60)
+        return min(self.context.settings.stages * step // self.context.total_steps, 60)
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
         sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
-        draws = noised_draws(self.setup, state, batch, sigma)
-        return mean_backward(self.setup, draws, lambda part: self.loss(state, part))
+        draws = noised_draws(self.context, state, batch, sigma)
+        return mean_backward(self.context, draws, lambda part: self.loss(state, part))
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
         """The loss of each sample, (b,)."""
-        settings, student = self.setup.settings, state.student.denoiser
-        sigma_data = self.setup.teacher.sigma_data
+        settings, student = self.context.settings, state.student.denoiser
+        sigma_data = self.context.teacher.sigma_data
         x0, sigma, conditioning = draws["x0"], draws["sigma"], draws.conditioning
         lower = ect_lower_level(sigma, sigma_data, self.stage(state.step))
         y = x0 + expand(sigma, x0) * draws["noise"]

@@ -34,7 +34,7 @@ from distmatch.methods.consistency.direct import (
 )
 from distmatch.methods.consistency.pairs import teacher_path, where_needed
 from distmatch.methods.consistency.settings import CTMSettings
-from distmatch.methods.setup import Info, Setup
+from distmatch.methods.context import Context, Info
 from distmatch.methods.state import DistillState
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA
@@ -53,20 +53,20 @@ class TrajectoryTerm:
     as the first one's.
 
     Attributes:
-        setup: Teacher and settings.
+        context: Teacher and settings.
     """
 
-    setup: Setup[CTMSettings]
+    context: Context[CTMSettings]
     jumps = True
     needs_data = True
 
     def __post_init__(self) -> None:
-        teacher, cfg = self.setup.teacher, self.setup.settings
-        self._guided = guided_teacher(self.setup)
-        self._levels = training_levels(self.setup, self.setup.settings)
-        self._law = Karras(teacher.sigma_min, self.setup.first_level)
+        teacher, cfg = self.context.teacher, self.context.settings
+        self._guided = guided_teacher(self.context)
+        self._levels = training_levels(self.context, self.context.settings)
+        self._law = Karras(teacher.sigma_min, self.context.first_sigma)
         self._c = pseudo_huber_scale(cfg.huber, teacher.shape, teacher.sigma_data)
-        self.adversary = Adversary(self.setup) if self.setup.settings.gan_weight > 0 else None
+        self.adversary = Adversary(self.context) if self.context.settings.gan_weight > 0 else None
 
     def notes(self) -> dict[str, Any]:
         """Nothing that the options do not say."""
@@ -81,17 +81,17 @@ class TrajectoryTerm:
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters, and lets the target follow."""
-        n, gen, cfg = len(batch.x), state.generator, self.setup.settings
+        n, gen, cfg = len(batch.x), state.generator, self.context.settings
         student, target = state.student.denoiser, state.extra["target"]
         with torch.no_grad():
             torch._foreach_lerp_(*unshared(target, student), 1 - cfg.target_decay)
         sigma = self._levels(n, gen)
         share = torch.rand(n, generator=gen, device=gen.device)
         to, via = ctm_levels(sigma, self._law, self.cells(state) * CTM_CELL, share)
-        draws = noised_draws(self.setup, state, batch, sigma.to(batch.x.dtype))
+        draws = noised_draws(self.context, state, batch, sigma.to(batch.x.dtype))
         draws = draws.extended(to=to.to(batch.x.dtype), via=via.to(batch.x.dtype))
         adversary = self.adversary
-        if adversary is None or state.step < self.setup.settings.gan_after * self.setup.total_steps:
+        if adversary is None or state.step < self.context.settings.gan_after * self.context.total_steps:
             return self._accumulate(state, draws, None)[0]
         draws = draws.extended(**adversary.draw(state, batch.x))
         info, samples = self._accumulate(state, draws, adversary)
@@ -112,12 +112,12 @@ class TrajectoryTerm:
             wanted = self.wanted(state, some, self.cells(state))
             x0 = self.reached(state, jump, some)
             samples.append(x0.detach())
-            yield "loss", pseudo_huber(x0, wanted, self._c) / self.setup.unit
+            yield "loss", pseudo_huber(x0, wanted, self._c) / self.context.unit
             if adversary is not None:
                 yield "loss_gan", adversary.student_loss(state, x0, some)
 
         def denoising(clean: Tensor, some: Draws) -> Iterator[tuple[str, Tensor]]:
-            weight = edm_weight(some["sigma"], self.setup.teacher.sigma_data)
+            weight = edm_weight(some["sigma"], self.context.teacher.sigma_data)
             yield "loss_dsm", denoising_loss(clean, some["x0"], weight)
 
         at_last: dict[str, Tensor] = {}
@@ -148,14 +148,14 @@ class TrajectoryTerm:
             at_last: Gradients at the last layer by name, to which these are added; "loss" is the measure.
             info: Where mean losses and scales are put.
         """
-        weights = {"loss_dsm": self.setup.settings.dsm_weight, "loss_gan": self.setup.settings.gan_weight}
+        weights = {"loss_dsm": self.context.settings.dsm_weight, "loss_gan": self.context.settings.gan_weight}
         n = len(draws["x0"])
-        parts = [draws.index(part) for part in self.setup.parts(n)]
+        parts = [draws.index(part) for part in self.context.parts(n)]
         pulls: list[dict[str, Tensor]] = []
         record = record_of(last_layer(state.student.denoiser))
         for some in parts:
             pulls.append({})
-            with record.recording(), self.setup.autocast():
+            with record.recording(), self.context.autocast():
                 out = call(state, some)
                 leaf = out.detach().requires_grad_()
                 for name, loss in losses(leaf, some):
@@ -174,7 +174,7 @@ class TrajectoryTerm:
                 info[name.replace("loss", "weight")] = torch.as_tensor(scales[name])
         for some, own in zip(parts, pulls, strict=True):
             if len(parts) > 1:
-                with self.setup.autocast():
+                with self.context.autocast():
                     out = call(state, some)
             out.backward(torch.stack([scales[name] * pull for name, pull in own.items()]).sum(0))
 
@@ -198,12 +198,12 @@ class TrajectoryTerm:
     def cells(self, state: DistillState) -> int:
         """The number of cells that the teacher crosses at this step, uniform from 1 to ``solver_steps``."""
         drawn = stream_seed(state.generator.initial_seed(), f"cells/{state.step}")
-        return 1 + drawn % self.setup.settings.solver_steps
+        return 1 + drawn % self.context.settings.solver_steps
 
     @torch.no_grad()
     def wanted(self, state: DistillState, draws: Draws, steps: int) -> Tensor:
         """Where the teacher's path, in ``steps`` steps, and a shorter jump lead, taken on to the data."""
-        cfg, target, conditioning = self.setup.settings, state.extra["target"], draws.conditioning
+        cfg, target, conditioning = self.context.settings, state.extra["target"], draws.conditioning
         x0, sigma, to, via = (draws[name] for name in ("x0", "sigma", "to", "via"))
         y = x0 + expand(sigma, x0) * draws["noise"]
         middle = teacher_path(
@@ -213,7 +213,7 @@ class TrajectoryTerm:
 
     def _to_data(self, network: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's jump from levels ``sigma`` to the data; what is below sigma_min counts as there."""
-        low = self.setup.teacher.sigma_min
+        low = self.context.teacher.sigma_min
         return where_needed(sigma > low, network, x, x, sigma.clamp_min(low), conditioning)
 
 

@@ -21,10 +21,10 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras
 from distmatch.methods.consistency.settings import LevelSettings
+from distmatch.methods.context import Context, Info, averaged
+from distmatch.methods.initialization import Draw
 from distmatch.methods.matching.scores import StudentTerm
 from distmatch.methods.settings import GammaSettings, GuidedSettings, NetworkSettings, Settings
-from distmatch.methods.setup import Info, Setup, averaged
-from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.jump import require_jump
@@ -76,23 +76,23 @@ class Direct:
     """A method with one loss: ``state = init(...)``, then ``info = step(state, batch)``.
 
     Attributes:
-        setup: Teacher, method and settings.
+        context: Teacher, method and settings.
         term: The loss.
     """
 
-    setup: Setup[NetworkSettings]
+    context: Context[NetworkSettings]
     term: Term
 
     def __post_init__(self) -> None:
-        if self.term.jumps and isinstance(self.setup.copied, nn.Module):
-            require_jump(self.setup.copied)
-        own = self.setup.settings
+        if self.term.jumps and isinstance(self.context.copied, nn.Module):
+            require_jump(self.context.copied)
+        own = self.context.settings
         self.gamma = gamma = own.gamma if isinstance(own, GammaSettings) else 0.0
-        if gamma > 0 and own.calls == 1:
+        if gamma > 0 and own.num_steps == 1:
             raise UserError(
                 "--gamma is the fresh noise between calls, and a student of one call has none",
-                got=f"--gamma {gamma:g} with --calls 1",
-                fix="leave it out, or raise --calls",
+                got=f"--gamma {gamma:g} with --num-steps 1",
+                fix="leave it out, or raise --num-steps",
             )
 
     @property
@@ -110,52 +110,56 @@ class Direct:
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step: the student starts as a copy of the teacher."""
-        setup, cfg = self.setup, self.setup.settings
-        start = setup.network(seed, draw, jumps=self.term.jumps)
+        context, cfg = self.context, self.context.settings
+        start = context.network(seed, draw, jumps=self.term.jumps)
         student = Student(
             start,
-            setup.student_levels(cfg.calls),
-            chain="jump" if self.term.jumps else "renoise",
+            context.student_sigmas(cfg.num_steps),
+            sampler="gamma" if self.term.jumps else "stochastic",
             gamma=self.gamma,
         )
-        optimizers = {"student": setup.adam(student.denoiser, cfg.lr)}
-        state = setup.state(seed, student, student.denoiser, optimizers=optimizers)
+        optimizers = {"student": context.adam(student.denoiser, cfg.lr)}
+        state = context.state(seed, student, student.denoiser, optimizers=optimizers)
         self.term.prepare(state, seed)
         return state
 
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of the student."""
-        setup, cfg = self.setup, self.setup.settings
-        info = self.term.backward(state, batch.taken_by(setup.teacher))
-        info["grad_norm_student"] = setup.move(state, "student", cfg.lr)
-        setup.follow(state, state.student.denoiser)
+        context, cfg = self.context, self.context.settings
+        info = self.term.backward(state, batch.taken_by(context.teacher))
+        info["grad_norm_student"] = context.move(state, "student", cfg.lr)
+        context.follow(state, state.student.denoiser)
         state.step += 1
         return info
 
 
-def guided_teacher(setup: Setup[GuidedSettings]) -> Denoiser:
+def guided_teacher(context: Context[GuidedSettings]) -> Denoiser:
     """The teacher at the guidance scale of the settings."""
-    scale = setup.settings.guidance
-    return Guided(setup.teacher, scale) if scale != 1 else setup.teacher
+    scale = context.settings.guidance
+    return Guided(context.teacher, scale) if scale != 1 else context.teacher
 
 
-def training_levels(setup: Setup[Settings], own: LevelSettings) -> Callable[[int, torch.Generator], Tensor]:
+def training_levels(
+    context: Context[Settings], own: LevelSettings
+) -> Callable[[int, torch.Generator], Tensor]:
     """The noise levels of training: a function of how many and of a generator.
 
     They lie between the teacher's sigma_min and the level at which the student starts, by the law of the
     settings; the tails of the log-normal that are cut off are shared out in proportion.
     """
-    low, high = setup.teacher.sigma_min, setup.first_level
+    low, high = context.teacher.sigma_min, context.first_sigma
     if own.level_law == "karras":
         return Karras(low, high).sample
-    return setup.log_normal(own.level_mean, own.level_std, low, high).sample
+    return context.log_normal(own.level_mean, own.level_std, low, high).sample
 
 
-def mean_backward(setup: Setup[Settings], draws: Draws, loss: Callable[[Draws], tuple[Tensor, Info]]) -> Info:
+def mean_backward(
+    context: Context[Settings], draws: Draws, loss: Callable[[Draws], tuple[Tensor, Info]]
+) -> Info:
     """Adds the gradient of a mean loss to the parameters, in parts, as of the whole batch.
 
     Args:
-        setup: How many parts, and in which precision.
+        context: How many parts, and in which precision.
         draws: What the loss reads, for the whole batch.
         loss: The loss of each sample of a part, (b,), and what to log of each, (b,).
 
@@ -164,8 +168,8 @@ def mean_backward(setup: Setup[Settings], draws: Draws, loss: Callable[[Draws], 
     """
     n = len(draws)
     total: Info = {}
-    for part in setup.parts(n):
-        with setup.autocast():
+    for part in context.parts(n):
+        with context.autocast():
             values, found = loss(draws.index(part))
         (values.sum() / n).backward()
         for name, value in {"loss": values, **found}.items():
@@ -174,7 +178,7 @@ def mean_backward(setup: Setup[Settings], draws: Draws, loss: Callable[[Draws], 
     return total
 
 
-def noised_draws(setup: Setup[Settings], state: DistillState, batch: Batch, sigma: Tensor) -> Draws:
+def noised_draws(context: Context[Settings], state: DistillState, batch: Batch, sigma: Tensor) -> Draws:
     """Clean samples, their noise and levels, and their conditioning where there are any."""
     noise = torch.randn(batch.x.shape, generator=state.generator, device=batch.x.device, dtype=batch.x.dtype)
     return Draws({"x0": batch.x, "noise": noise, "sigma": sigma}, batch.conditioning)

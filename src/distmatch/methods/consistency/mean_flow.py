@@ -26,7 +26,7 @@ from distmatch.methods.consistency.direct import (
 from distmatch.methods.consistency.pairs import teacher_says
 from distmatch.methods.consistency.settings import MeanFlowSettings
 from distmatch.methods.consistency.tangents import choose_derivative, derivative_along
-from distmatch.methods.setup import Info, Setup
+from distmatch.methods.context import Context, Info
 from distmatch.methods.state import DistillState
 
 
@@ -35,20 +35,20 @@ class AverageVelocityTerm:
     """The loss ``w |u - sg(v - (t - r) du/dt)|^2`` with ``w = 1 / (|error|^2 + c)^p``, held constant.
 
     Attributes:
-        setup: Teacher and settings.
+        context: Teacher and settings.
     """
 
-    setup: Setup[MeanFlowSettings]
+    context: Context[MeanFlowSettings]
     jumps = True
     needs_data = True
 
     def __post_init__(self) -> None:
-        cfg = self.setup.settings
-        self._guided = guided_teacher(self.setup)
+        cfg = self.context.settings
+        self._guided = guided_teacher(self.context)
         self._how = choose_derivative(cfg.tangent, None)  # networks of two levels are ours
-        self._levels = training_levels(self.setup, self.setup.settings)
+        self._levels = training_levels(self.context, self.context.settings)
         # Far below sigma_min there is nothing to tell from the data itself.
-        self._lower = self.setup.log_normal(cfg.to_mean, cfg.to_std, 0.0, self.setup.first_level).sample
+        self._lower = self.context.log_normal(cfg.to_mean, cfg.to_std, 0.0, self.context.first_sigma).sample
 
     def notes(self) -> dict[str, Any]:
         """How derivatives are taken."""
@@ -61,17 +61,17 @@ class AverageVelocityTerm:
         """Adds the gradient to the student's parameters."""
         n, gen = len(batch.x), state.generator
         one, other = self._levels(n, gen), self._lower(n, gen)
-        sigma = torch.maximum(one, other).clamp_min(self.setup.teacher.sigma_min)
-        goes = torch.rand(n, generator=gen, device=gen.device) < self.setup.settings.jump_share
+        sigma = torch.maximum(one, other).clamp_min(self.context.teacher.sigma_min)
+        goes = torch.rand(n, generator=gen, device=gen.device) < self.context.settings.jump_share
         to = torch.where(goes, torch.minimum(one, other), sigma)
-        draws = noised_draws(self.setup, state, batch, sigma.to(batch.x.dtype))
+        draws = noised_draws(self.context, state, batch, sigma.to(batch.x.dtype))
         draws = draws.extended(to=to.to(batch.x.dtype))
-        return mean_backward(self.setup, draws, lambda part: self.loss(state, part))
+        return mean_backward(self.context, draws, lambda part: self.loss(state, part))
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
         """The loss of each sample, (b,)."""
-        cfg, student = self.setup.settings, state.student.denoiser
-        sigma_data = self.setup.teacher.sigma_data
+        cfg, student = self.context.settings, state.student.denoiser
+        sigma_data = self.context.teacher.sigma_data
         x0, sigma, to, conditioning = draws["x0"], draws["sigma"], draws["to"], draws.conditioning
         y = x0 + expand(sigma, x0) * draws["noise"]
         target = x0 if cfg.consistency_from == "data" else teacher_says(self._guided, y, draws)

@@ -8,41 +8,41 @@ from distmatch.methods.consistency import settings as own
 from distmatch.methods.method import Method
 
 if TYPE_CHECKING:
-    from distmatch.methods.setup import Distiller, Setup
+    from distmatch.methods.context import Context, Distiller
 
 
-def _consistency(setup: Setup[own.ConsistencySettings]) -> Distiller:
+def _consistency(context: Context[own.ConsistencySettings]) -> Distiller:
     from distmatch.methods.consistency.cm import PairTerm
     from distmatch.methods.consistency.direct import Direct
 
-    return Direct(setup, PairTerm(setup))
+    return Direct(context, PairTerm(context))
 
 
-def _scm(setup: Setup[own.SCMSettings]) -> Distiller:
+def _scm(context: Context[own.SCMSettings]) -> Distiller:
     from distmatch.methods.consistency.direct import Direct
     from distmatch.methods.consistency.scm import TangentTerm
 
-    return Direct(setup, TangentTerm(setup))
+    return Direct(context, TangentTerm(context))
 
 
-def _ctm(setup: Setup[own.CTMSettings]) -> Distiller:
+def _ctm(context: Context[own.CTMSettings]) -> Distiller:
     from distmatch.methods.consistency.ctm import TrajectoryTerm
     from distmatch.methods.consistency.direct import Direct
 
-    return Direct(setup, TrajectoryTerm(setup))
+    return Direct(context, TrajectoryTerm(context))
 
 
-def _mean_flow(setup: Setup[own.MeanFlowSettings]) -> Distiller:
+def _mean_flow(context: Context[own.MeanFlowSettings]) -> Distiller:
     from distmatch.methods.consistency.direct import Direct
     from distmatch.methods.consistency.mean_flow import AverageVelocityTerm
 
-    return Direct(setup, AverageVelocityTerm(setup))
+    return Direct(context, AverageVelocityTerm(context))
 
 
-def _rcm(setup: Setup[own.RCMSettings]) -> Distiller:
+def _rcm(context: Context[own.RCMSettings]) -> Distiller:
     from distmatch.methods.consistency.rcm import build_rcm
 
-    return build_rcm(setup)
+    return build_rcm(context)
 
 
 METHODS = (

@@ -23,7 +23,7 @@ from distmatch.methods.consistency.direct import (
 from distmatch.methods.consistency.pairs import teacher_says
 from distmatch.methods.consistency.settings import RCMSettings, SCMSettings
 from distmatch.methods.consistency.tangents import allow_forward_mode, choose_derivative, derivative_along
-from distmatch.methods.setup import Info, Setup
+from distmatch.methods.context import Context, Info
 from distmatch.methods.state import DistillState
 from distmatch.nets.uncertainty import LearnedUncertainty
 
@@ -36,20 +36,20 @@ class TangentTerm:
     says little; watch ``tangent``, the norm of g before it is bounded.
 
     Attributes:
-        setup: Teacher and settings.
+        context: Teacher and settings.
         learned_weight: Whether levels are weighed as in sCM. A term that is added to another loss must not
             be: the weight grows to 1 / E[loss], without bound as students get better, and the other fades.
     """
 
-    setup: Setup[SCMSettings] | Setup[RCMSettings]
+    context: Context[SCMSettings] | Context[RCMSettings]
     learned_weight: bool = True
     jumps = False
     needs_data = True
 
     def __post_init__(self) -> None:
-        self._guided = guided_teacher(self.setup)
-        self._how = choose_derivative(self.setup.settings.tangent, self.setup.copied)
-        self._levels = training_levels(self.setup, self.setup.settings)
+        self._guided = guided_teacher(self.context)
+        self._how = choose_derivative(self.context.settings.tangent, self.context.copied)
+        self._levels = training_levels(self.context, self.context.settings)
 
     def notes(self) -> dict[str, Any]:
         """How derivatives are taken."""
@@ -61,27 +61,27 @@ class TangentTerm:
             allow_forward_mode(state.student.denoiser)
         if not self.learned_weight:
             return
-        weight = LearnedUncertainty(self.setup.unit).to(self.setup.device)
+        weight = LearnedUncertainty(self.context.unit).to(self.context.device)
         state.extra["uncertainty"] = weight
-        state.optimizers["uncertainty"] = self.setup.adam(weight, self.setup.settings.lr)
+        state.optimizers["uncertainty"] = self.context.adam(weight, self.context.settings.lr)
 
     def warmth(self, step: int) -> float:
         """rho: share of the tangent that is the consistency function's, from 0 to 1 in the warm-up."""
-        warmup = self.setup.settings.tangent_warmup * self.setup.total_steps
+        warmup = self.context.settings.tangent_warmup * self.context.total_steps
         return min(1.0, step / warmup) if warmup > 0 else 1.0
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters, and moves the learned weight."""
         sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
-        draws = noised_draws(self.setup, state, batch, sigma)
-        info = mean_backward(self.setup, draws, lambda part: self.loss(state, part))
+        draws = noised_draws(self.context, state, batch, sigma)
+        info = mean_backward(self.context, draws, lambda part: self.loss(state, part))
         if self.learned_weight:
-            self.setup.move(state, "uncertainty", self.setup.settings.lr)
+            self.context.move(state, "uncertainty", self.context.settings.lr)
         return info
 
     def loss(self, state: DistillState, draws: Draws) -> tuple[Tensor, Info]:
         """The loss of each sample, (b,)."""
-        student, sigma_data = state.student.denoiser, self.setup.teacher.sigma_data
+        student, sigma_data = state.student.denoiser, self.context.teacher.sigma_data
         sigma, conditioning = draws["sigma"], draws.conditioning
         y = draws["x0"] + expand(sigma, draws["x0"]) * draws["noise"]
         target = self._target(y, draws)
@@ -90,24 +90,24 @@ class TangentTerm:
         value, derivative = derivative_along(student, y, sigma, slope, speed, conditioning, how=self._how)
         tangent = scm_tangent(value, target, derivative, sigma, sigma_data, self.warmth(state.step))
         out = student(y, sigma, conditioning)
-        error = scm_loss(out, tangent, sigma, sigma_data, c=self.setup.settings.tangent_bound)
+        error = scm_loss(out, tangent, sigma, sigma_data, c=self.context.settings.tangent_bound)
         said = {"tangent": tangent.flatten(1).norm(dim=1)}
         if not self.learned_weight:
             return error, said
-        if self.setup.settings.level_law == "log-normal":
+        if self.context.settings.level_law == "log-normal":
             # The paper's prior weight 1 / tan t suits its own law of levels. With levels up to the student's
             # start it would hide those from the loss until the learned weight, which starts at 1, has grown.
             error = error * sigma_data / sigma
         # A tangent far shorter than the bound c makes the loss small, and its inverse a weight without limit:
         # on toys that ruins a student that has nearly arrived. So (1/2)^2 / D, the loss of a tangent of
         # length c, is added to the expected loss, of which the paper's longer tangents hardly take notice.
-        least = torch.full_like(sigma, math.log(0.25 / math.prod(self.setup.teacher.shape)))
+        least = torch.full_like(sigma, math.log(0.25 / math.prod(self.context.teacher.shape)))
         learned = torch.logaddexp(state.extra["uncertainty"](sigma), least)
         return uncertainty_loss(error, learned), said
 
     def _target(self, y: Tensor, draws: Draws) -> Tensor:
         """The denoiser of the flow that is followed; from data it is the clean sample itself."""
-        own = self.setup.settings
+        own = self.context.settings
         if isinstance(own, SCMSettings) and own.consistency_from == "data":
             return draws["x0"]
         return teacher_says(self._guided, y, draws)

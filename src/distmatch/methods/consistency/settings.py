@@ -11,7 +11,7 @@ from distmatch.methods.settings import (
     DiscriminatorSettings,
     GammaSettings,
     GuidedSettings,
-    NoiseLawSettings,
+    NoiseDistributionSettings,
 )
 
 
@@ -144,12 +144,12 @@ class MeanFlowSettings(FlowSettings, LevelSettings, DerivativeSettings, GammaSet
 
 
 @dataclass(frozen=True, kw_only=True)
-class RCMSettings(LevelSettings, TangentSettings, NoiseLawSettings):
+class RCMSettings(LevelSettings, TangentSettings, NoiseDistributionSettings):
     """What rcm has of its own."""
 
     student_sigma: NotNegative = PATH_START
     # A student that moves at every fifth step only, as in the paper, does not get far in a short run.
-    critic_steps: Count = 1
+    fake_score_steps: Count = 1
     lr: Positive = 2e-4
     level_mean: Finite = 0.7
     level_std: Positive = 1.6

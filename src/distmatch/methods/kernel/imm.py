@@ -23,8 +23,8 @@ from distmatch.diffusion.conditioning import LABEL, UNCONDITIONAL, Conditioning
 from distmatch.diffusion.denoiser import expand, jump, require_score
 from distmatch.losses.kernel import imm_loss, imm_lower_level, imm_weight
 from distmatch.methods.consistency.direct import Draws, mean_backward
+from distmatch.methods.context import Context, Info
 from distmatch.methods.kernel.settings import IMMSettings
-from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 
 
@@ -33,15 +33,15 @@ class InductiveMatching:
     """The loss of inductive moment matching.
 
     Attributes:
-        setup: Teacher, whose network the student starts from, and settings.
+        context: Teacher, whose network the student starts from, and settings.
     """
 
-    setup: Setup[IMMSettings]
+    context: Context[IMMSettings]
     needs_data = True
     jumps = True
 
     def __post_init__(self) -> None:
-        require_score(self.setup.teacher, "a jump between samples with Gaussian noise")
+        require_score(self.context.teacher, "a jump between samples with Gaussian noise")
 
     def notes(self) -> dict[str, Any]:
         """Nothing that the options do not say."""
@@ -52,7 +52,7 @@ class InductiveMatching:
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
-        return mean_backward(self.setup, self.draw(state, batch), lambda part: self.loss(state, part))
+        return mean_backward(self.context, self.draw(state, batch), lambda part: self.loss(state, part))
 
     def draw(self, state: DistillState, batch: Batch) -> Draws:
         """Groups of samples with their noise and levels: tensors whose rows are groups.
@@ -63,7 +63,7 @@ class InductiveMatching:
         Raises:
             UserError: The batch is smaller than a group.
         """
-        setup, own, gen = self.setup, self.setup.settings, state.generator
+        context, own, gen = self.context, self.context.settings, state.generator
         particles = own.imm_particles
         count = len(batch.x) // particles
         if count == 0:
@@ -82,14 +82,14 @@ class InductiveMatching:
             x0, labels = x0[order], labels[order]
         x0 = x0[: count * particles].unflatten(0, (count, particles))
         noise = torch.randn(x0.shape, generator=gen, device=x0.device, dtype=x0.dtype)
-        sigma_data, high = setup.teacher.sigma_data, setup.first_level
-        ends = [level / (level + sigma_data) for level in (setup.teacher.sigma_min, high)]
+        sigma_data, high = context.teacher.sigma_data, context.first_sigma
+        ends = [level / (level + sigma_data) for level in (context.teacher.sigma_min, high)]
         share = torch.rand(2, count, generator=gen, device=x0.device, dtype=x0.dtype)
         time = ends[0] + (ends[1] - ends[0]) * share[0]
         # Neither to where it starts, where the unit of length is 0, nor to level 0, from where none starts.
         target = time * share[1].clamp(1e-6, 0.999)
         t, s = (sigma_data * u / (1 - u) for u in (time, target))
-        r = imm_lower_level(t, s, setup.teacher.sigma_min, high, own.imm_halvings)
+        r = imm_lower_level(t, s, context.teacher.sigma_min, high, own.imm_halvings)
         conditioning = UNCONDITIONAL
         if labels is not None:
             conditioning = Conditioning({LABEL: labels.unflatten(0, (count, particles))})
@@ -124,8 +124,8 @@ class InductiveMatching:
             fixed,
             draws["t"],
             draws["s"],
-            self.setup.teacher.sigma_data,
+            self.context.teacher.sigma_data,
             labels,
             kernel=kernel,
         )
-        return imm_weight(draws["time"], self.setup.settings.imm_offset) * loss, {}
+        return imm_weight(draws["time"], self.context.settings.imm_offset) * loss, {}

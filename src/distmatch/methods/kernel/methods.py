@@ -8,21 +8,21 @@ from distmatch.methods.kernel.settings import IMMSettings, MMDSettings
 from distmatch.methods.method import Method
 
 if TYPE_CHECKING:
-    from distmatch.methods.setup import Distiller, Setup
+    from distmatch.methods.context import Context, Distiller
 
 
-def _mmd(setup: Setup[MMDSettings]) -> Distiller:
+def _mmd(context: Context[MMDSettings]) -> Distiller:
     from distmatch.methods.consistency.direct import Direct
     from distmatch.methods.kernel.mmd import ChainMMD
 
-    return Direct(setup, ChainMMD(setup))
+    return Direct(context, ChainMMD(context))
 
 
-def _imm(setup: Setup[IMMSettings]) -> Distiller:
+def _imm(context: Context[IMMSettings]) -> Distiller:
     from distmatch.methods.consistency.direct import Direct
     from distmatch.methods.kernel.imm import InductiveMatching
 
-    return Direct(setup, InductiveMatching(setup))
+    return Direct(context, InductiveMatching(context))
 
 
 METHODS = (

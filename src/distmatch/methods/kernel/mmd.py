@@ -22,13 +22,13 @@ from distmatch.diffusion.denoiser import Denoiser, has_features, pooled, require
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
 from distmatch.losses.kernel import mmd_with_gradient
+from distmatch.methods.context import Context, Info
 from distmatch.methods.kernel.settings import MMDSettings
-from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import student_levels
+from distmatch.methods.student import student_sigmas
 
 
-def chain_levels(calls: int, sigma: float, sigma_data: float, spacing: str) -> tuple[float, ...]:
+def mmd_sigmas(calls: int, sigma: float, sigma_data: float, spacing: str) -> tuple[float, ...]:
     """Noise levels of a chain of ``calls`` calls from ``sigma`` down.
 
     Args:
@@ -39,7 +39,7 @@ def chain_levels(calls: int, sigma: float, sigma_data: float, spacing: str) -> t
             of the VP path, which are the sub-sequences of DDIM.
     """
     if spacing == "karras":
-        return student_levels(calls, sigma, sigma_data)
+        return student_sigmas(calls, sigma, sigma_data)
     path, unit = noise_path("vp"), 2 * sigma_data
     share = torch.arange(calls - 1, 0, -1, dtype=torch.float64) / calls
     levels = unit * path.rho(path.t_of_rho(sigma / unit) * share ** (2 if spacing == "quadratic" else 1))
@@ -67,16 +67,16 @@ class ChainMMD:
     """The loss of MMD finetuning: the MMD^2 between the samples of a whole chain and real ones.
 
     Attributes:
-        setup: Teacher and settings.
+        context: Teacher and settings.
     """
 
-    setup: Setup[MMDSettings]
+    context: Context[MMDSettings]
     needs_data = True
     jumps = False
 
     def __post_init__(self) -> None:
-        require_score(self.setup.teacher, "a chain from Gaussian noise")
-        chosen, teacher = self.setup.settings.mmd_features, self.setup.teacher
+        require_score(self.context.teacher, "a chain from Gaussian noise")
+        chosen, teacher = self.context.settings.mmd_features, self.context.teacher
         able = has_features(teacher)
         if chosen == "teacher" and not able:
             raise UserError(
@@ -89,20 +89,23 @@ class ChainMMD:
 
     def notes(self) -> dict[str, Any]:
         """What is compared, and by which kernel."""
-        name = feature_kernel(self.setup.settings, self.of_network, 1).name
+        name = feature_kernel(self.context.settings, self.of_network, 1).name
         return {"mmd_features": "teacher" if self.of_network else "samples", "mmd_kernel": name}
 
     def prepare(self, state: DistillState, seed: int) -> None:
         """The student's calls become a chain of DDIM, which has one noise and can be followed backwards."""
-        setup = self.setup
-        state.student.chain = "ddim"
-        state.student.levels = chain_levels(
-            setup.settings.calls, setup.first_level, setup.teacher.sigma_data, setup.settings.mmd_spacing
+        context = self.context
+        state.student.sampler = "ddim"
+        state.student.sigmas = mmd_sigmas(
+            context.settings.num_steps,
+            context.first_sigma,
+            context.teacher.sigma_data,
+            context.settings.mmd_spacing,
         )
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
-        setup, n = self.setup, len(batch.x)
+        context, n = self.context, len(batch.x)
         if n < 2:
             raise UserError(
                 "mmd compares samples of one batch with each other",
@@ -110,7 +113,7 @@ class ChainMMD:
                 expected="2 samples or more",
                 fix="raise --batch",
             )
-        slices = setup.parts(n)
+        slices = context.parts(n)
         whole = len(slices) == 1
         noise = torch.randn(
             batch.x.shape, generator=state.generator, device=batch.x.device, dtype=batch.x.dtype
@@ -125,7 +128,7 @@ class ChainMMD:
             real = self._scaled(state, real)
         with torch.set_grad_enabled(whole):
             made = _joined([self.made(state, noise[p], batch.conditioning.index(p)) for p in slices])
-        kernel = feature_kernel(setup.settings, self.of_network, made.shape[1])
+        kernel = feature_kernel(context.settings, self.of_network, made.shape[1])
         loss, gradient = mmd_with_gradient(made.detach(), real, kernel, batch.conditioning.label)
         if whole:
             made.backward(gradient)
@@ -139,12 +142,12 @@ class ChainMMD:
         student = state.student
 
         def call(x: Tensor, index: int) -> Tensor:
-            if not (self.setup.settings.mmd_checkpoint and torch.is_grad_enabled()):
+            if not (self.context.settings.mmd_checkpoint and torch.is_grad_enabled()):
                 return student.call(x, index, conditioning)
             again: Tensor = checkpoint(student.call, x, index, conditioning, use_reentrant=False)
             return again
 
-        with self.setup.autocast():
+        with self.context.autocast():
             x = student.start(noise)
             x0 = call(x, 0)
             for index in range(1, student.nfe):
@@ -154,18 +157,18 @@ class ChainMMD:
 
     def _raw(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """What is compared of samples (b, *shape), before it is scaled, (b, F)."""
-        teacher: Denoiser = self.setup.teacher
+        teacher: Denoiser = self.context.teacher
         if not (self.of_network and has_features(teacher)):
             return x.flatten(1)
-        level = self.setup.settings.mmd_feature_sigma * teacher.sigma_data
+        level = self.context.settings.mmd_feature_sigma * teacher.sigma_data
         sigma = torch.full((len(x),), level, device=x.device, dtype=x.dtype)
-        with self.setup.autocast():
+        with self.context.autocast():
             return pooled(teacher(x, sigma, conditioning, return_features="only")).to(x.dtype)
 
     def _scaled(self, state: DistillState, values: Tensor) -> Tensor:
         """Features of about unit spread: that of the first real batch, or of the data."""
         if not self.of_network:
-            return values / self.setup.teacher.sigma_data
+            return values / self.context.teacher.sigma_data
         return (values - state.memory["feature_mean"]) / state.memory["feature_spread"]
 
 

@@ -17,10 +17,10 @@ from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
+from distmatch.methods.context import Context, Info
+from distmatch.methods.initialization import Draw, Network
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.matching.settings import BacktrackSettings
-from distmatch.methods.setup import Info, Setup
-from distmatch.methods.start import Draw, Network
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.ema import copy_weights
@@ -56,13 +56,13 @@ class Path:
         return max(0, self.copies - 1 - updates // self.interval)
 
 
-def backtrack_path(setup: Setup[BacktrackSettings]) -> Path:
+def backtrack_path(context: Context[BacktrackSettings]) -> Path:
     """The path of a set-up, with lengths of its own where they are left at 0.
 
     Raises:
         UserError: The run would end before the teacher itself becomes the target.
     """
-    wanted, every, total = setup.settings, setup.settings.critic_steps, setup.total_steps
+    wanted, every, total = context.settings, context.settings.fake_score_steps, context.total_steps
     n = wanted.backtrack
     degrade = wanted.backtrack_degrade_steps or max(1, min(40, total // (10 * n)))
     updates = max(0, total - n * degrade) // every
@@ -95,10 +95,10 @@ class Backtracking:
     path: Path
 
     def __post_init__(self) -> None:
-        setup = self.base.setup
-        wait = max(setup.settings.warmup_steps, self.path.recorded_after)
-        setup = replace(setup, settings=replace(setup.settings, warmup_steps=wait))
-        self.base = replace(self.base, setup=setup, target=self._target)
+        context = self.base.context
+        wait = max(context.settings.warmup_steps, self.path.recorded_after)
+        context = replace(context, settings=replace(context.settings, warmup_steps=wait))
+        self.base = replace(self.base, context=context, target=self._target)
 
     @property
     def needs_data(self) -> bool:
@@ -147,6 +147,6 @@ def _name(index: int) -> str:
 
 
 def _fake(state: DistillState) -> Network:
-    if state.fake is None:
+    if state.fake_score is None:
         raise RuntimeError("this state has no fake score")
-    return state.fake
+    return state.fake_score

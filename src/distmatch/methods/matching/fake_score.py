@@ -7,9 +7,9 @@ from torch import Tensor
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import expand
 from distmatch.losses import adversarial_discriminator_loss, approximate_r1
+from distmatch.methods.context import Info, noised
 from distmatch.methods.matching.networks import Comparison, discriminator_logits
 from distmatch.methods.matching.scores import NoisedSamples
-from distmatch.methods.setup import Info, noised
 from distmatch.methods.state import DistillState
 from distmatch.ratio.discriminator import denoise_with_logit
 
@@ -40,7 +40,7 @@ def fake_score_backward(
         kinds.append(noised(real, sigma, state.ratio_generator))
         if r1 > 0:
             kinds.append(noised(kinds[1], 0.1 * sigma, state.ratio_generator))
-    slices = compared.setup.parts(n)
+    slices = compared.context.parts(n)
     total: Info = {}
     for part in slices:
         info = _part(
@@ -58,12 +58,12 @@ def _part(
     compared: Comparison, state: DistillState, samples: NoisedSamples, real: list[Tensor], share: float
 ) -> Info:
     """One part of the batch: ``real`` holds noised real samples and, with R1, noisier ones."""
-    head, fake, r1 = state.discriminator, state.fake, compared.r1
+    head, fake, r1 = state.discriminator, state.fake_score, compared.r1
     if fake is None:
         raise RuntimeError("this state has no fake score")
     logits: list[Tensor] = []
     info: Info = {}
-    with compared.setup.autocast():
+    with compared.context.autocast():
         if head is not None and compared.source == "fake":
             prediction, own = denoise_with_logit(fake, head, samples.x, samples.sigma, samples.conditioning)
             # The predictions for real samples are not read.

@@ -15,9 +15,9 @@ from distmatch.divergences import Divergence
 from distmatch.losses import difference_weight, log_ratio_slope, sid_loss, sim_loss, uni_instruct_loss
 from distmatch.losses.fisher import Distance
 from distmatch.losses.matching import Scaling
+from distmatch.methods.context import Info
 from distmatch.methods.matching.score import fake_score_denoising, require_weight
 from distmatch.methods.matching.scores import NoisedSamples, Scores
-from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
 
 RatioGradient = Literal["discriminator", "scores", "none"]

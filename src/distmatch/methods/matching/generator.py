@@ -10,9 +10,9 @@ from torch import Tensor
 from distmatch.diffusion.conditioning import Conditioning, cat
 from distmatch.diffusion.denoiser import expand
 from distmatch.losses import adversarial_generator_loss, difference_weight
+from distmatch.methods.context import Info
 from distmatch.methods.matching.networks import Comparison, discriminator_logits, predictions
 from distmatch.methods.matching.scores import Scores
-from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
 from distmatch.ratio.normalizer import NormalisedRatio, effective_sample_size
 
@@ -40,7 +40,7 @@ def generator_gradient(
 ) -> GeneratorGradient:
     """The gradient of objective and adversarial term with respect to the student's samples.
 
-    Networks see the batch in the parts of the setup; the ratio's statistics and all means are those of the
+    Networks see the batch in the parts of the context; the ratio's statistics and all means are those of the
     whole batch, so that the parts change nothing but rounding.
 
     Args:
@@ -52,13 +52,13 @@ def generator_gradient(
         conditioning: What the samples are conditioned on.
     """
     objective = compared.objective
-    slices = compared.setup.parts(len(x0))
+    slices = compared.context.parts(len(x0))
     quantile = compared.noise.cdf(sigma)
     info: Info = {}
     ratio: NormalisedRatio | None = None
     if objective.through_inputs and objective.needs_ratio and len(slices) > 1:
         # Its part of the gradient depends on the whole batch's ratios, which therefore come first.
-        with torch.no_grad(), compared.setup.autocast():
+        with torch.no_grad(), compared.context.autocast():
             logits = [
                 discriminator_logits(
                     compared,
@@ -110,7 +110,7 @@ def generator_gradient(
         info["loss_gan"] = torch.stack(losses).sum() / compared.gan_weight
         info["grad_gan"] = term.norm()
         gradient = gradient + term
-    return GeneratorGradient(gradient / compared.setup.unit, info)
+    return GeneratorGradient(gradient / compared.context.unit, info)
 
 
 def _scores(
@@ -122,15 +122,15 @@ def _scores(
     quantile: Tensor,
     conditioning: Conditioning,
 ) -> Scores:
-    """One pass of all networks on a part of the batch; lengths in the result are in the unit of the setup."""
+    """One pass of all networks on a part of the batch; lengths in the result are in ``context.unit``."""
     through = compared.objective.through_inputs
     grad = through or compared.gan_weight > 0
-    unit = compared.setup.unit
+    unit = compared.context.unit
     leaf = (x0.detach() / unit).requires_grad_(grad)
     x = leaf + expand(sigma / unit, leaf) * noise
     # By `alpha`, which keeps no tensor that the first backward pass through a network would free.
     in_data_units = torch.add(expand(sigma, leaf) * noise, leaf, alpha=unit)
-    with compared.setup.autocast(), torch.set_grad_enabled(grad):
+    with compared.context.autocast(), torch.set_grad_enabled(grad):
         teacher, fake, logit = predictions(compared, state, in_data_units, sigma, conditioning, through)
     return Scores(
         leaf, noise, sigma / unit, x, teacher / unit, fake / unit, logit, quantile, None, None, conditioning
@@ -143,7 +143,7 @@ def _ratio(
     """The whole batch's normalized log ratios; the running means take them in."""
     if logit is None or state.normalizer is None:
         raise RuntimeError("this objective needs a discriminator")
-    ratio = state.normalizer.update(logit, quantile, compared.setup.divergence.weight)
+    ratio = state.normalizer.update(logit, quantile, compared.context.divergence.weight)
     info["clip_fraction"] = ratio.clip_fraction
     info["pooled_bins"] = ratio.pooled
     info["ess"] = effective_sample_size(ratio.weight)

@@ -25,6 +25,8 @@ from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, NoiseLevels, Truncated
 from distmatch.losses import posterior_noise
+from distmatch.methods.context import Context, Info, averaged, standard_normal
+from distmatch.methods.initialization import Draw
 from distmatch.methods.matching.fake_score import fake_score_backward
 from distmatch.methods.matching.generator import GeneratorGradient, generator_gradient
 from distmatch.methods.matching.moments import levels_between
@@ -33,13 +35,11 @@ from distmatch.methods.matching.scores import MatchingObjective, StudentTerm
 from distmatch.methods.settings import (
     AdversarialSettings,
     FakeScoreSettings,
-    NoiseLawSettings,
+    NoiseDistributionSettings,
     RatioSettings,
 )
-from distmatch.methods.setup import Info, Setup, averaged, standard_normal
-from distmatch.methods.start import Draw
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Chain, Student
+from distmatch.methods.student import Sampler, Student
 from distmatch.nets.shared import role_copy
 from distmatch.ratio.discriminator import build_discriminator, choose_source
 from distmatch.ratio.normalizer import NormaliserConfig, RatioNormalizer
@@ -50,29 +50,30 @@ class Matching:
     """A method with a fake score: ``state = init(...)``, then ``info = step(state, batch)``.
 
     Attributes:
-        setup: Teacher, method and settings.
+        context: Teacher, method and settings.
         objective: The student's gradient and the fake score's loss.
         terms: Further losses of the student.
         target: The denoiser that plays the teacher at a state; None is the (guided) teacher throughout.
-        chain: How a student of several calls goes on. With ``posterior`` its samples are also compared with
-            the teacher's on draws from the posterior, between the levels of their call and of the next.
+        sampler: How a student of several steps gets from one noise level to the next. With
+            ``posterior`` its samples are also compared with the teacher's on draws from the posterior,
+            between the noise levels of their step and of the next.
         scaled_adversary: As in :class:`~distmatch.methods.matching.networks.Comparison`.
         first: The first step at which the objective moves the student; the fake score learns before, too.
     """
 
-    setup: Setup[FakeScoreSettings]
+    context: Context[FakeScoreSettings]
     objective: MatchingObjective
     terms: tuple[StudentTerm, ...] = ()
     target: Callable[[DistillState], Denoiser] | None = None
-    chain: Chain = "renoise"
+    sampler: Sampler = "stochastic"
     scaled_adversary: bool = False
     first: float = 0.0
 
     def __post_init__(self) -> None:
-        cfg, teacher = self.config, self.setup.teacher
+        cfg, teacher = self.config, self.context.teacher
         require_score(teacher, "a score difference")
         self.adversary = cfg if isinstance(cfg, AdversarialSettings) else AdversarialSettings(gan_weight=0.0)
-        low, high = self.setup.compared_levels
+        low, high = self.context.compared_sigmas
         if not low < high:
             first, last = low / teacher.sigma_data, high / teacher.sigma_data
             raise UserError(
@@ -83,14 +84,14 @@ class Matching:
         self._range = Karras(low, high, cfg.noise_rho)
         self.noise: Karras | Truncated = self._range
         self.critic_noise: Karras | Truncated = self._range
-        if isinstance(cfg, NoiseLawSettings):
-            law = partial(self.setup.log_normal, cfg.noise_mean, cfg.noise_std)
-            if cfg.noise_law == "log-normal":
+        if isinstance(cfg, NoiseDistributionSettings):
+            law = partial(self.context.log_normal, cfg.noise_mean, cfg.noise_std)
+            if cfg.noise_distribution == "log-normal":
                 self.noise = self.critic_noise = law(low, high)
-            if cfg.critic_law == "log-normal":
+            if cfg.fake_score_distribution == "log-normal":
                 self.critic_noise = law(teacher.sigma_min, teacher.sigma_max)
         self.compared = Comparison(
-            setup=self.setup,
+            context=self.context,
             objective=self.objective,
             guided=Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher,
             target=self.target,
@@ -109,20 +110,20 @@ class Matching:
                 min_count=cfg.ratio_min_count,
                 clip=cfg.ratio_clip,
             )
-        self.levels = self.setup.student_levels(cfg.calls)
-        if self.chain == "posterior":
-            for call in range(cfg.calls):
-                levels_between(self.levels, call, self._range)  # refuses calls outside of the levels
+        self.sigmas = self.context.student_sigmas(cfg.num_steps)
+        if self.sampler == "posterior":
+            for call in range(cfg.num_steps):
+                levels_between(self.sigmas, call, self._range)  # refuses calls outside of the levels
 
     @property
     def config(self) -> FakeScoreSettings:
         """The settings of the method."""
-        return self.setup.settings
+        return self.context.settings
 
     @property
     def teacher(self) -> Denoiser:
         """The frozen teacher, unguided."""
-        return self.setup.teacher
+        return self.context.teacher
 
     @property
     def needs_ratio(self) -> bool:
@@ -137,7 +138,7 @@ class Matching:
     @property
     def least_steps(self) -> int:
         """Steps of a run in which the student is updated once; see :meth:`step`."""
-        every = self.config.critic_steps
+        every = self.config.fake_score_steps
         return every * (self.config.warmup_steps // every + 1)
 
     def notes(self) -> dict[str, Any]:
@@ -151,28 +152,28 @@ class Matching:
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step: student and critic start as copies of the teacher."""
-        cfg, setup = self.config, self.setup
+        cfg, context = self.config, self.context
         ends = (self.noise, self.critic_noise)
-        high = max(setup.first_level, *(law.high for law in ends))
+        high = max(context.first_sigma, *(law.high for law in ends))
         seen = Karras(min(law.low for law in ends), high, cfg.noise_rho)
-        start = setup.network(seed, draw, seen)
-        student = Student(start, self.levels, chain=self.chain)
+        start = context.network(seed, draw, seen)
+        student = Student(start, self.sigmas, sampler=self.sampler)
         fake = role_copy(start)
         discriminator = self._discriminator(fake, seed) if self.needs_ratio else None
         optimizers = {
-            "student": setup.adam(student.denoiser, cfg.lr),
-            "fake": setup.adam(fake, cfg.lr_critic),
+            "student": context.adam(student.denoiser, cfg.lr),
+            "fake": context.adam(fake, cfg.lr_fake_score),
         }
         if discriminator is not None:
-            optimizers["ratio"] = setup.adam(discriminator, self.adversary.lr_ratio)
-        state = setup.state(
+            optimizers["ratio"] = context.adam(discriminator, self.adversary.lr_discriminator)
+        state = context.state(
             seed,
             student,
             student.denoiser,
-            fake=fake,
+            fake_score=fake,
             discriminator=discriminator,
             optimizers=optimizers,
-            normalizer=RatioNormalizer(self._bins, setup.device),
+            normalizer=RatioNormalizer(self._bins, context.device),
         )
         for term in self.terms:
             term.prepare(state, seed)
@@ -184,18 +185,18 @@ class Matching:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "discriminator"))
             head = build_discriminator(source, features_from, self.teacher.num_classes)
-        return head.to(self.setup.device)
+        return head.to(self.context.device)
 
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One training step: the critic's, the student's, or both on the same samples."""
         cfg = self.config
-        last = (state.step + 1) % cfg.critic_steps == 0
+        last = (state.step + 1) % cfg.fake_score_steps == 0
         student_turn = last and state.step >= cfg.warmup_steps
         critic_turn = cfg.order == "same-batch" or not student_turn
         batch = batch.taken_by(self.teacher)
         conditioning = batch.conditioning
         x, call = self._simulate(state, len(batch.x), conditioning)
-        whole = len(self.setup.parts(len(x))) == 1
+        whole = len(self.context.parts(len(x))) == 1
         objective_turn = student_turn and state.step >= self.first
         x0 = self._call(state, x, call, conditioning, grad=objective_turn and whole)
         info: Info = {}
@@ -228,7 +229,7 @@ class Matching:
         last = 0
         if student.nfe > 1:
             last = stream_seed(state.generator.initial_seed(), f"call/{state.step}") % student.nfe
-        device = self.setup.device
+        device = self.context.device
         z = torch.randn(n, *student.shape, generator=state.generator, device=device)
         x = student.start(z)
         for index in range(last):
@@ -241,10 +242,10 @@ class Matching:
         self, state: DistillState, x: Tensor, index: int, conditioning: Conditioning, grad: bool
     ) -> Tensor:
         """One call of the student, in parts, in float32."""
-        with self.setup.autocast(), torch.set_grad_enabled(grad):
+        with self.context.autocast(), torch.set_grad_enabled(grad):
             parts = [
                 state.student.call(x[part], index, conditioning.index(part)).float()
-                for part in self.setup.parts(len(x))
+                for part in self.context.parts(len(x))
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -259,12 +260,12 @@ class Matching:
         self, state: DistillState, x0: Tensor, x: Tensor, call: int, law: NoiseLevels
     ) -> tuple[Tensor, Tensor]:
         """Levels (B,) by a law and unit noise (B, *shape) on samples ``x0`` that a call made from ``x``."""
-        posterior = self.chain == "posterior"
-        levels = levels_between(self.levels, call, self._range) if posterior else law
+        posterior = self.sampler == "posterior"
+        levels = levels_between(self.sigmas, call, self._range) if posterior else law
         sigma = levels.sample(len(x0), state.generator)
         noise = standard_normal(x0, state.generator)
         if posterior and call:
-            noise = posterior_noise(x0, x, self.levels[call], sigma, noise)
+            noise = posterior_noise(x0, x, self.sigmas[call], sigma, noise)
         return sigma, noise
 
     def _backward(
@@ -287,20 +288,20 @@ class Matching:
         if x0 is not None:
             x0.backward(gradient.to(x0.dtype))
             return
-        for part in self.setup.parts(len(x)):
-            with self.setup.autocast():
+        for part in self.context.parts(len(x)):
+            with self.context.autocast():
                 again = state.student.call(x[part], call, conditioning.index(part)).float()
             again.backward(gradient[part].to(again.dtype))
 
     # ---------------------------------------------------------- who moves
 
     def _move_student(self, state: DistillState) -> Info:
-        norm = self.setup.move(state, "student", self.config.lr)
-        self.setup.follow(state, state.student.denoiser)
+        norm = self.context.move(state, "student", self.config.lr)
+        self.context.follow(state, state.student.denoiser)
         return {"grad_norm_student": norm}
 
     def _move_critic(self, state: DistillState) -> Info:
-        norm = self.setup.move(state, "fake", self.config.lr_critic)
+        norm = self.context.move(state, "fake", self.config.lr_fake_score)
         if "ratio" in state.optimizers:
-            self.setup.move(state, "ratio", self.adversary.lr_ratio)
+            self.context.move(state, "ratio", self.adversary.lr_discriminator)
         return {"grad_norm_fake": norm}

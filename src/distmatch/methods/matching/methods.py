@@ -8,67 +8,73 @@ from distmatch.methods.matching import settings as own
 from distmatch.methods.method import Method
 
 if TYPE_CHECKING:
+    from distmatch.methods.context import Context, Distiller
     from distmatch.methods.matching.scores import MatchingObjective
-    from distmatch.methods.setup import Distiller, Setup
 
 
-def _matching(setup: Setup[own.BacktrackSettings], objective: MatchingObjective, **options: Any) -> Distiller:
+def _matching(
+    context: Context[own.BacktrackSettings], objective: MatchingObjective, **options: Any
+) -> Distiller:
     """The loop around an objective, along recorded copies of the teacher where they are wanted."""
     from distmatch.methods.matching.backtrack import Backtracking, backtrack_path
     from distmatch.methods.matching.loop import Matching
 
-    base = Matching(setup, objective, **options)
-    return Backtracking(base, backtrack_path(setup)) if setup.settings.backtrack else base
+    base = Matching(context, objective, **options)
+    return Backtracking(base, backtrack_path(context)) if context.settings.backtrack else base
 
 
-def _f_distill(setup: Setup[own.FDistillSettings]) -> Distiller:
+def _f_distill(context: Context[own.FDistillSettings]) -> Distiller:
     from distmatch.methods.matching.score import ScoreDifference
 
-    return _matching(setup, ScoreDifference(setup.divergence, setup.settings.scaling))
+    return _matching(context, ScoreDifference(context.divergence, context.settings.scaling))
 
 
-def _score_difference(setup: Setup[own.BacktrackSettings]) -> Distiller:
+def _score_difference(context: Context[own.BacktrackSettings]) -> Distiller:
     from distmatch.methods.matching.score import ScoreDifference
 
-    return _matching(setup, ScoreDifference(None, setup.settings.scaling))
+    return _matching(context, ScoreDifference(None, context.settings.scaling))
 
 
-def _dmd(setup: Setup[own.DMDSettings]) -> Distiller:
+def _dmd(context: Context[own.DMDSettings]) -> Distiller:
     from distmatch.methods.matching.pairs import PairRegression
     from distmatch.methods.matching.score import ScoreDifference
 
-    return _matching(setup, ScoreDifference(None, setup.settings.scaling), terms=(PairRegression(setup),))
+    return _matching(
+        context, ScoreDifference(None, context.settings.scaling), terms=(PairRegression(context),)
+    )
 
 
-def _sid(setup: Setup[own.SiDSettings]) -> Distiller:
+def _sid(context: Context[own.SiDSettings]) -> Distiller:
     from distmatch.methods.matching.fisher import SiD
 
-    scaled = isinstance(setup.settings, own.SiDASettings)
-    return _matching(setup, SiD(setup.settings.sid_alpha, setup.settings.scaling), scaled_adversary=scaled)
+    scaled = isinstance(context.settings, own.SiDASettings)
+    return _matching(
+        context, SiD(context.settings.sid_alpha, context.settings.scaling), scaled_adversary=scaled
+    )
 
 
-def _sim(setup: Setup[own.SIMSettings]) -> Distiller:
+def _sim(context: Context[own.SIMSettings]) -> Distiller:
     from distmatch.methods.matching.fisher import SIM
 
-    chosen = setup.settings
-    return _matching(setup, SIM(chosen.sim_distance, chosen.sim_c, chosen.scaling))
+    chosen = context.settings
+    return _matching(context, SIM(chosen.sim_distance, chosen.sim_c, chosen.scaling))
 
 
-def _uni_instruct(setup: Setup[own.UniInstructSettings]) -> Distiller:
+def _uni_instruct(context: Context[own.UniInstructSettings]) -> Distiller:
     from distmatch.methods.matching.fisher import UniInstruct
 
-    chosen = setup.settings
-    objective = UniInstruct(setup.divergence, chosen.ratio_gradient, chosen.ratio_warmup, chosen.scaling)
-    return _matching(setup, objective)
+    chosen = context.settings
+    objective = UniInstruct(context.divergence, chosen.ratio_gradient, chosen.ratio_warmup, chosen.scaling)
+    return _matching(context, objective)
 
 
-def _moment_matching(setup: Setup[own.MomentMatchingSettings]) -> Distiller:
+def _moment_matching(context: Context[own.MomentMatchingSettings]) -> Distiller:
     from distmatch.methods.consistency.direct import guided_teacher
     from distmatch.methods.matching.loop import Matching
     from distmatch.methods.matching.moments import MomentMatching
 
-    objective = MomentMatching(guided_teacher(setup), setup.settings.scaling)
-    return Matching(setup, objective, chain="posterior")
+    objective = MomentMatching(guided_teacher(context), context.settings.scaling)
+    return Matching(context, objective, sampler="posterior")
 
 
 METHODS = (

@@ -18,8 +18,8 @@ from torch import Tensor
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import Karras
 from distmatch.losses import edm_weight, moment_matching_loss, score_difference
+from distmatch.methods.context import Info
 from distmatch.methods.matching.scores import NoisedSamples, Scores
-from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
 
 

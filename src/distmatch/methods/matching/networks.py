@@ -11,9 +11,9 @@ from torch import Tensor
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import NoiseLevels
+from distmatch.methods.context import Context
 from distmatch.methods.matching.scores import MatchingObjective
 from distmatch.methods.settings import FakeScoreSettings
-from distmatch.methods.setup import Setup
 from distmatch.methods.state import DistillState
 from distmatch.ratio.discriminator import Source, denoise_with_logit, logits_of
 
@@ -23,7 +23,7 @@ class Comparison:
     """How a student is compared with its teacher; the same in all steps of a run.
 
     Attributes:
-        setup: Teacher, unit of length, precision and parts of a batch.
+        context: Teacher, unit of length, precision and parts of a batch.
         objective: What becomes of the scores.
         guided: The teacher with guidance.
         target: The denoiser that takes the teacher's place at a state; None is ``guided`` throughout.
@@ -36,7 +36,7 @@ class Comparison:
         joint_weight: Weight of the discriminator's loss where its features are those of the fake score.
     """
 
-    setup: Setup[FakeScoreSettings]
+    context: Context[FakeScoreSettings]
     objective: MatchingObjective
     guided: Denoiser
     target: Callable[[DistillState], Denoiser] | None
@@ -50,7 +50,7 @@ class Comparison:
     @property
     def teacher(self) -> Denoiser:
         """The frozen teacher, unguided."""
-        return self.setup.teacher
+        return self.context.teacher
 
     def target_of(self, state: DistillState) -> Denoiser:
         """The denoiser that the student learns to match."""
@@ -76,7 +76,7 @@ def predictions(
         grad: Whether both denoisers are differentiated with respect to ``x``. If not, only the discriminator
             is, and only where gradients are enabled.
     """
-    head, target, fake = state.discriminator, compared.target_of(state), state.fake
+    head, target, fake = state.discriminator, compared.target_of(state), state.fake_score
     if fake is None:
         raise RuntimeError("this state has no fake score")
     logit = None
@@ -121,7 +121,7 @@ def discriminator_logits(
         conditioning: What they are conditioned on.
         grad: Whether the features carry a gradient: to the samples, or to the fake score that they come from.
     """
-    features_from = state.fake if compared.source == "fake" else compared.teacher
+    features_from = state.fake_score if compared.source == "fake" else compared.teacher
     if features_from is None or state.discriminator is None:
         raise RuntimeError("this state has no discriminator, or no fake score for its features")
     return logits_of(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
-from distmatch.base.seeds import generator, latents, stream_seed
+from distmatch.base.seeds import generator, initial_noise, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.data.classes import checked_conditioning
 from distmatch.diffusion.adapters import PredictionDenoiser
@@ -24,8 +24,8 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.solvers import grid, sample_teacher, snap_grid
 from distmatch.losses import pair_regression_loss
+from distmatch.methods.context import Context, Info
 from distmatch.methods.matching.settings import DMDSettings
-from distmatch.methods.setup import Info, Setup
 from distmatch.methods.state import DistillState
 
 
@@ -68,13 +68,13 @@ def make_pairs(
             teacher,
             n,
             grid=levels,
-            labels=conditioning,
+            conditioning=conditioning,
             seed=seed,
             batch=batch,
             device=device,
             on_batch=bar.update,
         )
-    return Pairs(latents(n, teacher.shape, seed), samples, conditioning)
+    return Pairs(initial_noise(n, teacher.shape, seed), samples, conditioning)
 
 
 @dataclass
@@ -85,26 +85,26 @@ class PairRegression:
     are the same again.
 
     Attributes:
-        setup: Teacher and settings.
+        context: Teacher and settings.
     """
 
-    setup: Setup[DMDSettings]
+    context: Context[DMDSettings]
     needs_data: bool = False
     _seed: int = field(default=0, init=False, repr=False)
     _made: Pairs | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.setup.settings.calls != 1:
+        if self.context.settings.num_steps != 1:
             raise UserError(
                 "pairs tie one noise to one sample, and a student of several calls draws more on its way",
-                got=f"--calls {self.setup.settings.calls} with --method {self.setup.method.name}",
-                fix="leave --calls out, or use --method dmd2",
+                got=f"--num-steps {self.context.settings.num_steps} with --method {self.context.method.name}",
+                fix="leave --num-steps out, or use --method dmd2",
             )
 
     @property
     def config(self) -> DMDSettings:
         """The settings of the method."""
-        return self.setup.settings
+        return self.context.settings
 
     def prepare(self, state: DistillState, seed: int) -> None:
         """Remembers the seed of the run."""
@@ -113,32 +113,32 @@ class PairRegression:
     def pairs(self) -> Pairs:
         """All pairs; made at the first call."""
         if self._made is None:
-            setup = self.setup
-            guidance = setup.settings.guidance
-            teacher: Denoiser = Guided(setup.teacher, guidance) if guidance != 1 else setup.teacher
+            context = self.context
+            guidance = context.settings.guidance
+            teacher: Denoiser = Guided(context.teacher, guidance) if guidance != 1 else context.teacher
             self._made = make_pairs(
                 teacher,
                 self.config.pairs,
                 steps=self.config.pair_steps,
                 seed=self._seed,
-                device=setup.device,
+                device=context.device,
             )
         return self._made
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient on as many pairs as the batch has samples, drawn anew at each step."""
-        recorded, setup, student = self.pairs(), self.setup, state.student
+        recorded, context, student = self.pairs(), self.context, state.student
         n = len(batch.x)
         chosen = torch.randint(
             len(recorded.noise), (n,), generator=generator(self._seed, f"step/{state.step}")
         )
-        z = recorded.noise[chosen].to(setup.device)
-        target = recorded.samples[chosen].to(setup.device)
-        told = recorded.conditioning.index(chosen).to(setup.device)
-        c, unit = self.config.pair_c * setup.teacher.sigma_data, setup.unit
-        total = torch.zeros((), device=setup.device)
-        for part in setup.parts(n):
-            with setup.autocast():
+        z = recorded.noise[chosen].to(context.device)
+        target = recorded.samples[chosen].to(context.device)
+        told = recorded.conditioning.index(chosen).to(context.device)
+        c, unit = self.config.pair_c * context.teacher.sigma_data, context.unit
+        total = torch.zeros((), device=context.device)
+        for part in context.parts(n):
+            with context.autocast():
                 made_of = student.call(student.start(z[part]), 0, told.index(part)).float()
             made, wanted = made_of / unit, target[part] / unit
             loss = pair_regression_loss(made, wanted, kind=self.config.pair_loss, c=c / unit).sum() / n

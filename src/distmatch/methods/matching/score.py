@@ -13,8 +13,8 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.divergences import Divergence
 from distmatch.losses import denoising_loss, edm_weight, score_difference
+from distmatch.methods.context import Info
 from distmatch.methods.matching.scores import NoisedSamples, Scores
-from distmatch.methods.setup import Info
 from distmatch.methods.state import DistillState
 
 
@@ -33,9 +33,9 @@ def require_weight(divergence: Divergence) -> None:
 
 def fake_score_denoising(samples: NoisedSamples, prediction: Tensor, state: DistillState) -> Tensor:
     """The usual loss of a fake score: EDM-weighted denoising of the student's samples, (B,)."""
-    if state.fake is None:
+    if state.fake_score is None:
         raise RuntimeError("this state has no fake score")
-    return denoising_loss(prediction, samples.x0, edm_weight(samples.sigma, state.fake.sigma_data))
+    return denoising_loss(prediction, samples.x0, edm_weight(samples.sigma, state.fake_score.sigma_data))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import Conditioning
-from distmatch.methods.setup import Info
+from distmatch.methods.context import Info
 from distmatch.methods.state import DistillState
 
 

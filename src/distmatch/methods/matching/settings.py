@@ -9,13 +9,13 @@ from distmatch.base.rules import Count, CountOrNone, NotNegative, Positive
 from distmatch.methods.settings import (
     AdversarialSettings,
     FakeScoreSettings,
-    NoiseLawSettings,
+    NoiseDistributionSettings,
     RatioSettings,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class BacktrackSettings(NoiseLawSettings):
+class BacktrackSettings(NoiseDistributionSettings):
     """Recorded copies of the teacher as first targets (DisBack)."""
 
     backtrack: CountOrNone = 0
@@ -53,7 +53,7 @@ class DiffInstructSettings(BacktrackSettings):
 class DMDSettings(BacktrackSettings):
     """What dmd has of its own."""
 
-    critic_steps: Count = 1
+    fake_score_steps: Count = 1
     pairs: Count = 4096
     """Pairs of noise and teacher sample that DMD's student regresses on, 35 network calls each."""
     pair_steps: Count = 18

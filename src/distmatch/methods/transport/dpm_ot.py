@@ -21,8 +21,8 @@ from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import require_score
 from distmatch.diffusion.solvers import grid, sample_teacher
-from distmatch.methods.setup import Info, Setup
-from distmatch.methods.start import Draw
+from distmatch.methods.context import Context, Info
+from distmatch.methods.initialization import Draw
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.methods.transport.semi_discrete import BrenierMap
@@ -33,18 +33,18 @@ from distmatch.methods.transport.settings import DPMOTSettings
 class Transport:
     """The method: ``state = init(...)``, then ``info = step(state, batch)``.
 
-    The map is kept in ``state.extra``, and ``state.average`` holds its moving average: the network is the
+    The map is kept in ``state.extra``, and ``state.ema`` holds its moving average: the network is the
     teacher's and does not change.
 
     Attributes:
-        setup: Teacher, method and settings.
+        context: Teacher, method and settings.
     """
 
-    setup: Setup[DPMOTSettings]
+    context: Context[DPMOTSettings]
     needs_data = False
 
     def __post_init__(self) -> None:
-        teacher, first = self.setup.teacher, self.setup.first_level
+        teacher, first = self.context.teacher, self.context.first_sigma
         require_score(teacher, "a draw from the posterior between two levels")
         if not teacher.sigma_min < first < teacher.sigma_max:
             raise UserError(
@@ -57,32 +57,32 @@ class Transport:
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step; the latents are made at that step, and kept in checkpoints."""
-        setup, own = self.setup, self.setup.settings
-        network = setup.network(seed, draw).requires_grad_(False)
-        groups = max(setup.teacher.num_classes, 1)
-        transport = BrenierMap(torch.zeros(groups, own.bank, *setup.teacher.shape, device=setup.device))
-        levels = setup.student_levels(own.calls)
+        context, own = self.context, self.context.settings
+        network = context.network(seed, draw).requires_grad_(False)
+        groups = max(context.teacher.num_classes, 1)
+        transport = BrenierMap(torch.zeros(groups, own.bank, *context.teacher.shape, device=context.device))
+        levels = context.student_sigmas(own.num_steps)
         student = Student(network, levels, None, "posterior", transport=transport)
-        optimizers = {"transport": setup.adam(transport, own.lr)}
-        return setup.state(seed, student, transport, optimizers=optimizers, extra={"transport": transport})
+        optimizers = {"transport": context.adam(transport, own.lr)}
+        return context.state(seed, student, transport, optimizers=optimizers, extra={"transport": transport})
 
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of Adam on the heights. Nothing of the batch is read."""
-        setup, own = self.setup, self.setup.settings
+        context, own = self.context, self.context.settings
         transport = _map(state)
         if state.step == 0:
             transport.targets.copy_(self.bank(state))
             transport.restart()
-        doubled = min(own.doublings, state.step * (own.doublings + 1) // setup.total_steps)
+        doubled = min(own.doublings, state.step * (own.doublings + 1) // context.total_steps)
         draws = own.cell_draws * own.bank * 2**doubled
         energy = transport.descend(self._noise(draws, state.generator))
         if transport.heights.grad is None:
             raise RuntimeError("the heights have no gradient")
         shares = transport.heights.grad + 1 / own.bank
         info = {"loss": energy, "empty_cells": (shares <= 0).float().mean()}
-        info["grad_norm_student"] = setup.move(state, "transport", own.lr)
+        info["grad_norm_student"] = context.move(state, "transport", own.lr)
         transport.recenter()
-        setup.follow(state, transport)
+        context.follow(state, transport)
         state.step += 1
         return info
 
@@ -92,38 +92,38 @@ class Transport:
 
     def result(self, state: DistillState, info: dict[str, Any] | None = None) -> Student:
         """The student on the averaged heights, once it is known which seams may be smoothed."""
-        own = self.setup.settings
-        transport: Any = copy.deepcopy(state.average.module)
-        gen = generator(state.generator.initial_seed(), "seams", self.setup.device)
+        own = self.context.settings
+        transport: Any = copy.deepcopy(state.ema.module)
+        gen = generator(state.generator.initial_seed(), "seams", self.context.device)
         rejected = transport.find_angles(
             self._noise(own.cell_draws * own.bank, gen), own.blend, own.blend_angle
         )
         about = {**(info or {}), "bank": own.bank, "rejected_seams": round(float(rejected), 4)}
-        return Student(state.student.denoiser, state.student.levels, about, "posterior", transport=transport)
+        return Student(state.student.denoiser, state.student.sigmas, about, "posterior", transport=transport)
 
     def _noise(self, draws: int, gen: torch.Generator) -> Tensor:
         """Noise for each class, (G, draws, d)."""
-        groups = max(self.setup.teacher.num_classes, 1)
-        size = torch.Size(self.setup.teacher.shape).numel()
-        return torch.randn(groups, draws, size, generator=gen, device=self.setup.device)
+        groups = max(self.context.teacher.num_classes, 1)
+        size = torch.Size(self.context.teacher.shape).numel()
+        return torch.randn(groups, draws, size, generator=gen, device=self.context.device)
 
     def bank(self, state: DistillState) -> Tensor:
         """Latents of the teacher at the student's first level, (G, N, *shape)."""
-        setup, teacher, own = self.setup, self.setup.teacher, self.setup.settings
+        context, teacher, own = self.context, self.context.teacher, self.context.settings
         groups = max(teacher.num_classes, 1)
         labels = torch.arange(groups).repeat_interleave(own.bank) if teacher.num_classes else None
         with progress(groups * own.bank, desc="latents of the teacher", delay=5.0) as bar, torch.no_grad():
             found = sample_teacher(
                 teacher,
                 groups * own.bank,
-                grid=grid("karras", own.bank_steps, setup.first_level, teacher.sigma_max, to_zero=False),
-                labels=labels,
+                grid=grid("karras", own.bank_steps, context.first_sigma, teacher.sigma_max, to_zero=False),
+                conditioning=labels,
                 # Not the stream of evaluation, whose teacher samples these latents would otherwise lead to.
                 seed=stream_seed(state.generator.initial_seed(), "bank"),
-                device=setup.device,
+                device=context.device,
                 on_batch=bar.update,
             )
-        return found.reshape(groups, own.bank, *teacher.shape).to(setup.device)
+        return found.reshape(groups, own.bank, *teacher.shape).to(context.device)
 
 
 def _map(state: DistillState) -> BrenierMap:

@@ -8,13 +8,13 @@ from distmatch.methods.method import Method
 from distmatch.methods.transport.settings import DPMOTSettings
 
 if TYPE_CHECKING:
-    from distmatch.methods.setup import Distiller, Setup
+    from distmatch.methods.context import Context, Distiller
 
 
-def _dpm_ot(setup: Setup[DPMOTSettings]) -> Distiller:
+def _dpm_ot(context: Context[DPMOTSettings]) -> Distiller:
     from distmatch.methods.transport.dpm_ot import Transport
 
-    return Transport(setup)
+    return Transport(context)
 
 
 METHODS = (

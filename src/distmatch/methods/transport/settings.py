@@ -13,7 +13,7 @@ from distmatch.methods.settings import Settings
 class DPMOTSettings(Settings):
     """What dpm-ot has of its own."""
 
-    calls: Count = 5
+    num_steps: Count = 5
     student_sigma: NotNegative = 1.4
     lr: Positive = 0.02
     lr_decay: Literal["constant", "cosine"] = "cosine"

@@ -18,7 +18,7 @@ from distmatch.methods.student import Student
 from distmatch.metrics import plan, resolve_features
 from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.metrics.features import Features
-from distmatch.training.assess import Drawn, asked_of, assess, npz_bytes, plain, write_assessment
+from distmatch.training.assess import SampleResult, asked_of, assess, npz_bytes, plain, write_assessment
 from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.comparison.stats import Measured
 from distmatch.training.known_data import known_data
@@ -61,7 +61,7 @@ class Bench:
         found = plan(self.data, features=self.space, n=self.block, seed=self.seed)
         return {**found.to_dict(), **self.sampling.to_dict()}
 
-    def draw(self, model: Model) -> Drawn:
+    def draw(self, model: Model) -> SampleResult:
         """The samples of a model: always from the same latents, under the same conditions."""
         with quietly():
             model.draw(

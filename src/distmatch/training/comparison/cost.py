@@ -131,7 +131,7 @@ def step_times(job: Job, device: torch.device) -> tuple[float, float]:
 def _steps_to_time(options: DistillOptions) -> tuple[int, int]:
     """A period of critic and student steps, and whole periods: a step that moves the student costs more."""
     own = options.settings
-    period = own.critic_steps if isinstance(own, FakeScoreSettings) else 1
+    period = own.fake_score_steps if isinstance(own, FakeScoreSettings) else 1
     return period, period * -(-_LEAST_STEPS // period)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_type_hints
 
 from distmatch.base.errors import UserError
 from distmatch.base.rules import check_rule
-from distmatch.methods.table import METHODS, find_method, unknown_setting
+from distmatch.methods.table import METHODS, current_name, find_method, unknown_setting
 from distmatch.training.options import DistillInputs, DistillOptions, RunOptions
 from distmatch.training.presets import LAPTOP
 from distmatch.training.toml import with_values
@@ -135,7 +135,7 @@ class CompareOptions:
 
     methods: str = ""
     """Methods with commas: dmd2,f-distill:js,f-distill:alpha:0.5,sid. Settings of one method stand in
-    brackets, a name of your own before =: "strong=f-distill:js[gan_weight=0.03,critic_steps=3]"."""
+    brackets, a name of your own before =: "strong=f-distill:js[gan_weight=0.03,fake_score_steps=3]"."""
     budget: str = "2000 steps"
     """The same for every run: a time (90s, 5m, 1h30m), network calls (200k calls) or steps (2000 steps)."""
     seeds: int = 3
@@ -310,8 +310,9 @@ def _parse_settings(text: str, name: str) -> dict[str, Any]:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (equals and key and value):
             raise UserError(f"a setting of {name} has no value", got=part, expected="SETTING=VALUE")
+        key = current_name(key.replace("-", "_"))
         try:
-            found[key.replace("-", "_")] = tomllib.loads(f"x = {value}")["x"]
+            found[key] = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:
-            found[key.replace("-", "_")] = value
+            found[key] = value
     return found

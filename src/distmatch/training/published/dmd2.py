@@ -17,7 +17,7 @@ def _shared(
         "weight_decay": Value(0.01, "AdamW, 0.01", trainer),
         "lr_rampup": Value(500 // gpus, f"500, counted over {gpus} processes", trainer),
         "grad_clip": Value(10.0, "max_grad_norm 10", trainer),
-        "critic_steps": Value(every, f"dfake_gen_update_ratio {every}", script),
+        "fake_score_steps": Value(every, f"dfake_gen_update_ratio {every}", script),
         "order": Value("same-batch", "the fake score is updated at every step", trainer),
         "ema_half_life": Value(0.0, "no EMA", trainer),
         "batch": Value(gpus * each, f"{each} on each of {gpus}", script),
@@ -27,7 +27,7 @@ def _shared(
 
 def _adversary(lr: float, weight: float, script: str) -> dict[str, Value]:
     return {
-        "lr_ratio": Value(lr, f"guidance_lr {lr:g}", script),
+        "lr_discriminator": Value(lr, f"guidance_lr {lr:g}", script),
         "gan_weight": Value(weight, f"gen_cls_loss_weight {weight:g}", script),
         "joint_weight": Value(1e-2, "weight of the classifier's loss 1e-2", script),
         "ratio_features": Value("fake", "of the fake score, which is trained by it", script),
@@ -86,7 +86,7 @@ def _dmd2() -> list[Preset]:
                 **_shared(5e-7, xl, sd, gpus=64, each=2, every=5, count=19_000),
                 **_adversary(5e-7, 5e-3, xl),
                 "guidance": Value(8.0, "real_guidance_scale 8", xl),
-                "calls": Value(4, "num_denoising_step 4, with backward simulation", xl),
+                "num_steps": Value(4, "num_denoising_step 4, with backward simulation", xl),
                 "student_sigma": Value(0.0, "conditioning_timestep 999, sigma_max", sd),
             },
             differs=(_TEXT, _LATENTS),
@@ -104,9 +104,9 @@ def _disback() -> Preset:
         source="SYZhang0805/DisBack, experiments/sdxl; Zhang et al. 2024, arXiv 2408.15991",
         settings={
             "lr": Value(5e-7, "generator_lr 5e-7", script),
-            "lr_critic": Value(5e-7, "guidance_lr 5e-7", script),
+            "lr_fake_score": Value(5e-7, "guidance_lr 5e-7", script),
             **_adversary(5e-7, 5e-3, script),
-            "critic_steps": Value(5, "dfake_gen_update_ratio 5", script),
+            "fake_score_steps": Value(5, "dfake_gen_update_ratio 5", script),
             "guidance": Value(8.0, "real_guidance_scale 8", script),
             "grad_clip": Value(10.0, "max_grad_norm 10", script),
             "backtrack_degrade_steps": Value(100, "log_iters 100, one copy each", f"degradation_{script}"),

@@ -17,11 +17,11 @@ def _with_critic(lr: float, place: str, batch: int, count: int) -> dict[str, Val
     rates = "opt.py" if lr == 1e-4 else place
     return {
         **adam(lr, 0.9, 0.999, rates, "opt.py"),
-        "lr_ratio": Value(lr, f"{lr:g}", rates),
+        "lr_discriminator": Value(lr, f"{lr:g}", rates),
         "weight_decay": Value(0.01, "AdamW, 0.01", "opt.py"),
         "lr_rampup": Value(0, "warm_up_steps 0", _CRITIC),
         "grad_clip": Value(10.0, "grad_norm 10, of the student", "callbacks.py"),
-        "critic_steps": Value(5, "student_update_freq 5", _CRITIC),
+        "fake_score_steps": Value(5, "student_update_freq 5", _CRITIC),
         "order": Value("alternate", "a step updates the student or the fake score", _CRITIC),
         "student_sigma": _HIGHEST,
         "noise_low": Value(level(0.002), "min_t 0.002", "config.py"),
@@ -67,7 +67,7 @@ def _f_distill() -> list[Preset]:
     stable = {
         **_with_critic(1e-5, latents, 2048, 100_000),
         **_ratio("js", 0.0, latents),
-        "critic_steps": Value(10, "student_update_freq 10", latents),
+        "fake_score_steps": Value(10, "student_update_freq 10", latents),
         "guidance": Value(1.75, "guidance_scale 1.75", latents),
         "ema_half_life": Value(0.0, "use_ema False", "config.py"),
         "precision": Value("bf16", "precision_amp bfloat16", latents),

@@ -49,7 +49,7 @@ def adam(lr: float, beta1: float, beta2: float, rates: str, betas: str) -> dict[
     """One learning rate of both networks, read in ``rates``, and Adam's decays, read in ``betas``."""
     return {
         "lr": Value(lr, f"{lr:g}", rates),
-        "lr_critic": Value(lr, f"{lr:g}", rates),
+        "lr_fake_score": Value(lr, f"{lr:g}", rates),
         "beta1": Value(beta1, f"{beta1:g}", betas),
         "beta2": Value(beta2, f"{beta2:g}", betas),
     }

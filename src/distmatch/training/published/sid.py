@@ -33,11 +33,11 @@ def _shared(lr: float, batch: int, millions: float, *, script: str, stem: str) -
         **adam(lr, 0.0, 0.999, script, train),
         "lr_rampup": Value(0, "none", loop),
         "grad_clip": Value(0.0, "no clipping of the norm", loop),
-        "critic_steps": Value(1, "1", loop),
+        "fake_score_steps": Value(1, "1", loop),
         "student_sigma": Value(level(2.5), "init_sigma 2.5", script),
         "noise_low": Value(level(0.002), "0.002", loss),
         "noise_high": Value(karras_level(0.8), "tmax 800 of 1000 of EDM's grid: 24.4", script),
-        "critic_law": Value("log-normal", "as in EDM's training", loss),
+        "fake_score_distribution": Value("log-normal", "as in EDM's training", loss),
         "noise_mean": Value(log_level(-1.2), "P_mean -1.2", loss),
         "noise_std": Value(1.2, "P_std 1.2", loss),
         **_average(millions, batch, train if millions == 0.5 else script),
@@ -46,7 +46,7 @@ def _shared(lr: float, batch: int, millions: float, *, script: str, stem: str) -
 
 def _adversary(batch: int, lr: float, script: str, loop: str) -> dict[str, Value]:
     return {
-        "lr_ratio": Value(lr, f"{lr:g}, with the fake score", script),
+        "lr_discriminator": Value(lr, f"{lr:g}, with the fake score", script),
         "ratio_features": Value("fake", "of the fake score, which is trained by it", loop),
         "warmup_steps": Value(steps(1e5, batch), "100 kimg", loop),
     }
@@ -174,9 +174,9 @@ def _diff_instruct() -> Preset:
         settings={
             **adam(1e-5, 0.0, 0.999, readme, train),
             "lr_rampup": Value(0, "lr_warmup_kimg -1", readme),
-            "critic_steps": Value(1, "1", "di_training_loop.py"),
+            "fake_score_steps": Value(1, "1", "di_training_loop.py"),
             "student_sigma": Value(level(1.0), "init_sigma 1.0", readme),
-            "noise_law": Value("log-normal", "as in EDM's training", loss),
+            "noise_distribution": Value("log-normal", "as in EDM's training", loss),
             "noise_mean": Value(log_level(-1.2), "P_mean -1.2", loss),
             "noise_std": Value(1.2, "P_std 1.2", loss),
             **_average(0.5, 128, train),

@@ -22,17 +22,17 @@ _SAME = 1e-6  # relative difference below which two levels are one
 
 
 @dataclass(frozen=True)
-class Handover:
+class HybridSchedule:
     """Who goes which part of the way.
 
     Attributes:
         teacher_levels: Noise levels of the teacher's solve, from its ``sigma_max`` down to where it stops;
             () when the student goes all the way.
-        student_levels: Levels of the student's calls; () when the teacher goes all the way.
+        student_sigmas: Levels of the student's calls; () when the teacher goes all the way.
     """
 
     teacher_levels: tuple[float, ...]
-    student_levels: tuple[float, ...]
+    student_sigmas: tuple[float, ...]
 
 
 def stations(teacher: Denoiser, student: Student) -> tuple[float, ...]:
@@ -42,18 +42,18 @@ def stations(teacher: Denoiser, student: Student) -> tuple[float, ...]:
         teacher: The teacher.
         student: The student.
     """
-    below = tuple(level for level in student.levels if level < teacher.sigma_max * (1 - _SAME))
+    below = tuple(level for level in student.sigmas if level < teacher.sigma_max * (1 - _SAME))
     return (*below, 0.0)
 
 
-def hand_over(
+def hybrid_schedule(
     teacher: Denoiser,
     student: Student,
     grid: Tensor | Sequence[float],
     *,
     calls: int = 1,
     level: float | None = None,
-) -> Handover:
+) -> HybridSchedule:
     """Divides the way between teacher and student, and refuses what the student cannot follow.
 
     Args:
@@ -80,12 +80,12 @@ def hand_over(
                 expected=f"0 (the student alone) to {len(where)} (the teacher alone): {named}",
             )
         if calls == 0:
-            return Handover((), student.levels)
+            return HybridSchedule((), student.sigmas)
         stop = where[calls - 1]
     else:
         stop = _checked_level(level, student, where)
     if stop == 0:
-        return Handover(checked_levels(grid, stochastic=True), ())
+        return HybridSchedule(checked_levels(grid, stochastic=True), ())
     _check_first(stop, teacher, student)
     full = checked_levels(grid, stochastic=True)
     above = tuple(v for v in full if v > stop * (1 + _SAME))
@@ -94,8 +94,8 @@ def hand_over(
             "the teacher's grid has no level above the one at which the student takes over",
             got=f"it starts at {full[0]:g}, the student at {stop:g}",
         )
-    rest = tuple(v for v in student.levels if v < stop * (1 - _SAME))
-    return Handover((*above, stop), (stop, *rest))
+    rest = tuple(v for v in student.sigmas if v < stop * (1 - _SAME))
+    return HybridSchedule((*above, stop), (stop, *rest))
 
 
 def _check_pair(teacher: Denoiser, student: Student) -> None:
@@ -123,7 +123,7 @@ def _checked_level(level: float, student: Student, where: tuple[float, ...]) -> 
     for own in where:
         if abs(level - own) <= 1e-4 * own or level == own:  # levels are given as they are printed
             return own
-    first, low = student.levels[0], student.denoiser.sigma_min
+    first, low = student.sigmas[0], student.denoiser.sigma_min
     if _follows_any_level(student) and low <= level <= first:
         return level
     listed = ", ".join(f"{v:g}" for v in where)
@@ -146,7 +146,7 @@ def _follows_any_level(student: Student) -> bool:
 
 def _check_first(stop: float, teacher: Denoiser, student: Student) -> None:
     """Refuses noised data for a first call that was trained on pure noise, where the two differ much."""
-    if stop < student.levels[0] * (1 - _SAME) or not student.from_noise or _follows_any_level(student):
+    if stop < student.sigmas[0] * (1 - _SAME) or not student.from_noise or _follows_any_level(student):
         return  # later calls are trained on noised samples, consistency functions on noised data
     signal = teacher.sigma_data / stop
     if signal > MOST_SIGNAL:
@@ -159,7 +159,7 @@ def _check_first(stop: float, teacher: Denoiser, student: Student) -> None:
         )
 
 
-def check_way(way: Handover, chosen: Solver, asked: str | Solver) -> None:
+def check_way(way: HybridSchedule, chosen: Solver, asked: str | Solver) -> None:
     """Refuses a solver that needs more steps than the teacher's part has.
 
     Raises:

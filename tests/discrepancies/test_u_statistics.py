@@ -16,12 +16,12 @@ from distmatch.discrepancies import (
     kernel_stein,
     mmd,
 )
-from distmatch.discrepancies.bars import centered_square, near_zero, squared_distance_sum
 from distmatch.discrepancies.energy import _in_one_dimension
-from distmatch.discrepancies.sums import across, within
+from distmatch.discrepancies.pairwise_sums import across, within
+from distmatch.discrepancies.u_statistics import centered_square, near_zero, squared_distance_sum
 from tests.reference.discrepancy_truths import covered, energy_1d, normal_distance_covariance, samples
 
-USERS = ("sums", "cauchy_schwarz", "distance_covariance", "joint_covariance", "stein")
+USERS = ("pairwise_sums", "cauchy_schwarz", "distance_covariance", "joint_covariance", "stein")
 
 
 def columns(seed, count, n=60):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.bars import centered_square, near_zero
 from distmatch.discrepancies.chunks import recomputed, rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel
+from distmatch.discrepancies.u_statistics import centered_square, near_zero
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import Karras, LogNormal, Truncated
 from distmatch.divergences import Divergence
+from distmatch.methods.initialization import Draw, Network, fit_to_teacher, has_network, starting_network
 from distmatch.methods.method import Method
 from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, RoleSettings, Settings
-from distmatch.methods.start import Draw, Network, fit_to_teacher, has_network, starting_network
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, student_levels
+from distmatch.methods.student import Student, student_sigmas
 from distmatch.nets.config import NetConfig
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.jump import require_jump, taught_to_jump
@@ -33,7 +33,7 @@ Info = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup(Generic[S]):
+class Context(Generic[S]):
     """A choice of teacher, method and settings that fit each other.
 
     Attributes:
@@ -67,7 +67,7 @@ class Setup(Generic[S]):
         return 2 * self.teacher.sigma_data
 
     @property
-    def first_level(self) -> float:
+    def first_sigma(self) -> float:
         """Where the student starts; a default that is above the levels of the teacher comes down to them."""
         highest = self.teacher.sigma_max
         chosen = self.settings.student_sigma * self.teacher.sigma_data or highest
@@ -75,7 +75,7 @@ class Setup(Generic[S]):
         return min(chosen, highest) if self.settings.student_sigma == default else chosen
 
     @property
-    def compared_levels(self: Setup[FakeScoreSettings]) -> tuple[float, float]:
+    def compared_sigmas(self: Context[FakeScoreSettings]) -> tuple[float, float]:
         """The smallest and the largest level at which student and teacher are compared."""
         low, high = (v * self.teacher.sigma_data for v in (self.settings.noise_low, self.settings.noise_high))
         return low, high or self.teacher.sigma_max
@@ -85,9 +85,9 @@ class Setup(Generic[S]):
         """The teacher, where student and fake score start as copies of it; None for fresh networks."""
         return self.teacher if self.net is None and has_network(self.teacher) else None
 
-    def student_levels(self, calls: int) -> tuple[float, ...]:
+    def student_sigmas(self, calls: int) -> tuple[float, ...]:
         """The levels of a student's calls, from the first one down."""
-        return student_levels(calls, self.first_level, self.teacher.sigma_data)
+        return student_sigmas(calls, self.first_sigma, self.teacher.sigma_data)
 
     def log_normal(self, mean: float, std: float, low: float, high: float) -> Truncated:
         """Levels between two, whose log(sigma / sigma_data) has this mean and spread before the cut."""
@@ -104,7 +104,7 @@ class Setup(Generic[S]):
     def follow(self, state: DistillState, trained: nn.Module) -> None:
         """Counts an update of what is trained and brings its average up to date."""
         state.updates += 1
-        state.average.update(trained, ema_decay(state.updates, half_life=self.settings.ema_half_life))
+        state.ema.update(trained, ema_decay(state.updates, half_life=self.settings.ema_half_life))
 
     def network(
         self, seed: int, draw: Draw | None, seen: Karras | None = None, *, jumps: bool = False
@@ -113,7 +113,7 @@ class Setup(Generic[S]):
         roles = self.settings if isinstance(self.settings, RoleSettings) else None
         network = starting_network(self.teacher, self.net, seed, self.device, roles=roles, jumps=jumps)
         if draw is not None and self.copied is None:
-            seen = seen or Karras(self.teacher.sigma_min, self.first_level)
+            seen = seen or Karras(self.teacher.sigma_min, self.first_sigma)
             fit_to_teacher(network, self.teacher, draw, seen, self.settings.fit_steps, seed)
         return taught_to_jump(require_jump(network)) if jumps else network
 
@@ -121,7 +121,7 @@ class Setup(Generic[S]):
         """The state before the first step, with an average of what is trained."""
         return DistillState(
             student=student,
-            average=EMA(trained),
+            ema=EMA(trained),
             generator=generator(seed, "distill", self.device),
             ratio_generator=generator(seed, "distill/ratio", self.device),
             **others,
@@ -177,8 +177,8 @@ class Distiller(Protocol):
 
 def averaged(state: DistillState, info: dict[str, Any] | None) -> Student:
     """The student on its averaged weights."""
-    network: Any = state.average.module
-    return state.student.around(network, state.student.levels, info or {})
+    network: Any = state.ema.module
+    return state.student.around(network, state.student.sigmas, info or {})
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
