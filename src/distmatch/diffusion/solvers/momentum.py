@@ -63,11 +63,6 @@ class HeavyBall(Solver):
         if not 1 <= self.order <= len(AB):
             raise UserError("the order under heavy ball must be 1 to 4", got=self.order)
 
-    @property
-    def least_steps(self) -> int:
-        """As many as the order."""
-        return self.order
-
     def stepper(self, run: Run) -> _HeavyBallStepper:
         """One call a step."""
         return _HeavyBallStepper(self, run)
@@ -123,11 +118,6 @@ class GHVB(Solver):
     def beta(self) -> float:
         """The weight of the latest slope."""
         return self.order % 1 or 1.0
-
-    @property
-    def least_steps(self) -> int:
-        """As many as velocities."""
-        return self.velocities
 
     def stepper(self, run: Run) -> _GHVBStepper:
         """One call a step."""

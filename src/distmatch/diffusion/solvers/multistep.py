@@ -170,11 +170,6 @@ class IPNDM(Solver):
         if not 1 <= self.order <= len(AB):
             raise UserError("the order of iPNDM must be 1 to 4", got=self.order)
 
-    @property
-    def least_steps(self) -> int:
-        """As many as the order."""
-        return self.order
-
     def stepper(self, run: Run) -> LinearMultistep:
         """One call a step."""
         rows = [
@@ -206,11 +201,6 @@ class DPMpp(Solver):
             raise UserError("DPM-Solver++ is here in orders 1 and 2", got=self.order)
         if not 0 < self.beta <= 1:
             raise UserError("the beta of heavy ball must lie in (0, 1]", got=self.beta)
-
-    @property
-    def least_steps(self) -> int:
-        """As many as the order."""
-        return self.order
 
     def stepper(self, run: Run) -> Stepper:
         """One call a step."""

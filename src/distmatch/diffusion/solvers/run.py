@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,8 +73,8 @@ class Solver:
 
     @property
     def least_steps(self) -> int:
-        """The fewest steps in which it is more than a solver of lower order."""
-        return 1
+        """The fewest steps in which it is more than a solver of lower order: as many as the order."""
+        return math.ceil(getattr(self, "order", 1))
 
     @property
     def needs_path(self) -> bool:

@@ -37,11 +37,6 @@ class DPMppSDE(_Stochastic):
         if self.order not in (1, 2):
             raise UserError("SDE-DPM-Solver++ is here in orders 1 and 2", got=self.order)
 
-    @property
-    def least_steps(self) -> int:
-        """As many as the order."""
-        return self.order
-
     def stepper(self, run: Run) -> Stepper:
         """One call and one draw a step."""
         before: list[Tensor] = []

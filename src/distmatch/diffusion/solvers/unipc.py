@@ -42,11 +42,6 @@ class UniPC(Solver):
         if self.order not in (1, 2, 3):
             raise UserError("the order of UniPC must be 1, 2 or 3", got=self.order)
 
-    @property
-    def least_steps(self) -> int:
-        """As many as the order."""
-        return self.order
-
     def stepper(self, run: Run) -> _UniPCStepper:
         """One call a step."""
         return _UniPCStepper(self, run)
