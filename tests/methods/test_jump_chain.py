@@ -14,7 +14,8 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import jump
 from distmatch.methods.hybrid import follower_of
 from distmatch.methods.hybrid_schedule import HybridSchedule
-from distmatch.methods.student import Student, sampler_weights
+from distmatch.methods.sampler import sampler_weights
+from distmatch.methods.student import Student
 from distmatch.nets.jump import as_jump
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import distiller, network_teacher

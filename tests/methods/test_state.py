@@ -13,8 +13,9 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import UNCONDITIONAL, as_conditioning
 from distmatch.methods.matching.loop import Matching
+from distmatch.methods.sampler import student_sigmas
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, student_sigmas
+from distmatch.methods.student import Student
 from distmatch.training.checkpoint import load_checkpoint, pack, save_checkpoint
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
 

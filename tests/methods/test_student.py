@@ -177,3 +177,12 @@ def test_a_student_is_shown_in_a_line() -> None:
         f"{count:,} parameters)"
     )
     assert repr(Student(model.denoiser, (20.0,))).startswith("Student(num_steps=1, sigmas=(20), shape=(2,), ")
+
+
+def test_a_student_is_called_with_noise() -> None:
+    one, three = student(), student(3)
+    noise = [torch.randn(4, 2) for _ in range(3)]
+    assert torch.equal(one(noise[0]), one(noise[:1]))
+    assert three(noise).shape == (4, 2)
+    with pytest.raises(UserError, match="each of its steps"):
+        three(noise[0])

@@ -28,6 +28,7 @@ from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, expand, 
 from distmatch.diffusion.paths import DiscretePath, noise_path
 from distmatch.diffusion.paths.core import NoisePath, check_prior
 from distmatch.diffusion.predictions import Coefficients, check_prediction, convert
+from distmatch.diffusion.solvers.sampling import SamplingMixin
 
 _PURE_NOISE = 1e5  # a path that goes beyond this ratio ends in pure noise: samplers start below it, at _START
 _START = 1000.0
@@ -35,7 +36,7 @@ _FINEST = 0.002  # where samplers stop on a path that begins without noise
 _TINY = 1e-12  # rates of change may be infinite without noise
 
 
-class PredictionDenoiser(nn.Module):
+class PredictionDenoiser(SamplingMixin, nn.Module):
     """The denoiser around ``net(x_t, t)``, ``net(x_t, t, labels)`` or ``net(x_t, t, name=condition, ...)``.
 
     A sample y at level sigma in the frame of the denoisers is ``x_t = alpha(t) y`` on the path, at the time

@@ -18,9 +18,10 @@ from distmatch.diffusion.noise import Karras, LogNormal, Truncated
 from distmatch.divergences import Divergence
 from distmatch.methods.initialization import Draw, Network, fit_to_teacher, has_network, starting_network
 from distmatch.methods.method import Method
+from distmatch.methods.sampler import student_sigmas
 from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, RoleSettings, Settings
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, student_sigmas
+from distmatch.methods.student import Student
 from distmatch.nets.config import NetConfig
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.jump import require_jump, taught_to_jump

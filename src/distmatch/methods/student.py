@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,55 +15,15 @@ from distmatch.base.seeds import initial_noise
 from distmatch.data.classes import Balance, Classes, checked_conditioning
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import ConditioningLike, ConditioningSpec, labels_of, spec_of
-from distmatch.diffusion.noise import Karras
 from distmatch.interop import HandedIn, decode_samples, load_denoiser, save_denoiser
 from distmatch.interop.lora import merged
 from distmatch.interop.saved import Base
 from distmatch.methods.initialization import Network
+from distmatch.methods.sampler import Sampler, sampler_weights
 from distmatch.methods.transport.semi_discrete import BrenierMap
 from distmatch.nets.shared import adapted_of
 
-Sampler = Literal["stochastic", "ddim", "posterior", "gamma"]
-"""How a student of several steps gets to its next noise level: ``stochastic`` adds fresh noise to the clean
-estimate (multistep sampling of consistency models), ``ddim`` adds the noise that it predicts, ``posterior``
-draws from q(x_s | x_t, x0), ``gamma`` is the gamma-sampling of CTM, which takes a network of two levels."""
 _IN_FILES: dict[str, str] = {"stochastic": "renoise", "gamma": "jump"}  # as saved models name them
-
-
-def sampler_weights(sampler: Sampler, now: float, after: float, gamma: float = 0.0) -> tuple[float, float]:
-    """The weights (kept, fresh) of a step ``x0 + kept (x - x0) + fresh eps`` from level ``now`` to ``after``.
-
-    Each leaves noise of level ``after`` on ``x0`` where ``x - x0`` is noise of level ``now``.
-    ``posterior`` is q(x_s | x_t, x0) of the diffusion itself, as in multi-step moment matching (Salimans et
-    al. 2024, arXiv 2406.04103). ``gamma`` is the gamma-sampling of CTM (Kim et al. 2024, arXiv 2310.02279):
-    to the level sqrt(1 - gamma^2) s, for which the network gives x0, and fresh noise up to s. With gamma = 0
-    it follows the path, with gamma = 1 it is ``stochastic``.
-    """
-    if sampler == "stochastic":
-        return 0.0, after
-    ratio = after / now
-    if sampler == "gamma":
-        return (1 - gamma**2) ** 0.5 * ratio, gamma * after
-    if sampler == "ddim":
-        return ratio, 0.0
-    return ratio**2, after * (1 - ratio**2) ** 0.5
-
-
-def student_sigmas(num_steps: int, sigma: float, sigma_data: float) -> tuple[float, ...]:
-    """Noise levels that a student of ``num_steps`` steps is evaluated at, from ``sigma`` down.
-
-    They are equally spaced in the Karras parameter above EDM's smallest level, 0.002 for data of standard
-    deviation 1/2, like the time steps 999, 749, 499, 249 of DMD2.
-
-    Args:
-        num_steps: Network calls.
-        sigma: The first level.
-        sigma_data: Standard deviation of the data.
-    """
-    if num_steps == 1:
-        return (sigma,)
-    share = torch.arange(num_steps - 1, 0, -1, dtype=torch.float64) / num_steps
-    return (sigma, *Karras(0.004 * sigma_data, sigma).quantile(share).tolist())
 
 
 class Student(nn.Module):
@@ -193,8 +153,27 @@ class Student(nn.Module):
         kept, fresh = sampler_weights(self.sampler, self.sigmas[index - 1], self.sigmas[index], self.gamma)
         return x0 + kept * (x - x0) + fresh * noise
 
-    def forward(self, noise: list[Tensor], conditioning: ConditioningLike = None) -> Tensor:
-        """All steps, from one unit-noise tensor for each."""
+    def forward(self, noise: Tensor | list[Tensor], conditioning: ConditioningLike = None) -> Tensor:
+        """All steps: ``student(noise, labels)``.
+
+        Args:
+            noise: Unit normal noise (B, *shape); for a student of several steps a list, one for each.
+            conditioning: Class labels (B,) int64, a conditioning, or None.
+
+        Returns:
+            (B, *shape), in model space, before any decoding of latents.
+
+        Raises:
+            UserError: Not as many tensors of noise as steps.
+        """
+        noise = [noise] if isinstance(noise, Tensor) else noise
+        if len(noise) != self.draws:
+            raise UserError(
+                "a student takes a tensor of unit noise for each of its steps",
+                got=f"{len(noise)}",
+                expected=f"{self.draws}",
+                fix="pass a list, or use student.sample(n), which draws the noise",
+            )
         x = self.begin(noise, conditioning)
         x0 = self.call(x, 0, conditioning)
         for index in range(1, len(self.sigmas)):

@@ -17,10 +17,11 @@ from distmatch.diffusion.denoiser import (
     has_features,
     on_prediction,
 )
+from distmatch.diffusion.solvers.sampling import SamplingMixin
 from distmatch.nets.layers import at_least_float32, noise_coordinate
 
 
-class EDMDenoiser(nn.Module):
+class EDMDenoiser(SamplingMixin, nn.Module):
     """``D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)`` around a network F.
 
     With ``v = sigma^2 + sigma_data^2``: ``c_skip = sigma_data^2 / v``,

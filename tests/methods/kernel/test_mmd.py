@@ -19,8 +19,9 @@ from distmatch.discrepancies.mmd import mmd, mmd_loss
 from distmatch.losses import mmd_with_gradient
 from distmatch.methods.kernel.mmd import feature_kernel, mmd_sigmas
 from distmatch.methods.kernel.settings import MMDSettings
+from distmatch.methods.sampler import sampler_weights
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, sampler_weights
+from distmatch.methods.student import Student
 from distmatch.nets.build import build_net
 from distmatch.nets.config import UNetConfig
 from distmatch.nets.edm import EDMDenoiser

@@ -12,7 +12,7 @@ from distmatch.diffusion.guidance.noisy_classifier import (
     classifier_loss,
     fit_noisy_classifier,
 )
-from distmatch.diffusion.guidance.wrapper import CallCounter, Calls, Wrapper, at_step, cost_of, regime_of
+from distmatch.diffusion.wrapper import CallCounter, Calls, Wrapper, at_step, cost_of, regime_of
 
 __all__ = [
     "CallCounter",

@@ -21,7 +21,8 @@ from distmatch.diffusion.denoiser import (
     is_diffused,
 )
 from distmatch.diffusion.geometry.jacobian import refuse_random_layers
-from distmatch.diffusion.guidance.wrapper import Calls, Wrapper, at_step, cost_of, regime_of
+from distmatch.diffusion.solvers.sampling import SamplingMixin
+from distmatch.diffusion.wrapper import Calls, Wrapper, at_step, cost_of, regime_of
 
 Pass = Callable[[Tensor, Tensor, Conditioning], tuple[Tensor, Features]]
 """One network pass: (x, sigma, conditioning) to the prediction and the features, none where not asked for."""
@@ -30,7 +31,7 @@ Where = bool | Tensor
 """Which samples of a batch are guided: all, none, or a mask (B,)."""
 
 
-class Guidance(Wrapper):
+class Guidance(SamplingMixin, Wrapper):
     """A denoiser that corrects the prediction of ``inner``. Subclasses say how, and for which samples.
 
     Samples that are not guided keep the prediction of ``inner``; a call in which none is guided is that of

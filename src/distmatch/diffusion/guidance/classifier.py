@@ -19,7 +19,7 @@ from distmatch.diffusion.guidance.base import (
     checked_scale,
     refuse_training_mode,
 )
-from distmatch.diffusion.guidance.wrapper import Calls
+from distmatch.diffusion.wrapper import Calls
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
 """(x (B, *shape), sigma (B,)) to the logits (B, classes) of the classes of x at these levels."""

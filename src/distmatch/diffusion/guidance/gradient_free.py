@@ -12,7 +12,7 @@ from distmatch.diffusion.conditioning import Conditioning, has_condition
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.guidance.base import Guidance, Where, checked_scale, refuse_training_mode
 from distmatch.diffusion.guidance.linear import check_pair
-from distmatch.diffusion.guidance.wrapper import Calls, cost_of
+from distmatch.diffusion.wrapper import Calls, cost_of
 
 ScaleFn = Callable[[Tensor, Tensor], Tensor]
 """(p of the class asked for (B,), p of the likeliest other class (B,)) to guidance scales (B,)."""

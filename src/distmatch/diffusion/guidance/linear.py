@@ -20,9 +20,9 @@ from distmatch.diffusion.conditioning import (
 )
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.guidance.base import Features, Guidance, Pass, Where, checked_scale
-from distmatch.diffusion.guidance.wrapper import Calls, cost_of
 from distmatch.diffusion.latents import require_same_samples
 from distmatch.diffusion.pfgm import pfgm_dims
+from distmatch.diffusion.wrapper import Calls, cost_of
 
 
 class Guided(Guidance):

@@ -19,12 +19,12 @@ from distmatch.diffusion.conditioning import (
 )
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance.linear import check_pair
-from distmatch.diffusion.guidance.wrapper import CallCounter, at_step
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath
 from distmatch.diffusion.solvers.grids import checked_levels
 from distmatch.diffusion.solvers.run import Solver
 from distmatch.diffusion.solvers.solve import Solution, solve
+from distmatch.diffusion.wrapper import CallCounter, at_step
 
 Predict = Callable[[Tensor, float], Tensor]
 """(y, sigma) to D."""

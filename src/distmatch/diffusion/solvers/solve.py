@@ -19,7 +19,6 @@ from distmatch.diffusion.conditioning import (
     spec_of,
 )
 from distmatch.diffusion.denoiser import Denoiser, require_score
-from distmatch.diffusion.guidance import CallCounter, at_step, regime_of
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.pfgm import start_noise
@@ -27,6 +26,7 @@ from distmatch.diffusion.solvers.grids import checked_levels
 from distmatch.diffusion.solvers.grids import grid as make_grid
 from distmatch.diffusion.solvers.names import find_solver
 from distmatch.diffusion.solvers.run import Run, Solver
+from distmatch.diffusion.wrapper import CallCounter, at_step, regime_of
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
 from distmatch.losses.kernel import mmd_with_gradient
 from distmatch.methods.context import Context, Info
 from distmatch.methods.kernel.settings import MMDSettings
+from distmatch.methods.sampler import student_sigmas
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import student_sigmas
 
 
 def mmd_sigmas(calls: int, sigma: float, sigma_data: float, spacing: str) -> tuple[float, ...]:

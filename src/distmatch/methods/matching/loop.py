@@ -32,6 +32,7 @@ from distmatch.methods.matching.generator import GeneratorGradient, generator_gr
 from distmatch.methods.matching.moments import levels_between
 from distmatch.methods.matching.networks import Comparison
 from distmatch.methods.matching.scores import MatchingObjective, StudentTerm
+from distmatch.methods.sampler import Sampler
 from distmatch.methods.settings import (
     AdversarialSettings,
     FakeScoreSettings,
@@ -39,7 +40,7 @@ from distmatch.methods.settings import (
     RatioSettings,
 )
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Sampler, Student
+from distmatch.methods.student import Student
 from distmatch.nets.shared import role_copy
 from distmatch.ratio.discriminator import build_discriminator, choose_source
 from distmatch.ratio.normalizer import NormaliserConfig, RatioNormalizer
