@@ -259,6 +259,20 @@ def test_a_base_in_bfloat16_has_adapters_and_outputs_in_float32() -> None:
         assert {m["exp_avg"].dtype for m in moments} == {torch.float32}
 
 
+def test_layers_that_are_not_called_are_named() -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.last(nn.functional.linear(x, self.first.weight, self.first.bias))
+
+    teacher = dm.as_denoiser(Direct(), "vp", "eps", shape=(2,))
+    with pytest.warns(UserWarning, match=r"1 of 2 layers .* not called in a trial pass \(first among"):
+        distiller(teacher, method="dmd2", train="lora")
+
+
 def test_a_network_that_does_not_run_in_bfloat16_is_refused() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -115,6 +116,21 @@ def chosen_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
             )
         found += [name for name in here if name not in found]
     return found
+
+
+@contextmanager
+def watched(network: nn.Module, layers: Sequence[str]) -> Iterator[set[str]]:
+    """Collects the names of those layers that are called within it."""
+    called: set[str] = set()
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name in layers
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def with_adapters(

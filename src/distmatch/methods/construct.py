@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from distmatch.base.errors import UserError, cause
+from distmatch.base.stack import caller_level
 from distmatch.diffusion.conditioning import LABEL, example_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_denoiser, require_input_gradient, require_score
 from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence
 from distmatch.divergences import divergence as divergence_of
 from distmatch.interop import is_external
-from distmatch.interop.lora import chosen_layers, network_in
+from distmatch.interop.lora import chosen_layers, network_in, watched
 from distmatch.interop.optional import PEFT
 from distmatch.methods.context import Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
@@ -145,19 +147,25 @@ def _check_roles(context: Context[Settings]) -> None:
             fix="use --train full, or leave --net out for a teacher with a network",
         )
     PEFT.load()
-    chosen_layers(network_in(teacher), own.lora_targets)
-    if own.base_dtype == "float32":
-        return
+    layers = chosen_layers(network_in(teacher), own.lora_targets)
     x = torch.ones(2, *teacher.shape, device=context.device)
+    conditioning = example_conditioning(teacher, 2, context.device)
     try:
-        with context.autocast(), torch.no_grad():
-            teacher(x, x.new_ones(2), example_conditioning(teacher, 2, context.device))
+        with context.autocast(), torch.no_grad(), watched(network_in(teacher), layers) as called:
+            teacher(x, x.new_ones(2), conditioning)
     except (RuntimeError, TypeError) as error:
         raise UserError(
             f"this network does not run with weights in {own.base_dtype}",
             got=cause(error),
-            fix="leave --base-dtype out, or have the network bring its inputs to the type of its weights",
+            fix="choose another --base-dtype, or convert inputs to the type of the weights in the network",
         ) from error
+    if idle := [name for name in layers if name not in called]:
+        warnings.warn(
+            f"{len(idle)} of {len(layers)} layers with adapters were not called in a trial pass "
+            f"({idle[0]} among them). Adapters have no effect if the network uses the weights of a layer and "
+            "does not call it",
+            stacklevel=caller_level(),
+        )
 
 
 def _refuse_idle(own: Settings) -> None:
