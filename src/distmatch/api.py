@@ -80,7 +80,7 @@ def train(
         steps: Training steps.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch train` does; None keeps everything in memory.
-        quiet: Whether to say nothing of the progress.
+        quiet: Whether to hide the progress.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions` or :class:`TeacherConfig`.
 
     Returns:
@@ -130,9 +130,9 @@ def distill(
         steps: Training steps; None takes those of the preset, or 2000.
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
-        quiet: Whether to say nothing of the progress.
+        quiet: Whether to hide the progress.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, or of the method's own settings
-            (``METHODS[method].settings``); what is left out is that of the preset or its own default.
+            (``METHODS[method].settings``); omitted settings are those of the preset or have their default.
 
     Returns:
         The student (the average of its weights).
@@ -194,8 +194,8 @@ def compare(
             ``report.html``.
         budget: Of every run: a time (``"5m"``), network calls (``"200k calls"``) or steps.
         seeds: Runs of each method.
-        resume: Go on with what ``out`` holds.
-        quiet: Whether to say nothing of the progress.
+        resume: Continue the run in ``out``.
+        quiet: Whether to hide the progress.
         **settings: Any other field of :class:`CompareOptions`; or a setting as for :func:`distill`, which
             every method gets that reads it.
 
@@ -246,17 +246,17 @@ def evaluate(
     """Measures generated samples against real ones; see :func:`distmatch.metrics.evaluate`.
 
     Args:
-        x: Samples in model space, as ``student.sample`` gives them; or a :class:`Student`, of which as many
-            are drawn with ``seed`` as the reference has (at most two blocks), asked for its classes in their
-            shares.
+        x: Samples in model space, as ``student.sample`` gives them; or a :class:`Student`, from which as many
+            samples are drawn with ``seed`` as the reference has (at most two blocks), with its class
+            proportions.
         reference: A :class:`Dataset`, a tensor in model space, a name or a path.
-        labels: The labels that were asked for, as numbers of the reference's classes. A warning says where
-            their shares differ from those of the reference.
+        labels: The requested labels, as indices of the reference's classes. A warning is given where their
+            proportions differ from those of the reference.
         features: ``auto``, ``classifier``, ``pixels``, or a function of samples.
         n: Largest block size.
         seed: Chooses the blocks.
         mixture: The exact mixture behind the reference, for mode metrics.
-        quiet: Whether to say nothing of the progress.
+        quiet: Whether to hide the progress.
 
     Raises:
         UserError: ``x`` is no samples and no student, or does not fit the reference.

@@ -81,10 +81,12 @@ def test_warnings_stand_in_the_json(tmp_path: Path) -> None:
     line = f"evaluate {tmp_path}/one.npz digits --features pixels --n 60"
     answer = done(f"{line} --json")
     warned = answer.json()["warnings"]
-    assert any("shares" in text for text in warned)
+    assert any("class proportions" in text for text in warned)
     assert [f"warning: {text}" for text in warned] == answer.err.splitlines()
     assert set(done(line).err.splitlines()) == set(answer.err.splitlines())
-    assert "shares" not in str(done(f"{line.replace('one', 'even')} --json").json().get("warnings"))
+    assert "class proportions" not in str(
+        done(f"{line.replace('one', 'even')} --json").json().get("warnings")
+    )
 
 
 def test_a_dry_run_and_a_run_that_failed_say_what_they_warned_of(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_warnings_stand_below_the_table() -> None:
     answer = done("evaluate q.npz q.npz --divergences wasserstein")
     row = next(line for line in answer.out.splitlines() if line.startswith("wasserstein"))
     assert "[1]" in row
-    assert "[1] wasserstein: not to be told from 0" in answer.out
+    assert "[1] wasserstein: not distinguishable from 0" in answer.out
     assert "note: 1500 samples are in both sets" in answer.out
 
 
@@ -147,7 +147,7 @@ def test_two_draws_of_a_toy_are_not_the_same_draw() -> None:
     ("line", "words"),
     [
         ("q.npz p.npz --data p.npz", ("two references", "p.npz")),
-        ("p.npz --divergences all", ("two sets of samples", "plays p")),
+        ("p.npz --divergences all", ("two sets of samples", "the reference is p")),
         ("q.npz p.npz --divergences all --data digits", ("--data",)),
         ("q.npz p.npz --divergences all --teacher t", ("--teacher",)),
         ("plane.npy p.npz --divergences all", ("different shapes", "(1,)", "(2,)")),
@@ -162,7 +162,7 @@ def test_two_draws_of_a_toy_are_not_the_same_draw() -> None:
         ("q.npz p.npz --divergences mmd:cosine", ("kernel", "laplace")),
         ("q.npz p.npz --divergences skew_kl", ("skew_kl:0.5",)),
         ("q.npz p.npz --divergences ,", ("no divergence was named",)),
-        ("q.npz p.npz --divergences fisher", ("nothing of this can be computed",)),
+        ("q.npz p.npz --divergences fisher", ("none of these can be computed",)),
         ("q.npz p.npz --divergences js --features classifier", ("labels",)),
         ("q.npz p.npz --divergences js --features pixel", ("did you mean pixels",)),
     ],

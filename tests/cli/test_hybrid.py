@@ -66,21 +66,21 @@ def test_the_picture(place: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("sample s --hybrid-calls 2", "only with --hybrid-teacher"),
-        ("sample t --hybrid-level 2.5", "only with --hybrid-teacher"),
+        ("sample s --hybrid-calls 2", "it needs --hybrid-teacher"),
+        ("sample t --hybrid-level 2.5", "it needs --hybrid-teacher"),
         ("sample t --hybrid-teacher t", "needs a student"),
         ("sample s --hybrid-teacher s", "names a student"),
         ("sample s --hybrid-teacher ring8", "another shape"),
         ("sample s --hybrid-teacher t --hybrid-calls 9", "0 (the student alone) to 2 (the teacher alone)"),
         (
             "sample s --hybrid-teacher t --hybrid-calls 2 --hybrid-level 2.5",
-            "says where the student takes over",
+            "determines where the student takes over",
         ),
         ("sample s --hybrid-teacher t --hybrid-level 7", "not trained to take over"),
-        ("sample s --trajectory p.png", "the way of a teacher"),
+        ("sample s --trajectory p.png", "the trajectory of a teacher"),
         ("sample t --trajectory p.jpg", "as a picture"),
         ("sample t --trajectory p.png --n 1", "several samples"),
-        ("sample s --steps 9", "a student has its calls"),
+        ("sample s --steps 9", "the steps and the guidance of a student"),
     ],
 )
 def test_refusals(place: Path, line: str, said: str) -> None:

@@ -93,7 +93,7 @@ def test_folders_with_a_gap_keep_their_numbers(tmp_path: Path) -> None:
         seen = matched(data, names, 12, "the teacher")
         assert labels_of(seen) == true_classes(data)
         assert seen.num_classes == 12
-    with pytest.raises(UserError, match=r"does not know: 5\.") as error:
+    with pytest.raises(UserError, match=r"does not have: 5\.") as error:
         matched(from_arrays(pictures(EVERY), EVERY), data.class_names, 11, "the teacher")
     assert "0, 1, 2, 3, 4, 5, 6" in str(error.value)
     assert "0, 1, 2, 3, 4, 6, 7" in str(error.value)
@@ -135,7 +135,7 @@ def test_a_teacher_in_memory_knows_its_classes(place: Path, tmp_path: Path) -> N
     assert student.classes.counts == (*COUNTS[:5], 0, *COUNTS[6:])
     trained = dm.train(load_data(tmp_path / "gap"), net="mlp", width=8, depth=1, **settings)
     assert Classes.from_dict(known_data(trained), 11).names[5] == "6"
-    with pytest.raises(UserError, match="does not know: 5"):
+    with pytest.raises(UserError, match="does not have: 5"):
         dm.distill(trained, load_data(place / "numbers"), method="diff-instruct", **settings)
 
 
@@ -224,7 +224,7 @@ def test_even_draws_leave_out_classes_that_were_not_there() -> None:
 
 def test_a_model_without_names_or_counts_works(place: Path, tmp_path: Path) -> None:
     """As models that were saved before these were kept."""
-    for kept, told in ((("class_names",), "does not say how often"), ((), "does not say")):
+    for kept, told in ((("class_names",), "does not record how often"), ((), "does not record")):
         config = json.loads((place / "s" / "model" / "config.json").read_text())
         data = config["extra"]["data"]
         config["extra"]["data"] = {k: v for k, v in data.items() if not k.startswith("class_") or k in kept}
@@ -252,7 +252,7 @@ def test_other_shares_are_said(place: Path, tmp_path: Path) -> None:
     even = command(f"evaluate {tmp_path}/even.npz --data {place}/numbers --features pixels")
     due = command(f"evaluate {tmp_path}/due.npz --data {place}/numbers --features pixels")
     assert "class 11" in even.err
-    assert "shares" not in due.err
+    assert "class proportions" not in due.err
     p = torch.tensor([0.91, 0.09], dtype=torch.float64)
     gen = torch.Generator().manual_seed(0)
     draws = [torch.multinomial(p, 400, replacement=True, generator=gen) for _ in range(2000)]

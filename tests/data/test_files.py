@@ -300,14 +300,14 @@ def test_sub_folders_are_classes(tmp_path):
 @pytest.mark.parametrize(
     ("folders", "words"),
     [
-        (("train", "test"), r"parts of a data set.*test, train.*Fix: name one of them: .*/train\."),
-        (("Train", "VAL"), r"parts of a data set.*Fix: .*/Train\."),
-        (("train/cat", "train/dog", "test/cat", "test/dog"), r"parts of a data set.*Fix: .*/train\."),
-        (("train/cat", "train/dog", "val/cat", "val/dog", "extra"), r"parts of a data set.*train, val\."),
-        (("train2017", "val2017", "test-images"), r"parts of a data set"),
-        (("train/cat", "train/dog"), r"folders inside of folders.*train/cat.*Fix: name .*/train if"),
-        (("cat", "cat/small", "dog"), r"folders inside of folders.*cat/small"),
-        (("cat/1/deep", "dog/1/deep"), r"folders inside of folders.*cat/1/deep"),
+        (("train", "test"), r"splits of a data set.*test, train.*Fix: pass one of them: .*/train\."),
+        (("Train", "VAL"), r"splits of a data set.*Fix: .*/Train\."),
+        (("train/cat", "train/dog", "test/cat", "test/dog"), r"splits of a data set.*Fix: .*/train\."),
+        (("train/cat", "train/dog", "val/cat", "val/dog", "extra"), r"splits of a data set.*train, val\."),
+        (("train2017", "val2017", "test-images"), r"splits of a data set"),
+        (("train/cat", "train/dog"), r"nested folders.*train/cat.*Fix: pass .*/train if"),
+        (("cat", "cat/small", "dog"), r"nested folders.*cat/small"),
+        (("cat/1/deep", "dog/1/deep"), r"nested folders.*cat/1/deep"),
         (("", "cat", "dog"), "both in itself and in sub-folders"),
     ],
 )
@@ -397,9 +397,9 @@ def test_conditions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     x = np.arange(8, dtype=np.float32).reshape(4, 2)
     for name, values, said in (
         ("short", np.zeros(3), "condition_short must have one row for each sample"),
-        ("words", np.array(["a", "b", "c", "d"]), "must hold numbers"),
+        ("words", np.array(["a", "b", "c", "d"]), "must contain numbers"),
         ("gap", np.array([0.0, 1.0, np.nan, 2.0]), "NaN or infinity"),
-        ("label", np.zeros(4), "given as labels"),
+        ("label", np.zeros(4), "passed as labels"),
     ):
         file = tmp_path / f"{name}.npz"
         np.savez(file, x=x, **{f"condition_{name}": values})

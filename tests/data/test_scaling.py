@@ -201,9 +201,9 @@ def test_subset_keeps_scaling_and_classes():
 
 def test_a_dataset_that_does_not_fit_together_is_refused():
     scaling = Scaling.for_images(0, 1, "")
-    with pytest.raises(UserError, match="do not fit their scaling"):
+    with pytest.raises(UserError, match="do not match their scaling"):
         Dataset(torch.zeros(3, 2), None, (), "d", scaling)
-    with pytest.raises(UserError, match="labels do not fit"):
+    with pytest.raises(UserError, match="labels do not match"):
         Dataset(torch.zeros(3, 1, 2, 2), torch.zeros(3), (), "d", scaling)
 
 

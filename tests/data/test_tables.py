@@ -185,7 +185,7 @@ def test_columns_of_whole_numbers_stay_whole(place: Path, tmp_path: Path) -> Non
 
 def test_clipping_is_asked_for(place: Path, tmp_path: Path) -> None:
     plain = done(f"sample {place}/t --steps 2 --n 200 --out {tmp_path}/a.csv")
-    assert "below zero" in plain.out
+    assert "negative values" in plain.out
     assert "price" in plain.out
     done(f"sample {place}/t --steps 2 --n 200 --clip --out {tmp_path}/b.csv")
     real = load_data(f"{place}/flats.csv:one-hot")

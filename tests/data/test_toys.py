@@ -113,7 +113,7 @@ def test_archives_are_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cifar10_test\.npz does not exist"):
         load_data("cifar10:test")
     np.savez(tmp_path / "fashion_mnist.npz", x_train=pixels[..., 0], class_names=names)
-    with pytest.raises(UserError, match=r"not the archive we know.*y_train"):
+    with pytest.raises(UserError, match=r"not the expected archive.*y_train"):
         load_data("fashion_mnist")
 
 

@@ -212,7 +212,7 @@ def test_labels_follow_the_network() -> None:
     foreign(y, sigma)
     assert net.told[2].tolist() == [3, 3, 3]
     among = as_denoiser(net, shape=(2,), num_classes=3, null_class=1)
-    with pytest.raises(UserError, match="class 1 of this teacher stands for no condition"):
+    with pytest.raises(UserError, match="class 1 of this teacher means unconditional"):
         among(y, sigma, torch.tensor([2, 1, 0]))
     among(y, sigma, labels)
     assert net.told[2].tolist() == [2, 1, 0]
@@ -281,12 +281,12 @@ def test_mistakes_are_explained() -> None:
         as_denoiser(net, "vpp", shape=(2,))
     with pytest.raises(UserError, match="unknown way to treat levels"):
         as_denoiser(net, "vp", shape=(2,), levels="round")
-    with pytest.raises(UserError, match="levels of its own"):
+    with pytest.raises(UserError, match="discrete noise levels"):
         as_denoiser(net, "vp", shape=(2,), levels="snap")
     for path in (DISCRETE, "edm"):
         with pytest.raises(UserError, match="reverse_time means 1 - t"):
             as_denoiser(net, path, shape=(2,), reverse_time=True)
-    with pytest.raises(UserError, match=r"not of the shape.*\(3, 2\)"):
+    with pytest.raises(UserError, match=r"do not have the shape.*\(3, 2\)"):
         as_denoiser(net, shape=(5,))(y, one)
     with pytest.raises(UserError, match="also returns a variance"):
         as_denoiser(lambda x, t: torch.cat([x, x], 1), shape=(2,))(y, one)

@@ -174,9 +174,9 @@ def test_what_does_not_fit_is_explained() -> None:
         Conditioning({"a": torch.zeros(2), "b": torch.zeros(3)})
     with pytest.raises(UserError, match="must be a tensor"):
         Conditioning({"a": [1, 2]})  # type: ignore[dict-item]
-    with pytest.raises(UserError, match=r"takes other conditions.*Got: label. Expected: weights"):
+    with pytest.raises(UserError, match=r"takes another conditioning.*Got: label. Expected: weights"):
         solve(BY_WEIGHTS, X, [3.0, 1.0], conditioning=LABELS)
-    with pytest.raises(UserError, match=r"does not fit this model.*Expected: .batch, 3."):
+    with pytest.raises(UserError, match=r"does not match this model.*Expected: .batch, 3."):
         solve(BY_WEIGHTS, X, [3.0, 1.0], conditioning=Conditioning({"weights": torch.ones(12, 4)}))
     with pytest.raises(UserError, match=r"out of range.*values 0 to 3"):
         solve(BY_CLASS, X, [3.0, 1.0], conditioning=torch.arange(12) % 4)
@@ -187,5 +187,5 @@ def test_what_does_not_fit_is_explained() -> None:
     with pytest.raises(UserError, match="same fields"):
         cat([ONE_HOT, as_conditioning(LABELS)])
     bare = dm.as_denoiser(by_weights, "edm", "x0", shape=(2,), conditioning={"weights": FieldSpec((3,))})
-    with pytest.raises(UserError, match=r"without a condition.*pass null="):
+    with pytest.raises(UserError, match=r"without an unconditional prediction.*pass null="):
         bare(X, SIGMA)

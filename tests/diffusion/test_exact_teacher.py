@@ -265,7 +265,7 @@ def test_guided_features_are_those_of_the_conditional_pass() -> None:
 
 
 WRONG = {
-    "do not fit together": lambda: GaussianMixture([1.0], MEANS, COVARIANCES),
+    "do not match": lambda: GaussianMixture([1.0], MEANS, COVARIANCES),
     "sum to one": lambda: GaussianMixture([0.5, 0.6, 0.3], MEANS, COVARIANCES),
     "non-negative": lambda: GaussianMixture([-0.5, 1.2, 0.3], MEANS, COVARIANCES),
     "symmetric": lambda: GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.5], [0.0, 1.0]]]),
@@ -278,7 +278,7 @@ WRONG = {
     "has no features": lambda: Guided(mixture([0, 1, 0]), 2.0)(
         points(2), torch.ones(2), return_features=True
     ),
-    "spread": lambda: LogNormal(0.0, 0.0),
+    "standard deviation": lambda: LogNormal(0.0, 0.0),
     "0 < low": lambda: Karras(0.0, 80.0),
     "rho": lambda: Karras(0.002, 80.0, 0.0),
     "at least one step": lambda: karras_grid(0, 0.002, 80.0),

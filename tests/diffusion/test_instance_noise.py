@@ -95,7 +95,7 @@ def test_noise_on_the_data_makes_the_generator_right() -> None:
 def test_refusals() -> None:
     x = normal(4, 2)
     for levels in ([0.1], [0.1, 0.0], [0.1, 0.1], [0.1, math.nan]):
-        with pytest.raises(UserError, match="two or more different levels"):
+        with pytest.raises(UserError, match="two or more different noise levels"):
             noise_ladder(lambda y, s: y.sum(1), x, levels)
     with pytest.raises(UserError, match="positive"):
         blurred_log_prob(x, x, 0.0)

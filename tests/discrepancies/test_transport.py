@@ -226,10 +226,10 @@ def test_bad_samples_get_one_clear_error(case, distance):
         (lambda: sliced_wasserstein(GOOD, GOOD, p=0.5), "order p"),
         (lambda: sliced_wasserstein(GOOD, GOOD, p=math.inf), "order p"),
         (lambda: sliced_wasserstein(GOOD, GOOD, projections=0), "at least one projection"),
-        (lambda: sliced_wasserstein(GOOD, GOOD, directions=torch.ones(3, 5)), "do not fit"),
+        (lambda: sliced_wasserstein(GOOD, GOOD, directions=torch.ones(3, 5)), "do not match"),
         (lambda: sliced_wasserstein(GOOD, GOOD, directions=torch.ones(3, 2)), "unit vectors"),
         (lambda: wasserstein_1d(GOOD, GOOD), "on the line"),
-        (lambda: gaussian_sinkhorn(*[GOOD] * 4, 1.0), "do not fit"),
+        (lambda: gaussian_sinkhorn(*[GOOD] * 4, 1.0), "do not match"),
         (lambda: gaussian_sinkhorn(*[GOOD] * 4, 0.0), "epsilon"),
     ],
 )

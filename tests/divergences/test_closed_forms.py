@@ -230,7 +230,7 @@ def test_equal_gaussians_are_at_distance_zero():
         (torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "positive definite"),
         (torch.zeros(2), torch.zeros(2, 2), "positive definite"),
         (torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "symmetric"),
-        (torch.zeros(2), torch.eye(3), "does not fit"),
+        (torch.zeros(2), torch.eye(3), "does not match"),
         (torch.zeros(2), torch.ones(2), "wrong shape"),
         (torch.zeros(()), torch.eye(1), "wrong shape"),
         (torch.zeros(0), torch.zeros(0, 0), "wrong shape"),

@@ -109,7 +109,7 @@ def test_run_folders_that_move_together_keep_together(tmp_path: Path) -> None:
     assert_same_but_for_rounding(dm.Student.from_pretrained(tmp_path / "b/student").sample(4), expected)
     # Away from its base it says what it needs, and takes it where it is told.
     shutil.move(tmp_path / "b/student", tmp_path / "student")
-    with pytest.raises(UserError, match=r"not the network that they belong to.*--base FOLDER"):
+    with pytest.raises(UserError, match=r"without their base network.*--base FOLDER"):
         dm.Student.from_pretrained(tmp_path / "student")
     for base in (tmp_path / "b/teacher", dm.load_teacher(tmp_path / "b/teacher"), network_teacher()):
         found = dm.Student.from_pretrained(tmp_path / "student", base=base)
@@ -144,7 +144,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is a folder, or a teacher that is a module"):
             dm.Student.from_pretrained(tmp_path / "student", base=base)  # type: ignore[arg-type]
     student.merged().save_pretrained(tmp_path / "whole")
-    with pytest.raises(UserError, match="holds a whole network, and no adapters"):
+    with pytest.raises(UserError, match="contains a full network, not adapters"):
         dm.Student.from_pretrained(tmp_path / "whole", base=network_teacher())
 
 

@@ -175,7 +175,7 @@ def test_what_does_not_agree_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     before = contents(tmp_path)
     right = module._told_once
     monkeypatch.setattr(module, "_told_once", lambda *told: 1.01 * right(*told))
-    with pytest.raises(UserError, match="does not give the student's samples"):
+    with pytest.raises(UserError, match="does not reproduce the student's samples"):
         export_diffusers(student, tmp_path / "out")
     assert contents(tmp_path) == before
 
@@ -215,10 +215,10 @@ SKIPS = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipU
             lambda: Student(teacher_from(models.dit(num_embeds_ada_norm=3), SCHEDULERS["v"]()), (2.5,)),
             "pixels",
         ),
-        (latent_dit, "at level 1"),
+        (latent_dit, "at sigma 1"),
         (shifted, "a shift or a scale"),
     ],
-    ids=["ours", "calls", "centered", "oblong", "latent U-Net", "pixel DiT", "level 1", "shifted latents"],
+    ids=["ours", "calls", "centered", "oblong", "latent U-Net", "pixel DiT", "sigma 1", "shifted latents"],
 )
 def test_refusals_say_why(make: object, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:

@@ -113,7 +113,7 @@ def test_a_part_that_is_not_read_is_named(tmp_path):
     """Without it the samples would be something else: latents taken for pixels, for example."""
     ldm(tmp_path / "ldm")
     (tmp_path / "ldm" / "vqvae").rename(tmp_path / "ldm" / "quantizer")
-    with pytest.raises(UserError, match=r"a part that is not read.*Got: quantizer\."):
+    with pytest.raises(UserError, match=r"a component that is not supported.*Got: quantizer\."):
         load_diffusers(tmp_path / "ldm")
 
 
@@ -167,7 +167,7 @@ def test_a_pipeline_with_a_scheduler_of_another_kind_is_refused_with_what_to_do(
 def test_an_id_on_a_hub_is_not_taken_for_a_wrong_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for load in (load_diffusers, load_teacher):
-        with pytest.raises(UserError, match=r"nothing is downloaded.*hf download google/ddpm-cifar10-32"):
+        with pytest.raises(UserError, match=r"does not download.*hf download google/ddpm-cifar10-32"):
             load("google/ddpm-cifar10-32")
 
 
@@ -267,13 +267,13 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
 
 
 def test_networks_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="not read as a teacher"):
+    with pytest.raises(UserError, match="not supported as a teacher"):
         teacher_from(nn.Linear(2, 2), schedule("ddpm eps"))
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         teacher_from(unet(), schedule("ddpm eps"), vae=vae())
     with pytest.raises(UserError, match="class_embed_type"):
         teacher_from(unet(class_embed_type="timestep"), schedule("ddpm eps"))
-    with pytest.raises(UserError, match="how large"):
+    with pytest.raises(UserError, match="image size"):
         teacher_from(unet(sample_size=None), schedule("ddpm eps"))
     assert teacher_from(unet(sample_size=None), schedule("ddpm eps"), size=(8, 16)).shape == (3, 8, 16)
     with pytest.raises(UserError, match="pure noise"):
@@ -296,5 +296,5 @@ def test_a_scheduler_does_not_say_how_much_memory_is_taken(name, key):
     kept = scheduler_from({"_class_name": name, key: 2})
     assert kept.config[key] == 2
     for wrong in (10**12, 0, "2"):
-        with pytest.raises(UserError, match="makes no sense"):
+        with pytest.raises(UserError, match="invalid"):
             scheduler_from({"_class_name": name, key: wrong})

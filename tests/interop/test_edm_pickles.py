@@ -35,7 +35,7 @@ def test_no_function_of_a_pickle_is_run(function, tmp_path):
     )
     path = tmp_path / "bad.pkl"
     path.write_bytes(pickle.dumps({"ema": Runs(function, argument)}))
-    with pytest.raises(UserError, match="no part of a network"):
+    with pytest.raises(UserError, match="not part of a network"):
         read_edm(path)
     assert not target.exists()
 
@@ -50,7 +50,7 @@ def test_source_text_and_inner_tensors_are_not_run_either(tmp_path):
     pickle.dump(Runs(os.system, f"touch {trace}"), inner, protocol=2)
     outer = Runs(torch.storage._load_from_bytes, inner.getvalue())
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"ema": outer}))
-    with pytest.raises(UserError, match="no part of a network"):
+    with pytest.raises(UserError, match="not part of a network"):
         read_edm(tmp_path / "bad.pkl")
     assert not trace.exists()
 
@@ -88,7 +88,7 @@ def test_damage_and_wrong_files_are_refused(tmp_path):
         with pytest.raises(UserError, match=r"cut\.pkl"):
             read_edm(cut)
     cut.write_bytes(pickle.dumps({"G_ema": 1}))
-    with pytest.raises(UserError, match="no averaged network"):
+    with pytest.raises(UserError, match="no EMA network"):
         read_edm(cut)
     with pytest.raises(UserError, match="cannot open"):
         read_edm(tmp_path / "missing.pkl")

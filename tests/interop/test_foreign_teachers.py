@@ -179,7 +179,7 @@ def test_students_share_the_autoencoder_and_copy_the_network() -> None:
         ("export edm.pkl --null-class 3 --out x", ("folders of diffusers", "null_class")),
         ("export of_plain --vae latent/vae --out x", ("folders of diffusers",)),
         ("evaluate plain", ("is a model folder", "distmatch sample plain")),
-        ("evaluate edm.pkl --data digits", ("a model from elsewhere",)),
+        ("evaluate edm.pkl --data digits", ("a pretrained model",)),
         ("export edm.pkl --vae latent/vae --out x", ("pixels",)),
     ],
 )

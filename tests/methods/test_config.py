@@ -68,5 +68,5 @@ def test_a_default_start_goes_no_higher_than_the_teacher_and_a_chosen_one_is_ref
     assert distiller(low, "js").init(0).student.sigmas == (1.5,)
     assert distiller(low, method="scm").init(0).student.sigmas == (1.5,)
     assert distiller(low, "js", student_sigma=2.0).init(0).student.sigmas == (1.4,)
-    with pytest.raises(UserError, match="the student must start at a noise level that the teacher knows"):
+    with pytest.raises(UserError, match="the student must start at a noise level of the teacher"):
         distiller(low, "js", student_sigma=3.0)

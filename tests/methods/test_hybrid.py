@@ -178,14 +178,14 @@ def test_a_student_that_ignores_its_input_stays_collapsed() -> None:
 @pytest.mark.parametrize(
     ("teacher", "student", "options", "said"),
     [
-        (PAIR, network_student(), {"calls": 4}, "that many steps"),
-        (PAIR, network_student(), {"calls": -1}, "that many steps"),
+        (PAIR, network_student(), {"calls": 4}, "that many of this student's steps"),
+        (PAIR, network_student(), {"calls": -1}, "that many of this student's steps"),
         (TWO, network_student(), {}, "another shape"),
         (PAIR, network_student(classes=0), {}, "another number of classes"),
         (PAIR, network_student(), {"level": 1.7}, "not trained to take over"),
         (PAIR, network_student(), {"level": math.nan}, "not trained to take over"),
-        (PAIR, network_student(levels=(0.5,)), {}, "cannot follow"),
-        (PAIR, network_student(), {"grid": [2.0, 1.0, 0.0]}, "no level above"),
+        (PAIR, network_student(levels=(0.5,)), {}, "cannot take over"),
+        (PAIR, network_student(), {"grid": [2.0, 1.0, 0.0]}, "no noise level above"),
         (PAIR, network_student(), {"solver": "rhoab:3", "grid": [20.0, 1.0, 0.0]}, "at least 4 steps"),
     ],
 )

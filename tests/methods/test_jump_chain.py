@@ -102,7 +102,7 @@ def test_a_trained_student_jumps_and_keeps_its_share_of_noise(tmp_path: Path) ->
 
 
 def test_what_would_do_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="a student of one call"):
+    with pytest.raises(UserError, match="a one-step student"):
         distiller(network_teacher(), method="ctm", gamma=0.5)
     with pytest.raises(UserError, match=r"--gamma must be in \[0, 1\]"):
         distiller(network_teacher(), method="ctm", num_steps=2, gamma=1.5)

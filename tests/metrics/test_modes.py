@@ -106,5 +106,5 @@ def test_chunks_do_not_change_the_report(monkeypatch):
 
 
 def test_wrong_dimension_is_the_users_to_fix():
-    with pytest.raises(UserError, match="do not fit the mixture"):
+    with pytest.raises(UserError, match="do not match the mixture"):
         mode_counts(torch.zeros(5, 3), THREE)

@@ -109,5 +109,5 @@ def test_one_level_is_refused_a_second() -> None:
     with pytest.raises(UserError, match="one noise level"):
         denoiser(NETS[0])(x, sigma, labels, target_sigma=sigma)
     foreign = EDMDenoiser(nn.Conv2d(1, 1, 1), **ENDS)
-    with pytest.raises(UserError, match="no place for a second noise level"):
+    with pytest.raises(UserError, match="no input for a second noise level"):
         as_jump(foreign)

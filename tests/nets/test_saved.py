@@ -91,7 +91,7 @@ def test_missing(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_model(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match="contains no model"):
         load_model(tmp_path / "empty")
     (saved / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):

@@ -65,7 +65,7 @@ def test_the_page_moves_and_has_a_still(tmp_path: Path) -> None:
         shown = still[0][..., 3:] > 0
         np.testing.assert_array_equal(still[0] * shown, moving[0] * shown)
     assert "one row for each label: a, c" in str(images[0]["alt"])
-    assert "Clips repeat" in parsed.text
+    assert "Clips loop" in parsed.text
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
 
 
@@ -98,7 +98,7 @@ def test_images_keep_their_page(tmp_path: Path) -> None:
     np.savez(tmp_path / "samples" / "student.npz", x=RNG.integers(0, 256, (9, 8, 8), dtype=np.uint8))
     parsed: Page = page(tmp_path)[1]
     assert not [a for tag, a in parsed.tags if tag == "source"]
-    assert "Clips repeat" not in parsed.text
+    assert "Clips loop" not in parsed.text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")

@@ -1,1 +1,1 @@
-"""What every room may use: user errors, estimates, safe files, seeded streams. Imports nothing of ours."""
+"""Utilities for all packages: user errors, estimates, safe files, seeded streams."""

@@ -9,7 +9,7 @@ _LONGEST = 2000  # characters of one part of a message; what a file holds may ha
 
 
 def cause(error: BaseException) -> str:
-    """What another package said, in one line of at most 200 characters, for ``got``."""
+    """The message of another package, in one line of at most 200 characters, for ``got``."""
     first = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {_short(first, 200)}"
 
@@ -19,7 +19,7 @@ def _short(text: str, longest: int) -> str:
 
 
 class UserError(ValueError):
-    """A mistake in what the user handed in. The command line prints it without a traceback and exits with 2.
+    """An error in the user's input. The command line prints it without a traceback and exits with 2.
 
     Args:
         what: What is wrong, as a sentence without its full stop.
@@ -33,7 +33,7 @@ class UserError(ValueError):
     ) -> None:
         said = {"what": what, "got": got, "expected": expected, "fix": fix}
         self.parts = {name: _short(str(text), _LONGEST) for name, text in said.items() if text is not None}
-        """What was said: ``what``, and of ``got``, ``expected``, ``fix`` those that were given."""
+        """The message: ``what``, and of ``got``, ``expected``, ``fix`` those that were given."""
         texts = [t if name == "what" else f"{name.title()}: {t}" for name, t in self.parts.items()]
         super().__init__(" ".join(text if text.endswith((".", "?")) else f"{text}." for text in texts))
 

@@ -29,7 +29,7 @@ def _os_error(path: Path, error: OSError) -> UserError:
         f"cannot write {path}",
         got=error.strerror or str(error),
         expected="a folder with free space and write permission",
-        fix="choose another place with --out, or free some space",
+        fix="choose another folder with --out, or free some disk space",
     )
 
 
@@ -110,7 +110,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_model_folder(folder: Path, known: Iterable[str]) -> None:
-    """Lets a model be written to a new folder, or over an earlier one.
+    """Accepts a new folder for a model, or the folder of an earlier one.
 
     Args:
         folder: Where it is to go.
@@ -120,12 +120,12 @@ def check_model_folder(folder: Path, known: Iterable[str]) -> None:
         UserError: The folder holds something else.
     """
     found = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-    # A README alone is somebody's own.
+    # A README alone belongs to the user.
     if folder.exists() and not (folder.is_dir() and found <= set(known) and found != {"README.md"}):
         raise UserError(
             f"{folder} already exists and is not a model folder",
             expected="a new folder, or one that holds only a saved model",
-            fix="choose another place",
+            fix="choose another folder",
         )
 
 
@@ -148,7 +148,7 @@ def save_tensors(
     seen: set[int] = set()
     for name, tensor in tensors.items():
         kept = tensor.detach().cpu().contiguous()
-        # The format holds every tensor for itself: tied weights are written once for each of their names.
+        # The format stores every tensor separately: tied weights are written once per name.
         flat[name] = kept.clone() if kept.untyped_storage().data_ptr() in seen else kept
         seen.add(kept.untyped_storage().data_ptr())
     atomic_write(path, _serialize(flat, dict(metadata) if metadata else None))
@@ -176,7 +176,7 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{file} is a pickle or a torch zip archive and was not opened",
             expected="safetensors: a pickle can run any code when it is loaded",
-            fix="convert it where you trust it, with safetensors.torch.save_file",
+            fix="convert it in an environment where you trust it, with safetensors.torch.save_file",
         )
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
@@ -187,7 +187,7 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise UserError(
             f"cannot read {file} as safetensors",
             got=str(error),
-            expected="a whole safetensors file",
+            expected="a complete safetensors file",
             fix="it may be truncated: copy it again, or use an earlier checkpoint",
         ) from error
 
@@ -218,12 +218,12 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], sour
             f"{source} belongs to another architecture",
             got="; ".join(parts),
             expected=f"the {len(own)} tensors of this model",
-            fix="use the config that was saved beside it",
+            fix="use the config that was saved with it",
         )
     odd = [k for k in own if own[k].is_floating_point() and tensors[k].dtype not in WEIGHTS]
     if odd:
         raise UserError(
-            f"{source} holds weights of a type that no network computes with here",
+            f"{source} has weights of a dtype that is not supported",
             got=f"{odd[0]} of type {str(tensors[odd[0]].dtype).removeprefix('torch.')}",
             expected=", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHTS),
             fix="undo the quantization and save the weights as float32",

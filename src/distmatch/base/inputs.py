@@ -21,7 +21,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.memory import free_memory
 
 if TYPE_CHECKING:
-    import numpy as np  # options are read without it, so that --help answers at once
+    import numpy as np  # options are parsed without it, so that --help is fast
 
 LARGEST_TEXT = 64 * 2**20
 """Bytes of the largest JSON file that is read."""
@@ -55,7 +55,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def require_regular_file(path: str | os.PathLike[str], what: str = "a file") -> Path:
-    """Lets only regular files through, and links to them; nothing is opened.
+    """Accepts only regular files, and links to them; nothing is opened.
 
     Args:
         path: The path.
@@ -184,7 +184,7 @@ class ArrayHeader:
 
 
 def read_array_header(handle: IO[bytes]) -> ArrayHeader:
-    """The header of an array in NumPy's format, from where the handle stands.
+    """The header of an array in NumPy's format, from the position of the handle.
 
     Raises:
         ValueError: It is none, or describes no array.
@@ -192,7 +192,7 @@ def read_array_header(handle: IO[bytes]) -> ArrayHeader:
     import numpy as np
 
     if handle.read(6) != b"\x93NUMPY":
-        raise ValueError("it does not begin as NumPy arrays do")
+        raise ValueError("it has no NumPy header")
     version = handle.read(2)
     width = {b"\x01\x00": 2, b"\x02\x00": 4, b"\x03\x00": 4}.get(version)
     if width is None:
@@ -213,6 +213,6 @@ def read_array_header(handle: IO[bytes]) -> ArrayHeader:
 
 
 def memory_bound() -> int:
-    """Bytes that an input may take in memory: half of what is left, or 4 GiB where that is not known."""
+    """Bytes that an input may take in memory: half of the free memory, or 4 GiB where that is not known."""
     free = free_memory()
     return 2**32 if free is None else free // 2

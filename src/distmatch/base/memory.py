@@ -1,4 +1,4 @@
-"""What is said when something does not fit into memory, however the machine puts it."""
+"""The error for data that do not fit into memory, for every form of the system's error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distmatch.base.errors import UserError
 
-# Python, NumPy, torch on CPU and GPU, the linker and the system each have words of their own.
+# Python, NumPy, torch on CPU and GPU, the linker and the system each have their own messages.
 _WORDS = (
     *("out of memory", "not enough memory", "allocate memory", "unable to allocate", "bad_alloc"),
     *("storage size calculation overflowed", "can't start new thread", "failed to map segment"),
@@ -32,15 +32,15 @@ def out_of_memory(error: BaseException) -> UserError | None:
         return None
     asked = re.search(r"allocate (\d+) bytes", text)
     if asked:
-        got = f"{binary_size(int(asked[1]))} asked for at once"
+        got = f"{binary_size(int(asked[1]))} requested at once"
     else:
-        got = text.split("\n")[0][:200] or "more than there is"
+        got = text.split("\n")[0][:200] or "more than the available memory"
     if (free := free_memory()) is not None:
         got += f", {binary_size(free)} free"
     return UserError(
         "this does not fit into memory",
         got=got,
-        fix="lower --batch or the size of the network, or take fewer samples",
+        fix="lower --batch or the size of the network, or use fewer samples",
     )
 
 

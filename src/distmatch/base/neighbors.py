@@ -16,7 +16,7 @@ def nearest(x: Tensor, points: Tensor, k: int, *, without: Tensor | None = None)
 
     Args:
         x: (N, D) floating point.
-        points: (M, D), with M at least ``k``, or more than ``k`` if one is left out.
+        points: (M, D), with M at least ``k``, or more than ``k`` if one is excluded.
         k: How many.
         without: For each row the number of a point that does not count, (N,), as its own where the rows are
             among the points.
@@ -30,7 +30,7 @@ def nearest(x: Tensor, points: Tensor, k: int, *, without: Tensor | None = None)
         distances, indices = (torch.from_numpy(a) for a in found)
     else:
         parts = [
-            # Differences, not products: near neighbors would drown in the rounding of |x|^2.
+            # Differences, not products: the rounding of |x|^2 would exceed the distances of near neighbors.
             torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist").topk(count, largest=False)
             for part in x.split(max(1, _PAIRS // len(points)))
         ]

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, plain lines elsewhere."""
+"""Progress on stderr: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HUSHED = ContextVar("hushed", default=False)
 
 @contextmanager
 def quietly(quiet: bool = True) -> Iterator[None]:
-    """A context in which nothing says how far it is, at any depth of calls, where ``quiet``."""
+    """A context without progress output, at any depth of calls, if ``quiet``."""
     before = _HUSHED.set(quiet or _HUSHED.get())
     try:
         yield
@@ -51,9 +51,9 @@ def progress(
     Args:
         total: Number of steps at the end.
         initial: Number of steps done before, for example at a resume; they do not count for the ETA.
-        desc: What is going on, in a word or two.
+        desc: A title of one or two words.
         enabled: False shows nothing.
-        delay: Seconds to wait before showing anything: what is done sooner needs no bar.
+        delay: Seconds to wait before showing anything: shorter tasks show no bar.
     """
     return Progress(total, initial, desc, enabled, delay)
 
@@ -64,7 +64,7 @@ class Progress:
     Args:
         total: Number of steps at the end.
         initial: Number of steps done before.
-        desc: What is going on.
+        desc: Title.
         enabled: False shows nothing.
         delay: Seconds before anything is shown.
     """

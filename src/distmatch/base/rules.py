@@ -1,4 +1,4 @@
-"""Which values settings may have, said in the types of their fields and checked in one place."""
+"""The allowed values of settings, declared in the types of their fields and checked in one place."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Share = Annotated[float, Rule("must be in [0, 1]", lambda value: 0 <= value <= 1
 Decay = Annotated[float, Rule("must be in [0, 1)", lambda value: 0 <= value < 1)]
 Count = Annotated[int, Rule("must be at least 1", lambda value: value >= 1)]
 CountOrNone = Annotated[int, Rule("must not be negative", lambda value: value >= 0)]
-"""A count of which 0 is none, or a value of its own."""
+"""A count in which 0 means none, or has a special meaning."""
 
 
 def check_rules(settings: Any) -> None:

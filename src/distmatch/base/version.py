@@ -1,3 +1,3 @@
-"""The version of the package, in the first room so that every other one may read it."""
+"""The version of the package, in ``base`` so that every other package can read it."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What a command answers with: one JSON object on stdout where that is asked for, and warnings on stderr."""
+"""What a command answers with: one JSON object on stdout if requested, and warnings on stderr."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def warnings_told() -> Iterator[None]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Prints one JSON object on stdout; what there was to warn of stands under ``warnings``."""
+    """Prints one JSON object on stdout; warnings are listed under ``warnings``."""
     told = [*value.get("warnings", ()), *_TOLD.get()]
     print(json.dumps({**value, "warnings": told} if told else value, allow_nan=False))

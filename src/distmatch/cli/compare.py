@@ -17,7 +17,7 @@ from distmatch.training.config_format import config_text
 from distmatch.training.toml import dataclass_to_dict, to_toml
 
 HELP = Help(
-    """Distil a teacher by several methods at the same budget, and say which of them really differ.
+    """Distil a teacher with several methods at the same budget, and report which differences are significant.
 
 example: distmatch compare --methods dmd2,f-distill:js,f-distill:kl --budget 5m --teacher runs/a --out runs/b
          distmatch compare --methods dmd2,sid --budget "200k calls" --seeds 5 --teacher grid25 --out runs/c
@@ -106,7 +106,7 @@ def _dry_run(options: CompareOptions, entries: tuple[Entry, ...], place: Place) 
         print(f"# time        about {whole} for each seed: {method['steps']} steps")
     for name, why in plan.impossible:
         print(f"\n# {name} cannot be used: {why}")
-    print(f"\n# in all      about {in_words(total)} for {options.seeds} seeds, the evaluation not counted")
+    print(f"\n# in all      about {in_words(total)} for {options.seeds} seeds, without the evaluation")
 
 
 def _different(values: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def comparison_table(record: dict[str, Any]) -> str:
         for r in record["runs"]
         if r["status"] == "failed"
     ]
-    text += [f"left out: {entry['name']}: {entry['reason']}" for entry in record["impossible"]]
+    text += [f"skipped: {entry['name']}: {entry['reason']}" for entry in record["impossible"]]
     return "\n".join(text)
 
 
@@ -152,7 +152,7 @@ def _differences(record: dict[str, Any]) -> list[str]:
     if not rows:
         return []
     if all(d["verdict"] == "not known" for d in rows):
-        return [f"compared with {baseline}, with one seed there is no telling which difference is luck"]
+        return [f"compared with {baseline}; with one seed no difference is significant"]
     if not told:
         return [f"compared with {baseline}, no difference is larger than its error (Holm, 5%)"]
     lines = [f"compared with {baseline}, larger than their errors (Holm, 5%):"]

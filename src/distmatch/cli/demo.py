@@ -22,20 +22,20 @@ example: distmatch demo
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """Everything `distmatch demo` can be told."""
+    """Options of `distmatch demo`."""
 
     out: Path = Path("runs/demo")
     """The run folder: the student's, with the teacher's inside as teacher/."""
     fast: bool = False
-    """The same with fewer steps: under a minute, worse samples."""
+    """Use fewer steps: under a minute, worse samples."""
     divergence: str = "js"
     """Divergence of the distillation."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     resume: bool = False
-    """Go on with an interrupted demo in --out."""
+    """Continue an interrupted demo in --out."""
     overwrite: bool = False
     """Replace an existing --out."""
     json: bool = False
@@ -56,7 +56,7 @@ def recipe(options: DemoOptions) -> tuple[TrainOptions, DistillOptions]:
         teacher=str(options.out / "teacher"),
         divergence=options.divergence,
         run=replace(run, steps=student_steps, checkpoint_every=500),
-        # Digits have 17 grey values: below sigma 0.1 real and generated are told apart by that alone. Levels
+        # Digits have 17 grey values: below sigma 0.1 this alone distinguishes real from generated. Sigmas
         # are in units of sigma_data, 0.75.
         settings=FDistillSettings(noise_low=0.13, noise_high=6.6, gan_weight=3e-2, lr_decay="cosine"),
     )
@@ -84,7 +84,7 @@ def run(argv: list[str]) -> None:
     if options.resume:
         _same_demo(options, distill)
     place = Place(out=options.out, resume="latest" if options.resume else None, overwrite=options.overwrite)
-    # What cannot work is told before anything is trained.
+    # Impossible options are refused before anything is trained.
     check_place(place)
     pick_device(options.device)
     prepare_distillation(replace(distill, teacher="ring8", data="ring8"), fresh=False)
@@ -115,13 +115,13 @@ def run(argv: list[str]) -> None:
 
 
 def _same_demo(options: DemoOptions, distill: DistillOptions) -> None:
-    """Refuses to go on with a demo that was begun with other options."""
+    """Refuses to continue a demo that was started with other options."""
     config = options.out / "config.toml"
     if config.exists():
         begun = options_from(DistillOptions, config, "distill")
         if begun != distill:
             raise UserError(
-                f"the demo in {options.out} was begun with other options",
+                f"the demo in {options.out} was started with other options",
                 got=f"--seed {begun.run.seed} --divergence {begun.divergence}, {begun.run.steps} steps",
-                fix="give the same options, or start afresh with --overwrite",
+                fix="use the same options, or start again with --overwrite",
             )

@@ -10,7 +10,7 @@ from distmatch.training.options import DistillOptions
 from distmatch.training.presets import LAPTOP
 
 HELP = Help(
-    """Distil a teacher into a student of one call or a few.
+    """Distil a teacher into a one-step or few-step student.
 
 example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
          distmatch distill --teacher grid25 --divergence kl --steps 2000 --out runs/grid

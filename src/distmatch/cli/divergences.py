@@ -99,7 +99,7 @@ def divergence_table(a: str, b: str, found: Comparison) -> str:
         rows.append([name, value, largest, chance, str(row.estimate.n), f"{row.estimator}; {row.meaning}"])
     lines = [f"p (the reference) = {a}, q (the samples) = {b}", *in_columns(rows), *remarks]
     if any(isinstance(row.estimate, LowerBound) for row in found.measured.values()):
-        lines.append(">= is a lower bound, up to its error: the divergence may be far above it")
+        lines.append(">= marks a lower bound, up to its error: the divergence may be far above it")
     tests = [row.test for row in found.measured.values() if row.test is not None]
     if tests:
         most = max(test.n for test in tests)

@@ -23,7 +23,7 @@ example: distmatch doctor --json"""
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """Everything `distmatch doctor` can be told."""
+    """Options of `distmatch doctor`."""
 
     seed: int = 0
     """Seed of the test tensors."""

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from distmatch.metrics import Features
 
 HELP = Help(
-    """Measure samples, or the models of a run folder, against a reference; by metrics or by divergences.
-What is measured comes first, the reference second or after --data.
+    """Evaluate samples, or the models of a run folder, against a reference, with metrics or divergences.
+
+The samples or the run come first, the reference second or after --data.
 
 example: distmatch evaluate runs/js
          distmatch evaluate samples.npz digits
@@ -36,36 +37,36 @@ example: distmatch evaluate runs/js
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Everything `distmatch evaluate` can be told."""
+    """Options of `distmatch evaluate`."""
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
     """A sample file or folder of images, or a run folder (whose metrics.json is then written)."""
     against: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE")] = ""
-    """What it should match: real data, or samples of a teacher. The same as --data."""
+    """The reference: real data, or samples of a teacher. The same as --data."""
     divergences: str = ""
     """Divergences and discrepancies D(p, q) instead of metrics: all, or names with commas
-    (kl,gjs:0.3,renyi:2,mmd). The reference plays p, WHAT plays q."""
+    (kl,gjs:0.3,renyi:2,mmd). The reference is p, WHAT is q."""
     data: str = ""
-    """The reference; empty takes the real data of the run."""
+    """The reference; empty: the real data of the run."""
     teacher: str = ""
-    """For a student's run: the teacher to stand beside it; empty takes the one it was distilled from."""
+    """For a student's run: the teacher to compare it with; empty: the one it was distilled from."""
     base: str = ""
-    """For a student of adapters (--train lora): its base, the teacher, where it is not where it was."""
+    """For a student of adapters (--train lora): its base, the teacher, if it was moved."""
     features: str = "auto"
     """classifier, pixels, or auto: classifier where there are labels; pixels with --divergences."""
     n: int | None = None
-    """Samples in a block, the same for all; unset takes half the data, at most 5000. With --divergences the
-    most of each set, at most 20,000."""
+    """Samples per block, the same for all; unset: half the data, at most 5000. With --divergences the limit
+    per set, at most 20,000."""
     solver: str = "heun"
-    """How the teacher is sampled; docs/solvers.md lists the names."""
+    """Solver for the teacher; docs/solvers.md lists the names."""
     steps: int = 18
     """Steps of the teacher's solver; 18 of Heun's are 35 network calls."""
     grid: Literal["karras", "log", "uniform", "power", "log-snr", "time"] = "karras"
-    """How the noise levels of the teacher lie."""
+    """Grid of noise levels for the teacher."""
     guidance: float = 1.0
     """Guidance scale of the teacher; 1 is none."""
     seed: int = 0
-    """Seed of latents, labels and blocks."""
+    """Seed of initial noise, labels and blocks."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     json: bool = False
@@ -79,9 +80,9 @@ def run(argv: list[str]) -> None:
         raise UserError("--n must be at least 1", got=o.n)
     if o.against and o.data:
         raise UserError(
-            "two references were given",
+            "two references are given",
             got=f"{o.against} and --data {o.data}",
-            expected="one: after what is measured, or as --data",
+            expected="one: as the second argument, or as --data",
         )
     o = replace(o, data=o.against or o.data, against="")
     if o.divergences:
@@ -99,7 +100,7 @@ def run(argv: list[str]) -> None:
         )
     if _is_model(folder):
         raise UserError(
-            f"{o.what} is a model folder, or a model from elsewhere",
+            f"{o.what} is a model folder, or a pretrained model",
             expected="samples, or a run folder, which gets the metrics.json",
             fix=f"draw samples first: distmatch sample {o.what} --n 5000 --out samples.npz",
         )
@@ -136,7 +137,7 @@ def _refuse_name(o: EvaluateOptions) -> None:
 
     if o.what in DATA_NAMES:
         raise UserError(
-            f"{o.what} is a data set, and what is measured comes first",
+            f"{o.what} is a data set, and the samples or the run come first",
             expected="samples or a run, then the real data",
             fix=f"distmatch evaluate {o.data or 'samples.npz'} {o.what}",
         )
@@ -163,7 +164,7 @@ def _two_sets(o: EvaluateOptions) -> None:
         raise UserError(
             "divergences are between two sets of samples",
             got=f"{o.what} alone",
-            expected="distmatch evaluate SAMPLES REFERENCE --divergences all, where the reference plays p",
+            expected="distmatch evaluate SAMPLES REFERENCE --divergences all, where the reference is p",
             fix="name the reference",
         )
     if o.teacher:
@@ -173,7 +174,7 @@ def _two_sets(o: EvaluateOptions) -> None:
     for source in (o.what, o.data):
         if _is_model(Path(source)) or _is_run(Path(source)):
             raise UserError(
-                f"{source} is a model, and divergences are taken between samples",
+                f"{source} is a model, and divergences are computed between samples",
                 expected="a sample file, a folder of images, or the name of a data set",
                 fix=f"draw samples first: distmatch sample {source} --n 5000 --out samples.npz",
             )
@@ -241,7 +242,7 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
     tell_conversion(o.what, model.conversion)
     spec = o.data or model.data
     if not spec:
-        raise UserError(f"{o.what} does not say what it was trained on", fix="pass --data")
+        raise UserError(f"{o.what} does not record its training data", fix="pass --data")
     data = load_data(spec, labels=model.num_classes > 0, columns=columns_of(model.trained_on))
     models = {model.kind: model}
     teacher = o.teacher or (str(model.student.info.get("teacher", "")) if model.student else "")

@@ -14,7 +14,7 @@ from distmatch.cli.help import Help
 from distmatch.cli.parse import parse
 
 HELP = Help(
-    """Write a model for use elsewhere, or turn a teacher from elsewhere into a model folder.
+    """Export a model, or convert a pretrained teacher into a model folder.
 
 example: distmatch export runs/demo --to safetensors --out student
          distmatch export runs/demo --to onnx --out student-onnx --license apache-2.0
@@ -26,7 +26,7 @@ example: distmatch export runs/demo --to safetensors --out student
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Everything `distmatch export` can be told."""
+    """Options of `distmatch export`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a model folder, a folder of diffusers, or a .pkl of EDM or EDM2 (it is not run)."""
@@ -37,19 +37,19 @@ class ExportOptions:
     diffusers: a pipeline that plain diffusers loads and samples in one step; students of its networks only.
     onnx: a graph of the whole student, any batch size, checked in onnxruntime. All have a model card."""
     license: str = ""
-    """The licence that the model card states, such as apache-2.0; empty keeps what the model says."""
+    """The licence that the model card states, such as apache-2.0; empty keeps that of the model."""
     base: str = ""
-    """For a student of adapters (--train lora): its base, the teacher, where it is not where it was."""
+    """For a student of adapters (--train lora): its base, the teacher, if it was moved."""
     vae: str = ""
-    """Folder of the autoencoder that a teacher's latents are from, where it is not in the pipeline (EDM2)."""
+    """Folder of the autoencoder of a teacher's latents, if it is not in the pipeline (EDM2)."""
     scheduler: str = ""
-    """Folder of the scheduler of a network of diffusers, where it is not beside it."""
+    """Folder of the scheduler of a diffusers network, if it is not next to it."""
     null_class: int | None = None
-    """The label that means "no condition" to a network of diffusers, which makes guidance possible."""
+    """The label that means "unconditional" in a diffusers network, needed for guidance."""
     overwrite: bool = False
     """Replace --out if it holds a model."""
     seed: int = 0
-    """Accepted by every verb; an export draws no random numbers."""
+    """Accepted by every command; an export draws no random numbers."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -68,7 +68,7 @@ def run(argv: list[str]) -> None:
         print_json({"out": str(o.out), "to": o.to, **told})
     else:
         difference = told.get("difference")
-        checked = "" if difference is None else f", at most {difference:.1e} from the student's own samples"
+        checked = "" if difference is None else f", difference from the student at most {difference:.1e}"
         print(f"{told['kind']} with {told['parameters']:,} parameters in {o.out}{checked}")
 
 
@@ -109,7 +109,7 @@ def _opened(o: ExportOptions) -> dict[str, Any]:
 
 
 def _options(o: ExportOptions) -> dict[str, Any]:
-    """What was said about a teacher from elsewhere."""
+    """The arguments for a pretrained teacher."""
     options = {"base": o.base, "vae": o.vae, "scheduler": o.scheduler, "null_class": o.null_class}
     return {name: value for name, value in options.items() if value not in ("", None)}
 

@@ -1,4 +1,4 @@
-"""What a dry run found in the data: numbers, shape, classes, range, and a picture where one is asked for."""
+"""What a dry run found in the data: numbers, shape, classes, range, and a picture if requested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = {"vector": 2000, "sequence": 20, "image": 64, "video": 64}  # in a pict
 
 
 def check_grid(path: Path | None, *, dry_run: bool, overwrite: bool) -> None:
-    """Tells at once whether the picture of the data can be written.
+    """Checks before any work that the picture of the data can be written.
 
     Raises:
         UserError: There is no dry run, it is no .png, or it exists.
@@ -63,7 +63,7 @@ def found_lines(found: dict[str, Any]) -> list[str]:
         f"classes     {len(classes)}: {listed(classes)}" if classes else "classes     none",
         *([f"columns     {len(columns)}: {listed(columns)}"] if columns else []),
         *(
-            [f"constant    {listed(found['constant'])}: of one value only, which samples repeat"]
+            [f"constant    {listed(found['constant'])}: a single value, which samples repeat"]
             if found.get("constant")
             else []
         ),

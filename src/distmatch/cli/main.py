@@ -27,11 +27,11 @@ VERBS = {
     "demo": ("distmatch.cli.demo", "train, distil, measure and report on digits, in minutes"),
     "train": ("distmatch.cli.train", "train a diffusion teacher"),
     "distill": ("distmatch.cli.distill", "distil a teacher into a one-step student"),
-    "compare": ("distmatch.cli.compare", "distil by several methods at the same budget, side by side"),
+    "compare": ("distmatch.cli.compare", "distil with several methods at the same budget and compare them"),
     "sample": ("distmatch.cli.sample", "draw samples from a teacher or a student"),
     "evaluate": ("distmatch.cli.evaluate", "measure samples or a run against real data"),
     "report": ("distmatch.cli.report", "write the HTML page of a run"),
-    "export": ("distmatch.cli.export", "write a model for use elsewhere"),
+    "export": ("distmatch.cli.export", "export a model"),
     "doctor": ("distmatch.cli.doctor", "check this machine and installation"),
 }
 
@@ -42,7 +42,7 @@ def usage() -> str:
     lines += [f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()]
     lines += [
         "",
-        "  distmatch VERB --help shows what most people need of a verb, --help-all every option.",
+        "  distmatch VERB --help shows the common options of a command, --help-all every option.",
         "",
         "examples:",
     ]
@@ -106,7 +106,7 @@ def _failure(error: BaseException, verb: str) -> tuple[str, dict[str, str], int]
         if error.args:  # a run on disk: the command that goes on with it
             what, fix = "interrupted", str(error.args[0])
             return f"{what}; {fix}", {"what": what, "fix": fix}, code
-        left = "nothing was written" if verb in _RUNS else "nothing is left half-written"
+        left = "nothing was written" if verb in _RUNS else "no incomplete file is left"
         return f"interrupted; {left}", {"what": f"interrupted; {left}"}, code
     what = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
     return what, {"what": what}, 1

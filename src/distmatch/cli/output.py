@@ -37,7 +37,7 @@ def write_samples(
         x: Images (N, H, W[, C]) or video (N, T, H, W, C) uint8, which is written as animated PNG; or vectors
             (N, D) or sequences (N, L, D), float32 or float64.
         labels: (N,), or None.
-        overwrite: Whether an existing folder of ours may be replaced.
+        overwrite: Whether an existing distmatch folder may be replaced.
         class_names: Names of the classes: those of the sub-folders, where they can be.
         columns: Of vectors, for a ``.csv``.
 
@@ -85,12 +85,12 @@ def warn_of_shares(labels: Tensor, reference: Tensor, names: Sequence[str]) -> N
 
 
 def check_form(path: Path, kind: Kind, *, overwrite: bool) -> None:
-    """Tells whether samples can go to ``path``, before any are drawn.
+    """Checks that samples can be written to ``path``, before any are drawn.
 
     Args:
         path: The file or folder; its suffix decides.
         kind: What the samples are.
-        overwrite: Whether an existing folder of ours may be replaced.
+        overwrite: Whether an existing distmatch folder may be replaced.
 
     Raises:
         UserError: A suffix that is not for such samples, or a folder that is not ours to replace.

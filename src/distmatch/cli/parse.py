@@ -26,14 +26,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a run goes, and what to do with what is there."""
+    """The run folder, and what to do if it exists."""
 
     out: Path | None = None
     """The run folder to write."""
     config: Path | None = None
-    """Take options from this config.toml; those on the command line win."""
+    """Read options from this config.toml; the command line takes precedence."""
     resume: Annotated[str | None, tyro.conf.arg(metavar="[STEP]")] = None
-    """Go on in --out from its newest checkpoint; or from a step, or a checkpoint folder."""
+    """Continue in --out from its newest checkpoint; or from a step, or a checkpoint folder."""
     overwrite: bool = False
     """Replace an existing run folder."""
     dry_run: bool = False

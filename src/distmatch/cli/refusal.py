@@ -1,4 +1,4 @@
-"""What the option parser refused, said the way all our messages are: what, got, expected, fix."""
+"""Errors of the option parser in the form of all messages: what, got, expected, fix."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _ELSEWHERE = {
 """Options as other programs call them, and what they are called here."""
 _IN_METHODS = {
     "--method": "name all methods with --methods",
-    "--divergence": "put it behind its method: f-distill:js",
-    "--preset": "put it behind its method: NAME[preset={}]",
+    "--divergence": "write it after its method: f-distill:js",
+    "--preset": "write it after its method: NAME[preset={}]",
 }
 """Options of `distill`, and how `compare` is told."""
 
@@ -88,7 +88,7 @@ def refusal(
 
 
 def _meant(option: str, flags: list[str]) -> list[str]:
-    """The options that somebody may have meant, at most three."""
+    """Similar options, at most three."""
     name = option.partition("=")[0].lower().replace("_", "-")
     if _ELSEWHERE.get(name) in flags:
         return [_ELSEWHERE[name]]
@@ -96,7 +96,7 @@ def _meant(option: str, flags: list[str]) -> list[str]:
 
 
 def _sections(printed: str) -> list[str]:
-    """The texts between the rules of a box, each on one line; the advice at the end is left out."""
+    """The texts between the rules of a box, each on one line; the advice at the end is omitted."""
     sections: list[list[str]] = [[]]
     for line in printed.splitlines():
         text = line.strip(_BOX)

@@ -20,12 +20,12 @@ example: distmatch report runs/demo"""
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Everything `distmatch report` can be told."""
+    """Options of `distmatch report`."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder."""
     seed: int = 0
-    """Accepted by every verb; a report draws no random numbers."""
+    """Accepted by every command; a report draws no random numbers."""
     json: bool = False
     """Print one JSON object on stdout."""
 

@@ -45,7 +45,7 @@ def open_folder(place: Place, inputs: tuple[str, ...] = ()) -> RunFolder:
 
 
 def check_place(place: Place, inputs: tuple[str, ...] = ()) -> None:
-    """Tells at once what :func:`open_folder` would refuse; a dry run needs no place.
+    """Raises immediately the errors of :func:`open_folder`; a dry run needs no place.
 
     Raises:
         UserError: No `--out`, a folder that cannot be used, or a `--grid` that cannot be written.
@@ -62,13 +62,15 @@ def check_place(place: Place, inputs: tuple[str, ...] = ()) -> None:
 
 def _out(place: Place) -> Path:
     if place.out is None:
-        raise UserError("no place was given for the run", expected="--out FOLDER, for example --out runs/one")
+        raise UserError(
+            "no folder was given for the run", expected="--out FOLDER, for example --out runs/one"
+        )
     return place.out
 
 
 @contextmanager
 def going_on(verb: str, place: Place, options: Sequence[str] | None = None) -> Iterator[None]:
-    """Within it an interruption says how to go on, where the folder holds a run by then.
+    """A context in which an interruption prints how to continue, if the folder contains a run.
 
     Args:
         verb: The verb.
@@ -83,7 +85,7 @@ def going_on(verb: str, place: Place, options: Sequence[str] | None = None) -> I
             saved = list_checkpoints(folder.checkpoints)
             given = ["--out", str(place.out)] if options is None else options
             command = shlex.join(["distmatch", verb, "--resume", *given])
-            stop.args = (f"go on{f' from step {max(saved)}' if saved else ''} with: {command}",)
+            stop.args = (f"continue{f' from step {max(saved)}' if saved else ''} with: {command}",)
         raise
 
 
@@ -95,14 +97,14 @@ def starts_afresh(place: Place) -> bool:
 
 
 def dry_run(job: Job, place: Place) -> None:
-    """Shows what a run would do, from a few real steps of it; writes nothing but the grid that is asked for.
+    """Shows what a run would do, from a few real steps of it; writes nothing except the requested grid.
 
     Args:
         job: The run.
         place: Where it would go.
 
     Raises:
-        UserError: A grid is asked for, and there are no data.
+        UserError: A grid is requested, and there are no data.
     """
     if place.grid is not None and job.data is None:
         raise UserError("there are no data to show", got=f"--grid {place.grid}", fix="leave it out")
@@ -184,7 +186,7 @@ def _steps_grow_with_batch(job: Job) -> bool:
 
 
 def execute(job: Job, folder: RunFolder, place: Place) -> dict[str, Any]:
-    """Carries a job out in its folder and says where the result is."""
+    """Runs a job in its folder and prints where the result is."""
     began = time.perf_counter()
     resume = None if starts_afresh(place) else checkpoint_choice(place.resume)
     _, history = carry_out(job, folder, resume=resume)
@@ -203,7 +205,7 @@ def run_or_resume(prepare: Callable[[bool], Job], place: Place, folder: RunFolde
 
     Args:
         prepare: Builds the job; told whether it starts at step 0.
-        place: The stage's folder. With ``resume``, a stage that was never begun is begun.
+        place: The stage's folder. With ``resume``, a stage that was not started is started.
         folder: The open run folder, when the caller holds it already.
     """
     if place.resume is not None and place.out is not None and not (place.out / "config.toml").exists():

@@ -34,7 +34,7 @@ example: distmatch sample runs/demo --n 64 --out samples.png
     groups={
         "How a teacher is sampled": "solver steps grid path guidance guidance_interval guidance_reference",
         "Student and teacher together": "hybrid_teacher hybrid_calls hybrid_level",
-        "The picture of a teacher's way": "trajectory",
+        "The picture of a teacher's trajectory": "trajectory",
         "This command": "seed batch device overwrite json",
     },
 )
@@ -42,50 +42,50 @@ example: distmatch sample runs/demo --n 64 --out samples.png
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Everything `distmatch sample` can be told."""
+    """Options of `distmatch sample`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a model folder, a folder of diffusers, a .pkl of EDM, or ring8, grid25, skewed2."""
     base: str = ""
-    """For a student of adapters (--train lora): its base, the teacher, where it is not where it was."""
+    """For a student of adapters (--train lora): its base, the teacher, if it was moved."""
     n: int = 64
     """Number of samples."""
     out: Path | None = None
     """.npz (x and labels), .csv (vectors), .png (a picture), or a folder (one file per image or clip); unset:
-    samples.npz, or no samples where --trajectory asks for a picture."""
+    samples.npz, or no samples with --trajectory."""
     classes: tuple[str, ...] = ()
-    """Classes to draw, in turn, by name or number; none draws them as --class-balance says."""
+    """Classes to draw, in turn, by name or number; unset: drawn according to --class-balance."""
     class_balance: Literal["data", "uniform"] = "data"
-    """data: in the shares of the training data; uniform: evenly."""
+    """data: in the proportions of the training data; uniform: uniformly."""
     clip: bool = False
-    """Move values outside the range of the training data to its edge; images always are."""
+    """Clip values to the range of the training data; images always are."""
     solver: str = "heun"
-    """How a teacher is sampled: heun, dpmpp-2m, tab:3, ipndm:3, ddim:1, ...; docs/solvers.md lists them."""
+    """Solver for a teacher: heun, dpmpp-2m, tab:3, ipndm:3, ddim:1, ...; docs/solvers.md lists them."""
     steps: int = 18
     """Steps of a teacher's solver; 18 of Heun's are 35 network calls, 18 of a multistep solver's are 18."""
     grid: Literal["karras", "log", "uniform", "power", "log-snr", "time"] = "karras"
-    """How the noise levels lie."""
+    """Grid of noise levels."""
     path: str = ""
-    """Noise path for what works in its time (tab, grids power and time), vp:beta_max=12 too; empty: the
-    teacher's own, or vp."""
+    """Noise path of solvers and grids that use its time (tab; power and time), such as vp:beta_max=12; empty:
+    the teacher's own, or vp."""
     guidance: float = 1.0
     """Guidance scale of a teacher; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only where LOW < sigma <= HIGH."""
     guidance_reference: str = ""
-    """A weaker teacher to guide by (autoguidance); empty guides by the teacher without its class."""
+    """A weaker teacher as reference (autoguidance); empty: the teacher's unconditional prediction."""
     hybrid_teacher: str = ""
-    """For a student: a teacher that goes the first part of the way, by the solver above (docs/hybrid.md)."""
+    """For a student: a teacher that takes the first steps, with the solver above (docs/hybrid.md)."""
     hybrid_calls: int = 1
-    """Steps of the student's way that the teacher takes: 0 none, 1 down to the first level it can stop at"""
+    """Steps of the student that the teacher takes over: 0 none, 1 down to the first possible sigma"""
     hybrid_level: float | None = None
     """Noise level at which the student takes over, in place of --hybrid-calls."""
     trajectory: Path | None = None
-    """A .png to draw: what the teacher predicts on its way, and when the layout is decided."""
+    """A .png to draw: the teacher's predictions along its trajectory, and when the layout is determined."""
     seed: int = 0
-    """Seed of the latents and labels."""
+    """Seed of the initial noise and labels."""
     batch: int = 1024
-    """Samples at a time."""
+    """Samples per batch."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     overwrite: bool = False
@@ -149,21 +149,21 @@ def run(argv: list[str]) -> None:
         if result.get("outside_range", 0) >= 0.0005 or result.get("below_zero"):
             print(_range_line(result, o.clip))
     for share, level in result.get("decided", {}).items():
-        print(f"{float(share):.0%} of the layout is decided at sigma {level:.3g}")
+        print(f"{float(share):.0%} of the layout is determined at sigma {level:.3g}")
 
 
 def _range_line(result: dict[str, Any], clipped: bool) -> str:
     """What the values outside the range of the training data come to, in words."""
     negative = ", ".join(f"{name} {share:.1%}" for name, share in result["below_zero"].items())
-    below = f"; below zero, where the data never were: {negative}" if negative else ""
-    end = "moved to its edge" if clipped else "--clip moves them to its edge"
+    below = f"; negative values, which the data do not have: {negative}" if negative else ""
+    end = "moved to its edge" if clipped else "--clip moves them to its bounds"
     return f"range: {result['outside_range']:.1%} of the values lie outside that of the data{below} ({end})"
 
 
 _HOW = {
     "data": "in the shares of the training data (--class-balance uniform draws them evenly)",
     "uniform": "evenly",
-    "unknown": "evenly, as the model does not say how often each occurred in its training data",
+    "unknown": "uniformly, as the model does not record how often each occurred in its training data",
     "given": "those of --classes, in turn",
 }
 
@@ -177,7 +177,7 @@ def _labels(o: SampleOptions, model: Model) -> tuple[Tensor | None, str]:
 
     names, counts = model.classes.names, model.classes.counts
     if o.classes:
-        _refuse(o, ("class_balance",), "--classes says already which classes are drawn")
+        _refuse(o, ("class_balance",), "--classes already determines the classes")
         if not model.num_classes:
             raise UserError("this model is unconditional", got="--classes", fix="leave it out")
         turn = torch.tensor([class_named(c, names, model.num_classes) for c in o.classes])
@@ -218,7 +218,7 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
     common: dict[str, Any] = {"batch": o.batch, "device": o.device}
     if teacher is not None:
         if o.hybrid_level is not None:
-            _refuse(o, ("hybrid_calls",), "--hybrid-level says where the student takes over")
+            _refuse(o, ("hybrid_calls",), "--hybrid-level already determines where the student takes over")
         sampling = _sampling(o)
         part: dict[str, Any] = {"calls": o.hybrid_calls, "level": o.hybrid_level}
         way = plan_hybrid(teacher, model, sampling, **part)
@@ -230,7 +230,7 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
         return _Asked(
             model, teacher, sampling, draw, {"model": "hybrid", "solver": o.solver, "handover": level}
         )
-    _refuse(o, ("hybrid_calls", "hybrid_level"), "only with --hybrid-teacher is there a way to divide")
+    _refuse(o, ("hybrid_calls", "hybrid_level"), "it needs --hybrid-teacher")
     if model.teacher is None:
         _refuse_for_students(o)
         sampling = HEUN
@@ -250,7 +250,7 @@ def _picture(o: SampleOptions, ask: _Asked, labels: Tensor | None) -> dict[str, 
     from distmatch.cli.trajectory import draw_trajectory, shown
 
     if o.trajectory is None:
-        raise RuntimeError("no picture was asked for")
+        raise RuntimeError("no picture was requested")
     common: dict[str, Any] = {"batch": o.batch, "device": o.device}
     beside = {}
     if ask.teacher is not None:
@@ -270,7 +270,12 @@ def _refuse_for_students(o: SampleOptions) -> None:
     """
     names = ("solver", "steps", "grid", "path", "guidance", "guidance_interval", "guidance_reference")
     fix = "leave them out, or distil with --num-steps and --guidance; solvers are for teachers"
-    _refuse(o, names, "a student has its calls and its guidance built in: there is no path to solve", fix)
+    _refuse(
+        o,
+        names,
+        "the steps and the guidance of a student are fixed by training: there is no ODE to solve",
+        fix,
+    )
 
 
 def _refuse(o: SampleOptions, names: tuple[str, ...], why: str, fix: str = "leave them out") -> None:

@@ -29,7 +29,7 @@ def several_processes(verb: str) -> UserError:
     """The refusal of a launch of several processes."""
     return UserError(
         "one command runs in one process",
-        got="a launch of several (WORLD_SIZE or RANK is set, as torchrun does)",
+        got="several processes (WORLD_SIZE or RANK is set, as by torchrun)",
         expected=f"distmatch {verb} alone; it uses one device",
         fix=f"run `distmatch {verb} ...` without a launcher, or unset WORLD_SIZE and RANK",
     )
@@ -53,7 +53,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 class Lossy:
-    """A text stream that goes on when nobody reads it any more: what is written then is lost.
+    """A text stream that continues when its reader has closed it: later output is lost.
 
     Args:
         stream: The stream, on a file descriptor.

@@ -57,7 +57,7 @@ def metric_table(metrics: dict[str, dict[str, Any]], features: str = "", notes: 
         if any(c for c in cells):
             rows.append([title, *(f"{c:.3g}" if c else "-" for c in cells), "lower"])
     lines = in_columns(rows)
-    lines.append(f"blocks of {n} samples; the floor is real data against real data at the same size")
+    lines.append(f"blocks of {n} samples; the floor compares real data with real data at the same size")
     if features:
         lines.append(f"features: {features}")
     lines += [f"note: {note}" for note in notes]

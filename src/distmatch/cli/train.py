@@ -15,7 +15,8 @@ example: distmatch train --data digits --steps 3000 --out runs/teacher
     short="data labels steps batch seed device flip net width lr path out config resume overwrite "
     "dry_run json",
     groups={
-        "Path, levels and weights": "noise_mean noise_std sigma_data sigma_min sigma_max path prediction "
+        "Path, noise distribution and "
+        "weighting": "noise_mean noise_std sigma_data sigma_min sigma_max path prediction "
         "noise_distribution logit_mean logit_std weighting min_snr_gamma learned_uncertainty",
         "Noise on data and labels": "label_dropout condition_noise condition_noise_kind pfgm_dims "
         "instance_noise ambient_noise ambient_clean ambient_given",

@@ -35,9 +35,9 @@ def check_picture(path: Path, teacher: Model, n: int) -> None:
     """
     if teacher.teacher is None:
         raise UserError(
-            "--trajectory shows the way of a teacher, and a student has none",
+            "--trajectory shows the trajectory of a teacher, and a student has none",
             got=teacher.name,
-            fix="name a teacher as MODEL, or as --hybrid-teacher to see the student beside it",
+            fix="pass a teacher as MODEL, or as --hybrid-teacher to see the student next to it",
         )
     if path.suffix.lower() != ".png":
         raise UserError("a trajectory is drawn as a picture", got=f"--trajectory {path}", expected=".png")
@@ -48,7 +48,7 @@ def check_picture(path: Path, teacher: Model, n: int) -> None:
             fix="distmatch.diffusion.trajectory.x0_trajectory gives the predictions as arrays",
         )
     if n < 2:
-        raise UserError("what is decided when shows only in several samples", got=f"--n {n}", fix="--n 64")
+        raise UserError("the curve needs several samples", got=f"--n {n}", fix="--n 64")
 
 
 def draw_trajectory(
@@ -63,7 +63,7 @@ def draw_trajectory(
     batch: int,
     device: str,
 ) -> dict[str, float]:
-    """Draws the picture and tells at which levels shares of the layout are decided.
+    """Draws the picture and returns the noise levels at which shares of the layout are determined.
 
     Args:
         path: The .png to write.
@@ -73,7 +73,7 @@ def draw_trajectory(
         n: Number of samples that the curves are means over; the first of them are shown.
         seed: Seed of all noise.
         beside: Further samples from the same noise, by name, those that are :func:`shown`, in model space.
-        batch: Samples at a time.
+        batch: Samples per batch.
         device: Where to compute.
 
     Raises:

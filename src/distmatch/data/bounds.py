@@ -32,12 +32,12 @@ def check_bytes(path: Path, size: int, packed: int | None = None) -> None:
             f"{path} does not fit into memory",
             got=f"{size / 2**30:,.1f} GiB",
             expected=f"at most {most / 2**30:,.1f} GiB, half of the memory that is free",
-            fix="take a part of it, or save it as uint8",
+            fix="use a part of it, or save it as uint8",
         )
     if packed is not None and size > FREE_BYTES and size > MOST_INFLATION * packed:
         raise UserError(
-            f"{path} holds an array that is {size // max(packed, 1)} times as large as in the file",
+            f"{path} contains an array that is {size // max(packed, 1)} times as large as in the file",
             got=f"{packed / 2**20:,.1f} MiB for {size / 2**20:,.0f} MiB",
             expected=f"at most {MOST_INFLATION} times beyond {FREE_BYTES // 2**20} MiB",
-            fix="save it uncompressed, with np.savez, where it is meant",
+            fix="save it uncompressed, with np.savez, if this is intended",
         )

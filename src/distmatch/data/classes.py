@@ -34,7 +34,7 @@ _LONGEST = 200  # bytes of a folder's name; file systems end at 255
 
 @dataclass(frozen=True)
 class Classes:
-    """What a model knows of the classes it was trained on.
+    """The classes that a model was trained on.
 
     Attributes:
         names: One name for each class, or ().
@@ -110,13 +110,11 @@ def class_named(text: str, names: Sequence[str], num_classes: int) -> int:
     if number is not None and names and are_numbers(names) and number in (own := [int(v) for v in names]):
         return own.index(number)
     known = listed(names) if names else f"0 to {num_classes - 1}"
-    raise UserError(
-        "labels do not fit: there is no such class", got=text, expected=f"{known}, or -1 for none"
-    )
+    raise UserError("there is no such class", got=text, expected=f"{known}, or -1 for none")
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names with commas, the middle of a long list left out."""
+    """The names separated by commas, with the middle of a long list omitted."""
     if len(names) <= _SHOWN:
         return ", ".join(names)
     return f"{', '.join(names[: _SHOWN - 2])}, ..., {names[-1]} ({len(names)} in all)"
@@ -149,7 +147,7 @@ def matched(data: Dataset, names: Sequence[str], num_classes: int, whose: str) -
     if bool((labels < 0).any()):
         lost = [own[k] for k in data.labels[labels.to(data.labels.device) < 0].unique().tolist()]
         raise UserError(
-            f"{data.name} has classes that {whose} does not know: {listed(lost)}",
+            f"{data.name} has classes that {whose} does not have: {listed(lost)}",
             got=f"classes {listed(own)}",
             expected=f"classes of {whose}: {listed(names) if names else f'0 to {num_classes - 1}'}",
             fix="give folders (or class_names of an .npz) the same names, or leave these classes out",
@@ -248,7 +246,7 @@ def checked_conditioning(
 
 
 def share_warning(labels: Tensor, reference: Tensor, names: Sequence[str]) -> str | None:
-    """What to say where two sets of samples hold the classes in different shares, or None.
+    """A warning if the class proportions of two sets of samples differ, or None.
 
     A chi-square test of homogeneity, which raises a false alarm once in a thousand.
 
@@ -271,14 +269,14 @@ def share_warning(labels: Tensor, reference: Tensor, names: Sequence[str]) -> st
     worst = int((shares[0] - shares[1]).abs().argmax())
     name = [n for n, s in zip(names, seen.tolist(), strict=True) if s][worst]
     return (
-        f"the samples hold the classes in other shares than the real data (class {name}: "
-        f"{float(shares[0, worst]):.1%} of the samples, {float(shares[1, worst]):.1%} of the real data): "
-        "that alone is a difference, which all that compares the two sets measures too"
+        f"the class proportions of the samples differ from those of the real data (class {name}: "
+        f"{float(shares[0, worst]):.1%} of the samples, {float(shares[1, worst]):.1%} of the real "
+        f"data): every comparison of the two sets includes this difference"
     )
 
 
 def from_folder_name(folder: str) -> str:
-    """The name of the class whose samples lie in ``folder``; undoes :func:`folder_names`.
+    """The name of the class with samples in ``folder``; undoes :func:`folder_names`.
 
     Raises:
         UserError: The name is not text.

@@ -1,4 +1,4 @@
-"""The columns of a table: what stands in which elements of a vector, and the table's text again."""
+"""The columns of a table: the meaning of a vector's elements, and their conversion to text."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def element_names(columns: Sequence[Column]) -> list[str | None]:
 
 
 def is_coded(columns: Sequence[Column]) -> bool:
-    """Whether a table holds words or whole numbers, between which a model's values may lie."""
+    """Whether a table contains words or whole numbers, between which a model's values may be."""
     return any(column.values or column.whole for column in columns)
 
 

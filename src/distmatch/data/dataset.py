@@ -48,7 +48,7 @@ class Dataset:
         columns = self.raw.ndim in (2, 3) and self.raw.dtype in (torch.float32, torch.float64)
         if not (pixels if self.scaling.kind == "image" else columns):
             raise UserError(
-                f"{self.name}: the samples do not fit their scaling",
+                f"{self.name}: the samples do not match their scaling",
                 got=f"{self.raw.dtype} of shape {tuple(self.raw.shape)}, scaled as {self.scaling.kind}s",
                 expected="images (N, C, H, W) or video (N, C, T, H, W), uint8 or float32; vectors (N, D) or "
                 "sequences (N, L, D), float32 or float64",
@@ -57,14 +57,14 @@ class Dataset:
             self.labels.shape != self.raw.shape[:1] or self.labels.dtype != torch.int64
         ):
             raise UserError(
-                f"{self.name}: the labels do not fit the samples",
+                f"{self.name}: the labels do not match the samples",
                 got=f"{self.labels.dtype} of shape {tuple(self.labels.shape)}",
                 expected=f"int64 of shape ({len(self.raw)},)",
             )
         check_conditioning(self.conditions, len(self.raw))
         if LABEL in self.conditions:
             raise UserError(
-                f"{self.name}: class labels are given as labels",
+                f"{self.name}: class labels must be passed as labels",
                 got=f"a condition called {LABEL}",
                 fix="give the array another name",
             )
@@ -120,7 +120,7 @@ class Dataset:
         if flip is not None:
             if self.scaling.kind != "image":
                 raise UserError(
-                    "only images and video can be mirrored", got=f"{self.name}, which holds {self.kind}s"
+                    "only images and video can be mirrored", got=f"{self.name}, which contains {self.kind}s"
                 )
             x = torch.where(flip.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
         return x, None if self.labels is None else self.labels[where]

@@ -31,8 +31,8 @@ def _archive(file: str) -> Archive:
     folder = os.environ.get(DATA_VARIABLE)
     if not folder:
         raise UserError(
-            f"{file} is needed, and {DATA_VARIABLE} does not say where it is",
-            expected=f"the environment variable {DATA_VARIABLE}, naming a folder that holds it",
+            f"{file} is needed, and {DATA_VARIABLE} is not set",
+            expected=f"the environment variable {DATA_VARIABLE} with the folder that contains it",
             fix=f"export {DATA_VARIABLE}=/path/to/folder, or use --data digits, which needs no file",
         )
     path = Path(folder, file)
@@ -40,7 +40,7 @@ def _archive(file: str) -> Archive:
         raise UserError(
             f"{path} does not exist",
             got=f"{DATA_VARIABLE}={folder}",
-            expected=f"a folder that holds {file}",
+            expected=f"a folder that contains {file}",
             fix=f"copy {file} there, or set {DATA_VARIABLE} to the folder that has it",
         )
     return Archive(path)
@@ -49,7 +49,7 @@ def _archive(file: str) -> Archive:
 def _take(archive: Archive, key: str, file: str) -> np.ndarray:
     if key not in archive:
         raise UserError(
-            f"{file} is not the archive we know",
+            f"{file} is not the expected archive",
             got=f"arrays {', '.join(archive)}",
             expected=f"one called {key}",
         )
@@ -82,7 +82,7 @@ def cifar10(split: str = "train") -> Dataset:
         residual, y, known = (_take(archive, key, file) for key in ("residual", "labels", "class_names"))
         if residual.ndim != 4 or residual.shape[0] != 3 or residual.dtype != np.uint8:
             raise UserError(
-                f"{file} is not the archive we know",
+                f"{file} is not the expected archive",
                 got=f"residual {residual.dtype} {residual.shape}",
                 expected="uint8 (3, N, 32, 32)",
             )

@@ -59,29 +59,29 @@ def _reading(path: Path, what: str) -> Iterator[None]:
     except MemoryError as error:
         raise UserError(
             f"{path} does not fit into memory",
-            got=str(error) or "more than there is",
-            fix="take a part of it",
+            got=str(error) or "more than the available memory",
+            fix="use a part of it",
         ) from error
     except _DAMAGE as error:
         if "pickle" in str(error):
             raise UserError(
-                f"{path} holds Python objects and was not opened",
+                f"{path} contains Python objects and was not opened",
                 expected="arrays of numbers: unpickling objects can run any code",
                 fix="save plain arrays of one shape, for example np.savez(path, x=np.stack(samples))",
             ) from error
         raise UserError(
             f"cannot read {path} as {what}",
             got=f"{type(error).__name__}: {str(error)[:200]}",
-            expected="a whole file",
+            expected="a complete file",
             fix="it may be truncated or damaged: copy or write it again",
         ) from error
 
 
 class Archive(Mapping[str, np.ndarray]):
-    """The arrays of an ``.npz`` file, each read when it is asked for: a file may hold much that nobody needs.
+    """The arrays of an ``.npz`` file, each read only when it is accessed.
 
     Raises:
-        UserError: The file cannot be opened, is damaged, or the array asked for holds objects.
+        UserError: The file cannot be opened, is damaged, or the requested array contains objects.
     """
 
     def __init__(self, path: Path) -> None:
@@ -172,7 +172,7 @@ def load_file(
     if not exists:
         raise UserError(
             f"{file} does not exist",
-            got=f"no such file or folder, seen from {Path.cwd()}",
+            got=f"no such file or folder, relative to {Path.cwd()}",
             expected="an .npz, .npy or .csv file or a folder of images",
             fix="check the path",
         )
@@ -197,7 +197,7 @@ def load_file(
         raise UserError(
             f"{file} is a single image",
             expected="a folder of images, or an .npz",
-            fix="name the folder with the images; a picture of samples is not taken apart: draw them again "
+            fix="pass the folder with the images; a grid of samples cannot be split: draw them again "
             "with --out samples.npz, or into a folder",
         )
     raise UserError(
@@ -214,7 +214,7 @@ def _read_npy(file: Path) -> np.ndarray:
             size = read_array_header(handle).nbytes
             check_bytes(file, size)
             if size > file.stat().st_size - handle.tell():
-                raise EOFError("it ends before its array does")
+                raise EOFError("it is truncated")
         value: np.ndarray = np.load(file, allow_pickle=False)
         return value
 
@@ -266,11 +266,11 @@ def _condition(values: np.ndarray, name: str, n: int) -> Tensor:
         UserError: They are no numbers, not all finite, or not one row for each of ``n`` samples.
     """
     if values.dtype.kind not in "fiub":
-        raise UserError(f"{name} must hold numbers", got=str(values.dtype))
+        raise UserError(f"{name} must contain numbers", got=str(values.dtype))
     if values.ndim == 0 or len(values) != n:
         raise UserError(f"{name} must have one row for each sample", got=values.shape, expected=f"({n}, ...)")
     whole = values.dtype.kind != "f"
     found = torch.from_numpy(values.astype(np.int64 if whole else np.float32))
     if not bool(found.isfinite().all()):
-        raise UserError(f"{name} holds NaN or infinity", fix="leave these samples out")
+        raise UserError(f"{name} contains NaN or infinity", fix="remove these samples")
     return found

@@ -66,7 +66,7 @@ def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
     if "" in groups and len(groups) > 1:
         raise UserError(
             f"{folder} has images both in itself and in sub-folders",
-            got=f"{groups[''][0].name} beside the folder {sorted(groups)[1]}",
+            got=f"{groups[''][0].name} next to the folder {sorted(groups)[1]}",
             expected="all images in one folder, or each in the sub-folder of its class",
             fix="move them",
         )
@@ -75,7 +75,7 @@ def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
     splits = [name for name in parts if re.split("[^a-z]", name.lower())[0] in _SPLITS]
     if len(splits) > 1:
         raise UserError(
-            f"{folder} holds parts of a data set, not classes",
+            f"{folder} contains splits of a data set, not classes",
             got=f"the sub-folders {', '.join(splits)}",
             expected="one folder of images, or one with a sub-folder for each class",
             fix=f"name one of them: {folder / next((n for n in splits if 'train' in n.lower()), splits[0])}",
@@ -84,10 +84,10 @@ def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
         deep = next((f for f in groups[name] if len(f.relative_to(folder).parts) > 2), None)
         if deep is not None:
             raise UserError(
-                f"{folder} holds folders inside of folders, so it is unclear what the classes are",
+                f"{folder} contains nested folders, so the classes are ambiguous",
                 got=f"{deep.relative_to(folder).parent}",
                 expected="one folder of images, or one with a sub-folder for each class",
-                fix=f"name {folder / name} if its sub-folders are the classes, else move the images up",
+                fix=f"pass {folder / name} if its sub-folders are the classes, else move the images up",
             )
 
 
@@ -104,7 +104,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _refuse(error: OSError) -> None:
-    raise UserError(f"cannot look into {error.filename}", got=error.strerror, fix="check its permissions")
+    raise UserError(f"cannot open {error.filename}", got=error.strerror, fix="check its permissions")
 
 
 def _read_all(files: list[Path]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The kinds of samples, told apart by how many axes one sample has."""
+"""The kinds of samples, distinguished by the number of axes of one sample."""
 
 from __future__ import annotations
 

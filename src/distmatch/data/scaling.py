@@ -90,7 +90,7 @@ class Scaling:
                 raise _dark(high, DARKEST_FLOATS)
             return cls.for_images(0, 255, "float images that lie in [0, 255]")
         raise UserError(
-            "the range of these images is not one we know",
+            "the range of these images is not supported",
             got=f"values from {low:.6g} to {high:.6g}",
             expected="uint8, or floats in [0, 1], [-1, 1] or [0, 255]",
             fix="scale or clip them to one of these ranges; if they are sequences (N, L, D), say so: "
@@ -239,5 +239,5 @@ def _dark(high: float, least: int) -> UserError:
         "the range of these images is unclear",
         got=f"a largest value of {high:.6g}",
         expected=f"0..255 with at least one value of {least} or more, or floats in [0, 1] or [-1, 1]",
-        fix=f"divide them by the value that means white (here perhaps {high:.6g}), as floats",
+        fix=f"divide them by the value of white (perhaps {high:.6g}), as floats",
     )

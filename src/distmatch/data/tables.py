@@ -1,4 +1,4 @@
-"""Tables from CSV files: columns of numbers, words where they are asked for, and one column of classes."""
+"""Tables from CSV files: columns of numbers, words if requested, and one column of classes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _read(file: Path) -> tuple[list[str], list[list[str]]]:
                 f"{file}: row {k + 1} is not as long as the first line",
                 got=f"{len(row)} cells",
                 expected=f"{len(names)}: {listed(names)}",
-                fix="put cells that hold commas in quotes",
+                fix="put cells with commas in quotes",
             )
     if not rows:
         raise UserError(f"{file} has no rows", got=f"a line of names: {listed(names)}")
@@ -138,7 +138,7 @@ def _refuse_missing(file: Path, name: str, cells: Sequence[str]) -> None:
             f"{file}: values are missing in the column {name}",
             got=f"{len(missing)} of {len(cells)}, the first ({cells[missing[0]]!r}) in row {missing[0] + 1}",
             expected="a value in every cell",
-            fix="fill them in or leave these rows or the column out; nothing is filled in for you",
+            fix="impute them, or remove these rows or the column; distmatch does not impute",
         )
 
 
@@ -155,23 +155,25 @@ def _column(file: Path, name: str, cells: Sequence[str], one_hot: bool) -> Colum
     commas = [k for k in text if _DECIMAL_COMMA.fullmatch(cells[k])]
     if len(commas) == len(text):
         raise UserError(
-            f"{file}: the column {name} holds numbers with decimal commas",
+            f"{file}: the column {name} contains numbers with decimal commas",
             got=f"{cells[text[0]][:40]!r} in row {text[0] + 1}, {len(commas)} such cells of {len(cells)}",
             expected="decimal points, as in 3.5",
-            fix="write it again so: pd.read_csv(file, sep=';', decimal=',').to_csv(new, index=False)",
+            fix="convert it with pd.read_csv(file, sep=';', decimal=',').to_csv(new, index=False)",
         )
     words = in_order(sorted(set(cells)))
     got = f"{cells[text[0]][:40]!r} in row {text[0] + 1}, {len(text)} such cells of {len(cells)}"
     if len(text) < len(cells) / 2:
         raise UserError(
-            f"{file}: the column {name} holds numbers and text", got=got, fix="mend or leave out these rows"
+            f"{file}: the column {name} contains numbers and text",
+            got=got,
+            fix="correct or remove these rows",
         )
     if not one_hot:
         raise UserError(
-            f"{file}: the column {name} holds text",
+            f"{file}: the column {name} contains text",
             got=f"{got}, {len(words)} different words",
             expected="numbers",
-            fix=f"leave the column out, name it {LABEL!r} if it is the class, or encode all such columns: "
+            fix=f"remove the column, name it {LABEL!r} if it is the class, or encode all such columns: "
             f"{file}:{ONE_HOT}",
         )
     if len(words) > _MOST_VALUES:
@@ -179,7 +181,7 @@ def _column(file: Path, name: str, cells: Sequence[str], one_hot: bool) -> Colum
             f"{file}: the column {name} has too many different words to be encoded",
             got=f"{len(words)}",
             expected=f"at most {_MOST_VALUES}",
-            fix="leave the column out, or join rare words into one",
+            fix="remove the column, or merge rare words",
         )
     return Column(name, tuple(words))
 
@@ -189,7 +191,7 @@ def _like(file: Path, cells: dict[str, tuple[str, ...]], like: Sequence[Column])
     names = [column.name for column in like]
     if sorted(names) != sorted(cells):
         raise UserError(
-            f"{file} has other columns than the data it is held against",
+            f"{file} has other columns than the data that it is compared with",
             got=listed(list(cells)),
             expected=listed(names),
             fix="name the columns alike",
@@ -204,7 +206,7 @@ def _elements(file: Path, column: Column, cells: Sequence[str]) -> np.ndarray:
         for k, number in enumerate(numbers):
             if number is None or not math.isfinite(number):
                 raise UserError(
-                    f"{file}: the column {column.name} holds what is no finite number",
+                    f"{file}: the column {column.name} contains a value that is not a finite number",
                     got=f"{cells[k][:40]!r} in row {k + 1}",
                     expected="numbers",
                 )
@@ -213,7 +215,7 @@ def _elements(file: Path, column: Column, cells: Sequence[str]) -> np.ndarray:
     unknown = next((cell for cell in cells if cell not in places), None)
     if unknown is not None:
         raise UserError(
-            f"{file}: the column {column.name} holds a word that the other data do not have",
+            f"{file}: the column {column.name} contains a word that the other data do not have",
             got=repr(unknown[:40]),
             expected=listed(column.values),
         )
@@ -227,9 +229,9 @@ def _classes(file: Path, cells: Sequence[str]) -> tuple[np.ndarray, tuple[str, .
         broken = next((c for c, n in zip(cells, numbers, strict=True) if n is not None and n != int(n)), None)
         if broken is not None:
             raise UserError(
-                f"{file}: the column {LABEL} is the class and holds what is no whole number",
+                f"{file}: the column {LABEL} is the class and contains a value that is not a whole number",
                 got=broken[:40],
-                fix="rename the column where it is a quantity",
+                fix="rename the column if it is a quantity",
             )
         cells = [str(int(n)) for n in numbers if n is not None]
     names = in_order(sorted(set(cells)))

@@ -71,7 +71,7 @@ def toy(name: str) -> GaussianMixture:
 
 
 def toy_dataset(name: str, n: int = DEFAULT_SAMPLES, seed: int = 0) -> Dataset:
-    """Draws ``n`` samples of a toy; the labels say which mode each came from.
+    """Draws ``n`` samples of a toy; the labels are the modes of the samples.
 
     They are not rescaled, so that the exact teacher of the same name is the teacher of these data.
 

@@ -40,8 +40,8 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
     """The denoiser around ``net(x_t, t)``, ``net(x_t, t, labels)`` or ``net(x_t, t, name=condition, ...)``.
 
     A sample y at level sigma in the frame of the denoisers is ``x_t = alpha(t) y`` on the path, at the time
-    with ``sigma(t) / alpha(t) = sigma``. What the network predicts there is turned into x0. Beyond the
-    ends of its path, the network is told the end.
+    with ``sigma(t) / alpha(t) = sigma``. What the network predicts there is turned into x0. Beyond the ends
+    of its path, the network receives the end time.
 
     Args:
         net: The network. It may have ``has_features = True``, and then takes ``return_features`` as those of
@@ -56,17 +56,17 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
         sigma_min: Smallest noise level; by default that of the path.
         sigma_max: Largest noise level; by default that of the path, or 1000 when it ends in pure noise.
         time: How the network counts time: a factor, such as 999, or a function ``t -> its argument``.
-        levels: "interpolate" tells a discrete-time network times between its own, "snap" the nearest of its
-            own as an integer.
-        null_class: The label that stands for "no condition" in this network. None: it knows -1 itself and
-            takes ``labels=None``, as the networks here do.
+        levels: "interpolate" passes fractional timesteps to a discrete-time network, "snap" rounds them to
+            its training grid.
+        null_class: The label that means "unconditional" in this network. None: it supports -1 and
+            ``labels=None``, as the built-in networks do.
         conditioning: Fields of the conditioning that the network takes by name, such as
             ``{"encoder_hidden_states": FieldSpec((77, 768))}``; with a field ``label`` in place of
             ``num_classes``.
-        null: The conditioning (one row) that stands for "no condition", such as the embedded empty prompt.
+        null: The null conditioning (one row), such as the embedding of the empty prompt.
             Needed for guidance and for calls without a condition.
-        reverse_time: The network's time runs from noise at 0 to data at 1, so it is told ``1 - t`` and its
-            flow points the other way. Much flow-matching code counts so.
+        reverse_time: The network's time runs from noise at 0 to data at 1, so it receives ``1 - t`` and its
+            flow has the opposite sign. Much flow-matching code counts so.
 
     Raises:
         UserError: An unknown name, levels outside the path, a path that does not reach its prior, snapping
@@ -99,9 +99,9 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
         self.shape = tuple(shape)
         if conditioning is not None and num_classes:
             raise UserError(
-                "the conditions of a network are stated once",
+                "the conditioning of a network is declared twice",
                 got="num_classes and conditioning",
-                fix='leave num_classes out; labels are a field "label" of the conditioning',
+                fix='omit num_classes; labels are the field "label" of the conditioning',
             )
         self.by_name = conditioning is not None
         self.conditioning_spec = label_spec(num_classes) if conditioning is None else dict(conditioning)
@@ -116,7 +116,7 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
             raise unknown_name("way to treat levels", levels, ["interpolate", "snap"])
         if levels == "snap" and not isinstance(self.path, DiscretePath):
             raise UserError(
-                "snapping needs a path with levels of its own",
+                "snapping needs a path with discrete noise levels",
                 got=f"the {self.path.name} path, which is continuous",
                 fix="use discrete_path(alphas_cumprod), or levels='interpolate'",
             )
@@ -124,7 +124,7 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
             raise UserError(
                 "reverse_time means 1 - t, so it needs a path whose times lie between 0 and 1",
                 got=f"the {self.path.name} path, from {self.path.t_min:g} to {self.path.t_max:g}",
-                fix="leave it out, and say how the network counts with time=lambda t: ...",
+                fix="omit it, and convert the time with time=lambda t: ...",
             )
         self.time, self.levels, self.null_class, self.reverse_time = time, levels, null_class, reverse_time
         self.arguments: dict[str, Any] | None = None
@@ -168,9 +168,9 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
             return self.null.expand(n)
         if set(self.conditioning_spec) - {LABEL}:
             raise UserError(
-                "this network was not said to know samples without a condition",
+                "this network was declared without an unconditional prediction",
                 got=f"conditions {', '.join(self.conditioning_spec)} and no null",
-                fix="give every sample a condition, or pass null=Conditioning({...}) of one row",
+                fix="give every sample a conditioning, or pass null=Conditioning({...}) of one row",
             )
         return null_labels(self.conditioning_spec, n)
 
@@ -179,7 +179,7 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
     ) -> tuple[Tensor, Coefficients, list[Any], dict[str, Tensor]]:
         if tuple(x.shape[1:]) != self.shape:
             raise UserError(
-                "these samples are not of the shape that the model takes",
+                "these samples do not have the shape of the model",
                 got=f"a batch of shape {tuple(x.shape)}",
                 expected=f"(batch, {', '.join(map(str, self.shape))})",
             )
@@ -233,7 +233,7 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
     def _clean(self, value: Tensor, noised: Tensor, coefficients: Coefficients) -> Tensor:
         if value.shape != noised.shape:
             raise UserError(
-                "the network does not return something like its input",
+                "the network does not return a tensor of the shape of its input",
                 got=f"{tuple(value.shape)} for {tuple(noised.shape)}",
                 fix="if it also returns a variance, wrap it so that it returns the prediction alone",
             )
@@ -258,8 +258,7 @@ def as_denoiser(
 
     How a module is called is recognized by the names of its arguments: ``net(x_t, t)``; with ``num_classes``,
     ``net(x_t, t, labels)``; with ``conditioning``, ``net(x_t, t, name=...)``; with time first; or as EDM,
-    k-diffusion or diffusers call theirs. Anything else is said by a function of two lines, in the network's
-    own terms::
+    k-diffusion or diffusers call theirs. Any other call is defined by a short function::
 
         def call(net, x, t, conditions):
             return net(x, noise=t.log() / 4, y=conditions["label"])
@@ -296,7 +295,7 @@ def as_denoiser(
         options.setdefault("sigma_data", float(module.sigma_data))
     if shape is None:
         raise UserError(
-            "the network does not say what its samples look like",
+            "the shape and scale of the network's samples are not known",
             got=f"a {type(module).__name__}",
             fix="pass shape=(channels, height, width), or shape=(numbers,) for vectors",
         )
@@ -304,10 +303,10 @@ def as_denoiser(
         kept = None if arguments is None else json.loads(json.dumps(dict(arguments), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise UserError(
-            "the arguments of a network must be JSON values, as they are kept in a file",
+            "the arguments of a network must be JSON values, since they are saved in a file",
             got=str(error),
             expected="numbers, strings, true, false, null, and lists and tables of them",
-            fix="leave arguments out; the saved model is then loaded with a network at hand",
+            fix="omit arguments; loading the saved model then needs the network",
         ) from error
     net = module
     if chosen != PLAIN or features:
@@ -342,6 +341,6 @@ def _range(path: NoisePath, sigma_min: float | None, sigma_max: float | None) ->
             f"noise levels outside the {path.name} path",
             got=f"sigma_min={sigma_min:g}, sigma_max={sigma_max:g}",
             expected=f"0 < sigma_min < sigma_max, within {low:.6g} and {high:.6g}",
-            fix="leave them out, or give the path other ends",
+            fix="omit them, or give the path another range",
         )
     return sigma_min, sigma_max

@@ -51,9 +51,9 @@ def _diffusers(module: Any, x: Tensor, t: Tensor, conditions: Conditions) -> Any
     # On an accelerator the check would wait for the device; there the embedding itself refuses -1.
     if label is not None and label.device.type == "cpu" and bool((label < 0).any()):
         raise UserError(
-            "this network has no class that stands for none",
+            "this network has no null class",
             got="samples without a condition",
-            fix="give every sample a label and leave guidance at 1, or name the class with null_class",
+            fix="give every sample a label and leave guidance at 1, or set null_class",
         )
     named = {"class_labels" if name == LABEL else name: value for name, value in conditions.items()}
     return module(x, timestep=t, return_dict=False, **named)[0]
@@ -108,10 +108,10 @@ def check_arguments(module: Any, given: int) -> None:
     ]
     if len(needed) > given:
         raise UserError(
-            f"a {type(module).__name__} needs more than it would be called with",
+            f"a {type(module).__name__} needs more arguments than it would receive",
             got=f"forward({', '.join(needed)})",
             expected=f"{given} arguments: {', '.join(('x_t', 't', 'labels')[:given])}",
-            fix="say how it is called: dm.as_denoiser(net, ..., call=call) with "
+            fix="define the call: dm.as_denoiser(net, ..., call=call) with "
             'def call(net, x, t, conditions): return net(x, t, y=conditions["label"]). '
             "num_classes=N gives it labels, and conditioning={...} further conditions",
         )
@@ -165,8 +165,8 @@ class CalledNet(nn.Module):
     ) -> Output:
         """The prediction (B, *shape) for ``x`` (B, *shape) at times ``t`` (B,).
 
-        Features are the outputs of the named parts, tokens of images as maps; a pass for ``"only"`` them is
-        left when the last of them is there.
+        Features are the outputs of the named parts, tokens of images as maps; with ``"only"`` the pass stops
+        when the last of them is computed.
         """
         if labels is not None:
             conditions[LABEL] = labels

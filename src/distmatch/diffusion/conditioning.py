@@ -138,7 +138,7 @@ ConditioningLike = Conditioning | Tensor | None
 
 
 def as_conditioning(value: ConditioningLike) -> Conditioning:
-    """What a user hands in, as a conditioning.
+    """A user's argument as a conditioning.
 
     Args:
         value: A conditioning, class labels (B,), or None for no condition.
@@ -159,14 +159,14 @@ def as_conditioning(value: ConditioningLike) -> Conditioning:
             )
         return Conditioning({LABEL: value.long()})
     raise UserError(
-        "conditions are given as class labels, as a Conditioning, or as None",
+        "a conditioning is class labels, a Conditioning, or None",
         got=f"a {type(value).__name__}",
         fix='for example distmatch.Conditioning({"encoder_hidden_states": embedded})',
     )
 
 
 def labels_of(value: ConditioningLike) -> Tensor | None:
-    """The class labels (B,) int64 in what a user hands in; None without."""
+    """The class labels (B,) int64 in a user's argument; None without."""
     return as_conditioning(value).label
 
 
@@ -195,7 +195,7 @@ class FieldSpec:
 
     Attributes:
         shape: Shape of one sample's value, without the batch; -1 where any size is fine.
-        dtype: Its dtype; any floating dtype stands for all of them.
+        dtype: Its dtype; any floating dtype represents all of them.
         classes: For labels: how many there are, so that values are in 0..classes-1 or :data:`NULL_LABEL`.
     """
 
@@ -287,7 +287,7 @@ def check_conditioning(conditioning: Conditioning, n: int, spec: ConditioningSpe
         return
     if set(conditioning) != set(spec):
         raise UserError(
-            "this model takes other conditions",
+            "this model takes another conditioning",
             got=", ".join(conditioning),
             expected=", ".join(spec) or "none: it is unconditional",
         )
@@ -302,7 +302,7 @@ def _check_field(name: str, value: Tensor, field: FieldSpec) -> None:
     if not fits or value.dtype.is_floating_point != field.dtype.is_floating_point:
         wanted = ", ".join("any" if size < 0 else str(size) for size in field.shape)
         raise UserError(
-            f"the condition '{name}' does not fit this model",
+            f"the condition '{name}' does not match this model",
             got=f"{tuple(value.shape)}, {value.dtype}",
             expected=f"(batch{', ' if wanted else ','}{wanted}), {field.dtype}",
         )
@@ -321,14 +321,14 @@ def _require_same_fields(one: Conditioning, other: Conditioning) -> None:
         raise UserError(
             "conditionings can be combined only where they have the same fields",
             got=f"{', '.join(one) or 'none'} and {', '.join(other) or 'none'}",
-            fix="take rows of null_conditioning(denoiser, n) for samples without a condition",
+            fix="use rows of null_conditioning(denoiser, n) for unconditional samples",
         )
 
 
 def check_null(labels: Tensor | None, null_class: int, num_classes: int) -> None:
-    """Refuses a class that stands for "no condition" and is counted among the classes as a label.
+    """Refuses the null class as a label.
 
-    On an accelerator the check would have to wait for the device, and is left out.
+    On an accelerator the check would synchronize with the device, and is omitted.
 
     Raises:
         UserError: One of the labels is that class.
@@ -337,7 +337,7 @@ def check_null(labels: Tensor | None, null_class: int, num_classes: int) -> None
         return
     if bool((labels == null_class).any()):
         raise UserError(
-            f"class {null_class} of this teacher stands for no condition, and is no class to ask for",
+            f"class {null_class} of this teacher means unconditional, and cannot be requested",
             got=f"labels with {null_class}",
             fix="use -1 for samples without a condition",
         )

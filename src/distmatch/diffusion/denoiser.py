@@ -139,7 +139,7 @@ def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioni
 def has_score(denoiser: Denoiser) -> bool:
     """Whether (D(x) - x) / sigma^2 is a score: False for a teacher whose noise is not Gaussian (PFGM++).
 
-    A wrapper that does not say so itself is looked through, by its attribute ``inner``.
+    A wrapper without this attribute has the value of its attribute ``inner``.
     """
     inner: object | None = denoiser
     while inner is not None:
@@ -161,7 +161,7 @@ def require_score(denoiser: Denoiser, purpose: str) -> None:
             f"{purpose} needs the score of the noised data, which this teacher does not have",
             got="a teacher whose noise is not Gaussian (gaussian_kernel is False)",
             expected="(D(x) - x) / sigma^2 to be the gradient of a log density",
-            fix="take a teacher trained with Gaussian noise; deterministic solvers can sample this one",
+            fix="use a teacher trained with Gaussian noise; deterministic solvers can sample this one",
         )
 
 
@@ -169,26 +169,27 @@ def require_input_gradient(denoiser: Denoiser, purpose: str, device: torch.devic
     """Refuses a denoiser that cannot be differentiated by its input, after one call on one sample.
 
     Raises:
-        UserError: Its output does not hang on its input.
+        UserError: Its output does not depend on its input.
     """
     with torch.enable_grad():
         x = torch.zeros(1, *denoiser.shape, device=device, requires_grad=True)
         out = denoiser(x, torch.ones(1, device=device), example_conditioning(denoiser, 1, device))
     if not out.requires_grad:
         raise UserError(
-            f"{purpose} differentiates the teacher by its input, which this teacher does not allow",
-            got=f"a {type(denoiser).__name__} whose output carries no gradient",
-            fix="let it compute with gradients (no torch.no_grad, inference_mode or numpy inside), or take a "
+            f"{purpose} differentiates the teacher with respect to its input, which this teacher does "
+            f"not support",
+            got=f"a {type(denoiser).__name__} whose output has no gradient",
+            fix="compute with gradients (without torch.no_grad, inference_mode or numpy), or use a "
             "method that needs none, such as dmd2 or f-distill",
         )
 
 
 def is_diffused(denoiser: Denoiser) -> bool:
-    """Whether the scores at all levels are those of one law, noised: False for a guided teacher.
+    """Whether the scores at all levels are those of one distribution, noised: False for a guided teacher.
 
-    Its scores tilt each noised law by itself, and the noised tilted law is another one; so it is with a
-    posterior that is approximated at each level. Wrappers that do not say so by an attribute ``diffused``
-    are looked through.
+    Its scores tilt each noised distribution separately, which differs from noising the tilted distribution;
+    so it is with a posterior that is approximated at each level. Wrappers without an attribute ``diffused``
+    have the value of the wrapped denoiser.
     """
     inner: object | None = denoiser
     while inner is not None:
@@ -207,9 +208,10 @@ def require_diffused(denoiser: Denoiser, purpose: str) -> None:
     """
     if not is_diffused(denoiser):
         raise UserError(
-            f"{purpose} needs scores that belong to one density at all levels",
-            got="a guided teacher or an approximate posterior, where each level's are made by themselves",
-            fix="take the teacher without it; log_likelihood(prior='sampler') gives the density of "
+            f"{purpose} needs scores that belong to one density at all noise levels",
+            got="a guided teacher or an approximate posterior, whose scores at each noise level are "
+            "independent",
+            fix="use the unmodified teacher; log_likelihood(prior='sampler') gives the density of "
             "guided samples",
         )
 
@@ -220,7 +222,7 @@ def is_denoiser(model: object) -> bool:
 
 
 def require_denoiser(model: object) -> None:
-    """Lets only denoisers through, and says how a network of another kind becomes one.
+    """Accepts only denoisers; the error explains how to wrap a network of another kind.
 
     Raises:
         UserError: It is no denoiser: a network as EDM's code or k-diffusion has them, or any other object.
@@ -234,7 +236,7 @@ def require_denoiser(model: object) -> None:
     elif hasattr(model, "inner_model"):
         kind, fix = "a network of k-diffusion's code, which takes (x, sigma)", _CLEAN
     elif callable(model):
-        kind, fix = "a network or function that does not say what it predicts", _ANY
+        kind, fix = "a network or function with an unknown prediction type", _ANY
     else:
         kind, fix = "an object that cannot be called", _ANY
     raise UserError(
@@ -247,7 +249,7 @@ def require_denoiser(model: object) -> None:
 
 _CONTRACT = ("shape", "num_classes", "sigma_data", "sigma_min", "sigma_max")
 _CLEAN = "it returns the clean sample: teacher = dm.as_denoiser(model, shape=(channels, height, width))"
-_EDM = "it returns the clean sample, and says all the rest itself: teacher = dm.as_denoiser(model)"
+_EDM = "it returns the clean sample and has all attributes: teacher = dm.as_denoiser(model)"
 _ANY = (
     'teacher = dm.as_denoiser(model, path, prediction, shape=...), for example path "vp" and prediction '
     '"eps" for DDPM, "edm" and "x0" for a model that returns the clean sample, "condot" and "flow" for '

@@ -13,7 +13,7 @@ from distmatch.base.errors import unknown_name
 
 
 class _Enough(Exception):
-    """Raised inside a pass whose remainder nobody reads."""
+    """Raised inside a pass to skip its unused remainder."""
 
 
 def named_part(model: nn.Module, name: str) -> nn.Module:
@@ -42,7 +42,7 @@ def pass_with_features(
 def pass_for_features(
     model: nn.Module, names: Sequence[str], call: Callable[[], Tensor], x: Tensor
 ) -> list[Tensor]:
-    """The outputs of the named parts alone: the call is left when the last of them is there.
+    """The outputs of the named parts alone: the call stops when the last of them is computed.
 
     No graph of a compiler can be left by an exception; there it must run as it is.
     """

@@ -1,11 +1,11 @@
 """Likelihoods of data on a low-dimensional set: with a ladder of noise, never without.
 
-Where data lie on a set of dimension d in D dimensions there is no density, and maximum likelihood is not
+For data on a set of dimension d in D dimensions there is no density, and maximum likelihood is not
 consistent: the likelihood grows without bound with the sharpness of the model. Noise of level s on the data
-makes it finite. A generator is fitted, as its law blurred by the same s, to the blurred data, and the
-generator without the noise is the estimate (Chae et al. 2021, "A likelihood approach to nonparametric
-estimation of a singular distribution using deep generative models"). As s goes to 0 the mean of -log p_s
-goes to minus infinity as ``(D - d) log s``, so one reports the whole ladder; its slope counts the missing
+makes it finite. A generator is fitted, as its distribution blurred by the same s, to the blurred data, and
+the generator without the noise is the estimate (Chae et al. 2021, "A likelihood approach to nonparametric
+estimation of a singular distribution using deep generative models"). As s goes to 0 the mean of -log p_s goes
+to minus infinity as ``(D - d) log s``, so one reports the whole ladder; its slope counts the missing
 dimensions.
 """
 
@@ -51,7 +51,7 @@ def noise_ladder(log_prob: LogProb, x: Tensor, levels: Sequence[float], *, seed:
     """Evaluates a model on data blurred by each of several levels; all levels share their noise.
 
     Args:
-        log_prob: ``log_prob(y, s)``, (n,) in nats: the law of the model blurred by s. For a teacher,
+        log_prob: ``log_prob(y, s)``, (n,) in nats: the distribution of the model blurred by s. For a teacher,
             ``lambda y, s: log_likelihood(teacher, y, sigma=s).log_prob``; for samples of a generator,
             ``lambda y, s: blurred_log_prob(samples, y, s)``; a mixture's own ``log_prob``.
         x: Data (n, *shape).
@@ -64,9 +64,9 @@ def noise_ladder(log_prob: LogProb, x: Tensor, levels: Sequence[float], *, seed:
     falling = sorted({float(level) for level in levels}, reverse=True)
     if len(falling) < 2 or not all(0 < level < math.inf for level in falling):
         raise UserError(
-            "a noise ladder needs two or more different levels above zero",
+            "a noise ladder needs two or more different noise levels above zero",
             got=list(levels),
-            fix="at level 0 data on a low-dimensional set have no density",
+            fix="at sigma 0 data on a low-dimensional set have no density",
         )
     noise = torch.randn(x.shape, generator=generator(seed, "instance noise"), dtype=torch.float64)
     noise = noise.to(device=x.device, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""From one law to another along a stochastic interpolant: an ODE, or SDEs in either direction."""
+"""From one distribution to another along a stochastic interpolant: an ODE, or SDEs in either direction."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def transport(
     diffusion: Diffusion = 0.0,
     draws: SampleNoise | None = None,
 ) -> Tensor:
-    """Carries samples from the first time to the last; rising times go to x1, falling ones to x0.
+    """Transports samples from the first time to the last; rising times go to x1, falling ones to x0.
 
     Without diffusion the ODE ``x' = v`` by Heun's method. With a diffusion e >= 0 the SDE of the direction,
     by Euler's method: ``dX = (v + e s) dt + sqrt(2 e) dW`` forwards and, with time running back,
-    ``dX = (v - e s) dt + sqrt(2 e) dW``, s = -eta / gamma. All have the law of x_t at every time.
+    ``dX = (v - e s) dt + sqrt(2 e) dW``, s = -eta / gamma. All have the distribution of x_t at every time.
 
     Args:
         velocity: ``velocity(x, t)`` for x (B, *shape) and t (B,).
-        x: Samples of the law at the first time, (B, *shape).
+        x: Samples of the distribution at the first time, (B, *shape).
         times: Rising or falling, in [0, 1]; inside (0, 1) for an SDE whose diffusion does not vanish at the
             ends as gamma does, because the score does not exist there.
         interpolant: Which gives gamma; needed for an SDE.
@@ -49,7 +49,7 @@ def transport(
     grid = torch.as_tensor(times, dtype=torch.float64).cpu()
     steps = grid.diff()
     if grid.ndim != 1 or len(grid) < 2 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
-        raise UserError("times must rise or fall, all the way", got=grid.tolist()[:8])
+        raise UserError("times must be strictly increasing or decreasing", got=grid.tolist()[:8])
     if float(grid.min()) < 0 or float(grid.max()) > 1:
         raise UserError("times lie between 0 and 1", got=f"{float(grid.min())} to {float(grid.max())}")
     ode = not callable(diffusion) and diffusion == 0
@@ -83,7 +83,7 @@ def _euler(
     diffusion: Diffusion,
     normal: Tensor,
 ) -> Tensor:
-    """One step of the SDE that goes the way of ``step``."""
+    """One step of the SDE in the direction of ``step``."""
     e = diffusion(t) if callable(diffusion) else torch.full_like(t, diffusion)
     gamma = interpolant.at(t).gamma
     # e / gamma, and 0 where the diffusion is switched off: a score that does not exist is not asked for.

@@ -1,10 +1,11 @@
-"""Stochastic interpolants (Albergo, Boffi and Vanden-Eijnden 2023): from one law to another in unit time.
+"""Stochastic interpolants between two distributions in unit time (Albergo, Boffi, Vanden-Eijnden 2023).
 
     x_t = a(t) x0 + b(t) x1 + gamma(t) z,    gamma(0) = gamma(1) = 0,  z unit normal
 
 Any coupling of x0 and x1 will do. With I = a x0 + b x1 and primes for time derivatives, the velocity is
 ``E[I' + gamma' z | x]``, the noise ``eta = E[z | x]``, the score ``-eta / gamma``. Two networks are learned
-by square losses, and an ODE or, forwards and backwards, SDEs of any diffusion carry one law to the other.
+by square losses, and an ODE or, forwards and backwards, SDEs of any diffusion map one distribution to the
+other.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Interpolant:
             between. ``"mirror"``: x1 alone, noised and cleaned again.
         gamma: ``"brownian"``: sqrt(t (1 - t)). ``"quadratic"``: t (1 - t). ``"sine"``: sin^2(pi t). Each
             times sqrt(scale). ``"none"``: no noise.
-        scale: Variance of the noise where gamma is 1: data times c want c^2 times it.
+        scale: Variance of the noise where gamma is 1: data scaled by c need c^2 times it.
 
     Raises:
         UserError: An unknown name, or a combination that leaves nothing of the data or no noise.
@@ -156,8 +157,8 @@ def velocity_loss(
     Args:
         velocity: ``velocity(x, t)`` for x (B, *shape) and t (B,).
         interpolant: The interpolant.
-        x0: Samples of the law at 0, (B, *shape).
-        x1: Samples of the law at 1, coupled with ``x0`` as they stand.
+        x0: Samples of the distribution at 0, (B, *shape).
+        x1: Samples of the distribution at 1, coupled with ``x0`` in this order.
         t: Times (B,), inside (0, 1).
         z: Unit normal noise like ``x0``.
     """
@@ -181,8 +182,8 @@ def noise_loss(
     Args:
         noise: ``noise(x, t)``.
         interpolant: The interpolant, with noise.
-        x0: Samples of the law at 0, (B, *shape).
-        x1: Samples of the law at 1.
+        x0: Samples of the distribution at 0, (B, *shape).
+        x1: Samples of the distribution at 1.
         t: Times (B,).
         z: Unit normal noise like ``x0``.
     """

@@ -59,7 +59,7 @@ def ito_increment(
     """
     if noise_ratio != 1 and divergence is None:
         raise UserError(
-            "this move needs the divergence of the score",
+            "this update needs the divergence of the score",
             got=f"noise_ratio={noise_ratio} without divergence",
             fix="pass divergence, or use a sampler with the full noise of the reverse SDE",
         )
@@ -129,7 +129,7 @@ def trajectory_log_density(
     """Log q of ``denoiser`` at every state of a trajectory, whoever made the trajectory.
 
     Args:
-        denoiser: The model whose density is asked for.
+        denoiser: The model that defines the density.
         states: Positions (B, *shape) at each level, for example the ``trajectory`` of a
             :class:`~distmatch.diffusion.solvers.solve.Solution`.
         sigmas: The levels, positive and strictly decreasing. The last step of a sampler, to 0, has no place
@@ -153,7 +153,7 @@ def trajectory_log_density(
         raise UserError(
             "a trajectory needs one state for each of two or more positive, decreasing levels",
             got=f"{len(states)} states and levels from {levels[:3]} to {levels[-3:]}",
-            fix="leave out the last state where its level is 0",
+            fix="remove the last state if its noise level is 0",
         )
     require_score(denoiser, "a density along a trajectory")
     require_diffused(denoiser, "a density along a trajectory")

@@ -14,7 +14,7 @@ from distmatch.diffusion.denoiser import Denoiser
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What a latent denoiser carries as ``denoiser.decoder``. Equal ones (``==``) have the same latents.
+    """The attribute ``denoiser.decoder`` of a latent denoiser. Equal ones (``==``) have the same latents.
 
     Attributes:
         shape: Shape of one decoded sample.
@@ -59,7 +59,7 @@ def decode_samples(
     Args:
         denoiser: What they were drawn from.
         z: Samples in model space, (B, *denoiser.shape).
-        batch: Samples at a time.
+        batch: Samples per batch.
         device: Where to compute, by default where they are; the images come back to where they are.
     """
     decoder = decoder_of(denoiser)
@@ -88,7 +88,7 @@ def require_same_samples(models: Sequence[OfSamples], purpose: str) -> None:
             f"{purpose} needs models of the same samples",
             got=f"shapes {', '.join(map(str, shapes))}",
             expected="one shape",
-            fix="take models of the same data at one resolution, or in one latent space",
+            fix="use models of the same data at one resolution, or in one latent space",
         )
     decoders = [decoder_of(model) for model in models]
     first = decoders[0]
@@ -104,5 +104,5 @@ def require_same_samples(models: Sequence[OfSamples], purpose: str) -> None:
             f"{purpose} needs models of the same samples",
             got="latents of different autoencoders",
             expected="one autoencoder, with one scale and shift of its latents",
-            fix="take models that were trained on the latents of one autoencoder",
+            fix="use models that were trained on the latents of one autoencoder",
         )

@@ -50,7 +50,7 @@ class LogLikelihood:
         log_prob: Nats for each sample, (n,) float64 on the CPU.
         stderr: Standard error of each that random probes cause, (n,); 0 for exact traces, NaN for one probe.
         prior_gap: |y . (s - s_prior)| at ``sigma_max``, (n,): by how many nats each ``log_prob`` may be off
-            because the prior is not the model's own law there. NaN where the model has no score.
+            because the prior is not the model's own distribution there. NaN where the model has no score.
         latents: Where the flow took each sample, (n, *shape) at ``sigma_max``.
         dim: Numbers in a sample.
         sigma: Level at which the density was taken.
@@ -124,21 +124,21 @@ def log_likelihood(
     Args:
         denoiser: The model, differentiable with respect to its input. The density is that of its flow, which
             is that of its score only if the one comes from the other: a guided denoiser has a flow and a
-            density of its samples, but they are not those of the tilted law.
+            density of its samples, but they are not those of the tilted distribution.
         x: Samples, (n, *shape), at level ``sigma``.
         conditioning: Labels (n,), -1 for none.
         sigma: Level of the density; by default the model's ``sigma_min``.
         sigma_max: Level of the prior; by default the model's.
         trace: ``"exact"`` (d VJPs a call), ``"rademacher:m"`` or ``"gaussian:m"`` (m VJPs; frozen within a
             solve; 2 or more give a standard error).
-        solver: ``"rk4:steps"``, ``"rk5:steps"`` (4 and 6 calls a step), ``"rk45:tolerance"`` or
+        solver: ``"rk4:steps"``, ``"rk5:steps"`` (4 and 6 calls per step), ``"rk45:tolerance"`` or
             ``"dop853:tolerance"``.
-        prior: The law at ``sigma_max``: ``"data"`` is N(0, sigma_max^2 + sigma_data^2), ``"sampler"`` is
-            N(0, sigma_max^2), where samplers start, so that the density is exactly that of the generator,
-            ``"moments"`` matches mean and covariance of the model (D VJPs once), or a function of positions
-            and labels that gives nats (B,).
+        prior: The distribution at ``sigma_max``: ``"data"`` is N(0, sigma_max^2 + sigma_data^2),
+            ``"sampler"`` is N(0, sigma_max^2), where samplers start, so that the density is exactly that of
+            the generator, ``"moments"`` matches mean and covariance of the model (D VJPs once), or a function
+            of positions and labels that gives nats (B,).
         seed: Seed of the probes; those of sample i depend on the seed and i alone.
-        batch: Samples at a time.
+        batch: Samples per batch.
         chunk: VJPs at a time.
 
     Raises:
@@ -273,7 +273,7 @@ def _check(denoiser: Denoiser, x: Tensor, conditioning: Conditioning, low: float
         raise UserError("a likelihood needs float32 or float64 samples", got=x.dtype, fix="call .float()")
     check_conditioning(conditioning, len(x), spec_of(denoiser))
     if not bool(x.isfinite().all()):
-        raise UserError("these samples are not all finite", fix="leave out those with NaN or infinity")
+        raise UserError("these samples are not all finite", fix="remove those with NaN or infinity")
     if not 0 < low < high < math.inf:
         raise UserError(
             "noise levels must satisfy 0 < sigma < sigma_max", got=f"sigma={low}, sigma_max={high}"

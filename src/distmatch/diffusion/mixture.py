@@ -56,7 +56,7 @@ class GaussianMixture(nn.Module):
         w, m, c = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covariances))
         if w.ndim != 1 or m.ndim != 2 or len(w) != len(m) or len(c) != len(w):
             raise UserError(
-                "the parts of a mixture do not fit together",
+                "the parameters of a mixture do not match",
                 got=f"weights {tuple(w.shape)}, means {tuple(m.shape)}, covariances {tuple(c.shape)}",
                 expected="(K,), (K, D) and (K, D, D) or (K, D) or (K,)",
             )
@@ -216,7 +216,7 @@ class GaussianMixture(nn.Module):
             r = r * torch.eye(len(y), dtype=r.dtype, device=r.device)
         if a.ndim != 2 or a.shape[1] != self.shape[0] or y.shape != a.shape[:1] or r.shape != 2 * y.shape:
             raise UserError(
-                "the parts of a measurement do not fit together",
+                "the parts of a measurement do not match",
                 got=f"matrix {tuple(a.shape)}, value {tuple(y.shape)}, noise {tuple(r.shape)}",
                 expected=f"(M, {self.shape[0]}), (M,) and (M, M) or a number",
             )

@@ -1,4 +1,4 @@
-"""What a Gaussian mixture knows exactly besides its score: the posterior given measurements, the flow map."""
+"""Exact quantities of a Gaussian mixture: the posterior given measurements, the flow map."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def kalman_update(
     factor, failed = torch.linalg.cholesky_ex(innovation)
     if bool(failed.any()):
         raise UserError(
-            "this measurement cannot be weighed: noiseless rows repeat each other or see no spread",
+            "this measurement has no density: noiseless rows are repeated or have zero variance",
             fix="give the measurement some noise, or drop the repeated rows",
         )
     surprise = value - means @ matrix.mT

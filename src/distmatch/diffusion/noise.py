@@ -26,10 +26,12 @@ class LogNormal:
 
     def __post_init__(self) -> None:
         if not self.std > 0:
-            raise UserError("the spread of log sigma must be positive", got=self.std, expected="std > 0")
+            raise UserError(
+                "the standard deviation of log sigma must be positive", got=self.std, expected="std > 0"
+            )
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The level below which a share ``u`` in (0, 1) of the samples lies."""
+        """The quantile function: the noise level below which a share ``u`` in (0, 1) of the samples is."""
         return torch.exp(self.mean + self.std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
     def cdf(self, sigma: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class Karras:
             raise UserError("rho must be positive", got=self.rho)
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The level below which a share ``u`` in [0, 1] of the samples lies."""
+        """The quantile function: the noise level below which a share ``u`` in [0, 1] of the samples is."""
         a, b = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
         return (a + u * (b - a)) ** self.rho
 
@@ -84,7 +86,7 @@ class Truncated:
     """A log-normal between two levels; the tails that are cut off are shared out in proportion.
 
     Attributes:
-        law: The whole law.
+        law: The whole distribution.
         low: Smallest level.
         high: Largest level.
     """
@@ -97,20 +99,20 @@ class Truncated:
         low, high = self._ends
         if not high - low > 1e-6:
             raise UserError(
-                "a log-normal law has hardly any levels between the two that it is cut off at",
-                got=f"mean {self.law.mean:.4g} and spread {self.law.std:.4g} of log sigma, between "
+                "a log-normal distribution has almost no mass between its truncation limits",
+                got=f"mean {self.law.mean:.4g} and std {self.law.std:.4g} of log sigma, between "
                 f"{self.low:.4g} and {self.high:.4g}",
-                fix="choose a mean and a spread with levels there",
+                fix="choose a mean and a standard deviation with mass there",
             )
 
     @cached_property
     def _ends(self) -> tuple[float, float]:
-        """The shares of the whole law below the two levels."""
+        """The shares of the whole distribution below the two levels."""
         low, high = self.law.cdf(torch.tensor([self.low, self.high], dtype=torch.float64)).tolist()
         return low, high
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The level below which a share ``u`` in [0, 1] of the samples lies."""
+        """The quantile function: the noise level below which a share ``u`` in [0, 1] of the samples is."""
         low, high = self._ends
         return self.law.quantile(low + (high - low) * u).clamp(self.low, self.high)
 

@@ -47,7 +47,7 @@ class SampleNoise:
         indices = torch.as_tensor(self.indices)
         if indices.ndim != 1 or (len(indices) and indices.dtype != torch.int64):
             raise UserError(
-                "sample noise needs one whole number for each sample",
+                "sample noise needs one whole number per sample",
                 got=f"shape {tuple(indices.shape)}, {indices.dtype}",
                 expected="indices of shape (B,), int64",
                 fix="use torch.arange(start, start + batch)",
@@ -72,7 +72,7 @@ class SampleNoise:
         blocks = torch.arange(-(-size // 4), device=self.device)
         k = self.first_step + step
         if not (0 <= k < _MOST_STEPS and 0 <= draw < _MOST_DRAWS):
-            raise UserError("no noise is kept for this step", got=f"step {k}, draw {draw}")
+            raise UserError("no noise is stored for this step", got=f"step {k}, draw {draw}")
         sample = torch.as_tensor(self.indices)[:, None]
         key = stream_seed(self.seed, "sample noise")
         counter = (

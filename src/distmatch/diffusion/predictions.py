@@ -21,7 +21,7 @@ PREDICTIONS = ("x0", "eps", "v", "flow", "score")
 
 @dataclass(frozen=True)
 class Coefficients:
-    """A noise path at some times: one number a sample, float64.
+    """A noise path at some times: one number per sample, float64.
 
     Attributes:
         alpha: Factor of the clean sample, (B,).
@@ -67,8 +67,8 @@ def convert(value: Tensor, source: str, target: str, x: Tensor, coefficients: Co
     """Turns a prediction of one kind into another.
 
     Only what the target needs is computed. So x0, v and flow turn into x0, eps, v, flow and score at pure
-    noise too, where alpha = 0; eps and the score know nothing of x0 there, and asking them for it divides by
-    zero. At sigma = 0 the same holds for x0, which knows nothing of the noise.
+    noise too, where alpha = 0; eps and the score contain no information on x0 there, and the conversion
+    divides by zero. At sigma = 0 the same holds for x0, which contains no information on the noise.
 
     Args:
         value: The prediction, (B, ...).

@@ -1,4 +1,4 @@
-"""Laws at the largest noise level as log-densities: where likelihoods end and density estimates start."""
+"""Log-densities at the largest noise level, for likelihoods and density estimates."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def moment_prior(
         factor, failed = torch.linalg.cholesky_ex(precision)
         if bool(failed.any()):
             raise UserError(
-                'the "moments" prior does not exist at this level',
+                'the "moments" prior does not exist at this noise level',
                 got=f"sigma_max {sigma:.3g}, where the model's score is not that of a Gaussian",
                 fix='raise sigma_max, or use prior="data"',
             )
@@ -96,7 +96,7 @@ def prior_density(
         raise unknown_name("prior", prior, PRIORS)
     if not has_score(denoiser):
         raise UserError(
-            "this teacher's noise is not Gaussian, so no Gaussian is its law at sigma_max",
+            "this teacher's noise is not Gaussian, and neither is its distribution at sigma_max",
             fix="pass its own log-density as prior",
         )
     if prior == "moments":

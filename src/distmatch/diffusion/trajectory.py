@@ -1,7 +1,7 @@
-"""What a model predicts on the way, and when that decides the layout of a sample (arXiv 2503.10637).
+"""Predictions along a sampling trajectory, and when they determine the layout (arXiv 2503.10637).
 
-At each level of a solve the denoiser says what the clean sample will be. Where that prediction stops moving,
-nothing is left to choose: the levels above are those that a student of few calls decides at once.
+At each noise level of a solve the denoiser predicts the clean sample. Where that prediction is constant, the
+sample is determined: the levels above are those that a student of few calls decides at once.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def x0_trajectory(
         conditioning: Class labels (n,), a conditioning, or None.
         path: As for :func:`~distmatch.diffusion.solvers.solve`.
         seed: Seed of all noise.
-        batch: Samples at a time.
+        batch: Samples per batch.
         device: Where to compute.
 
     Returns:

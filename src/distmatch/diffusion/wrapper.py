@@ -23,7 +23,7 @@ class Calls:
         main: Calls of the model that is guided.
         reference: Calls of what it is guided away from: itself without the class, a weaker model.
         classifier: Forward passes of a classifier.
-        backward: Backward passes, through the classifier and whatever lies before it.
+        backward: Backward passes, through the classifier and everything before it.
     """
 
     main: int = 0
@@ -41,7 +41,7 @@ class Calls:
 
     @property
     def total(self) -> int:
-        """Calls of denoisers, which is what an NFE counts; classifiers are of any size and are left out."""
+        """Calls of denoisers, which is what an NFE counts; classifiers have any size and are not counted."""
         return self.main + self.reference
 
     @property
@@ -69,7 +69,7 @@ def at_step(denoiser: Denoiser, sigma_from: float, sigma_to: float) -> Denoiser:
     evaluation in the step cannot decide otherwise, and no step waits for the device.
 
     Args:
-        denoiser: Any; a wrapper that has to know of steps has ``for_step(sigma_from, sigma_to)``.
+        denoiser: Any; a wrapper that depends on steps has ``for_step(sigma_from, sigma_to)``.
         sigma_from: Level at the start of the step.
         sigma_to: Level at its end.
     """

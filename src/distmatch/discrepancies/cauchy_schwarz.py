@@ -88,7 +88,7 @@ def cauchy_schwarz_loss(
         x: Samples (m, d), m >= 2.
         y: Samples (n, d), n >= 2.
         bandwidth: As in :func:`cauchy_schwarz`; no gradient runs through the default.
-        estimator: ``"unbiased"`` leaves out self-pairs (each of the three means is unbiased, their logarithm
+        estimator: ``"unbiased"`` omits self-pairs (each of the three means is unbiased, their logarithm
             nearly); ``"biased"`` keeps them: never negative, and zero for equal sets.
 
     Returns:
@@ -147,8 +147,8 @@ def cauchy_schwarz(
         bandwidth: Bandwidth h of the density estimates, in the unit of the samples; None for
             :func:`silverman_bandwidth`. For Gaussians the blurred divergence is that with covariances S + h^2
             I.
-        estimator: ``"unbiased"`` leaves out self-pairs, so that each of the three means is unbiased;
-            ``"biased"`` is the plug-in as it stands, never negative, without an error bar.
+        estimator: ``"unbiased"`` omits self-pairs, so that each of the three means is unbiased;
+            ``"biased"`` is the plug-in estimate, never negative, without a standard error.
 
     Returns:
         The estimate in nats, with a warning where too few pairs see any overlap of the two sets, or where it
@@ -172,7 +172,7 @@ def cauchy_schwarz(
         value = logs[0] + logs[1] - 2 * logs[2]
         found = near_zero(value, *two_sample_variances(xx, yy, xy), min(len(x), len(y)), "mmd_test")
         if float(cross) > _OVERLAP_ERROR**2:
-            apart = "the two sets hardly overlap at this bandwidth, so a few pairs decide: take a wider one"
+            apart = "the two sets hardly overlap at this bandwidth, so a few pairs dominate: use a larger one"
             return replace(found, warning=apart)
         return found
 
@@ -191,7 +191,7 @@ def conditional_cauchy_schwarz_loss(
     -2 log int int p(y|x) q(y|x) + log int int p(y|x)^2 + log int int q(y|x)^2 dx dy, with density estimates
     plugged in: log sum_j (K L)_j. / (K 1)_j^2 for the two squares. The cross term comes in two estimates, at
     the x of either sample, whose logarithms are added. Where both share x (targets and predictions of one
-    batch) hand the same x in twice. The measure is dx on the whole space: where one of the samples has few x
+    batch) pass the same x twice. The measure is dx on the whole space: where one of the samples has few x
     the ratio is noisy.
 
     Args:

@@ -103,7 +103,7 @@ def distance_covariance(x: Tensor, y: Tensor, *, estimator: str = "unbiased") ->
         y: Samples (n, e); row i belongs to row i of ``x``.
         estimator: ``"unbiased"``: the U-statistic (``dcor.u_distance_covariance_sqr``), which can be
             negative. ``"biased"``: the V-statistic (``dcor.distance_covariance_sqr``), too large by about
-            E|X - X'| E|Y - Y'| / n, so it claims no error bar.
+            E|X - X'| E|Y - Y'| / n, so it has no standard error.
 
     Returns:
         The estimate of dCov^2 (not of its root), in the product of the units; 0 where a variable is constant.

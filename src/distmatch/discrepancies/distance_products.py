@@ -43,8 +43,8 @@ class ProductSums:
 def centered(x: Tensor) -> Tensor:
     """The samples in float64 about their mean.
 
-    Distance covariance is what is left of sums that are larger by the spread over what varies together: with
-    one sample far out, by more digits than float32 has.
+    Distance covariance is a small difference of large sums: with one outlier, the cancellation exceeds the
+        digits of float32.
     """
     x = x.double()
     return x - x.detach().mean(0)

@@ -92,7 +92,7 @@ def energy_distance(x: Tensor, y: Tensor, *, exponent: float = 1.0, estimator: s
         exponent: e in (0, 2).
         estimator: ``"unbiased"``: the U-statistic, which can be negative. ``"biased"``: the V-statistic, what
             ``dcor.energy_distance`` gives and the square of what ``scipy.stats.energy_distance`` gives; too
-            large by about E|X - X'|/m + E|Y - Y'|/n, so it claims no error bar.
+            large by about E|X - X'|/m + E|Y - Y'|/n, so it has no standard error.
 
     Returns:
         The estimate, in the unit of the samples to the power e; ``n`` is the smaller number of samples. The
@@ -120,7 +120,7 @@ def energy_test(
     permutations: int = 999,
     generator: torch.Generator | None = None,
 ) -> TestResult:
-    """The permutation test of "x and y have the same law" with the biased energy distance as statistic.
+    """The permutation test of equal distributions with the biased energy distance as statistic.
 
     Args:
         x: Samples (m, d), m >= 2.

@@ -1,7 +1,8 @@
 r"""Fisher divergence E_p\|s_p - s_q\|^2 (without a half) and the score matching objectives that need no s_p.
 
 A score is a function of samples (n, d) that gives grad log q, (n, d), one sample at a time. The Fisher
-divergence looks at the shape of q where p lives, so it is blind to the weights of modes that are far apart.
+divergence compares the shapes on the support of p, so it is insensitive to the weights of well-separated
+modes.
 """
 
 from __future__ import annotations

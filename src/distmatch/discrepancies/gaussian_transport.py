@@ -48,7 +48,9 @@ def gaussian_sinkhorn(
     d = len(mean_x)
     shapes = [tuple(t.shape) for t in (mean_x, covariance_x, mean_y, covariance_y)]
     if shapes != [(d,), (d, d), (d,), (d, d)]:
-        raise UserError("means and covariances do not fit", got=shapes, expected="(d,), (d, d), (d,), (d, d)")
+        raise UserError(
+            "means and covariances do not match", got=shapes, expected="(d,), (d, d), (d,), (d, d)"
+        )
     apart = mean_x.double() - mean_y.double()
     first, second = covariance_x.double(), covariance_y.double()
     both, of_x, of_y = (

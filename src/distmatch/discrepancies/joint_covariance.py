@@ -141,9 +141,9 @@ def joint_distance_covariance(
     Args:
         variables: Two or more paired samples (n, d_k), n >= 4.
         c: Small c weighs the high orders of interaction, large c the pairs.
-        about_first: Leave out every term without the first variable. Those are constant in it, so the
-            gradient is the same; what is left says how the first depends on the others, whatever these do
-            among themselves.
+        about_first: Omit every term without the first variable. Those are constant in it, so the
+            gradient is the same; the rest measures how the first depends on the others, regardless of their
+            mutual dependence.
 
     Returns:
         The estimate with its standard error; it can be negative, and warns where it is too close to zero for

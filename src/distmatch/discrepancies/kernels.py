@@ -195,7 +195,7 @@ def energy(exponent: float = 1.0) -> Kernel:
         raise UserError(
             "the exponent of the energy distance is out of range",
             got=exponent,
-            expected="a number between 0 and 2, both excluded (2 sees only the means)",
+            expected="a number between 0 and 2, both excluded (2 compares only the means)",
         )
     if exponent == 1:
         return Kernel("energy", lambda d2: -root(d2), bounded=False)
@@ -249,7 +249,7 @@ def resolve_kernel(kernel: str | Kernel, x: Tensor, y: Tensor | None = None) -> 
     """The kernel of that name, with the bandwidth of the median heuristic where it has one.
 
     Args:
-        kernel: One of :data:`KERNELS`, or a kernel, which is handed back as it is.
+        kernel: One of :data:`KERNELS`, or a kernel, which is returned unchanged.
         x: Samples (n, d) for the bandwidth.
         y: More samples.
 

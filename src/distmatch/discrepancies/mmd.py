@@ -52,7 +52,7 @@ def _block_terms(kernel: Kernel, x: Tensor, y: Tensor, block: int | None, precis
     size = max(2, min(math.isqrt(n), n // _LEAST_TERMS)) if block is None else block
     if size != int(size) or not 2 <= size <= n:
         raise UserError(
-            "the block size does not fit the samples", got=size, expected=f"a whole number from 2 to {n}"
+            "the block size does not match the samples", got=size, expected=f"a whole number from 2 to {n}"
         )
     groups = n // int(size)
     x, y = (z[: groups * (len(z) // groups)].unflatten(0, (groups, -1)) for z in (x, y))
@@ -131,9 +131,10 @@ def mmd(
         kernel: A :class:`Kernel` or one of ``KERNELS``; a name takes its bandwidth from the median heuristic.
         estimator: ``"unbiased"``: the U-statistic over all pairs, O(mn). ``"biased"``: the V-statistic, with
             the pairs of a sample with itself; never negative, too large by about
-            (E k(x, x) - E k(x, x'))/m + (E k(y, y) - E k(y, y'))/n, so it claims no error bar. ``"linear"``:
-            the mean over disjoint pairs, O(n), noisy. ``"block"``: the mean of the U-statistics of disjoint
-            blocks (Zaremba et al. 2013), O(n b). The last two assume that the samples are in random order.
+            (E k(x, x) - E k(x, x'))/m + (E k(y, y) - E k(y, y'))/n, so it has no standard error.
+            ``"linear"``: the mean over disjoint pairs, O(n), noisy. ``"block"``: the mean of the U-statistics
+            of disjoint blocks (Zaremba et al. 2013), O(n b). The last two assume that the samples are in
+            random order.
         block: Samples per block; by default the square root of the smaller number of samples n, at most n /
             20.
 
@@ -158,7 +159,7 @@ def mmd(
             return two_sample(own_x, own_y, across(kernel, x, y, precision), test)
         terms = _terms(estimator, kernel, x, y, block, precision)
         stderr = float(terms.std() / math.sqrt(len(terms))) if len(terms) > 1 else math.nan
-        few = f"an error bar from {len(terms)} terms is rough, it takes {_LEAST_TERMS} or more"
+        few = f"an error bar from {len(terms)} terms is rough, it needs {_LEAST_TERMS} or more"
         return Estimate(float(terms.mean()), stderr, count, few if len(terms) < _LEAST_TERMS else None)
 
 
@@ -170,7 +171,7 @@ def mmd_test(
     permutations: int = 999,
     generator: torch.Generator | None = None,
 ) -> TestResult:
-    """The permutation test of "x and y have the same law" with the biased MMD^2 as statistic.
+    """The permutation test of equal distributions with the biased MMD^2 as statistic.
 
     The level is exact for every sample size, as the bandwidth depends on the pooled sample only. The kernel
     matrix is computed once, in chunks of rows, for all permutations.

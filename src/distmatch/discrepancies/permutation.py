@@ -53,7 +53,7 @@ def checked_resamples(resamples: int) -> int:
         raise UserError(
             "the number of resamples must be a positive whole number",
             got=resamples,
-            fix="199 to see 1 %, 999 to report",
+            fix="199 for a level of 1 %, 999 for reported values",
         )
     return int(resamples)
 

@@ -35,10 +35,10 @@ def checked(x: Tensor, what: str, least: int = 2) -> Tensor:
         )
     if x.ndim == 0 or x.shape[0] < least:
         raise UserError(
-            f"{what} holds too few samples",
+            f"{what} has too few samples",
             got=f"shape {tuple(x.shape)}",
             expected=f"at least {least} along the first axis",
-            fix="hand in more samples",
+            fix="pass more samples",
         )
     x = x[:, None] if x.ndim == 1 else x.flatten(1)
     if x.shape[1] == 0:
@@ -48,9 +48,9 @@ def checked(x: Tensor, what: str, least: int = 2) -> Tensor:
     bad = int((~torch.isfinite(x)).any(1).sum())
     if bad:
         raise UserError(
-            f"{what} holds values that are not finite",
+            f"{what} contains values that are not finite",
             got=f"NaN or infinity in {bad} of {x.shape[0]} samples",
-            fix="drop those samples, or find out where they come from",
+            fix="remove those samples, or find out where they come from",
         )
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

@@ -42,8 +42,9 @@ class SinkhornResult:
         marginal_error: The largest L1 error of a marginal; the error of ``value`` is of second order in it.
         f: Witness on ``x`` (n,) float64: how the value changes when mass is added there, up to a constant.
         g: Witness on ``y`` (m,) float64.
-        stderr: First-order standard error of ``value`` for the laws that were sampled, from the spread of the
-            witnesses; NaN with one sample on a side. :func:`sinkhorn_estimate` says when it means something.
+        stderr: First-order standard error of ``value`` for the distributions that were sampled, from the
+            spread of the witnesses; NaN with one sample on a side. :func:`sinkhorn_estimate` says when it
+            means something.
     """
 
     value: Tensor
@@ -74,7 +75,7 @@ def _cost_gradients(x: Cloud, y: Cloud, found: Solution) -> tuple[Tensor, Tensor
     """Gradients of OT_eps in the points: sums over the plan of x_i - y_j, and of y_j - x_i."""
     last = found.sweep
     if last.barycenter is None or last.pulled is None:
-        raise RuntimeError("the last sweep was made without its moments")
+        raise RuntimeError("the last sweep was computed without its moments")
     of_x = x.weight.to(x.points.dtype)[:, None] * (x.points - last.barycenter)
     of_y = last.columns.to(y.points.dtype)[:, None] * y.points - last.pulled
     return of_x, of_y
@@ -99,7 +100,7 @@ def _variance(witness: Tensor, weight: Tensor) -> float:
 
 def _check_settings(epsilon: float | None, tol: float, max_iter: int, memory: int) -> None:
     if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
-        raise UserError("epsilon must be a positive number", got=epsilon, fix="leave it out for the default")
+        raise UserError("epsilon must be a positive number", got=epsilon, fix="omit it for the default")
     if not 0 < tol < 1:
         raise UserError("tol must lie between 0 and 1", got=tol, expected="for example 1e-5")
     if max_iter < 1:
@@ -180,7 +181,7 @@ def sinkhorn_divergence(
             of the mean cost between two draws of the pooled sample, which is the trace of its covariance.
         debias: Whether to take the two halves of the self-transport off; without it the value is OT_eps.
         tol: L1 error of the marginals at which to stop. The value is then off by about its square.
-        max_iter: Largest number of iterations at ``epsilon``; ``converged`` says whether it was enough.
+        max_iter: Largest number of iterations at ``epsilon``; ``converged`` states whether this was enough.
         memory: Bytes that a kernel kept between iterations may take. Where n m numbers do not fit, they are
             computed anew in every iteration, block by block: slower by a factor of about two, same result.
 

@@ -1,4 +1,4 @@
-"""The Sinkhorn divergence between two laws, from samples: bias, error bar, and when neither can be had."""
+"""The Sinkhorn divergence of two distributions from samples: bias, standard error and their limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAST = 16
 _DEFAULT_TOL = 1e-3
 _LARGEST_BIAS = 1.0
 _NOTED_BIAS = 0.5
-"""In error bars: a bias that is not to be trusted however it falls, and one whose fall is looked at."""
+"""In standard errors: a bias that is not to be trusted however it falls, and one whose fall is looked at."""
 _SLOWEST_GROWTH = 1.5
 """Growth of the bias at the second halving over that at the first; 2 if it falls like 1/n."""
 
@@ -39,16 +39,16 @@ def sinkhorn_estimate(
     max_iter: int = 1000,
     memory: int = 1 << 30,
 ) -> Estimate:
-    """The Sinkhorn divergence between the two laws that were sampled, with its standard error.
+    """The Sinkhorn divergence between the two distributions that were sampled, with its standard error.
 
     The divergence between samples is too large on average, by a part of order 1/n. That part is taken off: it
-    is read off the mean divergence between half-samples, which have twice of it. The error bar is the
+    is read off the mean divergence between half-samples, which have twice of it. The standard error is the
     first-order one, from the witnesses (del Barrio et al. 2022).
 
-    The result carries a warning, and its bar claims nothing, where the iteration has not converged; where the
-    value is within three error bars of zero, as the error is not normal there; and where the bias is more
-    than a bar, or half a bar and falls more slowly than 1/n, which quarter-samples show: epsilon is then too
-    small for n and the dimension.
+    The result has a warning where the iteration has not converged; where the value is within three standard
+    errors of zero, as the error is not normal there; and where the bias is more than a standard error, or
+    half of one and decreases more slowly than 1/n, which quarter-samples show: epsilon is then too small for
+    n and the dimension.
 
     Args:
         x: Independent samples (n, d), n >= 16, in random order.
@@ -91,5 +91,5 @@ def sinkhorn_estimate(
     elif not value > 3 * stderr:
         warning = "the value is within three standard errors of zero, where its error is not normal"
     elif biased is not None:
-        warning = f"{biased}; raise epsilon or take more samples"
+        warning = f"{biased}; raise epsilon or use more samples"
     return Estimate(value, stderr, min(len(x), len(y)), warning)

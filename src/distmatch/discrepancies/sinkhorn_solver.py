@@ -44,7 +44,7 @@ class Cloud:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep knows.
+    """The state of a sweep.
 
     Attributes:
         f: Potential on the rows, the exact minimizer given g (n,) float64.
@@ -128,7 +128,7 @@ def sweep_blocks(
 
 
 class Sweeper:
-    """Sweeps at one regularization, by a kept kernel where there is room for it.
+    """Sweeps at one regularization, with a stored kernel if the memory suffices.
 
     The kept kernel is b_j exp((f_i + g_j - C_ij) / eps) around reference potentials, so its rows sum to one.
     """
@@ -190,7 +190,7 @@ def _ascent(x: Cloud, y: Cloud, g: Tensor, found: Sweep, eps: float) -> Tensor:
 
 
 def cooling(start: float, eps: float) -> list[float]:
-    """Regularizations from ``start`` down towards ``eps`` (left out), each a quarter of the one before."""
+    """Regularizations from ``start`` down towards ``eps`` (excluded), each a quarter of the one before."""
     if not start > eps:
         return []
     count = math.ceil(math.log(start / eps) / math.log(4))

@@ -73,7 +73,7 @@ def _directions(
         return random_directions(d, projections, generator=generator, like=measures.x)
     if directions.ndim != 2 or directions.shape[1] != d or len(directions) < 1:
         raise UserError(
-            "directions do not fit the samples", got=tuple(directions.shape), expected=f"shape (L, {d})"
+            "the directions do not match the samples", got=tuple(directions.shape), expected=f"shape (L, {d})"
         )
     unit = directions.to(measures.x)
     if not bool(((unit.norm(dim=1) - 1).abs() < 1e-3).all()):
@@ -152,7 +152,7 @@ def sliced_wasserstein(
 ) -> Estimate:
     """The sliced Wasserstein distance SW_p between two samples, with the standard error of its directions.
 
-    The error bar says how far the mean over random directions is from the mean over all directions, for these
+    The standard error is that of the mean over random directions relative to all directions, for these
     samples; it does not hold the error of the samples themselves. With d = 1 the distance is exact.
 
     Args:
@@ -162,7 +162,7 @@ def sliced_wasserstein(
         a: Weights of ``x`` (n,), not negative, summing to one; equal ones by default.
         b: Weights of ``y`` (m,).
         projections: Number of random directions.
-        directions: Unit vectors (L, d) to use instead; the error bar takes them for independent draws.
+        directions: Unit vectors (L, d) to use instead; the standard error assumes independent draws.
         generator: Draws the directions; seed it to compare runs on the same ones.
 
     Returns:

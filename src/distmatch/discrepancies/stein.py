@@ -131,7 +131,7 @@ def kernel_stein(
         bandwidth: s, in the unit of the samples; None for the median heuristic.
         exponent: b in (-1, 0) of ``"imq"``.
         estimator: ``"unbiased"``: the U-statistic, which can be negative. ``"biased"``: the V-statistic,
-            never negative, too large by about E u(x, x) / n, so it claims no error bar.
+            never negative, too large by about E u(x, x) / n, so it has no standard error.
 
     Returns:
         The estimate; the unbiased form warns where it is too close to zero for an honest interval.

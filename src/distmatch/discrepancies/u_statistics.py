@@ -1,4 +1,4 @@
-r"""When a U-statistic of order two may claim its error bar, and what the bar is where it may not.
+r"""The standard error of a U-statistic of order two, and when it needs a warning.
 
 Its variance is that of a first-order part, which vanishes at zero, and that of a degenerate second-order
 part, which does not and is skewed: a sum of lambda_k (z_k^2 - 1). The jackknife counts the first once and
@@ -29,7 +29,7 @@ def centered_square(squares: Tensor, rows: Tensor) -> Tensor:
         rows: Sums of the rows, (n,).
 
     Returns:
-        The mean square, (); NaN for n < 4, as nothing is left after centering.
+        The mean square, (); NaN for n < 4, where centering leaves nothing.
     """
     n = len(rows)
     if n < 4:
@@ -46,18 +46,18 @@ def squared_distance_sum(x: Tensor, y: Tensor) -> Tensor:
 
 
 def near_zero(value: float, jackknife: float, degenerate: float, n: int, test: str) -> Estimate:
-    """The estimate with its error bar, and a warning where the bar is not to be trusted.
+    """The estimate with its standard error, and a warning where it is not reliable.
 
     An interval is claimed where the first-order part has four times the variance of the degenerate one, so
     that the estimate is nearly normal, or where the value is six times the spread it has at zero: so far away
     with a small first-order part, the degenerate part has many components and is nearly normal too. There the
-    bar is the jackknife's, whose small excess makes up for the short bars of low values. Elsewhere it is the
-    square root of the unbiased variance, or of that at zero where this is larger.
+    standard error is the jackknife's, whose small excess compensates the small errors of low values.
+    Elsewhere it is the square root of the unbiased variance, or of that at zero where this is larger.
 
     Args:
         value: The U-statistic, zero in expectation where its hypothesis holds.
         jackknife: Its variance by the jackknife.
-        degenerate: The variance of its degenerate part, NaN where the samples are too few to tell.
+        degenerate: The variance of its degenerate part, NaN where there are too few samples.
         n: The number of samples to report.
         test: Name of the function that decides whether the truth is zero.
     """

@@ -2,7 +2,7 @@
 
 A model that is not consistent gives another p(x) in each order. What sampling in a random order produces is
 the mixture over orders, p(x) = E_order p_order(x); the bound is E_order of -log p_order(x) >= -log p(x).
-They are equal where the conditionals belong to one joint law.
+They are equal where the conditionals belong to one joint distribution.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sequence_bound(
             hidden tokens (1 evaluation each).
 
     Returns:
-        Mean and its standard error over the draws, (B,) each, in nats a sequence.
+        Mean and its standard error over the draws, (B,) each, in nats per sequence.
 
     Raises:
         UserError: Fewer than 2 draws, or unsuitable sequences.
@@ -62,7 +62,7 @@ def sequence_bound(
 def nll_bound(
     model: Conditionals, x: Tensor, draws: int = 4, *, generator: torch.Generator, batch: int = 256
 ) -> Estimate:
-    """The bound on -log p for the law that the sequences come from, in nats a token.
+    """The bound on -log p for the distribution that the sequences come from, in nats per token.
 
     Numbers of hidden tokens are stratified over the ``draws`` of one sequence, so the draws of a sequence
     depend on each other while sequences are independent: the error is taken over the sequences and holds both
@@ -121,7 +121,7 @@ def _all_terms(model: Conditionals, x: Tensor) -> Tensor:
 
 
 def exact_bound(model: Conditionals, x: Tensor) -> Tensor:
-    """The bound itself, (B,) in nats a sequence: the mean over all sets of hidden tokens, 2^L evaluations.
+    """The bound itself, (B,) in nats per sequence: the mean over all sets of hidden tokens, 2^L evaluations.
 
     Averaging the k-DCE over k and over the sets of k gives B(x) = sum over sets of -sum log c / (k C(L, k)).
 
@@ -137,7 +137,7 @@ def exact_bound(model: Conditionals, x: Tensor) -> Tensor:
 
 
 def exact_log_prob(model: Conditionals, x: Tensor) -> Tensor:
-    """The log of the mean over all orders of p_order(x), (B,): the law of the any-order sampler, exactly.
+    """The log of the mean over all orders of p_order(x), (B,): exact for the any-order sampler.
 
     Sums over subsets: A(S) = mean over i in S of A(S without i) c(x_i | x of S without i) is the probability
     of the tokens in S averaged over their orders, and A(all) is wanted; 2^L evaluations instead of L! orders.

@@ -1,4 +1,4 @@
-"""Four losses whose mean is the same bound on -log p, in nats a sequence (RADD, 2406.03736).
+"""Four losses whose mean is the same bound on -log p, in nats per sequence (RADD, 2406.03736).
 
 With M hidden tokens and c the model's conditionals, each term below is an unbiased estimate of the bound
 B(x) = E over random orders of the sum of -log c(next token | tokens before it):
@@ -8,9 +8,8 @@ B(x) = E over random orders of the sum of -log c(next token | tokens before it):
     lambda-DCE  (1 / lambda) sum over hidden -log c, lambda uniform on (0, 1]
     k-DCE       (L / k) sum over hidden -log c, k uniform on 1 .. L, k tokens hidden
 
-The losses in t leave out the times before a cutoff and the last bit of noise that the schedule does not add;
-the other two leave out nothing. The fifth, AO-ARM, is the bound's own definition with one random order:
-L evaluations.
+The losses in t omit the times before a cutoff and the noise that the schedule does not reach; the other two
+omit nothing. The fifth, AO-ARM, is the bound's own definition with one random order: L evaluations.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def consistency_loss(
     Args:
         marginals: log p of sets of tokens.
         conditionals: log c of a token given a set.
-        x: Whole sequences (B, L), from the law where agreement matters.
+        x: Complete sequences (B, L), from the distribution where agreement matters.
         generator: Random stream, on any device.
 
     Returns:
@@ -89,7 +89,7 @@ def gibbs_block(conditionals: Conditionals, x: Tensor, block: int, *, generator:
         generator: Random stream on the device of ``x``.
 
     Returns:
-        (B, L). If ``x`` follows the law of exact conditionals, so does the result.
+        (B, L). If ``x`` follows the distribution of exact conditionals, so does the result.
 
     Raises:
         UserError: A block that is empty or longer than a sequence.
@@ -109,7 +109,7 @@ def gibbs_block(conditionals: Conditionals, x: Tensor, block: int, *, generator:
 
 
 def inequality_violation(marginals: Marginals, x: Tensor) -> Tensor:
-    """Largest log p(x_S and x_i) - log p(x_S) over all sets S and i outside, (B,); at most 0 for a law.
+    """Largest log p(x_S and x_i) - log p(x_S) over sets S and i outside, (B,); ideally at most 0.
 
     Raises:
         UserError: More than 12 tokens, or unsuitable sequences.

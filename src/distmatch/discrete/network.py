@@ -107,7 +107,7 @@ class MarginalNet(nn.Module):
     """Marginals: log p of the visible tokens as a sum over them, so that nothing visible has probability 1.
 
     Each visible token adds one number, which may depend on all visible tokens; it starts at -log V, the
-    uniform law.
+    uniform distribution.
 
     Args:
         config: Sizes.

@@ -57,7 +57,7 @@ def check_turns(turns: Tensor, x: Tensor) -> None:
         wrong = not torch.equal(turns.sort(dim=1).values, forward_turns(*turns.shape))
     if wrong:
         raise UserError(
-            "the orders do not fit the sequences",
+            "the orders do not match the sequences",
             got=f"turns of shape {tuple(turns.shape)}",
             expected=f"shape {tuple(x.shape)}, each row a permutation of 0 .. {x.shape[1] - 1}",
             fix="turns = order.argsort(dim=1) where order lists the positions as they are revealed",

@@ -50,7 +50,7 @@ class _Choice:
     top_p: float
 
     def __call__(self, log_c: Tensor, u: Tensor) -> Tensor:
-        """Inverse CDF of the float64 law of ``log_c`` (..., V) at uniforms ``u`` (...)."""
+        """Inverse CDF of the float64 distribution of ``log_c`` (..., V) at uniforms ``u`` (...)."""
         log_p = torch.log_softmax(log_c.to(torch.float64) / self.temperature, dim=-1)
         p = log_p.exp()
         if self.top_p < 1:
@@ -95,7 +95,7 @@ def sample_tokens(
         sampler: ``tweedie`` or ``euler``: ``steps`` steps of the process with ``schedule``, tokens of one
             step drawn independently; ``any-order``: one at a time in random order, or in ``turns``;
             ``forward``: left to right; ``confidence``: each step reveals those drawn with the largest
-            probability, which favors likely sequences and does not sample the law of the model.
+            probability, which favors likely sequences and does not sample the distribution of the model.
         steps: For tweedie, euler and confidence.
         schedule: For tweedie and euler: how fast tokens are hidden.
         given: Sequences (n, L) or (1, L) in which the hidden symbol marks what is to be drawn.
@@ -104,7 +104,7 @@ def sample_tokens(
         top_p: Smallest share of probability kept; 1 keeps all.
         cached: False evaluates every sequence in every step, as a process without a cache does.
         batch: Sequences in one call of the network.
-        device: Where the network lives.
+        device: Device of the network.
 
     Raises:
         UserError: An unknown sampler, steps missing or superfluous, or unsuitable sequences.
@@ -132,7 +132,7 @@ def sample_tokens(
             plan = random_turns(n, length, random)
         if plan.shape != start.shape or int(plan.min()) < 0:
             raise UserError(
-                "the turns do not fit",
+                "the turns do not match the sequences",
                 got=f"shape {tuple(plan.shape)}",
                 expected=f"numbers from 0 of shape {tuple(start.shape)}",
             )
@@ -200,7 +200,7 @@ def _start(model: Conditionals, n: int, given: Tensor | None) -> Tensor:
     given = given.cpu()
     check_tokens(given, model, hidden=True, what="the given tokens")
     if len(given) not in (1, n):
-        raise UserError("the number of given sequences does not fit", got=len(given), expected=f"1 or {n}")
+        raise UserError("the number of given sequences does not match", got=len(given), expected=f"1 or {n}")
     return given.expand(n, -1).clone()
 
 
@@ -221,7 +221,7 @@ def _check(
             f"the sampler {sampler} "
             + ("needs a number of steps" if stepwise else "takes one token at a time"),
             got=f"steps={steps}",
-            fix="give steps=64, for example" if stepwise else "leave steps out, or choose sampler='tweedie'",
+            fix="give steps=64, for example" if stepwise else "omit steps, or choose sampler='tweedie'",
         )
     if turns is not None and sampler != "any-order":
         raise UserError("turns belong to the sampler any-order", got=f"sampler={sampler!r}")

@@ -61,7 +61,7 @@ def load_discrete(folder: str | os.PathLike[str]) -> tuple[TokenNet | MarginalNe
         The network, and the extra values that were saved with it.
 
     Raises:
-        UserError: Nothing is there, it is not a token network of ours, it is damaged, or it is a pickle.
+        UserError: The model is missing, not a distmatch token network, damaged, or a pickle.
     """
     folder = Path(folder)
     config = read_json(folder / _CONFIG)
@@ -69,7 +69,7 @@ def load_discrete(folder: str | os.PathLike[str]) -> tuple[TokenNet | MarginalNe
         raise UserError(
             f"{folder / _CONFIG} does not describe a token network of this version of distmatch",
             expected=f"format {FORMAT!r}, version {VERSION}",
-            fix="give the folder that save_discrete wrote",
+            fix="pass the folder that save_discrete wrote",
         )
     tensors = load_tensors(folder / _TENSORS)
     try:

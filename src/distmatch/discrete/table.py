@@ -14,7 +14,7 @@ _MOST_STATES = 1 << 20
 
 
 class JointTable:
-    """The joint law of ``length`` tokens, every probability written out: exact conditionals and marginals.
+    """The table of the joint distribution of ``length`` tokens: exact conditionals and marginals.
 
     Args:
         log_p: Log-probabilities up to a constant, of shape (V,) * length; float64 is kept.
@@ -35,7 +35,8 @@ class JointTable:
             )
         if bool((log_p.isnan() | (log_p == math.inf)).any()) or not bool((log_p > -math.inf).any()):
             raise UserError(
-                "the log-probabilities of the table are no law", expected="finite or -inf, not all -inf"
+                "the log-probabilities of the table are not a distribution",
+                expected="finite or -inf, not all -inf",
             )
         self.vocabulary, self.length = log_p.shape[0], log_p.ndim
         flat = log_p.flatten()
@@ -64,7 +65,7 @@ class JointTable:
         return self._compatible(tokens).logsumexp(1)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """``n`` sequences (n, L) from the law."""
+        """``n`` sequences (n, L) from the distribution."""
         return self.states[torch.multinomial(self.log_p.exp(), n, replacement=True, generator=generator)]
 
     def code(self, tokens: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Alphabet:
         strange = sorted(set(text) - place.keys())
         if strange:
             raise UserError(
-                "the text has characters that the model does not know",
+                "the text has characters that are not in the alphabet",
                 got=" ".join(map(repr, strange[:10])),
                 expected=f"only {self.characters!r}",
             )
@@ -96,7 +96,7 @@ def continue_text(
     steps: int | None = None,
     device: torch.device | str = "cpu",
 ) -> str:
-    """Goes on with ``prompt`` for a number of characters.
+    """Continues ``prompt`` for a number of characters.
 
     The model sees whole windows, so a text longer than one is written window by window, each beginning with
     the last half window of what is there.
@@ -111,7 +111,7 @@ def continue_text(
         top_p: Smallest share of probability kept.
         sampler: As in :func:`sample_tokens`.
         steps: As in :func:`sample_tokens`.
-        device: Where the network lives.
+        device: Device of the network.
 
     Returns:
         The prompt and what was added.
@@ -129,7 +129,7 @@ def continue_text(
         seen = text[len(text) - min(len(text), model.length // 2) :]
         given = torch.full((1, model.length), model.vocabulary)
         given[0, : len(seen)] = seen
-        # Each window has a stream of its own.
+        # Each window has its own random stream.
         drawn = sample_tokens(
             model,
             1,
@@ -165,7 +165,7 @@ def fill_text(
         seed: Seed of the draw.
         hidden: One character that is not in the alphabet.
         temperature: Divides the logits.
-        device: Where the network lives.
+        device: Device of the network.
 
     Raises:
         UserError: The template is too long, or the mark is a character of the alphabet.

@@ -1,4 +1,4 @@
-"""The contracts of the room: sequences of symbols, some hidden, and the models that read them."""
+"""The interfaces of the package: sequences of symbols, some hidden, and the models that read them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distmatch.base.errors import UserError
 
 @runtime_checkable
 class Conditionals(Protocol):
-    """The law of every hidden token given the visible ones, with no notion of time (RADD, 2406.03736).
+    """The distribution of every masked token given the visible ones, without time (RADD, 2406.03736).
 
     A sequence is (B, length) int64 with symbols 0 .. vocabulary - 1; a hidden token is the symbol
     ``vocabulary``.
@@ -97,7 +97,7 @@ def check_tokens(
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high > last:
             raise UserError(
-                f"{what} contain symbols that the model does not know",
+                f"{what} contain symbols outside the vocabulary",
                 got=f"symbols from {low} to {high}",
                 expected=f"0 to {last}" + (f", of which {last} hides a token" if hidden else ""),
             )

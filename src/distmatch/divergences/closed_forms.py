@@ -106,7 +106,7 @@ def f_divergence(which: str | Divergence | Renyi, p: Gaussian, q: Gaussian) -> T
     Orders within 1e-8 of a KL limit are that limit.
 
     Args:
-        which: A name :func:`distmatch.divergences.measure` knows, or its object.
+        which: A name accepted by :func:`distmatch.divergences.measure`, or its object.
         p: The teacher.
         q: The student.
 

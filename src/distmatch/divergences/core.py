@@ -74,7 +74,7 @@ class Divergence:
     integers are promoted to float32. NaN stays NaN.
 
     Attributes:
-        name: The name :func:`distmatch.divergences.divergence` accepts (a custom one has a name of its own).
+        name: The name :func:`distmatch.divergences.divergence` accepts (a custom one has another name).
         f: log r -> centered generator f(r), nats.
         df: log r -> f'(r), derivative with respect to r (not log r).
         d2f: log r -> f''(r).

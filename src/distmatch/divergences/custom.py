@@ -53,8 +53,8 @@ def _warn_if_not_convex(log_r: Tensor, value: Tensor, slope: Tensor, weight: Ten
     if weight[worst] < -rounding[worst]:
         warnings.warn(
             f"the generator of {name} is not convex: r^2 f''(r) = {weight[worst].item():.3g} at "
-            f"r = {log_r[worst].exp().item():.3g}. E_q[f(p/q)] is then no divergence: its gradient can "
-            "push the student away from the teacher.",
+            f"r = {log_r[worst].exp().item():.3g}. E_q[f(p/q)] is then not a divergence: its gradient "
+            f"can move the student away from the teacher.",
             stacklevel=3,
         )
 

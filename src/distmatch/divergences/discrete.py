@@ -27,7 +27,7 @@ def _probabilities(x: Tensor, who: str) -> Tensor:
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if not bool(x.isfinite().all()) or bool((x < 0).any()):
         raise UserError(
-            f"{who} holds a value that is no probability",
+            f"{who} contains a value that is not a probability",
             got="NaN, an infinite or a negative value",
             expected="numbers of at least 0",
         )
@@ -49,7 +49,7 @@ def divergence_discrete(which: str | Divergence | Renyi, p: Tensor, q: Tensor) -
     divergence is. Autograd flows through both.
 
     Args:
-        which: A name :func:`distmatch.divergences.measure` knows, or its object.
+        which: A name accepted by :func:`distmatch.divergences.measure`, or its object.
         p: Probabilities of the teacher, shape (..., K), each row summing to 1.
         q: Probabilities of the student; its shape must match or broadcast, with the same K.
 

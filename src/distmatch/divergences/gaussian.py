@@ -30,14 +30,14 @@ def _check(mean: Tensor, covariance: Tensor) -> None:
     d = len(mean)
     if covariance.shape != (d, d):
         raise UserError(
-            "the covariance does not fit the mean",
+            "the covariance does not match the mean",
             got=tuple(covariance.shape),
             expected=(d, d),
         )
     exact = covariance.detach()
     size = float(exact.abs().max())
     if float((exact - exact.T).abs().max()) > 1e3 * torch.finfo(exact.dtype).eps * size:
-        raise UserError("the covariance of a Gaussian must be symmetric", fix="take (S + S.T) / 2")
+        raise UserError("the covariance of a Gaussian must be symmetric", fix="use (S + S.T) / 2")
     if bool(torch.linalg.cholesky_ex(exact).info):
         raise UserError(
             "the covariance of a Gaussian must be positive definite",
@@ -81,7 +81,7 @@ class Gaussian:
         points = x[:, None] if x.ndim == 1 and self.dimension == 1 else x
         if points.ndim != 2 or points.shape[1] != self.dimension:
             raise UserError(
-                "positions do not fit the Gaussian", got=tuple(x.shape), expected=f"(M, {self.dimension})"
+                "positions do not match the Gaussian", got=tuple(x.shape), expected=f"(M, {self.dimension})"
             )
         gap = points - self.mean
         factor = torch.linalg.cholesky(self.covariance.to(gap.dtype))

@@ -57,7 +57,7 @@ def _parts(which: str) -> tuple[str, str | None]:
 
 
 def divergence(which: str | Divergence) -> Divergence:
-    """The divergence of that name; a :class:`Divergence` is handed back as it is.
+    """The divergence of that name; a :class:`Divergence` is returned unchanged.
 
     Args:
         which: One of :data:`NAMES` or :data:`ALIASES` (upper case, ``-`` and spaces are fine), a member of
@@ -79,16 +79,16 @@ def divergence(which: str | Divergence) -> Divergence:
                 "the Renyi divergence is not an f-divergence: it has no generator and no weight",
                 got=repr(which),
                 expected=f"one of {', '.join(_KNOWN)}",
-                fix="take alpha:A of the same order, which Renyi is a monotone function of",
+                fix="use alpha:A of the same order; Renyi is a monotone function of it",
             )
     raise unknown_name("divergence", which, _KNOWN)
 
 
 def measure(which: str | Divergence | Renyi) -> Divergence | Renyi:
-    """Like :func:`divergence`, but also knows ``renyi:A``: whatever has a value, if not a gradient weight.
+    """Like :func:`divergence`, but also supports ``renyi:A``: whatever has a value, if not a gradient weight.
 
     Args:
-        which: A name, or an object that is handed back as it is.
+        which: A name, or an object, which is returned unchanged.
 
     Raises:
         UserError: There is no such divergence, or its number is missing or not allowed.

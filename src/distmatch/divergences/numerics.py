@@ -3,7 +3,7 @@
 Three things go wrong with the textbook formulas in float32: ``exp`` overflows (and its gradient becomes NaN),
 differences cancel near r = 1, and autograd rebuilds ``exp(x)`` from ``expm1(x) + 1``, which loses small
 gradients.
-Every function here is elementwise, keeps the dtype, and lets NaN through.
+Every function here is elementwise, keeps the dtype, and propagates NaN.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def family_name(family: str, order: float) -> str:
 
 
 def _maximizer(df: Function, d2f: Function, target: Tensor, reach: float) -> Tensor:
-    """The log u in [-reach, reach] where f'(u) meets ``target``, by Newton steps inside a shrinking bracket.
+    """The log u in [-reach, reach] where f'(u) equals ``target``, by Newton steps inside a shrinking bracket.
 
     A step that leaves the bracket, or does not halve the one before, is replaced by a bisection: the search
     can not fail, at a kink or a pole it is merely as slow as bisection.

@@ -50,7 +50,7 @@ def partial(
         which: An f-divergence or a Renyi divergence.
         log_p: Log-densities of the teacher, shape (..., K).
         log_q: Those of the student, shape (..., K).
-        log_volume: Log of the volume each place stands for; 0 for a discrete distribution.
+        log_volume: Log of the volume of each point; 0 for a discrete distribution.
 
     Returns:
         The sum of :func:`contributions` to it (Renyi: to the alpha divergence of its order), and for Renyi

@@ -43,7 +43,7 @@ def _evaluate(log_density: LogDensity, x: Tensor, who: str) -> Tensor:
     count = (len(x),)
     if not isinstance(value, Tensor) or value.shape != count:
         raise UserError(
-            f"{who} must give one log-density for each position",
+            f"{who} must return one log-density per position",
             got=f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__,
             expected=f"a tensor of shape {count} from positions of shape {tuple(x.shape)}",
         )
@@ -95,13 +95,13 @@ def divergence_1d(
     Autograd flows through the log-densities.
 
     Args:
-        which: A name :func:`distmatch.divergences.measure` knows, or its object.
+        which: A name accepted by :func:`distmatch.divergences.measure`, or its object.
         log_p: Log-density of the teacher, from positions (M,) float64 to (M,); -inf where it has no mass.
         log_q: Log-density of the student, likewise.
         low: Left end; together with ``high`` it should hold all but a negligible part of both densities.
         high: Right end.
         n: Number of panels; the width of a panel should not exceed the finest scale of the densities.
-        device: Where the log-densities live.
+        device: Device of the log-densities.
 
     Returns:
         The value in nats, a float64 tensor of shape ().
@@ -131,13 +131,13 @@ def divergence_2d(
     :func:`divergence_1d` otherwise.
 
     Args:
-        which: A name :func:`distmatch.divergences.measure` knows, or its object.
+        which: A name accepted by :func:`distmatch.divergences.measure`, or its object.
         log_p: Log-density of the teacher, from positions (M, 2) float64 to (M,); -inf where it has no mass.
         log_q: Log-density of the student, likewise.
         low: Lower left corner; the rectangle should hold all but a negligible part of both densities.
         high: Upper right corner.
         n: Number of panels along each side; 256 n^2 points.
-        device: Where the log-densities live.
+        device: Device of the log-densities.
 
     Returns:
         The value in nats, a float64 tensor of shape ().

@@ -36,7 +36,7 @@ class Renyi:
                 "the order of a Renyi divergence must be positive and finite",
                 got=self.order,
                 expected="a number such as 0.5 or 2",
-                fix="for orders up to 0 take alpha:A, which is defined for every A",
+                fix="for orders up to 0 use alpha:A, which is defined for every A",
             )
 
     @property

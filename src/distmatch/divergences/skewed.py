@@ -110,8 +110,9 @@ def _skew_kl_slope(a: float) -> Function:
 def skew_kl(a: float) -> Divergence:
     """Skew KL: KL(p || M) with M = a p + (1 - a) q, bounded by log(1/a).
 
-    h(r) = (1 - a)^2 r / (a r + 1 - a)^2. a = 0 is KL(p || q). A small a keeps most of its mode-covering pull
-    but tames the weight where q has lost the teacher. Its dual is :func:`skew_reverse_kl` of the same a.
+    h(r) = (1 - a)^2 r / (a r + 1 - a)^2. a = 0 is KL(p || q). A small a keeps most of its mode-covering
+    gradient but bounds the weight where q has lost the teacher. Its dual is :func:`skew_reverse_kl` of the
+    same a.
 
     Args:
         a: The share of the teacher mixed into the student, 0 <= a < 1.

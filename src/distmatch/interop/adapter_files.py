@@ -99,10 +99,10 @@ def places_of_base(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path],
 def missing_base(folder: Path, config: Mapping[str, Any], why: list[str]) -> UserError:
     """The error for adapters whose base is not found."""
     return UserError(
-        f"{folder} holds adapters, and not the network that they belong to",
+        f"{folder} contains adapters without their base network",
         got="; ".join(why) or "a base that was never saved",
         expected=f"a network whose weights have the sha256 {config['base'].get('sha256')}",
-        fix="say where it is: --base FOLDER, in Python base=",
+        fix="pass its folder: --base FOLDER, in Python base=",
     )
 
 
@@ -124,15 +124,15 @@ def adapters_on(folder: Path, config: Mapping[str, Any], base: nn.Module) -> nn.
         base = shared_base(base, torch.device("cpu"), dtype)
         if (found := fingerprint(base)) != said["sha256"]:
             raise UserError(
-                f"{folder} holds adapters for another network",
+                f"{folder} contains adapters for another network",
                 got=f"a base with weights of sha256 {found}",
                 expected=f"sha256 {said['sha256']}",
-                fix="give the network that they were trained on: --base FOLDER, in Python base=",
+                fix="pass the network that they were trained on: --base FOLDER, in Python base=",
             )
         used, wanted = _use(base), dict(said["use"])
         if other := sorted(n for n in used.keys() | wanted.keys() if used.get(n) != wanted.get(n)):
             raise UserError(
-                f"{folder} holds adapters for a denoiser that uses its network in another way",
+                f"{folder} contains adapters for a denoiser that uses its network differently",
                 got="; ".join(f"{name} {used.get(name)}" for name in other),
                 expected="; ".join(f"{name} {wanted.get(name)}" for name in other),
                 fix="make the base with the same arguments as before",
@@ -153,7 +153,7 @@ def adapters_on(folder: Path, config: Mapping[str, Any], base: nn.Module) -> nn.
 
 
 def _check_adapters(rank: Any, targets: Any, tensors: Mapping[str, Tensor], base: nn.Module) -> None:
-    """Lets no adapters be made that the tensors do not fill: a config may ask for any rank."""
+    """Checks before adapters are created that the tensors match: a config may ask for any rank."""
     firsts = [t for name, t in tensors.items() if name.endswith(".lora_A.weight")]
     if type(rank) is not int or not firsts or any(len(t) != rank for t in firsts):
         raise ValueError(f"rank {rank!r:.40} beside tensors of another")

@@ -1,4 +1,4 @@
-"""The model card: a README.md beside a model that says what it is, what was lost, and how to use it."""
+"""The model card: the README.md of a model, with its description, its evaluation, and its usage."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from distmatch.base.version import __version__
 from distmatch.nets.saved import CARD
 
 LICENSE = "unknown: that of the teacher and the data"
-"""What a card says where no licence was given."""
+"""The text of a card without a licence."""
 
 _BEGIN, _END = "<!-- metrics -->", "<!-- end of metrics -->"
 _UNMEASURED = "Not measured. `distmatch evaluate` on the run folder fills this in."
 _DIRECTIONS = (
-    "Lower is better for fd, kid, frame_fd, kl, reverse_kl and js; density, vendi and motion are best at the "
-    "floor; higher is "
-    "better for the others. The floor is real data against real data. Errors are one standard error; that of "
-    "a difference takes its two sides for independent."
+    "Lower is better for fd, kid, frame_fd, kl, reverse_kl and js; density, vendi and motion are best "
+    "at the floor; higher is better for the others. The floor compares real data with real data. Errors "
+    "are one standard error; that of a difference assumes independent sides."
 )
 
 
@@ -45,22 +44,22 @@ def model_card(
 
     Args:
         about: What is saved with the model: ``kind``, ``levels``, ``method``, ``teacher``, ``data``,
-            ``license``, ...; what is missing is left out of the card.
+            ``license``, ...; missing entries are omitted from the card.
         shape: Shape of one sample.
         num_classes: Number of classes; 0 when unconditional.
         parameters: Number of parameters of the network.
-        usage: Python that loads the model and samples it; by default that of a model folder of ours.
+        usage: Python that loads the model and samples it; by default that of a distmatch model folder.
         library: The package that the model is for.
         metrics: The content of ``metrics.json``.
-        network: The class of a network that has to be handed in for loading; '' where the folder says it all.
+        network: The class of a network that must be passed for loading; '' where the folder says it all.
     """
     student = about.get("kind") == "student"
     calls = len(about.get("levels", ()))
     if student:
-        title = "One-step generator" if calls == 1 else f"Generator of {calls} network calls"
+        title = "One-step generator" if calls == 1 else f"Generator with {calls} network calls"
         purpose = (
-            f"It turns noise into samples with {_calls(calls)}. It was distilled from a diffusion model, its "
-            "teacher, and imitates what that model draws, its biases and gaps included."
+            f"It generates samples from noise with {_calls(calls)}. It was distilled from a diffusion "
+            f"model, its teacher, and reproduces that model's distribution, including its biases and gaps."
         )
     else:
         title = "Diffusion model"
@@ -76,9 +75,9 @@ def model_card(
         "## Loading and sampling",
         f"```python\n{usage or _usage(about, shape, network)}\n```",
         "## Intended use",
-        "Research on fast samplers, and use where samples like those of the data are wanted. The samples are "
-        "not evidence about any real person or thing. Nobody has checked them for memorized training data or "
-        "for harm; check both before you publish samples or build on them.",
+        "Research on fast samplers, and applications that need samples similar to the data. The samples "
+        "are not evidence about any real person or thing. They have not been checked for memorized "
+        "training data or for harm; check both before you publish samples or build on them.",
         "## Licence",
         _licence(about),
     ]
@@ -100,7 +99,7 @@ def refresh_card(folder: Path, metrics: Mapping[str, Any]) -> None:
     """Writes new measurements into the card of a model folder, atomically; what else it says stays.
 
     Args:
-        folder: The model folder. One without a card, or whose card has no place for them, is left alone.
+        folder: The model folder. One without a card, or with a card without a place for them, is not changed.
         metrics: The content of ``metrics.json``.
     """
     card = folder / CARD
@@ -113,7 +112,7 @@ def refresh_card(folder: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def metrics_section(metrics: Mapping[str, Any] | None) -> str:
-    """The measurements as a table of Markdown, student beside teacher, with the difference."""
+    """The evaluation as a Markdown table of student and teacher, with the difference."""
     if not metrics:
         return _UNMEASURED
     names = [name for name in ("reference", "teacher", "student") if name in metrics]
@@ -134,7 +133,7 @@ def metrics_section(metrics: Mapping[str, Any] | None) -> str:
 def _facts(
     about: Mapping[str, Any], shape: tuple[int, ...], num_classes: int, parameters: int
 ) -> dict[str, str]:
-    """The rows of the first table; those of which nothing is known are left out."""
+    """The rows of the first table; unknown ones are omitted."""
     levels, data = about.get("levels", ()), about.get("data") or {}
     guidance, names = about.get("guidance"), data.get("class_names") or []
     named = f" ({', '.join(map(str, names))})" if names and len(names) <= 20 else ""
@@ -191,10 +190,10 @@ def _hub_name(source: str) -> str:
 def _licence(about: Mapping[str, Any]) -> str:
     given = about.get("license")
     if given:
-        return f"{_cell(str(given))}. Whoever wrote this model gave it; distmatch did not check it."
+        return f"{_cell(str(given))}. Given by the author of this model; distmatch did not check it."
     return (
-        f"{LICENSE[0].upper()}{LICENSE[1:]}. A student is made from its teacher's weights or predictions: "
-        "look up the terms of both before you pass it on."
+        f"{LICENSE[0].upper()}{LICENSE[1:]}. A student is derived from its teacher's weights or "
+        f"predictions: check the terms of both before you share it."
     )
 
 

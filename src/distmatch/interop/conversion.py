@@ -1,4 +1,4 @@
-"""Whether a converted teacher still says what it said: a comparison with its original at random points."""
+"""Comparison of a converted teacher with the original: a comparison with its original at random points."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_conversion(
 
     Args:
         denoiser: The converted teacher.
-        reference: Makes points and says what the original predicts there.
+        reference: Returns points and the original's predictions there.
         points: How many.
         seed: Seed of the points.
         tolerance: Largest acceptable relative difference; None: any.

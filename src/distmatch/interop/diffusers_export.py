@@ -2,7 +2,7 @@
 
 Stock pipelines have schedulers of their own, so the constants of the student's one call are put where they
 fit: into a scheduler whose single step has the right share of the noise, into the weights of the first and
-last layer, and into the layer that reads the time, which then means the student's time whatever it is told.
+last layer, and into the timestep embedding layer, which then represents the student's time for any input.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEAST_SPREAD = 2.0**-12
 def export_diffusers(
     student: StudentLike, folder: str | os.PathLike[str], *, metrics: Mapping[str, Any] | None = None
 ) -> float:
-    """Writes a student as a pipeline, which ``DiffusionPipeline.from_pretrained`` loads without code of ours.
+    """Writes a student as a pipeline, which ``DiffusionPipeline.from_pretrained`` loads without distmatch.
 
     A ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, with or without classes; a
     ``DiTTransformer2DModel`` with its autoencoder becomes a ``DiTPipeline``.
@@ -79,14 +79,13 @@ def _check(student: StudentLike) -> None:
     if not isinstance(net, DiffusersNet):
         raise UserError(
             "only a student of a teacher of diffusers can become a pipeline of diffusers",
-            got=f"a network of class {type(net).__name__}, whose layers no model class of diffusers has",
+            got=f"a network of class {type(net).__name__}, for whose layers diffusers has no model class",
             expected="a network of diffusers, as a UNet2DModel",
             fix=_INSTEAD,
         )
     if len(student.sigmas) > 1:
         raise UserError(
-            "stock pipelines of diffusers do not go from call to call as this student does: their noise lies "
-            "on levels of their own",
+            "stock pipelines of diffusers re-noise at other noise levels than this student",
             got=f"{len(student.sigmas)} calls",
             expected="1 call",
             fix=_INSTEAD,
@@ -112,7 +111,7 @@ def _unfit_unet(config: Any, decoder: Any) -> str:
     if decoder is not None:
         return "a U-Net on latents, and no stock pipeline decodes the latents of a UNet2DModel after one step"
     if config.center_input_sample:
-        return "center_input_sample, which keeps the scale of the input from going into the first layer"
+        return "center_input_sample, which prevents merging the scale of the input into the first layer"
     blocks = (*config.down_block_types, *config.up_block_types)
     if any("Skip" in block for block in blocks):
         return "skip blocks, through which the input passes by the first and last layer"
@@ -125,7 +124,7 @@ def _unfit_dit(config: Any, decoder: Any) -> str:
         return "a transformer on pixels, and DiTPipeline always decodes latents"
     stated = float(decoder.vae.config.scaling_factor)
     if decoder.unit_pixels or set(decoder.shift) != {0.0} or set(decoder.scale) != {stated}:
-        return "latents with a shift or a scale for each channel, which DiTPipeline does not know"
+        return "latents with a shift or a scale for each channel, which DiTPipeline does not support"
     return ""
 
 
@@ -209,17 +208,17 @@ def _one_step_ddim(package: Any, share: float) -> tuple[Any, float]:
     gain = {"sample": 1.0, "v_prediction": -math.sqrt(1 - kept), "epsilon": -math.sqrt(1 / kept - 1)}[kind]
     if abs(gain) < 1e-3:
         raise UserError(
-            "no step of DDIM leaves the noise in a sample as it is",
-            got="a student that predicts noise, at level 1",
+            "no DDIM step keeps the noise of a sample unchanged",
+            got="a student that predicts noise, at sigma 1",
             fix=_INSTEAD,
         )
     return scheduler, gain
 
 
 def _told_once(weight: Tensor, meant: Tensor, told: Tensor) -> Tensor:
-    """Weights (E, D) of a layer that makes of ``told`` (1, D) what it made of ``meant`` (1, D') before.
+    """Weights (E, D) of a layer that maps ``told`` (1, D) to what it mapped ``meant`` (1, D') to before.
 
-    A student of one call knows one time, so the layer may mean it whatever scheduler tells it another.
+    A one-step student uses one time, so the layer may represent it for any time of the scheduler.
     """
     meant, told = meant.double(), told.double()
     return (weight.double() @ meant.T @ told / told.square().sum()).to(weight.dtype)
@@ -247,7 +246,7 @@ def _difference(pipeline: Any, portable: Portable, folder: Path) -> float:
     allowed = TOLERANCE * max(1.0, float(expected.abs().max())) + rounding
     if not far <= allowed:
         raise UserError(
-            "the pipeline does not give the student's samples, so it was not kept",
+            "the pipeline does not reproduce the student's samples, so it was not saved",
             got=f"a difference of {far:.2g}",
             expected=f"at most {allowed:.2g}",
             fix=_INSTEAD,

@@ -24,7 +24,7 @@ class DiffusersNet(nn.Module):
     Args:
         model: The network of diffusers.
         sign: Factor of the output; -1 turns the "v" of EDM schedulers into the usual network output.
-        null_class: The label that stands for "no condition". None: a transformer's own, and none for a U-Net.
+        null_class: The label that means "unconditional". None: a transformer's own, and none for a U-Net.
         features: Names of the modules whose outputs are its features. None: the middle of a U-Net, or
             the blocks at 1/2 and 3/4 of the depth of a transformer.
 
@@ -48,10 +48,10 @@ class DiffusersNet(nn.Module):
         self.kind = type(model).__name__
         if self.kind not in MODELS:
             raise UserError(
-                "this network of diffusers is not read as a teacher",
+                "this network of diffusers is not supported as a teacher",
                 got=self.kind,
                 expected=" or ".join(MODELS),
-                fix="fix what else it reads and wrap the rest: dm.as_denoiser(lambda x, t: "
+                fix="fix its further inputs and wrap it: dm.as_denoiser(lambda x, t: "
                 'net(x, t, text).sample, "vp", "eps", shape=...)',
             )
         self.model = model
@@ -60,7 +60,7 @@ class DiffusersNet(nn.Module):
         outputs = int(model.config.out_channels or self.channels)
         if outputs not in (self.channels, 2 * self.channels):
             raise UserError(
-                "the network does not return something like its input",
+                "the network does not return a tensor of the shape of its input",
                 got=f"{outputs} channels for {self.channels}",
                 expected=f"{self.channels}, or {2 * self.channels} with a variance, which is not used",
             )
@@ -83,8 +83,8 @@ class DiffusersNet(nn.Module):
     ) -> Output:
         """The prediction (B, C, H, W) for ``x`` (B, C, H, W) at times ``t`` (B,), with ``labels`` (B,).
 
-        Features are the outputs of the named modules, tokens as maps (B, C, H, W); a pass for ``"only"`` them
-        is left when the last of them is there.
+        Features are the outputs of the named modules, tokens as maps (B, C, H, W); with ``"only"`` the pass
+        stops when the last of them is computed.
         """
         if return_features == "only":
             return self._only_features(x, t, labels)
@@ -101,7 +101,7 @@ class DiffusersNet(nn.Module):
         return out if self.sign == 1 else self.sign * out
 
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor:
-        """Labels with the class that stands for none where there is no condition."""
+        """Labels with the null class for unconditional samples."""
         if self.null_class is not None:
             check_null(labels, self.null_class, self.num_classes)
             if labels is None:
@@ -110,22 +110,23 @@ class DiffusersNet(nn.Module):
         # On an accelerator the check would wait for the device; there the embedding itself refuses -1.
         if labels is None or (labels.device.type == "cpu" and bool((labels < 0).any())):
             raise UserError(
-                "this teacher has no class that stands for none",
+                "this teacher has no null class",
                 got="samples without a condition",
-                fix="give every sample a label and leave guidance at 1, or name the class with null_class",
+                fix="give every sample a label and leave guidance at 1, or set null_class",
             )
         return labels
 
 
 def _classes(model: Any) -> tuple[int, int | None]:
-    """The number of classes of a network, and the label that stands for none if it is known to have one."""
+    """The number of classes of a network, and its null class if it is known to have one."""
     config = model.config
     if type(model).__name__ == DIT:
         # One row more than classes is trained with labels left out (Peebles & Xie 2023).
         return int(config.num_embeds_ada_norm), int(config.num_embeds_ada_norm)
     if config.class_embed_type is not None:
         raise UserError(
-            "conditions other than classes are not read", got=f"class_embed_type {config.class_embed_type!r}"
+            "conditioning other than classes is not supported",
+            got=f"class_embed_type {config.class_embed_type!r}",
         )
     return int(config.num_class_embeds or 0), None
 

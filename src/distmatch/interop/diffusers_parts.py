@@ -43,7 +43,7 @@ def part(root: Path, names: Sequence[str], file: str, *, alone: bool = True) -> 
 
 
 def check_components(root: Path) -> None:
-    """Lets a pipeline through all of whose parts are read: one that is not may change what its samples are.
+    """Accepts a pipeline if all of its components are supported; others may change the samples.
 
     Raises:
         UserError: It has another part, or reads text.
@@ -53,17 +53,17 @@ def check_components(root: Path) -> None:
     unread = sorted((listed | stored) - {*NETWORKS, *DECODERS, "scheduler"})
     if any(name.startswith(_TEXT) for name in unread):
         raise UserError(
-            f"{root} holds a pipeline that is conditioned on text or images, which is not read",
+            f"{root} contains a pipeline that is conditioned on text or images, which is not supported",
             got=f"{str(index.get('_class_name', 'a pipeline'))[:80]} with {', '.join(unread)[:200]}",
             expected=f"a pipeline without condition or with classes: {' or '.join(MODELS)}",
             fix=_WRAP,
         )
     if unread:
         raise UserError(
-            f"{root} has a part that is not read, and its samples may be other than they should without it",
+            f"{root} has a component that is not supported, and without it samples may be wrong",
             got=", ".join(unread)[:200],
             expected=f"{', '.join(NETWORKS)}, scheduler, {', '.join(DECODERS)}",
-            fix="if the network can do without, put its folder and the scheduler's alone into a new one",
+            fix="if the network does not need it, copy its folder and the scheduler's into a new one",
         )
 
 
@@ -92,7 +92,7 @@ def _index(root: Path) -> tuple[dict[str, Any], set[str]]:
 
 
 _WRAP = (
-    "load it with diffusers, fix the text, and wrap what is left as a function of x and t: dm.as_denoiser("
+    "load it with diffusers, fix the text, and wrap it as a function of x and t: dm.as_denoiser("
     'lambda x, t: unet(x, t, text).sample, "vp", "eps", shape=(4, 64, 64), time=...)'
 )
 
@@ -106,7 +106,7 @@ def load_network(folder: Path) -> Any:
     name = _class_of(folder / CONFIG)
     if name not in MODELS:
         raise UserError(
-            f"a {name[:80]} is not read as a teacher",
+            f"a {name[:80]} is not supported as a teacher",
             got=f"{folder / CONFIG}",
             expected=" or ".join(MODELS),
             fix=_WRAP,
@@ -121,14 +121,14 @@ def load_autoencoder(folder: Path) -> Any:
         UserError: There is none that can be read.
     """
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no autoencoder", expected=f"{CONFIG} and safetensors")
+        raise UserError(f"{folder} contains no autoencoder", expected=f"{CONFIG} and safetensors")
     name = _class_of(folder / CONFIG)
     if name not in AUTOENCODERS:
         raise UserError(
-            "this autoencoder is not read",
+            "this autoencoder is not supported",
             got=f"{name[:80]} in {folder}",
             expected=" or ".join(AUTOENCODERS),
-            fix="vae=False leaves it out: the samples are then its latents",
+            fix="vae=False omits it: the samples are then its latents",
         )
     return _load(folder, name)
 
@@ -153,7 +153,7 @@ def scheduler_from(config: Any, source: str = "the scheduler's config") -> Any:
     steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     if type(steps) is not int or not 2 <= steps <= _MOST_STEPS:
         raise UserError(
-            f"{source} has a number of training steps that makes no sense",
+            f"{source} has an invalid number of training steps",
             got=str(steps)[:80],
             expected=f"num_train_timesteps from 2 to {_MOST_STEPS}",
         )
@@ -161,7 +161,7 @@ def scheduler_from(config: Any, source: str = "the scheduler's config") -> Any:
         order = config.get(kind, 1)
         if type(order) is not int or not 1 <= order <= _MOST_ORDERS:
             raise UserError(
-                f"{source} has an order of its solver that makes no sense",
+                f"{source} has an invalid solver order",
                 got=str(order)[:80],
                 expected=f"{kind} from 1 to {_MOST_ORDERS}",
             )
@@ -176,7 +176,7 @@ def scheduler_from(config: Any, source: str = "the scheduler's config") -> Any:
 
 
 def network_like(config: Any, known: Sequence[str], tensors: Mapping[str, Tensor], source: str) -> Any:
-    """A network with a config, with weights of its own, if weights of these shapes are what it has.
+    """A network built from a config, if its weights have these shapes.
 
     Raises:
         UserError: They are not, or it is a network of another class.
@@ -184,7 +184,7 @@ def network_like(config: Any, known: Sequence[str], tensors: Mapping[str, Tensor
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in known:
         raise UserError(
-            "a class of diffusers that is not read", got=str(name)[:80], expected=", ".join(known)
+            "a class of diffusers that is not supported", got=str(name)[:80], expected=", ".join(known)
         )
     _check_size(str(name), config, [tuple(t.shape) for t in tensors.values()], source)
     return _built(str(name), config, "cpu", source)
@@ -221,7 +221,7 @@ def _too_large(source: str, count: int, held: int) -> UserError:
     return UserError(
         f"the weights in {source} are not those of its config",
         got=f"{count} tensors with {held} numbers, fewer than the network has",
-        fix="copy the folder again, with the config that was saved beside the weights",
+        fix="copy the folder again, with the config that was saved with the weights",
     )
 
 
@@ -271,7 +271,7 @@ def _load(folder: Path, name: str) -> Any:
         raise
     except Exception as error:
         raise UserError(
-            f"diffusers cannot load {folder}", got=cause(error), fix="it may be cut off: copy it again"
+            f"diffusers cannot load {folder}", got=cause(error), fix="it may be truncated: copy it again"
         ) from error
     # diffusers would leave missing tensors at random values, with a warning.
     for what in ("missing_keys", "unexpected_keys"):
@@ -279,7 +279,7 @@ def _load(folder: Path, name: str) -> Any:
             raise UserError(
                 f"the weights in {folder} are not those of its {CONFIG}",
                 got=f"{len(found[what])} {what.replace('_', ' ')}, such as {sorted(found[what])[0]}",
-                fix="copy the folder again, with the config that was saved beside the weights",
+                fix="copy the folder again, with the config that was saved with the weights",
             )
     # diffusers leaves the weights in the mapped file, where they begin at any byte. Kernels choose their way
     # by alignment: a resumed run would not repeat the first one bit for bit.
@@ -305,7 +305,7 @@ def _shapes(files: Sequence[Path]) -> list[tuple[int, ...]]:
                     view = handle.get_slice(key)
                     if view.get_dtype() not in _FLOATS:
                         raise UserError(
-                            f"{file} holds weights of a type that no network computes with here",
+                            f"{file} has weights of a dtype that is not supported",
                             got=f"{key[:200]} of type {view.get_dtype()}",
                             expected=", ".join(_FLOATS),
                             fix="undo the quantization and save the weights as float32",
@@ -313,7 +313,7 @@ def _shapes(files: Sequence[Path]) -> list[tuple[int, ...]]:
                     shapes.append(tuple(view.get_shape()))
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"diffusers cannot load {file}", got=cause(error), fix="it may be cut off: copy it again"
+                f"diffusers cannot load {file}", got=cause(error), fix="it may be truncated: copy it again"
             ) from error
     return shapes
 
@@ -322,5 +322,5 @@ def _class_of(path: Path) -> str:
     config = read_json(path)
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(name, str):
-        raise UserError(f"{path} does not say which class it is of", expected="an entry _class_name")
+        raise UserError(f"{path} does not state its class", expected="an entry _class_name")
     return name

@@ -115,7 +115,7 @@ class DiffusersReference:
             sigma, x0 = way(clean, noise, labels, gen)
         except NotImplementedError as error:
             raise UserError(
-                "diffusers itself cannot use this scheduler with what the network predicts",
+                "diffusers itself does not support this scheduler with the network's prediction type",
                 got=f"{name}: {error}",
                 fix="save the pipeline with DDIMScheduler or DDPMScheduler of the same options",
             ) from error

@@ -76,7 +76,7 @@ def read_schedule(scheduler: Any) -> Schedule:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(
-            f"the options of this {name} make no sense", got=cause(error), fix="check scheduler_config.json"
+            f"the options of this {name} are not valid", got=cause(error), fix="check scheduler_config.json"
         ) from error
 
 
@@ -86,7 +86,7 @@ def _understood(name: str, scheduler: Any, config: Any) -> Schedule:
         return _edm(config)
     if name in FLOW:
         if getattr(config, "invert_sigmas", False):
-            raise UserError("schedulers with invert_sigmas are not read", fix="use dm.as_denoiser")
+            raise UserError("schedulers with invert_sigmas are not supported", fix="use dm.as_denoiser")
         steps = float(config.num_train_timesteps)
         return Schedule("flow", condot(t_min=1 / steps, t_max=1 - 1 / steps), "flow", Scaled(steps))
     return _discrete(scheduler, config)
@@ -105,11 +105,11 @@ def _unread(name: str) -> UserError:
     """The error for another scheduler: no name is near one that counts noise in another way."""
     how = _CONVENTIONS.get(name, 'path="vp", prediction="eps"')
     return UserError(
-        "this scheduler of diffusers is not read",
+        "this scheduler of diffusers is not supported",
         got=name[:80],
         expected=f"one of {', '.join(SCHEDULERS)}",
         fix=f"wrap the network yourself, for example dm.as_denoiser(net, {how}, shape=...), where "
-        "net(x, t) returns the prediction alone and is told the time as it was trained",
+        f"net(x, t) returns only the prediction and receives its training timesteps",
     )
 
 
@@ -125,7 +125,7 @@ def check_scheduler_name(name: object) -> str:
 
 
 def is_continuous(scheduler: Any) -> bool:
-    """Whether a network is told ln(sigma) / 4, as EDM's are and Stable Video Diffusion: no table of times."""
+    """Whether a network receives ln(sigma) / 4, as EDM's and Stable Video Diffusion do: no table of times."""
     config = scheduler.config
     return config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction"
 
@@ -157,17 +157,17 @@ def _discrete(scheduler: Any, config: Any) -> Schedule:
     kind = config.prediction_type
     if config.get("use_flow_sigmas") or kind == "flow_prediction":
         raise UserError(
-            "flow matching is read from its own schedulers only",
+            "flow matching is supported with its own schedulers only",
             got=f"{type(scheduler).__name__} with prediction_type {kind} and use_flow_sigmas",
             fix="save the scheduler as FlowMatchEulerDiscreteScheduler with the same num_train_timesteps; "
             "the network is the same",
         )
     if config.get("interpolation_type", "linear") != "linear":
         raise UserError(
-            "this scheduler tells the network times that are not those of its noise levels",
+            "this scheduler passes timesteps to the network that do not match its noise levels",
             got=f"interpolation_type {config.interpolation_type}",
             expected="linear",
-            fix="set it to linear if the network was trained on the levels of its betas",
+            fix="set it to linear if the network was trained at the noise levels of its betas",
         )
     if is_continuous(scheduler):
         return _continuous(scheduler)
@@ -177,7 +177,7 @@ def _discrete(scheduler: Any, config: Any) -> Schedule:
     squares = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
     if not bool(((squares >= 0) & (squares < 1)).all()):
         raise UserError(
-            "the noise rates of this scheduler make no noise levels",
+            "the betas of this scheduler do not give valid noise levels",
             got=f"alphas_cumprod from {squares.min():g} to {squares.max():g}",
             expected="numbers that fall from below 1 to 0 or above",
             fix="check beta_start, beta_end and trained_betas in scheduler_config.json",
@@ -187,7 +187,7 @@ def _discrete(scheduler: Any, config: Any) -> Schedule:
         squares = squares[:-1]
         if kind == "epsilon":
             raise UserError(
-                "noise predicted at pure noise says nothing about the image",
+                "noise predicted at pure noise contains no information on the image",
                 got="prediction_type epsilon with rescale_betas_zero_snr",
                 expected="v_prediction or sample",
                 fix="check scheduler_config.json",

@@ -1,4 +1,4 @@
-"""Teachers of diffusers: a folder, or a network and a scheduler at hand, as a denoiser."""
+"""Teachers of diffusers: a folder, or a network and a scheduler, as a denoiser."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class DiffusersSource:
-    """What a teacher of diffusers was made of, beside its network: enough to save it and to compare it.
+    """The components of a diffusers teacher besides its network: enough to save it and to compare it.
 
     Attributes:
         scheduler: Its scheduler, as diffusers has it.
@@ -66,15 +66,16 @@ def teacher_from(
 
     Args:
         model: A ``UNet2DModel`` or ``DiTTransformer2DModel``; it is used, not copied.
-        scheduler: The scheduler that it was trained with: it tells the noise levels and what is predicted.
+        scheduler: The scheduler that it was trained with: it determines the noise levels and the prediction
+            type.
         vae: The ``AutoencoderKL`` or ``VQModel`` on whose latents the network was trained; ``decoder`` of the
             denoiser uses it.
         size: Height and width of a sample; by default the network's ``sample_size``.
-        null_class: The label that stands for "no condition". A transformer's own is known.
+        null_class: The label that means "unconditional". A transformer's own is known.
         sigma_data: Standard deviation of what it was trained on; by default what the scheduler states, or 1
             for latents and 0.5 for images.
         features: Names of the modules whose outputs are its features; by default the middle.
-        levels: Whether a network of 1000 times is told times between them, or the nearest one.
+        levels: Whether a network of 1000 timesteps receives fractional timesteps, or rounded ones.
 
     Returns:
         A denoiser with features, ``decoder`` (or None) and ``source``.
@@ -95,7 +96,7 @@ def teacher_from(
     )
     side = model.config.sample_size if size is None else size
     if side is None:
-        raise UserError("the network does not say how large its images are", fix="pass size, in pixels")
+        raise UserError("the image size of the network is not known", fix="pass size, in pixels")
     height, width = (int(side), int(side)) if isinstance(side, int) else (int(side[0]), int(side[1]))
     shape = (net.channels, height, width)
     spread = sigma_data or schedule.sigma_data or (1.0 if vae is not None else 0.5)
@@ -121,7 +122,7 @@ def teacher_from(
     decoder = VAEDecoder(vae, *vae_scaling(vae.config), size=(height, width)) if vae is not None else None
     if decoder is not None and int(vae.config.latent_channels) != net.channels:
         raise UserError(
-            "network and autoencoder do not belong together",
+            "network and autoencoder do not match",
             got=f"{net.channels} channels and latents of {vae.config.latent_channels}",
         )
     options = {
@@ -167,13 +168,13 @@ def load_diffusers(
     check: bool = True,
     **options: Any,
 ) -> Teacher:
-    """A teacher from a folder of diffusers: a whole pipeline, or a network beside its scheduler.
+    """A teacher from a folder of diffusers: a pipeline, or a network next to its scheduler.
 
     Only ``safetensors`` files are read, and nothing is downloaded.
 
     Args:
         folder: A pipeline's folder (``model_index.json``), or that of a network (``config.json``).
-        scheduler: Folder of the scheduler, when it is neither in the pipeline nor beside the network.
+        scheduler: Folder of the scheduler, if it is neither in the pipeline nor next to the network.
         vae: Folder of an autoencoder; True takes that of the pipeline, if any; False leaves it out.
         check: Compare a few predictions with diffusers; ``teacher.conversion`` holds the result.
         options: The other options of :func:`teacher_from`.
@@ -191,9 +192,9 @@ def load_diffusers(
     network = part(root, NETWORKS, CONFIG)
     if network is None:
         raise UserError(
-            f"{root} holds no network of diffusers",
+            f"{root} contains no network of diffusers",
             expected=f"{' or '.join(NETWORKS)} with {CONFIG}, or {CONFIG} itself",
-            fix="give the folder that save_pretrained wrote",
+            fix="pass the folder that save_pretrained wrote",
         )
     import_diffusers()
     if network != root:
@@ -206,8 +207,8 @@ def load_diffusers(
     if plan is None:
         raise UserError(
             f"no {SCHEDULER} for {root}",
-            expected="a folder scheduler/ in it or beside it",
-            fix="the scheduler tells the noise levels: pass its folder as scheduler",
+            expected="a folder scheduler/ in it or next to it",
+            fix="the scheduler determines the noise levels: pass its folder as scheduler",
         )
     decoder = None
     if vae is not False:

@@ -15,7 +15,7 @@ _HALF = math.sqrt(0.5)
 
 
 def smoothing(taps: tuple[int, ...]) -> Tensor:
-    """The separable filter (1, 1, n, n) of unit sum that a list of taps stands for."""
+    """The separable filter (1, 1, n, n) of unit sum from a list of taps."""
     line = torch.tensor(taps, dtype=torch.float32, device="cpu")  # numbers, even in a network without memory
     return torch.outer(line, line)[None, None] / line.sum() ** 2
 

@@ -93,8 +93,8 @@ def loaded_edm(
         raise UserError(
             f"{source} belongs to another architecture",
             got=f"{len(tensors)} tensors for {config.num_blocks} blocks at each of "
-            f"{len(config.channel_mult)} levels",
-            fix="use the config that was saved beside it",
+            f"{len(config.channel_mult)} resolutions",
+            fix="use the config that was saved with it",
         )
     try:
         with torch.device("meta"):
@@ -167,7 +167,7 @@ def read_edm(path: str | os.PathLike[str]) -> tuple[Teacher, dict[str, Any]]:
     found = persistent(outer)
     if found is None:
         raise UserError(
-            f"{path} holds no averaged network of EDM",
+            f"{path} contains no EMA network of EDM",
             got=sorted(map(str, content))[:20] if isinstance(content, Mapping) else type(content).__name__,
             expected="a dictionary with the network under 'ema'",
         )
@@ -178,7 +178,7 @@ def read_edm(path: str | os.PathLike[str]) -> tuple[Teacher, dict[str, Any]]:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{path} does not describe its network as EDM does",
+            f"{path} does not describe its network in EDM's format",
             got=cause(error),
         ) from error
 
@@ -196,9 +196,9 @@ def _understood(name: str, state: Mapping[str, Any]) -> tuple[AnyConfig, Precond
     kinds = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "Precond": "edm"}
     if name not in kinds:
         raise UserError(
-            f"a network of class {name[:80]!r} is not read",
+            f"a network of class {name[:80]!r} is not supported",
             expected=", ".join(kinds),
-            fix="iDDPM's networks predict a variance on a grid of their own; wrap them with dm.as_denoiser",
+            fix="iDDPM's networks predict a variance on another grid; wrap them with dm.as_denoiser",
         )
     if name == "Precond":
         architecture, inner = EDM2, modules.get("unet")

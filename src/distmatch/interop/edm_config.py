@@ -198,7 +198,7 @@ def from_arguments(architecture: str, arguments: Mapping[str, Any]) -> AnyConfig
     encoder = given.pop("encoder_type", "standard")
     if encoder not in ("standard", "residual") or given.get("decoder_type", "standard") != "standard":
         raise UserError(
-            "this variant of the U-Net is not read",
+            "this variant of the U-Net is not supported",
             got=f"encoder {encoder!r}, decoder {given.get('decoder_type', 'standard')!r}",
             expected="a standard or residual encoder and a standard decoder, as DDPM++ and NCSN++ have",
         )
@@ -274,7 +274,7 @@ def _check(config: AnyConfig) -> None:
         if type(value) is not int or not low <= value <= _LARGEST:
             raise ValueError(f"{name} is {str(value)[:40]} instead of a whole number up to {_LARGEST}")
     if not all(type(height) is int for height in config.attn_resolutions):
-        raise ValueError("attn_resolutions holds something else than whole numbers")
+        raise ValueError("attn_resolutions contains values that are not whole numbers")
     taps = config.resample_filter
     numbers = all(type(tap) in (int, float) and abs(tap) < 1e6 for tap in taps)
     if len(taps) % 2 or not numbers or not sum(taps):
@@ -285,7 +285,7 @@ def _check(config: AnyConfig) -> None:
     if isinstance(config, EDMConfig):
         _check_edm(config)
     elif any(config.model_channels * m % config.channels_per_head for m in config.channel_mult):
-        raise ValueError(f"levels that heads of {config.channels_per_head} channels do not divide")
+        raise ValueError(f"widths that are not divisible into heads of {config.channels_per_head} channels")
 
 
 def _check_fractions(config: AnyConfig) -> None:

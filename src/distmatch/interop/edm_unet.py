@@ -32,7 +32,7 @@ class _Fourier(nn.Module):
 class EDMUNet(FeatureUNet):
     """A network ``net(x, c_noise, labels)`` with the layers of an EDM checkpoint.
 
-    Augmentation labels, which these networks see in training only, are zero when sampling and left out here.
+    Augmentation labels, which these networks use in training only, are zero when sampling and omitted here.
 
     Args:
         config: Which network.

@@ -42,7 +42,7 @@ class StudentLike(Protocol):
         """Unit-noise tensors that a sample takes."""
 
     def goal(self, index: int) -> float:
-        """The noise level that a call is told to go to; 0 is the data."""
+        """The target noise level of a step; 0 is the data."""
 
     def description(self) -> dict[str, Any]:
         """What is known of it, as JSON."""
@@ -60,7 +60,7 @@ class Call:
         scale: What the network's input is multiplied by.
         skip: Factor of the input in the output.
         gain: Factor of the network's output.
-        told: How the network is told of the level, (1,) or (1, 2) where it knows two.
+        told: The network's noise-level input, (1,) or (1, 2) with two noise levels.
     """
 
     sigma: float
@@ -71,7 +71,7 @@ class Call:
 
 
 class _Probe(nn.Module):
-    """Stands in for a network: it keeps what it is given and answers one number.
+    """Replaces a network: it keeps what it is given and answers one number.
 
     Args:
         answer: The number.
@@ -91,8 +91,8 @@ def frozen_call(denoiser: Any, sigma: float, to: float = 0.0) -> Call:
     """The numbers of a denoiser with a network ``net``, whatever the network predicts, at one level.
 
     Every such denoiser is affine in its input and in what its network returns, so two questions are enough.
-    They are asked in float32, as the student computes them. ``to`` is the level that a network is told which
-    jumps; 0, the data, needs no telling.
+    They are asked in float32, as the student computes them. ``to`` is the target noise level of a network
+    that jumps; 0, the data, needs no telling.
     """
     level, one = torch.full((1,), sigma), torch.ones(1, *denoiser.shape)
     goal = {"target_sigma": torch.full((1,), to)} if to else {}
@@ -146,9 +146,9 @@ class Portable(nn.Module):
         super().__init__()
         if others := set(spec_of(student.denoiser)) - {LABEL}:
             raise UserError(
-                "graphs take class labels as conditions, and this student takes others",
+                "ONNX graphs take class labels only, and this student takes another conditioning",
                 got=f"conditions {', '.join(sorted(others))}",
-                fix="keep it as a model folder: student.save_pretrained(folder)",
+                fix="save it as a model folder: student.save_pretrained(folder)",
             )
         own: Any = copy.deepcopy(student)
         own.denoiser = merged(own.denoiser)

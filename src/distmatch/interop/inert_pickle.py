@@ -98,7 +98,7 @@ class _Reading:
         if name in _BARE or name.startswith(_RECORDED):
             return Function(lambda args: Recorded(name, args))
         raise UserError(
-            f"the pickle asks for {name[:200]!r}, which is no part of a network",
+            f"the pickle asks for {name[:200]!r}, which is not part of a network",
             expected="tensors, containers and classes of networks only",
             fix="do not open this file with anything else either: it may run code when it is loaded",
         )
@@ -152,7 +152,7 @@ class _Reading:
     def _storage_from_bytes(self, raw: Any) -> _Storage:
         """The storage in what ``torch.save`` wrote in its old form: pickles, the keys, then the bytes."""
         if not isinstance(raw, bytes):
-            raise Damaged("a storage that is not made of bytes")
+            raise Damaged("a storage that does not consist of bytes")
         self.budget.spend(len(raw))
         file = io.BytesIO(raw)
         storages: dict[str, _Storage] = {}
@@ -221,8 +221,8 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         raise UserError(
             f"{file} cannot be read as a network pickle",
             got=cause(error),
-            expected="a whole .pkl of EDM or EDM2",
-            fix="it may be cut off or of another kind: download it again",
+            expected="a complete .pkl of EDM or EDM2",
+            fix="it may be truncated or of another kind: download it again",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder of diffusers as the decoder of teachers that live in its latent space."""
+"""The autoencoder of diffusers as the decoder of teachers in its latent space."""
 
 from __future__ import annotations
 

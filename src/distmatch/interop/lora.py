@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): networks that are a frozen base and adapters of low rank on it.
 
-A network with adapters is a module tree of its own around the parameters of its base, which are the same
+A network with adapters is a separate module tree around the parameters of its base, which are the same
 objects in both. So there is nothing to switch: the teacher is the base, and each role has its own adapters.
 """
 
@@ -112,7 +112,7 @@ def chosen_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
             raise UserError(
                 f"--lora-targets {target} fits no layer of the network that can have an adapter",
                 expected=some,
-                fix="give the end of a name, such as " + known[0].rsplit(".", 1)[-1],
+                fix="pass the end of a name, such as " + known[0].rsplit(".", 1)[-1],
             )
         found += [name for name in here if name not in found]
     return found

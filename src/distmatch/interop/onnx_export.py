@@ -134,7 +134,7 @@ def _write_graph(graph: _Outputs, names: list[str], path: Path) -> None:
         raise UserError(
             "this student cannot be written as a graph of ONNX",
             got=str(error.__cause__ or error).strip().splitlines()[0],
-            expected="a network and a start that do the same whatever the values in a batch are",
+            expected="a network and a first step that do not branch on the values of a batch",
             fix="export it with --to safetensors",
         ) from error
 
@@ -165,10 +165,10 @@ def _difference(runtime: Any, graph: _Outputs, names: list[str], path: Path) -> 
             relative = max(relative, _in_units(graph.scaling, found[1], expected) / size)
     if not relative <= TOLERANCE:
         raise UserError(
-            "the graph does not give the student's samples, so it was not kept",
+            "the graph does not reproduce the student's samples, so it was not saved",
             got=f"a relative difference of {relative:.2g} in onnxruntime",
             expected=f"at most {TOLERANCE:g}",
-            fix="export it with --to safetensors; another version of onnxruntime may do better",
+            fix="export it with --to safetensors; another version of onnxruntime may work",
         )
     return worst
 
@@ -187,7 +187,7 @@ def _in_units(scaling: Scaling, found: Tensor, expected: Tensor) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what torch's exporter says of itself and of packages that nobody asked for from the terminal."""
+    """Suppresses the messages of torch's exporter about itself and optional packages."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

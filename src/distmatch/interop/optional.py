@@ -17,7 +17,7 @@ class OptionalPackage:
     Attributes:
         name: Of the package.
         task: What needs it.
-        extra: The extra of ours that installs it.
+        extra: The extra of distmatch that installs it.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Denoisers around modules of the user's on disk: what a file says of them, and what must be handed in again.
+"""Denoisers around modules of the user's on disk: what a file stores of them, and what must be passed again.
 
 A file never names code that is then run. It keeps the tensors, how the denoiser calls its module and reads
-its output, and for the reader's sake the class of the module. Whoever loads it hands in the module again, or
-its class; only networks of diffusers and of distmatch are built again from a config.
+its output, and for the reader's sake the class of the module. Loading needs the module or its class again;
+only networks of diffusers and of distmatch are built again from a config.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def copied_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
 
 
 def inner_module(denoiser: nn.Module) -> nn.Module:
-    """The module whose tensors are kept: the network that was handed in, or the denoiser where it is that."""
+    """The module whose tensors are kept: the given network, or the denoiser if it is one."""
     if isinstance(denoiser, (EDMDenoiser, PredictionDenoiser)):
         found = module_of(denoiser.net)
         if isinstance(found, nn.Module):
@@ -77,9 +77,9 @@ def check_storable(denoiser: nn.Module) -> None:
     odd = [name for name, value in module.state_dict().items() if not isinstance(value, Tensor)]
     if odd:
         raise UserError(
-            f"the state of a {type(module).__name__} cannot be saved, as it holds more than tensors",
+            f"the state of a {type(module).__name__} cannot be saved, as it contains more than tensors",
             got=odd[0],
-            fix="leave out the folder, or take get_extra_state out of the module",
+            fix="omit the folder, or remove get_extra_state from the module",
         )
 
 
@@ -144,7 +144,7 @@ def _denoiser_values(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def null_tensors(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The conditioning that stands for "no condition", as tensors beside those of the module."""
+    """The null conditioning, as tensors besides those of the module."""
     null = denoiser.null if isinstance(denoiser, PredictionDenoiser) else None
     return {_NULL + name: value for name, value in (null or {}).items()}
 
@@ -157,11 +157,11 @@ def rebuilt(
     Args:
         config: The description.
         tensors: The state of its module.
-        network: What the user hands in; None where the file has the config of a library.
+        network: The user's argument; None where the file has the config of a library.
         source: The file, for messages.
 
     Raises:
-        UserError: It must be handed in, or what was handed in does not fit.
+        UserError: It is missing, or does not match.
     """
     said, values = config["module"], config["denoiser"]
     null = Conditioning({n.removeprefix(_NULL): v for n, v in tensors.items() if n.startswith(_NULL)})
@@ -181,20 +181,20 @@ def _check_use(found: Mapping[str, Any], values: Mapping[str, Any], source: str)
     other = sorted(name for name in both if found[name] != values[name])
     if other:
         raise UserError(
-            f"{source} belongs to another denoiser than the one that was handed in",
+            f"{source} belongs to another denoiser than the given one",
             got="; ".join(f"{name} {found[name]}" for name in other),
             expected="; ".join(f"{name} {values[name]}" for name in other),
-            fix="make it as it was made before, or hand in the network alone",
+            fix="create it with the same arguments as before, or pass only the network",
         )
 
 
 def _given(said: Mapping[str, Any], network: HandedIn) -> nn.Module:
-    """The module that was handed in, or one that its class makes."""
+    """The given module, or one built by its class."""
     if isinstance(network, nn.Module):
         return copied_module(network)
     if not callable(network):
         raise UserError(
-            "a network is handed in as a module, its class, or a denoiser around it",
+            "a network must be a module, its class, or a denoiser with it",
             got=f"a {type(network).__name__}",
         )
     arguments = said.get("arguments") or {}
@@ -203,13 +203,16 @@ def _given(said: Mapping[str, Any], network: HandedIn) -> nn.Module:
             made = network(**arguments)
     except Exception as error:
         raise UserError(
-            f"{getattr(network, '__name__', network)} does not make the network with what the file kept",
+            f"{getattr(network, '__name__', network)} cannot build the network with the arguments in "
+            f"the file",
             got=cause(error),
             expected=f"arguments {json.dumps(arguments)}" if arguments else "a call without arguments",
-            fix="hand in a module: network=YourNetwork(...)",
+            fix="pass a module: network=YourNetwork(...)",
         ) from error
     if not isinstance(made, nn.Module):
-        raise UserError("what was handed in does not make a module", got=f"a {type(made).__name__}")
+        raise UserError(
+            "the given class or function does not return a module", got=f"a {type(made).__name__}"
+        )
     return made
 
 
@@ -221,7 +224,7 @@ def _of_library(
     if library == "distmatch" and isinstance(config, dict):
         net_config = from_dict(config)
         if blocks(net_config) > len(tensors):
-            raise UserError(f"{source} holds too few tensors for its config", got=len(tensors))
+            raise UserError(f"{source} has too few tensors for its config", got=len(tensors))
         with torch.device("meta"):
             return build_net(net_config, values["shape"], values["num_classes"])
     if library == "diffusers" and isinstance(config, dict):
@@ -232,9 +235,9 @@ def _of_library(
         built: nn.Module = network_like(config, [found.__name__], tensors, source)
         return built
     raise UserError(
-        f"{source} holds a network that is not built from a file",
+        f"{source} contains a network that cannot be built from its file",
         got=f"a network of the class {said['class']!s:.120}",
-        expected="the network, as no code is taken from a file",
+        expected="the network, as no code is loaded from a file",
         fix="in Python: dm.Student.from_pretrained(folder, network=YourNetwork), or load_teacher, with the "
         "module, its class, or a denoiser around it",
     )
@@ -247,10 +250,10 @@ def _around(
     kind, missing = values["kind"], list(values.get("missing", ()))
     if kind == "own" or missing:
         raise UserError(
-            "a file could not keep how this denoiser uses its network",
+            "the file does not contain how this denoiser uses its network",
             got=f"a module; {', '.join(missing) or 'the denoiser'} of the saved one is code",
             expected="the denoiser",
-            fix="hand in the denoiser in its place: network=dm.as_denoiser(...), made as it was before",
+            fix="pass the denoiser instead: network=dm.as_denoiser(...), with the same arguments as before",
         )
     if kind == "edm":
         return parametrized(module, values)

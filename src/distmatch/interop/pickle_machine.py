@@ -1,4 +1,4 @@
-"""The opcodes of pickles, carried out by hand: containers, names from a list, and nothing else.
+"""An interpreter for the opcodes of pickles: containers, names from a list, and nothing else.
 
 Python's own unpickler calls what a pickle names, hashes what it calls a key, and takes its word for how
 large a memo must be. This one has one short function for each opcode that a pickle of networks uses. What it
@@ -21,7 +21,7 @@ _KEYS = (str, bytes, bool, type(None))
 
 
 class Budget:
-    """What a file may still ask for, in opcodes and in bytes beyond those of its own objects.
+    """The remaining budget of a file, in opcodes and in bytes beyond those of its own objects.
 
     Args:
         size: Bytes of the file. Everything that is rebuilt, copied or decoded lies in it somewhere, so it may
@@ -39,7 +39,7 @@ class Budget:
         """
         self.bytes -= count
         if count < 0 or self.bytes < 0:
-            raise Damaged("a file that unpacks to more than it holds")
+            raise Damaged("a file that unpacks to more than its contents")
 
 
 class Function:
@@ -86,9 +86,9 @@ class Machine:
 
     Args:
         file: Where the bytes are.
-        find: What a name stands for; it raises for one that is not on its list.
-        budget: What may be asked for.
-        persistent: What a persistent id stands for.
+        find: The meaning of a name; it raises for one that is not on its list.
+        budget: The budget.
+        persistent: The meaning of a persistent id.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Models with networks from elsewhere on disk, and one pair of functions for every kind of model.
 
 A saved model is a folder with ``model.safetensors``, ``config.json`` and a model card, as those of our own
-networks; one that works on latents has its autoencoder beside them, as diffusers writes it, in ``vae/``.
+networks; one on latents also has its autoencoder, as diffusers writes it, in ``vae/``.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def save_denoiser(
         denoiser: A denoiser with parameters: a teacher or a student of it. Its network may be any module; one
             that is neither of distmatch nor of diffusers or EDM is needed again to load it.
         extra: More values to keep, as JSON.
-        tensors: More tensors to keep, beside the network; they come back as ``tensors`` among the values.
+        tensors: Further tensors to save; they come back as ``tensors`` among the values.
         metrics: The content of a run's ``metrics.json``, for the model card.
 
     Raises:
@@ -142,13 +142,13 @@ def load_denoiser(
         The denoiser, and the extra values that were saved with it.
 
     Raises:
-        UserError: Nothing is there, it is no model of ours, it is damaged, or a package is missing.
+        UserError: The model is missing, not a distmatch model, damaged, or a package is missing.
     """
     adapters = _folder_of(Path(folder), adapter_files.FORMAT)
     if adapters is not None:
         return _load_adapted(adapters, network, base)
     if base is not None:
-        raise UserError(f"{folder} holds a whole network, and no adapters", fix="leave base out")
+        raise UserError(f"{folder} contains a full network, not adapters", fix="omit base")
     found = _folder_of(Path(folder), FORMAT)
     if found is not None:
         return _load(found, network)
@@ -158,11 +158,11 @@ def load_denoiser(
 
 
 def needs_no_network(folder: str | os.PathLike[str]) -> UserError:
-    """The error for a network that was handed in beside a model that says itself what it is."""
+    """The error for a network argument with a model that determines its network."""
     return UserError(
-        f"{folder} says itself which network it holds",
-        got="a network that was handed in",
-        fix="leave network out",
+        f"{folder} already determines its network",
+        got="a network argument",
+        fix="omit network",
     )
 
 
@@ -172,8 +172,8 @@ def load_external(source: str | os.PathLike[str], **options: Any) -> Denoiser | 
     Args:
         source: A folder of diffusers, a folder that :func:`save_denoiser` wrote (or a run with one), or a
             network pickle of EDM or EDM2, which is read without running it.
-        options: For a folder of diffusers, those of :func:`load_diffusers`; for one of ours, ``network``, see
-            :func:`load_denoiser`.
+        options: For a folder of diffusers, those of :func:`load_diffusers`; for a distmatch model,
+            ``network``, see :func:`load_denoiser`.
 
     Raises:
         UserError: It is one and cannot be used.
@@ -214,7 +214,7 @@ def convert_edm(
     if vae is not None:
         latents = info.get("latents")
         if latents is None:
-            raise UserError("this network works on pixels and needs no autoencoder", fix="leave out vae")
+            raise UserError("this network works on pixels and needs no autoencoder", fix="omit vae")
         teacher.decoder = _decoder(Path(vae), latents, teacher.shape)  # type: ignore[assignment]
     licence = {"license": license} if license else {}
     about = {"kind": "teacher", "converted_from": Path(pickle).name, **info, **licence}
@@ -287,7 +287,7 @@ def _base_at(path: Path, options: dict[str, Any], network: HandedIn | None) -> n
     found = load_external(path, **options, **handed)
     whole: Any = load_model(path)[0] if found is None else found
     if not isinstance(whole, nn.Module):
-        raise UserError(f"{path} holds no network")
+        raise UserError(f"{path} contains no network")
     return whole
 
 

@@ -12,13 +12,13 @@ class Scaled:
     """Our time times a factor.
 
     Attributes:
-        factor: The network's times a unit of ours.
+        factor: The network's time units per unit of distmatch.
     """
 
     factor: float
 
     def __call__(self, t: Tensor) -> Tensor:
-        """The time that the network is told."""
+        """The time that the network receives."""
         return t * self.factor
 
 
@@ -27,5 +27,5 @@ class HalfLog:
     """log(sigma / 2): the noise coordinate of NCSN++ (Karras et al. 2022, table 1)."""
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        """The coordinate that the network is told."""
+        """The coordinate that the network receives."""
         return (sigma / 2).log()

@@ -92,9 +92,9 @@ def ect_lower_level(sigma: Tensor, sigma_data: float, stage: int) -> Tensor:
 def ctm_levels(sigma: Tensor, distribution: Karras, reach: float, share: Tensor) -> tuple[Tensor, Tensor]:
     """The level s that a sample of CTM jumps to, and the level u to which the teacher takes it first.
 
-    In the Karras distribution's own units s is uniform below t, where the lowest cell of 18 stands for the
-    data, as on the paper's grid, and u is as far from t as the solver goes, but not below s
-    (arXiv 2310.02279).
+    In the Karras distribution's own units s is uniform below t, where the lowest interval of 18 represents
+    the data, as on the paper's grid, and u is as far from t as the solver steps, but not below s (arXiv
+    2310.02279).
 
     Args:
         sigma: Levels t, (B,).

@@ -97,7 +97,8 @@ def sim_loss(
         distance: As for :func:`distance_slope`.
         c: Likewise, in units of w Delta.
         scaling: ``score``: both factors w are sigma^-2. ``dmd2``: the inner one is 1 / mean|x0 - D_p|, so
-            that c is a share of the typical denoising error at that level, and the outer one is left out.
+            that c is relative to the typical denoising error at that noise level, and the outer one is
+            omitted.
 
     Returns:
         (B,), the loss of each sample: a sum over its elements.
@@ -112,7 +113,8 @@ def sim_loss(
 def weight_derivatives(divergence: Divergence, log_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h(r), r h'(r) and r^2 h''(r), elementwise, by differentiation in log r.
 
-    r h' = dh/dlog r and r^2 h'' = d2h/dlog r^2 - dh/dlog r, so a custom divergence needs nothing of its own.
+    r h' = dh/dlog r and r^2 h'' = d2h/dlog r^2 - dh/dlog r, so a custom divergence needs no further
+    functions.
     """
 
     def slope(x: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ def uni_instruct_loss(
 def log_ratio_slope(teacher: Tensor, fake: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     """Zero, with the gradient of log p/q in ``x``: the score difference s_p - s_q.
 
-    Added to a detached log ratio it is what :func:`uni_instruct_loss` wants, without differentiating a
+    Added to a detached log ratio it is the input of :func:`uni_instruct_loss`, without differentiating a
     discriminator.
 
     Args:

@@ -21,9 +21,9 @@ def mmd_with_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The unbiased MMD^2 of two samples of the same number, and its gradient at the first, in one pass.
 
-    With labels it is that of the joint laws of sample and label under the product kernel
-    k(x, x') [label = label'], both samples having the same labels. Sample i of one is then tied by its label
-    to sample i of the other, and those pairs are left out across the samples too.
+    With labels it is that of the joint distributions of sample and label under the product kernel
+    k(x, x') [label = label'], both samples having the same labels. Sample i of one then shares its label with
+    sample i of the other, and those pairs are also excluded across the samples.
 
     Distances lose digits where samples are close, so those are in float64; inner products do not, and are in
     float32 for samples in it. Rows are taken in chunks, whose gradient is complete when they are left: the
@@ -74,8 +74,8 @@ def mmd_with_gradient(
 def _groups(labels: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows that are compared with one another, (G, m), and which of them do more than fill a group up.
 
-    Those of each label, if that makes the pairs fewer; else all, in one group. An accelerator would have to
-    wait to know how large the groups are.
+    Those of each label, if that makes the pairs fewer; else all, in one group. On an accelerator, reading the
+    group sizes would synchronize.
     """
     every = torch.arange(n, device=device)
     if labels is not None and device.type == "cpu":

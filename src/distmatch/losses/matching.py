@@ -1,12 +1,12 @@
-"""Distribution matching: the score difference that moves a generator, and the terms beside it.
+"""Distribution matching: the score difference of a generator, and the additional terms.
 
 In the frame x_t = x0 + sigma eps a score is (D(x_t) - x_t) / sigma^2, so everything is written with
 denoisers: D_p of the teacher and D_q of the fake score, which is trained to denoise the generator's samples
 (:func:`~distmatch.losses.denoising.denoising_loss`).
 
-Some functions return a gradient and not a loss, because the loss itself cannot be computed. Hand it to the
-backward pass of the samples, ``x0.backward(gradient / gradient.numel())``, or take the mean of
-``gradient * x0`` for a loss that has it.
+Some functions return a gradient and not a loss, because the loss itself cannot be computed. Pass it to the
+backward pass of the samples, ``x0.backward(gradient / gradient.numel())``, or take the mean of ``gradient *
+x0`` for a loss that has it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _error_size(teacher: Tensor, x0: Tensor) -> Tensor:
 def moment_matching_loss(prediction: Tensor, x0: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """The loss of the auxiliary denoiser g of moment matching, ``w (|x0 - g|^2 + |g - D_p|^2)``.
 
-    Salimans et al. 2024 (arXiv 2406.04103), the variant with an auxiliary denoiser. At its optimum g lies
+    Salimans et al. 2024 (arXiv 2406.04103), the variant with an auxiliary denoiser. At its optimum g is
     half-way between the posterior means of generator and teacher, and the generator's gradient is
     :func:`score_difference` with g as the fake score.
 

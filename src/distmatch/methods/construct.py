@@ -1,4 +1,4 @@
-"""From a choice to the method that carries it out."""
+"""Construction of a method from its name and settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(
     net: NetConfig | None = None,
     **settings: Any,
 ) -> Distiller:
-    """A method for a loop of your own: ``init``, ``step`` with batches of yours, ``result``.
+    """A method for a loop of your own: ``init``, ``step`` with your batches, ``result``.
 
     It is what :func:`distmatch.distill` runs, without its data, files and log::
 
@@ -54,7 +54,7 @@ def build(
         method: As for :func:`distmatch.distill`.
         total_steps: Length of the run, which learning rates and warm-ups depend on.
         divergence: As for :func:`distmatch.distill`.
-        device: Where networks live; the batches must be there.
+        device: Device of the networks; the batches must be there.
         precision: ``bf16`` runs networks under autocast.
         net: A fresh network for the student of a teacher that is a formula, or whose network is of other
             code; it is fitted to the teacher by ``init``, on samples of its argument ``draw``. None copies
@@ -78,7 +78,7 @@ def build(
     if total_steps < 1:
         raise UserError("a run needs at least one step", got=f"total_steps={total_steps}")
     if net is not None and has_network(teacher) and not is_external(teacher):
-        raise UserError("the student copies the teacher's network", got=f"net={net}", fix="leave net out")
+        raise UserError("the student copies the teacher's network", got=f"net={net}", fix="omit net")
     device = torch.device(device)
     return build_method(
         Context(
@@ -119,7 +119,7 @@ def _check_levels(context: Context[Settings]) -> None:
     low, high, data = teacher.sigma_min, teacher.sigma_max, teacher.sigma_data
     if not low < context.first_sigma <= high:
         raise UserError(
-            "the student must start at a noise level that the teacher knows",
+            "the student must start at a noise level of the teacher",
             got=f"--student-sigma {context.settings.student_sigma:g}, in units of sigma_data = {data:.4g}",
             expected=f"above {low / data:.4g} and up to {high / data:.4g}, or 0 for that",
         )
@@ -129,7 +129,7 @@ def _check_conditions(context: Context[Settings]) -> None:
     others = set(spec_of(context.teacher)) - {LABEL}
     if others and context.method.conditions == "labels":
         raise UserError(
-            f"{context.method.name} knows class labels as conditions, and this teacher takes others",
+            f"{context.method.name} supports class labels only, and this teacher takes another conditioning",
             got=f"conditions {', '.join(sorted(others))}",
             fix="use f-distill, dmd2, sid or another method of docs/methods.md",
         )
@@ -177,5 +177,5 @@ def _refuse_idle(own: Settings) -> None:
                 raise UserError(
                     f"--{name.replace('_', '-')} does nothing with {reason}",
                     got=value,
-                    fix="leave it out, or change the other",
+                    fix="omit it, or change the other",
                 )

@@ -1,8 +1,8 @@
 """Hybrid sampling: the teacher goes the first part of the way, the student the rest (arXiv 2503.10637).
 
 A student of few calls decides the layout of a sample in its first one. Where the teacher makes that part, the
-choice is the teacher's, and so is the variety. Nothing is trained; the state that changes hands is
-y = x0 + sigma eps at a level of the student.
+choice is the teacher's, and so is the variety. Nothing is trained; the state at the switch is y = x0 + sigma
+eps at a sigma of the student.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def student_noise(student: Student, way: HybridSchedule, n: int, seed: int) -> l
 
 
 def follower_of(student: Student, way: HybridSchedule) -> Student:
-    """The student as it goes on from a teacher: given noised data, of which its chain can keep the noise."""
+    """The student that continues a teacher's trajectory from noised data."""
     follower = student.around(student.denoiser, way.student_sigmas)
     follower.from_noise = False
     return follower
@@ -135,7 +135,8 @@ def student_calls(
         conditioning: What the samples are conditioned on.
 
     Returns:
-        The clean samples after each call; in a chain of jumps those of all but the last only lead on.
+        The clean samples after each call; with jumps, those of all but the last only lead to the next noise
+        level.
     """
     found = [follower.call(y, 0, conditioning)]
     for index, fresh in enumerate(noise, 1):

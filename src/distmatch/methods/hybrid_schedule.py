@@ -1,4 +1,4 @@
-"""Where a teacher hands over to a student: who goes which part of the way, and what cannot be followed."""
+"""The switch from a teacher to a student: who goes which part of the way, and what cannot be followed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def hybrid_schedule(
         if not 0 <= calls <= len(where):
             named = ", ".join(f"{k} down to {v:g}" for k, v in enumerate(where, 1))
             raise UserError(
-                "the teacher cannot take that many steps of this student's way",
+                "the teacher cannot take that many of this student's steps",
                 got=f"{calls}",
                 expected=f"0 (the student alone) to {len(where)} (the teacher alone): {named}",
             )
@@ -91,7 +91,7 @@ def hybrid_schedule(
     above = tuple(v for v in full if v > stop * (1 + _SAME))
     if not above:
         raise UserError(
-            "the teacher's grid has no level above the one at which the student takes over",
+            "the teacher's grid has no noise level above the switch to the student",
             got=f"it starts at {full[0]:g}, the student at {stop:g}",
         )
     rest = tuple(v for v in student.sigmas if v < stop * (1 - _SAME))
@@ -108,7 +108,7 @@ def _check_pair(teacher: Denoiser, student: Student) -> None:
     ):
         if theirs != ours:
             raise UserError(
-                f"the student cannot follow a teacher with another {what}",
+                f"the student cannot take over from a teacher with another {what}",
                 got=f"{theirs} of the teacher, {ours} of the student",
                 fix="use the teacher that the student was distilled from",
             )
@@ -130,7 +130,7 @@ def _checked_level(level: float, student: Student, where: tuple[float, ...]) -> 
     if _follows_any_level(student):
         listed = f"{low:g} to {first:g}, or 0"
     raise UserError(
-        "the student was not trained to take over at this level",
+        "the student was not trained to take over at this noise level",
         got=f"{level:g}",
         expected=listed,
         fix=f"choose one of these, or distil with --student-sigma {level / student.denoiser.sigma_data:.4g}",
@@ -151,8 +151,8 @@ def _check_first(stop: float, teacher: Denoiser, student: Student) -> None:
     signal = teacher.sigma_data / stop
     if signal > MOST_SIGNAL:
         raise UserError(
-            "the student cannot follow: its first call was trained on pure noise, and at this level noised "
-            "data are far from it",
+            "the student cannot take over: its first step was trained on pure noise, which differs from "
+            "noised data at this noise level",
             got=f"sigma {stop:g} at a sigma_data of {teacher.sigma_data:.3g}",
             expected=f"sigma_data / sigma at most {MOST_SIGNAL:g}",
             fix=f"distil with --student-sigma {1 / MOST_SIGNAL:.3g} or more, or with a consistency method",
@@ -170,5 +170,5 @@ def check_way(way: HybridSchedule, chosen: Solver, asked: str | Solver) -> None:
         raise UserError(
             f"the solver {asked} needs at least {chosen.least_steps} steps",
             got=f"{steps} of the teacher before the student takes over at {way.teacher_levels[-1]:g}",
-            fix="give --steps more, or take --solver heun",
+            fix="raise --steps, or use --solver heun",
         )

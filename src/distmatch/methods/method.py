@@ -26,7 +26,7 @@ class Method:
         settings: The class of its settings, whose fields are its options and whose defaults are its own. A
             method can be given nothing else.
         build: From a :class:`~distmatch.methods.context.Context` with such settings to the
-            :class:`~distmatch.methods.context.Distiller` that carries the method out. It imports what needs
+            :class:`~distmatch.methods.context.Distiller` that runs the method. It imports what needs
             torch when it is called.
         limits: What it cannot do, in a sentence.
         data: Whether it needs real data.
@@ -54,7 +54,7 @@ class Method:
 
     @property
     def critic(self) -> bool:
-        """Whether a fake score is trained beside the student."""
+        """Whether a fake score is trained."""
         return issubclass(self.settings, FakeScoreSettings)
 
     @property

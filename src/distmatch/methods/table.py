@@ -78,7 +78,7 @@ def resolve_method(name: str, divergence: str | None) -> tuple[Method, str]:
                 got=f"--divergence {divergence}",
                 fix="use --method f-distill for any other divergence"
                 if own
-                else "leave --divergence out, or use --method f-distill",
+                else "omit --divergence, or use --method f-distill",
             )
         divergence = own or None
     return method, divergence or method.default_divergence
@@ -117,5 +117,5 @@ def unknown_setting(setting: str, method: Method | None, known: Iterable[str], g
     return UserError(
         f"--{setting.replace('_', '-')} does nothing with --method {method.name}",
         got=got,
-        fix=f"leave it out, or choose a method that reads it: {', '.join(others)}",
+        fix=f"omit it, or choose a method that reads it: {', '.join(others)}",
     )

@@ -1,6 +1,6 @@
 """Two sets of samples against each other: every divergence and discrepancy that samples alone can give.
 
-The first set stands for p, what the second, q, should match: data and samples, or teacher and student.
+The first set is p, the target of the second, q: data and samples, or teacher and student.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Comparison:
     Attributes:
         measured: By name.
         not_computed: Why a name has no value here.
-        notes: What to bear in mind about the samples as they are.
-        features: The space they were compared in, '' for the numbers that were handed in.
+        notes: Notes on the samples.
+        features: The space they were compared in, '' for the given numbers.
     """
 
     measured: dict[str, Measured]
@@ -75,8 +75,8 @@ def compare_samples(
 
     All f-divergences are lower bounds from one classifier (:func:`classifier_estimates`), each raised to the
     largest that the others imply (:func:`consistent`); those that are means of logarithms are in nats, the
-    others have no unit. The discrepancies are in the units of the samples. A number that no two laws can
-    have is not given; ``not_computed`` says why.
+    others have no unit. The discrepancies are in the units of the samples. An impossible value is not
+    reported; ``not_computed`` says why.
 
     Args:
         x_p: Samples of p, (n, *shape), at least 40, floating.
@@ -107,7 +107,9 @@ def compare_samples(
     rest = [n for n in names if n in computable and n not in absent]
     if not bounded and not rest:
         reasons = "; ".join(f"{name}: {why}" for name, why in absent.items())
-        raise UserError("nothing of this can be computed here", got=reasons, fix="name others, or all")
+        raise UserError(
+            "none of these can be computed for these samples", got=reasons, fix="name others, or all"
+        )
     found: dict[str, Measured] = {}
     with progress(len(rest) + bool(bounded), desc="divergences", enabled=not quiet, delay=1.0) as bar:
         if bounded:
@@ -162,7 +164,7 @@ def compare_datasets(
     checked_names(which)
     if (p.kind, p.shape) != (q.kind, q.shape):
         raise UserError(
-            "the two sets hold samples of different shapes",
+            "the two sets have samples of different shapes",
             got=f"{p.kind}s {p.shape} and {q.kind}s {q.shape}",
             expected="the same shape",
         )
@@ -184,7 +186,7 @@ def compare_datasets(
     )
     notes = _about_space(space.name, p.kind, sides[0]) + found.notes
     if is_coded(p.columns):
-        notes = ("q is compared as rows of the table p: words and whole numbers, nothing between", *notes)
+        notes = ("q is compared as rows of the table p, with words and whole numbers", *notes)
     return Comparison(found.measured, found.not_computed, notes, space.description)
 
 
@@ -195,7 +197,7 @@ def _checked(x_p: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
                 f"too few samples of {name} to compare",
                 got=len(x) if x.ndim else 0,
                 expected=f"at least {LEAST} of each",
-                fix="hand in more samples: a number you can rely on takes a thousand or more",
+                fix="pass more samples: a reliable value needs a thousand or more",
             )
         if not x.is_floating_point() or not bool(x.isfinite().all()):
             raise UserError(
@@ -205,7 +207,7 @@ def _checked(x_p: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
             )
     if x_p.shape[1:] != x_q.shape[1:]:
         raise UserError(
-            "the two sets hold samples of different shapes",
+            "the two sets have samples of different shapes",
             got=f"{tuple(x_p.shape[1:])} and {tuple(x_q.shape[1:])}",
             expected="the same shape",
         )
@@ -250,8 +252,8 @@ def _copies(p: Tensor, q: Tensor) -> tuple[str, ...]:
         share = 1 - len(own) / len(x)
         if share > COPIES:
             notes.append(
-                f"{share:.0%} of the samples of {side} repeat others: bounds and errors take them for "
-                "independent draws and are too optimistic"
+                f"{share:.0%} of the samples of {side} repeat others: bounds and errors assume "
+                f"independent draws and are too optimistic"
             )
     shared = len(own_p) + len(own_q) - len(torch.unique(torch.cat([own_p, own_q]), dim=0))
     if shared > COPIES * min(len(own_p), len(own_q)):
@@ -265,25 +267,26 @@ def _about_space(space: str, kind: str, x: Tensor) -> tuple[str, ...]:
     d = x.shape[1]
     if space == "classifier":
         return (
-            "the samples are seen through a classifier of p's labels, trained on p itself: a difference that "
-            "it ignores does not show, and p-values are approximate",
+            "the samples are compared on features of a classifier of p's labels, trained on p itself: "
+            "it may ignore differences, and p-values are approximate",
         )
     notes = []
     if kind in ("image", "video") and d > _MANY_DIMENSIONS:
         notes.append(
-            f"{d} pixel values a sample: this compares pixels, not what the pictures show; where p has "
-            "labels, the classifier features compare what tells pictures apart"
+            f"{d} pixel values per sample: this compares pixels, not image content; if p has labels, "
+            f"use the classifier features"
         )
     elif d > _MANY_DIMENSIONS:
         notes.append(
-            f"{d} numbers a sample: in so many dimensions a lower bound may be far below the divergence, and "
-            "a distance sees little of a difference in few of them"
+            f"{d} numbers per sample: in so many dimensions a lower bound may be far below the "
+            f"divergence, and a distance is insensitive to a difference in few of them"
         )
     spread = x.std(0)
     spread = spread[spread > 0]
     if kind == "vector" and len(spread) and float(spread.max() / spread.min()) > _UNEVEN:
         notes.append(
-            f"the widest column of p has {float(spread.max() / spread.min()):.0f} times the spread of the "
-            "narrowest and rules every distance: divide each column by its spread if that is not meant"
+            f"the widest column of p has {float(spread.max() / spread.min()):.0f} times the standard "
+            f"deviation of the narrowest and dominates every distance: divide each column by its "
+            f"standard deviation if this is not intended"
         )
     return tuple(notes)

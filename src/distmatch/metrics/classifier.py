@@ -22,7 +22,7 @@ from distmatch.nets.layers import channels_and_sides, channels_first, convolutio
 RECIPE = 1  # raise it when the network or its training changes: it is part of the cache key
 _BATCH = 128
 _STEPS = (500, 2000)  # at least, at most; four epochs between
-# Noise on the inputs keeps the net from telling trained samples from fresh ones.
+# Noise on the inputs prevents the network from distinguishing training samples from new ones.
 _IMAGE_NOISE = 0.25  # in model space
 _VECTOR_NOISE = 0.1  # of the standard deviation of a column
 
@@ -152,7 +152,7 @@ def _load(stem: Path, reference: Reference) -> tuple[Classifier, int, int]:
     facts: dict[str, Any] = read_json(stem.with_suffix(".json"))
     weights = stem.with_suffix(".safetensors")
     if facts["sha256"] != _sha256(weights):
-        raise ValueError("the two cached files do not belong together")
+        raise ValueError("the two cached files do not match")
     net = Classifier(tuple(reference.shape), reference.num_classes)
     load_into(net, load_tensors(weights), str(weights))
     net.eval().requires_grad_(False)
@@ -165,7 +165,7 @@ def load_or_train(reference: Reference, cache: Path | None = None) -> tuple[Clas
     A cache that cannot be read or written costs time, never the result.
 
     Args:
-        reference: Labeled samples; generated samples never take part in the training.
+        reference: Labeled samples; generated samples are never used for training.
         cache: Folder; by default :func:`cache_folder`.
 
     Returns:

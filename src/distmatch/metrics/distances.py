@@ -1,7 +1,7 @@
 """The distances between two samples that a comparison is made of, each measured in one way with its error.
 
-Here p and q are two sets of independent samples in random order, (n, d) and (m, d). Whatever costs more than
-n log n takes a part of them, and ``n`` of the estimate says how many.
+Here p and q are two sets of independent samples in random order, (n, d) and (m, d). Estimators that cost more
+than n log n use a part of them; ``n`` of the estimate is their number.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Score = Callable[[Tensor], Tensor]
 
 NEIGHBORS = 5
 _PROJECTIONS = 200
-_RELABELLINGS = 19  # one in twenty pairs of equal laws goes without the warning
+_RELABELLINGS = 19  # one in twenty pairs of equal distributions goes without the warning
 _MOST_PAIRS = 5000  # samples of a side where all pairs are seen once, or all samples many times,
 _MOST_TESTED = 2000  # where they are seen for each of 999 permutations or many iterations,
 _MOST_WIDE = 1000  # and where a matrix of all pairs is decomposed
@@ -84,9 +84,9 @@ def resampled(
     """A smooth statistic of two samples, never negative, with its jackknife error over ten groups of both.
 
     There is a warning where the value is not larger than between 19 random relabellings of the same samples:
-    such a statistic is above zero for equal laws as well. And where half of the samples, which have about
-    twice the bias and to first order no other error, give a value that differs by more than the standard
-    error.
+    such a statistic is above zero for equal distributions as well. And where half of the samples, which have
+    about twice the bias and to first order no other error, give a value that differs by more than the
+    standard error.
 
     Args:
         statistic: Maps two samples to a number.
@@ -104,10 +104,10 @@ def resampled(
     halves = (statistic(x[::2], y[::2]) + statistic(x[1::2], y[1::2])) / 2
     warning = None
     if value <= max(null):
-        warning = f"not to be told from 0: random relabellings of the samples reach {max(null):.3g}"
+        warning = f"not distinguishable from 0: random permutations of the samples reach {max(null):.3g}"
     elif abs(halves - value) > stderr:
         trend = "less" if halves > value else "more"
-        warning = f"biased: half of the samples give {halves:.3g}, and more of them would give {trend}"
+        warning = f"biased: half of the samples give {halves:.3g}, and the trend for more is {trend}"
     return Estimate(value, stderr, min(len(x), len(y)), warning)
 
 
@@ -179,7 +179,9 @@ def _wasserstein(p: Tensor, q: Tensor, seed: int) -> Measured:
 
 def _cauchy_schwarz(p: Tensor, q: Tensor, seed: int) -> Measured:
     found = cauchy_schwarz(p[:_MOST_PAIRS], q[:_MOST_PAIRS])
-    return Measured(found, "kernel densities, Silverman's bandwidth", "of both laws blurred, nats")
+    return Measured(
+        found, "kernel densities, Silverman's bandwidth", "of both distributions smoothed by the kernel, nats"
+    )
 
 
 def _frechet(p: Tensor, q: Tensor, seed: int) -> Measured:
@@ -207,7 +209,7 @@ _NEVER_BELOW_ZERO = ("cauchy_schwarz", "sinkhorn", "kl_neighbors", "reverse_kl_n
 
 
 def impossible(name: str, row: Measured) -> str | None:
-    """Why a number is withheld that no two laws can have; None where it can be.
+    """Why an impossible value is not reported; None where it can be.
 
     Estimates without bias fall below zero by their noise near zero, where they stay.
     """
@@ -217,7 +219,7 @@ def impossible(name: str, row: Measured) -> str | None:
     if name not in _NEVER_BELOW_ZERO or found.value >= 0 or found.value >= -3 * found.stderr:
         return None
     why = found.warning or "the samples are too few"
-    return f"came out as {found.value:.3g}, which is below the 0 that no two laws fall short of: {why}"
+    return f"came out as {found.value:.3g}, which is below the minimum 0: {why}"
 
 
 def stein(x: Tensor, score: Score, seed: int, whose: str) -> Measured:

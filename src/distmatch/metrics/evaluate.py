@@ -2,7 +2,7 @@
 
 The reference is split by the seed into disjoint blocks A and B of N samples, the generated set into G1 and
 G2. A metric of the model is the mean over (G1, A) and (G2, B); the floor is the metric between A and B. So
-both carry the same finite-sample bias, and a model as good as fresh data scores the floor up to noise. Blocks
+both have the same finite-sample bias, and a model as good as new data reaches the floor up to noise. Blocks
 stratified by label differ less than independent samples do, so a ``kid`` below zero is then expected.
 """
 
@@ -53,7 +53,7 @@ def replicate_stderr(name: str, replicates: Tensor) -> float:
     """The standard error of a metric, or of any linear combination of models' values of it.
 
     Args:
-        name: The metric, which says how the samples were left out.
+        name: The metric, which determines how samples are left out.
         replicates: (2, R) as in :class:`Evaluation`, or a linear combination of such tables.
     """
     rule = half_sample_stderr if name in _HALVED else jackknife_stderr
@@ -185,7 +185,7 @@ def reference_floor(
 
 
 def _device(x: Tensor) -> torch.device:
-    """Where the statistics run: beside the samples, except where float64 does not exist."""
+    """Where the statistics run: on the device of the samples, except where float64 does not exist."""
     return x.device if x.device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
@@ -224,8 +224,8 @@ def _doubtful(
     """The estimates, with warnings where one is unstable or nearest-neighbor balls mean little."""
     share = sum(map(repeats, real)) / len(real)
     copies = (
-        f"{share:.0%} of the reference samples repeat others: many nearest-neighbor balls have no size, and "
-        "only copies fall into them"
+        f"{share:.0%} of the reference samples repeat others: many nearest-neighbor balls have radius "
+        f"zero, and only copies fall into them"
         if share > COPIES
         else None
     )
@@ -248,8 +248,8 @@ def _unstable(name: str, found: Estimate, halves: Tensor) -> str | None:
         return None
     low, high = float(halves.min()), float(halves.max())
     return (
-        f"unstable: halves of the samples give {low:.2g} to {high:.2g}, as a few of them decide which balls "
-        "are large. Do not read it as value and error"
+        f"unstable: halves of the samples give {low:.2g} to {high:.2g}, since a few of them determine "
+        f"the large balls. Do not interpret it as value and error"
     )
 
 
@@ -282,7 +282,7 @@ def _check_finite(x: Tensor, name: str) -> None:
             f"{name} has values that are not finite",
             got=f"{int(bad.sum())} NaN or infinite values, in {samples} of {len(x)} samples",
             expected="finite numbers",
-            fix="look for divergence in the log of the run, or drop these samples knowingly",
+            fix="look for divergence in the log of the run, or remove these samples deliberately",
         )
 
 
@@ -301,5 +301,5 @@ def _check(x: Tensor, reference: Reference | Tensor, labels: Tensor | None) -> N
             "there must be one label per sample",
             got=tuple(labels.shape),
             expected=f"({len(x)},)",
-            fix="pass the labels the samples were asked for",
+            fix="pass the labels that the samples were generated with",
         )

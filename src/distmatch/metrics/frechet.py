@@ -15,8 +15,8 @@ def _between_factors(a: Tensor, b: Tensor) -> Tensor:
     """tr(S + T - 2 (S T)^(1/2)) for S = a^T a and T = b^T b, from factors (k, D) and (l, D).
 
     It is the least |O a - b|^2 over orthogonal O (the Bures distance), whose O has the singular vectors of b
-    a^T. So nothing is squared twice and no large traces are subtracted: a small difference beside a large
-    common direction keeps its digits, as it does not by the eigenvalues of S^(1/2) T S^(1/2).
+    a^T. So nothing is squared twice and no large traces are subtracted: a small difference next to a large
+    common direction keeps its digits, unlike with the eigenvalues of S^(1/2) T S^(1/2).
     """
     if len(a) < len(b):
         a, b = b, a
@@ -54,7 +54,7 @@ def _moments(x: Tensor, groups: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def frechet_replicates(a: Tensor, b: Tensor, groups: int = 1) -> Tensor:
-    """The Frechet distance of all samples, then with each group left out of both sets.
+    """The Frechet distance of all samples, then without each group in both sets.
 
     Args:
         a: Features (N, D).

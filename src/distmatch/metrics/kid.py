@@ -33,7 +33,7 @@ def _without(sums: Tensor) -> Tensor:
 
 
 def kid_replicates(a: Tensor, b: Tensor, groups: int = 1) -> Tensor:
-    """The kernel distance of all samples, then with each group left out of both sets.
+    """The kernel distance of all samples, then without each group in both sets.
 
     Args:
         a: Features (N, D).
@@ -55,7 +55,7 @@ def kid_replicates(a: Tensor, b: Tensor, groups: int = 1) -> Tensor:
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     r"""The unbiased estimate of MMD^2 with kernel (x.y / D + 1)^3 (KID, Binkowski et al. 2018).
 
-    Self-pairs are left out of both inner sums, so the mean over repetitions is zero for equal distributions
+    Self-pairs are excluded from both inner sums, so the mean over repetitions is zero for equal distributions
     and a single value can be negative.
 
     Args:

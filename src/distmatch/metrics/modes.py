@@ -115,7 +115,7 @@ def mode_counts(x: Tensor, mixture: Mixture, radius: float = 3.0) -> ModeReport:
     n, k = flat.shape[0], mixture.means.shape[0]
     if n == 0 or flat.shape[1] != mixture.means.shape[1]:
         raise UserError(
-            "the samples do not fit the mixture",
+            "the samples do not match the mixture",
             got=f"shape {tuple(x.shape)}",
             expected=f"(N, {mixture.means.shape[1]}) with N >= 1",
             fix="evaluate samples in the space of the mixture",

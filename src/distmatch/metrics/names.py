@@ -1,4 +1,4 @@
-"""Which divergences and discrepancies can be asked for between two sets, and why some have no value there."""
+"""The divergences and discrepancies between two sets, and why some have no value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ELSEWHERE = {
 _FEW_DIMENSIONS = 4  # beyond them nearest neighbors give no usable number
 
 EVERYTHING = (*NAMES, *DISTANCES, STEIN, *_ELSEWHERE)
-"""What ``all`` stands for."""
+"""The names that ``all`` means."""
 _RENAMED = {f"{side}kl_neighbours": f"{side}kl_neighbors" for side in ("", "reverse_")}
 
 
@@ -79,17 +79,17 @@ def why_not(name: str, d: int, computable: bool, everything: bool) -> str | None
     Args:
         name: From :func:`checked_names`.
         d: Numbers in a sample.
-        computable: Whether what it needs beside the samples is there.
-        everything: Whether all were asked for, so that those that could not be relied on are left out.
+        computable: Whether its further inputs are available.
+        everything: Whether all were requested, so that unreliable ones are omitted.
     """
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
     if name == STEIN and not computable:
         return "needs the score of p or of q: samples have none, a toy such as ring8 has"
     if name == "wasserstein" and d > 1:
-        return f"is exact on the line only: in {d} dimensions see sinkhorn and sliced_wasserstein"
+        return f"is exact in one dimension only: in {d} dimensions see sinkhorn and sliced_wasserstein"
     if name.endswith("sliced_wasserstein") and d == 1:
         return "is wasserstein on the line"
     if name.endswith("kl_neighbors") and d > _FEW_DIMENSIONS and everything:
-        return f"is of no use in {d} dimensions; named alone it is computed"
+        return f"is unreliable in {d} dimensions; it is computed if named explicitly"
     return None

@@ -1,4 +1,4 @@
-"""What to bear in mind about a table of metrics as a whole."""
+"""Notes on a table of metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WEAK_CLASSIFIER = 0.9
 
 
 def notes_on(reference: Dataset, space: Features, n: int) -> list[str]:
-    """Remarks for below the table, as sentences; none where nothing is to be said.
+    """Remarks for below the table, as sentences; empty if there are none.
 
     Args:
         reference: The real data.
@@ -23,18 +23,19 @@ def notes_on(reference: Dataset, space: Features, n: int) -> list[str]:
     found = []
     if is_coded(reference.columns):
         found.append(
-            "samples were measured as rows of the table, as sample --out x.csv writes them: of the elements "
-            "of a word the largest counts, and whole numbers are rounded"
+            "samples were evaluated as rows of the table, as sample --out x.csv writes them: the "
+            "largest element of a word counts, and whole numbers are rounded"
         )
     if n < SMALL_BLOCK:
         found.append(
             f"blocks of {n} samples are small: values are biased and rough, and so are their errors. Compare "
-            f"only with the floor; use {2 * SMALL_BLOCK} samples or more of either side where there are any"
+            f"only with the floor; use {2 * SMALL_BLOCK} samples or more on either side if available"
         )
     right = space.heldout_accuracy
     if right is not None and right.value < WEAK_CLASSIFIER:
         found.append(
-            f"the feature classifier names only {right.value:.0%} of {right.n} held-out real samples "
-            "rightly: its features, and label_accuracy, are doubtful. See --features pixels too"
+            f"the feature classifier is correct on only {right.value:.0%} of {right.n} held-out real "
+            f"samples: "
+            "its features and label_accuracy are doubtful. Use --features pixels too"
         )
     return found

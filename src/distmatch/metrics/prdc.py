@@ -56,7 +56,7 @@ class _Balls:
         closed: Squared radii of precision and recall, -1 for samples left out.
         opened: Squared radii of density and coverage, the next larger number where the ball is closed.
         tied: Where it is.
-        present: Who takes part.
+        present: The samples that are used.
     """
 
     closed: Tensor

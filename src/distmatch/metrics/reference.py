@@ -101,7 +101,7 @@ def reference_labels(reference: Reference, count: int, *, seed: int = 0) -> Tens
         UserError: The reference has no labels.
     """
     if reference.labels is None:
-        raise UserError("the reference has no labels to ask for", fix="sample without labels")
+        raise UserError("the reference has no labels", fix="sample without labels")
     labels = reference.labels.cpu()
     order = stratified_order(labels, len(labels), seeds.generator(seed, "evaluate/labels"))
     return labels[order[torch.arange(count) % len(order)]]

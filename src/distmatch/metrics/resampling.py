@@ -1,6 +1,6 @@
 """Standard errors by leaving samples out; the groups are slices of a random order.
 
-Every metric of this room has a form that returns its *replicates*: the value on all samples first, then
+Every metric of this package has a form that returns its *replicates*: the value on all samples first, then
 values on subsets. Smooth statistics of sums use the delete-one-group jackknife, whose sums are kept by group.
 Counts of nearest-neighbor balls use half-samples: there the jackknife gives 1.3 to 2.6 times the actual
 spread (measured on Gaussians in 3 to 16 dimensions), because what a removed neighbor does depends on the
@@ -32,7 +32,7 @@ def membership(n: int, groups: int, device: torch.device) -> Tensor:
 
 
 def kept(n: int, groups: int, device: torch.device) -> Tensor:
-    """Which samples take part in which replicate: bool (1 + groups, n), or (1, n) when ``groups`` is 1."""
+    """The samples used in each replicate: bool (1 + groups, n), or (1, n) when ``groups`` is 1."""
     everyone = torch.ones(1, n, dtype=torch.bool, device=device)
     if groups == 1:
         return everyone
@@ -45,7 +45,7 @@ def repeats(x: Tensor) -> float:
 
 
 def half_samples() -> Tensor:
-    """Which groups take part: bool (15, 8), all of them and then seven pairs of complementary halves.
+    """The groups that are used: bool (15, 8), all of them and then seven pairs of complementary halves.
 
     The halvings are the columns of a Hadamard matrix (balanced repeated replication), so any two of them
     share exactly half of their groups and their contrasts are uncorrelated.

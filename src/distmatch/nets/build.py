@@ -32,7 +32,7 @@ def build_net(config: NetConfig, shape: Sequence[int], num_classes: int) -> MLP 
     if len(shape) not in ((3,) if isinstance(config, UNetConfig) else (2, 3, 4)):
         images = "(channels, height, width)"
         raise UserError(
-            f"a {kind_of(config)} does not work on samples of this shape",
+            f"a {kind_of(config)} does not support samples of this shape",
             got=f"shape {shape}",
             expected=images
             if isinstance(config, UNetConfig)

@@ -38,7 +38,7 @@ class EDMDenoiser(SamplingMixin, nn.Module):
         sigma_max: Largest noise level; sampling starts there.
         pfgm_dims: Extra dimensions D of the Student-t noise that it was trained with (PFGM++); 0 is
             Gaussian noise.
-        noise_unit: Unit of the levels that the network is told. Published networks have 1; with twice
+        noise_unit: Unit of the network's noise levels. Published networks have 1; with twice
             ``sigma_data`` the denoiser of scaled data is the scaled denoiser, with the same weights.
 
     Attributes:
@@ -64,7 +64,7 @@ class EDMDenoiser(SamplingMixin, nn.Module):
         super().__init__()
         if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
             raise UserError(
-                "the noise levels of a denoiser do not make sense",
+                "the noise levels of a denoiser are not valid",
                 got=f"sigma_min={sigma_min}, sigma_max={sigma_max}, sigma_data={sigma_data}",
                 expected="0 < sigma_min < sigma_max and sigma_data > 0, all finite",
                 fix="the usual values are 0.002, 80 and the standard deviation of the data",
@@ -128,7 +128,7 @@ class EDMDenoiser(SamplingMixin, nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if tuple(x.shape[1:]) != self.shape:
             raise UserError(
-                "these samples are not of the shape that the model takes",
+                "these samples do not have the shape of the model",
                 got=f"a batch of shape {tuple(x.shape)}",
                 expected=f"(batch, {', '.join(map(str, self.shape))})",
                 fix="add the channel axis of grey images, or load the model that belongs to this data",
@@ -142,12 +142,12 @@ class EDMDenoiser(SamplingMixin, nn.Module):
         return x.to(dtype) * variance.rsqrt(), self._coordinates(sigma, to), c_skip, c_out
 
     def _coordinates(self, sigma: Tensor, to: Tensor | None) -> Tensor:
-        """What the network is told of the levels: (B,), or (B, 2) when it jumps."""
+        """The network's noise-level input: (B,), or (B, 2) when it jumps."""
         if not self.jumps:
             if to is not None:
                 raise UserError(
-                    "this network knows one noise level and cannot jump to another",
-                    fix="turn it into one that does with distmatch.nets.jump.as_jump",
+                    "this network takes one noise level and cannot jump to another",
+                    fix="convert it with distmatch.nets.jump.as_jump",
                 )
             return noise_coordinate(sigma, self.noise_unit)
         to = torch.zeros_like(sigma) if to is None else to.to(sigma.dtype).reshape(-1).expand(sigma.shape)

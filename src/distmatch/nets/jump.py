@@ -20,7 +20,7 @@ def as_jump(denoiser: nn.Module) -> EDMDenoiser:
     """A copy that also takes the level to jump to; until it is trained, that level changes nothing.
 
     Args:
-        denoiser: A denoiser with a network of ours; one that jumps already is copied as it is.
+        denoiser: A denoiser with a built-in network; one that jumps already is copied as it is.
 
     Raises:
         UserError: Its network comes from elsewhere and has no place for a second level.
@@ -36,11 +36,12 @@ def require_jump(denoiser: nn.Module) -> EDMDenoiser:
     """
     if not isinstance(denoiser, EDMDenoiser) or not _conditionings(denoiser):
         raise UserError(
-            "this network has no place for a second noise level, which a jump from level to level needs",
+            "this network has no input for a second noise level, which a jump needs",
             got="a network from elsewhere",
             expected="an mlp, unet or dit of distmatch",
-            fix="choose a method of one noise level, such as consistency or scm; or a student with a network "
-            'of distmatch, net="unet", which is first fitted to what yours predicts',
+            fix="choose a method with one noise level, such as consistency or scm; or a student with a "
+            "network "
+            'of distmatch, net="unet", which is first fitted to the predictions of yours',
         )
     return denoiser
 

@@ -74,7 +74,7 @@ class Perturbation:
     """Noise on a condition's embedding of size d (CEP, Chen et al. 2024), its norm the same for every d.
 
     Attributes:
-        scale: gamma. Uniform noise lies within ``gamma / sqrt(d)`` and has norm ``gamma / sqrt(3)``; normal
+        scale: gamma. Uniform noise is within ``gamma / sqrt(d)`` and has norm ``gamma / sqrt(3)``; normal
             noise has standard deviation ``gamma / sqrt(d)`` and norm gamma.
         kind: ``"uniform"`` or ``"gaussian"``.
     """
@@ -91,7 +91,7 @@ class Perturbation:
 
 
 class Conditioning(nn.Module):
-    """Embeds noise level and class label into one vector, and the level to jump to where it knows one.
+    """Embeds noise level and class label into one vector, and the target noise level if it supports one.
 
     Args:
         num_classes: Number of classes; the label table has one row more, for "no condition".
@@ -184,9 +184,9 @@ def convolution(sides: tuple[int, ...]) -> type[nn.Conv1d] | type[nn.Conv2d] | t
 def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, ...]]:
     """Pads maps (B, C, *sides) with zeros, evenly at both ends, to sides that are multiples of ``multiple``.
 
-    A network that halves the resolution a few times, or cuts it into patches, then meets whole sizes only,
-    and the maps of the way down and the way up always fit. Zeros are what the convolutions pad with anyway,
-    so the network sees the one kind of border it knows. Cropping the result with :func:`crop` undoes it.
+    A network that halves the resolution a few times, or cuts it into patches, then has only whole sizes, and
+    the maps of encoder and decoder always match. Zeros are what the convolutions pad with anyway, so the
+    network has only one kind of border. Cropping the result with :func:`crop` undoes it.
 
     Returns:
         The padded maps, and what was added before the first entry of each side.

@@ -52,7 +52,7 @@ class MLPTrunk(nn.Module):
 
         Args:
             x: Samples.
-            c_noise: What is told of their levels.
+            c_noise: Their noise-level input.
             labels: Classes, or None.
             depth: How many blocks are run; None is all of them.
         """
@@ -94,8 +94,8 @@ class MLP(nn.Module):
     ) -> Output:
         """Maps ``x`` (B, *shape) and ``c_noise`` (B,) to (B, *shape).
 
-        Features are the hidden states (B, width) at about 1/2 and 3/4 of the depth; a pass for ``"only"``
-        them leaves out the blocks behind the last.
+        Features are the hidden states (B, width) at about 1/2 and 3/4 of the depth; with ``"only"`` the pass
+        stops after the last of these blocks.
         """
         depth = max(self.features) + 1 if return_features == "only" else None
         states, _ = self.trunk(x, c_noise, labels, depth=depth)

@@ -57,8 +57,8 @@ def save_model(
         folder: The model folder; an earlier model in it is replaced.
         denoiser: What to save. Its network must come from :func:`distmatch.nets.build.build_net`.
         extra: More values to keep, as JSON: class names, the kind of model, where it came from.
-        tensors: More tensors to keep, beside the network; they come back as ``tensors`` among the values.
-        card: What a reader should know of it, as Markdown; '' writes none.
+        tensors: Further tensors to save; they come back as ``tensors`` among the values.
+        card: A description of the model, as Markdown; '' writes none.
 
     Raises:
         UserError: The folder holds something else, or cannot be written; or the network was rewritten.
@@ -98,7 +98,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
         The denoiser, and the extra values that were saved with it.
 
     Raises:
-        UserError: Nothing is there, it is not a model of ours, it is damaged, or it is a pickle (refused).
+        UserError: The model is missing, not a distmatch model, damaged, or a pickle (refused).
     """
     folder = _model_folder(Path(folder))
     config = read_json(folder / _CONFIG)
@@ -107,7 +107,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
             f"{folder / _CONFIG} does not describe a model of distmatch",
             got=f"format {config.get('format')!r}" if isinstance(config, dict) else type(config).__name__,
             expected=f"format {FORMAT!r}",
-            fix="give the folder that save_pretrained or a run wrote",
+            fix="pass the folder that save_pretrained or a run wrote",
         )
     check_version(folder, config, (VERSION, UNIT_VERSION))
     tensors = load_tensors(folder / _TENSORS)
@@ -149,7 +149,7 @@ def extra_tensors(folder: Path) -> dict[str, Any]:
 
 
 def edm_values(denoiser: EDMDenoiser) -> dict[str, Any]:
-    """What a config says of how a denoiser uses its network, beside its shape and classes."""
+    """The entries of a config on how a denoiser uses its network, besides its shape and classes."""
     said: dict[str, Any] = {name: getattr(denoiser, name) for name in _SIGMAS}
     if isinstance(denoiser, PathDenoiser):
         said |= {
@@ -186,8 +186,8 @@ def missing_model(path: str | os.PathLike[str], expected: str) -> UserError:
     """The error for a model that is not there; one that looks like the id on a hub gets that advice."""
     fix = "check the path"
     if _HUB_ID.fullmatch(os.fspath(path)) and not Path(path).parent.exists():
-        fix = "nothing is downloaded here. If it is an id on a model hub, get its files first, for example "
-        fix += f"with: hf download {path} --local-dir FOLDER. Then give FOLDER"
+        fix = "distmatch does not download. If it is an id on a model hub, get its files first, for example "
+        fix += f"with: hf download {path} --local-dir FOLDER. Then pass FOLDER"
     return UserError(f"{path} does not exist", expected=expected, fix=fix)
 
 
@@ -197,7 +197,7 @@ def _model_folder(path: Path) -> Path:
             raise UserError(
                 f"{path} is a pickle or a torch archive and was not opened: loading one can run any code",
                 expected=f"a folder with {_TENSORS} and {_CONFIG}",
-                fix="convert it where you trust it",
+                fix="convert it in an environment where you trust it",
             )
         raise UserError(f"{path} is a file", expected="a model folder or a run folder", fix="give its folder")
     if not path.exists():
@@ -206,16 +206,16 @@ def _model_folder(path: Path) -> Path:
         if (candidate / _CONFIG).is_file():
             return candidate
     raise UserError(
-        f"{path} holds no model",
+        f"{path} contains no model",
         expected=f"{_CONFIG} and {_TENSORS} in it or in its folder model/",
-        fix="a run writes its model when it ends: let it finish, or give another folder",
+        fix="a run writes its model at its end: let it finish, or pass another folder",
     )
 
 
 def _described(source: Path, config: dict[str, Any], tensors: int) -> EDMDenoiser:
     """The denoiser that a config describes, on the meta device: it has shapes and no memory yet.
 
-    A network of more blocks than there are ``tensors`` is not even begun.
+    A network with more blocks than there are ``tensors`` is not built.
     """
     try:
         denoiser = _one_level(config, tensors)
@@ -239,7 +239,7 @@ def _one_level(config: dict[str, Any], tensors: int) -> EDMDenoiser:
         raise UserError(
             "it belongs to another architecture",
             got=f"{tensors} tensors for a network of {blocks(net_config)} blocks",
-            fix="use the config that was saved beside the tensors",
+            fix="use the config that was saved with the tensors",
         )
     with torch.device("meta"):
         net = build_net(net_config, shape, num_classes)

@@ -1,9 +1,9 @@
 """Layers that read a shortcut, rewritten as two that are summed, for a quantizer of each half.
 
-On the way up a U-Net reads cat[h, skip], whose halves differ in range, so that one quantization range for
+The decoder of a U-Net reads cat[h, skip], whose halves differ in range, so that one quantization range for
 both is too coarse for one of them. With the weight cut where the input is, W cat[h, skip] + b =
-(W_0 h + b) + W_1 skip (Li et al. 2023, "Q-Diffusion"), and each half is a layer of its own, with its own
-weight and its own input. In exact arithmetic nothing changes.
+(W_0 h + b) + W_1 skip (Li et al. 2023, "Q-Diffusion"), and each half is a separate layer, with its own weight
+and its own input. In exact arithmetic nothing changes.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def split_layer(layer: nn.Conv2d | nn.Linear, index: int) -> SplitLayer:
 def split_shortcuts(net: UNet) -> UNet:
     """A copy of a U-Net whose layers that read a shortcut are split where the shortcut begins.
 
-    On the way up these are ``conv_in`` and ``skip`` of each block that takes one. Both cut right before the
-    multiplication: the normalization goes over groups of all channels, also groups across the cut, and stays
-    on the concatenation, as does the activation.
+    In the decoder these are ``conv_in`` and ``skip`` of each block with a skip connection. Both cut right
+    before the multiplication: the normalization goes over groups of all channels, also groups across the cut,
+    and stays on the concatenation, as does the activation.
 
     The names of the weights change, so load first and rewrite then; a model folder holds the network as it
     was. ``state_dict`` of the copy fits any other copy.

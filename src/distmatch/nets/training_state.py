@@ -1,4 +1,4 @@
-"""What a training carries from step to step, whatever it trains: teachers, students, networks of tokens."""
+"""The state of a training between steps: teachers, students, networks of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distmatch.nets.ema import EMA
 from distmatch.nets.shared import load_own_state, own_state
 
 _FLAT = ("denoiser", "model", "average", "uncertainty")
-"""Networks of teachers and of tokens that version 0.1 kept beside the rest, not below ``modules``."""
+"""Networks of teachers and of tokens that version 0.1 saved outside of ``modules``."""
 _RENAMED = {"optimiser": "optimizer", "optimisers": "optimizers", "normaliser": "normalizer"}
 
 
@@ -21,7 +21,7 @@ _RENAMED = {"optimiser": "optimizer", "optimisers": "optimizers", "normaliser": 
 class TrainingState:
     """Everything that a step reads and changes: exactly what a checkpoint holds.
 
-    A training adds the networks that it knows by name, and says so in :meth:`modules`.
+    A training adds its named networks in :meth:`modules`.
 
     Attributes:
         ema: Moving average of what is trained; what is used and saved.
@@ -64,7 +64,7 @@ class TrainingState:
             raise UserError(
                 "the checkpoint belongs to a run of another kind",
                 got=f"no network {', '.join(sorted(missing))} among {', '.join(theirs) or 'none'}",
-                expected="a checkpoint written by the same verb with the same options",
+                expected="a checkpoint written by the same command with the same options",
                 fix="resume with the options that wrote it: see the config.toml of its run",
             )
         for name, module in mine.items():

@@ -10,7 +10,7 @@ from distmatch.nets.layers import fourier_features, noise_coordinate, zeroed
 class LearnedUncertainty(nn.Module):
     """u(sigma), trained by :func:`~distmatch.losses.uncertainty_loss`: it comes to log E[loss] at each level.
 
-    All levels then pull on the network with the same force, whatever the weighting of the loss. It
+    All noise levels then contribute equally to the gradient, for any weighting of the loss. It
     starts at 0, where nothing is changed, and is of no use after training.
 
     Args:

@@ -20,7 +20,7 @@ def calibrate(kind: str, on_p: Tensor, on_q: Tensor) -> tuple[LogRatio, dict[str
     With n and m held-out samples, the chance that a point came from p is sigmoid(log r + log(n/m)).
 
     * ``platt``: a log r + b, by maximum likelihood with Platt's smoothed labels, which keep a finite even if
-      the two samples can be told apart without error (Platt 1999).
+        the two samples are separable (Platt 1999).
     * ``temperature``: the same with b = 0.
     * ``isotonic``: the best monotone map, piecewise linear in the probability; it cannot go beyond the
       probabilities 1/(n + m + 2) away from 0 and 1, and its gradient is flat in places.

@@ -98,7 +98,7 @@ class DensityRatio:
         shape = self._standardize.shape
         if not isinstance(x, Tensor) or x.ndim == 0 or tuple(x.shape[1:]) != shape:
             raise UserError(
-                "these points do not fit the ratio",
+                "these points do not match the ratio",
                 got=f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__,
                 expected=f"(N, {', '.join(map(str, shape))})" if shape else "(N,)",
             )
@@ -148,7 +148,7 @@ def fit_ratio(
 
     * ``classifier``: the logit of a classifier, less the log prior; ``model`` (mlp, quadratic, linear),
       ``calibration`` (none, platt, temperature, isotonic), ``steps`` of the network.
-    * ``telescoping``: a chain of classifiers between waypoints, for p and q that hardly overlap;
+    * ``telescoping``: a sequence of classifiers between waypoints, for p and q that hardly overlap;
       ``bridges`` (chosen if not given) and the options of the classifier.
     * ``ulsif``: least squares on kernels; ``centers``, and ``widths`` and ``ridges`` to choose from by
       leave-one-out.

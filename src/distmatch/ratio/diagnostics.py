@@ -38,7 +38,7 @@ def mean_estimate(values: Tensor) -> Estimate:
     skew = (unit**3).mean() / variance**1.5
     warning = None
     if bool(skew.square() > _SKEW * n):
-        warning = "a few samples make up most of this mean: its error bar is too short"
+        warning = "a few samples dominate this mean: its standard error is too small"
     stderr = largest * (variance / (n - 1)).sqrt()
     return Estimate(mean.item(), stderr.item(), n, warning=warning)
 
@@ -60,12 +60,12 @@ class MassTests:
     def failures(self) -> tuple[str, ...]:
         """The masses that are off by more than four standard errors.
 
-        A mass that cannot be measured with these samples says nothing against the ratio; only when that is so
-        for both E_q[r] and E_p[1/r] is it counted here.
+        A mass that cannot be estimated with these samples is no evidence against the ratio; only when that is
+        so for both E_q[r] and E_p[1/r] is it counted here.
         """
         found = []
         if not (self.q.reliable or self.p.reliable):
-            found.append("neither E_q[r] nor E_p[1/r] can be measured with so few samples")
+            found.append("E_q[r] and E_p[1/r] cannot be estimated with so few samples")
         for name, mass, truth in (
             ("E_q[r]", self.q, 1.0),
             ("E_p[1/r]", self.p, 1.0),
@@ -89,7 +89,7 @@ def mass_tests(log_r_p: Tensor, log_r_q: Tensor) -> MassTests:
         log_r_q: log r at samples of q, (M,), likewise.
 
     Returns:
-        The three masses. One that needs more samples than there are says so in its ``warning``: E_q[r] needs
+        The three masses. One that needs more samples than there are has a ``warning``: E_q[r] needs
         about exp(KL(p || q) + sd of log r under p) samples of q (Chatterjee and Diaconis, arXiv 1511.01437).
 
     Raises:
@@ -112,7 +112,7 @@ def _mass(log_r: Tensor, log_r_other: Tensor) -> Estimate:
     needed = (log_r_other.mean() + log_r_other.std()).item()
     if mass.warning is None and needed > math.log(len(log_r)):
         wanted = f"about exp({needed:.0f})" if needed > 16 else f"about {math.exp(needed):.0f}"
-        warning = f"{len(log_r)} samples do not suffice, {wanted} would"
+        warning = f"{len(log_r)} samples are not enough, {wanted} would"
         return Estimate(mass.value, mass.stderr, mass.n, warning=warning)
     return mass
 

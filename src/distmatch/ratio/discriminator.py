@@ -20,10 +20,10 @@ Source = Literal["teacher", "fake", "own"]
 
 
 def choose_source(wanted: str, teacher: Denoiser) -> Source:
-    """Resolves ``auto``: teacher features where the teacher has them, else a network of its own.
+    """Resolves ``auto``: teacher features where the teacher has them, else a separate network.
 
     Raises:
-        UserError: Teacher features were asked for and the teacher has none.
+        UserError: Teacher features were requested and the teacher has none.
     """
     if wanted == "auto":
         return "teacher" if has_features(teacher) else "own"
@@ -43,7 +43,7 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
     Args:
         source: What it sees.
         features_from: The denoiser whose features it will see; for ``own``, one with the data's shape.
-        num_classes: Classes it is told about; 0 for none.
+        num_classes: Number of classes of its labels; 0 for none.
     """
     if source == "own":
         return RatioNet(features_from.shape, num_classes, sigma_data=features_from.sigma_data)
@@ -84,7 +84,7 @@ def logits_of(
     *,
     grad: bool,
 ) -> list[Tensor]:
-    """The discriminator's logits of samples of several kinds, where nobody reads a prediction.
+    """The discriminator's logits of samples of several kinds, if the prediction is not used.
 
     One pass of the denoiser, which ends at the last feature, serves all kinds. The discriminator sees one
     after the other: what real and generated samples share (a bias, say) then cancels to the bit in its

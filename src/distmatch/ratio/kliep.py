@@ -116,8 +116,8 @@ def mixture_weights(terms: Tensor, tolerance: float, most: int = 2000) -> tuple[
         most: Steps, at most.
 
     Returns:
-        log w, and the bound on what is missing: the mean likelihood is concave in w, so it lies below its
-        maximum by at most max_j of its derivative with respect to w_j, less 1.
+        log w, and the bound on what is missing: the mean likelihood is concave in w, so it is below its
+            maximum by at most max_j of its derivative with respect to w_j, less 1.
     """
     peak = terms.max(1, keepdim=True).values
     kernels = (terms - peak).exp()  # rows scaled to maximum 1: the scale of a row does not matter

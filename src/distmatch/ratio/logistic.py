@@ -86,7 +86,7 @@ def fit_classifier(p: Tensor, q: Tensor, settings: ClassifierSettings, seed: int
     warnings = []
     if accuracy > _SEPARATED:
         warnings.append(
-            f"the classifier tells the samples apart in {accuracy:.1%} of cases: they hardly overlap, and "
+            f"the classifier separates the samples in {accuracy:.1%} of cases: they hardly overlap, and "
             "log-ratios far beyond the log of the sample size are extrapolated; try method='telescoping'"
         )
     return Fitted(lambda x: calibrated(raw(x)), chosen, tuple(warnings))
@@ -118,7 +118,7 @@ def fit_regression(p: Tensor, q: Tensor, kind: str) -> LogRatio:
             "too many numbers per sample for a density ratio",
             got=d,
             expected=f"at most {_MOST_COLUMNS}",
-            fix="take the ratio of features instead, for example of a network's inner layer",
+            fix="use the ratio of features instead, for example of a network's hidden layer",
         )
     expand = _expansion(d, kind)
     mean, scale = _moments(lambda x: expand(x), p, q)

@@ -23,7 +23,7 @@ def fit_neighbors(p: Tensor, q: Tensor, neighbors: int | None) -> Fitted:
     Args:
         p: Samples of p, (n, d) float64, standardized.
         q: Samples of q, (m, d), likewise.
-        neighbors: k; None takes the one with the least logistic loss on the samples themselves, each left
+        neighbors: k; None selects the one with the least logistic loss on the samples themselves, each left
             out of its own neighborhood.
 
     Raises:

@@ -1,9 +1,9 @@
 """Two-stage normalization of the density ratio (f-distill, section 1.4), without cancelling the weight.
 
 Stage 1 uses that E_q[r] = 1 at every noise level: ratios are divided by a running mean of their noise bin.
-Bins hold equal *probability* of the distribution that noise levels are drawn from, so none stays empty. A
-bin whose mean rests on too few samples is pooled over all bins, and when even those are too few the ratio is
-left alone.
+Bins hold equal *probability* of the distribution that noise levels are drawn from, so none stays empty. A bin
+with too few samples for a mean is pooled over all bins, and with too few samples in total the ratio is not
+changed.
 
 Stage 2 divides the weights h(r) by their running mean over all noise levels, so that learning rates carry
 over between divergences. It is one number: a mean for each bin would cancel how h changes with the noise
@@ -62,7 +62,7 @@ class NormaliserConfig:
 
 @dataclass
 class NormalisedRatio:
-    """What :meth:`RatioNormalizer.update` returns. Nothing carries a gradient.
+    """What :meth:`RatioNormalizer.update` returns. All values are detached.
 
     Attributes:
         log_r: Normalized, clipped log ratios (B,), float32.
@@ -84,7 +84,7 @@ class RatioNormalizer:
 
     Args:
         config: The settings.
-        device: Where the sums live.
+        device: Device of the sums.
     """
 
     #: Raw log ratios are held within this before they enter a mean, so that one sample cannot rule a bin.
@@ -177,13 +177,13 @@ class RatioNormalizer:
             return None
         whole = "all bins together" if steady * cfg.bins >= cfg.min_count else "nothing, as all are too few"
         text = (
-            f"ratio normalization: a noise bin gathers {steady:.1f} samples at batch {batch}, fewer than "
+            f"ratio normalization: a noise bin collects {steady:.1f} samples at batch {batch}, fewer than "
             f"min_count={cfg.min_count:g}; its mean is pooled over {whole}. "
         )
         if cfg.memory > 0:
             return text + "Use a larger batch, fewer --ratio-bins or more steps."
         return text + (
-            "Weights are divided by the mean of their own batch, which makes them more alike than h(r): at "
+            "Weights are divided by the mean of their own batch, which biases them towards equality: at "
             "batch 1 all are 1, as with reverse KL. Use a --ratio-memory above 0 or a larger batch."
         )
 

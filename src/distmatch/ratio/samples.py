@@ -27,11 +27,11 @@ _HIGH = 8  # dimensions
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a method hands back.
+    """The result of a method.
 
     Attributes:
         log_r: The fitted log-ratio of standardized points; the relative one where ``relative`` is not 0.
-        chosen: The hyperparameters that were chosen or given, and what was measured on the way.
+        chosen: The hyperparameters that were chosen or given, and diagnostics.
         warnings: What may be wrong with it.
         relative: The share a of the relative ratio p / (a p + (1 - a) q) that was fitted.
     """
@@ -83,7 +83,7 @@ def check_samples(x: Tensor, name: str, least: int = 1) -> None:
             f"{name} has too few samples",
             got=f"shape {tuple(x.shape)}",
             expected=f"at least {least}, one per row",
-            fix="hand in more samples",
+            fix="pass more samples",
         )
     bad = int((~x.reshape(len(x), -1).isfinite().all(1)).sum())
     if bad:
@@ -111,7 +111,7 @@ def check_pair(x_p: Tensor, x_q: Tensor, least: int = SMALLEST) -> None:
         )
     if x_p.device != x_q.device:
         raise UserError(
-            "the two samples lie on different devices",
+            "the two samples are on different devices",
             got=f"{x_p.device} and {x_q.device}",
             expected="one device",
             fix="move one of them with .to(...)",
@@ -137,8 +137,8 @@ def standardizer(x_p: Tensor, x_q: Tensor) -> tuple[Standardizer, tuple[str, ...
     one_sided = int((varies & (still_p | still_q)).sum())
     warnings = (
         (
-            f"{one_sided} columns are constant in one sample and not in the other: no density ratio is "
-            "finite there, the fitted one only looks so",
+            f"{one_sided} columns are constant in one sample and not in the other: the true density "
+            f"ratio is not finite, although the fitted one is",
         )
         if one_sided
         else ()
@@ -160,7 +160,7 @@ def high_dimension(what: str, d: int) -> tuple[str, ...]:
     """A warning about methods that compare distances, where all distances are about equal."""
     if d <= _HIGH:
         return ()
-    return (f"{what} in {d} dimensions say little about densities: log-ratios are far too near 0",)
+    return (f"{what} in {d} dimensions are uninformative about densities: log-ratios are far too close to 0",)
 
 
 def in_chunks(function: LogRatio, x: Tensor) -> Tensor:

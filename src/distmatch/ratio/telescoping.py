@@ -1,4 +1,4 @@
-"""The telescoping ratio: a chain of easy ratios between waypoints that lead from p to q.
+"""The telescoping ratio: a product of easy ratios between waypoints from p to q.
 
 Waypoint k mixes pairs of samples, x_k = cos(t_k) x_p + sin(t_k) x_q with 0 = t_0 < ... < t_m = pi/2, and
 log p/q = sum of the log-ratios of neighboring waypoints (Rhodes, Xu and Gutmann, arXiv 2006.12204).
@@ -25,7 +25,7 @@ _HALVINGS = 40  # of one interval: a ratio of scales of 1e12
 
 @dataclass(frozen=True)
 class TelescopingSettings:
-    """How the chain is built.
+    """The options of the waypoints.
 
     Attributes:
         bridges: Number of bridges at equal angles; None halves those that are too hard until none is.
@@ -41,7 +41,7 @@ class TelescopingSettings:
 
 
 def fit_telescoping(p: Tensor, q: Tensor, settings: TelescopingSettings, seed: int) -> Fitted:
-    """Fits a chain of classifiers.
+    """Fits the sequence of classifiers.
 
     Args:
         p: Samples of p, (n, d) float64, standardized.
@@ -73,7 +73,7 @@ def fit_telescoping(p: Tensor, q: Tensor, settings: TelescopingSettings, seed: i
     chosen |= {"bridges": len(bridges), "hardest_accuracy": hardest}
     warnings = []
     if hardest > _TOO_HARD:
-        warnings.append(f"the hardest bridge is told apart with accuracy {hardest:.1%}: use more bridges")
+        warnings.append(f"the hardest bridge is classified with accuracy {hardest:.1%}: use more bridges")
     return Fitted(lambda x: torch.stack([bridge(x) for bridge in bridges]).sum(0), chosen, tuple(warnings))
 
 

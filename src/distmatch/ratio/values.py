@@ -29,12 +29,12 @@ def divergence_from_ratio(
 
     .. math:: E_p[f'(r)] - E_q[f^*(f'(r))], \qquad f^*(f'(r)) = r f'(r) - f(r),
 
-    which for *any* r lies at or below D_f (Nguyen, Wainwright and Jordan, arXiv 0809.0853) and misses it only
-    by the square of the error of the ratio: use it when you can. The standard error is that of the samples
-    handed in here; the ratio's own error only lowers the value.
+    which for *any* r is at most D_f (Nguyen, Wainwright and Jordan, arXiv 0809.0853), with an error of second
+    order in the error of the ratio: use it when you can. The standard error is that of the given samples; the
+        ratio's own error only lowers the value.
 
     ``warning`` holds what is known to be wrong with the ratio, and whether the samples miss the region that
-    the divergence lives on: an unbounded divergence that is larger than the log of the sample size cannot be
+    dominates the divergence: an unbounded divergence that is larger than the log of the sample size cannot be
     measured.
 
     Args:
@@ -71,7 +71,7 @@ def divergence_from_ratio(
         beyond_p = (div.df(on_q).abs() * on_q.exp())[on_q < on_p.min()].sum().item() / len(on_q)
         if beyond_q + beyond_p > math.hypot(parts[0].stderr, parts[1].stderr):
             doubts.append(
-                "the samples do not reach where much of this divergence lies; it needs more of them"
+                "the samples do not cover the region that dominates this divergence; use more samples"
             )
     doubts += [part.warning for part in parts if part.warning is not None][:1]
     stderr = math.nan if fitted and x_p is None else math.hypot(*(part.stderr for part in parts))

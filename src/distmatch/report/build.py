@@ -29,7 +29,7 @@ _PROTOCOL = {
     "grid": "levels spaced as {}",
     "path": "on the noise path {}",
     "guidance": "guidance scale {}",
-    "interval": "guided at noise levels {} only",
+    "interval": "guided only at noise levels {}",
     "reference": "guided by a weaker model",
 }
 """What an ``evaluate`` event says, in words for a reader."""

@@ -23,7 +23,7 @@ class Point:
     """A point of the plot.
 
     Attributes:
-        label: Written beside it.
+        label: Written next to it.
         x: Diversity.
         y: Quality.
         on_front: Whether no method beats it in both.
@@ -42,7 +42,7 @@ def front_panel(
 ) -> Markup:
     """All points with one standard error each way, the front as a staircase.
 
-    A point far from all others is an arrow at the edge, towards where it lies, with its value.
+    A point far from all others is an arrow at the edge, pointing towards it, with its value.
 
     Args:
         points: What to draw.
@@ -110,14 +110,14 @@ def _mark(axes: Axes, point: Point, at: tuple[float, float], marker: str) -> Non
 
 
 def _arrow(point: Point, shown: tuple[float, float], turned: bool) -> str:
-    """The marker that points from the edge to where the point lies, by the axis that it is off."""
+    """The marker at the edge that points towards an outlier, by the axis that it exceeds."""
     if point.x.value != shown[0]:
         return "<" if point.x.value < shown[0] else ">"
     return "v" if (point.y.value < shown[1]) != turned else "^"
 
 
 def _near(values: Sequence[float]) -> np.ndarray:
-    """Which values do not lie so far from the others that they would press these together."""
+    """The values that are not outliers, which would compress the others."""
     found = np.array(values)
     finite = np.isfinite(found)
     if not finite.any():

@@ -15,7 +15,7 @@ def estimates(block: dict[str, Any]) -> dict[str, Estimate]:
 
 
 def estimate(entry: dict[str, Any]) -> Estimate:
-    """An estimate from its JSON form; NaN stands for null."""
+    """An estimate from its JSON form; NaN represents null."""
     value, stderr = (math.nan if entry.get(k) is None else float(entry[k]) for k in ("value", "stderr"))
     return Estimate(value, stderr, int(entry.get("n") or 0), entry.get("warning"))
 
@@ -38,11 +38,10 @@ def sentence(record: dict[str, Any], metrics: list[Metric]) -> str:
     if not told:
         return text
     counted = [d for d in told if d["verdict"] in ("better", "worse")]
-    against = "the others" if baseline == best else f"the methods compared with {baseline}"
     if all(d["verdict"] == "not known" for d in told):
-        return text + " With one seed there is no telling whether that is luck."
+        return text + " With one seed its significance is unknown."
     if not counted:
-        return text + f" The errors do not tell {against} apart from {'it' if baseline == best else 'that'}."
+        return text + f" No difference from {baseline} exceeds the error."
     worse = sum(d["verdict"] == "worse" for d in counted)
     if worse == len(told) > 1 and baseline == best:
         return text + f" All {worse} others are worse by more than the error."

@@ -76,7 +76,7 @@ def curves(events: Sequence[Event], key: str) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         Steps of shape (T,) and values of shape (T,), or (T, bins) for lists; both float64, NaN for null.
-        Events without the key are left out, and so are lists of another length than the last one.
+        Events without the key are omitted, and so are lists of another length than the last one.
     """
     steps: list[float] = []
     values: list[list[float]] = []

@@ -19,7 +19,7 @@ def page(template: str, **values: Any) -> str:
     no file can: the page has U+FFFD in its place.
 
     Args:
-        template: Name of a file beside this one.
+        template: Name of a file in the same folder.
         values: What it is filled in with.
     """
     environment = Environment(
@@ -41,7 +41,7 @@ def page(template: str, **values: Any) -> str:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested tables and lists of tables as ``a.b`` and text; what is empty is left out."""
+    """Nested tables and lists of tables as ``a.b`` and text; empty parts are omitted."""
     items: list[tuple[str, str]] = []
     for key, value in tree.items():
         if isinstance(value, dict):

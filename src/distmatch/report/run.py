@@ -49,7 +49,7 @@ class ModelMetrics:
     Attributes:
         nfe: Network calls for one sample, NaN when not given.
         seconds_per_1000: Seconds for a thousand samples, NaN when not given.
-        estimates: Metric key to estimate; NaN stands for null.
+        estimates: Metric key to estimate; NaN represents null.
     """
 
     nfe: float
@@ -137,7 +137,7 @@ def _optional_number(path: Path, where: str, value: object) -> float:
 def read_metrics(path: Path) -> dict[str, ModelMetrics]:
     """Reads `metrics.json`.
 
-    Entries of a model that are not objects with a ``value`` (notes, settings) are left out.
+    Entries of a model that are not objects with a ``value`` (notes, settings) are omitted.
 
     Raises:
         UserError: It is no JSON, or a model or a number in it has another form than documented.

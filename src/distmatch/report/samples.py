@@ -22,7 +22,7 @@ _NAMES = {"reference": "Real", "teacher": "Teacher", "student": "Student"}
 class Panel:
     """The samples of one model: a PNG with its ``row_names``, or an SVG drawing.
 
-    Of clips the PNG is animated, and ``still`` shows their first frames to those who want no motion.
+    Of clips the PNG is animated, and ``still`` shows their first frames for reduced motion.
     """
 
     title: str
@@ -77,7 +77,7 @@ def pick_by_label(label_sets: list[np.ndarray]) -> tuple[np.ndarray, list[np.nda
 
     Returns:
         The labels shown (classes,), and for each set the indices (classes, columns) of its samples; the first
-        ones of each label are taken. Labels that a set lacks are left out; no label in common gives no rows.
+        ones of each label are taken. Labels that a set lacks are omitted; no label in common gives no rows.
     """
     common = label_sets[0]
     for labels in label_sets:
@@ -118,7 +118,7 @@ def _image_panels(images: dict[str, Samples]) -> SamplesSection:
             )
         )
     if any(panel.still for panel in panels):
-        note += " Clips repeat; where the browser is set to less motion, their first frames are shown."
+        note += " Clips loop; if the browser is set to reduced motion, their first frames are shown."
     return SamplesSection(panels, note)
 
 
@@ -134,7 +134,7 @@ def _vector_panels(vectors: dict[str, Samples]) -> SamplesSection:
     known = {m: s.x[np.isfinite(s.x).all(axis=1)].astype(np.float64) for m, s in vectors.items()}
     flat = {m: (x - origin) @ axes for m, x in known.items() if len(x)}
     if not flat:
-        return SamplesSection([], "All samples hold values that are not finite.")
+        return SamplesSection([], "All samples have values that are not finite.")
     low, high = frame(list(flat.values()))
     panels = []
     for model, points in flat.items():
@@ -144,13 +144,13 @@ def _vector_panels(vectors: dict[str, Samples]) -> SamplesSection:
         alt += f", {outside:.1%} outside the frame" if outside > 0 else ""
         behind = flat.get("reference") if model != "reference" else None
         panels.append(Panel(_title(model), alt, svg=scatter_panel(points, behind, (low, high), alt)))
-    note = "Real data are drawn pale behind the samples of the models; all panels share one frame."
+    note = "Real data are drawn in pale color behind the models' samples; all panels share their axes."
     if base.shape[1] > 2:
         whose = "real data" if "reference" in vectors else "the first panel"
         note += f" The {base.shape[1]} dimensions are projected on the first two principal axes of {whose}."
     for model, samples in vectors.items():
         lost = len(samples.x) - len(known[model])
-        note += f" {_title(model)}: {lost} samples hold values that are not finite." if lost else ""
+        note += f" {_title(model)}: {lost} samples have values that are not finite." if lost else ""
     return SamplesSection(panels, note)
 
 
@@ -158,7 +158,7 @@ def _sequence_panels(sequences: dict[str, Samples]) -> SamplesSection:
     known = {m: s.x[np.isfinite(s.x).all(axis=(1, 2))] for m, s in sequences.items()}
     known = {m: x for m, x in known.items() if len(x)}
     if not known:
-        return SamplesSection([], "All samples hold values that are not finite.")
+        return SamplesSection([], "All samples have values that are not finite.")
     limits = curve_limits(list(known.values()))
     panels = []
     for model, x in known.items():
@@ -166,7 +166,7 @@ def _sequence_panels(sequences: dict[str, Samples]) -> SamplesSection:
         behind = known.get("reference") if model != "reference" else None
         panels.append(Panel(_title(model), alt, svg=sequence_panel(x, behind, limits, alt)))
     channels = next(iter(known.values())).shape[2]
-    note = f"The first {CURVES} samples, not selected, over real ones drawn pale; all panels share one frame."
+    note = f"The first {CURVES} samples, not selected, over pale real ones; all panels share their axes."
     if channels > CHANNELS:
         note += f" The first {CHANNELS} of {channels} channels are shown."
     return SamplesSection(panels, note)

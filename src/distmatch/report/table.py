@@ -1,4 +1,4 @@
-"""The metric table and the sentence on top of the page: what was lost, and whether the numbers can tell."""
+"""The metric table and the sentence on top of the page: the loss of quality and its significance."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ METRICS = (
     Metric("vendi", "Vendi score", "floor", "effective number of different samples"),
     Metric("frame_fd", "Fréchet distance, frames", "down", "between the pixels of single frames"),
     Metric("motion", "Motion", "floor", "mean change of a pixel between frames, as a share of its range"),
-    Metric("label_accuracy", "Label accuracy", "up", "share of samples classified as the label asked for"),
+    Metric("label_accuracy", "Label accuracy", "up", "share of samples classified as the requested label"),
     Metric("modes", "Modes found", "up", "modes of the mixture that were hit"),
     Metric("kl", "KL(p‖q) of modes", "down", "large when modes are missing"),
     Metric("reverse_kl", "KL(q‖p) of modes", "down", "large when samples fall on rare modes"),
@@ -124,7 +124,7 @@ def ratio_of(student: Estimate | None, teacher: Estimate | None) -> Estimate | N
 def compare(
     student: Estimate | None, teacher: Estimate | None, floor: Estimate | None, better: str
 ) -> tuple[str, float]:
-    """Says whether the student differs from its teacher by more than the errors, and to which side.
+    """States whether the student differs from its teacher by more than the errors, and in which direction.
 
     Where real data are best it is the distances to their value that are compared: beyond it on one side is no
     better than as far beyond it on the other, however large the difference.
@@ -223,7 +223,7 @@ def headline(metrics: dict[str, ModelMetrics], rows: list[Row]) -> tuple[str, li
     known_calls = math.isfinite(student.nfe) and math.isfinite(teacher.nfe)
     if math.isfinite(times):
         saved = f" ({calls[0]} instead of {teacher.nfe:g})" if known_calls else ""
-        parts.append(f"The student makes samples {times:.3g} times as fast as its teacher{saved}.")
+        parts.append(f"The student generates samples {times:.3g} times as fast as its teacher{saved}.")
         note = (
             f"{student.seconds_per_1000:.3g} s instead of {teacher.seconds_per_1000:.3g} s for 1,000 samples"
         )
@@ -257,7 +257,7 @@ def _clause(row: Row) -> tuple[str, Tile]:
     floor, teacher, student = row.cells
     clause = f"{row.metric.title} is {plain(row.ratio)} times the teacher’s"
     if row.verdict == "within error":
-        clause += ": the errors do not tell them apart."
+        clause += ": the difference is within the errors."
     elif row.verdict in ("better", "worse"):
         clause += f": {row.verdict} by {show_sigmas(row.sigmas)}."
     else:

@@ -15,16 +15,16 @@ from distmatch.report.log import Event, curves, scalar_keys
 _PERIODS = 4
 _TITLES = {
     "loss": ("Denoising loss", ""),
-    "loss_student": ("Student loss", "half the mean square of the gradient that moves the samples"),
+    "loss_student": ("Student loss", "half the mean square of the gradient at the samples"),
     "loss_fake": ("Fake-score loss", "denoising loss of the network that follows the student"),
-    "loss_ratio": ("Ratio loss", "1.386 = 2 log 2 means that student and data cannot be told apart"),
+    "loss_ratio": ("Ratio loss", "1.386 = 2 log 2 means that student and data cannot be distinguished"),
     "loss_gan": ("Adversarial loss", "0.693 = log 2 means the same"),
     "ess": (
         "Effective sample size",
-        "share of a batch that the weights leave in effect; 1 when all are equal",
+        "effective sample size of the weights, as a share of the batch; 1 when all are equal",
     ),
-    "clip_fraction": ("Clipped ratios", "share of a batch cut at the bounds"),
-    "pooled_bins": ("Pooled noise bins", "bins with too few samples for a mean of their own"),
+    "clip_fraction": ("Clipped ratios", "share of a batch at the clipping bounds"),
+    "pooled_bins": ("Pooled noise bins", "bins with too few samples for their own mean"),
     "grad_dm": ("Gradient norm, matching", "at the samples"),
     "grad_gan": ("Gradient norm, adversarial", "at the samples"),
     "grad_norm_student": ("Gradient norm, student", "of its parameters, before clipping"),
@@ -46,14 +46,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class NoiseSection:
-    """The charts over noise levels and the names of the periods their lines stand for, early first."""
+    """The charts over noise levels and the names of the periods of their lines, early first."""
 
     charts: list[Chart]
     periods: list[str]
 
 
 def curve_charts(events: Sequence[Event]) -> list[Chart]:
-    """One chart for each number that the ``train`` events hold: those we know first, in our order."""
+    """One chart for each number that the ``train`` events hold: known ones first, in a fixed order."""
     present = scalar_keys(events)
     charts = []
     for key in [k for k in _TITLES if k in present] + [k for k in present if k not in _TITLES]:
@@ -134,13 +134,13 @@ def noise_charts(events: Sequence[Event]) -> NoiseSection:
         (
             "weight_mean",
             "Weight h(r)",
-            "what multiplies the score difference; its mean over a batch is 1",
+            "factor of the score difference; its mean over a batch is 1",
             1.0,
         ),
         (
             "ratio_mean",
             "Ratio r = teacher / student",
-            "before normalizing; a calibrated one averages 1 at every level",
+            "before normalization; a calibrated ratio has mean 1 at every noise level",
             1.0,
         ),
     ):

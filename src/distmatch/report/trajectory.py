@@ -1,4 +1,4 @@
-"""The picture of what a model predicts on the way from noise to sample, and of when it has decided."""
+"""The picture of a model's predictions along its trajectory, and of when the layout is determined."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Way:
         x0: Predictions at each level: images (S, R, H, W[, C]) uint8 or vectors (S, R, D).
         detail: Share of the samples that is still open at each level, (S,).
         layout: The same of the coarse image, (S,).
-        marks: Shares of the layout, such as 0.5, and the level at which that much is decided.
+        marks: Shares of the layout, such as 0.5, and the noise level at which that much is determined.
         beside: Further samples from the same noise, by name: (R, H, W[, C]) or (R, D).
     """
 
@@ -45,7 +45,7 @@ def trajectory_png(way: Way) -> bytes:
     """The bytes of a PNG picture.
 
     Images: a row a sample, a column a level, the curves below on the same axis. Vectors: the paths of the
-    predictions in the plane, and the curves beside.
+        predictions in the plane, and the curves next to it.
 
     Args:
         way: What to draw.
@@ -79,7 +79,7 @@ def _of_images(way: Way) -> Figure:
     top.set_title("predicted sample at noise level σ", fontsize=9, color=_DARK)
 
     def place(levels: np.ndarray) -> np.ndarray:
-        """Where levels lie on the axis of the columns."""
+        """The positions of noise levels on the axis of the columns."""
         return np.interp(-np.log(levels), -np.log(way.levels[shown]), centers)
 
     _curves(bottom, way, place(way.levels))
@@ -158,11 +158,11 @@ def _curves(axes: Axes, way: Way, at: np.ndarray) -> None:
 
 
 def _marks(axes: Axes, way: Way, place: Callable[[np.ndarray], np.ndarray]) -> None:
-    """The levels at which given shares of the layout are decided, the texts below each other."""
+    """The noise levels at which given shares of the layout are determined, with texts below each other."""
     for number, (share, level) in enumerate(way.marks.items()):
         at = float(place(np.array([level]))[0])
         axes.axvline(at, color=_DARK, linewidth=0.9, linestyle=(0, (3, 2)))
-        text = f"{share:.0%} decided\nat σ = {level:.2g}"
+        text = f"{share:.0%} determined\nat σ = {level:.2g}"
         axes.annotate(
             text,
             (at, 1.0 - 0.26 * number),

@@ -18,10 +18,10 @@ from distmatch.training.presets import LAPTOP, find_preset
 
 @dataclass(frozen=True, kw_only=True)
 class NetOptions:
-    """The network. Only what its kind has can be set; the rest stays at the default for the data."""
+    """The network. Only options of its kind can be set; the others have defaults depending on the data."""
 
     net: Literal["auto", "mlp", "unet", "unet-small", "dit", "dit-small"] = "auto"
-    """Kind of network; auto takes an MLP for vectors and grey 8x8 images, a U-Net for other images, a DiT for
+    """Kind of network; auto: an MLP for vectors and grey 8x8 images, a U-Net for other images, a DiT for
     sequences and video: unet or dit on an accelerator, unet-small or dit-small on a CPU."""
     width: int | None = None
     """Hidden units (mlp), channels at full resolution (unet), token size (dit)."""
@@ -79,12 +79,12 @@ class NetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How a training run is carried out."""
+    """Options of a training run."""
 
     steps: Count = 3000
     """Training steps."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     keep: Count = 3
     """Checkpoints kept."""
     checkpoint_every: Count = 500
@@ -98,10 +98,10 @@ class LoopOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(LoopOptions):
-    """How a training run is carried out."""
+    """Options of a training run."""
 
     batch: Count = 256
-    """Samples a step."""
+    """Samples per step."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -120,15 +120,15 @@ class TeacherConfig(OptimizerSettings):
     lr_decay: Literal["constant", "cosine"] = "cosine"
     lr_rampup: CountOrNone = 200
     ema_half_life: Positive = 200.0
-    """Half-life of the weight average, in steps. The average is what is saved."""
+    """Half-life of the EMA of the weights, in steps. The EMA is saved."""
     label_dropout: Decay = 0.1
-    """Share of labels hidden in training, so that the teacher can be guided; 0 hides none."""
+    """Share of labels dropped in training, so that the teacher can be guided; 0 drops none."""
     noise_mean: Finite = -1.2
     """Mean of log sigma in training."""
     noise_std: Positive = 1.2
     """Spread of log sigma in training."""
     sigma_data: NotNegative = 0.0
-    """Standard deviation of the data; 0 measures it."""
+    """Standard deviation of the data; 0: computed from the data."""
     sigma_min: Positive = 0.002
     """Smallest noise level of sampling."""
     sigma_max: float = 80.0
@@ -136,33 +136,34 @@ class TeacherConfig(OptimizerSettings):
     path: str = "edm"
     """edm, vp, sub-vp, ve, cosine, condot, trigflow or kinetic-optimal; vp:beta_max=12 sets its options."""
     prediction: Literal["auto", "f", "x0", "eps", "v", "flow", "score"] = "auto"
-    """What the network predicts; f is that of EDM. auto takes what is usual on the path."""
+    """Prediction type; f is that of EDM. auto: the usual one for the path."""
     noise_distribution: Literal["auto", "log-normal", "uniform", "logit-normal"] = "auto"
-    """Levels in training: log-normal in sigma, or uniform or logit-normal in the time of the path."""
+    """Noise distribution in training: log-normal in sigma, or uniform or logit-normal in the time of the
+    path."""
     logit_mean: Finite = 0.0
     """Mean of the logit of time, for logit-normal; above 0 favors noise."""
     logit_std: Positive = 1.0
-    """Spread of the logit of time, for logit-normal."""
+    """Standard deviation of the logit of time, for logit-normal."""
     weighting: Literal["auto", "edm", "target", "min-snr", "x0"] = "auto"
-    """Weight of the levels: EDM's, none on the prediction (target), min-SNR, none on x0."""
+    """Loss weight: EDM's, 1 on the prediction (target), min-SNR, or 1 on x0."""
     min_snr_gamma: Positive = 5.0
     """Largest weight of min-SNR."""
     learned_uncertainty: bool = False
-    """Balance the levels by a learned log-variance, as EDM2 does."""
+    """Balance the noise levels by a learned log-variance, as in EDM2."""
     condition_noise: NotNegative = 0.0
-    """Noise on the embedding of the label in training (gamma of CEP, usually 1); 0 is none."""
+    """Noise on the label embedding in training (gamma of CEP, usually 1); 0 is none."""
     condition_noise_kind: Literal["uniform", "gaussian"] = "uniform"
     """Distribution of this noise."""
     pfgm_dims: NotNegative = 0.0
     """Extra dimensions D of PFGM++, for example 2048; 0 is Gaussian noise."""
     instance_noise: NotNegative = 0.0
-    """Noise on the data, fresh in each step: the teacher learns the data blurred by it."""
+    """Noise on the data, new in each step: the teacher learns the noised data."""
     ambient_noise: NotNegative = 0.0
-    """Noise frozen in the data, from which the clean distribution is learned; 0 for clean data."""
+    """Fixed noise on the data, from which the clean distribution is learned; 0 for clean data."""
     ambient_clean: Share = 0.1
-    """Share of the samples that stay clean of it."""
+    """Share of the samples without this noise."""
     ambient_given: bool = False
-    """All data carry this noise already, in model units: add none."""
+    """The data already have this noise, in model units: add none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,7 +183,7 @@ class TeacherConfig(OptimizerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Everything `distmatch train` can be told."""
+    """Options of `distmatch train`."""
 
     data: str = "digits"
     """digits, moving-digits, fashion_mnist, cifar10, ring8, grid25, skewed2, a folder of images, a .npz, .npy
@@ -203,10 +204,10 @@ class OwnOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillInputs:
-    """What every distillation starts from, whatever its method."""
+    """Inputs of a distillation, for every method."""
 
     data: str = ""
-    """The real data, as for train; empty takes the data the teacher was trained on."""
+    """The real data, as for train; empty: the data the teacher was trained on."""
     teacher: str = ""
     """A run or model folder, a folder of diffusers, a .pkl of EDM; or ring8, grid25, skewed2 (exact)."""
     run: RunOptions = field(default_factory=RunOptions)
@@ -215,16 +216,16 @@ class DistillInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(DistillInputs):
-    """Everything `distmatch distill` can be told."""
+    """Options of `distmatch distill`."""
 
     method: str = "f-distill"
-    """f-distill, dmd2, sid, uni-instruct, rcm, ... (docs/methods.md); it decides the options and defaults
+    """f-distill, dmd2, sid, uni-instruct, rcm, ... (docs/methods.md); it determines the options and defaults
     below."""
     preset: str = LAPTOP
     """laptop, the defaults for small networks, or published settings such as paper:sid-cifar10
-    (docs/presets.md). It also decides the method where none is named; other options win over it."""
+    (docs/presets.md). It also determines the method if none is given; other options override it."""
     divergence: str | None = None
-    """js, kl, reverse_kl, alpha:0.5, gjs:0.3, skew_kl:0.1, ...; unset takes the method's own (js)."""
+    """js, kl, reverse_kl, alpha:0.5, gjs:0.3, skew_kl:0.1, ...; unset: the method's own (js)."""
     settings: Settings = field(default=None, metadata={"key": "distill"})  # type: ignore[assignment]
     """Those of the method; left out, its own defaults."""
 

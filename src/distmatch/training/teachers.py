@@ -58,7 +58,7 @@ def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     if network is not None and is_from_elsewhere(path):
         raise needs_no_network(path)
     if base is not None and is_from_elsewhere(path):
-        raise UserError(f"{path} holds a whole network, and no adapters", fix="leave base out")
+        raise UserError(f"{path} contains a full network, not adapters", fix="leave base out")
     if path.is_dir() and is_diffusers_folder(path):
         teacher = load_diffusers(path, **options)
         compared = getattr(teacher, "conversion", None)

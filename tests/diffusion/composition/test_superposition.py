@@ -234,7 +234,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(UserError, match="needs the score"):
         superpose([LEFT, Heavy([1.0], [[0.0, 0.0]], [1.0])], y, levels, noise)
     # Its densities at the levels are not one density, noised: log q would count what is not there.
-    with pytest.raises(UserError, match="one density at all levels"):
+    with pytest.raises(UserError, match="one density at all noise levels"):
         superpose([LEFT, Guided(LEFT, 2.0, reference=RIGHT)], y, levels, noise)
     with pytest.raises(UserError, match="at least one model"):
         superpose([], y, levels, noise)
@@ -251,7 +251,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         superpose(HALVES, y, levels, noise, conditions=[None, torch.zeros(4, dtype=torch.int64)])
     with pytest.raises(UserError, match="for each model"):
         superpose(HALVES, y, levels, noise, conditions=[None])
-    with pytest.raises(UserError, match="all models know"):
+    with pytest.raises(UserError, match="all models support"):
         superpose(HALVES, y, grid("log", 5, 0.05, 80.0), noise)
     with pytest.raises(UserError, match="not for this batch"):
         superpose(HALVES, y, levels, noise_for(3))

@@ -223,12 +223,12 @@ def test_wrong_targets_and_options_are_refused() -> None:
         product([FIRST, SECOND], [1.0, -1.0])
     with pytest.raises(UserError, match="without a reward"):
         Target([FIRST], [1.0], strength=lambda s: 1.0)
-    with pytest.raises(UserError, match="above level 0"):
+    with pytest.raises(UserError, match="above sigma 0"):
         feynman_kac(annealed(FIRST, 2.0), grid("log", 5, 0.02, 20.0), noise_for(4))
     wide = GaussianMixture([1.0], [[0.0]], [900.0], sigma_max=20.0)
-    with pytest.raises(UserError, match="no density at this level"):
+    with pytest.raises(UserError, match="no density at this noise level"):
         annealed_prior(geometric(wide, FIRST, 3.0), 20.0, noise_for(4))
-    with pytest.raises(UserError, match="one density at all levels"):
+    with pytest.raises(UserError, match="one density at all noise levels"):
         feynman_kac(annealed(Guided(FIRST, 2.0, reference=SECOND), 2.0), LEVELS, noise_for(4))
     options: list[tuple[dict[str, object], str]] = [
         ({"populations": 3}, "divide"),

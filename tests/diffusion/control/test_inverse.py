@@ -270,18 +270,18 @@ def test_measurements_that_do_not_fit_are_refused() -> None:
         observed(torch.ones(1, 4, 4, dtype=torch.bool), (3, 4, 4))
     with pytest.raises(UserError, match="True somewhere"):
         observed(torch.zeros(2, dtype=torch.bool), (2,))
-    with pytest.raises(UserError, match="matrix does not fit"):
+    with pytest.raises(UserError, match="matrix does not match"):
         linear_map(torch.ones(2, 5), (2, 2))
     with pytest.raises(UserError, match="not linear"):
         linear_map(lambda x: x + 1, (3,))
-    with pytest.raises(UserError, match="transpose does not belong"):
+    with pytest.raises(UserError, match="transpose does not match"):
         linear_map(lambda x: 2 * x, (3,), transpose=lambda v: v)
     with pytest.raises(UserError, match="three channels"):
         grey_map((1, 4, 4))
     noise = SampleNoise(0, torch.arange(2), (2,))
     with pytest.raises(UserError, match="orthonormal"):
         Replacement(linear_map(torch.ones(1, 2), (2,)), f64([1.0]), [1.0, 0.0], noise)
-    with pytest.raises(UserError, match="value does not fit"):
+    with pytest.raises(UserError, match="value does not match"):
         Replacement(KNOWN, f64([1.0, 2.0]), [1.0, 0.0], noise)
 
 
@@ -297,7 +297,7 @@ def test_wrong_guidance_is_refused() -> None:
     level = torch.ones(3, dtype=torch.float64)
     with pytest.raises(UserError, match="other samples"):
         LinearPosterior(autoregressive(3), KNOWN, VALUE)
-    with pytest.raises(UserError, match="value does not fit"):
+    with pytest.raises(UserError, match="value does not match"):
         LinearPosterior(PAIR, KNOWN, f64([1.0, 2.0, 3.0]))
     with pytest.raises(UserError, match="needs the score"):
         LinearPosterior(Heavy([1.0], [[0.0, 0.0]], [1.0]), KNOWN, VALUE)
@@ -309,7 +309,7 @@ def test_wrong_guidance_is_refused() -> None:
         LinearPosterior(PAIR, KNOWN, VALUE, covariance="full")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="from 0 on"):
         ObservationGuided(PAIR, lambda x: x, f64([0.0, 0.0]), -1.0)
-    with pytest.raises(UserError, match="not of the shape"):
+    with pytest.raises(UserError, match="does not have the shape"):
         ObservationGuided(PAIR, lambda x: x, f64([0.0]), 1.0)(normal(3, 2), level)
     with pytest.raises(UserError, match="differentiable number"):
         ObservationGuided(PAIR, lambda x: x, f64([0.0, 0.0]), 1.0, lambda p, o: p)(normal(3, 2), level)

@@ -94,7 +94,7 @@ def test_wrong_codes_are_refused() -> None:
     x, noise = torch.zeros(3, 2), noise_for(3)
     with pytest.raises(UserError, match="above 0"):
         encode(CATS, x, LEVELS, noise, eta=0.0)
-    with pytest.raises(UserError, match="ends at level 0"):
+    with pytest.raises(UserError, match="must end at sigma 0"):
         encode(CATS, x, LEVELS[:-1], noise)
     with pytest.raises(UserError, match="samples of this model"):
         encode(CATS, torch.zeros(3, 5), LEVELS, noise)
@@ -214,11 +214,11 @@ def test_a_network_takes_another_store_in_one_call_and_refuses_rows_of_one_that_
     other = NeighborStore(VALUES.flip(0)[:20].float() + 1)
     queries = torch.randn(3, 2, generator=torch.Generator().manual_seed(5))
     found = other.search(queries, 2)
-    for wrong, message in ((found, "another store"), (found.indices, "which store")):
+    for wrong, message in ((found, "another store"), (found.indices, "identify their store")):
         with pytest.raises(UserError, match=message):
             net.use_neighbors(wrong)  # type: ignore[arg-type]
     for store, rows in ((VALUES, torch.tensor([[30]])), (VALUES[:, :1], NEAR), (VALUES, NEAR.double())):
-        with pytest.raises(UserError, match=r"rows of the store|embeddings that the network can take"):
+        with pytest.raises(UserError, match=r"rows of the store|embeddings are not compatible"):
             net.use_store(store, rows)
     assert torch.equal(net(x, c, labels), before)  # a refusal changes nothing
 

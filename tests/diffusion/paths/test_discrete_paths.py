@@ -76,9 +76,9 @@ def test_snapping_takes_the_nearest_level_in_the_logarithm() -> None:
 
 
 def test_levels_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(UserError, match="leave out a last level of pure noise"):
+    with pytest.raises(UserError, match="remove a last noise level of pure noise"):
         discrete_path([0.9, 0.5, 0.0])
-    with pytest.raises(UserError, match="fall strictly"):
+    with pytest.raises(UserError, match="decrease strictly"):
         discrete_path([0.5, 0.9])
     with pytest.raises(UserError, match="at least two"):
         discrete_path([0.5])

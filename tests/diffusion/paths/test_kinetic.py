@@ -192,5 +192,5 @@ def test_refusals() -> None:
         kinetic_path([0.5, math.nan, 0.5], 1.0)
     with pytest.raises(UserError, match="sigma_data"):
         kinetic_path([0.5] * 5, 0.0)
-    with pytest.raises(UserError, match="made from data"):
+    with pytest.raises(UserError, match="computed from data"):
         parse_path("kinetic-optimal", sigma_data=1.0, sigma_min=0.01, sigma_max=80.0)

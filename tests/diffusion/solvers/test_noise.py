@@ -234,6 +234,6 @@ def test_mistakes_are_answered_with_a_message() -> None:
         SampleNoise(0, torch.zeros(3), (2,))
     with pytest.raises(UserError, match="one whole number"):
         SampleNoise(0, torch.zeros(3, 1, dtype=torch.int64), (2,))
-    with pytest.raises(UserError, match="no noise is kept"):
+    with pytest.raises(UserError, match="no noise is stored"):
         SampleNoise(0, [1], (2,)).normal(-1)
     assert np.isfinite(SampleNoise(0, [1], (2,)).normal(0).numpy()).all()

@@ -83,7 +83,7 @@ def test_an_implied_bound_keeps_the_warning_of_its_source():
         ("js", bound(0.1, 5.0)),
         ("kl", bound(-3.0, 0.1)),
         ("kl", bound(math.inf, math.nan)),
-        ("kl", bound(-math.inf, math.nan, "the critic is so far off that the bound overflows")),
+        ("kl", bound(-math.inf, math.nan, "the critic is so inaccurate that the bound overflows")),
     ],
 )
 def test_what_cannot_be_is_withheld_unless_another_implies_a_bound(name, given):
@@ -126,7 +126,7 @@ def test_a_distance_that_no_two_laws_have_is_withheld():
     def row(value, stderr, warning=None):
         return Measured(Estimate(value, stderr, 300, warning), "kernel densities", "nats")
 
-    apart = "the two sets hardly overlap at this bandwidth, so a few pairs decide: take a wider one"
+    apart = "the two sets hardly overlap at this bandwidth, so a few pairs dominate: use a larger one"
     assert apart in str(impossible("cauchy_schwarz", row(-3.99, 0.5, apart)))
     assert impossible("cauchy_schwarz", row(-0.01, 0.02)) is None  # noise about zero
     assert impossible("mmd", row(-0.5, 0.01)) is None  # a U-statistic, and says so

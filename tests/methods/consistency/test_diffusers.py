@@ -38,7 +38,7 @@ def test_forward_mode_gets_through_diffusers(monkeypatch: pytest.MonkeyPatch) ->
     assert (exact - difference).norm() < 2e-3 * exact.norm()
     # Where forward mode fails, differences take its place with a warning, unless it was asked for.
     monkeypatch.setattr(tangents, "allow_forward_mode", lambda denoiser: [])
-    with pytest.warns(UserWarning, match="differences in float64 take the place"):
+    with pytest.warns(UserWarning, match="differences in float64 are used"):
         assert distiller(teacher, method="scm").notes() == {"tangent": "difference"}
     with pytest.raises(UserError, match="--tangent difference"):
         distiller(teacher, method="scm", tangent="exact")

@@ -293,7 +293,7 @@ def test_methods_of_jumps_refuse_a_network_from_elsewhere() -> None:
     """That is, of diffusers or EDM; `require_jump` looks at what it is made of."""
     foreign = EDMDenoiser(torch.nn.Linear(2, 2), shape=(2,), num_classes=0)
     for method in ("ctm", "mean-flow"):
-        with pytest.raises(UserError, match="no place for a second noise level"):
+        with pytest.raises(UserError, match="no input for a second noise level"):
             distiller(foreign, method=method)
     distiller(foreign, method="consistency")
 

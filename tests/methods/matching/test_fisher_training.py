@@ -202,7 +202,7 @@ def test_a_teacher_without_gradients_is_refused_before_anything_is_trained() -> 
     teacher = network_teacher()
     teacher.forward = torch.no_grad()(teacher.forward)  # type: ignore[method-assign]
     for name in ("sid", "sida", "sim", "uni-instruct"):
-        with pytest.raises(UserError, match="differentiates the teacher by its input"):
+        with pytest.raises(UserError, match="differentiates the teacher with respect to its input"):
             distiller(teacher, method=name)
     distiller(teacher, method="dmd2")
 

@@ -32,7 +32,7 @@ def test_a_log_normal_between_two_levels_is_that_of_scipy() -> None:
     torch.testing.assert_close(law.cdf(sigma), u, rtol=1e-8, atol=1e-9)
     assert law.quantile(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([LOW, HIGH])
     assert law.cdf(torch.tensor([LOW / 2, 2 * HIGH])).tolist() == [0, 1]
-    with pytest.raises(UserError, match="hardly any levels"):
+    with pytest.raises(UserError, match="almost no mass"):
         Truncated(LogNormal(20.0, 1.0), LOW, HIGH)
 
 
@@ -123,7 +123,7 @@ def test_without_a_choice_both_are_as_they_were() -> None:
             {"noise_distribution": "log-normal", "noise_rho": 3.0},
             "--noise-rho does nothing with --noise-distribution log-normal",
         ),
-        ({"fake_score_distribution": "log-normal", "noise_mean": 30.0}, "hardly any levels"),
+        ({"fake_score_distribution": "log-normal", "noise_mean": 30.0}, "almost no mass"),
     ],
 )
 def test_settings_of_a_law_that_is_not_in_use_are_refused(settings: dict[str, Any], said: str) -> None:

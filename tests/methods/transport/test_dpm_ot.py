@@ -289,14 +289,14 @@ def test_draws_double_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     for level in (20.0 / 0.7, 0.0):  # 0 is sigma_max
-        with pytest.raises(UserError, match="inside of the teacher's levels"):
+        with pytest.raises(UserError, match="within the teacher's range"):
             distiller(network_teacher(), method="dpm-ot", student_sigma=level)
     method = distiller(network_teacher(2), method="dpm-ot", bank=4, bank_steps=2)
     state = method.init(0)
     method.step(state, batch(0, classes=2))
     with pytest.raises(UserError, match="none without a class"):
         method.result(state, {}).sample(3, conditioning=torch.tensor([0, 1, -1]))
-    with pytest.raises(UserError, match="no bank of latents"):
+    with pytest.raises(UserError, match="not a bank of latents"):
         BrenierMap.restored({"other": torch.zeros(1)})
     with pytest.raises(UserError, match="--bank must be at least 1"):
         distiller(network_teacher(), method="dpm-ot", bank=0)

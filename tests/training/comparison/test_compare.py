@@ -121,7 +121,7 @@ def test_more_seeds_can_be_asked_for_later_and_nothing_else(tmp_path: Path, fini
     for change in ("--lr 1e-4", '--budget "13 steps"', "--batch 64", "--methods diff-instruct"):
         answer = command(f"compare --out {tmp_path}/c --resume {change}")
         assert answer.code == 2
-        assert "begun with other options" in answer.err
+        assert "started with other options" in answer.err
     done(f"compare --out {tmp_path}/c --resume --seeds 2")
     assert results(tmp_path / "c") == results(finished)
     assert command(f"compare --out {tmp_path}/c --resume --seeds 1").code == 2

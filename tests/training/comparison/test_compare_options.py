@@ -144,7 +144,7 @@ def test_shared_options_that_the_comparison_decides_are_refused() -> None:
         with pytest.raises(UserError, match=said):
             check_shared(wrong, entries)
     check_shared(shared(gan_weight=0.2), parse_methods("diff-instruct,dmd2"))
-    for option, said in (("method dmd2", "--methods"), ("divergence js", "behind its method")):
+    for option, said in (("method dmd2", "--methods"), ("divergence js", "after its method")):
         answer = command(f"compare --methods sid --teacher ring8 --{option} --dry-run")
         assert (answer.code, said in answer.err) == (2, True)
 

@@ -92,8 +92,9 @@ def feynman_kac(
         grid: Decreasing levels, the last above 0.
         noise: Noise of the B particles.
         start: Particles at ``grid[0]``, (B, *shape), drawn from the target there; by default from
-            :func:`annealed_prior`. A start N(0, sigma^2) for an annealed model would be the wrong law.
-        log_w: Log weights (B,) of the start, where it comes from another law.
+            :func:`annealed_prior`. A start N(0, sigma^2) for an annealed model would be the wrong
+            distribution.
+        log_w: Log weights (B,) of the start, where it comes from another distribution.
         dtype: In which the models are called where there is no ``start``.
         noise_scale: zeta: noise in units of the reverse SDE's. The weights are those of exactly this SDE.
         resample_below: Resample where the effective sample size falls below this share; 0 never, 1 always
@@ -198,4 +199,4 @@ def _check_options(
             expected="0 (never) to 1 (always)",
         )
     if clamp is not None and not clamp > 0:
-        raise UserError("a clamp must be positive", got=clamp, fix="None leaves the weights exact")
+        raise UserError("a clamp must be positive", got=clamp, fix="None keeps the weights exact")

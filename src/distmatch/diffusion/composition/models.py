@@ -30,7 +30,7 @@ class Models:
     """Denoisers of one shape, each with its own condition.
 
     Args:
-        denoisers: One or more; one denoiser may stand there several times, with several conditions.
+        denoisers: One or more; one denoiser may occur several times, with several conditionings.
         conditions: One for each denoiser; None is no condition for any.
         purpose: What they are for, for messages.
 
@@ -54,7 +54,9 @@ class Models:
             )
         for denoiser, one in zip(denoisers, self.conditions, strict=True):
             if one and not spec_of(denoiser):
-                raise UserError("an unconditional model was given a condition", fix="give None in its place")
+                raise UserError(
+                    "an unconditional model received a conditioning", fix="give None in its place"
+                )
         self.shape = tuple(denoisers[0].shape)
         self.purpose = purpose
         self._counters = [d if isinstance(d, CallCounter) else CallCounter(d) for d in denoisers]
@@ -81,12 +83,12 @@ class Models:
             to_zero: Whether the last one may be 0.
 
         Raises:
-            UserError: The grid is no grid, or leaves the levels that all models know.
+            UserError: The grid is not valid, or exceeds the noise levels that all models support.
         """
         levels = checked_levels(grid, stochastic=True)
         if levels[-1] == 0 and not to_zero:
             raise UserError(
-                f"{self.purpose} ends above level 0, where its target has a density",
+                f"{self.purpose} must end above sigma 0, where its target has a density",
                 got=levels[-1],
                 fix="end at the sigma_min of the models: to_zero=False in grid()",
             )
@@ -95,7 +97,7 @@ class Models:
         high = min(c.sigma_max for c in self._counters)
         if positive[0] > high * 1.001 or positive[-1] < low * 0.999:
             raise UserError(
-                "the grid leaves the noise levels that all models know",
+                "the grid exceeds the noise levels that all models support",
                 got=f"levels from {positive[0]:g} to {positive[-1]:g}",
                 expected=f"between {low:g} and {high:g}",
             )

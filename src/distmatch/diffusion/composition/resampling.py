@@ -17,7 +17,7 @@ def log_mean_exp(log_w: Tensor) -> Tensor:
 
 
 def systematic_indices(log_w: Tensor, u: Tensor) -> Tensor:
-    """Systematic resampling: which particle stands in each slot.
+    """Systematic resampling: the particle in each slot.
 
     Particle i gets floor or ceil of K w_i slots, and K w_i on average over ``u``.
 

@@ -34,7 +34,7 @@ class Superposition:
         log_q: Estimated log-density of the state at the last positive level under each model, nats,
             (M, B) float64.
         calls: Network calls for each sample, of all models together, those for the prior included.
-        trajectory: (levels, B, *shape), the states at all levels, where they were asked for.
+        trajectory: (levels, B, *shape), the states at all noise levels, if requested.
     """
 
     y: Tensor
@@ -74,9 +74,9 @@ def superpose(
         conditions: Labels (B,) or None for each model.
         log_weights: Log mixture weights (M,), nats; they need not be normalized. Only for ``"or"``.
         temperature: Factor on the log-densities; above 1 it sharpens. Only for ``"or"``.
-        curvature: For ``"and"``: count what the noise that is projected away would have added to the
-            densities, with M - 1 VJPs of each model a step, and pull the samples to equal densities. False is
-            the published form, whose densities are equal only where the models' Hessians agree.
+        curvature: For ``"and"``: include the contribution of the projected noise to the densities, with M - 1
+            VJPs of each model per step, and move the samples to equal densities. False is the published form,
+            whose densities are equal only where the models' Hessians agree.
         prior: Log-density of each model at ``grid[0]``: ``"data"`` is N(0, sigma^2 + sigma_data^2),
             ``"moments"`` takes mean and covariance from the model, or functions of position and labels, one
             for all or one for each model.
@@ -182,7 +182,7 @@ def equal_density_move(
     the span of their differences. For two models that is the average score, and noise off s_1 - s_2. The
     weights kappa of the paper give the same step; they hold differences of 1 / h that cancel, this does not.
 
-    Ito's rule for the projected noise has a term that the paper leaves out: with P the projection on the
+    Ito's rule for the projected noise has a term that the paper omits: with P the projection on the
     span and H_i the Hessian of log q_i, log q_i changes by h tr(P H_i) / 2 less than it counts. ``extra``
     takes that in.
 
@@ -241,7 +241,7 @@ def _offsets(
         raise UserError(
             "some model must have a weight, and none an infinite one",
             got=values.tolist(),
-            fix="give logarithms of mixture weights; -inf leaves a model out",
+            fix="give logarithms of mixture weights; -inf excludes a model",
         )
     return values.to(device=like.device, dtype=torch.float64)[:, None]
 

@@ -47,11 +47,12 @@ class Target:
             )
         if not all(math.isfinite(p) for p in self.powers) or not sum(self.powers) > 0:
             raise UserError(
-                "the powers of a target must have a positive sum, or it has no density at the first level",
+                "the powers of a target must have a positive sum, or it has no density at the first "
+                "noise level",
                 got=list(self.powers),
             )
         if self.strength is not None and self.reward is None:
-            raise UserError("a strength without a reward does nothing", fix="pass reward too")
+            raise UserError("a strength without a reward has no effect", fix="pass reward too")
 
 
 def annealed(denoiser: Denoiser, beta: float, conditioning: ConditioningLike = None) -> Target:
@@ -78,10 +79,10 @@ def geometric(
 
 
 def annealed_prior(target: Target, sigma: float, noise: SampleNoise, mean: Tensor | float = 0.0) -> Tensor:
-    """Samples of the target at a level that drowns the data: normals whose precision is a weighted sum.
+    """Samples of the target at a noise level that hides the data: normals whose precision is a weighted sum.
 
     Args:
-        target: Models and powers; the reward is left out, as its strength there is 0.
+        target: Models and powers; the reward is omitted, as its strength there is 0.
         sigma: The level.
         noise: Noise of the samples; its draw 1 of step 0 is used, a run uses draws 0.
         mean: Mean of the data, where it is known, (*shape).
@@ -97,9 +98,9 @@ def annealed_prior(target: Target, sigma: float, noise: SampleNoise, mean: Tenso
     )
     if not precision > 0:
         raise UserError(
-            "the target has no density at this level",
+            "the target has no density at this noise level",
             got=f"precision {precision:.3g} from powers {list(target.powers)}",
-            fix="start at a higher level, or use smaller powers",
+            fix="start at a higher noise level, or use smaller powers",
         )
     return mean + noise.normal(0, 1).double() / math.sqrt(precision)
 
@@ -115,7 +116,7 @@ def reward_and_slope(reward: Reward, state: Tensor) -> tuple[Tensor, Tensor]:
         value = reward(leaf)
         if value.shape != (len(state),):
             raise UserError(
-                "a reward must give one differentiable number for each sample",
+                "a reward must return one differentiable number per sample",
                 got=f"shape {tuple(value.shape)}",
                 expected=f"({len(state)},)",
             )

@@ -44,7 +44,7 @@ def quantile_loss(levels: Tensor) -> Loss:
         UserError: A level is outside (0, 1).
     """
     if levels.ndim != 1 or not bool(((levels > 0) & (levels < 1)).all()):
-        raise UserError("quantile levels lie between 0 and 1, one a sample", got=levels.tolist()[:6])
+        raise UserError("quantile levels lie between 0 and 1, one per sample", got=levels.tolist()[:6])
 
     def loss(predicted: Tensor, observed: Tensor) -> Tensor:
         if len(levels) != len(predicted):
@@ -114,7 +114,7 @@ class ObservationGuided(Wrapper):
         observed = self.observed.to(predicted)
         if observed.shape not in (predicted.shape, predicted.shape[1:]):
             raise UserError(
-                "the observation is not of the shape that the forward model gives",
+                "the observation does not have the shape of the forward model's output",
                 got=tuple(observed.shape),
                 expected=f"{tuple(predicted.shape[1:])} or {tuple(predicted.shape)}",
             )

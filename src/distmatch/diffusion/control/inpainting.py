@@ -1,8 +1,8 @@
 """Replacement: after each step the known part is overwritten with its noised truth (Song et al. 2021).
 
-It is a heuristic. The free part is never told what the known part says about it except through the model's
-own view of the overwritten state, and at high noise that is little: for correlated data the samples have the
-wrong mean and covariance. :mod:`distmatch.diffusion.control.inverse` corrects the score instead.
+It is a heuristic. The known part influences the free part only through the model's prediction at the
+overwritten state, which at high noise is weak: for correlated data the samples have the wrong mean and
+covariance. :mod:`distmatch.diffusion.control.inverse` corrects the score instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Replacement:
         operator: What is known; its rows must be orthonormal.
         value: The known value, (*out_shape) or (B, *out_shape).
         grid: The grid of the solve.
-        noise: The noise of the samples; replacement draws from a stream of its own.
+        noise: The noise of the samples; replacement draws from a separate random stream.
 
     Raises:
         UserError: Rows that are not orthonormal, or a value that does not fit.

@@ -40,8 +40,8 @@ class LinearPosterior(Wrapper):
             32.
 
     Attributes:
-        diffused: False: for other than Gaussian data each level is an approximation of its own, whose scores
-            belong to no one density. Where the data are Gaussian, and iterations enough, set it to True.
+        diffused: False: for non-Gaussian data each noise level has a different approximation, so the scores
+            do not belong to one density. Where the data are Gaussian, and iterations enough, set it to True.
 
     Raises:
         UserError: The measurement does not fit the model, or the model has no score.
@@ -110,7 +110,7 @@ class LinearPosterior(Wrapper):
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], right: Tensor, iterations: int) -> Tensor:
     """Solves matrix u = right for each sample, (B, ...), the matrix symmetric and positive semi-definite.
 
-    A sample that has converged to rounding, or meets a direction without curvature, keeps its solution. The
+    A sample that has converged to rounding, or reaches a direction without curvature, keeps its solution. The
     number of iterations is fixed, so that nothing waits for the device.
     """
     u = torch.zeros_like(right)

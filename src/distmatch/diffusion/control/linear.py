@@ -42,7 +42,7 @@ class LinearMap:
         """
         if tuple(value.shape) != self.out_shape and tuple(value.shape[1:]) != self.out_shape:
             raise UserError(
-                "the measured value does not fit the measurement",
+                "the measured value does not match the measurement",
                 got=tuple(value.shape),
                 expected=f"{self.out_shape}, or (B, {', '.join(map(str, self.out_shape))})",
             )
@@ -58,7 +58,7 @@ def linear_map(
             function from (B, *shape) to (B, *out_shape).
         shape: Shape of one sample.
         transpose: A^T as a function; without it the derivative of the function is used.
-        device: Where a function wants to be tried out.
+        device: The device on which to test a function.
 
     Raises:
         UserError: The matrix does not fit, the function is not linear, or the transpose is not its transpose.
@@ -67,7 +67,7 @@ def linear_map(
     if isinstance(operator, Tensor):
         if operator.ndim != 2 or operator.shape[1] != dim:
             raise UserError(
-                "the matrix does not fit the samples",
+                "the matrix does not match the samples",
                 got=tuple(operator.shape),
                 expected=f"(M, {dim}) for samples of shape {tuple(shape)}",
             )
@@ -139,10 +139,10 @@ def _checked(apply: Map, transpose: Map, shape: tuple[int, ...], device: str) ->
     left, right = float((image * v).sum()), float((x * back).sum()) if back.shape == x.shape else math.nan
     if not abs(left - right) <= 1e-5 * size * math.sqrt(image.numel()):
         raise UserError(
-            "the transpose does not belong to the measurement",
+            "the transpose does not match the measurement",
             got=f"(A x) . v = {left:.6g} but x . (A^T v) = {right:.6g}, from shape {tuple(back.shape)}",
             expected="equal numbers",
-            fix="leave transpose out, and it is derived",
+            fix="omit transpose, and it is derived",
         )
     orthonormal = bool(torch.allclose(apply(back), v, rtol=1e-6, atol=1e-6))
     return LinearMap(apply, transpose, tuple(shape), tuple(image.shape[1:]), orthonormal)

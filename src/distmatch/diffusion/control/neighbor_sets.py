@@ -11,13 +11,13 @@ from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, has_feat
 
 
 class SetEmbedding(nn.Module):
-    """A vector for a set of embeddings: mean of a network over the members, then a network of the mean.
+    """A vector for a set of embeddings: mean of a network over the elements, then a network of the mean.
 
-    The order of the members does not matter, nor does their number (Zaheer et al. 2017, "Deep sets"). The
-    empty set has a vector of its own, which is learned.
+    It does not depend on the order or the number of the elements (Zaheer et al. 2017, "Deep sets"). The empty
+    set has a separate learned vector.
 
     Args:
-        inputs: Length E of a member's embedding.
+        inputs: Length E of an element's embedding.
         width: Hidden width.
         outputs: Length of the vector.
     """
@@ -30,7 +30,7 @@ class SetEmbedding(nn.Module):
         self.empty = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, members: Tensor, present: Tensor | None = None) -> Tensor:
-        """Maps sets (B, k, E) to vectors (B, outputs); ``present`` (B, k) says which members there are."""
+        """Maps sets (B, k, E) to vectors (B, outputs); ``present`` (B, k) marks the elements."""
         hidden = self.member(members)
         if present is None:
             return self.whole(hidden.mean(1))
@@ -47,9 +47,9 @@ class NeighborConditioned(nn.Module):
     for the wider samples and no classes. Training drops labels to -1, the empty set, as it does for classes;
     with a row's own number as its label, and neighbors found without the row itself, a data set trains it.
 
-    The network knows a store by its embeddings alone, so that a trained one can be given another store, of
-    another size, in one call (:meth:`use_store`): other styles or newer data without training (Blattmann et
-    al. 2022, section 4).
+    The network uses only the embeddings of a store, so that a trained one can use another store, of another
+    size, with one call (:meth:`use_store`): other styles or newer data without training (Blattmann et al.
+    2022, section 4).
 
     Args:
         net: A network on samples of shape (C + outputs, ...), unconditional.
@@ -75,7 +75,7 @@ class NeighborConditioned(nn.Module):
         width = self.sets.inputs
         if embeddings.ndim != 2 or embeddings.shape[1] != width or not embeddings.is_floating_point():
             raise UserError(
-                "these are not embeddings that the network can take",
+                "these embeddings are not compatible with the network",
                 got=f"{tuple(embeddings.shape)}, {embeddings.dtype}",
                 expected=f"(N, {width}), floating point",
                 fix="embed the store with the model that the network was trained with",
@@ -99,7 +99,7 @@ class NeighborConditioned(nn.Module):
         """
         if not isinstance(found, Neighbors):
             raise UserError(
-                "row numbers do not say which store they are rows of",
+                "row indices do not identify their store",
                 got=type(found).__name__,
                 expected="Neighbors, as NeighborStore.search returns",
                 fix="pass the result of the search, or both parts: use_store(embeddings, neighbors)",

@@ -1,8 +1,8 @@
 """Generation given retrieved neighbors: a store with exact search, and the denoiser of a neighborhood.
 
 Retrieval-augmented diffusion (Blattmann et al. 2022) conditions on the set of a query's neighbors.
-:class:`NeighborDenoiser` is the exact teacher of that task for a kernel density: the law of the data given
-the neighbors is the mixture of kernels at them, and without neighbors that of the whole store.
+:class:`NeighborDenoiser` is the exact teacher of that task for a kernel density: the distribution of the data
+given the neighbors is the mixture of kernels at them, and without neighbors that of the whole store.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class NeighborStore:
             k: How many.
             exclude: Optional (Q,) int64: the row of the store that a query must not find, -1 for none. In
                 training that is the query itself: with it among its own neighbors, a model learns to copy.
-                Rows are told apart by number, so an equal row elsewhere in the store is found.
+                Rows are identified by index, so an equal row elsewhere in the store is found.
             chunk: Queries and embeddings at a time; memory is chunk^2 numbers.
 
         Raises:
@@ -80,7 +80,7 @@ class NeighborStore:
         room = len(self) - (0 if exclude is None else 1)
         if not 1 <= k <= room:
             raise UserError(
-                "the store does not hold that many neighbors", got=f"k={k}", expected=f"1 to {room}"
+                "the store does not contain that many neighbors", got=f"k={k}", expected=f"1 to {room}"
             )
         if exclude is not None and (exclude.shape != (len(queries),) or exclude.is_floating_point()):
             raise UserError("exclude must be one row number for each query", got=tuple(exclude.shape))

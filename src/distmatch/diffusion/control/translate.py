@@ -100,7 +100,7 @@ def encode(
     require_score(denoiser, "an encoder by posterior noise")
     levels = checked_levels(grid, stochastic=True)
     if levels[-1] != 0:
-        raise UserError("an encoding ends at level 0", got=levels[-1], fix="use to_zero=True in grid()")
+        raise UserError("an encoding must end at sigma 0", got=levels[-1], fix="use to_zero=True in grid()")
     if not 0 < eta <= 1:
         raise UserError(
             "eta must lie above 0 and at most at 1",

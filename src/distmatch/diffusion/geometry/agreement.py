@@ -60,7 +60,7 @@ def agreement(
         sigmas: Levels.
         conditioning: Labels (n,), -1 for none.
         seed: Seed of the noise, which all levels share.
-        batch: Samples at a time.
+        batch: Samples per batch.
 
     Raises:
         UserError: The models are for other data, or a level is not positive.
@@ -100,7 +100,7 @@ def generalization_gap(
         held_out: Clean data it did not, (m, *shape).
         sigmas: Levels.
         seed: Seed of the noise.
-        batch: Samples at a time.
+        batch: Samples per batch.
     """
     gaps = []
     for sigma in sigmas:
@@ -160,7 +160,7 @@ def nearest_cosine(samples: Tensor, train: Tensor, *, chunk: int = 1024) -> Tens
     Args:
         samples: (n, *shape).
         train: (m, *shape); its mean is subtracted from both.
-        chunk: Samples at a time.
+        chunk: Samples per batch.
     """
     center = train.flatten(1).double().mean(0)  # and differences in float64: a mean far out has few digits
     known, ours = (

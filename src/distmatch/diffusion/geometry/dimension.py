@@ -146,7 +146,7 @@ def flow_jacobian(
     solver: str = "rk5:64",
     chunk: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """Carries ``y`` along the probability-flow ODE, with the Jacobian of the map.
+    """Solves the probability-flow ODE for ``y``, with the Jacobian of the map.
 
     Args:
         denoiser: The model.
@@ -164,7 +164,7 @@ def flow_jacobian(
         UserError: Levels that are not positive, or a model that cannot be differentiated.
     """
     if not (0 < sigma_from < math.inf and 0 < sigma_to < math.inf) or sigma_from == sigma_to:
-        raise UserError("a flow needs two different positive levels", got=(sigma_from, sigma_to))
+        raise UserError("a flow needs two different positive noise levels", got=(sigma_from, sigma_to))
     refuse_random_layers(denoiser)
     flow = ScaledFlow.of(denoiser, y, max(sigma_from, sigma_to), conditioning)
     start, stop = math.log(sigma_from), math.log(sigma_to)
@@ -223,13 +223,14 @@ def flow_dimension(
 
 
 def _undecided(spectrum: Tensor, threshold: float, sigma: float) -> str | None:
-    """A warning where values lie well above those of noise, 1, and below the threshold."""
+    """A warning where values are well above that of noise, 1, and below the threshold."""
     between = (spectrum > _NOISE) & (spectrum <= threshold)
     if not bool(between.any()):
         return None
     largest = float(spectrum[between].max())
     return (
-        f"{int(between.any(1).sum())} of {len(spectrum)} points have a direction whose spread, up to "
+        f"{int(between.any(1).sum())} of {len(spectrum)} points have a direction whose standard "
+        f"deviation, up to "
         f"{largest:.3g} sigma at sigma {sigma:.3g}, is neither noise (1 sigma) nor counted "
         f"(above {threshold:g} sigma): lower sigma"
     )

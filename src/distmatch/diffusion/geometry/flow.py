@@ -82,7 +82,7 @@ class FlowSolver:
     def integrate(
         self, slope: Slope, state: State, start: float, stop: float, eps: float
     ) -> tuple[State, int]:
-        """Carries ``state`` along ``slope`` from log sigma ``start`` to ``stop``, up or down.
+        """Integrates ``slope`` for ``state`` from log sigma ``start`` to ``stop``, up or down.
 
         A batch shares its adaptive steps. The solver controls the root mean square over all numbers of the
         batch, so the tolerance is divided by the root of the batch size: no sample's error can then hide
@@ -129,7 +129,7 @@ class FlowSolver:
             raise UserError(
                 "the adaptive solver could not follow the flow",
                 got=done.message,
-                fix="raise sigma, or take a fixed grid such as rk5:128 and compare two numbers of steps",
+                fix="raise sigma, or use a fixed grid such as rk5:128 and compare two numbers of steps",
             )
         return unpack(done.y[:, -1]), int(done.nfev)
 
@@ -192,7 +192,7 @@ class ScaledFlow:
         return math.hypot(math.exp(t), self.denoiser.sigma_data)
 
     def pull(self, t: float) -> float:
-        """sigma_data^2 / c^2, the slope of z that leaves out the denoiser."""
+        """sigma_data^2 / c^2, the slope of z without the denoiser."""
         return (self.denoiser.sigma_data / self.radius(t)) ** 2
 
     def inputs(self, t: float, z: Tensor) -> tuple[Tensor, Tensor]:

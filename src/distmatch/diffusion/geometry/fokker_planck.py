@@ -106,7 +106,7 @@ class ScoreResidual:
     def relative(self) -> Estimate:
         """sqrt(E|residual|^2 / E|rate|^2): 0 for a true score, of order 1 for an unrelated family.
 
-        Probe noise is left out by multiplying different probes; without it a small value can come out as 0.
+        Probe noise is removed by multiplying different probes; without it a small value can come out as 0.
         """
         if self.exact:
             squares = self.residual[0].square().sum(-1)
@@ -146,7 +146,7 @@ def score_residual(
     kind, count = parse_trace(trace)
     if count == 1:
         raise UserError(
-            "one probe cannot tell its own noise from the residual", got=trace, expected=f"{kind}:2 or more"
+            "one probe cannot separate its noise from the residual", got=trace, expected=f"{kind}:2 or more"
         )
     require_score(denoiser, "the Fokker-Planck residual")
     refuse_random_layers(denoiser)

@@ -27,7 +27,7 @@ def parse_trace(trace: str) -> tuple[str, int]:
     """
     kind, _, count = trace.partition(":")
     if kind not in TRACES:
-        raise unknown_name("way to take a trace", trace, TRACES)
+        raise unknown_name("trace estimator", trace, TRACES)
     if kind == "exact":
         if count:
             raise UserError("the exact trace takes no probes", got=trace, fix='write trace="exact"')
@@ -105,7 +105,7 @@ def connected(
 
     A function that does not depend on its input has no graph, and neither has one that hides it
     (``torch.no_grad``, ``.detach()``, numpy). The derivative of the first is 0; the second is refused. They
-    are told apart by a call at another place.
+    are distinguished by a call at another point.
 
     Args:
         out: The function's value at ``leaf``, (B, ...).

@@ -1,4 +1,4 @@
-"""Data on a set of lower dimension have no density; the likelihood of the noised data tells the codimension.
+"""Data on a set of lower dimension have no density; the likelihood of the noised data gives the codimension.
 
 Near a set of dimension k in R^D the density of the data noised to level s grows as s^-(D - k), so the
 negative log-likelihood falls as (D - k) log s when s does (compare arXiv 2105.04046, where maximum likelihood
@@ -54,7 +54,7 @@ def nll_ladder(
     """
     levels = [float(s) for s in sigmas]
     if len(set(levels)) < 2 or not all(0 < s < math.inf for s in levels):
-        raise UserError("a ladder needs two or more different positive noise levels", got=levels)
+        raise UserError("the fit needs two or more different positive noise levels", got=levels)
     noise = initial_noise(len(x), tuple(x.shape[1:]), seed, "ladder").to(x)
     nll = torch.stack([-log_prob(x + s * noise, s).double().cpu() for s in levels])
     t = torch.tensor(levels, dtype=torch.float64).log()

@@ -23,13 +23,13 @@ SHARES = (0.99, 0.9, 0.5, 0.1, 0.01)
 
 @dataclass(frozen=True)
 class Exceedance:
-    """How much of the generated data lies beyond a quantile of the real data.
+    """The share of the generated data beyond a quantile of the real data.
 
     Attributes:
         real: Share of the real data at or beyond the radius.
         radius: The real order statistic that is the threshold.
         generated: Share of the generated data beyond it.
-        log_ratio: log(generated / real) with the error of both shares; value -inf when none lies beyond.
+        log_ratio: log(generated / real) with the error of both shares; value -inf when none is beyond.
         p_value: Two-sided and exact, whatever the distribution, if both sets come from one.
     """
 

@@ -25,21 +25,21 @@ from distmatch.diffusion.solvers.sampling import SamplingMixin
 from distmatch.diffusion.wrapper import Calls, Wrapper, at_step, cost_of, regime_of
 
 Pass = Callable[[Tensor, Tensor, Conditioning], tuple[Tensor, Features]]
-"""One network pass: (x, sigma, conditioning) to the prediction and the features, none where not asked for."""
+"""One network pass: (x, sigma, conditioning) to the prediction and the features, none if not requested."""
 
 Where = bool | Tensor
 """Which samples of a batch are guided: all, none, or a mask (B,)."""
 
 
 class Guidance(SamplingMixin, Wrapper):
-    """A denoiser that corrects the prediction of ``inner``. Subclasses say how, and for which samples.
+    """A denoiser that corrects the prediction of ``inner``. Subclasses define the guidance and its samples.
 
     Samples that are not guided keep the prediction of ``inner``; a call in which none is guided is that of
     ``inner``, bit for bit. (Beside guided samples they are part of a larger batch, which kernels may round in
-    another way.) In a solver the interval is decided once a step, by the higher one of its two levels, which
-    is where a sampler's step starts; so a second evaluation does as the first, a step outside costs what
-    ``inner`` costs, and going back up meets the decisions of the way down. In a call by itself each sample's
-    own level decides.
+    another way.) In a solver the interval is decided once per step, by the higher of its two noise levels,
+    where the step starts; so a second evaluation uses the same decision, a step outside has the cost of
+    ``inner``, and inversion makes the same decisions as sampling. In a call by itself each sample's own level
+    decides.
 
     Args:
         inner: The denoiser to guide.

@@ -37,7 +37,7 @@ class ClassifierGuided(Guidance):
         scale: Factor of the gradient, any finite number; below 0 it leads away from the class.
         target: One class to guide all samples to, while the condition goes to the denoiser. None: guide each
             sample to its condition; -1 is not guided.
-        conditional: The denoiser is told the condition too. None: only where there is a target.
+        conditional: The denoiser receives the conditioning too. None: only where there is a target.
         on: What the classifier sees. "noisy": the noised x. "clean": the prediction D(x), for classifiers
             of clean data; the gradient then goes through the denoiser too.
         num_classes: Number of classes; by default the classifier's ``num_classes``, else the denoiser's.

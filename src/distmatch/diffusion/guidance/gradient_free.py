@@ -15,7 +15,7 @@ from distmatch.diffusion.guidance.linear import check_pair
 from distmatch.diffusion.wrapper import Calls, cost_of
 
 ScaleFn = Callable[[Tensor, Tensor], Tensor]
-"""(p of the class asked for (B,), p of the likeliest other class (B,)) to guidance scales (B,)."""
+"""(p of the requested class (B,), p of the most probable other class (B,)) to guidance scales (B,)."""
 
 
 def confusion_scale(scale: float) -> ScaleFn:
@@ -80,7 +80,7 @@ class GradientFree(Guidance):
             check_pair(inner, reference)
             if reference.num_classes == 0:
                 raise UserError(
-                    "the reference of gradient-free guidance is told another class",
+                    "the reference of gradient-free guidance receives another class",
                     got="an unconditional model",
                     fix="use Guided for guidance by an unconditional model",
                 )

@@ -36,10 +36,11 @@ class Guided(Guidance):
     eps, v, flow or score by this formula is the same thing.
 
     Args:
-        inner: The main model. Without a reference it must be class-conditional and know "no class".
+        inner: The main model. Without a reference it must be class-conditional with an unconditional
+            prediction.
         scale: Guidance scale w, any finite number; below 0 it leads away from the class.
-        reference: Another model in place of the main one without its class. One with the same classes is
-            told the same ones; one without classes is a separate unconditional model.
+        reference: Another model in place of the main one without its class. One with the same classes
+            receives the same ones; one without classes is a separate unconditional model.
         interval: (low, high): guide where low < sigma <= high only (Kynkaanniemi et al. 2024).
         negative: What to lead away from in place of no condition, such as a negative prompt: a label (1,) or
             a conditioning of one row, the same for all samples.
@@ -127,7 +128,7 @@ def guided(
     reference: Denoiser | None = None,
     negative: ConditioningLike = None,
 ) -> Denoiser:
-    """The denoiser with the guidance that was asked for, or itself at scale 1.
+    """The denoiser with the requested guidance, or unchanged at scale 1.
 
     Args:
         denoiser: The teacher.
@@ -144,14 +145,14 @@ def guided(
         return Guided(denoiser, scale, reference=reference, interval=interval, negative=negative)
     if interval is not None or reference is not None or negative is not None:
         raise UserError(
-            "an interval, a reference or a negative condition does nothing at guidance scale 1",
+            "an interval, a reference or a negative conditioning has no effect at guidance scale 1",
             fix="give a scale too, for example --guidance 2",
         )
     return denoiser
 
 
 def require_null_class(denoiser: Denoiser) -> None:
-    """Refuses a class-conditional model that does not know "no class", which guidance asks for.
+    """Refuses a class-conditional model without an unconditional prediction, which guidance needs.
 
     It is asked once, for one sample, so that what would fail in the middle of a run fails before it.
 
@@ -175,9 +176,9 @@ def require_null_class(denoiser: Denoiser) -> None:
                 raise
             reason = str(error).split("\n")[0][:200]
     raise UserError(
-        "guidance needs a teacher that also knows no class",
+        "guidance needs a teacher with an unconditional prediction",
         got=reason,
-        fix="leave --guidance at 1; or train the teacher with --label-dropout 0.1, or name its null class",
+        fix="leave --guidance at 1; or train the teacher with --label-dropout 0.1, or set its null class",
     )
 
 
@@ -193,17 +194,17 @@ def check_pair(main: Denoiser, reference: Denoiser) -> None:
             "the reference of a guidance has other classes than the main model",
             got=f"{reference.num_classes} classes",
             expected=f"{main.num_classes}, or none",
-            fix="guide by a model trained with the same labels, or by an unconditional one",
+            fix="use a reference trained with the same labels, or by an unconditional one",
         )
     if has_score(main) != has_score(reference):
         raise UserError(
             "main model and reference were trained with different kinds of noise",
             got="one Gaussian, one not (gaussian_kernel)",
-            fix="take both from the same family",
+            fix="use two models with the same kind of noise",
         )
     if pfgm_dims(main) != pfgm_dims(reference):
         raise UserError(
             "main model and reference were trained with different noises of PFGM++",
             got=f"{pfgm_dims(main):g} and {pfgm_dims(reference):g} extra dimensions",
-            fix="take two models with the same number",
+            fix="use two models with the same number",
         )

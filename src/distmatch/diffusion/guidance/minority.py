@@ -37,8 +37,8 @@ def minority_score(
 ) -> Tensor:
     """E_eps d(x0, D(x0 + sigma eps)): large where the posterior mean is far, that is in thin regions.
 
-    Um et al. 2024, "Don't play favorites: minority guidance for diffusion models", who take LPIPS, five
-    draws and a level in the middle of the chain. The noise of sample i depends on the seed and i alone.
+    Um et al. 2024, "Don't play favorites: minority guidance for diffusion models", who use LPIPS, five draws
+    and a noise level in the middle of the schedule. The noise of sample i depends on the seed and i alone.
 
     Args:
         denoiser: The model.
@@ -48,7 +48,7 @@ def minority_score(
         distance: d.
         conditioning: Labels (n,), -1 for none.
         seed: Seed of the noise.
-        batch: Samples at a time.
+        batch: Samples per batch.
 
     Returns:
         (n,) float64 on the CPU.
@@ -59,7 +59,7 @@ def minority_score(
     require_score(denoiser, "a minority score, which adds Gaussian noise,")
     if tuple(x0.shape[1:]) != tuple(denoiser.shape) or draws < 1 or not sigma > 0 or batch < 1:
         raise UserError(
-            "a minority score needs samples of the model, one draw or more, and a positive level",
+            "a minority score needs samples of the model, one draw or more, and a positive noise level",
             got=f"samples {tuple(x0.shape)}, draws={draws}, sigma={sigma}, batch={batch}",
             expected=f"samples (n, {', '.join(map(str, denoiser.shape))})",
         )
@@ -127,7 +127,7 @@ def minority_guided(
     """The denoiser led to one class of the minority score; its own condition stays free.
 
     Args:
-        denoiser: The model, with classes of its own or without.
+        denoiser: The model, with or without classes.
         classifier: Noisy classifier of the score's classes, for example a fitted
             :class:`~distmatch.diffusion.guidance.noisy_classifier.NoisyClassifier`.
         scale: Factor of the gradient; 3.5 in the paper. 0 is the denoiser itself.

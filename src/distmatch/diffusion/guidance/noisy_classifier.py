@@ -152,7 +152,7 @@ def fit_noisy_classifier(
             "a label is no class of this classifier",
             got=f"labels from {int(labels.min())} to {int(labels.max())}",
             expected=f"0 to {count - 1}" if count else "0 or more",
-            fix="leave out samples without a class",
+            fix="remove samples without a class",
         )
     device = x0.device
     draws = make_generator(seed, "noisy classifier", device)

@@ -83,8 +83,8 @@ def solve_reflected(
 ) -> Solution:
     """A solve in which each step but the last starts from the reflected state (Bai et al. 2025, W2SD).
 
-    On a fine grid it is autoguidance of scale 2, the extrapolation ``2 D_strong - D_weak``, at three calls a
-    step for two. Guided denoisers of two scales are a pair too.
+    On a fine grid it is autoguidance of scale 2, the extrapolation ``2 D_strong - D_weak``, at three calls
+    per step for two. Guided denoisers of two scales are a pair too.
 
     Args:
         strong: The strong model, which makes the steps.
@@ -92,7 +92,7 @@ def solve_reflected(
         y: State at level ``grid[0]``, (B, *shape).
         grid: Strictly decreasing levels; the last may be 0.
         solver: Solver of the steps. Its memory, if it has one, is of reflected states.
-        conditioning: Labels (B,), -1 for none; the weak model is told them too if it has classes.
+        conditioning: Labels (B,), -1 for none; the weak model receives them too if it has classes.
         noise: The noise of stochastic solvers.
         path: As for :func:`~distmatch.diffusion.solvers.solve`.
         trajectory: Keep the states, each but the first and the last as it was reflected.
@@ -108,7 +108,7 @@ def solve_reflected(
     """
     check_pair(strong, weak)
     if weak_at not in ("start", "end"):
-        raise unknown_name("level for the weak model", weak_at, ["start", "end"])
+        raise unknown_name("noise level for the weak model", weak_at, ["start", "end"])
     levels = checked_levels(grid, stochastic=False)
     if levels[0] < levels[-1]:
         raise UserError("a reflection goes from noise to samples", got="an increasing grid", fix="reverse it")

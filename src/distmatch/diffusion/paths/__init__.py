@@ -1,7 +1,7 @@
 """Noise paths x_t = alpha(t) x0 + sigma(t) eps: from one time to everything that follows from it.
 
 Time grows from data to noise. All arithmetic is float64. A denoiser depends on the noise-to-signal ratio
-``rho = sigma / alpha`` alone, so a path matters only where time itself does: what a network is told, grids in
+``rho = sigma / alpha`` alone, so a path matters only where time itself does: the network's time, grids in
 time, samples at an intermediate time.
 """
 

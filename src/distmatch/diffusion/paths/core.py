@@ -21,7 +21,7 @@ class NoisePath:
     """A path from data to noise. Two paths are equal when name, ends and options are.
 
     Attributes:
-        name: Its name, as :func:`noise_path` knows it.
+        name: Its name, as accepted by :func:`noise_path`.
         t_min: The time nearest to the data that it is meant for.
         t_max: The time nearest to pure noise that it is meant for.
         curve: ``t -> Coefficients``, for float64 tensors of any shape.
@@ -119,7 +119,7 @@ def check_prior(
     end = path.rho_max if rho_max is None else rho_max
     if not end >= at_least * sigma_data:
         raise UserError(
-            f"the {path.name} path does not reach its prior: noise must drown the data at its end",
+            f"the {path.name} path does not reach its prior: its last noise level is too low for these data",
             got=f"a noise-to-signal ratio of {end:.4g} for data of standard deviation {sigma_data:.4g}",
             expected=f"at least {at_least * sigma_data:.4g}",
             fix="let the path end later or noisier (t_max, sigma_max, beta_max), or scale the data down",

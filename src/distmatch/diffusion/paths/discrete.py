@@ -59,7 +59,7 @@ def betas(
     low, high = usual[0] * scale if start is None else start, usual[1] * scale if end is None else end
     if not 0 < low <= high < 1:
         raise UserError(
-            "noise rates must lie in (0, 1) and not fall",
+            "noise rates must lie in (0, 1) and not decrease",
             got=f"start={low:g}, end={high:g} for {steps} steps",
             fix="give start and end, or more steps",
         )
@@ -88,7 +88,7 @@ class DiscretePath(NoisePath):
 def discrete_path(alphas_cumprod: Tensor | Sequence[float], *, name: str = "discrete") -> DiscretePath:
     """The path through a teacher's own levels; between them, log rho is linear in the time.
 
-    alpha^2 + sigma^2 = 1 everywhere. Beyond its ends the path goes on with its last slope.
+    alpha^2 + sigma^2 = 1 everywhere. Beyond its ends the path continues with its last slope.
 
     Args:
         alphas_cumprod: Squared alpha at each time, falling, in (0, 1), (T,); float64 keeps small noise exact.
@@ -103,9 +103,9 @@ def discrete_path(alphas_cumprod: Tensor | Sequence[float], *, name: str = "disc
         raise UserError("alphas_cumprod must be a vector of at least two numbers", got=tuple(squares.shape))
     if not bool((squares.diff() < 0).all() and (squares > 0).all() and (squares < 1).all()):
         raise UserError(
-            "alphas_cumprod must fall strictly and lie between 0 and 1",
+            "alphas_cumprod must decrease strictly and lie between 0 and 1",
             got=f"{float(squares[0]):.6g}, {float(squares[1]):.6g}, ..., {float(squares[-1]):.6g}",
-            fix="it is (1 - betas).cumprod(0); leave out a last level of pure noise",
+            fix="it is (1 - betas).cumprod(0); remove a last noise level of pure noise",
         )
     log_rho = 0.5 * (torch.log1p(-squares) - squares.log())
     tables = {log_rho.device: log_rho}

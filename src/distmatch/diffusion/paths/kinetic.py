@@ -147,7 +147,7 @@ def losses_of_teacher(
 def losses_of_data(
     data: Tensor, sigma_data: float, *, angles: int = 129, samples: int = 2048, seed: int = 0
 ) -> Tensor:
-    """The same for the denoiser that knows the data by heart, as Shaul et al. estimate it: n^2 distances.
+    """The same for the optimal denoiser of the given samples, as Shaul et al. estimate it: n^2 distances.
 
     Args:
         data: Clean samples (n, *shape).

@@ -55,7 +55,7 @@ class PathLevels:
         object.__setattr__(self, "_ends", tuple(ends))
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The level below which a share ``u`` in [0, 1] of the samples lies."""
+        """The quantile function: the noise level below which a share ``u`` in [0, 1] of the samples is."""
         if self.spacing == "logit-normal":
             u = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
         return self._level(u)

@@ -161,7 +161,7 @@ def noise_path(name: str | NoisePath, **options: float) -> NoisePath:
     """
     if isinstance(name, NoisePath):
         if options:
-            raise UserError("a finished path takes no options", got=options, fix="give its name instead")
+            raise UserError("a finished path takes no options", got=options, fix="pass its name instead")
         return name
     if name not in PATHS:
         raise unknown_name("noise path", name, PATHS)

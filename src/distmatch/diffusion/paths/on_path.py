@@ -19,7 +19,7 @@ class OnPath:
         denoiser: The denoiser.
         path: A path or its name; it need not be the one that the denoiser was trained on.
         sigma_limit: Levels beyond it, pure noise among them, are asked at it, with the noise scaled to it.
-            By default the ``sigma_max`` of the denoiser, which knows nothing beyond it. The error is of the
+            By default the ``sigma_max`` of the denoiser, beyond which it was not trained. The error is of the
             order of (standard deviation of the data)^2 / sigma_limit.
     """
 

@@ -31,9 +31,9 @@ def parse_path(text: str, *, sigma_data: float, sigma_min: float, sigma_max: flo
     name, _, rest = text.partition(":")
     if name == KINETIC:
         raise UserError(
-            f"the {KINETIC} path is made from data, so its name alone gives none",
-            fix=f"train a teacher with --path {KINETIC}: it keeps its path and is sampled without --path; "
-            "in Python, kinetic_path_of(data) makes one",
+            f"the {KINETIC} path is computed from data, so its name is not sufficient",
+            fix=f"train a teacher with --path {KINETIC}: it stores its path and is sampled without "
+            f"--path; in Python, kinetic_path_of(data) computes one",
         )
     if name not in PATHS:
         raise unknown_name("noise path", name, PATHS)

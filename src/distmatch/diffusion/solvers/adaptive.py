@@ -17,7 +17,7 @@ from distmatch.diffusion.solvers.run import Run, Solver, Stepper
 
 @dataclass(frozen=True)
 class RK45(Solver):
-    """dy/dsigma = eps by SciPy's RK45, with steps of its own between the first and the last level.
+    """dy/dsigma = eps by SciPy's RK45, with adaptive steps between the first and the last noise level.
 
     The state goes to the CPU in float64 for every call: this is for reference solutions, not for speed. All
     samples of a batch share their steps. SciPy controls the root mean square over the batch; tolerances are
@@ -28,8 +28,8 @@ class RK45(Solver):
     is smaller, and denoises from there.
 
     Attributes:
-        rtol: Relative tolerance of a step. It is relative to the distance from what the model predicts at the
-            start, so that it does not depend on where the data lie.
+        rtol: Relative tolerance of a step. It is relative to the distance from the model's prediction at the
+            start, so that it does not depend on the position of the data.
         atol: Absolute tolerance of a step, in units of the data's standard deviation ``sigma_data``.
     """
 
@@ -48,7 +48,7 @@ class RK45(Solver):
         """They depend on the model; a solve reports them."""
 
     def integrate(self, run: Run, y: Tensor, visit: Stepper) -> Tensor:
-        """Goes from the first level to the last, stopping in between only where somebody looks."""
+        """Solves from the first noise level to the last, stopping in between only if states are requested."""
         positive = [level for level in run.levels if level > 0]
         stops = positive if run.watched else [positive[0], positive[-1]]
         center = run.denoise(y, positive[0])
@@ -81,7 +81,7 @@ class RK45(Solver):
         done = solve_ivp(slope, (start, end), flat, "RK45", t_eval=[end], rtol=rtol, atol=atol)
         if not done.success:
             raise UserError(
-                f"the adaptive solver gave up between levels {start:g} and {end:g}",
+                f"the adaptive solver failed between noise levels {start:g} and {end:g}",
                 got=done.message,
                 fix="raise the tolerance, or use a solver with fixed steps",
             )

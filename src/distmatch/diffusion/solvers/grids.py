@@ -31,10 +31,10 @@ def grid(
     """Decreasing noise levels for ``steps`` steps.
 
     Args:
-        kind: How the levels lie. ``"karras"``: sigma^(1/rho) even (EDM eq. 5). ``"log"``: log sigma even.
-            ``"uniform"``: sigma even. On a path with time t: ``"time"``: t even; ``"power"``: t^(1/kappa)
-            even (DEIS); ``"log-snr"``: log(alpha^2 / sigma^2) even, which is ``"log"`` on every path, since
-            sigma here is the ratio of noise to signal.
+        kind: The spacing of the noise levels. ``"karras"``: sigma^(1/rho) even (EDM eq. 5). ``"log"``: log
+            sigma even. ``"uniform"``: sigma even. On a path with time t: ``"time"``: t even; ``"power"``:
+            t^(1/kappa) even (DEIS); ``"log-snr"``: log(alpha^2 / sigma^2) even, which is ``"log"`` on every
+            path, since sigma here is the ratio of noise to signal.
         steps: Number of steps.
         sigma_min: Smallest positive level.
         sigma_max: First level.
@@ -82,7 +82,7 @@ def _even_in_time(
     kind: str, u: Tensor, low: float, high: float, path: NoisePath | str | None, kappa: float
 ) -> Tensor:
     if path is None:
-        raise UserError(f"the grid {kind!r} is made in a path's time", got="no path", fix='pass path="vp"')
+        raise UserError(f"the grid {kind!r} needs the time of a path", got="no path", fix='pass path="vp"')
     if not kappa > 0:
         raise UserError("the power of a grid must be positive", got=kappa, expected="kappa > 0")
     p = noise_path(path)
@@ -92,7 +92,7 @@ def _even_in_time(
 
 
 def snap_grid(levels: Tensor, path: NoisePath) -> Tensor:
-    """Moves levels to those that a discrete-time teacher knows, and drops what became equal.
+    """Rounds noise levels to those of a discrete-time teacher, and removes duplicates.
 
     Args:
         levels: A grid; a last level of 0 stays.
@@ -102,11 +102,11 @@ def snap_grid(levels: Tensor, path: NoisePath) -> Tensor:
         float64, at most as long as ``levels``.
 
     Raises:
-        UserError: The path has no levels of its own, or fewer than two levels are left.
+        UserError: The path has no discrete noise levels, or fewer than two remain.
     """
     if not isinstance(path, DiscretePath):
         raise UserError(
-            "only a discrete path has levels to snap to",
+            "only a discrete path has noise levels to snap to",
             got=path.name,
             fix="use discrete_path(alphas_cumprod)",
         )
@@ -114,7 +114,9 @@ def snap_grid(levels: Tensor, path: NoisePath) -> Tensor:
     snapped = path.levels[torch.unique_consecutive(index)]
     out = torch.cat([snapped, levels[levels <= 0].double()])
     if len(out) < 2:
-        raise UserError("all levels snap to the same one", got=levels.tolist()[:6], fix="use fewer steps")
+        raise UserError(
+            "all noise levels snap to the same one", got=levels.tolist()[:6], fix="use fewer steps"
+        )
     return out
 
 
@@ -131,19 +133,19 @@ def checked_levels(levels: Tensor | Sequence[float], *, stochastic: bool) -> tup
     values = torch.as_tensor(levels, dtype=torch.float64)
     if values.ndim != 1 or len(values) < 2:
         raise UserError(
-            "a sampling grid needs at least two levels in a row",
+            "a sampling grid needs at least two consecutive noise levels",
             got=f"shape {tuple(values.shape)}",
             expected="for example [80, 5, 0.5, 0]",
             fix='use grid("karras", steps, sigma_min, sigma_max)',
         )
     numbers = tuple(values.tolist())
     if not all(math.isfinite(v) for v in numbers):
-        raise UserError("a sampling grid holds a level that is not finite", got=numbers[:6])
+        raise UserError("a sampling grid contains a noise level that is not finite", got=numbers[:6])
     if any(a == b for a, b in pairwise(numbers)):
         raise UserError(
-            "a sampling grid repeats a level, and a step of no length leads nowhere",
+            "a sampling grid repeats a noise level, and a step of length zero is not possible",
             got=next(a for a, b in pairwise(numbers) if a == b),
-            fix="drop the repeated level; snap_grid does so for discrete-time teachers",
+            fix="remove the repeated noise level; snap_grid does so for discrete-time teachers",
         )
     down, up = all(b < a for a, b in pairwise(numbers)), all(b > a for a, b in pairwise(numbers))
     if min(numbers) < 0 or not (down or up):
@@ -160,7 +162,7 @@ def checked_levels(levels: Tensor | Sequence[float], *, stochastic: bool) -> tup
         )
     if up and numbers[0] == 0:
         raise UserError(
-            "an inversion cannot start at level 0, where the slope (y - D) / sigma has no value",
+            "an inversion cannot start at sigma 0, where the slope (y - D) / sigma is undefined",
             got=0.0,
             fix="start at the sigma_min of the teacher",
         )

@@ -89,7 +89,7 @@ class Adams(Solver):
             raise UserError(
                 "tAB fits a polynomial in a path's time",
                 got="no path",
-                fix='pass path="vp" (or the teacher\'s own path), or use "rhoab", which needs none',
+                fix='pass path="vp" (or the teacher\'s own path), or use "rhoab", which needs no path',
             )
         log = self.variable == "log-rho"
         return LinearMultistep(run, adams_weights(path, run.levels, self.degree, run.restarts, log=log))
@@ -132,10 +132,10 @@ def adams_weights(
     t = time(rho)
     if not (np.isfinite(t).all() and (np.diff(t) != 0).all()):
         raise UserError(
-            "the grid leaves the path: it has no time of its own for each level",
+            "the grid exceeds the path, which has no time for each noise level",
             got=f"levels {rho.min():g} to {rho.max():g}",
             expected="levels between the path's rho_min and rho_max",
-            fix='make the grid inside that range, or use "rhoab", which needs no path',
+            fix='choose the grid inside that range, or use "rhoab", which needs no path',
         )
     nodes, weights = np.polynomial.legendre.leggauss(32)
     low, high = np.log(rho[:-1, None]), np.log(rho[1:, None])
@@ -198,7 +198,7 @@ class DPMpp(Solver):
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
-            raise UserError("DPM-Solver++ is here in orders 1 and 2", got=self.order)
+            raise UserError("DPM-Solver++ is available in orders 1 and 2", got=self.order)
         if not 0 < self.beta <= 1:
             raise UserError("the beta of heavy ball must lie in (0, 1]", got=self.beta)
 

@@ -69,7 +69,7 @@ ALIASES: Mapping[str, str] = {
 
 
 def canonical_name(name: str) -> str:
-    """The name of :data:`SOLVERS` that the field's name stands for, or the name in small letters.
+    """The name in :data:`SOLVERS` for a name used in the field, or the name in lower case.
 
     Spaces and underscores count as hyphens, and "DPM-Solver++" and "DPM++" as "dpmpp": ``"DPM++ 2M SDE"``,
     ``"dpmpp_2m_sde"`` and ``"sde-dpmsolver++"`` are one solver.

@@ -124,7 +124,7 @@ class Heun(Solver):
     """Heun's method with churn, algorithm 2 of EDM (Karras et al. 2022); without churn its algorithm 1.
 
     A step first adds noise, up to the level (1 + gamma) sigma with gamma = min(s_churn / steps, sqrt(2) - 1),
-    where sigma lies in [s_min, s_max].
+    where sigma is in [s_min, s_max].
 
     Attributes:
         s_churn: Churn of the whole run; 0 is the deterministic sampler.
@@ -141,9 +141,9 @@ class Heun(Solver):
     def __post_init__(self) -> None:
         if not (self.s_churn >= 0 and 0 <= self.s_min < self.s_max and self.s_noise > 0):
             raise UserError(
-                "the churn settings of Heun's method make no sense",
+                "the churn settings of Heun's method are not valid",
                 got=self,
-                expected="s_churn >= 0, 0 <= s_min < s_max, s_noise > 0 (it is 1 where nothing is tuned)",
+                expected="s_churn >= 0, 0 <= s_min < s_max, s_noise > 0 (1 if not tuned)",
             )
 
     @property

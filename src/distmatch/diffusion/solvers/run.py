@@ -1,4 +1,4 @@
-"""What a solver is handed and what it is: one run down (or up) a grid of noise levels."""
+"""The interface of a solver and its input: one run down (or up) a grid of noise levels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Stepper = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """One solve: the model at hand and where it goes. Levels are numbers, so that no step waits for a device.
+    """One solve: the model and its noise levels. Levels are numbers, so that no step waits for a device.
 
     Attributes:
         levels: Noise levels from start to end, strictly monotone; only the last may be 0.
@@ -25,8 +25,9 @@ class Run:
         path: The path whose time some solvers need; None where none was given.
         sigma_min: Smallest noise level that the model is meant for.
         sigma_data: Standard deviation of the model's data, the unit of absolute tolerances.
-        watched: Whether somebody looks at the state between the levels.
-        begin: Told the number of each step before it starts; a guided model decides there whether it guides.
+        watched: Whether the intermediate states are requested.
+        begin: Called with the index of each step before it starts; a guided model decides there whether it
+            guides.
         restarts: Steps from which on the model is another one, as at the ends of a guidance interval. What a
             solver remembers from before would be slopes of the old one, so it starts anew.
     """

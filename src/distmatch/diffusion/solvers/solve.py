@@ -36,7 +36,7 @@ class Solution:
     Attributes:
         y: State at the last level, (B, *shape), in the dtype of the start; the sample where that is 0.
         calls: Network calls for each sample, counted; a guided call counts as two.
-        trajectory: (levels, B, *shape), the states at all levels, where they were asked for.
+        trajectory: (levels, B, *shape), the states at all noise levels, if requested.
     """
 
     y: Tensor
@@ -74,7 +74,7 @@ def solve(
             ``path``, if it has one.
         trajectory: Keep the states at all levels.
         on_step: Called after each step with its number and the state in the dtype of the work; a tensor that
-            it returns is the state to go on with.
+            it returns replaces the state.
 
     Returns:
         The state at the last level and what it cost.
@@ -104,7 +104,7 @@ def solve(
 
     def normal(step: int, draw: int) -> Tensor:
         if noise is None:
-            raise UserError("a deterministic solver asked for noise", fix="set `stochastic` in your solver")
+            raise UserError("a deterministic solver requested noise", fix="set `stochastic` in your solver")
         return noise.normal(step, draw).to(work)
 
     states = [y] if trajectory else []
@@ -151,7 +151,7 @@ def require_finite(y: Tensor) -> None:
         raise UserError(
             "the start of a solve is not finite",
             got=f"NaN or infinity in {bad} of {len(y)} samples",
-            fix="draw it as grid[0] * torch.randn(...), or look at what made it",
+            fix="draw it as grid[0] * torch.randn(...), or check how it was computed",
         )
 
 
@@ -174,7 +174,7 @@ def _check(
     if len(levels) - 1 < chosen.least_steps:
         raise UserError(
             f"the solver {asked} needs at least {chosen.least_steps} steps",
-            got=f"{len(levels) - 1}: with fewer it never reaches its order",
+            got=f"{len(levels) - 1}: with fewer it does not reach its order",
             fix='use a longer grid, or "ddim" or "heun", which need one step',
         )
     if not chosen.stochastic:
@@ -182,7 +182,7 @@ def _check(
     require_score(denoiser, f"the solver {asked}, which adds Gaussian noise,")
     if noise is None:
         raise UserError(
-            f"the solver {asked} draws noise and was given none",
+            f"the solver {asked} draws noise and received none",
             fix="pass noise=SampleNoise(seed, torch.arange(len(y)), denoiser.shape, y.device)",
         )
     if len(noise) != len(y) or tuple(noise.shape) != tuple(denoiser.shape):
@@ -209,7 +209,7 @@ def sample_teacher(
 ) -> Tensor:
     """Draws samples from a teacher, by default with Heun's method on the EDM grid.
 
-    Start noise and noise on the way of sample i depend on the seed and i alone, not on ``batch``.
+    The initial noise and later noise of sample i depend only on the seed and i, not on ``batch``.
 
     Args:
         denoiser: The teacher.
@@ -220,7 +220,7 @@ def sample_teacher(
         path: As for :func:`solve`.
         conditioning: Class labels (n,), a conditioning, or None.
         seed: Seed of all noise.
-        batch: Samples at a time.
+        batch: Samples per batch.
         device: Where to compute.
         on_batch: Called with the number of samples after each batch, for a progress bar.
 

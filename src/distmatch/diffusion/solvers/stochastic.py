@@ -35,7 +35,7 @@ class DPMppSDE(_Stochastic):
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
-            raise UserError("SDE-DPM-Solver++ is here in orders 1 and 2", got=self.order)
+            raise UserError("SDE-DPM-Solver++ is available in orders 1 and 2", got=self.order)
 
     def stepper(self, run: Run) -> Stepper:
         """One call and one draw a step."""
@@ -86,7 +86,9 @@ class EulerMaruyama(_Stochastic):
         """One call and one draw a step."""
         ratios = [self.ratio(s) if callable(self.ratio) else self.ratio for s in run.levels[:-1]]
         if not all(0 <= r < math.inf for r in ratios):
-            raise UserError("the noise ratio h / g must be a number from 0 on at every level", got=ratios[:6])
+            raise UserError(
+                "the noise ratio h / g must be a non-negative number at every noise level", got=ratios[:6]
+            )
 
         def step(k: int, y: Tensor) -> Tensor:
             now, after, ratio = run.levels[k], run.levels[k + 1], ratios[k]
@@ -140,7 +142,7 @@ class PredictorCorrector(_Stochastic):
     def __post_init__(self) -> None:
         if not 0 < self.snr < math.inf or self.corrections < 1 or self.norm not in ("level", "batch"):
             raise UserError(
-                "the corrector's settings make no sense",
+                "the corrector's settings are not valid",
                 got=f"snr={self.snr}, corrections={self.corrections}, norm={self.norm!r}",
                 expected='snr > 0, corrections >= 1, norm "level" or "batch"',
             )

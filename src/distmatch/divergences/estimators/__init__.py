@@ -1,4 +1,4 @@
-"""Divergences estimated from samples, each with an error bar, and with a warning where it cannot work.
+"""Divergences estimated from samples, each with a standard error, and a warning where it is not reliable.
 
 ================================  =====================================  =====================================
 estimator                         needs                                  gives

@@ -38,7 +38,7 @@ def f_gan_terms(measure: Divergence, log_r_p: Tensor, log_r_q: Tensor) -> tuple[
 
 
 def f_gan_bound(which: str | Divergence, log_r_p: Tensor, log_r_q: Tensor) -> LowerBound:
-    """The f-GAN lower bound of any divergence, from a critic that guesses log p/q.
+    """The f-GAN lower bound of any divergence, from a critic that estimates log p/q.
 
     For ``"kl"`` it is the NWJ bound with critic 1 + log r. For ``"js"`` it is log 2 less the mean logistic
     loss of the classifier with logit log r, for ``"tv"`` the accuracy of that classifier times two less one.
@@ -59,7 +59,7 @@ def f_gan_bound(which: str | Divergence, log_r_p: Tensor, log_r_q: Tensor) -> Lo
     value = float(on_p.mean()) + float(on_q.mean())
     n = min(len(on_p), len(on_q))
     if not math.isfinite(value):
-        return LowerBound(-math.inf, math.nan, n, "the critic is so far off that the bound overflows")
+        return LowerBound(-math.inf, math.nan, n, "the critic is so inaccurate that the bound overflows")
     mean_p, mean_q = float(on_p.mean()), float(on_q.mean())
     sides = (
         judged(on_p - mean_p, *both_tails(log_r_p, lambda x: measure.df(x) - mean_p)),
@@ -74,7 +74,7 @@ def f_gan_bound(which: str | Divergence, log_r_p: Tensor, log_r_q: Tensor) -> Lo
 def classifier_bound(
     which: str | Divergence, logit_p: Tensor, logit_q: Tensor, *, prior_log_odds: float = 0.0
 ) -> LowerBound:
-    """The same bound from the logits of a classifier that tells p (positive) from q (negative).
+    """The same bound from the logits of a classifier of p (positive) against q (negative).
 
     Args:
         which: The divergence or its name.
@@ -106,8 +106,8 @@ def donsker_varadhan_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
 
     Never below the NWJ bound of the same critic. The mean under q rests on samples of q that look like p. No
     bound that holds with high confidence exceeds log m by much (McAllester, Stratos 2020), so beyond it, or
-    where few samples carry that mean, there is a warning. The logarithm of a mean makes the estimate too high
-    by about half its squared error.
+    where few samples dominate that mean, there is a warning. The logarithm of a mean makes the estimate too
+    high by about half its squared error.
 
     Args:
         critic_p: T at held-out samples of p, (n,).
@@ -128,7 +128,8 @@ def donsker_varadhan_bound(critic_p: Tensor, critic_q: Tensor) -> LowerBound:
     if ess < few(m):
         warning = joined(
             _saturated(value, m),
-            f"e^T rests on about {ess:.0f} of {m} samples of q: the bound is near its ceiling log {m} = "
+            f"e^T is dominated by about {ess:.0f} of {m} samples of q: the bound is near its ceiling "
+            f"log {m} = "
             f"{math.log(m):.3g}, and the divergence may be far above it",
         )
     return LowerBound(value, math.hypot(error_p, error_q), min(len(on_p), m), warning)

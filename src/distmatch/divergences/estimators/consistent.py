@@ -39,7 +39,7 @@ class Consistent:
 
 
 def least_at(which: str | Divergence, tv: float) -> float:
-    """The least value that a divergence can have between two laws of that total variation, to 1e-6.
+    """The least value that a divergence can have between two distributions of that total variation, to 1e-6.
 
     Args:
         which: The divergence or its name.
@@ -64,8 +64,8 @@ def least_at(which: str | Divergence, tv: float) -> float:
 def consistent(found: Mapping[str, LowerBound]) -> Consistent:
     """Makes lower bounds from the same samples consistent with one another.
 
-    A bound that cannot be, or whose error says that it is none, is left out, and so is what it would imply;
-    the others then imply one for its divergence where they can. An implied bound has the error and the
+    A bound outside the possible values, or with too large an error, is omitted, and so is what it would
+    imply; the others then imply one for its divergence where they can. An implied bound has the error and the
     warning of its source. As the larger of several estimates it is a little too large on average, by less
     than its error. A bounded divergence is not said to be nearer its largest value than one sample of n.
 
@@ -127,11 +127,11 @@ def _impossible(name: str, bound: LowerBound) -> str | None:
         return "has no finite bound: " + (bound.warning or "a few samples decide")
     size = largest if math.isfinite(largest) else max(abs(value), 1.0)
     if error > _ABSURD * size:
-        return f"would be at least {value:.3g} ± {error:.1g}, which says nothing: a few samples decide"
+        return f"would be at least {value:.3g} ± {error:.1g}, which is uninformative: a few samples dominate"
     if value > largest + _SIGMAS * error:
         return f"would be at least {value:.3g}, and cannot be above {largest:.3g}"
     if value < -_SIGMAS * error:
-        return f"would be at least {value:.3g}, less than the 0 that always holds"
+        return f"would be at least {value:.3g}, less than the trivial bound 0"
     return None
 
 

@@ -17,7 +17,7 @@ _EVERY = 25  # steps between two looks at the validation part
 _PATIENCE = 8  # looks without improvement before training stops
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""Maps the critic at samples of p and at samples of q to the number to be made large."""
+"""Maps the critic at samples of p and at samples of q to the objective, which is maximized."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Training:
 
 
 class Critic(nn.Module):
-    """A perceptron with a linear path beside it; zero everywhere before training.
+    """A perceptron with a parallel linear path; zero everywhere before training.
 
     Args:
         like: Samples (n, d) that give dimension, dtype, device, and the standardization of the inputs.

@@ -40,7 +40,7 @@ def check_samples(x_p: Tensor, x_q: Tensor, least: int = 2) -> tuple[Tensor, Ten
                 f"the samples of {name} are all equal",
                 got=f"{len(x)} copies of one point",
                 expected="samples of a distribution with a density",
-                fix="check how they were made; a point mass has an infinite divergence or none",
+                fix="check how they were computed; a point mass has an infinite divergence or none",
             )
         checked.append(flat)
     first, second = checked
@@ -51,7 +51,7 @@ def check_samples(x_p: Tensor, x_q: Tensor, least: int = 2) -> tuple[Tensor, Ten
             expected="the same shape",
         )
     if first.device != second.device:
-        raise UserError("the samples lie on different devices", got=f"{first.device} and {second.device}")
+        raise UserError("the samples are on different devices", got=f"{first.device} and {second.device}")
     dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
     return first.to(dtype), second.to(dtype)
 
@@ -73,7 +73,7 @@ def check_log_densities(log_p: Tensor, log_q: Tensor, where: str = "q") -> Tenso
         _check_float(what, log_density)
         if log_density.ndim != 1 or len(log_density) < 2:
             raise UserError(
-                f"{what} must have one value a sample",
+                f"{what} must have one value per sample",
                 got=f"shape {tuple(log_density.shape)}",
                 expected="shape (n,) with n >= 2",
                 fix="sum the log-density over the dimensions of a sample",
@@ -108,7 +108,7 @@ def check_critic(values_p: Tensor, values_q: Tensor) -> tuple[Tensor, Tensor]:
         _check_float(what, values)
         if values.ndim != 1 or len(values) < 2:
             raise UserError(
-                f"{what} must have one value a sample",
+                f"{what} must have one value per sample",
                 got=f"shape {tuple(values.shape)}",
                 expected="shape (n,) with n >= 2",
                 fix="flatten it with .squeeze(1)",
@@ -138,5 +138,5 @@ def _check_finite(what: str, x: Tensor) -> None:
             f"{what} are not finite" if what.startswith("the samples") else f"{what} is not finite",
             got=f"{float(x[bad][0])} in {int(bad.sum())} of {x.numel()} numbers",
             expected="finite numbers",
-            fix="find out where NaN or inf comes from; leaving such samples out changes the distribution",
+            fix="find out where NaN or inf comes from; removing such samples changes the distribution",
         )

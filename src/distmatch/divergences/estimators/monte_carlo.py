@@ -49,9 +49,9 @@ def monte_carlo(
 
     Returns:
         The value in nats, +inf where q has mass outside p and the divergence is infinite then; its standard
-        error, which includes what lies beyond the largest and the smallest p/q seen; the effective sample
-        size of the weights p/q; a warning where few samples carry the mean, where their tail has no variance
-        or adds more than the error, or where the mean of p/q is not 1.
+        error, which includes the contribution beyond the largest and the smallest observed p/q; the effective
+        sample size of the weights p/q; a warning where few samples dominate the mean, where their tail has no
+        variance or adds more than the error, or where the mean of p/q is not 1.
 
     Raises:
         UserError: The log-densities have holes, or there is no such divergence or method.
@@ -246,4 +246,4 @@ def _leverage(control: Tensor) -> Tensor:
 
 
 def _weights_warning(ess: float, n: int) -> str:
-    return f"the effective sample size is {ess:.0f} of {n}: q has too few samples where p is"
+    return f"the effective sample size is {ess:.0f} of {n}: q has too few samples in the support of p"

@@ -36,9 +36,9 @@ def kl_neighbors(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Esti
     bias as it shows when the 3k-th neighbors take the place of the k-th (it is taken to grow like
     (k/n)^(1/d)), and the error of that bias. There is a warning, and no standard error: where that bias is
     significant and larger than that spread; where (k/n)^(2/d) > 0.02; where more than 1 % of the samples of p
-    lie beyond those of q, as in heavier tails; where no sample of q lies among those of p, so that KL may be
+    are outside those of q, as in heavier tails; where no sample of q is among those of p, so that KL may be
     infinite; where more than 1 % of the samples coincide. Fewer samples that coincide have their neighbors
-    counted from the first that lies elsewhere.
+    counted from the first at another position.
 
     Args:
         x_p: Samples of p, (n,) or (n, *shape), at least 8 k.
@@ -102,10 +102,10 @@ def _warning(d: int, n: int, k: int, ties: float, rho: Tensor, nu: Tensor, bias:
         f"{n} samples are too few for nearest neighbors in {d} dimensions: the bias is not known"
         if far > _LOCAL
         else None,
-        f"{beyond:.1%} of the samples of p lie beyond those of q: how much they add is not known"
+        f"{beyond:.1%} of the samples of p lie outside those of q: their contribution is not known"
         if beyond > _BEYOND
         else None,
-        "no sample of q lies among the samples of p: KL may be infinite"
+        "no sample of q is near the samples of p: KL may be infinite"
         if bool((nu[:, 0] > rho[:, -1]).all())
         else None,
         f"biased by about {bias:.2g}, as three times as many neighbors show" if bias is not None else None,

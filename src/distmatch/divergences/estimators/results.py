@@ -1,4 +1,4 @@
-"""What the estimators hand back beside value and standard error, and when they warn."""
+"""Results of the estimators besides value and standard error, and their warnings."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class WeightedEstimate(Estimate):
 
 @dataclass(frozen=True)
 class LowerBound(Estimate):
-    """An estimate of a number that the divergence is not below, however good or bad the critic.
+    """An estimate of a lower bound of the divergence, valid for every critic.
 
-    The standard error is that of the bound for the critic at hand: the interval covers the bound, and the
+    The standard error is that of the bound for this critic: the interval covers the bound, and the
     divergence may be far above it.
     """
 
@@ -88,7 +88,7 @@ def few_warning(terms: Tensor) -> str | None:
     count = effective_number(terms)
     if count >= few(len(terms)):
         return None
-    return f"about {count:.0f} of {len(terms)} samples carry the mean, so its error is not known"
+    return f"about {count:.0f} of {len(terms)} samples dominate the mean, so its error is not known"
 
 
 def mass_warning(excess: Tensor) -> str | None:
@@ -99,7 +99,7 @@ def mass_warning(excess: Tensor) -> str | None:
         return None
     return (
         f"the mean of p/q over samples of q is {1 + mean:.3g} ± {error:.1g}, not 1: the densities are not "
-        "normalized, or q has no or too few samples where p is"
+        "normalized, or q has no or too few samples in the support of p"
     )
 
 

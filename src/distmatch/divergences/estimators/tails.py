@@ -1,4 +1,4 @@
-"""What no sample shows: how much lies beyond the largest of them, by a Pareto tail fitted to the largest."""
+"""The contribution beyond the largest sample, from a Pareto tail fitted to the largest ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ParetoTail:
 
 @dataclass(frozen=True)
 class Unseen:
-    """What lies beyond the samples, for the mean of one function of them.
+    """The contribution beyond the samples to the mean of a function of them.
 
     Attributes:
         amount: What values beyond the largest sample add to the mean in expectation, without its sign.
@@ -57,7 +57,7 @@ class Unseen:
 
 
 def pareto_tail(values: Tensor) -> ParetoTail:
-    """Fits a generalized Pareto law to the min(n / 5, 3 sqrt n) largest of ``values``.
+    """Fits a generalized Pareto distribution to the min(n / 5, 3 sqrt n) largest of ``values``.
 
     The density is (1 + b y)^(-1/k - 1) b / k with b = k / scale. For a given b the likelihood is largest at
     k = mean log(1 + b y), where its logarithm is count (log(b / k) - k - 1); b is averaged over a grid with
@@ -89,7 +89,7 @@ def pareto_tail(values: Tensor) -> ParetoTail:
 
 
 def unseen(values: Tensor, influence: Callable[[Tensor], Tensor]) -> Unseen:
-    """What lies beyond the largest of ``values`` for the mean of ``influence`` of them.
+    """The contribution beyond the largest of ``values`` to the mean of their ``influence``.
 
     Args:
         values: Samples (n,), finite and float64.
@@ -127,7 +127,7 @@ def both_tails(log_r: Tensor, influence: Callable[[Tensor], Tensor]) -> tuple[Un
 def judged(terms: Tensor, *tails: Unseen) -> tuple[float, str | None]:
     """The standard error of the mean of ``terms``, and a warning where it is not known.
 
-    What lies beyond the largest samples is missing from most means and weighs too much in the others; it
+    The contribution beyond the largest samples is missing from most means and too large in the others; it
     is joined in quadrature. Beyond one standard error, or where the variance is infinite, it is not known.
 
     Args:
@@ -141,7 +141,7 @@ def judged(terms: Tensor, *tails: Unseen) -> tuple[float, str | None]:
         f"the terms have a tail of Pareto index {index:.2g}, so their variance may be infinite"
         if index >= _HEAVY
         else None,
-        f"samples beyond the largest seen may add {amount:.2g}, more than the standard error shows"
+        f"values beyond the largest observed one may add {amount:.2g}, more than the standard error shows"
         if amount > error
         else None,
     )

@@ -29,7 +29,7 @@ DONSKER_VARADHAN = "donsker_varadhan"
 NWJ = "nwj"
 CHI_SQUARE = "chi_square"
 BOUNDS = (DONSKER_VARADHAN, NWJ, CHI_SQUARE)
-"""Bounds with a name of their own, beside the f-GAN bound of every divergence."""
+"""Named bounds, in addition to the f-GAN bound of every divergence."""
 
 Pair = tuple[Tensor, Tensor]
 
@@ -46,17 +46,16 @@ _SCALES = (*(0.05 * i for i in range(26)), 1.5, 2.0, 3.0, 5.0)
 class VariationalEstimator:
     """A divergence from samples of p and q, as a lower bound by a critic trained for it.
 
-    Half of the samples train the critic, a sixth decides when to stop and how far to trust it (its log-ratio
-    is scaled by the best factor between 0 and 5), and the last third, which neither training nor choice
-    has seen, gives the bound and its standard error. The three parts must be independent: samples that occur
-    more than once make the bound too large.
+    Half of the samples train the critic, a sixth is for early stopping and for scaling its log-ratio by the
+    best factor between 0 and 5, and the last third, used for neither, gives the bound and its standard error.
+    The three parts must be independent: samples that occur more than once make the bound too large.
 
     Attributes:
         bound: A divergence or its name for the f-GAN bound, ``"donsker_varadhan"`` or ``"nwj"`` for
             KL(p || q), or ``"chi_square"`` for Pearson's chi-square by Hammersley, Chapman and Robbins.
-        train_on: ``"bound"`` warms the critic up as a classifier and then raises the bound itself, which is
-            tighter where the critic cannot be perfect; ``"classification"`` leaves it a classifier, which is
-            steadier. Total variation, whose bound has no gradient, is always trained as a classifier.
+        train_on: ``"bound"`` warms the critic up as a classifier and then maximizes the bound itself, which
+            is tighter where the critic cannot be perfect; ``"classification"`` leaves it a classifier, which
+            is steadier. Total variation, whose bound has no gradient, is always trained as a classifier.
         training: The network and its training.
     """
 
@@ -73,7 +72,7 @@ class VariationalEstimator:
                     raise
                 raise unknown_name("bound", self.bound, [*BOUNDS, *NAMES]) from error
         if self.train_on not in ("bound", "classification"):
-            raise unknown_name("way to train", self.train_on, ["bound", "classification"])
+            raise unknown_name("training objective", self.train_on, ["bound", "classification"])
 
     def fit(self, x_p: Tensor, x_q: Tensor, seed: int = 0) -> LowerBound:
         """Trains a critic and estimates its bound.
@@ -85,9 +84,8 @@ class VariationalEstimator:
 
         Returns:
             The bound in nats; its standard error is for the critic found; n is the number of test samples.
-            There is a warning where the samples support only part of what the critic sees, and where it sees
-            nothing although there may be something: in many dimensions, or when it has learnt its training
-            samples by heart.
+            There is a warning where the samples support only a part of the critic's log-ratio, and where it
+            may have missed a difference: in many dimensions, or when it has memorized its training samples.
 
         Raises:
             UserError: The samples cannot be used, see the message.
@@ -114,7 +112,7 @@ class VariationalEstimator:
         return critic, *test
 
     def evaluate(self, critic: Critic, x_p: Tensor, x_q: Tensor) -> LowerBound:
-        """The bound of a trained critic on samples it has not seen.
+        """The bound of a trained critic on held-out samples.
 
         Args:
             critic: From :meth:`train`.
@@ -170,10 +168,10 @@ def _blindness(critic: Critic, train: Pair, validation: Pair) -> str | None:
     if held_out.value > _NEAR * held_out.stderr:
         return None
     if d * (d + 3) // 2 > n:  # the coefficients of a quadratic critic, which a change of spread needs
-        return f"{n} training samples are too few to see every difference in {d} dimensions"
+        return f"{n} training samples are too few to detect every difference in {d} dimensions"
     if seen.value > _CLEAR * seen.stderr and held_out.value < _LASTING * seen.value:
         return (
-            f"the critic has learnt its {n} training samples by heart (JS {seen.value:.2g} there, "
+            f"the critic has memorized its {n} training samples (JS {seen.value:.2g} there, "
             f"{held_out.value:.2g} on others)"
         )
     return None
@@ -186,7 +184,7 @@ def _set_scale(
 
     Less its error, because a bound that rests on a few lucky samples is large only on those. With factor 0
     both are 0, so there is always one. Where a bound that is not reliable would be clearly larger, the
-    samples cannot show all that the critic sees, and ``critic.capped`` is set.
+    samples do not support the critic's log-ratio, and ``critic.capped`` is set.
     """
     found = [(bound(scale * on_p, scale * on_q), scale) for scale in _SCALES]
     finite = [(b.value - b.stderr, b, scale) for b, scale in found if math.isfinite(b.value - b.stderr)]
@@ -195,12 +193,13 @@ def _set_scale(
 
 
 def _said(critic: Critic, found: LowerBound) -> LowerBound:
-    """Adds to a bound that its critic had to be held back, or has seen next to nothing."""
+    """Adds a warning to a bound whose critic was scaled down, or found almost nothing."""
     held = (
-        f"so few samples support only {critic.scale:.2g} times the critic's log-ratio: the divergence may be "
+        f"the number of samples supports only {critic.scale:.2g} times the critic's log-ratio: the "
+        f"divergence may be "
         "far above this bound"
     )
-    nothing = f"{critic.blind}: a bound near 0 says nothing about the divergence"
+    nothing = f"{critic.blind}: a bound near 0 is uninformative about the divergence"
     near_zero = critic.blind is not None and not found.value > _NEAR * found.stderr
     warning = joined(found.warning, held if critic.capped else None, nothing if near_zero else None)
     return replace(found, warning=warning)

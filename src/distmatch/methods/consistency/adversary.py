@@ -1,4 +1,4 @@
-"""An adversarial term on clean samples of a student, told apart from real ones after noise is put on both."""
+"""An adversarial term on clean samples of a student; the discriminator compares noised samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distmatch.ratio.discriminator import build_discriminator, choose_source, lo
 class Adversary:
     """A discriminator on features of the frozen teacher, or on the noised samples themselves.
 
-    Its random numbers come from a stream of its own, so that a run without it is the same to the bit.
+    Its random numbers come from a separate stream, so that a run without it is bit-identical.
 
     Attributes:
         context: Teacher and settings.
@@ -36,7 +36,7 @@ class Adversary:
         self._source = choose_source(self.context.settings.ratio_features, teacher)
         if self._source == "fake":
             raise UserError(
-                f"{self.context.method.name} has no fake score whose features a discriminator could see",
+                f"{self.context.method.name} has no fake score with features for a discriminator",
                 got="--ratio-features fake",
                 fix="use --ratio-features teacher, or own",
             )

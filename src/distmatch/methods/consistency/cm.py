@@ -55,7 +55,7 @@ class PairTerm:
         return {}
 
     def prepare(self, state: DistillState, seed: int) -> None:
-        """Needs nothing beside the student."""
+        """Needs no other network than the student."""
 
     def stage(self, step: int) -> int:
         """How often the levels of a pair have come closer by half, from 0."""

@@ -224,10 +224,10 @@ def jumped(network: nn.Module, x: Tensor, sigma: Tensor, to: Tensor, conditionin
 
 
 def last_layer(denoiser: nn.Module) -> nn.Module:
-    """The layer that makes the output of a network of ours, also inside a wrapper."""
+    """The output layer of a built-in network, also inside a wrapper."""
     found = next((part for part in denoiser.modules() if isinstance(part, EDMDenoiser)), None)
     if found is None:
-        raise TypeError("only networks of ours jump")
+        raise TypeError("only built-in networks support jumps")
     return found.net.get_submodule("last")
 
 

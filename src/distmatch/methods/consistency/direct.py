@@ -1,8 +1,8 @@
-"""The loop of methods that train one network on one loss, without a critic.
+"""The loop of methods that train one network on one loss, without a fake score.
 
 A loss is a :class:`~distmatch.methods.matching.scores.StudentTerm`, as it is for a method that adds it to a
 score difference: it draws its random numbers for the whole batch, adds its gradient to those of the student's
-parameters part by part, and moves what it owns beside the student.
+parameters part by part, and updates its own networks besides the student.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Draws:
 
 
 class Term(StudentTerm, Protocol):
-    """A loss that stands alone."""
+    """A single loss."""
 
     @property
     def jumps(self) -> bool:
-        """Whether the student must know the level to jump to."""
+        """Whether the student must receive the target noise level."""
         ...
 
     def notes(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Direct:
         self.gamma = gamma = own.gamma if isinstance(own, GammaSettings) else 0.0
         if gamma > 0 and own.num_steps == 1:
             raise UserError(
-                "--gamma is the fresh noise between calls, and a student of one call has none",
+                "--gamma is the fresh noise between steps, and a one-step student has none",
                 got=f"--gamma {gamma:g} with --num-steps 1",
                 fix="leave it out, or raise --num-steps",
             )
@@ -164,7 +164,7 @@ def mean_backward(
         loss: The loss of each sample of a part, (b,), and what to log of each, (b,).
 
     Returns:
-        ``loss`` and what the loss wants logged, as means over the batch.
+        ``loss`` and the logged values of the loss, as means over the batch.
     """
     n = len(draws)
     total: Info = {}

@@ -55,7 +55,7 @@ class AverageVelocityTerm:
         return {"tangent": self._how}
 
     def prepare(self, state: DistillState, seed: int) -> None:
-        """Needs nothing beside the student."""
+        """Needs no other network than the student."""
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""

@@ -26,8 +26,8 @@ def where_needed(
 ) -> Tensor:
     """A function of each sample in the ``rows`` of a mask (b,), and ``otherwise`` (b, ...) in the others.
 
-    On a CPU the function is called with those rows alone. An accelerator would have to wait to know how many
-    they are; there it sees all rows, whose values must be such as it can take.
+    On a CPU the function is called with those rows alone. On an accelerator, reading their number would
+    synchronize; there it sees all rows, whose values must be such as it can take.
     """
     if rows.device.type != "cpu":
         return torch.where(expand(rows, otherwise), function(*arguments), otherwise)
@@ -51,7 +51,7 @@ def teacher_path(
     solver: Literal["euler", "heun"] = "heun",
     steps: int = 1,
 ) -> Tensor:
-    """Follows the teacher's probability flow, each sample between two levels of its own.
+    """Solves the teacher's probability flow, each sample between its own two noise levels.
 
     Args:
         teacher: The teacher.
@@ -59,7 +59,7 @@ def teacher_path(
         start: Levels (B,), positive.
         end: Levels (B,), in [0, start].
         conditioning: What the samples are conditioned on.
-        solver: ``euler``, or ``heun``, whose second slope is left out in a step to level 0.
+        solver: ``euler``, or ``heun``, whose second slope is omitted in a step to sigma 0.
         steps: Number of steps.
 
     Returns:

@@ -41,7 +41,7 @@ class WeightedScoreDifference:
 
 
 def build_rcm(context: Context[RCMSettings]) -> Matching:
-    """The loop of the methods with a fake score, with sCM's loss beside the score difference.
+    """The loop of the methods with a fake score, with sCM's loss in addition to the score difference.
 
     The samples for the score difference come from the student's own sampler (``--num-steps``), and only the
     last step is differentiated. There is no adversarial term.

@@ -50,7 +50,7 @@ def derivative_along(
         to: Levels to jump to (B,), which stay as they are; for networks of two levels.
         how: ``exact`` is forward-mode differentiation, one pass of about twice the cost. ``difference`` is a
             central difference in float64, five passes and a copy of the weights, for networks with a part
-            that forward mode does not know.
+            that does not support forward mode.
 
     Returns:
         Value and derivative, (B, *shape) each, without history.
@@ -71,14 +71,14 @@ def derivative_along(
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserError(
-                "forward-mode derivatives do not get through this network",
+                "this network does not support forward-mode derivatives",
                 got=str(error).splitlines()[0][:160],
                 fix="use --tangent difference",
             ) from error
 
 
 def allow_forward_mode(denoiser: nn.Module) -> list[RemovableHandle]:
-    """Takes out of the way of forward mode what networks from elsewhere put there.
+    """Disables parts of networks from elsewhere that do not support forward mode.
 
     Torch derives a group norm only where its input is contiguous, which after attention it need not be. The
     values stay the same up to rounding.
@@ -99,10 +99,10 @@ def choose_derivative(
 ) -> HowToDerive:
     """How to differentiate copies of a denoiser: a network from elsewhere is tried on two samples.
 
-    Networks of ours have forward-mode derivatives; None stands for a fresh one of them.
+    Built-in networks support forward-mode derivatives; None means a new one of them.
 
     Raises:
-        UserError: ``exact`` was asked for and is not to be had.
+        UserError: ``exact`` was requested and is not supported.
     """
     if wanted == "difference":
         return "difference"
@@ -117,7 +117,7 @@ def choose_derivative(
     except UserError as error:
         if wanted == "exact":
             raise
-        warnings.warn(f"differences in float64 take the place of derivatives: {error}", stacklevel=2)
+        warnings.warn(f"differences in float64 are used instead: {error}", stacklevel=2)
         return "difference"
     finally:
         for handle in handles:

@@ -1,9 +1,9 @@
 r"""Inductive moment matching: a jump t -> s is compared with a jump r -> s from a little below, by a kernel.
 
-Zhou et al. 2025, arXiv 2503.07565. From data, one network of two noise levels, no critic and no teacher. M
-samples, the particles, share the levels s <= r < t. Their jumps from t are drawn to their jumps from r, which
-are held fixed, by the MMD^2 of a Laplace kernel among the particles. With one particle and a quadratic kernel
-that is consistency training.
+Zhou et al. 2025, arXiv 2503.07565. From data, with one network of two noise levels, without fake score and
+teacher. M samples, the particles, share the levels s <= r < t. Their jumps from t are drawn to their jumps
+from r, which are held fixed, by the MMD^2 of a Laplace kernel among the particles. With one particle and a
+quadratic kernel that is consistency training.
 
 In this frame the interpolant of DDIM from y at level t to level s, at prediction g, is
 (s / t) y + (1 - s / t) g: what :func:`~distmatch.diffusion.denoiser.jump` does.
@@ -48,7 +48,7 @@ class InductiveMatching:
         return {}
 
     def prepare(self, state: DistillState, seed: int) -> None:
-        """Nothing beside the student is needed."""
+        """Only the student is needed."""
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
@@ -57,8 +57,8 @@ class InductiveMatching:
     def draw(self, state: DistillState, batch: Batch) -> Draws:
         """Groups of samples with their noise and levels: tensors whose rows are groups.
 
-        Samples of the same class share a group as far as they can, since only those are compared. What does
-        not fill a group is left out by chance, not by class.
+        Samples of the same class share a group as far as they can, since only those are compared. Samples
+        that do not fill a group are excluded at random, not by class.
 
         Raises:
             UserError: The batch is smaller than a group.

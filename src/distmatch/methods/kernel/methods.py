@@ -29,9 +29,9 @@ METHODS = (
     Method(
         name="mmd",
         family="kernel",
-        summary="the whole chain of calls is fine-tuned by a kernel distance to real samples",
+        summary="all steps are fine-tuned end to end by a kernel distance to real samples",
         citation="Aiello et al. 2023, arXiv 2301.07969",
-        limits="flatters any metric on the features it trains on; noisy with small batches",
+        limits="improves metrics on its own features too much; noisy with small batches",
         settings=MMDSettings,
         build=_mmd,
         conditions="labels",
@@ -40,9 +40,10 @@ METHODS = (
     Method(
         name="imm",
         family="kernel",
-        summary="jumps from a level agree in law with jumps from just below it, by a kernel on particles",
+        summary="jumps from a noise level agree in distribution with jumps from just below it, by a "
+        "kernel on particles",
         citation="Zhou et al. 2025, arXiv 2503.07565",
-        limits="needs a network of ours; learns from the data alone, so it takes many steps",
+        limits="needs a built-in network; learns from the data alone, so it needs many steps",
         settings=IMMSettings,
         build=_imm,
         conditions="labels",

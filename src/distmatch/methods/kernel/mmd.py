@@ -1,9 +1,10 @@
-r"""MMD finetuning: a sampling chain is trained end to end by a two-sample statistic (MMD-DDM).
+r"""MMD finetuning: a few-step sampler is trained end to end by a two-sample statistic (MMD-DDM).
 
-Aiello et al. 2023, arXiv 2301.07969. The deterministic chain of the student's own calls is run whole and its
-samples are compared with real ones by the unbiased MMD^2 of some features. There is no critic, and no teacher
-beyond the features. The statistic couples all samples of a batch, so a batch in parts is run twice: once to
-know the gradient at every feature, and once more, part by part, to take it to the parameters. That is exact.
+Aiello et al. 2023, arXiv 2301.07969. The student's deterministic sampler is run completely, and its samples
+are compared with real ones by the unbiased MMD^2 of features. There is no fake score, and no teacher except
+for the features. The statistic couples all samples of a batch, so a batch in parts is run twice: once for the
+gradient with respect to every feature, and once more, part by part, to backpropagate it to the parameters.
+That is exact.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from distmatch.methods.state import DistillState
 
 
 def mmd_sigmas(calls: int, sigma: float, sigma_data: float, spacing: str) -> tuple[float, ...]:
-    """Noise levels of a chain of ``calls`` calls from ``sigma`` down.
+    """Noise levels of ``calls`` steps from ``sigma`` down.
 
     Args:
         calls: Network calls.
@@ -64,7 +65,7 @@ def feature_kernel(config: MMDSettings, of_network: bool, width: int) -> Kernel:
 
 @dataclass
 class ChainMMD:
-    """The loss of MMD finetuning: the MMD^2 between the samples of a whole chain and real ones.
+    """The loss of MMD finetuning: the MMD^2 between the samples of all steps and real ones.
 
     Attributes:
         context: Teacher and settings.
@@ -75,7 +76,7 @@ class ChainMMD:
     jumps = False
 
     def __post_init__(self) -> None:
-        require_score(self.context.teacher, "a chain from Gaussian noise")
+        require_score(self.context.teacher, "a sampler from Gaussian noise")
         chosen, teacher = self.context.settings.mmd_features, self.context.teacher
         able = has_features(teacher)
         if chosen == "teacher" and not able:
@@ -93,7 +94,7 @@ class ChainMMD:
         return {"mmd_features": "teacher" if self.of_network else "samples", "mmd_kernel": name}
 
     def prepare(self, state: DistillState, seed: int) -> None:
-        """The student's calls become a chain of DDIM, which has one noise and can be followed backwards."""
+        """The student uses the DDIM sampler, whose only noise is the initial one."""
         context = self.context
         state.student.sampler = "ddim"
         state.student.sigmas = mmd_sigmas(
@@ -138,7 +139,7 @@ class ChainMMD:
         return {"loss": loss}
 
     def made(self, state: DistillState, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Features (b, F) of the chain's samples from unit noise (b, *shape), with their graph."""
+        """Features (b, F) of the samples from unit noise (b, *shape), with their graph."""
         student = state.student
 
         def call(x: Tensor, index: int) -> Tensor:

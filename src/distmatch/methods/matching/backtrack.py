@@ -1,11 +1,11 @@
 """DisBack: the student follows the teacher's own path towards it, backwards (arXiv 2408.15991).
 
-At the start the student's samples lie where the teacher has learned nothing. So a copy of the teacher is
-first degraded: trained to denoise samples of the untrained student, and recorded on the way. The student is
+At the start the student's samples are where the teacher was not trained. So a copy of the teacher is
+first degraded: trained to denoise samples of the untrained student, and recorded at intervals. The student is
 then drawn to the recorded copies in reverse order, each of them near, and to the teacher itself in the end.
 
-The degraded copy is the fake score: the first stage is the base method with a student that waits, and the
-second starts with a fake score that knows the student already.
+The degraded copy is the fake score: the first stage is the base method with a fixed student, and the second
+    starts with a fake score adapted to the student.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Path:
 
     Attributes:
         copies: N. Copies 1 to N - 1 are kept as targets; copy N is where the fake score starts.
-        degrade_steps: Critic steps from one copy to the next.
+        degrade_steps: Fake score steps from one copy to the next.
         interval: Student updates towards each kept copy.
     """
 

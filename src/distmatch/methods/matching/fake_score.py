@@ -1,4 +1,4 @@
-"""What learns beside the student: the fake score and the discriminator, both from its samples."""
+"""The networks trained besides the student: the fake score and the discriminator, both from its samples."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class SiD(_ThroughInputs):
     """Score identity distillation (arXiv 2404.04057).
 
     Attributes:
-        alpha: 1/2 is the exact Fisher divergence; at 1 its biased term is gone; the authors go on to 1.2.
+        alpha: 1/2 is the exact Fisher divergence; at 1 its biased term vanishes; the authors use 1.2.
         scaling: As for :func:`~distmatch.losses.difference_weight`.
     """
 
@@ -101,7 +101,7 @@ class UniInstruct(_ThroughInputs):
     Attributes:
         divergence: Whose h weights the terms.
         ratio_gradient: Where the gradient of log r in h(r) comes from. ``discriminator``: from its logit.
-            ``scores``: it is s_p - s_q, which both networks know already. ``none``: a biased gradient.
+            ``scores``: it is s_p - s_q, which the two networks already give. ``none``: a biased gradient.
         warmup: Steps of the run before which it is SIM with the squared distance, while the discriminator
             learns.
         scaling: As for :func:`~distmatch.losses.difference_weight`.
@@ -124,14 +124,14 @@ class UniInstruct(_ThroughInputs):
         log_r = self._log_r(scores, state)
         loss = uni_instruct_loss(p, q, x0, scores.x, sigma, log_r, self.divergence, scaling=self.scaling)
         if scores.weight_scale is None:
-            raise RuntimeError("Uni-Instruct was given no ratio")
+            raise RuntimeError("Uni-Instruct received no ratio")
         return loss / scores.weight_scale.to(loss.dtype)
 
     def _log_r(self, scores: Scores, state: DistillState) -> Tensor:
-        """The normalized log ratio with the gradient that was asked for; zero where it is clipped."""
+        """The normalized log ratio with the requested gradient; zero where it is clipped."""
         log_r, logit, normalizer = scores.log_r, scores.logit, state.normalizer
         if log_r is None or logit is None or normalizer is None:
-            raise RuntimeError("Uni-Instruct was given no ratio")
+            raise RuntimeError("Uni-Instruct received no ratio")
         if self.ratio_gradient == "none":
             return log_r
         free = (log_r.abs() < normalizer.config.clip) & (logit.detach().abs() < normalizer.RAW_LIMIT)

@@ -152,7 +152,7 @@ class Matching:
         return averaged(state, info)
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
-        """The state before the first step: student and critic start as copies of the teacher."""
+        """The state before the first step: student and fake score start as copies of the teacher."""
         cfg, context = self.config, self.context
         ends = (self.noise, self.critic_noise)
         high = max(context.first_sigma, *(law.high for law in ends))
@@ -189,7 +189,7 @@ class Matching:
         return head.to(self.context.device)
 
     def step(self, state: DistillState, batch: Batch) -> Info:
-        """One training step: the critic's, the student's, or both on the same samples."""
+        """One training step: the fake score's, the student's, or both on the same samples."""
         cfg = self.config
         last = (state.step + 1) % cfg.fake_score_steps == 0
         student_turn = last and state.step >= cfg.warmup_steps
@@ -280,10 +280,10 @@ class Matching:
     ) -> None:
         """Takes the gradient at the samples to the parameters.
 
-        The hand-made gradient is given to the backward pass as it is: the pseudo-target form
+        The computed gradient is passed to the backward pass directly: the pseudo-target form
         0.5 (x0 - sg(x0 - g))^2 gives the same g but loses digits of it when g is small against x0.
 
-        ``x0`` carries the samples' graph; None makes them again part by part from ``x``, the input of the
+        ``x0`` has the samples' graph; None makes them again part by part from ``x``, the input of the
         call, so that only the graph of one part is held.
         """
         if x0 is not None:

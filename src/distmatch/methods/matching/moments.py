@@ -1,10 +1,10 @@
 """Objective of moment matching: E[x~ | z_s] of the student's samples shall be the teacher's E[x | z_s].
 
-Salimans et al. 2024, arXiv 2406.04103 (the variant with an auxiliary denoiser). The fake score g is drawn
-both to the student's samples and to the teacher, so at its optimum it lies half-way between the student's
-posterior mean and the teacher's, and its distance to the teacher is what moves the samples. For one call that
-is Diff-Instruct at half the size; what is new are several calls, after which the samples are noised again by
-the posterior between the two levels and not afresh.
+Salimans et al. 2024, arXiv 2406.04103 (the variant with an auxiliary denoiser). The fake score g is trained
+on both the student's samples and the teacher, so its optimum is half-way between the posterior means of
+student and teacher, and its difference to the teacher is the gradient at the samples. For one call that is
+Diff-Instruct at half the size; new are several steps, between which the samples are noised by the posterior
+between the two noise levels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def levels_between(levels: tuple[float, ...], call: int, noise: Karras) -> Karra
         noise: All levels.
 
     Raises:
-        UserError: The calls lie outside of them.
+        UserError: The steps are outside of them.
     """
     low = levels[call + 1] if call + 1 < len(levels) else noise.low
     return Karras(low, levels[call] if call else noise.high, noise.rho)

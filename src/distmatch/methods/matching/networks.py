@@ -119,7 +119,7 @@ def discriminator_logits(
         kinds: Noised samples (B, *shape) each.
         sigma: Their levels (B,), the same for all kinds.
         conditioning: What they are conditioned on.
-        grad: Whether the features carry a gradient: to the samples, or to the fake score that they come from.
+        grad: Whether the features have a gradient: to the samples, or to the fake score that they come from.
     """
     features_from = state.fake_score if compared.source == "fake" else compared.teacher
     if features_from is None or state.discriminator is None:

@@ -96,7 +96,8 @@ class PairRegression:
     def __post_init__(self) -> None:
         if self.context.settings.num_steps != 1:
             raise UserError(
-                "pairs tie one noise to one sample, and a student of several calls draws more on its way",
+                "pairs assign one noise to one sample, and a few-step student draws more noise between "
+                "its steps",
                 got=f"--num-steps {self.context.settings.num_steps} with --method {self.context.method.name}",
                 fix="leave --num-steps out, or use --method dmd2",
             )

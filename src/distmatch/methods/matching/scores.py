@@ -28,7 +28,7 @@ class Scores:
         fake: D_q(x), likewise.
         logit: The discriminator's raw log ratio, (B,), differentiable in ``x0`` for the adversarial term and
             for objectives with ``through_inputs``; None without a discriminator.
-        quantile: Where each level lies in the distribution of levels, (B,), in [0, 1].
+        quantile: Quantile of each noise level in the noise distribution, (B,), in [0, 1].
         log_r: Normalized and clipped log p/q, (B,), detached; None for objectives without a ratio.
         weight_scale: The running mean of h(r), scalar: what weights are divided by; None like ``log_r``.
         conditioning: What the samples are conditioned on.
@@ -96,7 +96,7 @@ class MatchingObjective(Protocol):
 
 
 class StudentTerm(Protocol):
-    """A further loss of the student, beside the objective.
+    """A further loss of the student, in addition to the objective.
 
     Attributes:
         needs_data: Whether it reads the real samples of a batch.

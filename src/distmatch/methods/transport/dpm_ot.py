@@ -1,4 +1,4 @@
-"""DPM-OT: an optimal map takes the place of the first part of the teacher's chain.
+"""DPM-OT: an optimal transport map replaces the first steps of the teacher.
 
 Li et al. 2023, arXiv 2307.11308. The teacher is run from noise down to a level, and what comes out is stored.
 Gaussian noise, the same that is used for sampling, is then mapped to these latents by the semi-discrete
@@ -45,14 +45,14 @@ class Transport:
 
     def __post_init__(self) -> None:
         teacher, first = self.context.teacher, self.context.first_sigma
-        require_score(teacher, "a draw from the posterior between two levels")
+        require_score(teacher, "a draw from the posterior between two noise levels")
         if not teacher.sigma_min < first < teacher.sigma_max:
             raise UserError(
-                "the level of the stored latents must lie inside of the teacher's levels",
+                "the noise level of the stored latents must lie within the teacher's range",
                 got=f"--student-sigma {first / teacher.sigma_data:.4g}, in units of sigma_data",
                 expected=f"above {teacher.sigma_min / teacher.sigma_data:.4g} and below "
                 f"{teacher.sigma_max / teacher.sigma_data:.4g}",
-                fix="the last calls of the teacher start there; 1.4 is a usual value",
+                fix="the last steps of the teacher start there; 1.4 is a common value",
             )
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
@@ -129,5 +129,5 @@ class Transport:
 def _map(state: DistillState) -> BrenierMap:
     transport = state.extra["transport"]
     if not isinstance(transport, BrenierMap):
-        raise RuntimeError("this state holds no map")
+        raise RuntimeError("this state contains no map")
     return transport

@@ -21,9 +21,9 @@ METHODS = (
     Method(
         name="dpm-ot",
         family="transport",
-        summary="an optimal map from noise to stored latents of the teacher, whose last calls follow",
+        summary="an optimal transport map from noise to stored latents of the teacher, then its last steps",
         citation="Li et al. 2023, arXiv 2307.11308",
-        limits="a finite bank: no more different layouts come out than latents are stored; several calls",
+        limits="a finite bank: no more different layouts than stored latents; several steps",
         settings=DPMOTSettings,
         build=_dpm_ot,
         conditions="labels",

@@ -7,7 +7,7 @@ Li et al. 2023, arXiv 2307.11308). Measures are estimated by draws of the noise,
 
 T jumps from point to point at the borders of the cells. Where two neighbors are much alike, a mixture of
 them is a plausible point too, and T may be smoothed there; where they are of different modes, a mixture is of
-none. What tells them apart is the angle between the normals (y_i, -1) and (y_j, -1) of the two planes.
+none. They are distinguished by the angle between the normals (y_i, -1) and (y_j, -1) of the two planes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cell_shares(z: Tensor, points: Tensor, heights: Tensor) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class Seams:
-    """The borders on which draws of the noise lie nearest, and the angles there.
+    """The nearest borders of draws of the noise, and the angles there.
 
     Attributes:
         first: The cell of each draw, (B,).
@@ -106,9 +106,9 @@ class BrenierMap(nn.Module):
             UserError: It is not that of a map.
         """
         if "targets" not in tensors:
-            raise UserError("the tensors beside this model are no bank of latents", got=", ".join(tensors))
+            raise UserError("the tensors of this model are not a bank of latents", got=", ".join(tensors))
         transport = cls(tensors["targets"])
-        load_into(transport, tensors, "the map beside this model")
+        load_into(transport, tensors, "the map of this model")
         return transport.requires_grad_(False)
 
     @torch.no_grad()

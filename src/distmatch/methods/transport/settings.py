@@ -11,7 +11,7 @@ from distmatch.methods.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class DPMOTSettings(Settings):
-    """What dpm-ot has of its own."""
+    """Settings of dpm-ot."""
 
     num_steps: Count = 5
     student_sigma: NotNegative = 1.4
@@ -20,15 +20,15 @@ class DPMOTSettings(Settings):
     lr_rampup: CountOrNone = 0
     beta2: Decay = 0.999
     bank: Count = 512
-    """Latents of the teacher that noise is mapped to, for each class. No more different ones can come out."""
+    """Latents of the teacher that noise is mapped to, per class, which limits the diversity."""
     bank_steps: Count = 18
-    """Heun steps of the teacher from its largest noise level down to the bank's, --student-sigma."""
+    """Heun steps of the teacher from its sigma_max down to the bank's sigma, --student-sigma."""
     cell_draws: Count = 10
-    """Draws of noise for each latent and step, from which the sizes of the cells are estimated."""
+    """Draws of noise per latent and step, to estimate the sizes of the cells."""
     doublings: Annotated[int, between(0, 10)] = 3
     """Times that the number of draws doubles over the run, at even intervals."""
     blend: NotNegative = 0.0
-    """Width of the seam, in standard deviations of the noise, in which the two nearest latents are mixed; 0
-    never mixes."""
+    """Distance from a border, in standard deviations of the noise, within which the two nearest latents are
+    mixed; 0 never mixes."""
     blend_angle: Share = 0.7
-    """Pairs of latents whose angle is above this share of the range of angles are never mixed."""
+    """Pairs of latents with an angle above this share of the range of angles are never mixed."""

@@ -118,7 +118,7 @@ def parse_budget(text: str) -> Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedOptions(DistillInputs):
-    """What all methods of a comparison get."""
+    """Options shared by all methods of a comparison."""
 
     settings: Any = field(default_factory=shared_settings, metadata={"key": "distill"})
     """Settings that every method gets which reads them."""
@@ -131,27 +131,27 @@ class SharedOptions(DistillInputs):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Everything `distmatch compare` can be told."""
+    """Options of `distmatch compare`."""
 
     methods: str = ""
-    """Methods with commas: dmd2,f-distill:js,f-distill:alpha:0.5,sid. Settings of one method stand in
-    brackets, a name of your own before =: "strong=f-distill:js[gan_weight=0.03,fake_score_steps=3]"."""
+    """Methods with commas: dmd2,f-distill:js,f-distill:alpha:0.5,sid. Settings of one method are in brackets,
+    your own name precedes =: "strong=f-distill:js[gan_weight=0.03,fake_score_steps=3]"."""
     budget: str = "2000 steps"
     """The same for every run: a time (90s, 5m, 1h30m), network calls (200k calls) or steps (2000 steps)."""
     seeds: int = 3
     """Runs of each method; their seeds are --seed, --seed + 1, ..."""
     baseline: str = ""
-    """The method that the others are compared with; empty takes the one that turns out best."""
+    """The method that the others are compared with; empty: the best in the first metric."""
     skip_impossible: bool = False
-    """Go on without the methods that cannot be used here, instead of refusing the comparison."""
+    """Continue without the methods that cannot be used, instead of refusing the comparison."""
     retry_failed: bool = False
     """With --resume: try failed runs again."""
     features: str = "auto"
     """Features of the evaluation: classifier, pixels, or auto: classifier where there are labels."""
     n: int | None = None
-    """Samples in a block of the evaluation; unset takes half the data, at most 5000."""
+    """Samples per block of the evaluation; unset: half the data, at most 5000."""
     eval_solver: str = "heun"
-    """How the teacher is sampled for the evaluation."""
+    """Solver for the teacher in the evaluation."""
     eval_steps: int = 18
     """Steps of the teacher's solver."""
     shared: SharedOptions = field(default_factory=SharedOptions)

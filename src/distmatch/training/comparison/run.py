@@ -225,7 +225,7 @@ def check_same(options: CompareOptions, folder: RunFolder) -> None:
     changed += [name for name in parts if getattr(begun.shared, name) != getattr(options.shared, name)]
     if changed or options.seeds < begun.seeds:
         raise UserError(
-            f"the comparison in {folder.path} was begun with other options",
+            f"the comparison in {folder.path} was started with other options",
             got=f"other {', '.join(changed)}" if changed else f"--seeds {options.seeds} after {begun.seeds}",
             expected="the same; only --baseline and a larger --seeds may be new",
             fix="leave the options out, as --resume takes them from the folder; or choose another --out",
