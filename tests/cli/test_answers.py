@@ -48,7 +48,7 @@ def test_an_error_is_a_json_object_too(line: str, parts: set[str]) -> None:
     ("error", "code", "what"),
     [
         (RuntimeError("no good"), 1, "internal error: RuntimeError: no good"),
-        (KeyboardInterrupt(), 130, "interrupted; nothing is left half-written"),
+        (KeyboardInterrupt(), 130, "interrupted; no incomplete file is left"),
         (MemoryError(), 2, str(out_of_memory(MemoryError()))[:10]),
         (PermissionError(13, "Permission denied", "a.npz"), 2, "cannot use a.npz"),
     ],

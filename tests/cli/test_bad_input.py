@@ -67,7 +67,7 @@ PAIRS = {
     "distill --teacher t --data vectors.npz": ("same shape", "(1, 8, 8)", "(3,)"),
     "distill --teacher t --data large.npz": ("same shape", "(1, 9, 9)"),
     "distill --teacher t --data images.npz": ("class-conditional", "no labels", "--no-labels"),
-    "distill --teacher t --data twelve.npz": ("classes that the teacher does not know: 10, 11",),
+    "distill --teacher t --data twelve.npz": ("classes that the teacher does not have: 10, 11",),
     "distill --teacher u --guidance 2": ("guidance needs a conditional teacher", "--guidance"),
     "distill --teacher ring8 --guidance 2": ("guidance needs a conditional teacher",),
     "distill --teacher ring8 --flip": ("--flip mirrors images",),
@@ -145,7 +145,7 @@ def test_options_that_cannot_be_used(line: str, words: tuple[str, ...]) -> None:
 MODELS = {
     "absent": ("absent does not exist", "diffusers", ".pkl of EDM", "ring8, grid25, skewed2"),
     "begun": ("begun is a run that has not finished", "distmatch train --resume --out begun"),
-    "notes": ("notes holds no model",),
+    "notes": ("notes contains no model",),
     "model.pt": ("pickle", "was not opened"),
     "models/pickled": ("pickle", "was not opened", "safetensors"),
     "models/cut": ("cannot read", "truncated"),

@@ -97,9 +97,9 @@ def test_missing_values_are_named(tmp_path: Path, empty: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (TABLE, r"column city holds text.*'Bonn' in row 1.*t\.csv:one-hot"),
-        ("a,b\n1,2\nx,3\n5,6\n", r"column a holds numbers and text.*'x' in row 2"),
-        ("a,b\n1_0,2\n1_1,3\n", "column a holds text"),
+        (TABLE, r"column city contains text.*'Bonn' in row 1.*t\.csv:one-hot"),
+        ("a,b\n1,2\nx,3\n5,6\n", r"column a contains numbers and text.*'x' in row 2"),
+        ("a,b\n1_0,2\n1_1,3\n", "column a contains text"),
         ("a,b\n1,2\n3\n", "row 2 is not as long"),
         ("a,a\n1,2\n3,4\n", "two columns of one name"),
         ("a,b\n", "has no rows"),
@@ -314,6 +314,6 @@ def test_an_index_and_decimal_commas_are_named(tmp_path: Path) -> None:
     for option in ("", ":one-hot"):
         path = written(tmp_path / "u.csv", "income;n\n1,5;1\n2;2\n-3,25;4\n")
         with pytest.raises(
-            UserError, match=r"income holds numbers with decimal commas.*'1,5' in row 1, 2 such"
+            UserError, match=r"income contains numbers with decimal commas.*'1,5' in row 1, 2 such"
         ):
             load_data(f"{path}{option}")

@@ -253,7 +253,7 @@ def test_refusals() -> None:
         Interpolant("trig", "brownian", 4.0)
     with pytest.raises(UserError, match="needs noise"):
         Interpolant("mirror", "none")
-    with pytest.raises(UserError, match="strictly"):
+    with pytest.raises(UserError, match="must rise"):
         Interpolant("mirror").noise_path()
     exact, x = Exact(Interpolant()), normal(3, 2)
     with pytest.raises(UserError, match="increasing or decreasing"):

@@ -238,7 +238,7 @@ def test_text_is_filled_in():
     alphabet = Alphabet("abc")
     assert fill_text(Alternating(), alphabet, "__c__", seed=0) == "abcab"
     for mistake, message in (
-        (lambda: fill_text(Alternating(), alphabet, "a?", seed=0), "not in the alphabet|outside the vocabulary"),
+        (lambda: fill_text(Alternating(), alphabet, "a?", seed=0), "not in the alphabet"),
         (lambda: fill_text(Alternating(), alphabet, "_" * 9, seed=0), "too long"),
         (lambda: fill_text(Alternating(), alphabet, "a_", seed=0, hidden="a"), "outside the alphabet"),
         (lambda: continue_text(Uniform(4, 8), alphabet, "a", 3, seed=0), "another model"),

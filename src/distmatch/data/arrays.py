@@ -228,7 +228,7 @@ def _labels(labels: np.ndarray | Tensor | Sequence[int], n: int, name: str) -> T
         )
     if values.shape != (n,):
         raise UserError(
-            f"{name}: the labels do not fit the samples",
+            f"{name}: the labels do not match the samples",
             got=f"labels of shape {values.shape} for {n} samples",
             expected=f"shape ({n},)",
             fix="one-hot labels become numbers by labels.argmax(1)" if values.ndim == 2 else None,

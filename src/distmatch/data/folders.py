@@ -78,7 +78,7 @@ def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
             f"{folder} contains splits of a data set, not classes",
             got=f"the sub-folders {', '.join(splits)}",
             expected="one folder of images, or one with a sub-folder for each class",
-            fix=f"name one of them: {folder / next((n for n in splits if 'train' in n.lower()), splits[0])}",
+            fix=f"pass one of them: {folder / next((n for n in splits if 'train' in n.lower()), splits[0])}",
         )
     for name in parts:
         deep = next((f for f in groups[name] if len(f.relative_to(folder).parts) > 2), None)
