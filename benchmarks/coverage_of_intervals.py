@@ -117,7 +117,7 @@ def with_critics(n: int, seed: int) -> Iterator[tuple[str, Estimate, float]]:
 
 
 def bound_at(name: str, log_r_p: Tensor, log_r_q: Tensor) -> LowerBound:
-    """The bound of a critic from its log-ratios."""
+    """The bound of a fake score from its log-ratios."""
     if name == "donsker_varadhan":
         return donsker_varadhan_bound(log_r_p, log_r_q)
     if name == "chi_square":

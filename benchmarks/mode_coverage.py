@@ -3,8 +3,8 @@
     python benchmarks/mode_coverage.py --out docs/coverage.md
 
 The student is a mixture of isotropic Gaussians with learned means and widths and equal weights, sampled by
-x0 = mean_k + width_k z. So its noised density, score and ratio to the teacher are closed forms: no critic and
-no discriminator stand between divergence and result; `score_difference` is the
+x0 = mean_k + width_k z. So its noised density, score and ratio to the teacher are closed forms: no fake score
+and no discriminator stand between divergence and result; `score_difference` is the
 library's own. It is too small for the teacher and starts as one blob off the center, so that it must choose.
 All runs of a table are the same but for divergence and seed. A mode counts as covered when it gets at least
 a quarter, or half, of its true share of the samples.

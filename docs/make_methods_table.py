@@ -32,7 +32,7 @@ def table() -> str:
         for m in METHODS.values():
             if m.family != family:
                 continue
-            flags = (m.critic, m.weighted, m.adversarial, m.teacher_gradient, m.forward_mode)
+            flags = (m.has_fake_score, m.weighted, m.adversarial, m.teacher_gradient, m.forward_mode)
             marks = " | ".join("yes" if flag else "" for flag in flags)
             lines.append(f"| `{m.name}` | {m.summary} | {m.citation} | {m.data} | {marks} |")
         lines += ["", "Limits:", ""]

@@ -154,5 +154,5 @@ def test_parts_of_a_network_of_ones_own_are_features_of_video() -> None:
     found = teacher(x[:5, None], torch.ones(5), return_features="only")
     assert [tuple(f.shape) for f in found] == [(5, 6, 3, 4, 4), (5, 6, 3, 2, 2)]
     data = dm.data.from_arrays(x, kind="video")
-    student = dm.distill(teacher, data, method="dmd2", steps=4, batch=8, critic_steps=2, quiet=True)
+    student = dm.distill(teacher, data, method="dmd2", steps=4, batch=8, fake_score_steps=2, quiet=True)
     assert bool(student.sample(3).isfinite().all())

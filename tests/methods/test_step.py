@@ -66,7 +66,7 @@ def test_an_ignorant_discriminator_makes_all_divergences_equal() -> None:
         method = distiller(teacher, name, gan_weight=0.0, lr=1e-2)
         state = method.init(0)
         ignorant = copy.deepcopy(state.discriminator.state_dict())  # type: ignore[union-attr]
-        for step in range(2):  # the critic learns in the first step, the student moves in the second
+        for step in range(2):  # the fake score learns in the first step, the student moves in the second
             method.step(state, batch(step))
             state.discriminator.load_state_dict(ignorant)  # type: ignore[union-attr]
         results[name] = torch.cat([p.flatten() for p in weights(state)["student"]])
@@ -89,13 +89,13 @@ def test_divergences_differ_once_the_discriminator_knows_something() -> None:
 @pytest.mark.parametrize("scaling", ["dmd2", "score"])
 def test_a_critic_equal_to_the_teacher_is_a_fixed_point(scaling: str) -> None:
     method = distiller(network_teacher(), "js", gan_weight=0.0, fake_score_steps=1, scaling=scaling)
-    state = method.init(0)  # student and critic start as copies of the teacher
+    state = method.init(0)  # student and fake score start as copies of the teacher
     before = weights(state)["student"]
     info = method.step(state, batch(0))
     assert float(info["grad_dm"]) == 0
     assert float(info["loss_student"]) == 0
     assert same(weights(state)["student"], before)
-    assert not same(weights(state)["fake"], before)  # the student is not the teacher: its critic moves on
+    assert not same(weights(state)["fake"], before)  # the student is not the teacher: its fake score moves on
 
 
 def student_step(
@@ -164,7 +164,7 @@ def test_the_critic_never_reaches_the_student_and_frozen_features_stay_frozen() 
         method = distiller(teacher, "js", ratio_features=features, r1=0.5)
         state = method.init(0)
         fake = state.fake_score.net.trunk.first.weight
-        method.step(state, batch(0))  # fake_score_steps is 2: the first step is the critic's alone
+        method.step(state, batch(0))  # fake_score_steps is 2: the first step is the fake score's alone
         assert all(p.grad is None for p in state.student.parameters())
         assert all(p.grad is None for p in teacher.parameters())
         assert not torch.equal(fake, teacher.net.trunk.first.weight)

@@ -108,7 +108,7 @@ def test_a_teacher_is_not_a_student(tmp_path: Path) -> None:
 
 
 QUICK = {"quiet": True, "net": "mlp", "width": 32, "depth": 2, "batch": 128, "device": "cpu"}
-# The critic must keep up with the student: it takes four steps for one, four times as large.
+# The fake score must keep up with the student: it takes four steps for one, four times as large.
 LEARNING = {"lr": 1e-3, "lr_fake_score": 4e-3, "fake_score_steps": 4, "lr_rampup": 20, "ema_half_life": 20.0}
 
 

@@ -73,7 +73,7 @@ def test_every_preset_is_of_its_method_and_moves_a_student(name: str) -> None:
     (warning,) = warned(options, own_teacher(), points())  # published for other networks
     assert f"--preset {name} is in force" in warning
     period = getattr(options.settings, "fake_score_steps", 1)
-    if method.critic:
+    if method.has_fake_score:
         options = replace(options, settings=replace(options.settings, warmup_steps=0))  # type: ignore[call-arg]
     options = replace(options, run=replace(options.run, batch=16))
     job = prepare_distillation(options, own_teacher(), points())
@@ -345,7 +345,7 @@ def test_the_warning_names_what_is_kept_and_the_closest_preset(foreign: tuple[Pa
         found = warned(options, teacher, data)
         assert len(found) == (method.family != "transport"), name
         for message in found:
-            assert ("--lr-fake-score" in message.split(":")[0]) == method.critic
+            assert ("--lr-fake-score" in message.split(":")[0]) == method.has_fake_score
             near = of_method(name) or of_method(presets._LIKE[name])
             assert near[0].name in message
     rates = {"lr": 1e-5, "lr_fake_score": 2e-5, "lr_discriminator": 3e-5}

@@ -1,4 +1,4 @@
-"""The network that student and critic start from: the teacher's own, or one fitted to what it predicts."""
+"""The initial network of student and fake score: the teacher's own, or one fitted to its predictions."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Settings(OptimizerSettings):
     ema_half_life: NotNegative = 200.0
     """Half-life of the student average, in student updates; 0 takes the last weights."""
     fit_steps: CountOrNone = 2000
-    """Regression steps that start student and critic off a teacher without a network (exact teachers)."""
+    """Regression steps that start student and fake score off a teacher without a network (exact teachers)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +78,15 @@ class GuidedSettings(NetworkSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class FakeScoreSettings(GuidedSettings):
-    """The fake score (critic) and the levels of the comparison."""
+    """The fake score and the levels of the comparison."""
 
     fake_score_steps: Count = 5
     """K: the student moves at every K-th step."""
     order: Literal["same-batch", "alternate"] = "same-batch"
-    """same-batch: critic every step, student every K-th on the same samples (DMD2).
-    alternate: every K-th step is the student's, the others the critic's (FastGen)."""
+    """same-batch: fake score every step, student every K-th on the same samples (DMD2).
+    alternate: every K-th step is the student's, the others the fake score's (FastGen)."""
     warmup_steps: CountOrNone = 0
-    """Steps in which only the critic and the discriminator learn."""
+    """Steps in which only the fake score and the discriminator learn."""
     lr_fake_score: Positive = 1e-3
     """Learning rate of the fake score."""
     noise_low: Positive = 0.04
@@ -102,7 +102,7 @@ class FakeScoreSettings(GuidedSettings):
         super().__post_init__()
         if self.order == "alternate" and self.fake_score_steps < 2:
             raise UserError(
-                "with --order alternate a critic step must lie between student steps",
+                "with --order alternate a fake score step must lie between student steps",
                 got=f"--fake-score-steps {self.fake_score_steps}",
                 expected="2 or more",
             )
@@ -110,7 +110,7 @@ class FakeScoreSettings(GuidedSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseDistributionSettings(FakeScoreSettings):
-    """The fake score (critic) and the levels of the comparison."""
+    """The fake score and the levels of the comparison."""
 
     noise_distribution: Literal["karras", "log-normal"] = "karras"
     """Law of the levels of the comparison, between the two ends: even in sigma^(1/rho), or log-normal."""

@@ -1,4 +1,4 @@
-"""Optimizers and learning rates, the same for teachers, students and critics."""
+"""Optimizers and learning rates, the same for teachers, students and fake scores."""
 
 from __future__ import annotations
 

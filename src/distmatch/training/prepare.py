@@ -175,7 +175,7 @@ def prepare_distillation(
         ],
         result=lambda: distiller.result(state, info),
         save=lambda folder, student: student.save_pretrained(folder),
-        show=("loss_fake", "ess", "clip_fraction") if method.critic else ("loss",),
+        show=("loss_fake", "ess", "clip_fraction") if method.has_fake_score else ("loss",),
         advise=_advice,
         data=found,
     )

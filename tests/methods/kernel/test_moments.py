@@ -64,7 +64,7 @@ def test_one_step_of_one_call_is_diff_instruct_to_the_bit(scaling: Any) -> None:
     one, two = (pack(s.student.denoiser.state_dict())[0] for s in found)
     assert all(torch.equal(one[name], two[name]) for name in one)
     one, two = (pack(s.fake_score.state_dict())[0] for s in found)
-    assert not all(torch.equal(one[name], two[name]) for name in one)  # the critic is drawn to the teacher
+    assert not all(torch.equal(one[name], two[name]) for name in one)  # it is drawn to the teacher
 
 
 @pytest.mark.statistical

@@ -195,7 +195,7 @@ def test_on_gaussians_the_copies_lead_from_the_student_s_score_to_the_teacher_s(
     # The untrained student maps z to the teacher's denoised z: N(m (1 - k), k^2) with k = 0.25 / 1.25.
     at_start = (1.5 * 0.8, 0.2)
     recorded = [teacher, *(state.extra[f"target_{i}"] for i in range(1, 5)), state.fake_score]
-    # The critic's steps of 0.01 leave the last copy within a few hundredths of the truth.
+    # The fake score's steps of 0.01 leave the last copy within a few hundredths of the truth.
     assert moments(recorded[-1]) == pytest.approx(at_start, abs=0.03)
 
     def kl(q: tuple[float, float]) -> float:

@@ -28,7 +28,7 @@ PLAIN = [("sid", None), ("sim", None), ("uni-instruct", "kl"), ("uni-instruct", 
 
 
 def moved(method: Any, classes: int = 0, seed: int = 0) -> DistillState:
-    """A state whose critic and discriminator have learned something."""
+    """A state whose fake score and discriminator have learned something."""
     state = method.init(seed)
     with torch.no_grad():
         for parameter in state.fake_score.parameters():

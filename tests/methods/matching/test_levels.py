@@ -37,7 +37,7 @@ def test_a_log_normal_between_two_levels_is_that_of_scipy() -> None:
 
 
 def levels_seen(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The levels that student and critic are given in 30 steps of 200, in units of sigma_data."""
+    """The levels that student and fake score are given in 30 steps of 200, in units of sigma_data."""
     seen: dict[str, list[torch.Tensor]] = {"student": [], "critic": []}
     generator, fake_score = loop.generator_gradient, loop.fake_score_backward
 
@@ -108,7 +108,7 @@ def test_bins_of_the_ratio_have_equal_probability_under_the_law_of_the_compariso
 
 def test_without_a_choice_both_are_as_they_were() -> None:
     method = distiller(network_teacher(), method="sid")
-    assert method.noise == method.critic_noise == Karras(*method.context.compared_sigmas, 7.0)
+    assert method.noise == method.fake_score_noise == Karras(*method.context.compared_sigmas, 7.0)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_forward_mode_derivatives_are_one_pass() -> None:
 
 
 def test_the_passes_of_diff_instruct_are_those_of_its_algorithm() -> None:
-    """Each step a batch of the student and a step of the critic on it; each fifth step the student's own."""
+    """Each step a batch of the student and a step of the fake score on it; each fifth the student's own."""
     options = DistillOptions.of("diff-instruct", run=RunOptions(batch=16, steps=1000))
     job = prepare_distillation(options, network_teacher(), fresh=False)
     cost = measure_cost(job, batch=16)

@@ -84,13 +84,13 @@ class Matching:
             )
         self._range = Karras(low, high, cfg.noise_rho)
         self.noise: Karras | Truncated = self._range
-        self.critic_noise: Karras | Truncated = self._range
+        self.fake_score_noise: Karras | Truncated = self._range
         if isinstance(cfg, NoiseDistributionSettings):
             law = partial(self.context.log_normal, cfg.noise_mean, cfg.noise_std)
             if cfg.noise_distribution == "log-normal":
-                self.noise = self.critic_noise = law(low, high)
+                self.noise = self.fake_score_noise = law(low, high)
             if cfg.fake_score_distribution == "log-normal":
-                self.critic_noise = law(teacher.sigma_min, teacher.sigma_max)
+                self.fake_score_noise = law(teacher.sigma_min, teacher.sigma_max)
         self.compared = Comparison(
             context=self.context,
             objective=self.objective,
@@ -154,7 +154,7 @@ class Matching:
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step: student and fake score start as copies of the teacher."""
         cfg, context = self.config, self.context
-        ends = (self.noise, self.critic_noise)
+        ends = (self.noise, self.fake_score_noise)
         high = max(context.first_sigma, *(law.high for law in ends))
         seen = Karras(min(law.low for law in ends), high, cfg.noise_rho)
         start = context.network(seed, draw, seen)
@@ -193,7 +193,7 @@ class Matching:
         cfg = self.config
         last = (state.step + 1) % cfg.fake_score_steps == 0
         student_turn = last and state.step >= cfg.warmup_steps
-        critic_turn = cfg.order == "same-batch" or not student_turn
+        fake_score_turn = cfg.order == "same-batch" or not student_turn
         batch = batch.taken_by(self.teacher)
         conditioning = batch.conditioning
         x, call = self._simulate(state, len(batch.x), conditioning)
@@ -209,8 +209,8 @@ class Matching:
             for term in self.terms:
                 info |= term.backward(state, batch)
             info |= self._move_student(state)
-        if critic_turn:
-            sigma, noise = self._noise_on(state, x0.detach(), x, call, self.critic_noise)
+        if fake_score_turn:
+            sigma, noise = self._noise_on(state, x0.detach(), x, call, self.fake_score_noise)
             info |= fake_score_backward(
                 self.compared, state, x0.detach(), sigma, noise, batch.x, conditioning
             )

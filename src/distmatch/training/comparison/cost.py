@@ -113,7 +113,7 @@ def step_times(job: Job, device: torch.device) -> tuple[float, float]:
 
     Returns:
         The seconds of what is made once, at the first step (nothing for most methods); the seconds of a step
-        on the average over critic and student steps, taken from the middle of the run.
+        on the average over fake score and student steps, taken from the middle of the run.
     """
     options = job.options
     period, block = _steps_to_time(options) if isinstance(options, DistillOptions) else (1, _LEAST_STEPS)
@@ -129,7 +129,7 @@ def step_times(job: Job, device: torch.device) -> tuple[float, float]:
 
 
 def _steps_to_time(options: DistillOptions) -> tuple[int, int]:
-    """A period of critic and student steps, and whole periods: a step that moves the student costs more."""
+    """A period of fake-score and student steps, and the number of whole periods: student steps cost more."""
     own = options.settings
     period = own.fake_score_steps if isinstance(own, FakeScoreSettings) else 1
     return period, period * -(-_LEAST_STEPS // period)
