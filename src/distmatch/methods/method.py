@@ -53,7 +53,7 @@ class Method:
     default_divergence: str = "js"
 
     @property
-    def critic(self) -> bool:
+    def has_fake_score(self) -> bool:
         """Whether a fake score is trained."""
         return issubclass(self.settings, FakeScoreSettings)
 
