@@ -148,6 +148,17 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         dm.Student.from_pretrained(tmp_path / "whole", base=network_teacher())
 
 
+def test_a_teacher_that_was_trained_again_is_another_base(tmp_path: Path) -> None:
+    base = saved_teacher(tmp_path / "teacher", network_teacher())
+    distilled(dm.load_teacher(base)).save_pretrained(tmp_path / "student")
+    other = network_teacher()
+    with torch.no_grad():
+        other.net.last.bias[0] += 1  # type: ignore[index, union-attr]
+    saved_teacher(tmp_path / "teacher", other)
+    with pytest.raises(UserError, match="holds adapters for another network"):
+        dm.Student.from_pretrained(tmp_path / "student")
+
+
 def test_a_teacher_trained_into_a_folder_is_found_there(tmp_path: Path) -> None:
     short: dict[str, Any] = {"net": "mlp", "width": 40, "depth": 1, "batch": 16, "quiet": True}
     teacher = dm.train("ring8", steps=2, out=tmp_path / "teacher", **short)

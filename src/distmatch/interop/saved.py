@@ -278,6 +278,8 @@ def _load_adapted(folder: Path, network: HandedIn | None, base: Base | None) -> 
         try:
             return adapter_files.adapters_on(folder, config, _base_at(place, options, network)), extra
         except (UserError, TypeError) as error:  # the second, of options that it does not take
+            if isinstance(error, UserError) and len(places) == 1:
+                raise
             why.append(str(error))
     raise adapter_files.missing_base(folder, config, why)
 
