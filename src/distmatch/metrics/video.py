@@ -23,9 +23,10 @@ def single_frames(x: Tensor) -> Tensor:
 def motion(x: Tensor) -> Tensor:
     """The mean change of a value between adjacent frames of clips (N, C, T, H, W) in model space, (N,).
 
-    It is a share of the range of the values; 0 is a still.
+    It is a share of the range of the values, [-1, 1], to which they are clipped as where they are shown. A
+    still has 0.
     """
-    return (x.diff(dim=2).double().abs() / 2).flatten(1).mean(1)
+    return (x.clamp(-1, 1).diff(dim=2).double().abs() / 2).flatten(1).mean(1)
 
 
 def video_estimates(x: Tensor, blocks: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Estimate]:
