@@ -103,7 +103,7 @@ def test_saved_students_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_teacher_is_not_a_student(tmp_path: Path) -> None:
     save_model(tmp_path / "teacher", network_teacher(), {"kind": "teacher"})
-    with pytest.raises(UserError, match="holds a teacher, not a student"):
+    with pytest.raises(UserError, match="contains a teacher, not a student"):
         Student.from_pretrained(str(tmp_path / "teacher"))
 
 

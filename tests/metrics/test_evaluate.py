@@ -211,7 +211,7 @@ def test_repeats_in_the_reference_are_said_where_neighbors_are_counted():
 def test_trained_features_have_the_fingerprint_of_their_weights(features):
     assert len(features.fingerprint) == 8
     assert features.fingerprint in features.description
-    assert "do not hold its training" in features.description
+    assert "do not include its training" in features.description
     weights = Classifier((3,), 2)
     before = _fingerprint(weights)
     weights.head.bias.data[0] += 1e-6

@@ -30,14 +30,14 @@ _OPEN = ("options", "shared")  # dataclasses whose options stand in the group of
 
 @dataclass(frozen=True)
 class Help:
-    """What the help of a verb says beyond its options.
+    """The help text of a command besides its options.
 
     Attributes:
         about: Description and examples.
-        named: The same where a method is named, for which `{method}` stands; '' keeps ``about``.
+        named: The same with a method, whose name replaces `{method}`; '' keeps ``about``.
         short: Names of the options that `--help` shows, with spaces; '' shows all.
-        groups: Names of options, with spaces, by the title of their group; the others stand in a group for
-            each dataclass, titled by its docstring.
+        groups: Names of options, with spaces, by the title of their group; the others form a group per
+            dataclass, titled by its docstring.
         hidden: Names of options that do nothing here.
     """
 

@@ -96,7 +96,7 @@ def parse_run(
         said: What its help says.
         defaults: The options of a method and a preset (None: none was named), for a verb whose defaults
             depend on them; and, as ``begun``, of the method of a config file where neither decides it.
-        hidden: Names of options that do nothing with a method, which its help leaves out.
+        hidden: Names of options without effect for a method, which its help omits.
 
     Raises:
         UserError: A config file that does not fit.

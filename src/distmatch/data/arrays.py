@@ -181,10 +181,10 @@ def _check_resolution(values: np.ndarray, data: Dataset) -> None:
         which = names[k] if names else f"column {k} (counted from 0)"
         low, high = values[:, k].min(), values[:, k].max()
         raise UserError(
-            f"{data.name}: float32 cannot tell the values of {which} apart once they are scaled",
+            f"{data.name}: float32 cannot distinguish the values of {which} after scaling",
             got=f"{before[k]} different values become {after[k]}, in a range from {low:.6g} to {high:.6g}",
-            expected="values of which the farthest do not dwarf the others",
-            fix="take its logarithm, or leave the far values out",
+            expected="values without extreme outliers",
+            fix="take its logarithm, or remove the outliers",
         )
 
 
@@ -240,7 +240,7 @@ def _labels(labels: np.ndarray | Tensor | Sequence[int], n: int, name: str) -> T
             raise UserError(
                 f"{name}: labels must be whole numbers",
                 got=f"{values[first]} at index {first}",
-                expected="class numbers from 0; what is continuous cannot be a class",
+                expected="class numbers from 0; a continuous quantity cannot be a class",
             )
     low, high = int(values.min()), int(values.max())
     if low == high == -1:

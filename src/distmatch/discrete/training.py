@@ -31,10 +31,10 @@ class TokenTrainingConfig(OptimizerSettings):
             one evaluation.
         schedule: For the losses in t.
         ema_decay: Of the weight average, with a warm-up of (1 + step) / (10 + step).
-        on_policy: For marginals fitted to conditionals: share of a batch that a Gibbs chain of the
-            conditionals supplies instead of the data.
+        on_policy: For marginals fitted to conditionals: share of a batch from a Gibbs chain of the
+            conditionals instead of the data.
         block: Tokens that a Gibbs sweep draws anew.
-        consistency: For energies: weight of the consistency loss beside the KL.
+        consistency: For energies: weight of the consistency loss relative to the KL.
         chains: Persistent Gibbs chains, which start at random symbols; for energies they are the batch.
     """
 
@@ -59,7 +59,7 @@ class TokenTrainingConfig(OptimizerSettings):
 
 @dataclass(kw_only=True)
 class TokenState(TrainingState):
-    """What a training of tokens carries along, with one optimizer, ``model``.
+    """The training state of a token model, with one optimizer, ``model``.
 
     Its memory holds ``chains``, the sequences (n, L) of the Gibbs chains; none for conditionals alone.
 
@@ -82,7 +82,7 @@ class TokenTraining:
         net: Sizes of the networks.
         total_steps: Length of the run, for the learning rate.
         config: The settings.
-        device: Where the networks live.
+        device: Device of the networks.
     """
 
     net: TokenNetConfig

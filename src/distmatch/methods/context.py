@@ -43,7 +43,7 @@ class Context(Generic[S]):
         divergence: For methods that take one; the others ignore it.
         settings: The method's own.
         total_steps: Length of the run, for schedules.
-        device: Where the networks live.
+        device: Device of the networks.
         bf16: Whether networks run under bfloat16 autocast.
         net: Fresh network for student and fake score. None copies the teacher's; where it has none, the
             shape decides.
@@ -69,7 +69,7 @@ class Context(Generic[S]):
 
     @property
     def first_sigma(self) -> float:
-        """Where the student starts; a default that is above the levels of the teacher comes down to them."""
+        """Where the student starts; a default above the teacher's range is reduced to it."""
         highest = self.teacher.sigma_max
         chosen = self.settings.student_sigma * self.teacher.sigma_data or highest
         default = type(self.settings).student_sigma
@@ -168,7 +168,7 @@ class Distiller(Protocol):
         ...
 
     def notes(self) -> dict[str, Any]:
-        """What the log says once about this method: noise bins and the like."""
+        """Entries for the start event of the log: noise bins and the like."""
         ...
 
     def result(self, state: DistillState, info: dict[str, Any] | None = None) -> Student:

@@ -29,7 +29,7 @@ from distmatch.nets.optimizer import OptimizerSettings
 Draw = Callable[[int], tuple[Tensor, ConditioningLike]]
 
 Network = EDMDenoiser | PredictionDenoiser
-"""A denoiser that can be trained and saved: with a network of ours, or with one that came with a teacher. Any
+"""A denoiser that can be trained and saved: with a built-in network, or with that of a teacher. Any
 other module with parameters that is a denoiser itself does too."""
 
 
@@ -41,7 +41,7 @@ def has_network(teacher: Denoiser) -> TypeGuard[Network]:
 def frozen(teacher: Denoiser, device: torch.device, roles: RoleSettings | None = None) -> Denoiser:
     """A teacher for one run: a copy on its device whose parameters do not learn, or the same formula.
 
-    As the base of adapters it has the memory of the teacher that was handed in, where device and type agree.
+    As the base of adapters it shares the memory of the given teacher, where device and dtype agree.
     """
     if not isinstance(teacher, nn.Module):
         return teacher
@@ -82,7 +82,7 @@ def starting_network(
         seed: Seed of a fresh network, and of adapters.
         device: Where it goes.
         roles: How it is made of the teacher's network; None copies it.
-        jumps: Whether what adapters are added to knows a second noise level, which the base does not.
+        jumps: Whether the network with adapters takes a second noise level, which the base does not.
     """
     if net is None and has_network(teacher):
         if roles is not None and roles.train == "lora":
@@ -95,7 +95,7 @@ def starting_network(
     else:
         if others := set(spec_of(teacher)) - {LABEL}:
             raise UserError(
-                "a fresh network takes class labels as conditions, and this teacher takes others",
+                "a new network takes class labels only, and this teacher takes another conditioning",
                 got=f"a teacher without a network to copy, conditioned on {', '.join(sorted(others))}",
                 fix="distil a teacher whose network can be copied",
             )

@@ -17,8 +17,8 @@ from distmatch.base.rules import Count, CountOrNone, Decay, Finite, NotNegative,
 from distmatch.nets.optimizer import OptimizerSettings
 
 PATH_START = 14.0
-"""Where students of whole paths start, in units of sigma_data: at 10 for toys and digits, whose spread is 0.7
-to 0.75. Higher levels are hardly in the training of EDM's teachers."""
+"""First sigma of consistency-type students, in units of sigma_data: at 10 for toys and digits, whose spread
+is 0.7 to 0.75. Higher levels are hardly in the training of EDM's teachers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,32 +26,32 @@ class Settings(OptimizerSettings):
     """The student and its training."""
 
     num_steps: Count = 1
-    """Network calls of the student: 1, or more with backward simulation."""
+    """Steps of the student: 1, or more with backward simulation."""
     student_sigma: NotNegative = 5.0
-    """Noise level at which the student starts, in units of sigma_data; 0 takes the teacher's sigma_max. A
-    copied teacher keeps more of what it knows at a level where its predictions still vary."""
+    """Noise level at which the student starts, in units of sigma_data; 0: the teacher's sigma_max. A copied
+    teacher is a better initialization at a noise level where its predictions still vary."""
     ema_half_life: NotNegative = 200.0
-    """Half-life of the student average, in student updates; 0 takes the last weights."""
+    """Half-life of the student's EMA, in student updates; 0: no EMA."""
     fit_steps: CountOrNone = 2000
     """Regression steps that start student and fake score off a teacher without a network (exact teachers)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoleSettings:
-    """How a network in a role (student, fake score, average, recorded teacher) is made of the teacher's."""
+    """Initialization of the networks (student, fake score, EMA, recorded teachers) from the teacher's."""
 
     train: Literal["full", "lora"] = "full"
-    """full: each network is a copy of its own, all of which is trained. lora: all share the teacher's frozen
-    weights, and have adapters of low rank of their own."""
+    """full: each network is a fully trained copy. lora: all share the teacher's frozen weights, and each has
+    low-rank adapters."""
     lora_rank: Count = 8
     """Rank of the adapters."""
     lora_alpha: NotNegative = 0.0
-    """The adapters' scaling times their rank; 0 takes the rank, for a scaling of 1."""
+    """The adapters' scaling times their rank; 0: the rank, for a scaling of 1."""
     lora_targets: tuple[str, ...] = ()
-    """Layers with adapters: regular expressions for whole names, or for what follows a dot in them; without
-    any, all linear layers and convolutions."""
+    """Layers with adapters: regular expressions for full names, or for the part after a dot; unset: all
+    linear layers and convolutions."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the frozen weights that are shared; adapters, their average and optimizer are float32."""
+    """Dtype of the shared frozen weights; adapters, their EMA and optimizer are float32."""
 
     def idle(self) -> dict[str, str]:
         """The settings of this class that have no effect, each with the others that are the reason."""
@@ -64,8 +64,8 @@ class NetworkSettings(RoleSettings, Settings):
     """The student and its training."""
 
     accumulate: Count = 1
-    """Parts in which networks see a batch, to save memory. The update is that of the whole batch, its
-    ratio statistics included."""
+    """Gradient accumulation: parts of a batch, to save memory. The update is that of the whole batch,
+    including its ratio statistics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class FakeScoreSettings(GuidedSettings):
     """The fake score and the levels of the comparison."""
 
     fake_score_steps: Count = 5
-    """K: the student moves at every K-th step."""
+    """K: the student is updated at every K-th step."""
     order: Literal["same-batch", "alternate"] = "same-batch"
     """same-batch: fake score every step, student every K-th on the same samples (DMD2).
     alternate: every K-th step is the student's, the others the fake score's (FastGen)."""
@@ -92,9 +92,9 @@ class FakeScoreSettings(GuidedSettings):
     noise_low: Positive = 0.04
     """Smallest noise level at which student and teacher are compared, in units of sigma_data."""
     noise_high: NotNegative = 0.0
-    """Largest noise level of the comparison, in units of sigma_data; 0 takes the teacher's sigma_max."""
+    """Largest noise level at which student and teacher are compared, in units of sigma_data; 0: sigma_max."""
     noise_rho: Positive = 7.0
-    """Curvature of the noise-level distribution (Karras)."""
+    """Exponent rho of the Karras noise distribution."""
     scaling: Literal["dmd2", "score"] = "dmd2"
     """dmd2: per-sample gradient scaled by mean |x0 - D_teacher|. score: the plain score difference."""
 
@@ -113,14 +113,15 @@ class NoiseDistributionSettings(FakeScoreSettings):
     """The fake score and the levels of the comparison."""
 
     noise_distribution: Literal["karras", "log-normal"] = "karras"
-    """Law of the levels of the comparison, between the two ends: even in sigma^(1/rho), or log-normal."""
+    """Noise distribution of the score difference, between the two limits: uniform in sigma^(1/rho), or
+    log-normal."""
     fake_score_distribution: Literal["same", "log-normal"] = "same"
-    """Law of the levels at which fake score and discriminator learn: that of the comparison, or log-normal
-    over all levels of the teacher (SiD)."""
+    """Noise distribution for fake score and discriminator: that of the score difference, or log-normal over
+    the teacher's whole range (SiD)."""
     noise_mean: Finite = -0.5069
-    """Mean of log(sigma / sigma_data) of a log-normal law; this is EDM's -1.2 for data of 1/2."""
+    """Mean of log(sigma / sigma_data) of a log-normal distribution; this is EDM's -1.2 for data of 1/2."""
     noise_std: Positive = 1.2
-    """Spread of log(sigma / sigma_data) of a log-normal law."""
+    """Standard deviation of log(sigma / sigma_data) of a log-normal distribution."""
 
     def idle(self) -> dict[str, str]:
         """The settings of this class that have no effect, each with the others that are the reason."""
@@ -139,12 +140,12 @@ class DiscriminatorSettings:
     lr_discriminator: Positive = 1e-3
     """Learning rate of the discriminator."""
     gan_weight: NotNegative = 1e-3
-    """Weight of the adversarial term of the student; 0 leaves it out."""
+    """Weight of the adversarial term of the student; 0 omits it."""
     r1: NotNegative = 0.0
     """Weight of the approximate R1 penalty on the discriminator."""
     ratio_features: Literal["auto", "teacher", "fake", "own"] = "auto"
-    """What the discriminator sees: features of the frozen teacher (only its head learns), features of the
-    fake score (which then learns from it, as in DMD2), or a small network of its own on noised samples."""
+    """Input of the discriminator: features of the frozen teacher (only its head is trained), features of the
+    fake score (which is then trained by it, as in DMD2), or noised samples, with a small separate network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,7 @@ class AdversarialSettings(DiscriminatorSettings):
 
     joint_weight: Positive = 1e-2
     """Weight of the discriminator's loss where it shares the fake score's network (--ratio-features fake);
-    larger values spoil the fake score."""
+    larger values harm the fake score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ class RatioSettings(AdversarialSettings):
     ratio_bins: Count = 10
     """Noise bins of the ratio normalizer, of equal probability."""
     ratio_memory: Decay = 0.95
-    """Share of the running sums of the ratio kept at each student step; more is kept at small batches.
+    """Share of the running sums of the ratio kept at each student step; larger for small batches.
     0 divides by the mean of the batch itself."""
     ratio_min_count: Positive = 64.0
     """Samples a noise bin needs before its own mean is used."""
@@ -173,7 +174,7 @@ class RatioSettings(AdversarialSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class GammaSettings:
-    """Students of several calls that jump."""
+    """Few-step students that jump."""
 
     gamma: Share = 0.0
-    """Fresh noise between the calls of a student of several: 0 follows the path, 1 is fresh noise alone."""
+    """Fresh noise between the steps: 0 follows the trajectory, 1 is stochastic sampling."""

@@ -82,7 +82,7 @@ class DistillState(TrainingState):
                 "the checkpoint is of adapters on another base, or of networks without one",
                 got=f"a base of sha256 {saved}" if saved else "networks that were trained in full",
                 expected=f"a base of sha256 {self.base}" if self.base else "networks trained in full",
-                fix="resume with the teacher and the --train that the run began with",
+                fix="resume with the teacher and the --train that the run started with",
             )
         super().load_state_dict(tree)
         if self.normalizer is not None:

@@ -37,9 +37,9 @@ class Student(nn.Module):
         sigmas: Decreasing noise levels, one for each call.
         info: What was distilled how; kept in the saved model's config.
         chain: How it goes from call to call.
-        gamma: Share of fresh noise in a chain of jumps, in [0, 1].
-        transport: A map from noise to stored samples of the teacher at the first level, where the chain then
-            begins (DPM-OT).
+        gamma: Share of fresh noise between jumps, in [0, 1].
+        transport: A map from noise to stored samples of the teacher at the first sigma, where sampling then
+            starts (DPM-OT).
 
     Attributes:
         from_noise: Whether the first input is noise alone, so that a sampler that draws from the posterior
@@ -111,7 +111,7 @@ class Student(nn.Module):
         """The input of the first call, from the unit noise of all of them.
 
         Raises:
-            UserError: A conditional student with a map is asked for samples of no class.
+            UserError: A conditional student with a map is sampled without a class.
         """
         if self.transport is None:
             return self.start(noise[0])
@@ -252,7 +252,7 @@ class Student(nn.Module):
         """Writes ``model.safetensors``, ``config.json`` and a model card, ``README.md``, atomically.
 
         Of a student with adapters these alone are written, and which base they belong to;
-        ``student.merged()`` is saved whole.
+        ``student.merged()`` is saved as a full network.
 
         Args:
             folder: The model folder; an earlier model in it is replaced.
@@ -273,7 +273,7 @@ class Student(nn.Module):
         return Student(denoiser, sigmas, info, self.sampler, self.gamma, self.transport)
 
     def merged(self) -> Student:
-        """The student with a whole network of its own: adapters are added to the weights of their base.
+        """The student with a full network: adapters are added to the weights of their base.
 
         One that was trained in full is returned as it is.
         """
@@ -282,7 +282,7 @@ class Student(nn.Module):
         return self.around(merged(self.denoiser), self.sigmas, self.info)
 
     def description(self) -> dict[str, Any]:
-        """What is saved beside the network, as JSON."""
+        """The entries that are saved with the network, as JSON."""
         name = _IN_FILES.get(self.sampler, self.sampler)
         sampler: dict[str, Any] = {} if self.sampler == "stochastic" else {"chain": name}
         if self.sampler == "gamma":
@@ -312,7 +312,7 @@ class Student(nn.Module):
         denoiser, info = load_denoiser(folder, network, base)
         if info.get("kind") != "student":
             raise UserError(
-                f"{folder} holds a teacher, not a student", fix="pass the folder of a distillation run"
+                f"{folder} contains a teacher, not a student", fix="pass the folder of a distillation run"
             )
         return student_from(denoiser, info)
 

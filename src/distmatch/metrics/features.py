@@ -45,13 +45,13 @@ class Features:
 
     @property
     def description(self) -> str:
-        """The name for people, with what the errors of values in this space leave out."""
+        """A descriptive name, with the limits of the errors in this space."""
         if not self.fingerprint:
             return "pixels, the samples themselves" if self.name == "pixels" else self.name
         return (
-            f"classifier {self.fingerprint}, trained on the labels of the real data. The errors do not hold "
-            "its training: another one, as on another machine, gives other values, so compare only figures "
-            "with the same fingerprint"
+            f"classifier {self.fingerprint}, trained on the labels of the real data. The errors do not "
+            f"include its training: another one, as on another machine, gives other values, so compare "
+            f"only values with the same fingerprint"
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def flattened(x: Tensor) -> Tensor:
     """Samples (N, *shape) as vectors of some 1024 numbers at most, where they are not vectors already.
 
     Larger ones are halved by averaging, images in height and width, video then in time, sequences along their
-    length: beyond that the Frechet distance costs minutes and says nothing new.
+    length: beyond that the Frechet distance takes minutes without more information.
     """
     x = channels_first(x)
     while x[0].numel() > _MOST_PIXELS and (window := _halving(x.shape[2:])):
@@ -111,7 +111,7 @@ def flattened(x: Tensor) -> Tensor:
 
 
 def _halving(sides: Sequence[int]) -> tuple[int, ...]:
-    """By how much each side of a map is to be divided; () where nothing is left to halve."""
+    """By how much each side of a map is to be divided; () where nothing can be halved."""
     if len(sides) == 3 and min(sides[1:]) == 1:
         return (2, 1, 1) if sides[0] > 1 else ()
     return () if not sides or min(sides[-2:]) == 1 else (1, 2, 2)[-len(sides) :]
@@ -129,12 +129,12 @@ def _on_device_of(x: Tensor, nets: dict[torch.device, Classifier]) -> Classifier
 
 
 def classifier_features(dataset: Reference, cache: Path | None = None) -> Features:
-    """The penultimate layer of a small network trained to tell the labels of the reference apart.
+    """The penultimate layer of a small classifier of the labels of the reference.
 
     It has 32 numbers for vectors and tiny samples (an MLP) and 64 for larger images, video and sequences (a
     small convolutional net, over all of their axes), each of unit variance over the reference. A tenth of the
     reference is held out for the accuracy. The result is cached by the content of the data set; generated
-    samples never take part in the training.
+    samples are never used for training.
 
     Args:
         dataset: The labeled reference.
@@ -173,7 +173,7 @@ def _few_numbers(dataset: Reference | None) -> bool:
 def resolve_features(
     features: str | Features | Callable[[Tensor], Tensor], dataset: Reference | None
 ) -> Features:
-    """Turns what a user asks for into features.
+    """The features for a user's option.
 
     Args:
         features: ``"classifier"``, ``"pixels"``, ``"auto"``, ready features, or a function from samples to

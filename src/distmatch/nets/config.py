@@ -89,7 +89,7 @@ class UNetConfig:
         )
         if not ok:
             raise UserError(
-                f"unet: attention names a level that {levels} multipliers do not give",
+                f"unet: attention names a resolution that {levels} multipliers do not have",
                 got=repr(self.attention),
                 expected=f"a tuple of levels from {-levels} to {levels - 1}",
                 fix="use (-1,) for the coarsest level, () for the middle only",
@@ -122,7 +122,7 @@ class DiTConfig:
         if self.width % 4 or self.width % self.heads:
             step = math.lcm(4, self.heads)
             raise UserError(
-                "dit: width does not fit the heads",
+                "dit: the width is not divisible by the number of heads",
                 got=f"width {self.width}, heads {self.heads}",
                 expected=f"a multiple of {step}",
                 fix=f"set width to {max(1, round(self.width / step)) * step}",
@@ -191,7 +191,7 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def auto_kind(shape: Sequence[int], device: str) -> str:
-    """What ``auto`` stands for.
+    """The meaning of ``auto``.
 
     An MLP for vectors and for grey images of at most 8x8 pixels, a U-Net for other images, a DiT for
     sequences and video; on a CPU the small ones. That is a rule and no timing, so that it is the same on
@@ -268,7 +268,7 @@ def to_dict(config: NetConfig) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> NetConfig:
-    """The config that :func:`to_dict` described; a field that is left out takes its default.
+    """The config that :func:`to_dict` described; an omitted field has its default.
 
     Raises:
         UserError: Unknown kind or field, or a value out of range.

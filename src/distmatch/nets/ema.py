@@ -71,7 +71,7 @@ class EMA:
         self.load_rest({})
 
     def rest_dict(self) -> dict[str, Tensor]:
-        """:attr:`rest`, for a checkpoint that goes on to the bit."""
+        """:attr:`rest`, so that a resumed run is bit-identical."""
         return dict(self.rest)
 
     @torch.no_grad()

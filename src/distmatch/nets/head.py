@@ -95,7 +95,7 @@ class RatioHead(nn.Module):
                 "a ratio head needs features that are vectors, tokens or maps",
                 got=f"shapes {list(feature_shapes)}",
                 expected="one or more of (C,), (N, C), (C, H, W) or (C, T, H, W)",
-                fix="use a network of its own for the ratio when the teacher has no features",
+                fix="use a separate network for the ratio if the teacher has no features",
             )
         self.conditioning = Conditioning(num_classes, width)
         self.heads = nn.ModuleList(
@@ -131,7 +131,7 @@ class RatioNet(nn.Module):
         width: Hidden units.
         depth: Residual blocks.
         sigma_data: Standard deviation of the data; inputs are scaled by ``1 / sqrt(sigma^2 + sigma_data^2)``,
-            and levels are told in units of twice that.
+            and noise levels are given in units of twice that.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a Python program hands in, as what training and evaluation take: data sets, samples, settings."""
+"""Conversion of the arguments of the Python API for training and evaluation: data sets, samples, settings."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def as_samples(x: Any) -> Tensor:
 def drawn_from(
     student: Student, real: Tensor | Dataset, labels: Tensor | None, n: int | None, seed: int
 ) -> tuple[Tensor, Tensor | None, Tensor | Dataset]:
-    """Samples of a student, the labels asked for, and the reference in its numbers of classes and scaling."""
+    """Samples of a student, the requested labels, and the reference with its classes and scaling."""
     about = student.info.get("data") or {}
     if isinstance(real, Dataset):
         real = seen_by(real, about, student.num_classes, "the student")

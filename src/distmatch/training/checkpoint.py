@@ -96,7 +96,7 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
             return {"list" if type(node) is list else "tuple": items}
         raise TypeError(
             f"{path or 'the tree'} is a {type(node).__module__}.{type(node).__qualname__}; "
-            "a checkpoint holds dict, list, tuple, Tensor, int, float, bool, None and str"
+            "a checkpoint contains dict, list, tuple, Tensor, int, float, bool, None and str"
         )
 
     return tensors, walk(tree, "")
@@ -217,7 +217,7 @@ def load_checkpoint(
         raise UserError(
             f"no checkpoint in {parent}",
             expected="at least one folder like step-000500",
-            fix="start afresh without --resume, or name the right run folder",
+            fix="start again without --resume, or pass the right run folder",
         )
     reasons = []
     for path in reversed(found.values()):
@@ -265,7 +265,7 @@ def _read(path: Path) -> tuple[Any, Any]:
     if any(state.get(name) != value for name, value in _sums(tensor_file, step, structure).items()):
         raise UserError(
             f"{path} is damaged",
-            got="contents that do not have the checksum in state.json",
+            got="contents that do not match the checksum in state.json",
             expected="the files as they were written",
             fix="use another checkpoint, or restore this one from a copy",
         )

@@ -1,4 +1,4 @@
-"""The form of config files: a number says which one, so that an older file is never misread."""
+"""The form of config files: the version number prevents misreading an older file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config_text(verb: str, options: Any, without: Collection[str] = ()) -> str:
     Args:
         verb: The verb.
         options: Its options.
-        without: Options and tables to leave out, by name; a table that is then empty goes too.
+        without: Options and tables to omit, by name; a table that is then empty goes too.
     """
     values: dict[str, Any] = {}
     for key, value in dataclass_to_dict(options).items():
@@ -62,7 +62,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             got=", ".join(levels),
             expected=f'format = {FORMAT} at the top, and each level divided by the "sigma_data" in the '
             "teacher's model/config.json",
-            fix="divide them and add the line; or leave these levels out, for the defaults",
+            fix="divide them and add the line; or remove these noise levels, for the defaults",
         )
     if found < FORMAT and _brought_up_to_date(values, found):
         warnings.warn(

@@ -26,7 +26,7 @@ def pick_device(name: str) -> torch.device:
             "this device cannot be used",
             got=repr(name),
             expected="auto, cpu, or an accelerator that torch sees (cuda, cuda:0, mps)",
-            fix="run `distmatch doctor` to see what there is",
+            fix="run `distmatch doctor` to list the devices",
         ) from error
 
 

@@ -69,7 +69,7 @@ def evaluate_models(
     specs = {name: model.conditioning_spec for name, model in models.items()}
     if len({tuple(sorted(spec)) for spec in specs.values()}) > 1:
         raise UserError(
-            "teacher and student are not conditioned on the same",
+            "teacher and student have different conditioning",
             got=", ".join(f"{name}: {', '.join(sorted(spec)) or 'nothing'}" for name, spec in specs.items()),
         )
     block = min(len(data) // 2, n or MOST_IN_BLOCK)
@@ -114,7 +114,7 @@ def _seen_by_all(models: dict[str, Model], data: Dataset) -> Dataset:
         same = all(b is not None and torch.equal(a, b) for a, b in pairs)
         if not same or first.scaling != other.scaling:
             raise UserError(
-                "teacher and student do not see these data in the same way",
+                "teacher and student scale these data differently",
                 got=f"classes {listed(names_of(first))} and {listed(names_of(other))}"
                 if not same
                 else "columns that were scaled differently",

@@ -19,7 +19,7 @@ from distmatch.training.runs import Job, carry_out
 
 
 class Training(Protocol):
-    """What can be carried out: trainings of tokens, methods of :func:`distmatch.methods.build`, your own."""
+    """The interface of a training: of tokens, of :func:`distmatch.methods.build`, or your own."""
 
     def init(self, seed: int) -> Any:
         """The :class:`~distmatch.nets.training_state.TrainingState` before the first step."""
@@ -49,7 +49,7 @@ def fit(
     checkpoint_every: int = LoopOptions.checkpoint_every,
     log_every: int = LoopOptions.log_every,
 ) -> Any:
-    """Carries out a training and returns its result.
+    """Runs a training and returns its result.
 
     A run folder has ``log.jsonl``, ``checkpoints/`` and ``env.json``. A run that was interrupted, or ended at
     numbers that are not finite, continues with ``resume`` from its last checkpoint; to the bit, where
@@ -66,7 +66,7 @@ def fit(
         out: A run folder to write; None keeps everything in memory.
         resume: Continue the run in ``out``.
         save: Writes the result to a folder, ``model/`` in ``out``; None writes none.
-        quiet: Whether to say nothing of the progress.
+        quiet: Whether to hide the progress.
         keep: Checkpoints kept.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between log lines.

@@ -27,7 +27,7 @@ from distmatch.training.sampling import Sampling
 def plan_hybrid(
     teacher: Model, student: Model, sampling: Sampling = HEUN, *, calls: int = 1, level: float | None = None
 ) -> HybridSchedule:
-    """Who goes which part of the way; what does not fit is refused here, before anything is drawn.
+    """The steps of teacher and student; what does not fit is refused here, before anything is drawn.
 
     Args:
         teacher: What the user named as the teacher.
@@ -125,8 +125,8 @@ def _pair(teacher: Model, student: Model) -> tuple[Denoiser, Student]:
         )
     if student.student is None:
         raise UserError(
-            "hybrid sampling needs a student to go on from where the teacher stops",
+            "hybrid sampling needs a student to continue from the teacher",
             got=f"{student.name}, a teacher",
-            fix="name the student as MODEL, or leave --hybrid-teacher out",
+            fix="pass the student as MODEL, or omit --hybrid-teacher",
         )
     return teacher.teacher, student.student

@@ -84,8 +84,8 @@ def few_samples(data: Dataset, batch: int) -> list[str]:
     times = batch / len(data)
     often = f"about {times:.0f} times" if times >= 1.5 else "once or twice"
     return [
-        f"{len(data)} samples, and a batch of {batch}: every step sees each of them {often}, and a "
-        f"model learns so few by heart. Use more data, or --batch {len(data)} or less to save time"
+        f"{len(data)} samples, and a batch of {batch}: every step uses each of them {often}, and a "
+        f"model memorizes so few samples. Use more data, or --batch {len(data)} or less to save time"
     ]
 
 

@@ -79,5 +79,5 @@ def _in_use(folder: Path, fd: int) -> UserError:
     return UserError(
         f"another process is writing to {folder}",
         got=holder or "a locked folder",
-        fix="wait until it ends, stop it, or choose another place with --out",
+        fix="wait until it ends, stop it, or choose another folder with --out",
     )

@@ -1,4 +1,4 @@
-"""The one training loop: steps, log lines, checkpoints, interruption, and stopping at numbers gone bad."""
+"""The one training loop: steps, log lines, checkpoints, interruption, and stopping at non-finite values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Averages:
             raise DivergedError(
                 f"training went wrong: {', '.join(bad)} became {values[bad[0]]} by step {step}",
                 expected="finite numbers",
-                fix=f"lower the learning rate and go on with --resume; {last}",
+                fix=f"lower the learning rate and continue with --resume; {last}",
             )
         return values
 
@@ -142,13 +142,13 @@ def run_loop(
 
     Args:
         step: One training step; changes the state, returns tensors to log.
-        state: Where to go on from.
+        state: The checkpoint to continue from.
         batches: Batch of a step number.
         options: Steps, intervals, checkpoints kept.
         folder: Where log and checkpoints go; None keeps nothing.
         desc: Title of the progress bar.
-        show: Logged values that the bar shows.
-        advise: Looks at the logged means and says what the user should know; each message is given once.
+        show: Logged values that the progress bar shows.
+        advise: Checks the logged means and returns warnings; each message is given once.
 
     Returns:
         The logged events, ``{"step": ..., **means}``.
@@ -156,7 +156,7 @@ def run_loop(
     Raises:
         DivergedError: A logged value is not finite; the last checkpoint is good.
         KeyboardInterrupt: Ctrl-C, or SIGTERM as :class:`~distmatch.base.errors.Terminated`; a checkpoint of
-            the last whole step was written first.
+            the last complete step was written first.
     """
     history: list[dict[str, Any]] = []
     averages = Averages()
@@ -175,7 +175,7 @@ def run_loop(
             raise DivergedError(
                 f"training went wrong: {bad} is not finite after step {state.step}",
                 expected="finite numbers",
-                fix=f"lower the learning rate and go on with --resume; {last_good()}",
+                fix=f"lower the learning rate and continue with --resume; {last_good()}",
             )
         save_checkpoint(folder.checkpoints, state.step, tree, options.keep)
         log.write("checkpoint", state.step)

@@ -73,7 +73,7 @@ class Model:
         """The data with this model's numbers of classes and scaling of columns.
 
         Raises:
-            UserError: They have classes that it does not know.
+            UserError: They have classes that it does not have.
         """
         return seen_by(data, self.trained_on, self.num_classes, f"the {self.kind}")
 
@@ -120,7 +120,7 @@ def open_model(source: str, base: str = "") -> Model:
         UserError: There is none.
     """
     if base and source in TOY_NAMES:
-        raise UserError(f"{source} is a formula without a base", fix="leave --base out")
+        raise UserError(f"{source} is a formula without a base", fix="omit --base")
     if source in TOY_NAMES:
         mixture: GaussianMixture = toy(source)
         return Model(source, None, mixture, Scaling.identity(mixture.shape[0]), source)

@@ -171,7 +171,7 @@ class TeacherConfig(OptimizerSettings):
             raise UserError(
                 "--ambient-noise does not go together with --pfgm-dims or --instance-noise",
                 expected="one kind of noise in the data, and Gaussian noise on top of it",
-                fix="leave one of them out",
+                fix="omit one of them",
             )
         if not self.sigma_min < self.sigma_max < math.inf:
             raise UserError(

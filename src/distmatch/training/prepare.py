@@ -83,8 +83,8 @@ def prepare_distillation(
         raise UserError(
             "the student copies the teacher's network",
             got=", ".join(f"--{name} {value}" for name, value in _given(options.net).items()),
-            fix="leave these options out (--net auto, where a config file has one); they are for students of "
-            "exact teachers and those with networks from elsewhere",
+            fix="omit these options (--net auto, if a config file has one); they are for students of "
+            "exact teachers and for new networks",
         )
     if not copied:
         options = replace(options, net=options.net.settled(teacher.shape, device.type))
@@ -192,7 +192,7 @@ def _for_what(method: Method) -> str:
 
 
 def _warnings(method: Method, options: DistillOptions, state: DistillState) -> list[str]:
-    """What the user should know before the run starts."""
+    """Warnings before the run starts."""
     own, batch = options.settings, options.run.batch
     thin = None
     if isinstance(own, RatioSettings) and isinstance(own, FakeScoreSettings) and state.normalizer:
@@ -204,7 +204,7 @@ def _warnings(method: Method, options: DistillOptions, state: DistillState) -> l
 
 
 def _untried(method: Method, options: DistillOptions, teacher: Denoiser, state: DistillState) -> list[str]:
-    """What to know where a network learns at rates that were chosen for others."""
+    """A warning about learning rates that were chosen for other networks."""
     if method.family == "transport":  # which trains no network
         return []
     usual = DistillOptions.of(method.name)
@@ -230,16 +230,18 @@ def _untried(method: Method, options: DistillOptions, teacher: Denoiser, state: 
 
 
 def _advice(means: dict[str, Any]) -> list[str]:
-    """What a distillation's diagnostics say, in words."""
+    """Warnings from a distillation's diagnostics."""
     advice = []
     if means.get("clip_fraction", 0.0) > 0.15:
         advice.append(
-            "more than 15% of the log ratios are clipped: the discriminator tells real from generated "
-            "samples too easily. Raise --noise-low, lower --lr-discriminator, or raise --gan-weight."
+            "more than 15% of the log ratios are clipped: the discriminator separates real from "
+            "generated samples too easily. Raise --noise-low, lower --lr-discriminator, or raise "
+            "--gan-weight."
         )
     if means.get("ess", 1.0) < 0.1:
         advice.append(
-            "the weights leave less than 10% of the batch in effect. Use a larger --batch, a smaller "
+            "the effective sample size of the weights is less than 10% of the batch. Use a larger "
+            "--batch, a smaller "
             "--ratio-clip, or a divergence with bounded weights such as js."
         )
     return advice
@@ -256,7 +258,7 @@ def _fitting(teacher: Denoiser, data: Dataset, run: RunOptions, device: torch.de
     if run.flip and decoder_of(teacher) is not None:
         raise UserError(
             "--flip mirrors images, and this teacher works on latents, which cannot be mirrored",
-            fix="leave it out, or add the mirrored images to the data",
+            fix="omit it, or add the mirrored images to the data",
         )
     flips(run, data)
     data = as_latents(data, teacher, run.seed, device)
@@ -289,7 +291,7 @@ def check_fit(teacher: Any, data: Dataset) -> None:
     spec = spec_of(teacher)
     if missing := set(spec) - {LABEL} - set(data.conditions):
         raise UserError(
-            "the data do not hold what the teacher is conditioned on",
+            "the data do not contain the teacher's conditioning",
             got=f"conditions {', '.join(data.conditions) or 'none'}",
             expected=", ".join(sorted(missing)),
             fix="add arrays condition_NAME to the .npz, one row for each sample",
@@ -319,7 +321,7 @@ def _empty_batches(teacher: Denoiser, run: RunOptions, device: torch.device) -> 
     """
     if others := set(spec_of(teacher)) - {LABEL}:
         raise UserError(
-            "what this teacher is conditioned on cannot be drawn without data",
+            "the conditioning of this teacher cannot be drawn without data",
             got=f"a teacher conditioned on {', '.join(sorted(others))}, and no --data",
             fix="pass --data with arrays condition_NAME",
         )

@@ -33,7 +33,7 @@ def flips(run: RunOptions, data: Dataset) -> bool:
     """
     if run.flip and data.scaling.kind != "image":
         raise UserError(
-            "--flip mirrors images", got=f"{data.name}, which holds {data.kind}s", fix="leave it out"
+            "--flip mirrors images", got=f"{data.name}, which contains {data.kind}s", fix="leave it out"
         )
     return run.flip
 
@@ -101,9 +101,11 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
 
 
 def _left_out(data: Dataset) -> list[str]:
-    """What to know of data with conditions that the networks here do not take."""
+    """A warning about conditioning that the built-in networks do not take."""
     names = ", ".join(sorted(data.conditions))
-    return [f"the networks here take class labels alone: {names} of these data is left out"] if names else []
+    return (
+        [f"the built-in networks take class labels only: {names} of these data is not used"] if names else []
+    )
 
 
 def _larger(chosen: NetOptions, data: Dataset) -> dict[str, Any] | None:

@@ -42,10 +42,10 @@ def find_preset(name: str, method: str | None = None) -> Preset | None:
     if method is not None and method != preset.method:
         own = " or ".join(f"--preset {other.name}" for other in of_method(method))
         raise UserError(
-            f"{name} holds settings of {preset.method}",
+            f"{name} has settings of {preset.method}",
             got=f"--method {method}",
             expected=f"--method {preset.method}, or no --method",
-            fix=f"leave --method out, or choose {own or f'--preset {LAPTOP}'}",
+            fix=f"omit --method, or choose {own or f'--preset {LAPTOP}'}",
         )
     return preset
 
@@ -72,7 +72,7 @@ def closest(presets: list[Preset], shape: tuple[int, ...]) -> list[Preset]:
 def paper_warning(
     preset: Preset, options: Mapping[str, Any], usual: Mapping[str, Any], *, parameters: int
 ) -> str | None:
-    """What to know before a small network that was trained here learns with published settings.
+    """A warning before published settings are used for a small network that was trained here.
 
     Args:
         preset: The preset.
@@ -113,7 +113,7 @@ def laptop_warning(
     elsewhere: bool,
     shape: tuple[int, ...],
 ) -> str | None:
-    """What to know before a network is trained with defaults that were not chosen for it.
+    """A warning before a network is trained with defaults that were not chosen for it.
 
     Args:
         method: The method.

@@ -1,4 +1,4 @@
-"""Samples beside the range of the training data: what lies outside of it, and what clipping does."""
+"""Samples outside the range of the training data: their share, and clipping."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Range:
         return cls(low, high, tuple(element_names(columns_of(about, len(low)))))
 
     def outside(self, x: np.ndarray) -> dict[str, Any]:
-        """What lies outside.
+        """The values outside.
 
         Args:
             x: Vectors (n, D) in the units of the data.
@@ -67,13 +67,13 @@ def require_range(about: Mapping[str, Any]) -> Range:
     """The range of a model that is to be clipped to it.
 
     Raises:
-        UserError: The model does not say it.
+        UserError: The model does not record it.
     """
     found = Range.of(about)
     if found is None:
         raise UserError(
-            "--clip needs the range of the training data, and the model does not say it",
-            expected="a model of vectors that was trained here; images always lie in their range",
+            "--clip needs the range of the training data, which the model does not record",
+            expected="a model of vectors that was trained here; images are always in their range",
             fix="leave it out",
         )
     return found

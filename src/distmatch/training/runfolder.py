@@ -96,7 +96,7 @@ def create(
 
     Args:
         path: The folder. It may be missing or empty; otherwise one of the two flags is needed.
-        resume: Go on in an existing run folder; nothing in it is changed here.
+        resume: Continue in an existing run folder; nothing in it is changed here.
         overwrite: Replace an existing run folder. The old one is set aside first and deleted once the new one
             has its name. A folder that is not a run folder is never deleted.
         inputs: Files and folders that the run reads; ``overwrite`` refuses to delete them.
@@ -128,7 +128,7 @@ def check_usable(
 ) -> bool:
     """Raises what :func:`create` would for what is there now, and touches nothing.
 
-    For callers with much to do before the folder is needed: a mistake is told at once.
+    For callers with much to do before the folder is needed: errors are raised immediately.
 
     Returns:
         Whether there is something in the folder.
@@ -138,9 +138,9 @@ def check_usable(
     """
     folder = checked_path(path).resolve()
     if resume and overwrite:
-        raise UserError("--resume and --overwrite contradict each other", fix="give one of them")
+        raise UserError("--resume and --overwrite contradict each other", fix="choose one of them")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file", expected="a folder", fix="choose another place with --out")
+        raise UserError(f"{folder} is a file", expected="a folder", fix="choose another folder with --out")
     used = guard(lambda: _content(folder), folder)
     if used and not resume and not overwrite:
         guard(lambda: refuse_in_use(folder), folder)
@@ -149,15 +149,15 @@ def check_usable(
         raise UserError(
             f"{folder} is not a run folder of distmatch and was left alone",
             got=f"a folder with {', '.join(used[:5])}{' ...' if len(used) > 5 else ''}",
-            expected="config.toml beside log.jsonl or env.json, or our checkpoints",
-            fix="choose another place with --out",
+            expected="config.toml with log.jsonl or env.json, or distmatch checkpoints",
+            fix="choose another folder with --out",
         )
     if resume and not used:
         raise UserError(
             f"there is nothing to resume in {folder}",
             got="an empty folder" if folder.exists() else "no such folder",
-            expected="the folder of a run that was begun",
-            fix="check the path, or leave out --resume to start afresh",
+            expected="the folder of a run that was started",
+            fix="check the path, or omit --resume to start again",
         )
     if used and overwrite:
         _refuse_needed(folder, [*map(Path, inputs), Path.cwd()])
@@ -167,7 +167,7 @@ def check_usable(
 
 
 def _check_kinds(run: RunFolder) -> None:
-    """Refuses a folder in which something stands where a run will write, found now rather than at its end."""
+    """Refuses, before the run, a folder with files in the place of its outputs."""
     for path in (run.config, run.env, run.log, run.metrics, run.report):
         if path.exists() and not path.is_file():
             raise _in_the_way(path, "a file")
@@ -186,7 +186,7 @@ def _in_the_way(path: Path, expected: str) -> UserError:
 
 
 def holds_something(run: RunFolder) -> bool:
-    """Whether a run was begun in a folder; the lock alone is no beginning."""
+    """Whether a run was started in a folder; the lock alone is no beginning."""
     return bool(_content(run.path))
 
 
@@ -213,7 +213,7 @@ def _occupied(folder: Path, used: list[str]) -> UserError:
         f"{folder} is not empty",
         got=f"{len(used)} entries (first: {used[0]})",
         expected="a new or empty folder",
-        fix="go on with --resume, replace it with --overwrite, or choose another place with --out",
+        fix="continue with --resume, replace it with --overwrite, or choose another folder with --out",
     )
 
 
@@ -223,7 +223,7 @@ def _refuse_needed(folder: Path, needed: list[Path]) -> None:
             raise UserError(
                 f"--overwrite would delete {path}, which this run needs",
                 got=f"an output folder {folder} that contains it",
-                fix="move it out of that folder, or choose another place with --out",
+                fix="move it out of that folder, or choose another folder with --out",
             )
 
 

@@ -39,10 +39,10 @@ class Job:
         result: The averaged teacher, the student, or what else the training ends with.
         save: Writes it to a model folder, atomically; None writes nothing.
         notes: What the start event of the log says besides.
-        warnings: What the user should know before it starts.
+        warnings: Warnings before it starts.
         show: Logged values for the progress bar.
-        advise: What the user should know of logged values.
-        remarks: What was decided for the user, said as the run starts.
+        advise: Warnings about logged values.
+        remarks: Automatic choices, printed as the run starts.
         data: The real data, before any encoding; None where there are none.
     """
 
@@ -78,7 +78,7 @@ def carry_out(
     Args:
         job: From one of the ``prepare_`` functions.
         folder: The run folder; None keeps everything in memory.
-        resume: ``latest``, a step, or a checkpoint's path; None starts afresh.
+        resume: ``latest``, a step, or a checkpoint's path; None starts a new run.
 
     Returns:
         The averaged teacher or the student, and the logged history.

@@ -57,7 +57,7 @@ class Sampling:
     def levels(self, teacher: Denoiser) -> Tensor:
         """The noise levels for a teacher, (steps + 1,) or fewer, float64, from its ``sigma_max`` to 0.
 
-        Those of a teacher that is told the nearest of its own levels are moved to these.
+        For a teacher with rounded timesteps they are rounded to its training grid.
 
         Raises:
             UserError: Unknown names, or fewer steps than the solver needs.
@@ -69,7 +69,7 @@ class Sampling:
         return levels
 
     def around(self, teacher: Denoiser) -> Denoiser:
-        """The teacher with the guidance that was asked for.
+        """The teacher with the requested guidance.
 
         Raises:
             UserError: A guidance that the teacher cannot have.
@@ -77,12 +77,12 @@ class Sampling:
         return guided(teacher, self.guidance, interval=self.interval, reference=self.reference)
 
     def to_dict(self) -> dict[str, Any]:
-        """What was asked for, as JSON, for logs."""
+        """The requested options, as JSON, for logs."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reference"}
         return {**said, "reference": self.reference is not None}
 
     def check(self, teacher: Denoiser) -> None:
-        """Tells at once what sampling would refuse.
+        """Raises the errors of sampling immediately.
 
         Raises:
             UserError: Settings that do not go together, or not with this teacher.
@@ -101,11 +101,11 @@ class Sampling:
             raise UserError(
                 "a noise path does nothing for a solver and a grid that do not work in its time",
                 got=f"--path {self.path} with --solver {self.solver} and --grid {self.grid}",
-                fix="leave --path out, or take --solver tab, or --grid time or power",
+                fix="omit --path, or use --solver tab, or --grid time or power",
             )
         if len(levels) - 1 < chosen.least_steps:
             raise UserError(
                 f"the solver {self.solver} needs at least {chosen.least_steps} steps",
                 got=len(levels) - 1,
-                fix=f"give --steps {chosen.least_steps} or more, or take --solver heun",
+                fix=f"give --steps {chosen.least_steps} or more, or use --solver heun",
             )

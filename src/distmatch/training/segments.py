@@ -1,4 +1,4 @@
-"""What a resumed run may have otherwise than when it was begun, and where that is written down."""
+"""The options that a resumed run may change, and the record of changes."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 def changes_on_resume(options: AnyOptions, config: Path) -> Changes:
-    """The options that are not those that a run was begun with.
+    """The options that differ from those that a run was started with.
 
     Args:
-        options: The options it shall go on with.
+        options: The options of the continuation.
         config: Its ``config.toml``; a run without one is taken as it is.
 
     Raises:
         UserError: One of them would make another run of it: anything but the learning rates, the gradient
-            clipping, more steps, and how the run is carried out.
+            clipping, more steps, and options that do not affect the results.
     """
     if not config.exists():
         return {}
@@ -64,16 +64,16 @@ def changes_on_resume(options: AnyOptions, config: Path) -> Changes:
         if name == "run.steps":
             if value < before:
                 raise UserError(
-                    "a run that goes on cannot become shorter",
+                    "a resumed run cannot become shorter",
                     got=f"--steps {value}, in a run of {before}",
-                    fix=f"give --steps {before} or more, or leave it out",
+                    fix=f"give --steps {before} or more, or omit it",
                 )
         elif name.split(".")[-1] not in _RATES:
             raise UserError(
-                f"a run goes on with the {flag} that it began with",
+                f"a resumed run keeps its {flag}",
                 got=f"{flag} {value}, in a run of {before}",
                 expected="the options of the run; only learning rates may change, and --steps may grow",
-                fix=f"leave {flag} out, or begin another run: --config {config} --out FOLDER",
+                fix=f"omit {flag}, or start another run: --config {config} --out FOLDER",
             )
     return changes
 
@@ -84,10 +84,10 @@ def write_config(options: AnyOptions, verb: str, config: Path) -> None:
 
 
 def write_segment(options: AnyOptions, verb: str, config: Path, step: int, changes: Changes) -> None:
-    """Brings ``config.toml`` up to date for a run that goes on from ``step`` with other options.
+    """Updates ``config.toml`` for a run that continues from ``step`` with other options.
 
-    It holds the options of the last stretch, as the next ``--resume`` needs them; what earlier stretches had
-    otherwise stands above them, a line each.
+    It holds the options of the last stretch, as the next ``--resume`` needs them; earlier values are recorded
+    above them, one line each.
     """
     if not changes:
         return
@@ -115,15 +115,15 @@ def _same_place(before: Any, now: Any) -> bool:
 
 
 def _check_same_method(options: DistillOptions, values: dict[str, Any], config: Path) -> None:
-    """Refuses to go on with a run of another method: networks of the same shape would let it pass."""
+    """Refuses to continue a run of another method: networks of the same shape would let it pass."""
     before = _choice(values.get("method", DistillOptions().method), values.get("divergence"))
     now = _choice(options.method, options.divergence)
     for name, had, has in zip(("method", "divergence"), before, now, strict=True):
         if had != has:
             raise UserError(
-                f"a run goes on with the {name} that it began with",
+                f"a resumed run keeps its {name}",
                 got=f"--{name} {has}, in a run of {had}",
-                fix=f"leave --{name} out, or begin another run: --config {config} --out FOLDER",
+                fix=f"omit --{name}, or start another run: --config {config} --out FOLDER",
             )
 
 

@@ -32,7 +32,7 @@ from distmatch.training.options import TeacherConfig
 
 @dataclass(kw_only=True)
 class TeacherState(TrainingState):
-    """What a teacher's training carries along, with one optimizer, ``denoiser``.
+    """The training state of a teacher, with one optimizer, ``denoiser``.
 
     Attributes:
         denoiser: The network in training.
@@ -59,7 +59,7 @@ class TeacherTraining:
         num_classes: Classes; 0 trains without labels.
         sigma_data: Standard deviation of the data.
         total_steps: Length of the run, for the learning-rate schedule.
-        device: Where the network lives.
+        device: Device of the network.
         bf16: Whether the network runs under bfloat16 autocast.
         path: A noise path to use instead of the one that the config names.
 
@@ -82,12 +82,12 @@ class TeacherTraining:
         cfg = self.config
         if cfg.condition_noise > 0 and self.num_classes == 0:
             raise UserError(
-                "--condition-noise perturbs labels, and there are none",
+                "--condition-noise perturbs label embeddings, and there are no labels",
                 fix="leave it out, or train on labeled data",
             )
         if cfg.label_dropout not in (0, TeacherConfig.label_dropout) and self.num_classes == 0:
             raise UserError(
-                "--label-dropout hides labels, and there are none",
+                "--label-dropout drops labels, and there are none",
                 fix="leave it out, or train on labeled data",
             )
         sigma_data = math.hypot(cfg.sigma_data or self.sigma_data, cfg.instance_noise)
@@ -95,7 +95,7 @@ class TeacherTraining:
 
     @property
     def warnings(self) -> list[str]:
-        """What is allowed and will probably be regretted: levels that end before noise drowns the data."""
+        """What is allowed and will probably be regretted: a largest noise level too low for the data."""
         chosen = self.objective
         try:
             check_prior(chosen.path, chosen.sigma_data, rho_max=chosen.sigma_max)

@@ -38,8 +38,8 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
             :func:`distmatch.interop.load_denoiser`.
 
     Returns:
-        The denoiser and its description. ``kind`` is ``teacher`` or ``student``; of a model from elsewhere,
-        ``conversion`` says how far it is from its original.
+        The denoiser and its description. ``kind`` is ``teacher`` or ``student``; for a converted model,
+        ``conversion`` is its difference from the original.
 
     Raises:
         UserError: There is none that can be used.
@@ -58,7 +58,7 @@ def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     if network is not None and is_from_elsewhere(path):
         raise needs_no_network(path)
     if base is not None and is_from_elsewhere(path):
-        raise UserError(f"{path} contains a full network, not adapters", fix="leave base out")
+        raise UserError(f"{path} contains a full network, not adapters", fix="omit base")
     if path.is_dir() and is_diffusers_folder(path):
         teacher = load_diffusers(path, **options)
         compared = getattr(teacher, "conversion", None)
@@ -67,7 +67,7 @@ def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
         raise UserError(
             "these options are for folders of diffusers",
             got=f"{', '.join(options)} for {path}",
-            fix="leave them out: other models say all there is to know",
+            fix="omit them: other models do not need them",
         )
     if is_network_pickle(path):
         teacher, info = read_edm(path)
@@ -84,7 +84,7 @@ def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _refuse_unfinished(path: Path) -> None:
-    """Refuses a run that was begun and has no model yet, with the command that goes on with it."""
+    """Refuses a run without a model, with the command that continues it."""
     models = (path / "config.json", path / "model" / "config.json")
     if not (path / "config.toml").is_file() or any(model.is_file() for model in models):
         return
@@ -94,7 +94,7 @@ def _refuse_unfinished(path: Path) -> None:
             f"{path} is a run that has not finished",
             got="no model in it",
             expected="the model that a run writes when it ends",
-            fix=f"go on with it: distmatch {verb} --resume --out {shlex.quote(str(path))}",
+            fix=f"continue it: distmatch {verb} --resume --out {shlex.quote(str(path))}",
         )
 
 

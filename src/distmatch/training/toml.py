@@ -22,7 +22,7 @@ _ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r", "\b
 def to_toml(values: dict[str, Any]) -> str:
     """Writes a nested dict as TOML 1.0 that ``tomllib`` reads back exactly.
 
-    Tuples come back as lists, paths as strings; an entry that is None is left out, since TOML has no null.
+    Tuples come back as lists, paths as strings; an entry that is None is omitted, since TOML has no null.
 
     Args:
         values: Nested dicts of str, int, float, bool, list, tuple, Path and None.
@@ -55,7 +55,7 @@ def dataclass_to_dict(options: Any) -> dict[str, Any]:
 
 
 def with_values(options: T, values: dict[str, Any], where: str = "the options") -> T:
-    """A nested dataclass with the values of a nested dict in the place of its own, names and types checked.
+    """A nested dataclass with the values of a nested dict, after checking names and types.
 
     Fields may be str, int, float (an int is taken too), bool, Literal, tuples of one of these, any of them or
     None, and other dataclasses, which keep their class also where the annotation is of a base class.
@@ -96,7 +96,7 @@ def _key(key: str) -> str:
 def _string(text: str, where: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(
-            f"{where} has no form in a config file",
+            f"{where} cannot be written to a config file",
             got=f"{text[:80]!r}, with half a surrogate pair or bytes that are not UTF-8",
             fix="name the file or folder in UTF-8",
         )
@@ -118,7 +118,7 @@ def _value(value: Any, where: str) -> str:
     if isinstance(value, dict):
         pairs = [f"{_key(k)} = {_value(v, f'{where}.{k}')}" for k, v in value.items() if v is not None]
         return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
-    raise TypeError(f"{where} is a {type(value).__qualname__}, which TOML cannot hold")
+    raise TypeError(f"{where} is a {type(value).__qualname__}, which TOML cannot represent")
 
 
 def _plain(value: Any) -> Any:

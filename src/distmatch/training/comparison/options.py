@@ -199,9 +199,9 @@ def parse_methods(text: str) -> tuple[Entry, ...]:
             same = replace(entry, name="", folder="") == replace(other, name="", folder="")
             if same or entry.name == other.name:
                 raise UserError(
-                    "the same method stands twice in --methods" if same else "two methods have one name",
+                    "the same method occurs twice in --methods" if same else "two methods have one name",
                     got=f"{other.name} and {entry.name}" if same else entry.name,
-                    fix="leave one out" if same else "give one of them a name: NAME=METHOD",
+                    fix="remove one" if same else "give one of them a name: NAME=METHOD",
                 )
         taken, folder, number = {other.folder for other in entries}, entry.folder, 1
         while folder in taken:
@@ -221,7 +221,7 @@ def entry_options(shared: SharedOptions, entry: Entry, *, seed: int, steps: int)
     """The options of one run: the method's defaults, what is shared and it reads, what is its own.
 
     Raises:
-        UserError: A setting of its own that it does not have, or that the comparison decides.
+        UserError: A setting that the method does not have, or that the comparison determines.
     """
     own = dict(entry.settings)
     options = DistillOptions.of(entry.method, str(own.pop("preset", LAPTOP)))
@@ -267,14 +267,14 @@ def check_shared(shared: SharedOptions, entries: Sequence[Entry]) -> None:
             check_rule(reading[0].settings, name, value)
         else:
             raise UserError(
-                f"--{name.replace('_', '-')} does nothing here: none of these methods reads it",
+                f"--{name.replace('_', '-')} does nothing: none of these methods reads it",
                 got=value,
-                fix="leave it out, or add a method that reads it",
+                fix="omit it, or add a method that reads it",
             )
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that stand outside of brackets."""
+    """The parts between commas outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += {"[": 1, "]": -1}.get(letter, 0)

@@ -110,12 +110,17 @@ def plan_comparison(
     names = [planned.entry.name for planned in methods]
     if impossible and (not options.skip_impossible or not methods):
         raise UserError(
-            f"{len(impossible)} of {len(entries)} methods cannot be used here, and nothing was trained",
+            f"{len(impossible)} of {len(entries)} methods cannot be used with this teacher and data; "
+            f"nothing was trained",
             got="; ".join(f"{name}: {why}" for name, why in impossible),
-            fix="leave them out" + (", or go on without them: --skip-impossible" if methods else ""),
+            fix="remove them" + (", or continue without them: --skip-impossible" if methods else ""),
         )
     if options.baseline and options.baseline not in names:
-        raise UserError("the baseline cannot be used here", got=options.baseline, fix="choose another one")
+        raise UserError(
+            "the baseline cannot be used with this teacher and data",
+            got=options.baseline,
+            fix="choose another one",
+        )
     return Plan(budget, methods, impossible)
 
 

@@ -1,4 +1,4 @@
-"""Carrying out a comparison: one run folder for each method and seed, and `compare.json` beside them."""
+"""Carrying out a comparison: one run folder for each method and seed, and `compare.json`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def prepare_comparison(
         options: The options.
         teacher: Used instead of the teacher that they name.
         data: Used instead of the data that they name.
-        resumed: The folder of a comparison that shall go on. With a record in it nothing is tried again.
+        resumed: The folder of a comparison to continue. With a record in it nothing is tried again.
 
     Raises:
         UserError: The options make no sense, or a method cannot be used here.
@@ -92,7 +92,7 @@ def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any
 
     Raises:
         UserError: The folder holds a comparison with other options.
-        KeyboardInterrupt: Ctrl-C; the run in hand has a checkpoint.
+        KeyboardInterrupt: Ctrl-C; the current run has a checkpoint.
     """
     options = prepared.options
     check_same(options, folder)
@@ -115,7 +115,7 @@ def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A comparison in hand: what it was told and measures with, its folder and its record."""
+    """A running comparison: its options, its evaluation, its folder and its record."""
 
     told: Prepared
     folder: RunFolder
@@ -198,7 +198,7 @@ def method_of(record: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 
 def progress_line(record: dict[str, Any], run: dict[str, Any]) -> str:
-    """What is said before a run: which of how many, and how long the rest will take."""
+    """The message before a run: which of how many, and how long the rest will take."""
     cost = {m["name"]: m["seconds_once"] + m["steps"] * m["seconds_per_step"] for m in record["methods"]}
     runs, method = record["runs"], method_of(record, run)
     left = sum(cost[r["name"]] for r in runs if r["status"] == "pending")
@@ -209,7 +209,7 @@ def progress_line(record: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def check_same(options: CompareOptions, folder: RunFolder) -> None:
-    """Refuses to go on with a comparison that was begun with other options.
+    """Refuses to continue a comparison that was started with other options.
 
     Raises:
         UserError: The folder holds one.
@@ -227,6 +227,6 @@ def check_same(options: CompareOptions, folder: RunFolder) -> None:
         raise UserError(
             f"the comparison in {folder.path} was started with other options",
             got=f"other {', '.join(changed)}" if changed else f"--seeds {options.seeds} after {begun.seeds}",
-            expected="the same; only --baseline and a larger --seeds may be new",
-            fix="leave the options out, as --resume takes them from the folder; or choose another --out",
+            expected="the same; only --baseline may change and --seeds may grow",
+            fix="omit the options, since --resume reads them from the folder; or choose another --out",
         )
