@@ -13,8 +13,7 @@ from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.paths import noise_path
 from distmatch.diffusion.solvers import grid, sample_teacher
-from distmatch.training.assess import draw_teacher
-from distmatch.training.sampling import Sampling
+from distmatch.training.sampling import Sampling, draw_teacher
 from distmatch.training.teachers import load_teacher
 from tests.helpers.command import SHORT, TINY, command, done
 
@@ -142,8 +141,8 @@ def test_evaluation_counts_the_calls_of_another_solver() -> None:
         ("sample t --steps 100000000", ("too many steps", "at most")),
         ("sample t --guidance nan", ("guidance", "nan")),
         ("sample t --guidance 2 --guidance-interval 5 1", ("interval", "low", "high")),
-        ("sample t --guidance-interval 1 5", ("does nothing", "--guidance 2")),
-        ("sample t --guidance-reference weak", ("does nothing", "--guidance 2")),
+        ("sample t --guidance-interval 1 5", ("no effect", "--guidance 2")),
+        ("sample t --guidance-reference weak", ("no effect", "--guidance 2")),
         ("sample t --guidance 2 --guidance-reference s", ("student", "not a teacher")),
         ("sample t --guidance 2 --guidance-reference ring8", ("the same samples",)),
         ("sample ring8 --guidance 2", ("conditional teacher",)),

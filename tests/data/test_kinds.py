@@ -10,7 +10,7 @@ import torch
 import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.data import Scaling, from_arrays, load_data
-from distmatch.training.assess import npz_bytes
+from distmatch.training.evaluation import npz_bytes
 
 RNG = np.random.default_rng(0)
 

@@ -20,7 +20,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     ["torch._dynamo", "sklearn.datasets", "matplotlib.figure"]
     + [f"distmatch.{name}" for name in ("cli.train", "cli.distill", "training.prepare", "methods.construct")]
-    + ["distmatch.report.build", "distmatch.training.assess"]
+    + ["distmatch.report.build", "distmatch.training.evaluation"]
 )
 
 

@@ -17,7 +17,7 @@ from distmatch.data import load_data
 from distmatch.interop.card import LICENSE, metrics_section, refresh_card
 from distmatch.interop.saved import load_denoiser, save_denoiser
 from distmatch.methods.student import Student
-from distmatch.training.assess import write_assessment
+from distmatch.training.evaluation import write_evaluation
 from distmatch.training.runfolder import RunFolder
 from tests.helpers.command import command, contents, done
 from tests.helpers.small import network_teacher
@@ -190,7 +190,7 @@ def test_evaluating_a_run_and_exporting_it(tmp_path: Path, monkeypatch: pytest.M
     card = Path("run/model/README.md")
     assert rows(card.read_text())["hash of the data"] == [f"sha256 {data.content_hash}"]
     measured = {"student": {"nfe": 1, "fd": Estimate(0.25, 0.5, 10)}}
-    write_assessment(RunFolder(Path("run")), measured, {}, data.scaling, {})
+    write_evaluation(RunFolder(Path("run")), measured, {}, data.scaling, {})
     assert rows(card.read_text())["fd"] == ["0.25 ± 0.5"]
     done("export run --license mit --out out")
     exported = Path("out/README.md").read_text()

@@ -16,7 +16,8 @@ from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.conditioning import FieldSpec
 from distmatch.diffusion.guidance import Guided
 from distmatch.interop.frozen import Portable
-from distmatch.training.assess import SampleResult, asked_of, assess
+from distmatch.training.evaluation import asked_of, measure_samples
+from distmatch.training.sampling import SampleResult
 
 SPEC = {"text": FieldSpec((-1, 4)), "age": FieldSpec()}
 
@@ -130,7 +131,7 @@ def test_real_samples_stand_beside_those_asked_for_under_the_same_conditions(dat
         shown.append(told)
         return SampleResult(data.batch(torch.arange(n))[0], None, 1, 0.0)
 
-    drawn = assess(data, {"student": draw}, asked=asked, n=25, seed=4)[1]
+    drawn = measure_samples(data, {"student": draw}, asked=asked, n=25, seed=4)[1]
     assert torch.equal(shown[0]["text"], asked["text"])
     by_hand = asked["text"].mean(1)[:, :2] + 0.1 * asked["age"][:, None]  # as the data were made
     torch.testing.assert_close(torch.as_tensor(data.scaling.export(drawn["reference"].x)), by_hand)

@@ -73,9 +73,8 @@ def run(argv: list[str]) -> None:
     from distmatch.data import load_data
     from distmatch.metrics import resolve_features
     from distmatch.report import build_report, save_grid
-    from distmatch.training.assess import plain
     from distmatch.training.devices import pick_device
-    from distmatch.training.evaluation import evaluate_models
+    from distmatch.training.evaluation import evaluate_models, plain
     from distmatch.training.models import open_model
     from distmatch.training.prepare import prepare_distillation
     from distmatch.training.prepare_teacher import prepare_training

@@ -107,7 +107,7 @@ def run(argv: list[str]) -> None:
     _refuse_reference(o, folder)
     metrics, space, reference, notes = _run_folder(o) if _is_run(folder) else _sample_file(o)
     from distmatch.cli.table import metric_table
-    from distmatch.training.assess import plain
+    from distmatch.training.evaluation import plain
 
     if o.json:
         about: dict[str, Any] = {"reference": reference, "features": space.name, "seed": o.seed}

@@ -19,7 +19,7 @@ from distmatch.data.kinds import Kind, kind_of_array
 from distmatch.report.figures import scatter_png
 from distmatch.report.grid import animation, save_grid
 from distmatch.report.sequences import sequences_png
-from distmatch.training.assess import npz_bytes
+from distmatch.training.evaluation import npz_bytes
 
 
 def write_samples(

@@ -18,9 +18,8 @@ from distmatch.cli.parse import parse
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distmatch.training.assess import SampleResult
     from distmatch.training.models import Model
-    from distmatch.training.sampling import Sampling
+    from distmatch.training.sampling import SampleResult, Sampling
 
 HELP = Help(
     """Draw samples from a student or a teacher.
@@ -212,8 +211,8 @@ class _Asked:
 
 def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
     """Which model is sampled how; refuses what does not go together."""
-    from distmatch.training.assess import HEUN
     from distmatch.training.hybrid import draw_hybrid, plan_hybrid
+    from distmatch.training.sampling import HEUN
 
     common: dict[str, Any] = {"batch": o.batch, "device": o.device}
     if teacher is not None:

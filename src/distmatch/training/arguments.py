@@ -21,7 +21,7 @@ from distmatch.methods.student import Student
 from distmatch.methods.table import unknown_setting
 from distmatch.metrics.settings import MOST_IN_BLOCK
 from distmatch.nets.edm import EDMDenoiser
-from distmatch.training.assess import asked_of
+from distmatch.training.evaluation import asked_of
 from distmatch.training.known_data import seen_by
 
 Data = Dataset | Tensor | np.ndarray | str | os.PathLike[str]

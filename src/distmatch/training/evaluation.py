@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.base.estimate import Estimate
+from distmatch.base.files import atomic_json, atomic_write
 from distmatch.base.progress import quietly
+from distmatch.base.seeds import generator
 from distmatch.data import TOY_NAMES, Dataset, toy
 from distmatch.data.classes import listed, names_of
-from distmatch.diffusion.conditioning import Conditioning
-from distmatch.metrics import plan, resolve_features
+from distmatch.data.scaling import Scaling
+from distmatch.diffusion.conditioning import (
+    LABEL,
+    Conditioning,
+    ConditioningSpec,
+)
+from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.interop.card import refresh_card
+from distmatch.metrics import evaluate, plan, reference_floor, reference_labels, resolve_features
+from distmatch.metrics.features import Features
 from distmatch.metrics.settings import MOST_IN_BLOCK, FeatureChoice
-from distmatch.training.assess import HEUN, SampleResult, asked_of, assess, write_assessment
+from distmatch.training.log import EventLog
 from distmatch.training.models import Model
 from distmatch.training.runfolder import RunFolder
-from distmatch.training.sampling import Sampling
+from distmatch.training.sampling import HEUN, SampleResult, Sampling
 
 
 def evaluate_models(
@@ -85,7 +100,7 @@ def evaluate_models(
 
         return draw
 
-    metrics, drawn = assess(
+    metrics, drawn = measure_samples(
         data,
         {name: drawer(model) for name, model in models.items()},
         asked=asked,
@@ -97,7 +112,7 @@ def evaluate_models(
     settings = plan(data, features=space, n=n, seed=seed).to_dict()
     fingerprint = {"fingerprint": space.fingerprint} if space.fingerprint else {}
     said = {**settings, **fingerprint, **sampling.to_dict()}
-    write_assessment(folder, metrics, drawn, data.scaling, said, data.class_names)
+    write_evaluation(folder, metrics, drawn, data.scaling, said, data.class_names)
     return metrics
 
 
@@ -121,3 +136,117 @@ def _seen_by_all(models: dict[str, Model], data: Dataset) -> Dataset:
                 fix="name the teacher that the student was distilled from",
             )
     return first
+
+
+def measure_samples(
+    data: Dataset,
+    models: dict[str, Callable[[int, Conditioning], SampleResult]],
+    *,
+    asked: Conditioning,
+    features: str | Features = "auto",
+    n: int,
+    seed: int = 0,
+    mixture: GaussianMixture | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, SampleResult]]:
+    """Draws from each model under the same conditions and from the same noise, and measures all at one N.
+
+    Args:
+        data: The real data.
+        models: ``teacher`` and ``student``: functions of (count, conditioning) that draw.
+        asked: What the samples are conditioned on, see :func:`asked_of`.
+        features: As in :func:`distmatch.metrics.evaluate`.
+        n: Samples in a block; two blocks are drawn from each model.
+        seed: Chooses blocks and labels.
+        mixture: The exact mixture behind the data, for the mode metrics.
+
+    Returns:
+        The content of ``metrics.json`` as estimates, and the samples by model, the reference's included.
+    """
+    labels = asked.label
+    common: dict[str, Any] = {"features": features, "n": n, "seed": seed, "mixture": mixture}
+    floor = reference_floor(data, stratified=labels is not None, **common)
+    result: dict[str, dict[str, Any]] = {"reference": {"nfe": None, "seconds_per_1000": None, **floor}}
+    drawn: dict[str, SampleResult] = {"reference": _reference(data, labels, 2 * n, seed)}
+    for name, draw in models.items():
+        samples = draw(2 * n, asked)
+        drawn[name] = samples
+        measured = evaluate(samples.x, data, labels=labels, **common)
+        result[name] = {"nfe": samples.nfe, "seconds_per_1000": samples.seconds_per_1000, **measured}
+    return result, drawn
+
+
+def _reference(data: Dataset, labels: Tensor | None, n: int, seed: int) -> SampleResult:
+    """Real samples with the same labels in the same order, to stand beside the models' in pictures."""
+    x, real = data.batch(_rows(data, labels, n, seed))
+    return SampleResult(x, real if labels is None else labels, 0, 0.0)
+
+
+def asked_of(data: Dataset, spec: ConditioningSpec, n: int, seed: int) -> Conditioning:
+    """What models are asked for: labels in the shares of the data, and further conditions of real samples.
+
+    Args:
+        data: The real data.
+        spec: What the models take.
+        n: Number of samples.
+        seed: Of the choice.
+    """
+    labels = reference_labels(data, n, seed=seed) if LABEL in spec else None
+    fields = {} if labels is None else {LABEL: labels}
+    if others := set(spec) - {LABEL}:
+        rows = _rows(data, labels, n, seed)
+        fields |= {name: data.conditions[name][rows] for name in sorted(others)}
+    return Conditioning(fields)
+
+
+def _rows(data: Dataset, labels: Tensor | None, n: int, seed: int) -> Tensor:
+    """Real samples in random order, with the classes of ``labels`` where there are any."""
+    order = torch.randperm(len(data), generator=generator(seed, "assess/reference"))
+    if labels is not None and data.labels is not None:
+        chosen = torch.zeros(n, dtype=torch.int64)
+        for label in labels.unique():
+            where = (labels == label).nonzero()[:, 0]
+            pool = order[data.labels[order] == label]
+            chosen[where] = pool[torch.arange(len(where)) % len(pool)]
+        order = chosen
+    return order[:n]
+
+
+def plain(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The JSON form of what :func:`measure_samples` measured."""
+    return {
+        model: {k: v.to_dict() if isinstance(v, Estimate) else v for k, v in values.items()}
+        for model, values in metrics.items()
+    }
+
+
+def npz_bytes(x: np.ndarray, labels: Tensor | None, names: Sequence[str] = ()) -> bytes:
+    """An ``.npz`` archive with ``x`` and, where there are any, ``labels`` and ``class_names``.
+
+    Sequences are said to be such under ``kind``, as by their axes they would be grey images.
+    """
+    arrays = {"x": x} if labels is None else {"x": x, "labels": labels.numpy()}
+    if labels is not None and names:
+        arrays["class_names"] = np.array(names, dtype=np.str_)
+    if x.ndim == 3 and x.dtype != np.uint8:
+        arrays["kind"] = np.array("sequence")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def write_evaluation(
+    folder: RunFolder,
+    metrics: dict[str, dict[str, Any]],
+    drawn: dict[str, SampleResult],
+    scaling: Scaling,
+    settings: dict[str, Any],
+    class_names: Sequence[str] = (),
+) -> None:
+    """Writes ``metrics.json``, the samples, an ``evaluate`` event and the model card of a run folder."""
+    for name, samples in drawn.items():
+        content = npz_bytes(scaling.export(samples.x), samples.labels, class_names)
+        atomic_write(folder.samples / f"{name}.npz", content)
+    atomic_json(folder.metrics, plain(metrics))
+    refresh_card(folder.model, plain(metrics))
+    with EventLog(folder.log) as log:
+        log.write("evaluate", None, **settings)

@@ -17,11 +17,10 @@ from distmatch.diffusion.solvers import find_solver
 from distmatch.methods.hybrid import hybrid_sample
 from distmatch.methods.hybrid_schedule import HybridSchedule, check_way, hybrid_schedule
 from distmatch.methods.student import Student
-from distmatch.training.assess import HEUN, SampleResult
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import check_same_classes
 from distmatch.training.models import Model
-from distmatch.training.sampling import Sampling
+from distmatch.training.sampling import HEUN, SampleResult, Sampling
 
 
 def plan_hybrid(

@@ -17,10 +17,9 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.interop import decoder_of
 from distmatch.methods.student import Student, student_from
-from distmatch.training.assess import HEUN, SampleResult, draw_student, draw_teacher
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import seen_by
-from distmatch.training.sampling import Sampling
+from distmatch.training.sampling import HEUN, SampleResult, Sampling, draw_student, draw_teacher
 from distmatch.training.teachers import open_denoiser
 
 

@@ -1,19 +1,29 @@
-"""How a teacher is sampled: solver, grid of levels, guidance."""
+"""How a teacher is sampled (solver, grid, guidance), and samples of any model with their cost."""
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.base.progress import progress
 from distmatch.diffusion.adapters import PredictionDenoiser
+from distmatch.diffusion.conditioning import (
+    ConditioningLike,
+    labels_of,
+)
 from distmatch.diffusion.denoiser import Denoiser, require_score
-from distmatch.diffusion.guidance import guided, require_null_class
+from distmatch.diffusion.guidance import CallCounter, guided, require_null_class
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.paths.specs import parse_path
-from distmatch.diffusion.solvers import find_solver, grid, snap_grid
+from distmatch.diffusion.solvers import find_solver, grid, sample_teacher, snap_grid
+from distmatch.interop import decode_samples
+from distmatch.methods.student import Student
 from distmatch.training.known_data import check_same_classes
 
 MOST_STEPS = 100_000
@@ -109,3 +119,99 @@ class Sampling:
                 got=len(levels) - 1,
                 fix=f"give --steps {chosen.least_steps} or more, or use --solver heun",
             )
+
+
+HEUN = Sampling()
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Samples of one model and what they cost.
+
+    Attributes:
+        x: (n, *shape) float32 on the CPU, in model space.
+        labels: The labels asked for, (n,), or None.
+        nfe: Network calls for each sample, counted.
+        seconds_per_1000: Wall-clock seconds for 1000 samples.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+    nfe: int
+    seconds_per_1000: float
+
+
+class _CountingStudent:
+    """Counts the calls of a student's network while it samples."""
+
+    def __init__(self, student: Student) -> None:
+        self.calls = 0
+        self._handle = student.denoiser.register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def done(self) -> int:
+        self._handle.remove()
+        return self.calls
+
+
+def draw_student(
+    student: Student, n: int, conditioning: ConditioningLike, seed: int, batch: int = 1024
+) -> SampleResult:
+    """Samples a student, counting calls and time."""
+    counter = _CountingStudent(student)
+    with progress(n, desc="student samples") as bar:
+        began = time.perf_counter()
+        x = student.sample(n, seed=seed, conditioning=conditioning, batch=batch, on_batch=bar.update)
+        seconds = time.perf_counter() - began
+    batches = math.ceil(n / batch)
+    return SampleResult(x, labels_of(conditioning), counter.done() // batches, 1000 * seconds / n)
+
+
+def draw_teacher(
+    teacher: Denoiser,
+    n: int,
+    conditioning: ConditioningLike,
+    seed: int,
+    sampling: Sampling = HEUN,
+    *,
+    batch: int = 1024,
+    device: torch.device | str = "cpu",
+) -> SampleResult:
+    """Samples a teacher, by default with Heun's method, counting calls and time.
+
+    Args:
+        teacher: The teacher; the samples of one that works on latents are decoded.
+        n: Number of samples.
+        conditioning: What they are conditioned on: classes (n,), a conditioning, or None.
+        seed: Seed of all noise.
+        sampling: Solver, grid and guidance.
+        batch: Samples at a time.
+        device: Where to compute.
+
+    Raises:
+        UserError: Settings that do not go together, or not with this teacher.
+    """
+    sampling.check(teacher)
+    counter = CallCounter(sampling.around(teacher))
+    with progress(n, desc="teacher samples") as bar:
+        began = time.perf_counter()
+        z = sample_teacher(
+            counter,
+            n,
+            solver=sampling.solver,
+            grid=sampling.levels(teacher),
+            path=sampling.path_for(teacher),
+            conditioning=conditioning,
+            seed=seed,
+            batch=batch,
+            device=device,
+            on_batch=bar.update,
+        )
+        with torch.no_grad():
+            x = decode_samples(teacher, z, device=device)
+        seconds = time.perf_counter() - began
+    # A solver that chooses its own steps may take more of them for one batch than for another.
+    calls = round(counter.calls / math.ceil(n / batch))
+    return SampleResult(x, labels_of(conditioning), calls, 1000 * seconds / n)

@@ -16,8 +16,8 @@ from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.solvers import find_solver
 from distmatch.nets.build import build_net
-from distmatch.training.assess import draw_teacher
 from distmatch.training.options import TrainOptions
+from distmatch.training.sampling import draw_teacher
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/solvers-and-guidance.md").read_text()

@@ -25,10 +25,10 @@ from distmatch.methods.transport.semi_discrete import (
     cell_values,
     nearest_seams,
 )
-from distmatch.training.assess import draw_student
 from distmatch.training.checkpoint import pack
 from distmatch.training.options import DistillOptions, RunOptions
 from distmatch.training.prepare import prepare_distillation
+from distmatch.training.sampling import draw_student
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import batch, distiller, network_teacher
 

@@ -18,14 +18,14 @@ from distmatch.methods.student import Student
 from distmatch.metrics import plan, resolve_features
 from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.metrics.features import Features
-from distmatch.training.assess import SampleResult, asked_of, assess, npz_bytes, plain, write_assessment
 from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.comparison.stats import Measured
+from distmatch.training.evaluation import asked_of, measure_samples, npz_bytes, plain, write_evaluation
 from distmatch.training.known_data import known_data
 from distmatch.training.models import Model, open_model
 from distmatch.training.prepare import check_fit
 from distmatch.training.runfolder import RunFolder
-from distmatch.training.sampling import Sampling
+from distmatch.training.sampling import SampleResult, Sampling
 
 _WARM = 64  # samples of a first call, which pays for memory and threads and is not part of a model's speed
 
@@ -72,7 +72,7 @@ class Bench:
 
     def baseline(self, folder: RunFolder) -> dict[str, dict[str, Any]]:
         """Measures real data and the teacher, and writes their samples; the JSON form of both."""
-        found, drawn = assess(
+        found, drawn = measure_samples(
             self.data,
             {"teacher": lambda count, asked: self.draw(self.teacher)},
             asked=self.asked,
@@ -112,7 +112,7 @@ class Bench:
         speed = {"nfe": drawn.nfe, "seconds_per_1000": drawn.seconds_per_1000}
         metrics: dict[str, dict[str, Any]] = {**others, "student": {**speed, **found.estimates}}
         save_tensors(folder.path / "replicates.safetensors", found.replicates)
-        write_assessment(
+        write_evaluation(
             folder, metrics, {"student": drawn}, self.data.scaling, self.settings(), self.data.class_names
         )
         return plain(metrics)["student"]
