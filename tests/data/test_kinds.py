@@ -94,7 +94,7 @@ def test_a_wrong_word_in_a_file_and_mirrored_sequences_are_refused(tmp_path: Pat
     with pytest.raises(UserError, match="did you mean sequence"):
         load_data(tmp_path / "w.npz")
     data = from_arrays(walks, kind="sequence")
-    with pytest.raises(UserError, match="which holds sequences"):
+    with pytest.raises(UserError, match="sequences"):
         data.batch(torch.arange(2), flip=torch.ones(2, dtype=torch.bool))
     with pytest.raises(UserError, match="--flip mirrors images"):
         dm.train(data, steps=1, batch=4, flip=True, quiet=True)
