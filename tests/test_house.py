@@ -1,4 +1,4 @@
-"""The structure: rooms import only from rooms above them, importing is cheap, proofs name their tests."""
+"""The structure: packages import only from those above, importing is cheap, proofs name their tests."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ ROOMS = [
 ]
 
 
-# Files that import modules by names that only a run knows. Each with the reason why no room is reached so.
+# Files that import modules by names known only at run time, with the reason why no package is reached so.
 BY_NAME = {
     "cli/main.py": "the verbs of its own table, which is read here",
     "interop/optional.py": "optional packages, none of ours",
@@ -56,7 +56,7 @@ def imported_modules(source: str, package: str) -> set[str]:
                 parts = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parts, base] if base else parts)
             by_name |= any(a.name in _IMPORTERS for a in node.names)
-            # `from distmatch import x`: a room, or a public name, which is of the package as a whole.
+            # `from distmatch import x`: a package, or a public name, which belongs to distmatch as a whole.
             found |= {f"{base}.{a.name}" for a in node.names} if base == "distmatch" else {base}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -105,7 +105,7 @@ def test_every_way_to_import_is_seen(source, modules):
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_from_rooms_above_it(room):
+def test_a_package_imports_only_from_packages_above_it(room):
     place = PACKAGE / room
     files = list(place.glob("**/*.py")) if place.is_dir() else [PACKAGE / f"{room}.py"]
     assert files

@@ -117,7 +117,7 @@ def test_the_order_of_samples_and_parts_of_a_batch_change_nothing(data: dm.Datas
 
 def test_teacher_and_student_are_measured_under_the_conditions_of_the_data(data: dm.Dataset) -> None:
     student = dm.distill(teacher(), data, method="sid", steps=5, batch=16, quiet=True)
-    with pytest.raises(UserError, match="must be told what its samples are conditioned on"):
+    with pytest.raises(UserError, match="needs the conditioning of its samples"):
         student.sample(4)
     metrics = dm.evaluate(student, data, n=100)
     assert 0 <= metrics["fd"].value < 1e3

@@ -170,8 +170,8 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             head = handle.read(9)
     except OSError as error:
         raise UserError(f"cannot open {file}", got=error.strerror, expected="a safetensors file") from error
-    # A safetensors file begins with the length of its header, which can look like a pickle's first bytes, and
-    # goes on with the header's opening brace, which a pickle does not have there.
+    # A safetensors file begins with the length of its header, which can look like a pickle's first bytes,
+    # followed by the header's opening brace, which a pickle does not have there.
     if head[8:] != b"{" and any(head.startswith(magic) for magic in _PICKLE_HEADS):
         raise UserError(
             f"{file} is a pickle or a torch zip archive and was not opened",

@@ -149,7 +149,7 @@ def _title(kind: type, name: str) -> str:
 
 
 def _word(hint: Any) -> str:
-    """What stands for the value of an option."""
+    """The placeholder for the value of an option."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is Annotated:
         return _word(parts[0])
@@ -184,6 +184,6 @@ def _flag(name: str) -> str:
 
 
 def asked_for(argv: Iterable[str]) -> str | None:
-    """Which help is asked for: ``--help``, ``--help-all``, or None."""
+    """The requested help: ``--help``, ``--help-all``, or None."""
     found = {"--help" if a == "-h" else a for a in argv} & {"--help", "--help-all"}
     return max(found, default=None)

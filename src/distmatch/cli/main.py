@@ -103,7 +103,7 @@ def _failure(error: BaseException, verb: str) -> tuple[str, dict[str, str], int]
         return str(theirs), theirs.parts, 2
     if isinstance(error, KeyboardInterrupt):
         code = 143 if isinstance(error, Terminated) else 130
-        if error.args:  # a run on disk: the command that goes on with it
+        if error.args:  # a run on disk: the command that continues it
             what, fix = "interrupted", str(error.args[0])
             return f"{what}; {fix}", {"what": what, "fix": fix}, code
         left = "nothing was written" if verb in _RUNS else "no incomplete file is left"

@@ -51,7 +51,7 @@ def refusal(
     """The error behind a parser that gave up.
 
     Args:
-        stop: The exit that the parser raised. A message of ours that was raised while options were built
+        stop: The exit that the parser raised. A distmatch error that was raised while options were built
             stands in its context, and is taken as it is.
         printed: What the parser wrote to stderr: boxes of lines, divided by rules.
         verb: The verb whose help is pointed to.

@@ -204,7 +204,7 @@ def run_or_resume(prepare: Callable[[bool], Job], place: Place, folder: RunFolde
     """One stage of a larger job: carried out, or taken up where it was left.
 
     Args:
-        prepare: Builds the job; told whether it starts at step 0.
+        prepare: Builds the job; its argument is whether it starts at step 0.
         place: The stage's folder. With ``resume``, a stage that was not started is started.
         folder: The open run folder, when the caller holds it already.
     """

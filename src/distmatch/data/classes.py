@@ -231,7 +231,7 @@ def checked_conditioning(
     if given is None:
         if set(spec) - {LABEL}:
             raise UserError(
-                "this model must be told what its samples are conditioned on",
+                "this model needs the conditioning of its samples",
                 got="no condition",
                 expected=f"values of {', '.join(spec)}",
                 fix="pass a distmatch.Conditioning, for samples without a condition "

@@ -86,7 +86,7 @@ def _euler(
     """One step of the SDE in the direction of ``step``."""
     e = diffusion(t) if callable(diffusion) else torch.full_like(t, diffusion)
     gamma = interpolant.at(t).gamma
-    # e / gamma, and 0 where the diffusion is switched off: a score that does not exist is not asked for.
+    # e / gamma, and 0 where the diffusion is switched off: a score that does not exist is not evaluated.
     pull = torch.where(e > 0, e / gamma.clamp_min(torch.finfo(t.dtype).tiny), 0.0)
     shape = (-1, *([1] * (x.ndim - 1)))
     drift = abs(step) * pull.reshape(shape) * noise(x, t)

@@ -1,4 +1,4 @@
-"""Transport on the line: many pairs of weighted samples at once, by sorting."""
+"""Optimal transport in one dimension: many pairs of weighted samples at once, by sorting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def checked_order(p: float) -> float:
 
 
 def _sorted(values: Tensor, want_order: bool, *, runs: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Rows in ascending order and, where asked for or needed by autograd, the permutation."""
+    """Rows in ascending order and, if requested or needed by autograd, the permutation."""
     graph = torch.is_grad_enabled() and values.requires_grad
     if values.device.type != "cpu":
         ordered, order = values.sort(dim=1)
@@ -139,7 +139,7 @@ def line_distances(u: Tensor, v: Tensor, measures: Measures, p: float) -> Tensor
 def wasserstein_1d(
     x: Tensor, y: Tensor, *, p: float = 2.0, a: Tensor | None = None, b: Tensor | None = None
 ) -> Tensor:
-    """The Wasserstein distance W_p between two samples on the line, exact.
+    """The Wasserstein distance W_p between two one-dimensional samples, exact.
 
     Args:
         x: Samples (n,) or (n, 1).

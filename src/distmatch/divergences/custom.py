@@ -133,7 +133,7 @@ def custom(
     searched = float(centered_slope(torch.tensor([reach], dtype=torch.float64)))
 
     def conjugate(t: Tensor) -> Tensor:
-        # Beyond the searched range the supremum is out of sight: larger than anything that can be told.
+        # Beyond the searched range the supremum is unknown: it is larger than any computed value.
         unseen = (t > searched) if math.isinf(at_infinity) else torch.zeros_like(t, dtype=torch.bool)
         return torch.where(unseen, torch.full_like(t, math.inf), search(t))
 

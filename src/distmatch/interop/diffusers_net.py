@@ -72,7 +72,7 @@ class DiffusersNet(nn.Module):
             raise UserError(
                 "null_class is no class of this network", got=null_class, expected=f"0 to {rows - 1}"
             )
-        # A last class that means "none" is not one that samples can be asked for.
+        # A last class that means "none" cannot be requested for samples.
         self.num_classes = count - 1 if null_class is not None and null_class == count - 1 else count
         self.features = tuple(default_features(model) if features is None else features)
         for name in self.features:

@@ -18,7 +18,7 @@ from distmatch.interop.diffusers_net import DiffusersNet
 from distmatch.interop.diffusers_schedule import EDM, FLOW, ends_in_noise
 from distmatch.interop.optional import import_diffusers
 
-# How a scheduler samples: the steps that it takes and what it clips on the way. A network does not know them.
+# Options of the sampler: its steps and its clipping. They do not affect the network.
 _SAMPLING = {
     "clip_sample": False,
     "thresholding": False,
@@ -79,7 +79,7 @@ class _Question:
             if plan.config.get("algorithm_type") != "deis":
                 return found
             return (self.noised - self.scales[1] * found) / self.scales[0]  # this one returns the noise
-        if hasattr(plan, "_get_prev_sample"):  # PNDM: a step to where nothing is left of the noise
+        if hasattr(plan, "_get_prev_sample"):  # PNDM: a step to sigma 0
             return plan._get_prev_sample(self.noised, int(self.time), -1, value)
         time = self.time if hasattr(plan, "sigmas") else int(self.time)
         return plan.step(value, time, self.noised).pred_original_sample
@@ -134,7 +134,7 @@ class DiffusersReference:
             warnings.simplefilter("ignore", DeprecationWarning)
             plan.set_timesteps(int(plan.config.num_train_timesteps))
         times = plan.timesteps.tolist()
-        # Between two times of a second-order scheduler stand levels for its own use.
+        # Between two times a second-order scheduler has noise levels for internal use.
         usable = [i for i in range(0, len(times), 2 if hasattr(plan, "sigmas_interpol") else 1)]
         if ends_in_noise(plan):
             usable = [i for i in usable if times[i] < times[0]]

@@ -15,7 +15,7 @@ from distmatch.base.errors import UserError, cause, unknown_name
 from distmatch.diffusion.paths import NoisePath, condot, discrete_path
 from distmatch.interop.times import Scaled
 
-# All of these share the noise rates and the prediction types of DDPM; they differ in how they sample only.
+# All of these share the noise rates and the prediction types of DDPM; only their samplers differ.
 DISCRETE = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -183,7 +183,7 @@ def _discrete(scheduler: Any, config: Any) -> Schedule:
             fix="check beta_start, beta_end and trained_betas in scheduler_config.json",
         )
     if ends_in_noise(scheduler):
-        # A last level of pure noise has no place in a frame that divides by alpha.
+        # A last noise level of pure noise is not possible in a convention that divides by alpha.
         squares = squares[:-1]
         if kind == "epsilon":
             raise UserError(

@@ -155,7 +155,7 @@ class Portable(nn.Module):
         self.student = own.cpu().float().eval().requires_grad_(False)
         self.draws, self.conditional = student.draws, student.num_classes > 0
         denoiser = self.student.denoiser
-        # The same student, and one that goes its way from call to call but makes the calls below.
+        # The same student, and one with the same sampler but the steps below.
         self.plain = copy.copy(self.student)
         if not isinstance(getattr(denoiser, "net", None), nn.Module):
             return  # a module that is a denoiser itself has no part that does not depend on the level

@@ -63,7 +63,7 @@ class _Storage:
 
 
 class _Reading:
-    """One file: what its names stand for, and what it may still ask for.
+    """One file: the meaning of its names, and its remaining budget.
 
     Args:
         budget: The latter.
@@ -88,7 +88,7 @@ class _Reading:
         self._found: dict[str, Any] = {}
 
     def find(self, name: str) -> Any:
-        """What a name stands for."""
+        """The meaning of a name."""
         if name in _STORAGES:
             return _STORAGES[name]
         if name in _DTYPE_NAMES:
@@ -104,7 +104,7 @@ class _Reading:
         )
 
     def find_storage(self, name: str) -> Any:
-        """What a name inside of a tensor's own bytes stands for: the kind of its numbers."""
+        """The meaning of a name inside a tensor's own bytes: the kind of its numbers."""
         if name not in _STORAGES:
             self.find(name)  # what is no part of a network is refused with that message
             raise Damaged(f"{name[:200]} instead of a kind of storage")
@@ -184,7 +184,7 @@ class _Reading:
         return storage
 
 
-# Classes without a package of their own that stand where a class is asked for.
+# Built-in classes that occur where a class is requested.
 _BARE = frozenset(
     {"builtins.object", "__builtin__.object", "builtins.slice", "__builtin__.slice"}
     | {"copyreg._reconstructor", "copy_reg._reconstructor"}

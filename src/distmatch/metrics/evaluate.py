@@ -31,7 +31,7 @@ from distmatch.metrics.video import video_estimates
 
 _NAMES = ("fd", "kid", "precision", "recall", "density", "coverage", "vendi")
 _HALVED = ("precision", "recall", "density", "coverage")
-_FAR_OUT = 0.05  # how far value and error may leave [0, 1]: near its ends that is no reason for doubt
+_FAR_OUT = 0.05  # how far value and error may exceed [0, 1]: near its ends this is acceptable
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Evaluation:
     Attributes:
         estimates: As :func:`evaluate` gives them.
         replicates: By metric (2 blocks, R): the value on the whole block, then those on parts of it. Two
-            models that were asked for the same labels from the same latents have the same samples left out
-            in the same column, so that differences of replicates give the error of the difference.
+            models that were sampled with the same labels from the same initial noise have the same samples
+            left out in the same column, so that differences of replicates give the error of the difference.
     """
 
     estimates: dict[str, Estimate]

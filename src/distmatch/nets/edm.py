@@ -134,7 +134,7 @@ class EDMDenoiser(SamplingMixin, nn.Module):
                 fix="add the channel axis of grey images, or load the model that belongs to this data",
             )
         dtype = at_least_float32(x)
-        # One level for the whole batch is accepted too.
+        # One noise level for the whole batch is accepted too.
         sigma = sigma.to(dtype).reshape(-1).expand(x.shape[0])
         level = expand(sigma, x)
         variance = level**2 + self.sigma_data**2
@@ -151,7 +151,7 @@ class EDMDenoiser(SamplingMixin, nn.Module):
                 )
             return noise_coordinate(sigma, self.noise_unit)
         to = torch.zeros_like(sigma) if to is None else to.to(sigma.dtype).reshape(-1).expand(sigma.shape)
-        # Smooth in the level, and finite at 0: below sigma_min there is nothing more to tell apart.
+        # Smooth in the noise level, and finite at 0: below sigma_min the input is nearly constant.
         levels = (sigma, (to**2 + self.sigma_min**2).sqrt())
         return torch.stack([noise_coordinate(level, self.noise_unit) for level in levels], 1)
 

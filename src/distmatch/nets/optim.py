@@ -62,7 +62,7 @@ def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Clips the gradient (``max_norm`` 0: leaves it alone), steps, clears it; returns the norm before."""
     parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # A CPU can look at the norm for nothing; elsewhere that would wait for the device.
+    # On a CPU reading the norm is free; elsewhere it would synchronize with the device.
     if max_norm > 0 and (norm.device.type != "cpu" or norm > max_norm):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     optimizer.step()

@@ -118,7 +118,7 @@ class RatioNormalizer:
         raw = log_r.detach().float().clamp(-self.RAW_LIMIT, self.RAW_LIMIT)
         for total in self._sums.values():
             total.mul_(cfg.kept(len(raw)))
-        # Whether the batches before this one hold enough for a mean of their own.
+        # Whether the earlier batches have enough samples for their own mean.
         seen = self.count.sum()
         known = seen >= cfg.min_count
         before = self._log_means()

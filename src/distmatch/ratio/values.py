@@ -66,7 +66,7 @@ def divergence_from_ratio(
             return div.dual().df(-log_r)  # f(r) - r f'(r), without cancellation
 
         parts = [mean_estimate(div.df(on_p)), mean_estimate(q_part(on_q))]
-        # What the other sample says about the part of each mean that lies beyond the range of its own sample.
+        # The other sample's estimate of the part of each mean beyond the range of its own sample.
         beyond_q = (q_part(on_p).abs() * (-on_p).exp())[on_p > on_q.max()].sum().item() / len(on_p)
         beyond_p = (div.df(on_q).abs() * on_q.exp())[on_q < on_p.min()].sum().item() / len(on_q)
         if beyond_q + beyond_p > math.hypot(parts[0].stderr, parts[1].stderr):

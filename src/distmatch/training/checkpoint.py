@@ -198,7 +198,7 @@ def load_checkpoint(
         The step and the tree.
 
     Raises:
-        UserError: There is none, or the one asked for is damaged, or all are.
+        UserError: There is none, or the requested one is damaged, or all are.
     """
     parent = Path(folder)
     if (parent / "state.json").exists() or _STEP.fullmatch(parent.name):
@@ -239,7 +239,7 @@ def load_checkpoint(
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is the folder of a checkpoint of ours, whole or not."""
+    """Whether ``path`` is the folder of a distmatch checkpoint, complete or not."""
     try:
         state = read_json(Path(path) / "state.json")
     except UserError:

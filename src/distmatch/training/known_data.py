@@ -95,7 +95,7 @@ def without_data(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seen_by(data: Dataset, about: Mapping[str, Any], num_classes: int, whose: str) -> Dataset:
-    """Data as a model knows them: its numbers for the classes, its scaling for columns of vectors.
+    """Data with the class numbers of a model, and its scaling for columns of vectors.
 
     Args:
         data: The data.
@@ -104,7 +104,7 @@ def seen_by(data: Dataset, about: Mapping[str, Any], num_classes: int, whose: st
         whose: Who the model is, for messages: ``the teacher``.
 
     Raises:
-        UserError: The data have classes that the model does not know, or other columns.
+        UserError: The data have classes that the model does not have, or other columns.
     """
     data = matched(data, Classes.from_dict(about, num_classes).names, num_classes, whose)
     if data.columns and about.get("columns"):
@@ -128,7 +128,7 @@ def check_same_classes(one: Any, other: Any, who: str) -> None:
 
     Args:
         one: A model in memory.
-        other: Another one, which is asked for the same classes.
+        other: Another one, which samples the same classes.
         who: Who they are, for the message.
 
     Raises:

@@ -59,8 +59,8 @@ class Objective:
                 return min_snr_weight(sigma, self.gamma)
             case "x0":
                 return torch.ones_like(sigma)
-        # Unweighted, the score's loss grows as 1 / sigma^4: all of it comes from the smallest levels. As
-        # in Song et al. (2021) it is taken times sigma^2, which is the loss of the noise.
+        # Unweighted, the score's loss grows as 1 / sigma^4: the smallest noise levels dominate it. As in Song
+        # et al. (2021) it is multiplied by sigma^2, which is the loss of the noise.
         target = "eps" if self.prediction == "score" else self.prediction
         return target_weight(target, self.path, sigma)
 

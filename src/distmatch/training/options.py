@@ -41,9 +41,9 @@ class NetOptions:
     """Dropout while training (mlp, unet)."""
 
     def settled(self, shape: Sequence[int], device: str) -> NetOptions:
-        """The same options with ``auto`` replaced by what it stands for.
+        """The same options with ``auto`` replaced by its value.
 
-        A run that goes on elsewhere, or with other defaults, so goes on with its network.
+        A run that is resumed elsewhere, or with other defaults, then keeps its network.
 
         Args:
             shape: Shape of one sample.

@@ -78,7 +78,7 @@ def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     _refuse_unfinished(path)
     denoiser, info = load_denoiser(path, network, base)
     remember(denoiser, info.get("data") or {})
-    # Guidance reads it: a network that was never shown a sample without its label has no use for "no class".
+    # Read by guidance: a network trained without label dropout has no unconditional prediction.
     denoiser.saw_no_class = info.get("label_dropout", 0.1) != 0
     return denoiser, info
 

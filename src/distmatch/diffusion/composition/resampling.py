@@ -30,6 +30,6 @@ def systematic_indices(log_w: Tensor, u: Tensor) -> Tensor:
     """
     k = log_w.shape[-1]
     edges = log_w.softmax(-1).cumsum(-1)
-    edges = edges / edges[:, -1:]  # rounding must not leave the last slots without a particle
+    edges = edges / edges[:, -1:]  # rounding must not leave the last slots empty
     points = (torch.arange(k, dtype=log_w.dtype, device=log_w.device) + u.to(log_w)[:, None]) / k
     return torch.searchsorted(edges, points, right=True).clamp_max(k - 1)

@@ -134,7 +134,7 @@ class Guidance(SamplingMixin, Wrapper):
         if guidable is False or self.interval is None:
             return guidable
         inside = (sigma > self.interval[0]) & (sigma <= self.interval[1])
-        if inside.device.type == "cpu":  # elsewhere a look at the values would wait for the device
+        if inside.device.type == "cpu":  # elsewhere reading the values would synchronize with the device
             if not bool(inside.any()):
                 return False
             if bool(inside.all()):

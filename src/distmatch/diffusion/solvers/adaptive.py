@@ -73,7 +73,7 @@ class RK45(Solver):
             return run.eps(state, level).double().cpu().numpy().reshape(-1)
 
         share = 1 / math.sqrt(len(y))
-        # Below 100 epsilon SciPy raises the relative tolerance itself, and says so.
+        # Below 100 epsilon SciPy raises the relative tolerance itself, with a warning.
         rtol = max(self.rtol * share, 100 * np.finfo(float).eps)
         # A single point has no spread; the level where the step ends is the finest thing to see then.
         atol = self.atol * share * (run.sigma_data or min(start, end))

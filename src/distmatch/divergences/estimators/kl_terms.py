@@ -83,7 +83,7 @@ def kl_estimate(log_p: Tensor, log_q: Tensor, term: Term = "k3") -> Estimate:
     if term == "k1":
         return Estimate(value, mean_error(terms), len(terms), few_warning(terms))
     if term == "k3":
-        # k3 is k1 + (r - 1): where no sample shows the tail of r, it is too low by 1 and looks calm.
+        # k3 is k1 + (r - 1): if the samples miss the tail of r, it is too low by 1 without visible symptoms.
         log_r = (log_p - log_q).detach().double()
         excess = torch.expm1(log_r.clamp(max=700.0))
         stderr, warning = judged(terms, *both_tails(log_r, lambda x: exp_excess(x) - value))

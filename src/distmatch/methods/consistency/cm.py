@@ -87,7 +87,7 @@ class PairTerm:
                 steps=settings.solver_steps,
             )
         with torch.no_grad():
-            # At level 0 a consistency function is the identity, whatever the network says.
+            # At sigma 0 a consistency function is the identity, for any output of the network.
             safe = torch.where(lower > 0, lower, sigma)
             target = where_needed(lower > 0, student, below, below, safe, conditioning)
         loss = consistency_loss(student(y, sigma, conditioning), target, sigma, lower, self._c)

@@ -45,9 +45,9 @@ class AverageVelocityTerm:
     def __post_init__(self) -> None:
         cfg = self.context.settings
         self._guided = guided_teacher(self.context)
-        self._how = choose_derivative(cfg.tangent, None)  # networks of two levels are ours
+        self._how = choose_derivative(cfg.tangent, None)  # networks with two noise levels are built-in
         self._levels = training_levels(self.context, self.context.settings)
-        # Far below sigma_min there is nothing to tell from the data itself.
+        # Far below sigma_min there is no difference from the data.
         self._lower = self.context.log_normal(cfg.to_mean, cfg.to_std, 0.0, self.context.first_sigma).sample
 
     def notes(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.methods.consistency.direct import Draws
 
-_RHO = 7.0  # the levels between two are even in sigma^(1/7), as Karras et al. (2022) sample
+_RHO = 7.0  # the noise levels between two are uniform in sigma^(1/7), as in Karras et al. (2022)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def derivative_along(
         if how == "difference":
             return _difference(denoiser, x, sigma, dx, dsigma, conditioning, further)
         try:
-            # The fused attention kernels know no forward mode; the plain one does.
+            # The fused attention kernels do not support forward mode; the math kernel does.
             with sdpa_kernel(SDPBackend.MATH):
                 found = jvp(lambda y, s: denoiser(y, s, conditioning, **further), (x, sigma), (dx, dsigma))
                 return found[0], found[1]

@@ -124,7 +124,7 @@ class ChainMMD:
             if self.of_network and "feature_mean" not in state.memory:
                 spread = real.std(0)
                 state.memory["feature_mean"] = real.mean(0)
-                # Activations that hardly vary must not be blown up to unit spread.
+                # Activations that hardly vary must not be scaled up to unit variance.
                 state.memory["feature_spread"] = spread.clamp_min(1e-3 * spread.square().mean().sqrt())
             real = self._scaled(state, real)
         with torch.set_grad_enabled(whole):
@@ -152,7 +152,7 @@ class ChainMMD:
             x = student.start(noise)
             x0 = call(x, 0)
             for index in range(1, student.nfe):
-                x = student.advance(x, x0, noise, index)  # of DDIM: the noise does not enter again
+                x = student.advance(x, x0, noise, index)  # of DDIM: no further noise
                 x0 = call(x, index)
         return self._scaled(state, self._raw(x0, conditioning))
 

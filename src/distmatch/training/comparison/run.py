@@ -36,7 +36,7 @@ class Prepared:
     """A comparison that nothing speaks against, before its folder is touched.
 
     Attributes:
-        options: What was asked for.
+        options: The requested options.
         entries: The methods by name.
         teacher: Used instead of the teacher that the options name.
         data: Used instead of the data that they name.
