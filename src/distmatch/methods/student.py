@@ -36,7 +36,7 @@ class Student(nn.Module):
         denoiser: The network.
         sigmas: Decreasing noise levels, one for each call.
         info: What was distilled how; kept in the saved model's config.
-        chain: How it goes from call to call.
+        sampler: How a further step starts from the result of the one before.
         gamma: Share of fresh noise between jumps, in [0, 1].
         transport: A map from noise to stored samples of the teacher at the first sigma, where sampling then
             starts (DPM-OT).
