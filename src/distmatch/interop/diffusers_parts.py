@@ -48,10 +48,10 @@ def check_components(root: Path) -> None:
     Raises:
         UserError: It has another part, or reads text.
     """
-    index, listed = _index(root)
+    index, listed = parts_of(root)
     stored = {file.parent.name for file in root.glob(f"*/{CONFIG}")}
     unread = sorted((listed | stored) - {*NETWORKS, *DECODERS, "scheduler"})
-    if any(name.startswith(_TEXT) for name in unread):
+    if any(is_text_part(name) for name in unread):
         raise UserError(
             f"{root} contains a pipeline that is conditioned on text or images, which is not supported",
             got=f"{str(index.get('_class_name', 'a pipeline'))[:80]} with {', '.join(unread)[:200]}",
@@ -74,7 +74,7 @@ def decoder_folder(root: Path) -> Path | None:
         UserError: It has one that is not there: its samples would be latents, and look like small pictures.
     """
     place = part(root, DECODERS, CONFIG, alone=False)
-    missing = sorted(_index(root)[1] & {*DECODERS})
+    missing = sorted(parts_of(root)[1] & {*DECODERS})
     if place is None and missing:
         raise UserError(
             f"{root} lists an autoencoder that is not in it",
@@ -84,11 +84,16 @@ def decoder_folder(root: Path) -> Path | None:
     return place
 
 
-def _index(root: Path) -> tuple[dict[str, Any], set[str]]:
+def parts_of(root: Path) -> tuple[dict[str, Any], set[str]]:
     """The index of a pipeline, and the names of the parts that it lists."""
     index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
     index = index if isinstance(index, dict) else {}
     return index, {n for n, v in index.items() if isinstance(v, list) and len(v) == 2 and v != [None, None]}
+
+
+def is_text_part(name: str) -> bool:
+    """Whether a part of a pipeline reads what it is conditioned on: text or images."""
+    return name.startswith(_TEXT)
 
 
 _WRAP = (
@@ -111,7 +116,7 @@ def load_network(folder: Path) -> Any:
             expected=" or ".join(MODELS),
             fix=_WRAP,
         )
-    return _load(folder, name)
+    return load_component(folder, name)
 
 
 def load_autoencoder(folder: Path) -> Any:
@@ -130,7 +135,7 @@ def load_autoencoder(folder: Path) -> Any:
             expected=" or ".join(AUTOENCODERS),
             fix="vae=False omits it: the samples are then its latents",
         )
-    return _load(folder, name)
+    return load_component(folder, name)
 
 
 def load_scheduler(folder: Path) -> Any:
@@ -235,7 +240,7 @@ def _built(name: str, config: dict[str, Any], device: str, source: str) -> Any:
         raise UserError(f"diffusers cannot build the network of {source}", got=cause(error)) from error
 
 
-def _load(folder: Path, name: str) -> Any:
+def load_component(folder: Path, name: str) -> Any:
     """A model of diffusers from safetensors, in float32."""
     files = sorted(f.name for f in folder.iterdir())
     safe = [f for f in files if f.endswith(".safetensors")]
@@ -258,11 +263,13 @@ def _load(folder: Path, name: str) -> Any:
     try:
         # It fills the network with random numbers first; those of the caller stay as they were.
         with torch.random.fork_rng(devices=[]):
-            model, found = getattr(import_diffusers(), name).from_pretrained(
+            kind = getattr(import_diffusers(), name)
+            model, found = kind.from_pretrained(
                 folder,
                 use_safetensors=True,
                 local_files_only=True,
-                low_cpu_mem_usage=False,
+                # diffusers insists on it for classes that keep some modules in float32.
+                low_cpu_mem_usage=bool(getattr(kind, "_keep_in_fp32_modules", None)),
                 variant=variant,
                 torch_dtype=torch.float32,
                 output_loading_info=True,

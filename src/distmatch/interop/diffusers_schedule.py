@@ -89,7 +89,7 @@ def _understood(name: str, scheduler: Any, config: Any) -> Schedule:
             raise UserError("schedulers with invert_sigmas are not supported", fix="use dm.as_denoiser")
         steps = float(config.num_train_timesteps)
         return Schedule("flow", condot(t_min=1 / steps, t_max=1 - 1 / steps), "flow", Scaled(steps))
-    return _discrete(scheduler, config)
+    return discrete_schedule(scheduler, config)
 
 
 # Schedulers of other conventions, and the path that a network of theirs is on.
@@ -153,7 +153,8 @@ def ends_in_noise(scheduler: Any) -> bool:
     return flag or float(scheduler.alphas_cumprod[-1]) == 0.0
 
 
-def _discrete(scheduler: Any, config: Any) -> Schedule:
+def discrete_schedule(scheduler: Any, config: Any) -> Schedule:
+    """What a scheduler with the noise rates of DDPM says, ``alphas_cumprod``."""
     kind = config.prediction_type
     if config.get("use_flow_sigmas") or kind == "flow_prediction":
         raise UserError(

@@ -1,0 +1,405 @@
+"""The contract between a pipeline and its network, fitted to traces: what arguments are, what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import LABEL, Conditioning, ConditioningSpec, FieldSpec
+from distmatch.interop.pipelines.trace import Call, Trace, stacked
+
+LENGTH = ".length"  # the field of the numbers of rows of one that the network receives as a list
+_EXACT = 1e-5  # relative, for tensors that are copies of each other but for a factor
+_NEAR_INTEGER = 1e-3  # float32 at 1000 is coarser than this by a factor of 10
+
+
+@dataclass(frozen=True)
+class TimeMap:
+    """The time that the network receives: ``scale * (factor t) + offset`` for the time t of our path.
+
+    Attributes:
+        scale: The network's times a unit of the scheduler's.
+        offset: Its time at the scheduler's 0.
+        factor: The scheduler's times a unit of the path's.
+        whole: Whether the scheduler rounds its time down to an integer.
+    """
+
+    scale: float
+    offset: float
+    factor: float = 1.0
+    whole: bool = False
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """The network's time."""
+        tau = self.factor * t
+        return self.scale * ((tau + _NEAR_INTEGER).floor() if self.whole else tau) + self.offset
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How a pipeline calls its network.
+
+    Attributes:
+        sample: The argument that is the noised sample.
+        sample_shape: Its shape without the batch.
+        listed: Whether it is a list of samples.
+        shape: Shape of a sample as the scheduler has it: the space of the denoiser.
+        time: The argument that is the time.
+        time_shape: Its shape without the batch; () for one number a sample.
+        scale, offset: The affine map from the scheduler's time to it.
+        fields: What belongs to a sample, by argument; dots lead into dictionaries.
+        lists: Those of the fields that are passed as a list, a tensor for each sample.
+        numbers: Those that are passed as a list of integers.
+        repeated: Arguments that are lists of the same thing for each sample.
+        constants: All other arguments.
+        output: What the scheduler receives: "as it is", "negated", "first half of channels", ...
+    """
+
+    sample: str
+    sample_shape: tuple[int, ...]
+    listed: bool
+    shape: tuple[int, ...]
+    time: str
+    time_shape: tuple[int, ...]
+    scale: float
+    offset: float
+    fields: ConditioningSpec
+    lists: tuple[str, ...]
+    numbers: tuple[str, ...]
+    repeated: Mapping[str, Any] = field(repr=False)
+    constants: Mapping[str, Any] = field(repr=False)
+    output: str
+
+    def __call__(self, module: nn.Module, x: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """A call of the network: x (B, *shape), its time t (B,), the fields; what the scheduler receives."""
+        flat: dict[str, Any] = {name: _on(value, x) for name, value in self.constants.items()}
+        flat |= {name: [value] * len(x) for name, value in self.repeated.items()}
+        for name, value in conditions.items():
+            if name in self.lists:
+                lengths = conditions[name + LENGTH].tolist()
+                flat[name] = [row[:n] for row, n in zip(value, lengths, strict=True)]
+            elif name in self.numbers:
+                flat[name] = value.tolist()
+            elif not name.endswith(LENGTH):
+                flat["class_labels" if name == LABEL else name] = value
+        given = x.reshape(len(x), *self.sample_shape)
+        flat[self.sample] = list(given) if self.listed else given
+        flat[self.time] = t.reshape(-1, *[1] * len(self.time_shape)).expand(len(x), *self.time_shape)
+        return prediction_of(module(**nested(flat)), self.output, x.shape)
+
+    def conditioning(self, arguments: Mapping[str, Any]) -> Conditioning:
+        """The fields among the arguments that a pipeline gave its network."""
+        flat = flattened(arguments)
+        found: dict[str, Tensor] = {}
+        for name in self.fields:
+            if name.endswith(LENGTH) and name.removesuffix(LENGTH) in self.lists:
+                continue
+            value = flat["class_labels" if name == LABEL else name]
+            if name in self.lists:
+                found |= padded(name, value)
+            else:
+                found[name] = torch.as_tensor(value)
+        return Conditioning(found)
+
+
+def fit_contract(traces: Sequence[Trace], num_classes: int = 0) -> Contract:
+    """The contract that explains all calls of traces of different batch sizes.
+
+    Args:
+        traces: Two or more, of different numbers of prompts, each of three or more steps.
+        num_classes: Classes of a network with an argument ``class_labels``.
+
+    Raises:
+        UserError: None does; with what was seen.
+    """
+    calls = [call for trace in traces for call in trace.calls]
+    flat = [flattened(call.arguments) for call in calls]
+    names = {frozenset(values) for values in flat}
+    if len(names) > 1:
+        raise _unexplained("the network does not receive the same arguments in all steps", _names(names))
+    shapes = {tuple(call.sample.shape[1:]) for call in calls}
+    if len(shapes) != 1:
+        raise _unexplained("the samples of a pipeline change their shape from step to step", str(shapes))
+    sample = _sample_argument(flat, calls)
+    varying = [name for name in flat[0] if name != sample and _varies(traces, name)]
+    if len(varying) != 1:
+        got = ", ".join(varying) or "nothing but the sample"
+        raise _unexplained(
+            "one argument of the network should be its time", f"changing from step to step: {got}"
+        )
+    time = varying[0]
+    scale, offset = _affine(time, flat, calls)
+    told, like = _tensor(flat[0][time]), stacked(flat[0][sample])
+    rows = len(calls[0].sample)
+    others: dict[str, list[Any]] = {
+        name: [flattened(trace.calls[0].arguments)[name] for trace in traces]
+        for name in flat[0]
+        if name not in (sample, time)
+    }
+    kinds = _Kinds(num_classes)
+    for name, values in others.items():
+        kinds.add(name, values, [len(trace.prompts) for trace in traces])
+    return Contract(
+        sample=sample,
+        sample_shape=() if like is None else tuple(like.shape[1:]),
+        listed=not isinstance(flat[0][sample], Tensor),
+        shape=shapes.pop(),
+        time=time,
+        time_shape=tuple(told.shape[1:]) if told.ndim and len(told) == rows else (),
+        scale=scale,
+        offset=offset,
+        fields=kinds.fields,
+        lists=tuple(kinds.lists),
+        numbers=tuple(kinds.numbers),
+        repeated=kinds.repeated,
+        constants=kinds.constants,
+        output=_relation(calls),
+    )
+
+
+class _Kinds:
+    """Arguments sorted by what they depend on."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.fields: dict[str, FieldSpec] = {}
+        self.lists: list[str] = []
+        self.numbers: list[str] = []
+        self.repeated: dict[str, Any] = {}
+        self.constants: dict[str, Any] = {}
+        self.num_classes = num_classes
+
+    def add(self, name: str, values: list[Any], rows: list[int]) -> None:
+        """Sorts in one argument, by its values for different numbers of samples."""
+        first = values[0]
+        if isinstance(first, Tensor) and all(isinstance(v, Tensor) for v in values):
+            if all(v.ndim and len(v) == n for v, n in zip(values, rows, strict=True)):
+                self._field(name, values)
+                return
+        elif isinstance(first, (list, tuple)) and all(
+            isinstance(v, (list, tuple)) and len(v) == n for v, n in zip(values, rows, strict=True)
+        ):
+            every = [item for value in values for item in value]
+            if all(isinstance(item, Tensor) for item in every):
+                self.lists.append(name)
+                self.fields[name] = FieldSpec(
+                    _common([(-1, *item.shape[1:]) for item in every]), every[0].dtype
+                )
+                self.fields[name + LENGTH] = FieldSpec((), torch.int64)
+                return
+            if all(type(item) is int for item in every):
+                self.numbers.append(name)
+                self.fields[name] = FieldSpec((), torch.int64)
+                return
+            if all(_same(item, every[0]) for item in every):
+                self.repeated[name] = every[0]
+                return
+        if all(_same(value, first) for value in values):
+            self.constants[name] = first
+            return
+        raise _unexplained(
+            f"the argument '{name}' changes with the samples and has no row for each of them",
+            "; ".join(f"{_said(value)} for {n} samples" for value, n in zip(values, rows, strict=True)),
+        )
+
+    def _field(self, name: str, values: list[Tensor]) -> None:
+        if name == "class_labels" and self.num_classes:
+            self.fields[LABEL] = FieldSpec((), torch.int64, self.num_classes)
+            return
+        self.fields[name] = FieldSpec(_common([tuple(v.shape[1:]) for v in values]), values[0].dtype)
+
+
+def _sample_argument(flat: list[dict[str, Any]], calls: list[Call]) -> str:
+    """The argument that is the scheduler's sample, times a number in each call."""
+    for name in flat[0]:
+        if all(
+            sample_scale(values[name], call.sample) is not None
+            for values, call in zip(flat, calls, strict=True)
+        ):
+            return name
+    seen = ", ".join(
+        f"{name}: {_said(value)}" for name, value in flat[0].items() if stacked(value) is not None
+    )
+    raise _unexplained(
+        "none of the network's arguments is the scheduler's sample, times a number",
+        f"{seen}; the sample: {_said(calls[0].sample)}",
+    )
+
+
+def sample_scale(value: Any, sample: Tensor) -> float | None:
+    """The factor between an argument and the scheduler's sample; None where it is not that."""
+    whole = stacked(value)
+    if whole is None or not whole.is_floating_point() or whole.numel() != sample.numel():
+        return None
+    ours, theirs = whole.double().flatten(), sample.double().flatten()
+    factor = float(ours @ theirs / (theirs @ theirs).clamp_min(1e-30))
+    return factor if factor > 0 and _close(ours, factor * theirs) else None
+
+
+def _affine(name: str, flat: list[dict[str, Any]], calls: list[Call]) -> tuple[float, float]:
+    """The network's time as an affine function of the scheduler's."""
+    values = [_tensor(call[name]).double().flatten() for call in flat]
+    if any(bool((value != value[0]).any()) for value in values):
+        raise _unexplained(f"the time '{name}' differs within a batch", _said(values[0]))
+    told = torch.stack([value[0] for value in values])
+    tau = torch.tensor([call.timestep for call in calls], dtype=torch.float64)
+    if len(tau.unique()) < 3:
+        raise _unexplained("the pipeline took fewer than three different times", str(tau.tolist()))
+    design = torch.stack([tau, torch.ones_like(tau)], 1)
+    scale, offset = torch.linalg.lstsq(design, told[:, None]).solution.flatten().tolist()
+    gap = (scale * tau + offset - told).abs().max().item()
+    if gap > 1e-5 * told.abs().max().item():
+        raise _unexplained(
+            f"the time '{name}' is no affine function of the scheduler's",
+            f"{told.tolist()} at {tau.tolist()}",
+        )
+    # Rounding of the fit: most maps are 1, 1/1000, or their mirror images.
+    return _tidy(scale, abs(scale)), _tidy(offset, told.abs().max().item())
+
+
+def _tidy(value: float, size: float) -> float:
+    """A number without the last digits of a fit in float32 to values of a size."""
+    close = (round(value, digits) for digits in range(7) if abs(round(value, digits) - value) <= 2e-6 * size)
+    return next(close, value) + 0.0
+
+
+def _relation(calls: list[Call]) -> str:
+    """What the scheduler receives of the network's output."""
+    for name in OUTPUTS:
+        if all(_explains(name, call) for call in calls):
+            return name
+    call = calls[0]
+    raise _unexplained(
+        "what the scheduler receives is not the output, its negative, or its first half of channels",
+        f"output {_said(_first(call.output))}, received {_said(call.model_output)}",
+    )
+
+
+OUTPUTS = ("as it is", "negated", "first half of channels", "first half of channels, negated")
+
+
+def _explains(name: str, call: Call) -> bool:
+    try:
+        found = prediction_of(call.output, name, call.model_output.shape)
+    except (RuntimeError, UserError):
+        return False
+    return found.shape == call.model_output.shape and _close(found.double(), call.model_output.double())
+
+
+def prediction_of(output: Any, relation: str, shape: torch.Size) -> Tensor:
+    """What the scheduler receives: a network's output by one of :data:`OUTPUTS`, (B, *shape)."""
+    value = stacked(_first(output))
+    if value is None:
+        raise UserError("the network returns no tensor", got=_said(output))
+    if relation.startswith("first half"):
+        value = value.chunk(2, dim=1)[0]
+    value = value.reshape(shape)
+    return -value if relation.endswith("negated") else value
+
+
+def _first(output: Any) -> Any:
+    """The prediction among what a network of diffusers returns: the first of a tuple or of named values."""
+    if isinstance(output, Mapping):
+        return next(iter(output.values()))
+    return output[0] if isinstance(output, tuple) else output
+
+
+def flattened(arguments: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Arguments by name, those inside dictionaries by ``outer.inner``; empty dictionaries stay."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flattened(value, f"{before}{name}.")
+        else:
+            flat[before + name] = value
+    return flat
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`flattened`."""
+    arguments: dict[str, Any] = {}
+    for name, value in flat.items():
+        *outer, last = name.split(".")
+        place = arguments
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return arguments
+
+
+def padded(name: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Tensors of different lengths as one, with zeros behind them, and their lengths."""
+    return {
+        name: nn.utils.rnn.pad_sequence(list(rows), batch_first=True),
+        name + LENGTH: torch.tensor([len(row) for row in rows]),
+    }
+
+
+def _varies(traces: Sequence[Trace], name: str) -> bool:
+    """Whether an argument changes from step to step of a run."""
+    for trace in traces:
+        values = [flattened(call.arguments)[name] for call in trace.calls]
+        if not all(_same(value, values[0]) for value in values):
+            return True
+    return False
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        alike = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return alike and one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() <= _EXACT * other.norm())
+
+
+def _common(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The sizes that all have, -1 elsewhere."""
+    if len({len(shape) for shape in shapes}) > 1:
+        raise _unexplained("a field has different numbers of dimensions", str(shapes))
+    return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+
+
+def _tensor(value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _unexplained("the time of the network is no number", _said(value)) from error
+
+
+def _on(value: Any, like: Tensor) -> Any:
+    """A constant on the device of a sample."""
+    if isinstance(value, Tensor):
+        return value.to(like.device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on(item, like) for item in value)
+    return value
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of {len(value)}: {_said(value[0])}" if value else "an empty list"
+    return f"{value!r:.60}"
+
+
+def _names(names: set[frozenset[str]]) -> str:
+    common = frozenset.intersection(*names)
+    return "; ".join(sorted(", ".join(sorted(n - common)) or "the others alone" for n in names))
+
+
+def _unexplained(what: str, got: str) -> UserError:
+    return UserError(
+        f"this pipeline cannot be read by tracing it: {what}",
+        got=got[:400],
+        fix="wrap its network yourself: dm.as_denoiser(net, path, prediction, shape=..., call=...)",
+    )

@@ -1,0 +1,195 @@
+"""A pipeline from its folder: tensors and configs only, and only classes of diffusers and transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmatch.base.errors import UserError, cause
+from distmatch.base.files import read_json
+from distmatch.interop.diffusers_parts import (
+    CONFIG,
+    DECODERS,
+    INDEX,
+    NETWORKS,
+    SCHEDULER,
+    is_text_part,
+    load_component,
+    parts_of,
+)
+from distmatch.interop.optional import OptionalPackage, import_diffusers
+
+_TRANSFORMERS = OptionalPackage("transformers", "pipelines with text encoders need", "diffusers")
+_DROPPED = ("safety_checker", "feature_extractor", "watermark")  # they do not change what is denoised
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Networks beside the one that denoises, which a pipeline would call as well.
+_SECOND = ("transformer_2", "prior", "controlnet", "image_encoder", "connectors", "refiner")
+
+
+def needs_tracing(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a pipeline that is conditioned on text, which is read by tracing it."""
+    root = Path(folder)
+    return (root / INDEX).is_file() and any(is_text_part(name) for name in parts_of(root)[1])
+
+
+def load_parts(root: Path) -> tuple[Any, str]:
+    """The pipeline in a folder, in float32 on the CPU, and the name of its denoising network.
+
+    Nothing is downloaded, no pickle is opened and no code of the folder is run.
+
+    Raises:
+        UserError: Something in the folder would need that, is missing or damaged, or the pipeline has two
+            networks.
+    """
+    diffusers = import_diffusers()
+    index, listed = parts_of(root)
+    kind = _class(diffusers, index.get("_class_name"), diffusers.DiffusionPipeline, root / INDEX)
+    code = sorted(str(path.relative_to(root)) for path in root.rglob("*.py"))
+    if code:
+        raise _refused(root, f"code: {code[0]}", "a pipeline whose code is that of diffusers")
+    names = listed - set(_DROPPED)
+    networks = [name for name in NETWORKS if name in names]
+    others = sorted(name for name in names if name in _SECOND)
+    if len(networks) != 1 or others:
+        found = ", ".join([*networks, *others]) or "none"
+        raise _refused(root, f"networks: {found}", f"one denoising network: {' or '.join(NETWORKS)}")
+    parts: dict[str, Any] = {name: None for name in _DROPPED if name in index}
+    with _quiet(diffusers):
+        for name in sorted(names):
+            found = _part(root, name, index[name])
+            if found is not None:
+                parts[name] = found
+        try:
+            pipeline = kind.from_pretrained(root, local_files_only=True, use_safetensors=True, **parts)
+        except MemoryError:
+            raise
+        except Exception as error:  # a class of another package, and files that may hold anything
+            raise UserError(
+                f"diffusers cannot load the pipeline {root}", got=cause(error), fix="copy the folder again"
+            ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return pipeline, networks[0]
+
+
+def _part(root: Path, name: str, said: Any) -> Any:
+    """One part with weights, or None for one that the pipeline reads itself: a tokenizer, the scheduler."""
+    library, class_name = said
+    folder = root / name
+    if library not in ("diffusers", "transformers"):
+        raise _refused(
+            root,
+            f"{name}: {str(library)[:80]}.{str(class_name)[:80]}",
+            "classes of diffusers and transformers",
+        )
+    if not folder.is_dir():
+        raise UserError(
+            f"{root} lists a part that is not in it", got=f"no {name}/", fix="copy the folder again, complete"
+        )
+    if name == "scheduler":
+        _class(import_diffusers(), class_name, import_diffusers().SchedulerMixin, root / INDEX)
+        if not (folder / SCHEDULER).is_file():
+            raise UserError(f"{folder} has no {SCHEDULER}", fix="copy the folder again, complete")
+        return None
+    files = sorted(file.name for file in folder.iterdir())
+    config = read_json(folder / CONFIG) if CONFIG in files else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is damaged", got=f"a {type(config).__name__}")
+    if "auto_map" in config:
+        raise _refused(root, f"{name}: its config names code (auto_map)", "no code beside the weights")
+    if config.get("quantization_config"):
+        raise _refused(root, f"{name}: quantized weights", "weights of 16 bits or more")
+    if library == "diffusers":
+        module = _class(import_diffusers(), class_name, import_diffusers().ModelMixin, root / INDEX)
+        return load_component(folder, module.__name__)
+    transformers = _TRANSFORMERS.load()
+    found = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
+    if not isinstance(found, type):
+        raise _refused(root, f"{name}: {str(class_name)[:80]}", "a class of transformers")
+    if not issubclass(found, transformers.PreTrainedModel):
+        return None
+    if not any(file.endswith(".safetensors") for file in files):
+        pickles = [file for file in files if file.endswith(_PICKLES)]
+        got = (
+            f"{name}/{pickles[0]}, a pickle, which can run any code" if pickles else f"no weights in {name}/"
+        )
+        raise _refused(root, got, "safetensors: save_pretrained(folder, safe_serialization=True)")
+    return _text_encoder(found, folder)
+
+
+def _text_encoder(kind: Any, folder: Path) -> Any:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model, about = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"transformers cannot load {folder}", got=cause(error), fix="copy it again"
+        ) from error
+    missing = sorted(about["missing_keys"])
+    if missing:  # they would be random
+        raise UserError(
+            f"the weights in {folder} are not those of its {CONFIG}",
+            got=f"{len(missing)} missing, such as {missing[0]}",
+            fix="copy the folder again, with the config that was saved beside the weights",
+        )
+    return model
+
+
+def _class(package: Any, name: object, base: type, source: Path) -> Any:
+    """A class of a package by its name, if it is of the right kind."""
+    found = getattr(package, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(
+            f"{source} names no class that is known",
+            got=str(name)[:80],
+            expected=f"a {base.__name__} of {package.__name__} {package.__version__}",
+            fix="custom pipelines are not run; wrap the network yourself with dm.as_denoiser",
+        )
+    return found
+
+
+def _refused(root: Path, got: str, expected: str) -> UserError:
+    return UserError(
+        f"the pipeline in {root} is not loaded",
+        got=got,
+        expected=expected,
+        fix="if the network can do without, wrap it yourself: dm.as_denoiser(net, ..., call=...)",
+    )
+
+
+@contextmanager
+def _quiet(diffusers: Any) -> Iterator[None]:
+    """Loading without the bars of both packages."""
+    logs = [package.utils.logging for package in (diffusers, _TRANSFORMERS.load())]
+    shown = [log.is_progress_bar_enabled() for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, was in zip(logs, shown, strict=True):
+            if was:
+                log.enable_progress_bar()
+
+
+def decoder_of_pipeline(pipeline: Any) -> Any:
+    """The autoencoder of a pipeline, or None."""
+    return next(
+        (getattr(pipeline, name) for name in DECODERS if getattr(pipeline, name, None) is not None), None
+    )

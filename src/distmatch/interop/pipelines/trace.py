@@ -1,0 +1,319 @@
+"""What a pipeline does with its network: recorded while it runs, with its guidance turned off."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.base.errors import UserError, cause
+from distmatch.interop.optional import import_diffusers
+
+Prompts = Sequence[str] | Sequence[int]
+"""What a pipeline is asked for: texts, or class labels."""
+
+_OFF = (1.0, 0.0)  # where classifier-free guidance is off, by the pipelines' different conventions
+
+
+@dataclass(frozen=True)
+class Call:
+    """One pass of the network, and what the pipeline and its scheduler made of it.
+
+    Attributes:
+        arguments: What the network received, by name.
+        output: What it returned.
+        model_output: What the scheduler received as its prediction, (B, *shape).
+        timestep: The scheduler's time.
+        sample: The noised sample as the scheduler has it, (B, *shape).
+        previous: The sample after the step, (B, *shape).
+        x0: The clean sample where the scheduler states it, (B, *shape).
+    """
+
+    arguments: dict[str, Any]
+    output: Any
+    model_output: Tensor
+    timestep: float
+    sample: Tensor
+    previous: Tensor
+    x0: Tensor | None
+
+
+@dataclass
+class Trace:
+    """All passes of one run.
+
+    Attributes:
+        prompts: What was asked for.
+        calls: One for each step.
+        mu: The logarithm of a shift of the noise levels that the pipeline computed for its resolution.
+    """
+
+    prompts: Prompts
+    calls: list[Call] = field(default_factory=list)
+    mu: float | None = None
+
+
+class Reached(Exception):
+    """A run was left where enough was seen."""
+
+
+class Tracer:
+    """Runs a pipeline and records it.
+
+    Args:
+        pipeline: A pipeline of diffusers.
+        network: The name of its denoising network.
+        options: Options of its call, such as height and width.
+
+    Raises:
+        UserError: It does not take one of the options, or neither prompts nor class labels.
+    """
+
+    def __init__(self, pipeline: Any, network: str, options: Mapping[str, Any]) -> None:
+        self.pipeline, self.network_name = pipeline, network
+        taken = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
+        unknown = sorted(set(options) - taken)
+        if unknown:
+            raise UserError(
+                f"a {type(pipeline).__name__} does not take these options",
+                got=", ".join(unknown),
+                expected=", ".join(sorted(taken)),
+            )
+        self.asks = next((name for name in ("class_labels", "prompt") if name in taken), "")
+        if not self.asks:
+            raise UserError(
+                f"a {type(pipeline).__name__} takes neither prompts nor class labels",
+                got=", ".join(sorted(taken)),
+                fix="wrap its network yourself: dm.as_denoiser(net, ..., call=...)",
+            )
+        fixed: dict[str, Any] = {"use_resolution_binning": False, "true_cfg_scale": 1.0}
+        utils = import_diffusers().utils
+        if not (utils.is_bs4_available() and utils.is_ftfy_available()):
+            fixed["clean_caption"] = (
+                False  # what pipelines do without these packages, with a warning each time
+            )
+        self.options = {name: value for name, value in fixed.items() if name in taken} | dict(options)
+        # Networks that receive the scale itself are run at the pipeline's own: it is one of their conditions.
+        self.embedded = bool(getattr(self.network.config, "guidance_embeds", False))
+        self.guidance: dict[str, float] = {}
+        if "guidance_scale" in taken and not self.embedded and "guidance_scale" not in options:
+            self.guidance = {"guidance_scale": _OFF[0]}
+        self._settled = not self.guidance
+        # Clipping belongs to a sampler, and would hide what the network predicts.
+        config = self.pipeline.scheduler.config
+        plain = {name: False for name in ("clip_sample", "thresholding") if config.get(name)}
+        if plain:
+            self.pipeline.scheduler.register_to_config(**plain)
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoising network of the pipeline."""
+        found: nn.Module = getattr(self.pipeline, self.network_name)
+        return found
+
+    def run(self, prompts: Prompts, steps: int = 4, *, calls: int | None = None) -> Trace:
+        """Records a run with its guidance off.
+
+        Args:
+            prompts: One for each sample.
+            steps: Steps of the scheduler.
+            calls: The run is left after so many.
+
+        Raises:
+            UserError: The pipeline cannot be run, or its guidance cannot be turned off.
+        """
+        seen: list[str] = []
+        for scale in (None,) if self._settled else _OFF:
+            if scale is not None:
+                self.guidance = {"guidance_scale": scale}
+            trace, passes = self._recorded(prompts, steps, calls)
+            rows = {_rows(call.sample) for call in trace.calls}
+            if passes == len(trace.calls) and rows == {len(prompts)} and self._one_pass(trace):
+                self._settled = True
+                return trace
+            seen.append(f"{passes} passes in {len(trace.calls)} steps, at {self.guidance or 'its defaults'}")
+        raise UserError(
+            f"the guidance of this {type(self.pipeline).__name__} cannot be turned off",
+            got="; ".join(seen),
+            expected="one pass of the network in each step, with a row for each prompt",
+            fix="pass the options that turn it off, such as guidance_scale=...",
+        )
+
+    def _one_pass(self, trace: Trace) -> bool:
+        """Whether the network received as many samples as the scheduler."""
+        return all(
+            any(_size(value) == call.sample.numel() for value in call.arguments.values())
+            for call in trace.calls
+        )
+
+    def _recorded(self, prompts: Prompts, steps: int, calls: int | None) -> tuple[Trace, int]:
+        trace, passes = Trace(prompts), [0]
+        scheduler = self.pipeline.scheduler
+        received: list[dict[str, Any]] = []
+        returned: list[Any] = []
+        step = type(scheduler).step.__get__(scheduler)
+        converted: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            received.append(copied(bound(module, args, kwargs)))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            returned.append(copied(output))
+            passes[0] += 1
+
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(step).bind(*args, **kwargs)
+            whole = "return_dict" in inspect.signature(step).parameters
+            plain = whole and given.arguments.get("return_dict", True) is False
+            output, time, sample = (given.arguments[k] for k in ("model_output", "timestep", "sample"))
+            record = {"model_output": output.clone(), "timestep": float(time), "sample": sample.clone()}
+            if whole:
+                given.arguments["return_dict"] = True
+            converted.clear()
+            result = step(*given.args, **given.kwargs)
+            x0 = getattr(result, "pred_original_sample", None)
+            x0 = converted[0] if x0 is None and converted else x0
+            previous = result[0]
+            if received and returned:
+                trace.calls.append(
+                    Call(received[-1], returned[-1], **record, previous=previous.clone(), x0=copied(x0))
+                )
+            if calls is not None and len(trace.calls) >= calls:
+                raise Reached
+            return result.to_tuple() if plain else result
+
+        def convert(*args: Any, **kwargs: Any) -> Any:
+            result = type(scheduler).convert_model_output(scheduler, *args, **kwargs)
+            converted.append(result.clone())
+            return result
+
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            trace.mu = None if kwargs.get("mu") is None else float(kwargs["mu"])
+            return type(scheduler).set_timesteps(scheduler, *args, **kwargs)
+
+        changes: dict[str, Any] = {"step": stepped}
+        if states_x0(scheduler):
+            changes["convert_model_output"] = convert
+        if "mu" in inspect.signature(type(scheduler).set_timesteps).parameters:
+            # Pipelines look for its arguments.
+            set_timesteps.__signature__ = inspect.signature(scheduler.set_timesteps)  # type: ignore[attr-defined]
+            changes["set_timesteps"] = set_timesteps
+        handles = [
+            self.network.register_forward_pre_hook(before, with_kwargs=True),
+            self.network.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            with replaced(scheduler, changes):
+                self.call(prompts, num_inference_steps=steps, output_type="latent")
+        finally:
+            for handle in handles:
+                handle.remove()
+        return trace, passes[0]
+
+    def arguments(self, prompts: Prompts, steps: int = 1) -> dict[str, Any]:
+        """What the network receives first for these prompts; it is not run."""
+        found: list[dict[str, Any]] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(copied(bound(module, args, kwargs)))
+            raise Reached
+
+        handle = self.network.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            self.call(prompts, num_inference_steps=steps, output_type="latent")
+        finally:
+            handle.remove()
+        return found[0]
+
+    @torch.no_grad()
+    def call(self, prompts: Prompts, **more: Any) -> Any:
+        """A plain run of the pipeline, with reproducible noise; None where it was left early.
+
+        Raises:
+            UserError: The pipeline raises an error.
+        """
+        device = next(self.network.parameters()).device
+        noise = torch.Generator(device).manual_seed(0)
+        asked = {self.asks: list(prompts)}
+        try:
+            return self.pipeline(**asked, generator=noise, **self.options, **self.guidance, **more)
+        except Reached:
+            return None
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # code of another package, with the user's options
+            raise UserError(
+                f"this {type(self.pipeline).__name__} cannot be run",
+                got=cause(error),
+                fix="check the options of its call, such as height and width, with diffusers",
+            ) from error
+
+
+def states_x0(scheduler: Any) -> bool:
+    """Whether ``convert_model_output`` of a multistep scheduler returns clean samples."""
+    config = scheduler.config
+    if not hasattr(scheduler, "convert_model_output"):
+        return False
+    return config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++") or bool(
+        config.get("predict_x0")
+    )
+
+
+@contextmanager
+def replaced(owner: Any, changes: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Methods of one object replaced, for a while."""
+    for name, value in changes.items():
+        object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in changes:
+            object.__delattr__(owner, name)
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by their names."""
+    given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    for parameter in inspect.signature(module.forward).parameters.values():
+        if parameter.kind == parameter.VAR_KEYWORD:
+            given.update(given.pop(parameter.name, {}))
+    return given
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same containers with their tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: mapped(item, change) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(item, change) for item in value) if type(value) in (list, tuple) else value
+    return value
+
+
+def copied(value: Any) -> Any:
+    """A copy that later changes in place do not reach. Outputs of diffusers become dictionaries."""
+    return mapped(value, lambda tensor: tensor.detach().clone())
+
+
+def stacked(value: Any) -> Tensor | None:
+    """A tensor, or a list of tensors of one shape as one; None for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
+        return torch.stack(list(value)) if len({item.shape for item in value}) == 1 else None
+    return None
+
+
+def _size(value: Any) -> int:
+    whole = stacked(value)
+    return 0 if whole is None else whole.numel()
+
+
+def _rows(value: Tensor) -> int:
+    return len(value) if value.ndim else 1

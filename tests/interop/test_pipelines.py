@@ -1,0 +1,193 @@
+"""Teachers made of pipelines by tracing: against what the pipelines compute, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.paths import discrete_path
+from distmatch.diffusion.solvers import solve
+from distmatch.interop.pipelines import load_pipeline
+from distmatch.interop.pipelines.contract import TimeMap
+from distmatch.interop.pipelines.teacher import compare
+from tests.helpers.pipelines import BUILDERS, SIZE, diffusers, save
+
+FAMILIES = tuple(BUILDERS)
+PROMPTS = ["a red cat", "the small green dog runs", "a house"]
+
+
+@pytest.fixture(scope="module")
+def teacher_of(tmp_path_factory):
+    """One teacher of each family; tests do not change them."""
+    folder = tmp_path_factory.mktemp("pipelines")
+
+    @cache
+    def made(name: str) -> Any:
+        return load_pipeline(save(name, folder), **SIZE[name])
+
+    return made
+
+
+def first_order(pipeline: Any) -> Any:
+    """A first-order sampler of diffusers with the noise levels of a pipeline's own: DDIM in our terms."""
+    scheduler = pipeline.scheduler
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return scheduler
+    options = {"solver_order": 1, "final_sigmas_type": "zero", "algorithm_type": "dpmsolver++"}
+    return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, **options)
+
+
+def run(teacher: Any, prompts: list[str], steps: int, output_type: str = "latent") -> tuple[Tensor, Tensor]:
+    """The noise that a plain call of the pipeline begins with, and what it returns."""
+    tracer = teacher.pipeline.tracer
+    noise = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(3))
+    options = {**tracer.options, **tracer.guidance, "output_type": output_type}
+    return noise, tracer.pipeline(prompts, num_inference_steps=steps, latents=noise.clone(), **options)[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_teacher_computes_what_the_pipeline_computes(teacher_of, name):
+    teacher = teacher_of(name)
+    assert teacher.conversion.points >= 11
+    assert teacher.conversion.relative < 1e-5  # rounding of float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_solver_arrives_where_a_plain_call_of_the_pipeline_does(teacher_of, name, monkeypatch):
+    """The whole run, which the reader never sees: other noise, other prompts, other levels."""
+    teacher = teacher_of(name)
+    pipeline = teacher.pipeline.tracer.pipeline
+    monkeypatch.setattr(pipeline, "scheduler", first_order(pipeline))
+    noise, theirs = run(teacher, PROMPTS, 5)
+    grid = teacher.pipeline.grid(5)
+    start = noise / teacher.path.alpha(teacher.path.t_of_rho(grid[0]))
+    ours = solve(teacher, start.float(), grid, "euler", conditioning=teacher.pipeline.encode(PROMPTS)).y
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_depend_on_their_own_prompt_alone(teacher_of, name):
+    teacher = teacher_of(name)
+    told = teacher.pipeline.encode(PROMPTS)
+    x, sigma = torch.randn(1, *teacher.shape).expand(3, *teacher.shape), torch.full((3,), 2.0)
+    with torch.no_grad():
+        x0 = teacher(x, sigma, told)
+        alone = teacher(x[:1], sigma[:1], teacher.pipeline.encode(PROMPTS[:1]))
+        null = teacher(x, sigma)
+    assert (x0[0] - x0[1]).abs().max() > 1e-4
+    assert (x0[:1] - alone).abs().max() < 1e-5
+    assert (null[0] - null[1]).abs().max() < 1e-5
+    assert (null - teacher(x, sigma, teacher.pipeline.encode(["", "", ""]))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoding_is_the_end_of_the_pipeline(teacher_of, name):
+    """A plain call with pixels against the same call with latents, decoded."""
+    teacher = teacher_of(name)
+    _, latents = run(teacher, PROMPTS[:2], 2)
+    _, pixels = run(teacher, PROMPTS[:2], 2, "pt")
+    theirs = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
+    ours = teacher.decoder.decode(latents)
+    assert ours.shape == (2, *teacher.decoder.shape)
+    assert (ours - (2 * theirs - 1)).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def seen(teacher_of):
+    """What two pipelines compute, and their teachers."""
+    names = ("stable-diffusion-xl", "stable-diffusion-3")
+    return {name: (teacher_of(name), [teacher_of(name).pipeline.tracer.run(PROMPTS[:2])]) for name in names}
+
+
+def altered(teacher: Any, **changes: Any) -> Any:
+    """A copy that was read in another way."""
+    other = copy.deepcopy(teacher)
+    if "output" in changes:
+        other.net.call = dataclasses.replace(other.net.call, output=changes.pop("output"))
+    for name, value in changes.items():
+        setattr(other, name, value)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("stable-diffusion-3", {"output": "negated"}),
+        ("stable-diffusion-3", {"time": TimeMap(1.0, 20.0, 1000.0)}),
+        ("stable-diffusion-3", {"prediction": "v"}),
+        ("stable-diffusion-xl", {"prediction": "v"}),
+        ("stable-diffusion-xl", {"time": TimeMap(1.0, 20.0)}),
+        ("stable-diffusion-xl", {"path": discrete_path(torch.linspace(0.999, 0.004, 1000))}),
+    ],
+)
+def test_a_teacher_that_was_misread_is_refused(seen, name, changes):
+    teacher, traces = seen[name]
+    assert compare(teacher, traces).relative < 1e-5
+    with pytest.raises(UserError, match="does not predict what the pipeline computes"):
+        compare(altered(teacher, **changes), traces)
+
+
+def test_the_conditioning_of_another_sample_is_seen_by_the_comparison(seen):
+    teacher, traces = seen["stable-diffusion-3"]
+    calls = []
+    for call in traces[0].calls:
+        arguments = {**call.arguments, "pooled_projections": call.arguments["pooled_projections"].flip(0)}
+        calls.append(dataclasses.replace(call, arguments=arguments))
+    with pytest.raises(UserError, match="does not predict"):
+        compare(teacher, [dataclasses.replace(traces[0], calls=calls)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save("stable-diffusion-3", tmp_path)
+
+
+def edited(path: Any, **entries: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def only_pickled(folder: Any) -> None:
+    weights = folder / "text_encoder_3" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: (f / "pipeline.py").write_text("raise SystemExit(3)"), "pipeline.py"),
+        (lambda f: edited(f / "model_index.json", _class_name="MyPipeline"), "MyPipeline"),
+        (lambda f: edited(f / "model_index.json", transformer=["mine", "Net"]), "mine.Net"),
+        (lambda f: edited(f / "model_index.json", transformer=["diffusers", "Net"]), "Net"),
+        (
+            lambda f: edited(f / "model_index.json", transformer_2=["diffusers", "SD3Transformer2DModel"]),
+            "_2",
+        ),
+        (lambda f: edited(f / "text_encoder" / "config.json", auto_map={"AutoModel": "m.M"}), "auto_map"),
+        (lambda f: edited(f / "transformer" / "config.json", quantization_config={"bits": 4}), "quantized"),
+        (lambda f: shutil.rmtree(f / "text_encoder_2"), "text_encoder_2"),
+        (only_pickled, "pickle"),
+        (lambda f: (f / "text_encoder" / "model.safetensors").write_bytes(b"cut"), "text_encoder"),
+        (lambda f: edited(f / "scheduler" / "scheduler_config.json", invert_sigmas=True), "invert_sigmas"),
+    ],
+)
+def test_what_would_run_code_or_is_not_complete_is_refused(folder, change, said):
+    change(folder)
+    with pytest.raises(UserError) as raised:
+        load_pipeline(folder, **SIZE["stable-diffusion-3"])
+    assert said in str(raised.value)
+
+
+def test_options_are_those_of_the_pipelines_call(folder):
+    with pytest.raises(UserError, match="num_frames"):
+        load_pipeline(folder, num_frames=3)
+    with pytest.raises(UserError, match="divisible"):
+        load_pipeline(folder, height=17, width=16)
