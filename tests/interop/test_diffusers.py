@@ -131,7 +131,7 @@ def test_classes_without_a_null_class():
     assert_same_but_for_rounding(named(x, sigma), plain(x, sigma, torch.tensor([2, 2])))
     first = teacher_from(unet(num_class_embeds=3), schedule("edm euler"), null_class=0)
     assert first.num_classes == 3
-    with pytest.raises(UserError, match="class 0 of this teacher stands for no condition"):
+    with pytest.raises(UserError, match="class 0 of this teacher means unconditional"):
         first(x, sigma, torch.tensor([0, 1]))
     with pytest.raises(UserError, match="no class of this network"):
         teacher_from(unet(num_class_embeds=3), schedule("ddpm eps"), null_class=3)

@@ -61,7 +61,7 @@ def test_a_folder_of_diffusers_is_distilled_and_its_student_sampled(teacher: str
     student.save_pretrained("again")
     again = dm.Student.from_pretrained("again")
     assert_same_but_for_rounding(again.sample(4, seed=1), student.sample(4, seed=1))
-    assert again.levels == student.sigmas
+    assert again.sigmas == student.sigmas
     assert again.info == student.info
     # It moved: three steps of training from the teacher's weights.
     first = dm.load_teacher(teacher)

@@ -199,7 +199,7 @@ def test_the_sentence_says_what_the_errors_allow() -> None:
     assert "All 2 others are worse by more than the error." in sentence(content, metrics)
     for difference in content["summary"]["differences"]:
         difference["verdict"] = "within error"
-    assert "No difference from f-distill exceeds" in sentence(content, metrics)
+    assert "No difference from f-distill:js exceeds" in sentence(content, metrics)
     content["summary"]["baseline"] = "dmd2"
     assert "No difference from dmd2 exceeds" in sentence(content, metrics)
     for difference in content["summary"]["differences"]:

@@ -97,8 +97,8 @@ def test_samples_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     np.savez(tmp_path / "samples" / "teacher.npz", x=x)
     np.savez(tmp_path / "samples" / "student.npz", x=np.full_like(x, np.nan))
     _, parsed = page(tmp_path)
-    assert "Teacher: 8 samples hold values that are not finite." in parsed.text
-    assert "Student: 50 samples hold values that are not finite." in parsed.text
+    assert "Teacher: 8 samples have values that are not finite." in parsed.text
+    assert "Student: 50 samples have values that are not finite." in parsed.text
     assert sum(tag == "svg" for tag, _ in parsed.tags) == 2
 
 

@@ -117,7 +117,7 @@ def test_headline_follows_the_numbers() -> None:
     sentence, tiles = headline(metrics, table(metrics))
     assert "25 times as fast" in sentence
     assert "Fréchet distance is 0.750 ± 0.064 times the teacher’s: better by 3.4 σ." in sentence
-    assert "Recall is 0.989 ± 0.016 times the teacher’s: the errors do not tell them apart." in sentence
+    assert "Recall is 0.989 ± 0.016 times the teacher’s: the difference is within the errors." in sentence
     assert [t.number for t in tiles] == ["25×", "0.75×", "0.989×"]
     assert "real data 0.0500 ± 0.0040" in tiles[1].note
     for absent, word in (("student", "No student"), ("teacher", "No teacher")):

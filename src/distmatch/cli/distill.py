@@ -17,7 +17,7 @@ example: distmatch distill --teacher runs/teacher --divergence js --out runs/js
          distmatch distill --teacher runs/teacher --method dmd2 --num-steps 2 --out runs/two
 
 Options and defaults are those of f-distill; --method NAME --help-all shows those of another method.""",
-    named="""Distil a teacher into a student of one call or a few, by {method}.
+    named="""Distil a teacher into a one-step or few-step student, by {method}.
 
 example: distmatch distill --teacher runs/teacher --method {method} --out runs/student
          distmatch distill --teacher grid25 --method {method} --steps 2000 --out runs/grid
@@ -26,7 +26,7 @@ Options and defaults are those of {method}.""",
     groups={
         "The student and its training": "lr lr_decay lr_rampup beta1 beta2 weight_decay grad_clip",
     },
-    short="data teacher method preset divergence steps batch seed device calls guidance lr out config resume "
+    short="data teacher method preset divergence steps batch seed device num_steps guidance lr out config resume "
     "overwrite dry_run json",
 )
 

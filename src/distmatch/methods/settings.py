@@ -81,7 +81,7 @@ class FakeScoreSettings(GuidedSettings):
     """The fake score and the levels of the comparison."""
 
     fake_score_steps: Count = 5
-    """K: the student is updated at every K-th step."""
+    """K: update the student at every K-th step."""
     order: Literal["same-batch", "alternate"] = "same-batch"
     """same-batch: fake score every step, student every K-th on the same samples (DMD2).
     alternate: every K-th step is the student's, the others the fake score's (FastGen)."""
