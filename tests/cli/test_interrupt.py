@@ -76,7 +76,7 @@ def test_without_a_run_there_is_nothing_to_resume(
     place = Place(out=tmp_path / "a run")
     (tmp_path / "a run").mkdir()
     (tmp_path / "a run" / ".lock").touch()
-    for held in ("", f"; go on with: distmatch {verb} --resume --out '{tmp_path}/a run'"):
+    for held in ("", f"; continue with: distmatch {verb} --resume --out '{tmp_path}/a run'"):
         with pytest.raises(KeyboardInterrupt) as error, running.going_on(verb, place):
             raise KeyboardInterrupt
         assert "; ".join(["", *error.value.args]) == held
@@ -90,7 +90,7 @@ def test_a_demo_goes_on_with_its_options(tmp_path: Path) -> None:
     options = ["--fast", "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt) as error, going_on("demo", Place(out=tmp_path), options):
         raise KeyboardInterrupt
-    assert error.value.args == (f"go on with: distmatch demo --resume --fast --out {tmp_path}",)
+    assert error.value.args == (f"continue with: distmatch demo --resume --fast --out {tmp_path}",)
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

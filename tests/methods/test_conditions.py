@@ -152,7 +152,7 @@ def test_graphs_of_such_students_are_refused(data: dm.Dataset) -> None:
 
 
 def test_training_says_that_conditions_are_left_out(data: dm.Dataset) -> None:
-    with pytest.warns(UserWarning, match="take class labels alone: age, text of these data"):
+    with pytest.warns(UserWarning, match="take class labels only: age, text of these data"):
         dm.train(data, steps=1, batch=16, width=8, depth=1, quiet=True)
 
 

@@ -220,14 +220,14 @@ def test_a_run_goes_on_with_its_preset(tmp_path: Path) -> None:
     assert (written["preset"], written["distill"]["lr"], written["run"]["steps"]) == (SID, 1e-5, 4)
     answer = command(f"distill --out {run} --resume --preset paper:sid-imagenet64 --steps 5")
     assert answer.code == 2
-    assert "goes on with the --preset that it began with" in answer.err
+    assert "a resumed run keeps its --preset" in answer.err
     assert tomllib.loads((run / "config.toml").read_text()) == written
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (f"--preset {SID} --method dmd2", "paper:sid-cifar10 holds settings of sid"),
+        (f"--preset {SID} --method dmd2", "paper:sid-cifar10 has settings of sid"),
         ("--preset paper:sid-cifar100", "did you mean paper:sid-cifar10"),
         ("--preset ''", "unknown preset"),
     ],
@@ -262,7 +262,7 @@ def test_the_fix_names_the_presets_of_the_method() -> None:
         find_preset(SID, "dmd2")
     with pytest.raises(UserError, match="or choose --preset laptop"):
         find_preset(SID, "sim")
-    with pytest.raises(UserError, match="holds settings of sid"):
+    with pytest.raises(UserError, match="has settings of sid"):
         prepare_distillation(DistillOptions(method="sim", preset=SID), own_teacher(), points())
 
 
@@ -282,7 +282,7 @@ def test_python_has_the_same(tmp_path: Path) -> None:
     assert (written["distill"]["lr"], written["distill"]["lr_fake_score"]) == (3e-5, 1e-5)
     dm.distill("ring8", preset="paper:uni-instruct-cifar10", steps=400, out=tmp_path / "b", **quick)
     assert tomllib.loads((tmp_path / "b/config.toml").read_text())["divergence"] == "kl"
-    with pytest.raises(UserError, match="holds settings of sid"):
+    with pytest.raises(UserError, match="has settings of sid"):
         dm.distill("ring8", preset=SID, method="dmd2")
 
 
@@ -301,7 +301,7 @@ def test_a_comparison_has_presets_behind_methods() -> None:
     assert f"NAME[preset={SID}]" in answer.err
     answer = command(f"compare --teacher ring8 --methods dmd2[preset={SID}] --dry-run")
     assert answer.code == 2
-    assert "holds settings of sid" in answer.err
+    assert "has settings of sid" in answer.err
 
 
 # ------------------------------------------------------------------------- who is warned
