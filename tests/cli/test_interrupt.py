@@ -40,7 +40,7 @@ def test_a_signal_leaves_a_run_that_goes_on(
     text = errors.decode()
     assert "Traceback" not in text
     step, _ = load_checkpoint(tmp_path / "run" / "checkpoints")
-    fix = f"go on from step {step} with: distmatch {verb} --resume --out {tmp_path}/run"
+    fix = f"continue from step {step} with: distmatch {verb} --resume --out {tmp_path}/run"
     assert text.splitlines()[-1] == f"distmatch {verb}: interrupted; {fix}"
     assert 0 < step < steps
     assert [e["step"] for e in run.events() if e["event"] == "train"][-1] == step
