@@ -310,7 +310,8 @@ def _shapes(files: Sequence[Path]) -> list[tuple[int, ...]]:
             with safe_open(file, framework="pt", device="cpu") as handle:
                 for key in handle.keys():  # noqa: SIM118
                     view = handle.get_slice(key)
-                    if view.get_dtype() not in _FLOATS:
+                    counter = view.get_dtype() == "I64" and not view.get_shape()  # of batches
+                    if view.get_dtype() not in _FLOATS and not counter:
                         raise UserError(
                             f"{file} has weights of a dtype that is not supported",
                             got=f"{key[:200]} of type {view.get_dtype()}",

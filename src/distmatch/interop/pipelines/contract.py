@@ -11,10 +11,22 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import LABEL, Conditioning, ConditioningSpec, FieldSpec
+from distmatch.interop.pipelines.arguments import (
+    LENGTH,
+    OUTPUTS,
+    close,
+    first_of,
+    flattened,
+    nested,
+    on_device,
+    padded,
+    prediction_of,
+    said,
+    same,
+    unexplained,
+)
 from distmatch.interop.pipelines.trace import Call, Trace, stacked
 
-LENGTH = ".length"  # the field of the numbers of rows of one that the network receives as a list
-_EXACT = 1e-5  # relative, for tensors that are copies of each other but for a factor
 _NEAR_INTEGER = 1e-3  # float32 at 1000 is coarser than this by a factor of 10
 
 
@@ -22,21 +34,26 @@ _NEAR_INTEGER = 1e-3  # float32 at 1000 is coarser than this by a factor of 10
 class TimeMap:
     """The time that the network receives: ``scale * (factor t) + offset`` for the time t of our path.
 
+    Some pipelines shift the noise levels of a flow and not its times: the shift s is undone first,
+    t = s u / (1 + (s - 1) u), and u takes the place of t.
+
     Attributes:
         scale: The network's times a unit of the scheduler's.
         offset: Its time at the scheduler's 0.
         factor: The scheduler's times a unit of the path's.
         whole: Whether the scheduler rounds its time down to an integer.
+        shift: The shift s.
     """
 
     scale: float
     offset: float
     factor: float = 1.0
     whole: bool = False
+    shift: float = 1.0
 
     def __call__(self, t: Tensor) -> Tensor:
         """The network's time."""
-        tau = self.factor * t
+        tau = self.factor * t / (self.shift - (self.shift - 1) * t)
         return self.scale * ((tau + _NEAR_INTEGER).floor() if self.whole else tau) + self.offset
 
 
@@ -55,6 +72,7 @@ class Contract:
         fields: What belongs to a sample, by argument; dots lead into dictionaries.
         lists: Those of the fields that are passed as a list, a tensor for each sample.
         numbers: Those that are passed as a list of integers.
+        masks: Masks, and the field whose tokens they are for. A pipeline may leave out one of ones alone.
         repeated: Arguments that are lists of the same thing for each sample.
         constants: All other arguments.
         output: What the scheduler receives: "as it is", "negated", "first half of channels", ...
@@ -71,13 +89,14 @@ class Contract:
     fields: ConditioningSpec
     lists: tuple[str, ...]
     numbers: tuple[str, ...]
+    masks: Mapping[str, str]
     repeated: Mapping[str, Any] = field(repr=False)
     constants: Mapping[str, Any] = field(repr=False)
     output: str
 
     def __call__(self, module: nn.Module, x: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """A call of the network: x (B, *shape), its time t (B,), the fields; what the scheduler receives."""
-        flat: dict[str, Any] = {name: _on(value, x) for name, value in self.constants.items()}
+        flat: dict[str, Any] = {name: on_device(value, x) for name, value in self.constants.items()}
         flat |= {name: [value] * len(x) for name, value in self.repeated.items()}
         for name, value in conditions.items():
             if name in self.lists:
@@ -103,8 +122,15 @@ class Contract:
             if name in self.lists:
                 found |= padded(name, value)
             else:
-                found[name] = torch.as_tensor(value)
+                found[name] = torch.as_tensor(value if value is not None else self._ones(name, flat))
         return Conditioning(found)
+
+    def _ones(self, name: str, flat: Mapping[str, Any]) -> Tensor:
+        """The mask that a pipeline leaves out where it hides nothing."""
+        if name not in self.masks:
+            raise unexplained(f"the argument '{name}' is missing for some prompts", "None")
+        tokens = flat[self.masks[name]]
+        return torch.ones(tokens.shape[:2], dtype=self.fields[name].dtype, device=tokens.device)
 
 
 def fit_contract(traces: Sequence[Trace], num_classes: int = 0) -> Contract:
@@ -121,15 +147,15 @@ def fit_contract(traces: Sequence[Trace], num_classes: int = 0) -> Contract:
     flat = [flattened(call.arguments) for call in calls]
     names = {frozenset(values) for values in flat}
     if len(names) > 1:
-        raise _unexplained("the network does not receive the same arguments in all steps", _names(names))
+        raise unexplained("the network does not receive the same arguments in all steps", _names(names))
     shapes = {tuple(call.sample.shape[1:]) for call in calls}
     if len(shapes) != 1:
-        raise _unexplained("the samples of a pipeline change their shape from step to step", str(shapes))
+        raise unexplained("the samples of a pipeline change their shape from step to step", str(shapes))
     sample = _sample_argument(flat, calls)
     varying = [name for name in flat[0] if name != sample and _varies(traces, name)]
     if len(varying) != 1:
         got = ", ".join(varying) or "nothing but the sample"
-        raise _unexplained(
+        raise unexplained(
             "one argument of the network should be its time", f"changing from step to step: {got}"
         )
     time = varying[0]
@@ -156,6 +182,7 @@ def fit_contract(traces: Sequence[Trace], num_classes: int = 0) -> Contract:
         fields=kinds.fields,
         lists=tuple(kinds.lists),
         numbers=tuple(kinds.numbers),
+        masks=kinds.masks(others),
         repeated=kinds.repeated,
         constants=kinds.constants,
         output=_relation(calls),
@@ -195,16 +222,30 @@ class _Kinds:
                 self.numbers.append(name)
                 self.fields[name] = FieldSpec((), torch.int64)
                 return
-            if all(_same(item, every[0]) for item in every):
+            if all(same(item, every[0]) for item in every):
                 self.repeated[name] = every[0]
                 return
-        if all(_same(value, first) for value in values):
+        if all(same(value, first) for value in values):
             self.constants[name] = first
             return
-        raise _unexplained(
+        raise unexplained(
             f"the argument '{name}' changes with the samples and has no row for each of them",
-            "; ".join(f"{_said(value)} for {n} samples" for value, n in zip(values, rows, strict=True)),
+            "; ".join(f"{said(value)} for {n} samples" for value, n in zip(values, rows, strict=True)),
         )
+
+    def masks(self, others: Mapping[str, list[Any]]) -> dict[str, str]:
+        """Integer fields of a number a token, and fields of as many tokens."""
+        tokens = {
+            name: [value.shape[1] for value in others[name]]
+            for name, spec in self.fields.items()
+            if len(spec.shape) == 2 and name in others and name not in self.lists
+        }
+        found = {}
+        for name, spec in self.fields.items():
+            if len(spec.shape) == 1 and not spec.dtype.is_floating_point and name in others:
+                sizes = [value.shape[1] for value in others[name]]
+                found[name] = next((other for other, counts in tokens.items() if counts == sizes), "")
+        return {name: other for name, other in found.items() if other}
 
     def _field(self, name: str, values: list[Tensor]) -> None:
         if name == "class_labels" and self.num_classes:
@@ -222,11 +263,11 @@ def _sample_argument(flat: list[dict[str, Any]], calls: list[Call]) -> str:
         ):
             return name
     seen = ", ".join(
-        f"{name}: {_said(value)}" for name, value in flat[0].items() if stacked(value) is not None
+        f"{name}: {said(value)}" for name, value in flat[0].items() if stacked(value) is not None
     )
-    raise _unexplained(
+    raise unexplained(
         "none of the network's arguments is the scheduler's sample, times a number",
-        f"{seen}; the sample: {_said(calls[0].sample)}",
+        f"{seen}; the sample: {said(calls[0].sample)}",
     )
 
 
@@ -237,23 +278,23 @@ def sample_scale(value: Any, sample: Tensor) -> float | None:
         return None
     ours, theirs = whole.double().flatten(), sample.double().flatten()
     factor = float(ours @ theirs / (theirs @ theirs).clamp_min(1e-30))
-    return factor if factor > 0 and _close(ours, factor * theirs) else None
+    return factor if factor > 0 and close(ours, factor * theirs) else None
 
 
 def _affine(name: str, flat: list[dict[str, Any]], calls: list[Call]) -> tuple[float, float]:
     """The network's time as an affine function of the scheduler's."""
     values = [_tensor(call[name]).double().flatten() for call in flat]
     if any(bool((value != value[0]).any()) for value in values):
-        raise _unexplained(f"the time '{name}' differs within a batch", _said(values[0]))
+        raise unexplained(f"the time '{name}' differs within a batch", said(values[0]))
     told = torch.stack([value[0] for value in values])
     tau = torch.tensor([call.timestep for call in calls], dtype=torch.float64)
     if len(tau.unique()) < 3:
-        raise _unexplained("the pipeline took fewer than three different times", str(tau.tolist()))
+        raise unexplained("the pipeline took fewer than three different times", str(tau.tolist()))
     design = torch.stack([tau, torch.ones_like(tau)], 1)
     scale, offset = torch.linalg.lstsq(design, told[:, None]).solution.flatten().tolist()
     gap = (scale * tau + offset - told).abs().max().item()
     if gap > 1e-5 * told.abs().max().item():
-        raise _unexplained(
+        raise unexplained(
             f"the time '{name}' is no affine function of the scheduler's",
             f"{told.tolist()} at {tau.tolist()}",
         )
@@ -273,13 +314,10 @@ def _relation(calls: list[Call]) -> str:
         if all(_explains(name, call) for call in calls):
             return name
     call = calls[0]
-    raise _unexplained(
+    raise unexplained(
         "what the scheduler receives is not the output, its negative, or its first half of channels",
-        f"output {_said(_first(call.output))}, received {_said(call.model_output)}",
+        f"output {said(first_of(call.output))}, received {said(call.model_output)}",
     )
-
-
-OUTPUTS = ("as it is", "negated", "first half of channels", "first half of channels, negated")
 
 
 def _explains(name: str, call: Call) -> bool:
@@ -287,84 +325,22 @@ def _explains(name: str, call: Call) -> bool:
         found = prediction_of(call.output, name, call.model_output.shape)
     except (RuntimeError, UserError):
         return False
-    return found.shape == call.model_output.shape and _close(found.double(), call.model_output.double())
-
-
-def prediction_of(output: Any, relation: str, shape: torch.Size) -> Tensor:
-    """What the scheduler receives: a network's output by one of :data:`OUTPUTS`, (B, *shape)."""
-    value = stacked(_first(output))
-    if value is None:
-        raise UserError("the network returns no tensor", got=_said(output))
-    if relation.startswith("first half"):
-        value = value.chunk(2, dim=1)[0]
-    value = value.reshape(shape)
-    return -value if relation.endswith("negated") else value
-
-
-def _first(output: Any) -> Any:
-    """The prediction among what a network of diffusers returns: the first of a tuple or of named values."""
-    if isinstance(output, Mapping):
-        return next(iter(output.values()))
-    return output[0] if isinstance(output, tuple) else output
-
-
-def flattened(arguments: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Arguments by name, those inside dictionaries by ``outer.inner``; empty dictionaries stay."""
-    flat: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flattened(value, f"{before}{name}.")
-        else:
-            flat[before + name] = value
-    return flat
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`flattened`."""
-    arguments: dict[str, Any] = {}
-    for name, value in flat.items():
-        *outer, last = name.split(".")
-        place = arguments
-        for key in outer:
-            place = place.setdefault(key, {})
-        place[last] = value
-    return arguments
-
-
-def padded(name: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tensors of different lengths as one, with zeros behind them, and their lengths."""
-    return {
-        name: nn.utils.rnn.pad_sequence(list(rows), batch_first=True),
-        name + LENGTH: torch.tensor([len(row) for row in rows]),
-    }
+    return found.shape == call.model_output.shape and close(found.double(), call.model_output.double())
 
 
 def _varies(traces: Sequence[Trace], name: str) -> bool:
     """Whether an argument changes from step to step of a run."""
     for trace in traces:
         values = [flattened(call.arguments)[name] for call in trace.calls]
-        if not all(_same(value, values[0]) for value in values):
+        if not all(same(value, values[0]) for value in values):
             return True
     return False
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        alike = isinstance(one, Tensor) and isinstance(other, Tensor)
-        return alike and one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).norm() <= _EXACT * other.norm())
 
 
 def _common(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     """The sizes that all have, -1 elsewhere."""
     if len({len(shape) for shape in shapes}) > 1:
-        raise _unexplained("a field has different numbers of dimensions", str(shapes))
+        raise unexplained("a field has different numbers of dimensions", str(shapes))
     return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
 
 
@@ -372,34 +348,9 @@ def _tensor(value: Any) -> Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise _unexplained("the time of the network is no number", _said(value)) from error
-
-
-def _on(value: Any, like: Tensor) -> Any:
-    """A constant on the device of a sample."""
-    if isinstance(value, Tensor):
-        return value.to(like.device)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on(item, like) for item in value)
-    return value
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__} of {len(value)}: {_said(value[0])}" if value else "an empty list"
-    return f"{value!r:.60}"
+        raise unexplained("the time of the network is no number", said(value)) from error
 
 
 def _names(names: set[frozenset[str]]) -> str:
     common = frozenset.intersection(*names)
     return "; ".join(sorted(", ".join(sorted(n - common)) or "the others alone" for n in names))
-
-
-def _unexplained(what: str, got: str) -> UserError:
-    return UserError(
-        f"this pipeline cannot be read by tracing it: {what}",
-        got=got[:400],
-        fix="wrap its network yourself: dm.as_denoiser(net, path, prediction, shape=..., call=...)",
-    )

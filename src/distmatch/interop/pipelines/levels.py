@@ -45,7 +45,8 @@ def shift_of(scheduler: Any, trace: Trace) -> float | None:
     """The shift s of a flow's noise levels, t' = s t / (1 + (s - 1) t); None for a scheduler without."""
     config = scheduler.config
     if config.get("use_dynamic_shifting"):
-        return None if trace.mu is None else math.exp(trace.mu)
+        linear = config.get("time_shift_type") == "linear"
+        return trace.mu if trace.mu is None or linear else math.exp(trace.mu)
     return config.get("flow_shift", config.get("shift"))
 
 
@@ -97,6 +98,11 @@ def time_map(scale: float, offset: float, schedule: Schedule, scheduler: Any, tr
         return TimeMap(scale, offset, factor)
     if all(-slack <= gap < 1 + slack for gap in gaps) and all(tau == round(tau) for tau in taus):
         return TimeMap(scale, offset, factor, whole=True)
+    # t = s u / (1 + (s - 1) u), where u = tau / factor: s is the same in all steps but a first one at t = 1.
+    pairs = [(sigma, tau / factor) for sigma, tau in zip(sigmas, taus, strict=True) if 0 < tau < factor]
+    shifts = [t * (1 - u) / (u * (1 - t)) for t, u in pairs if t < 1 - slack / factor]
+    if shifts and max(shifts) - min(shifts) <= 1e-3 * abs(shifts[0]) and shifts[0] > 0:
+        return TimeMap(scale, offset, factor, shift=sum(shifts) / len(shifts))
     raise UserError(
         "the times of this pipeline's scheduler are not those of its noise levels",
         got=f"times {taus} at levels {[round(sigma, 5) for sigma in sigmas]}",

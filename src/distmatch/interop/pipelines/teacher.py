@@ -18,7 +18,8 @@ from distmatch.diffusion.conditioning import LABEL, Conditioning, cat
 from distmatch.interop.conversion import Conversion
 from distmatch.interop.diffusers_schedule import Schedule
 from distmatch.interop.optional import import_diffusers
-from distmatch.interop.pipelines.contract import Contract, TimeMap, fit_contract, flattened
+from distmatch.interop.pipelines.arguments import flattened
+from distmatch.interop.pipelines.contract import Contract, TimeMap, fit_contract
 from distmatch.interop.pipelines.levels import clean_samples, measured_sigmas, schedule_of, shift_of, time_map
 from distmatch.interop.pipelines.loading import load_parts
 from distmatch.interop.pipelines.trace import Call, Prompts, Trace, Tracer, replaced, stacked
@@ -102,8 +103,7 @@ class Pipeline:
         asked: list[Any] = [0 if self.tracer.asks == "class_labels" else ""] * len(x0)
         with replaced(network, {"forward": forward}), replaced(scheduler, {"step": step}):
             found = self.tracer.call(asked, num_inference_steps=2, output_type="pt")
-        x = found[0]
-        x = x if isinstance(x, Tensor) else torch.as_tensor(x)
+        x: Tensor = found[0]
         if x.ndim == 5:
             x = x.transpose(1, 2)  # frames come before channels
         return (2 * x.float() - 1).to(z.device)
@@ -135,6 +135,7 @@ class Pipeline:
             for name, spec in contract.fields.items()
         }
         rounded = ", rounded down to integers first" if self.times.whole else ""
+        rounded += f", without the shift {self.times.shift:.4g}" if self.times.shift != 1 else ""
         return {
             "pipeline": type(self.tracer.pipeline).__name__,
             "network": f"{type(self.tracer.network).__name__} ({self.tracer.network_name})",

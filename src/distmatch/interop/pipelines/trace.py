@@ -76,7 +76,8 @@ class Tracer:
 
     def __init__(self, pipeline: Any, network: str, options: Mapping[str, Any]) -> None:
         self.pipeline, self.network_name = pipeline, network
-        taken = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
+        parameters = inspect.signature(type(pipeline).__call__).parameters
+        taken = set(parameters) - {"self"}
         unknown = sorted(set(options) - taken)
         if unknown:
             raise UserError(
@@ -101,7 +102,8 @@ class Tracer:
         # Networks that receive the scale itself are run at the pipeline's own: it is one of their conditions.
         self.embedded = bool(getattr(self.network.config, "guidance_embeds", False))
         self.guidance: dict[str, float] = {}
-        if "guidance_scale" in taken and not self.embedded and "guidance_scale" not in options:
+        default = parameters["guidance_scale"].default if "guidance_scale" in taken else None
+        if default is not None and not self.embedded and "guidance_scale" not in options:
             self.guidance = {"guidance_scale": _OFF[0]}
         self._settled = not self.guidance
         # Clipping belongs to a sampler, and would hide what the network predicts.
