@@ -16,6 +16,7 @@ from distmatch.base.estimate import Estimate
 from distmatch.base.progress import quietly
 from distmatch.data import Dataset
 from distmatch.data.classes import names_of, share_warning
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences import Divergence
@@ -55,7 +56,8 @@ def load_teacher(source: str | os.PathLike[str], **options: Any) -> Denoiser:
     Args:
         source: A run folder or model folder; a folder of diffusers; a network pickle of EDM or EDM2, which is
             read without running it; or the name of an exact teacher: ``ring8``, ``grid25``, ``skewed2``.
-        options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`. For a model
+        options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`, or for a
+            pipeline with prompts those of :func:`distmatch.interop.load_pipeline`. For a model
             with a network of your own, ``network``: the module, its class, or a denoiser around it.
 
     Raises:
@@ -103,7 +105,7 @@ def train(
 
 def distill(
     teacher: Denoiser | str | os.PathLike[str],
-    data: Data | None = None,
+    data: Data | Conditioning | None = None,
     *,
     divergence: str | Divergence | None = None,
     method: str | None = None,
@@ -120,7 +122,8 @@ def distill(
         teacher: Any :class:`~distmatch.diffusion.denoiser.Denoiser`, or what :func:`load_teacher` takes.
         data: Real samples for the density ratio and the adversarial term, as for :func:`train`. Vectors for a
             teacher that was not trained here are taken as they are, unscaled. None takes samples of an exact
-            teacher, or the data that a teacher says it was trained on, by name or path.
+            teacher, or the data that a teacher says it was trained on, by name or path. For a method that
+            needs no data also a :class:`Conditioning` alone: encoded prompts, whose rows are drawn.
         divergence: A name such as ``"js"``, ``"kl"``, ``"alpha:0.5"``, or a :class:`Divergence`; None is the
             method's own (JS for f-distill).
         method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``;
@@ -154,7 +157,7 @@ def distill(
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
     measure = divergence if isinstance(divergence, Divergence) else None
     options = DistillOptions(
-        data=name_of(data) if data is not None else "",
+        data="" if data is None or isinstance(data, Conditioning) else name_of(data),
         teacher=source,
         method=own.method,
         preset=preset,
@@ -165,7 +168,7 @@ def distill(
     )
     if out is not None:
         check_saveable(given)
-    found = real_data(given, data, seed)
+    found = data if isinstance(data, Conditioning) else real_data(given, data, seed)
     with quietly(quiet):
         job = prepare.prepare_distillation(options, given, found, measure)
         return _carried_out(job, out, [source] if source else [])

@@ -146,7 +146,7 @@ def test_pipelines_that_read_text_are_refused_with_what_to_do(pipeline, part, ne
     index = {"_class_name": pipeline, **{name: ["library", kind] for name, kind in parts.items()}}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError) as whole:
-        load_external(tmp_path)
+        load_diffusers(tmp_path)
     with pytest.raises(UserError) as alone:
         load_diffusers(tmp_path / part)
     for caught, words in ((whole, (pipeline, "conditioned on text", "text_encoder")), (alone, (network,))):

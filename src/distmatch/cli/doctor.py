@@ -15,9 +15,11 @@ from distmatch.cli.help import Help
 from distmatch.cli.parse import parse
 
 HELP = Help(
-    """Check this machine and installation: versions, devices, data, places to write, speed.
+    """Check this machine and installation: versions, devices, data, places to write, speed. With --teacher,
+show what a teacher takes and predicts instead.
 
-example: distmatch doctor --json"""
+example: distmatch doctor --json
+         distmatch doctor --teacher stable-diffusion/ --height 512 --width 512"""
 )
 
 
@@ -29,6 +31,14 @@ class DoctorOptions:
     """Seed of the test tensors."""
     json: bool = False
     """Print one JSON object on stdout."""
+    teacher: str = ""
+    """A run, model or diffusers folder: print its samples, conditioning, prediction and noise path."""
+    height: int = 0
+    """Height of the images of a pipeline with prompts, in pixels; 0: its default."""
+    width: int = 0
+    """Width of the images of a pipeline with prompts, in pixels; 0: its default."""
+    frames: int = 0
+    """Frames of the videos of a pipeline with prompts; 0: its default."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,9 @@ class Check:
 def run(argv: list[str]) -> None:
     """Parses, checks, prints."""
     options = parse(DoctorOptions, argv, verb="doctor", said=HELP)
+    if options.teacher:
+        _describe(options)
+        return
     from distmatch.training.environment import environment
 
     env = environment()
@@ -72,6 +85,19 @@ def run(argv: list[str]) -> None:
                 print(f"         fix: {check.fix}")
     if not healthy:
         raise SystemExit(1)
+
+
+def _describe(options: DoctorOptions) -> None:
+    """Prints what a teacher takes and predicts."""
+    from distmatch.training.teachers import describe_teacher
+
+    sizes = {"height": options.height, "width": options.width, "num_frames": options.frames}
+    found = describe_teacher(options.teacher, **{name: size for name, size in sizes.items() if size})
+    if options.json:
+        print_json(found)
+        return
+    for key, value in found.items():
+        print(f"{key:12} {value}")
 
 
 def _words(value: Any) -> str:

@@ -8,6 +8,7 @@ from distmatch.interop.edm_checkpoint import read_edm
 from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.onnx_export import export_onnx
 from distmatch.interop.own_modules import HandedIn, check_storable, copied_module
+from distmatch.interop.pipelines import load_folder, load_pipeline
 from distmatch.interop.saved import convert_edm, is_external, load_denoiser, load_external, save_denoiser
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "load_denoiser",
     "load_diffusers",
     "load_external",
+    "load_folder",
+    "load_pipeline",
     "read_edm",
     "save_denoiser",
     "teacher_from",

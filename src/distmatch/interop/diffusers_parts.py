@@ -53,10 +53,10 @@ def check_components(root: Path) -> None:
     unread = sorted((listed | stored) - {*NETWORKS, *DECODERS, "scheduler"})
     if any(is_text_part(name) for name in unread):
         raise UserError(
-            f"{root} contains a pipeline that is conditioned on text or images, which is not supported",
+            f"{root} contains a pipeline that is conditioned on text or images, which is not read here",
             got=f"{str(index.get('_class_name', 'a pipeline'))[:80]} with {', '.join(unread)[:200]}",
             expected=f"a pipeline without condition or with classes: {' or '.join(MODELS)}",
-            fix=_WRAP,
+            fix=f"dm.load_teacher traces such pipelines; or {_WRAP}",
         )
     if unread:
         raise UserError(

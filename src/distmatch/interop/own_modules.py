@@ -253,7 +253,8 @@ def _around(
             "the file does not contain how this denoiser uses its network",
             got=f"a module; {', '.join(missing) or 'the denoiser'} of the saved one is code",
             expected="the denoiser",
-            fix="pass the denoiser instead: network=dm.as_denoiser(...), with the same arguments as before",
+            fix="pass the denoiser instead, made with the same arguments as before: network="
+            "dm.as_denoiser(...), or for a pipeline of diffusers network=dm.load_teacher(FOLDER, ...)",
         )
     if kind == "edm":
         return parametrized(module, values)

@@ -35,7 +35,6 @@ from distmatch.interop.diffusers_parts import load_autoencoder, network_like, sc
 from distmatch.interop.diffusers_teacher import (
     DiffusersSource,
     is_diffusers_folder,
-    load_diffusers,
     teacher_from,
 )
 from distmatch.interop.edm_checkpoint import (
@@ -48,6 +47,7 @@ from distmatch.interop.edm_checkpoint import (
 from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.own_modules import HandedIn, described_module, null_tensors, rebuilt
+from distmatch.interop.pipelines import load_folder
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.saved import (
@@ -172,7 +172,7 @@ def load_external(source: str | os.PathLike[str], **options: Any) -> Denoiser | 
     Args:
         source: A folder of diffusers, a folder that :func:`save_denoiser` wrote (or a run with one), or a
             network pickle of EDM or EDM2, which is read without running it.
-        options: For a folder of diffusers, those of :func:`load_diffusers`; for a distmatch model,
+        options: For a folder of diffusers, those of :func:`load_folder`; for a distmatch model,
             ``network``, see :func:`load_denoiser`.
 
     Raises:
@@ -185,7 +185,7 @@ def load_external(source: str | os.PathLike[str], **options: Any) -> Denoiser | 
     if found is not None:
         return _load(found, options.get("network"))[0]
     if path.is_dir() and is_diffusers_folder(path):
-        return load_diffusers(path, **options)
+        return load_folder(path, **options)
     return None
 
 

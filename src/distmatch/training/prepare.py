@@ -40,7 +40,7 @@ from distmatch.training.teachers import open_teacher
 def prepare_distillation(
     options: DistillOptions,
     teacher: Denoiser | None = None,
-    data: Dataset | None = None,
+    data: Dataset | Conditioning | None = None,
     measure: Divergence | None = None,
     *,
     fresh: bool = True,
@@ -50,7 +50,7 @@ def prepare_distillation(
     Args:
         options: The options.
         teacher: Used instead of ``options.teacher``.
-        data: Used instead of ``options.data``.
+        data: Used instead of ``options.data``. A conditioning alone is for methods that need no data.
         measure: A divergence object to use instead of ``options.divergence``.
         fresh: Whether the state will be trained from its start. A resumed run skips fitting the first
             networks, as a checkpoint replaces them.
@@ -59,6 +59,7 @@ def prepare_distillation(
         UserError: Options, teacher and data do not go together.
     """
     run = options.run
+    prompts, data = (data, None) if isinstance(data, Conditioning) else (None, data)
     device = pick_device(run.device)
     name = measure.name if measure is not None else options.divergence
     method, name = resolve_method(options.method, name)
@@ -139,7 +140,7 @@ def prepare_distillation(
     if data is not None:
         batches = Batches(data, run.batch, run.seed, flips(run, data), device)
     else:
-        batches = _empty_batches(teacher, run, device)
+        batches = _empty_batches(teacher, run, device, prompts)
     takes = bool(method.divergences)
     info = {
         "method": method.name,
@@ -313,17 +314,38 @@ def _drawer(data: Dataset | None, seed: int) -> Draw | None:
     return draw
 
 
-def _empty_batches(teacher: Denoiser, run: RunOptions, device: torch.device) -> Callable[[int], Batch]:
-    """Batches for methods that need no data: only their size and labels are used.
+def _empty_batches(
+    teacher: Denoiser, run: RunOptions, device: torch.device, prompts: Conditioning | None = None
+) -> Callable[[int], Batch]:
+    """Batches for methods that need no data: only their size and conditioning are used.
+
+    Args:
+        teacher: The teacher.
+        run: Batch size and seed.
+        device: Where the batches go.
+        prompts: What to condition on, rows drawn at random; None draws labels.
 
     Raises:
-        UserError: The teacher takes conditions that cannot be drawn without data.
+        UserError: The teacher takes conditions that cannot be drawn without data, or others than the prompts.
     """
+    if prompts is not None:
+        rows = prompts.batch_size or 0
+        check_conditioning(prompts, rows, spec_of(teacher))
+        if not rows:
+            raise UserError("a conditioning without rows conditions nothing", fix="leave it out")
+
+        def drawn(step: int) -> Batch:
+            chosen = torch.randint(rows, (run.batch,), generator=generator(run.seed, f"prompts/{step}"))
+            return Batch(
+                torch.zeros(run.batch, *teacher.shape, device=device), prompts.index(chosen).to(device)
+            )
+
+        return drawn
     if others := set(spec_of(teacher)) - {LABEL}:
         raise UserError(
             "the conditioning of this teacher cannot be drawn without data",
             got=f"a teacher conditioned on {', '.join(sorted(others))}, and no --data",
-            fix="pass --data with arrays condition_NAME",
+            fix="pass --data with arrays condition_NAME, or in Python a Conditioning as data",
         )
     counts = Classes.from_dict(known_data(teacher), teacher.num_classes).counts
 

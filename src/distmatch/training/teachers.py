@@ -9,8 +9,9 @@ from typing import Any
 
 from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, toy
+from distmatch.diffusion.conditioning import spec_of
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.interop import load_denoiser, load_diffusers, read_edm
+from distmatch.interop import load_denoiser, load_folder, read_edm
 from distmatch.interop.diffusers_teacher import is_diffusers_folder
 from distmatch.interop.edm_checkpoint import is_network_pickle
 from distmatch.interop.saved import needs_no_network
@@ -33,7 +34,7 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
     Args:
         source: A run folder, a model folder, a folder of diffusers, or a network pickle of EDM or EDM2, which
             is read without running it.
-        options: For a folder of diffusers, those of :func:`distmatch.interop.load_diffusers`. For a model
+        options: For a folder of diffusers, those of :func:`distmatch.interop.load_folder`. For a model
             with a network of the user's, ``network``, and for adapters ``base``: see
             :func:`distmatch.interop.load_denoiser`.
 
@@ -60,7 +61,7 @@ def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     if base is not None and is_from_elsewhere(path):
         raise UserError(f"{path} contains a full network, not adapters", fix="omit base")
     if path.is_dir() and is_diffusers_folder(path):
-        teacher = load_diffusers(path, **options)
+        teacher = load_folder(path, **options)
         compared = getattr(teacher, "conversion", None)
         return teacher, {"kind": "teacher", "conversion": str(compared) if compared else "not compared"}
     if options:
@@ -113,6 +114,36 @@ def open_teacher(source: str | os.PathLike[str], **options: Any) -> tuple[Denois
     if info.get("kind") == "student":
         raise UserError(f"{source} is a student, not a teacher", fix="pass the folder of a teacher")
     return denoiser.requires_grad_(False), info
+
+
+def describe_teacher(source: str | os.PathLike[str], **options: Any) -> dict[str, str]:
+    """What a teacher takes and predicts, in words.
+
+    Args:
+        source: As for :func:`open_teacher`.
+        options: As for :func:`open_denoiser`.
+
+    Raises:
+        UserError: There is none that can be used.
+    """
+    denoiser, info = open_teacher(source, **options)
+    teacher: Any = denoiser
+    pipeline = getattr(teacher, "pipeline", None)
+    if pipeline is not None:
+        found: dict[str, str] = pipeline.describe()
+    else:
+        path = getattr(teacher, "path", None)
+        fields = {name: f"{field.shape} {field.dtype}" for name, field in spec_of(teacher).items()}
+        found = {
+            "network": type(getattr(teacher, "net", teacher)).__name__,
+            "sample": str(tuple(teacher.shape)),
+            "conditioning": "; ".join(f"{name} {said}" for name, said in fields.items()) or "none",
+            "classes": str(teacher.num_classes or "none"),
+            "prediction": str(getattr(teacher, "prediction", "x0")),
+            "path": "none: x0 + sigma eps" if path is None else path.name,
+        }
+    found |= {"sigma": f"{teacher.sigma_min:.4g} to {teacher.sigma_max:.4g}"}
+    return found | ({"check": info["conversion"]} if info.get("conversion") else {})
 
 
 def load_teacher(source: str | os.PathLike[str], **options: Any) -> Denoiser:

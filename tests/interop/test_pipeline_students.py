@@ -1,0 +1,100 @@
+"""From a pipeline of diffusers to a student of it: loading by folder, the command line, training, saving."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import distmatch as dm
+from distmatch.base.errors import UserError
+from tests.helpers.command import done
+from tests.helpers.pipelines import SIZE, save
+
+PROMPTS = ["a red cat", "the dog sleeps", "a house", "a small tree"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save("stable-diffusion-3", tmp_path_factory.mktemp("pipelines"))
+
+
+@pytest.fixture(scope="module")
+def teacher(folder):
+    return dm.load_teacher(folder, **SIZE["stable-diffusion-3"])
+
+
+def test_a_folder_of_a_pipeline_with_prompts_is_traced(teacher):
+    assert teacher.pipeline.contract.sample == "hidden_states"
+    assert teacher.conversion.relative < 1e-5
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_doctor_prints_the_contract(folder):
+    text = done(f"doctor --teacher {folder} --height 16 --width 16").out
+    for words in ("(4, 8, 8) as hidden_states", "pooled_projections (16) float32", "flow", "condot", "shift"):
+        assert words in text
+    found = done(f"doctor --teacher {folder} --height 16 --width 16 --json").json()
+    assert found["shift"] == "3"
+    assert found["null"] == "the prompt ''"
+
+
+def test_doctor_describes_other_teachers_too():
+    found = done("doctor --teacher ring8 --json").json()
+    assert found["sample"] == "(2,)"
+
+
+@pytest.mark.parametrize("method", ["diff-instruct", "sid"])
+def test_a_student_is_distilled_from_prompts_alone(teacher, method, tmp_path):
+    told = teacher.pipeline.encode(PROMPTS)
+    student = dm.distill(teacher, told, method=method, steps=10, batch=2, guidance=2.0, lr=1e-3, quiet=True)
+    before = [p.clone() for p in teacher.parameters()]
+    x = student.sample(2, conditioning=told.index(slice(0, 2)), decode=False)
+    assert x.shape == (2, 4, 8, 8)
+    with torch.no_grad():
+        start = student.denoiser(torch.zeros(2, 4, 8, 8), torch.full((2,), 5.0), told.index(slice(0, 2)))
+        theirs = teacher(torch.zeros(2, 4, 8, 8), torch.full((2,), 5.0), told.index(slice(0, 2)))
+    assert 0 < (start - theirs).abs().max() < 1  # it has moved, and not far
+    assert all(torch.equal(p, q) for p, q in zip(before, teacher.parameters(), strict=True))
+    images = student.sample(2, conditioning=told.index(slice(0, 2)))
+    assert torch.equal(images, teacher.decoder.decode(x))
+
+    student.save_pretrained(tmp_path / "student")
+    with pytest.raises(UserError, match=r"network=dm\.load_teacher"):
+        dm.Student.from_pretrained(tmp_path / "student")
+    again = dm.Student.from_pretrained(tmp_path / "student", network=teacher)
+    assert torch.equal(again.sample(2, conditioning=told.index(slice(0, 2)), decode=False), x)
+
+
+def test_prompts_are_no_data(teacher):
+    told = teacher.pipeline.encode(PROMPTS)
+    with pytest.raises(UserError, match="needs real data"):
+        dm.distill(teacher, told, method="dmd2", steps=2, quiet=True)
+    with pytest.raises(UserError, match="Got: text"):
+        dm.distill(
+            teacher, dm.Conditioning({"text": torch.zeros(2, 3)}), method="sid", steps=10, batch=2, quiet=True
+        )
+    with pytest.raises(UserError, match="cannot be drawn without data"):
+        dm.distill(teacher, method="sid", steps=10, batch=2, quiet=True)
+
+
+def test_batches_of_prompts_depend_on_seed_and_step_alone(teacher):
+    told = teacher.pipeline.encode(PROMPTS)
+    runs = [
+        dm.distill(teacher, told, method="sid", steps=10, batch=2, lr=1e-3, seed=seed, quiet=True)
+        for seed in (0, 0, 1)
+    ]
+    first, again, other = (torch.cat([p.flatten() for p in student.parameters()]) for student in runs)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_images_are_not_encoded(teacher):
+    with pytest.raises(UserError, match="cannot be encoded"):
+        teacher.decoder.encode(torch.zeros(1, 3, 16, 16))
+
+
+def test_what_encode_refuses(teacher):
+    with pytest.raises(UserError, match="list"):
+        teacher.pipeline.encode("a red cat")
+    with pytest.raises(UserError, match="list"):
+        teacher.pipeline.encode([])
