@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from distmatch.base.estimate import Estimate
     from distmatch.data import Dataset, load_data
     from distmatch.diffusion import guidance, paths, solvers
-    from distmatch.diffusion.adapters import as_denoiser
     from distmatch.diffusion.conditioning import Conditioning
     from distmatch.diffusion.mixture import GaussianMixture
+    from distmatch.diffusion.own_network import as_denoiser
     from distmatch.divergences import Divergence, divergence
     from distmatch.methods.hybrid import hybrid_sample
     from distmatch.methods.student import Student
@@ -43,7 +43,7 @@ _HOME = {
     "GaussianMixture": "distmatch.diffusion.mixture",
     "Student": "distmatch.methods.student",
     "UserError": "distmatch.base.errors",
-    "as_denoiser": "distmatch.diffusion.adapters",
+    "as_denoiser": "distmatch.diffusion.own_network",
     "compare": "distmatch.api",
     "distill": "distmatch.api",
     "divergence": "distmatch.divergences",

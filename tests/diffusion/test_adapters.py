@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.adapters import PredictionDenoiser, as_denoiser
+from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.denoiser import Denoiser, expand, has_features, has_score, require_score
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.diffusion.own_network import as_denoiser
 from distmatch.diffusion.paths import (
     NoisePath,
     betas,
@@ -303,3 +304,32 @@ def test_teachers_without_a_score_are_refused_where_one_is_needed() -> None:
     with pytest.raises(UserError, match="a score needs the score"):
         OnPath(teacher, "vp").score(points(), 0.5)
     assert OnPath(teacher, "vp").velocity(points(), 0.5).isfinite().all()
+
+
+class _TakesSigma(nn.Module):
+    """A denoiser x / (1 + sigma^2), which is exact for normal data."""
+
+    sigma_data = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, sigma: Tensor, class_cond: Tensor | None = None) -> Tensor:
+        return self.scale * x / (1 + sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2)
+
+
+def test_a_module_that_receives_sigma_is_no_noise_predictor() -> None:
+    """Whether it is a wrapper of k-diffusion, takes any keyword, or neither."""
+    x, sigma = torch.randn(5, 3), torch.tensor([0.1, 0.5, 1.0, 5.0, 40.0])
+    plain, wrapped = _TakesSigma(), _TakesSigma()
+    wrapped.inner_model = nn.Linear(3, 3)  # type: ignore[assignment]
+    for module in (plain, wrapped):
+        denoiser = as_denoiser(module, shape=(3,))
+        assert denoiser.sigma_data == 1.0
+        torch.testing.assert_close(denoiser(x, sigma), module(x, sigma))
+
+
+def test_a_misspelt_option_is_named() -> None:
+    with pytest.raises(UserError, match="sigma_data"):
+        as_denoiser(_TakesSigma(), shape=(3,), sigmadata=1.0)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distmatch.diffusion.adapters import as_denoiser
 from distmatch.diffusion.conditioning import as_conditioning
 from distmatch.diffusion.control.neighbor_sets import NeighborConditioned, SetEmbedding
 from distmatch.diffusion.guidance import Guided
+from distmatch.diffusion.own_network import as_denoiser
 from distmatch.interop.edm2_unet import EDM2UNet
 from distmatch.interop.edm_config import from_arguments
 from distmatch.interop.edm_unet import EDMUNet

@@ -215,3 +215,19 @@ def test_old_options_are_understood_with_a_warning() -> None:
     assert (found["fake_score_steps"], found["num_steps"]) == (3, 2)
     assert "--critic-steps is now called --fake-score-steps" in answer.err + answer.out
     assert parse_methods("dmd2[critic_steps=2]")[0].settings == {"fake_score_steps": 2}
+
+
+def test_a_setting_under_both_names_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('format = 3\nverb = "distill"\n[distill]\ncalls = 2\nnum_steps = 3\n')
+    with pytest.raises(UserError, match="given twice"):
+        read_config(file)
+    assert command("distill --teacher ring8 --calls 2 --num-steps 4 --dry-run").code == 2
+
+
+def test_a_method_that_is_a_table_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('verb = "distill"\nteacher = "ring8"\n[method]\ncalls = 2\n')
+    answer = command(f"distill --config {file} --dry-run")
+    assert answer.code == 2
+    assert "method must be a name" in answer.err

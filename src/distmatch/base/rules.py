@@ -60,9 +60,16 @@ def check_rule(kind: type, name: str, value: Any) -> None:
         UserError: It breaks it.
     """
     rule = _rules(kind).get(name)
-    if rule is not None and not rule.holds(value):
+    if rule is not None and not _holds(rule, value):
         flag = f"--{name.replace('_', '-')}" if getattr(kind, "flags", True) else name
         raise UserError(f"{flag} {rule.words}", got=value)
+
+
+def _holds(rule: Rule, value: Any) -> bool:
+    try:
+        return rule.holds(value)
+    except TypeError:  # a value of another type, which Python programs can give
+        return False
 
 
 @cache

@@ -147,6 +147,9 @@ def options_from(
         )
     if defaults is None:
         return with_values(kind(), values, where=str(path))
+    for name in ("method", "preset"):
+        if not isinstance(values.get(name, ""), str):
+            raise UserError(f"{path}: {name} must be a name", got=values[name], expected=f'{name} = "..."')
     began = values.get("method"), values.get("preset")
     begun = _checked(defaults(*began), values, path)
     method, preset = (new if new is not None else old for new, old in zip(named, began, strict=True))
@@ -199,6 +202,8 @@ def _in_full(argv: Sequence[str]) -> list[str]:
     result = []
     for name, equals, value in (argument.partition("=") for argument in argv):
         now = f"--{current_name(old[name]).replace('_', '-')}" if name in old else long.get(name, name)
+        if name in old and any(other.partition("=")[0] == now for other in argv):
+            raise UserError("an option is given twice", got=f"{name} and {now}", fix=f"omit {name}")
         result.append(now + equals + value)
     return result
 

@@ -85,10 +85,15 @@ def recognized_call(module: Any) -> str:
         return DIFFUSERS
     if len(names) > 1 and names[0] in _TIMES and names[1] in _SAMPLES:
         return TIME_FIRST
-    keywords = any(p.kind == p.VAR_KEYWORD for p in parameters)
-    if keywords and len(names) > 1 and (hasattr(module, "inner_model") or names[1] == "sigma"):
-        return KEYWORDS
+    if len(names) > 1 and (hasattr(module, "inner_model") or names[1] == "sigma"):
+        keywords = "class_cond" in names or any(p.kind == p.VAR_KEYWORD for p in parameters)
+        return KEYWORDS if keywords or hasattr(module, "inner_model") else PLAIN
     return PLAIN
+
+
+def receives_sigma(module: Any) -> bool:
+    """Whether one of the first two arguments of a module is called sigma, as in EDM's code."""
+    return any(p.name == "sigma" for p in _parameters(module)[:2])
 
 
 def check_arguments(module: Any, given: int) -> None:

@@ -208,7 +208,8 @@ def load_diffusers(
         raise UserError(
             f"no {SCHEDULER} for {root}",
             expected="a folder scheduler/ in it or next to it",
-            fix="the scheduler determines the noise levels: pass its folder as scheduler",
+            fix="the scheduler determines the noise levels: put both into one pipeline folder with "
+            "model_index.json, or in Python pass its folder: load_teacher(folder, scheduler=...)",
         )
     decoder = None
     if vae is not False:

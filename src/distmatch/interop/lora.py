@@ -102,6 +102,7 @@ def chosen_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
             fix="use --train full",
         )
     found: list[str] = []
+    targets = (targets,) if isinstance(targets, str) else targets
     for target in targets or (".*",):
         try:
             pattern = re.compile(rf"(?:.*\.)?(?:{target})")

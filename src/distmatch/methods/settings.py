@@ -46,7 +46,7 @@ class RoleSettings:
     lora_rank: Count = 8
     """Rank of the adapters."""
     lora_alpha: NotNegative = 0.0
-    """The adapters' scaling times their rank; 0: the rank, for a scaling of 1."""
+    """Adapters are scaled by alpha / rank; 0: alpha is the rank."""
     lora_targets: tuple[str, ...] = ()
     """Layers with adapters: regular expressions for full names, or for the part after a dot; unset: all
     linear layers and convolutions."""

@@ -212,6 +212,10 @@ class Student(nn.Module):
         Raises:
             UserError: Labels of another length or out of range.
         """
+        if n < 0 or batch < 1:
+            raise UserError(
+                "there must be 0 samples or more, and at least 1 at a time", got=f"n={n}, batch={batch}"
+            )
         device = device_of(self)
         asked = checked_conditioning(conditioning, n, self, seed, self.classes.counts, class_balance)
         noise = [

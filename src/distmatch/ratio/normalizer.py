@@ -175,10 +175,11 @@ class RatioNormalizer:
         steady = batch / cfg.bins * min(1 / (1 - cfg.kept(batch)), updates)
         if steady > 0.999 * cfg.min_count:
             return None
-        whole = "all bins together" if steady * cfg.bins >= cfg.min_count else "nothing, as all are too few"
+        enough = steady * cfg.bins >= cfg.min_count
+        then = "its mean is pooled over all bins together" if enough else "the ratio is not normalized"
         text = (
             f"ratio normalization: a noise bin collects {steady:.1f} samples at batch {batch}, fewer than "
-            f"min_count={cfg.min_count:g}; its mean is pooled over {whole}. "
+            f"min_count={cfg.min_count:g}; {then}. "
         )
         if cfg.memory > 0:
             return text + "Use a larger batch, fewer --ratio-bins or more steps."

@@ -50,6 +50,12 @@ def as_dataset(data: Data, *, scaled: bool = True, shape: tuple[int, ...] | None
         return data
     if isinstance(data, (str, os.PathLike)):
         return load_data(data)
+    if isinstance(data, tuple):
+        raise UserError(
+            "data with labels are a data set",
+            got=f"a tuple of {len(data)}",
+            fix="use distmatch.data.from_arrays(x, labels)",
+        )
     kind = None if shape is None or len(shape) != 2 else kind_of_shape(shape)
     found = from_arrays(data, None, kind=kind, name="array")
     if not scaled and found.scaling.kind == "vector":

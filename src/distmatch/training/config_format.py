@@ -81,7 +81,13 @@ def _brought_up_to_date(values: dict[str, Any], found: int) -> bool:
             if isinstance(options.get(name), dict) and isinstance(options.setdefault("distill", {}), dict):
                 options["distill"] |= options.pop(name)
         if isinstance(settings := options.get("distill"), dict):
-            for name in settings.keys() & RENAMED.keys():
+            for name in sorted(settings.keys() & RENAMED.keys()):
+                if RENAMED[name] in settings:
+                    raise UserError(
+                        "a setting is given twice, under its old and its new name",
+                        got=f"{name} and {RENAMED[name]}",
+                        fix=f"remove {name}",
+                    )
                 settings[RENAMED[name]] = settings.pop(name)
     if found == 3:
         return values != before
