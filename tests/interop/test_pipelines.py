@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.paths import discrete_path
 from distmatch.diffusion.solvers import solve
 from distmatch.interop.pipelines import load_pipeline
@@ -216,3 +217,25 @@ def test_options_are_those_of_the_pipelines_call(folder):
         load_pipeline(folder, num_frames=3)
     with pytest.raises(UserError, match="divisible"):
         load_pipeline(folder, height=17, width=16)
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "z-image"])
+def test_a_fixed_number_of_tokens_changes_no_prediction(teacher_of, name, tmp_path):
+    """Zeros behind the tokens are hidden by a mask or cut off, so that guidance has prompts of one length."""
+    plain = teacher_of(name)
+    teacher = load_pipeline(save(name, tmp_path), tokens=40, **SIZE[name])
+    x, sigma = torch.randn(3, *teacher.shape), torch.full((3,), 2.0)
+    told = teacher.pipeline.encode(PROMPTS)
+    with torch.no_grad():
+        ours, theirs = teacher(x, sigma, told), plain(x, sigma, plain.pipeline.encode(PROMPTS))
+        assert (ours - theirs).abs().max() < 1e-5
+        guided = Guided(teacher, 3.0)(x, sigma, told)
+        null = plain(x, sigma)
+    assert (guided - (null + 3.0 * (theirs - null))).abs().max() < 1e-4
+    with pytest.raises(UserError, match="fixed number of tokens"):
+        load_pipeline(tmp_path / name, tokens=2, **SIZE[name])
+
+
+def test_the_number_of_tokens_is_fixed_where_there_is_no_mask(folder):
+    with pytest.raises(UserError, match="no mask"):
+        load_pipeline(folder, tokens=40, **SIZE["stable-diffusion-3"])

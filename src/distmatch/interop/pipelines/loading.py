@@ -14,7 +14,6 @@ from distmatch.base.errors import UserError, cause
 from distmatch.base.files import read_json
 from distmatch.interop.diffusers_parts import (
     CONFIG,
-    DECODERS,
     INDEX,
     NETWORKS,
     SCHEDULER,
@@ -186,10 +185,3 @@ def _quiet(diffusers: Any) -> Iterator[None]:
         for log, was in zip(logs, shown, strict=True):
             if was:
                 log.enable_progress_bar()
-
-
-def decoder_of_pipeline(pipeline: Any) -> Any:
-    """The autoencoder of a pipeline, or None."""
-    return next(
-        (getattr(pipeline, name) for name in DECODERS if getattr(pipeline, name, None) is not None), None
-    )

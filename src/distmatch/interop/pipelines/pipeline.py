@@ -1,0 +1,241 @@
+"""A traced pipeline of diffusers: what it encodes, decodes, and passes to its network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import Conditioning, cat
+from distmatch.interop.diffusers_schedule import Schedule
+from distmatch.interop.optional import import_diffusers
+from distmatch.interop.pipelines.contract import Contract, TimeMap, fit_contract
+from distmatch.interop.pipelines.levels import schedule_of, shift_of, time_map
+from distmatch.interop.pipelines.trace import Prompts, Trace, Tracer, replaced
+
+_MOST = 64  # prompts that are encoded at a time
+
+
+class Pipeline:
+    """A traced pipeline: it encodes prompts, decodes samples and knows the steps that it would take.
+
+    Copies of a denoiser share it; it is no part of their parameters.
+
+    Attributes:
+        contract: How it calls its network.
+        schedule: Path and prediction.
+        times: The network's time as a function of the path's.
+        shift: The shift of its noise levels at this resolution; None without one.
+        null: The prompt that stands for "no condition".
+        shape: Shape of one decoded sample: (channels, height, width), or (channels, frames, height, width).
+    """
+
+    def __init__(
+        self, tracer: Tracer, traces: Sequence[Trace], null: str | int | None, tokens: int | None = None
+    ) -> None:
+        self.tracer, self.tokens = tracer, tokens
+        scheduler = tracer.pipeline.scheduler
+        self.schedule: Schedule = schedule_of(scheduler)
+        classes = class_count(tracer)
+        self.contract: Contract = self._of_one_length(fit_contract(traces, classes))
+        self.times: TimeMap = time_map(
+            self.contract.scale, self.contract.offset, self.schedule, scheduler, traces[0]
+        )
+        self.shift = shift_of(scheduler, traces[0]) if self.schedule.family == "flow" else None
+        self.null = null
+        self._output = (traces[0].calls[0].output, len(traces[0].prompts))
+        self.shape = tuple(self.decode(torch.zeros(1, *self.contract.shape)).shape[1:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        """Itself: nothing in it ever changes."""
+        return self
+
+    def encode(self, prompts: Prompts) -> Conditioning:
+        """Prompts (or class labels) as what the network receives for them, one row each.
+
+        The pipeline's own encoding runs, up to the first call of its network.
+
+        Args:
+            prompts: Texts, or class labels for a pipeline of classes.
+
+        Raises:
+            UserError: No prompts, or prompts that are encoded to different lengths when there are many.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise UserError("prompts are given as a list of one or more", got=repr(prompts)[:80])
+        parts = [
+            self.fitted(self.contract.conditioning(self.tracer.arguments(prompts[i : i + _MOST])))
+            for i in range(0, len(prompts), _MOST)
+        ]
+        shapes = [{name: tuple(value.shape[1:]) for name, value in part.items()} for part in parts]
+        if other := next((shape for shape in shapes if shape != shapes[0]), None):
+            raise UserError(
+                "this pipeline encodes prompts to the length of the longest, which differs between them",
+                got=f"{shapes[0]} and {other}",
+                fix="load the teacher with a fixed number of tokens: dm.load_teacher(folder, tokens=...)",
+            )
+        return cat(parts)
+
+    def fitted(self, told: Conditioning) -> Conditioning:
+        """Fields of tokens with zeros behind them, up to the fixed number where there is one.
+
+        Raises:
+            UserError: There are more tokens.
+        """
+        fields = dict(told)
+        for name in self._of_tokens(self.contract) if self.tokens is not None else ():
+            value, missing = fields[name], (self.tokens or 0) - fields[name].shape[1]
+            if missing < 0:
+                raise UserError(
+                    "a prompt is longer than the fixed number of tokens",
+                    got=f"{value.shape[1]} tokens in {name}",
+                    expected=f"at most {self.tokens}",
+                    fix="shorten it, or load the teacher with more tokens",
+                )
+            fields[name] = torch.nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, missing))
+        return Conditioning(fields)
+
+    @staticmethod
+    def _of_tokens(contract: Contract) -> set[str]:
+        """Fields that may have zeros behind them: lists, and what has a mask."""
+        return {*contract.lists, *contract.masks, *contract.masks.values()}
+
+    def _of_one_length(self, contract: Contract) -> Contract:
+        """The contract with a fixed number of tokens."""
+        if self.tokens is None:
+            return contract
+        names = self._of_tokens(contract)
+        if not names:
+            raise UserError(
+                "this pipeline has no mask for its tokens, so that their number is that of the pipeline",
+                got=f"tokens={self.tokens}",
+                fix="leave tokens out",
+            )
+        fields = {
+            name: replace(spec, shape=(self.tokens, *spec.shape[1:])) if name in names else spec
+            for name, spec in contract.fields.items()
+        }
+        return replace(contract, fields=fields)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Samples of the denoiser (B, *contract.shape) as images or video, (B, *shape) in about [-1, 1].
+
+        The end of the pipeline runs on them; its network and scheduler do not. There are no gradients.
+        """
+        network, scheduler = self.tracer.network, self.tracer.pipeline.scheduler
+        device = next(network.parameters()).device
+        x0 = z.to(device, next(network.parameters()).dtype)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return _zeros(*self._output, len(x0))
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return import_diffusers().schedulers.scheduling_utils.SchedulerOutput(prev_sample=x0)
+
+        asked: list[Any] = [0 if self.tracer.asks == "class_labels" else ""] * len(x0)
+        with replaced(network, {"forward": forward}), replaced(scheduler, {"step": step}):
+            found = self.tracer.call(asked, num_inference_steps=2, output_type="pt")
+        x: Tensor = found[0]
+        if x.ndim == 5:
+            x = x.transpose(1, 2)  # frames come before channels
+        return (2 * x.float() - 1).to(z.device)
+
+    def grid(self, steps: int) -> Tensor:
+        """The decreasing noise levels of the pipeline's own sampler, (steps + 1,), the last of them 0.
+
+        Args:
+            steps: Its ``num_inference_steps``.
+        """
+        prompts = [0] if self.tracer.asks == "class_labels" else [""]
+        self.tracer.arguments(prompts, steps)
+        scheduler, path = self.tracer.pipeline.scheduler, self.schedule.path
+        if path is None:
+            raise UserError("this pipeline has no noise path")
+        if self.schedule.family == "flow":
+            t = scheduler.sigmas[: len(scheduler.timesteps)].double().cpu()
+        else:
+            t = scheduler.timesteps.double().cpu()
+        rho = path.rho(t.clamp(path.t_min, path.t_max))
+        return torch.cat([rho, torch.zeros(1, dtype=torch.float64)])
+
+    def describe(self) -> dict[str, str]:
+        """The contract, for people."""
+        contract, path = self.contract, self.schedule.path
+        fields = {
+            name: f"({', '.join('any' if n < 0 else str(n) for n in spec.shape)}) "
+            f"{str(spec.dtype).removeprefix('torch.')}"
+            for name, spec in contract.fields.items()
+        }
+        rounded = ", rounded down to integers first" if self.times.whole else ""
+        rounded += f", without the shift {self.times.shift:.4g}" if self.times.shift != 1 else ""
+        return {
+            "pipeline": type(self.tracer.pipeline).__name__,
+            "network": f"{type(self.tracer.network).__name__} ({self.tracer.network_name})",
+            "sample": f"{contract.shape} as {contract.sample}{' (a list)' if contract.listed else ''}",
+            "time": f"{contract.time} = {contract.scale:g} x scheduler time + {contract.offset:g}{rounded}",
+            "output": contract.output,
+            "conditioning": "; ".join(f"{name} {said}" for name, said in fields.items()) or "none",
+            "prediction": self.schedule.prediction,
+            "path": "none" if path is None else path.name,
+            "shift": "none" if self.shift is None else f"{self.shift:.4g}",
+            "null": "none" if self.null is None else f"the prompt {self.null!r}",
+            "decoded": f"{self.shape}",
+        }
+
+
+class PipelineDecoder:
+    """The decoder of a teacher made of a pipeline; see :class:`distmatch.interop.Decoder`."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline, self.shape = pipeline, pipeline.shape
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Samples of the denoiser as images or video, without gradients."""
+        return self.pipeline.decode(z)
+
+    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Not possible: a pipeline contains the way from latents to images alone.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "images cannot be encoded by a teacher that was made of a pipeline, whose end decodes only",
+            got=f"images {tuple(x.shape[1:])}",
+            fix="give latents of the teacher's own shape as data, or use a method that needs no data",
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the decoder of the same pipeline."""
+        return isinstance(other, PipelineDecoder) and self.pipeline is other.pipeline
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineDecoder:
+        """Itself: nothing in it ever changes."""
+        return self
+
+
+def class_count(tracer: Tracer) -> int:
+    """Classes of a pipeline that takes labels; 0 for one that takes prompts."""
+    if tracer.asks != "class_labels":
+        return 0
+    config: Any = tracer.network.config
+    return int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
+
+
+def _zeros(output: Any, rows: int, n: int) -> Any:
+    """Zeros like what a network returned for ``rows`` samples, for ``n`` of them."""
+    if isinstance(output, Tensor):
+        return output.new_zeros(n, *output.shape[1:])
+    if isinstance(output, dict):
+        return SimpleNamespace(**{name: _zeros(value, rows, n) for name, value in output.items()})
+    if isinstance(output, list) and len(output) == rows:
+        return [torch.zeros_like(output[0]) for _ in range(n)]
+    return tuple(_zeros(value, rows, n) for value in output) if isinstance(output, tuple) else output
