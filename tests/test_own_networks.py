@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.ratio.discriminator import build_discriminator, choose_source
-from tests.helpers.command import command
+from tests.helpers.command import command, done
 from tests.helpers.own_networks import Conv, OfEDM, OfKDiffusion, Velocity, Whole
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import network_teacher
@@ -235,6 +236,13 @@ def test_a_run_folder_and_the_command_line(tmp_path: Path) -> None:
     assert answer.code == 2
     assert "OfKDiffusion" in answer.err
     assert "Traceback" not in answer.err
+    line = f"sample {tmp_path / 'run'} --n 3 --overwrite --out {tmp_path / 'x.npz'} --network"
+    done(f"{line} tests.helpers.own_networks:OfKDiffusion")
+    with np.load(tmp_path / "x.npz") as written:
+        assert np.array_equal(written["x"], student.export(student.sample(3)))
+    for wrong in ("OfKDiffusion", "tests.helpers.nowhere:A", "tests.helpers.own_networks:Nobody"):
+        answer = command(f"{line} {wrong}")
+        assert (answer.code, "names nothing" in answer.err) == (2, True), answer.err
 
 
 # ------------------------------------------------------------------ calls

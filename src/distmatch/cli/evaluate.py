@@ -12,6 +12,7 @@ import tyro
 from distmatch.base.errors import UserError
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
+from distmatch.cli.imported import imported
 from distmatch.cli.parse import parse
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class EvaluateOptions:
     """For a student's run: the teacher to compare it with; empty: the one it was distilled from."""
     base: str = ""
     """For a student of adapters (--train lora): its base, the teacher, if it was moved."""
+    network: str = ""
+    """For a model of a network of your own: MODULE:NAME of its class, of a function that makes it, or of the
+    denoiser, as Python would import it from here."""
     features: str = "auto"
     """classifier, pixels, or auto: classifier where there are labels; pixels with --divergences."""
     n: int | None = None
@@ -238,7 +242,7 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
     from distmatch.training.runfolder import RunFolder
     from distmatch.training.sampling import Sampling
 
-    model = open_model(o.what, o.base)
+    model = open_model(o.what, o.base, imported(o.network))
     tell_conversion(o.what, model.conversion)
     spec = o.data or model.data
     if not spec:

@@ -11,6 +11,7 @@ import tyro
 from distmatch.base.errors import UserError
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
+from distmatch.cli.imported import imported
 from distmatch.cli.parse import parse
 
 HELP = Help(
@@ -40,6 +41,9 @@ class ExportOptions:
     """The licence that the model card states, such as apache-2.0; empty keeps that of the model."""
     base: str = ""
     """For a student of adapters (--train lora): its base, the teacher, if it was moved."""
+    network: str = ""
+    """For a model of a network of your own: MODULE:NAME of its class, of a function that makes it, or of the
+    denoiser, as Python would import it from here."""
     vae: str = ""
     """Folder of the autoencoder of a teacher's latents, if it is not in the pipeline (EDM2)."""
     scheduler: str = ""
@@ -111,6 +115,7 @@ def _opened(o: ExportOptions) -> dict[str, Any]:
 def _options(o: ExportOptions) -> dict[str, Any]:
     """The arguments for a pretrained teacher."""
     options = {"base": o.base, "vae": o.vae, "scheduler": o.scheduler, "null_class": o.null_class}
+    options["network"] = imported(o.network)
     return {name: value for name, value in options.items() if value not in ("", None)}
 
 

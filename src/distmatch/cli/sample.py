@@ -13,6 +13,7 @@ import tyro
 from distmatch.base.errors import UserError
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
+from distmatch.cli.imported import imported
 from distmatch.cli.parse import parse
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class SampleOptions:
     """A run folder, a model folder, a folder of diffusers, a .pkl of EDM, or ring8, grid25, skewed2."""
     base: str = ""
     """For a student of adapters (--train lora): its base, the teacher, if it was moved."""
+    network: str = ""
+    """For a model of a network of your own: MODULE:NAME of its class, of a function that makes it, or of the
+    denoiser, as Python would import it from here."""
     n: int = 64
     """Number of samples."""
     out: Path | None = None
@@ -112,7 +116,7 @@ def run(argv: list[str]) -> None:
     for path in (out, o.trajectory):
         if path is not None:
             refuse_existing(path, o.overwrite)
-    model = open_model(o.model, o.base)
+    model = open_model(o.model, o.base, imported(o.network))
     tell_conversion(o.model, model.conversion)
     ask = _asked(o, model, open_model(o.hybrid_teacher) if o.hybrid_teacher else None)
     if out is not None:

@@ -239,7 +239,7 @@ def _of_library(
         got=f"a network of the class {said['class']!s:.120}",
         expected="the network, as no code is loaded from a file",
         fix="in Python: dm.Student.from_pretrained(folder, network=YourNetwork), or load_teacher, with the "
-        "module, its class, or a denoiser around it",
+        "module, its class, or a denoiser around it; on the command line --network MODULE:NAME",
     )
 
 

@@ -15,7 +15,7 @@ from distmatch.data.classes import Classes, checked_conditioning
 from distmatch.diffusion.conditioning import ConditioningLike, ConditioningSpec, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
-from distmatch.interop import decoder_of
+from distmatch.interop import HandedIn, decoder_of
 from distmatch.methods.student import Student, student_from
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import seen_by
@@ -108,12 +108,13 @@ class Model:
         return replace(drawn, x=self.scaling.settled(drawn.x))
 
 
-def open_model(source: str, base: str = "") -> Model:
+def open_model(source: str, base: str = "", network: HandedIn | None = None) -> Model:
     """A model from a run folder, a model folder, or the name of an exact mixture.
 
     Args:
         source: The folder or name.
         base: Where the base of a student of adapters is; '' looks where it was.
+        network: For a model of a network of the user's: see :func:`distmatch.interop.load_denoiser`.
 
     Raises:
         UserError: There is none.
@@ -123,7 +124,9 @@ def open_model(source: str, base: str = "") -> Model:
     if source in TOY_NAMES:
         mixture: GaussianMixture = toy(source)
         return Model(source, None, mixture, Scaling.identity(mixture.shape[0]), source)
-    denoiser, info = open_denoiser(source, **({"base": base} if base else {}))
+    given: dict[str, Any] = {"base": base} if base else {}
+    given |= {"network": network} if network is not None else {}
+    denoiser, info = open_denoiser(source, **given)
     data = info.get("data") or {}
     scaling = Scaling.known(data, (decoder_of(denoiser) or denoiser).shape)
     student = student_from(denoiser, info) if info.get("kind") == "student" else None
