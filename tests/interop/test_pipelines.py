@@ -18,7 +18,7 @@ from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.paths import discrete_path
 from distmatch.diffusion.solvers import solve
 from distmatch.interop.pipelines import load_pipeline
-from distmatch.interop.pipelines.contract import TimeMap
+from distmatch.interop.pipelines.contract import TimeMap, fit_contract
 from distmatch.interop.pipelines.teacher import compare
 from tests.helpers.pipelines import BUILDERS, SIZE, diffusers, save
 
@@ -239,3 +239,67 @@ def test_a_fixed_number_of_tokens_changes_no_prediction(teacher_of, name, tmp_pa
 def test_the_number_of_tokens_is_fixed_where_there_is_no_mask(folder):
     with pytest.raises(UserError, match="no mask"):
         load_pipeline(folder, tokens=40, **SIZE["stable-diffusion-3"])
+
+
+def with_calls(trace: Any, change: Any) -> Any:
+    calls = [dataclasses.replace(call, **change(i, call)) for i, call in enumerate(trace.calls)]
+    return dataclasses.replace(trace, calls=calls)
+
+
+def changed_arguments(**change: Any) -> Any:
+    """Some arguments of all calls in another way, functions of step and value."""
+    return lambda i, call: {
+        "arguments": {**call.arguments, **{k: f(i, call.arguments.get(k)) for k, f in change.items()}}
+    }
+
+
+UNEXPLAINED = {
+    "receives": lambda i, call: {"model_output": 2 * call.model_output},
+    "is the scheduler's sample": lambda i, call: {"sample": call.sample.flip(0)},
+    "no affine function": changed_arguments(timestep=lambda i, t: t**2),
+    "differs within a batch": changed_arguments(timestep=lambda i, t: t + torch.arange(len(t))),
+    "should be its time": changed_arguments(pooled_projections=lambda i, v: v + i),
+    "has no row for each": changed_arguments(pooled_projections=lambda i, v: v[-1:]),
+}
+
+
+@pytest.mark.parametrize("words", UNEXPLAINED)
+def test_what_no_contract_explains_is_refused_with_what_was_seen(teacher_of, words):
+    tracer = teacher_of("stable-diffusion-3").pipeline.tracer
+    traces = [tracer.run(PROMPTS[:2]), tracer.run(PROMPTS)]
+    assert fit_contract(traces).sample == "hidden_states"
+    traces = [with_calls(trace, UNEXPLAINED[words]) for trace in traces]
+    with pytest.raises(UserError) as raised:
+        fit_contract(traces)
+    assert words in str(raised.value)
+    assert raised.value.parts["got"]
+
+
+def test_guidance_that_stays_on_is_refused(folder):
+    with pytest.raises(UserError, match="cannot be turned off"):
+        load_pipeline(folder, guidance_scale=5.0, **SIZE["stable-diffusion-3"])
+
+
+def test_a_scheduler_that_does_not_show_clean_samples_is_refused(tmp_path):
+    place = save("pixart-sigma", tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True)
+    diffusers.DEISMultistepScheduler.from_config(
+        pipe.scheduler.config, algorithm_type="deis", prediction_type="v_prediction"
+    ).save_pretrained(place / "scheduler")
+    edited(place / "model_index.json", scheduler=["diffusers", "DEISMultistepScheduler"])
+    with pytest.raises(UserError, match="does not show its clean samples"):
+        load_pipeline(place, **SIZE["pixart-sigma"])
+    assert load_pipeline(place, check=False, **SIZE["pixart-sigma"]).shape == (4, 8, 8)
+
+
+def test_many_prompts_are_encoded_in_parts(teacher_of):
+    pipeline = teacher_of("stable-diffusion-3").pipeline
+    prompts = [PROMPTS[i % 3] for i in range(70)]
+    told = pipeline.encode(prompts)
+    assert told.batch_size == 70
+    few = pipeline.encode(PROMPTS)
+    for name in told:
+        assert (told[name][66:69] - few[name]).abs().max() < 1e-5  # row 66 is the first prompt again
+    ragged = teacher_of("qwen-image").pipeline
+    with pytest.raises(UserError, match="tokens"):
+        ragged.encode(["a cat"] * 64 + ["a small red cat runs in a house"])

@@ -22,6 +22,7 @@ from distmatch.interop.diffusers_parts import (
     parts_of,
 )
 from distmatch.interop.optional import OptionalPackage, import_diffusers
+from distmatch.nets.saved import missing_model
 
 _TRANSFORMERS = OptionalPackage("transformers", "pipelines with text encoders need", "diffusers")
 _DROPPED = ("safety_checker", "feature_extractor", "watermark")  # they do not change what is denoised
@@ -45,9 +46,9 @@ def load_parts(root: Path) -> tuple[Any, str]:
         UserError: Something in the folder would need that, is missing or damaged, or the pipeline has two
             networks.
     """
-    diffusers = import_diffusers()
+    if not root.is_dir():
+        raise missing_model(root, "the folder of a pipeline of diffusers")
     index, listed = parts_of(root)
-    kind = _class(diffusers, index.get("_class_name"), diffusers.DiffusionPipeline, root / INDEX)
     code = sorted(str(path.relative_to(root)) for path in root.rglob("*.py"))
     if code:
         raise _refused(root, f"code: {code[0]}", "a pipeline whose code is that of diffusers")
@@ -57,12 +58,18 @@ def load_parts(root: Path) -> tuple[Any, str]:
     if len(networks) != 1 or others:
         found = ", ".join([*networks, *others]) or "none"
         raise _refused(root, f"networks: {found}", f"one denoising network: {' or '.join(NETWORKS)}")
-    parts: dict[str, Any] = {name: None for name in _DROPPED if name in index}
-    with _quiet(diffusers):
-        for name in sorted(names):
-            found = _part(root, name, index[name])
-            if found is not None:
-                parts[name] = found
+    with _quiet() as diffusers:
+        kind = _class(diffusers, index.get("_class_name"), diffusers.DiffusionPipeline, root / INDEX)
+        kinds = {
+            name: _checked(root, name, index[name]) for name in sorted(names)
+        }  # all before any is loaded
+        parts: dict[str, Any] = {name: None for name in _DROPPED if name in index}
+        for name, part in kinds.items():
+            if part is not None:
+                ours = issubclass(part, diffusers.ModelMixin)
+                parts[name] = (
+                    load_component(root / name, part.__name__) if ours else _text_encoder(part, root / name)
+                )
         try:
             pipeline = kind.from_pretrained(root, local_files_only=True, use_safetensors=True, **parts)
         except MemoryError:
@@ -78,9 +85,9 @@ def load_parts(root: Path) -> tuple[Any, str]:
     return pipeline, networks[0]
 
 
-def _part(root: Path, name: str, said: Any) -> Any:
-    """One part with weights, or None for one that the pipeline reads itself: a tokenizer, the scheduler."""
-    library, class_name = said
+def _checked(root: Path, name: str, entry: Any) -> Any:
+    """The class of a part with weights; None for what the pipeline reads itself, such as a tokenizer."""
+    library, class_name = entry
     folder = root / name
     if library not in ("diffusers", "transformers"):
         raise _refused(
@@ -106,21 +113,21 @@ def _part(root: Path, name: str, said: Any) -> Any:
     if config.get("quantization_config"):
         raise _refused(root, f"{name}: quantized weights", "weights of 16 bits or more")
     if library == "diffusers":
-        module = _class(import_diffusers(), class_name, import_diffusers().ModelMixin, root / INDEX)
-        return load_component(folder, module.__name__)
-    transformers = _TRANSFORMERS.load()
-    found = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
-    if not isinstance(found, type):
-        raise _refused(root, f"{name}: {str(class_name)[:80]}", "a class of transformers")
-    if not issubclass(found, transformers.PreTrainedModel):
-        return None
+        found: Any = _class(import_diffusers(), class_name, import_diffusers().ModelMixin, root / INDEX)
+    else:
+        transformers = _TRANSFORMERS.load()
+        found = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
+        if not isinstance(found, type):
+            raise _refused(root, f"{name}: {str(class_name)[:80]}", "a class of transformers")
+        if not issubclass(found, transformers.PreTrainedModel):
+            return None
     if not any(file.endswith(".safetensors") for file in files):
         pickles = [file for file in files if file.endswith(_PICKLES)]
         got = (
             f"{name}/{pickles[0]}, a pickle, which can run any code" if pickles else f"no weights in {name}/"
         )
         raise _refused(root, got, "safetensors: save_pretrained(folder, safe_serialization=True)")
-    return _text_encoder(found, folder)
+    return found
 
 
 def _text_encoder(kind: Any, folder: Path) -> Any:
@@ -173,15 +180,18 @@ def _refused(root: Path, got: str, expected: str) -> UserError:
 
 
 @contextmanager
-def _quiet(diffusers: Any) -> Iterator[None]:
-    """Loading without the bars of both packages."""
-    logs = [package.utils.logging for package in (diffusers, _TRANSFORMERS.load())]
-    shown = [log.is_progress_bar_enabled() for log in logs]
+def _quiet() -> Iterator[Any]:
+    """The package diffusers, without the bars and the warnings on missing packages of both libraries."""
+    libraries = [import_diffusers(), _TRANSFORMERS.load()]
+    logs = [library.utils.logging for library in libraries]
+    before = [(log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
     for log in logs:
         log.disable_progress_bar()
+        log.set_verbosity_error()
     try:
-        yield
+        yield libraries[0]
     finally:
-        for log, was in zip(logs, shown, strict=True):
-            if was:
+        for log, (shown, verbosity) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if shown:
                 log.enable_progress_bar()
