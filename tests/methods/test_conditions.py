@@ -15,7 +15,6 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.conditioning import FieldSpec
 from distmatch.diffusion.guidance import Guided
-from distmatch.interop.frozen import Portable
 from distmatch.training.evaluation import asked_of, measure_samples
 from distmatch.training.sampling import SampleResult
 
@@ -143,12 +142,6 @@ def test_methods_that_know_labels_alone_say_so_before_anything_is_trained(
 ) -> None:
     with pytest.raises(UserError, match="supports class labels only"):
         dm.distill(teacher(), data, method=method, steps=5, batch=16, quiet=True)
-
-
-def test_graphs_of_such_students_are_refused(data: dm.Dataset) -> None:
-    student = dm.distill(teacher(), data, method="sid", steps=5, batch=16, quiet=True)
-    with pytest.raises(UserError, match="graphs take class labels"):
-        Portable(student)
 
 
 def test_training_says_that_conditions_are_left_out(data: dm.Dataset) -> None:

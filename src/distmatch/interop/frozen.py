@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator, initial_noise
-from distmatch.diffusion.conditioning import LABEL, spec_of
+from distmatch.diffusion.conditioning import LABEL, Conditioning, FieldSpec, example_conditioning, spec_of
 from distmatch.interop.diffusers_net import DiffusersNet
 from distmatch.interop.lora import merged
+
+_LABELS = "labels"  # the name of class labels among the inputs of a graph
+_LENGTH = 4  # of axes of any size in random conditions; 0 and 1 would be constants of a graph
 
 
 class StudentLike(Protocol):
@@ -47,7 +49,7 @@ class StudentLike(Protocol):
     def description(self) -> dict[str, Any]:
         """What is known of it, as JSON."""
 
-    def __call__(self, noise: list[Tensor], labels: Tensor | None = None) -> Tensor:
+    def __call__(self, noise: list[Tensor], conditioning: Conditioning | None = None) -> Tensor:
         """Samples from that many unit-noise tensors."""
 
 
@@ -81,7 +83,7 @@ class _Probe(nn.Module):
         super().__init__()
         self.answer = answer
 
-    def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None, **conditions: Tensor) -> Tensor:
         """The answer, in the shape of ``x``."""
         self.x, self.told = x, told
         return torch.full_like(x, self.answer)
@@ -96,11 +98,13 @@ def frozen_call(denoiser: Any, sigma: float, to: float = 0.0) -> Call:
     """
     level, one = torch.full((1,), sigma), torch.ones(1, *denoiser.shape)
     goal = {"target_sigma": torch.full((1,), to)} if to else {}
-    labels = torch.zeros(1, dtype=torch.int64) if denoiser.num_classes else None
+    conditioning = example_conditioning(denoiser, 1)
     silent, loud = _Probe(0.0), _Probe(1.0)
     # The copies share everything but the network, which is not copied.
-    skip = copy.deepcopy(denoiser, {id(denoiser.net): silent})(one, level, labels, **goal)
-    gain = copy.deepcopy(denoiser, {id(denoiser.net): loud})(torch.zeros_like(one), level, labels, **goal)
+    skip = copy.deepcopy(denoiser, {id(denoiser.net): silent})(one, level, conditioning, **goal)
+    gain = copy.deepcopy(denoiser, {id(denoiser.net): loud})(
+        torch.zeros_like(one), level, conditioning, **goal
+    )
     return Call(sigma, _number(silent.x), _number(skip), _number(gain), silent.told)
 
 
@@ -133,59 +137,82 @@ class PlainNet(nn.Module):
 
 
 class Portable(nn.Module):
-    """A student in plain operations on tensors: ``forward(noise, ..., labels)``.
+    """A student in plain operations on tensors: ``forward(noise, ..., condition, ...)``.
 
     Args:
         student: The student; it is copied to the CPU, in float32.
 
-    Raises:
-        UserError: It is conditioned on more than labels.
+    Attributes:
+        spec: The fields of its conditioning, in the order of the inputs, after the noise.
     """
 
     def __init__(self, student: StudentLike) -> None:
         super().__init__()
-        if others := set(spec_of(student.denoiser)) - {LABEL}:
-            raise UserError(
-                "ONNX graphs take class labels only, and this student takes another conditioning",
-                got=f"conditions {', '.join(sorted(others))}",
-                fix="save it as a model folder: student.save_pretrained(folder)",
-            )
         own: Any = copy.deepcopy(student)
         own.denoiser = merged(own.denoiser)
         self.student = own.cpu().float().eval().requires_grad_(False)
-        self.draws, self.conditional = student.draws, student.num_classes > 0
+        self.draws, self.spec = student.draws, dict(spec_of(student.denoiser))
         denoiser = self.student.denoiser
+        self.by_name = getattr(denoiser, "by_name", False)
         # The same student, and one with the same sampler but the steps below.
         self.plain = copy.copy(self.student)
         if not isinstance(getattr(denoiser, "net", None), nn.Module):
             return  # a module that is a denoiser itself has no part that does not depend on the level
+        if set(self.spec) - {LABEL} and not self.by_name:
+            return  # how it passes its conditions on to its network is not known
         self.calls = [frozen_call(denoiser, s, student.goal(i)) for i, s in enumerate(student.sigmas)]
         self.net = PlainNet(denoiser.net) if isinstance(denoiser.net, DiffusersNet) else denoiser.net
+        self.null_class = getattr(denoiser, "null_class", None)
         self.plain.call = self._call
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the inputs: noise, one for each draw, and conditions."""
+        noise = ["noise" if index == 0 else f"noise_{index}" for index in range(self.draws)]
+        return [*noise, *(_LABELS if field == LABEL else field for field in self.spec)]
+
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Samples (B, *shape) from unit noise, each (B, *shape), and labels (B,) where it has classes."""
+        """Samples (B, *shape) from unit noise, each (B, *shape), and conditions, each (B, ...)."""
         return self.plain(*self._sorted(inputs))
 
-    def _call(self, x: Tensor, index: int, labels: Tensor | None = None) -> Tensor:
+    def _call(self, x: Tensor, index: int, conditioning: Conditioning) -> Tensor:
         call = self.calls[index]
         told = call.told.expand(x.shape[0], *call.told.shape[1:])
-        arguments = (labels,) if self.conditional else ()
-        return call.skip * x + call.gain * self.net(call.scale * x, told, *arguments)
+        fields = dict(conditioning)
+        if LABEL in fields and self.null_class is not None:
+            fields[LABEL] = torch.where(fields[LABEL] < 0, self.null_class, fields[LABEL])
+        scaled = call.scale * x
+        predicted = (
+            self.net(scaled, told, **fields) if self.by_name else self.net(scaled, told, *fields.values())
+        )
+        return call.skip * x + call.gain * predicted
 
-    def _sorted(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor | None]:
-        return list(inputs[: self.draws]), inputs[self.draws] if self.conditional else None
+    def _sorted(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Conditioning]:
+        conditions = zip(self.spec, inputs[self.draws :], strict=True)
+        # Unchecked: a comparison of the numbers of rows would fix the batch of a graph.
+        return list(inputs[: self.draws]), Conditioning._derived(dict(conditions))
 
     def inputs(self, n: int, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random inputs for ``n`` samples."""
+        """Random inputs for ``n`` samples; conditions of any size have a size that depends on the seed."""
         shape = self.student.shape
         noise = [initial_noise(n, shape, seed, f"export/{index}") for index in range(self.draws)]
-        if self.conditional:
-            classes = self.student.num_classes
-            noise.append(torch.randint(classes, (n,), generator=generator(seed, "export/labels")))
-        return tuple(noise)
+        names = self.names[self.draws :]
+        told = [
+            _random(field, n, seed, f"export/{name}")
+            for name, field in zip(names, self.spec.values(), strict=True)
+        ]
+        return (*noise, *told)
 
     @torch.no_grad()
     def expected(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """What the student itself makes of such inputs."""
         return self.student(*self._sorted(inputs))
+
+
+def _random(field: FieldSpec, n: int, seed: int, stream: str) -> Tensor:
+    """Values of a field for ``n`` samples: normal, classes, or 0 and 1, which every table of words has."""
+    shape = (n, *(_LENGTH + seed if size < 0 else size for size in field.shape))
+    source = generator(seed, stream)
+    if field.dtype.is_floating_point:
+        return torch.randn(shape, generator=source)
+    return torch.randint(field.classes or 2, shape, generator=source).to(field.dtype)

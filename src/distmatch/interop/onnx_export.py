@@ -63,13 +63,17 @@ def export_onnx(
     scaling = None if latent else Scaling.known(about.get("data") or {}, student.shape)
     portable = Portable(student)
     graph = _Outputs(portable, scaling)
-    names = _input_names(portable)
+    names = portable.names
+    _check_names([*names, *graph.names])
     with torch.no_grad():
         made = [output[0] for output in graph(*portable.inputs(2))]
     config = {
         "format": FORMAT,
         "version": VERSION,
-        "inputs": {name: ["batch", *(student.shape if name != "labels" else ())] for name in names},
+        "inputs": {
+            name: ["batch", *("any" if size < 0 else size for size in shape)]
+            for name, shape in zip(names, _shapes(portable), strict=True)
+        },
         "outputs": {n: ["batch", *x.shape] for n, x in zip(graph.names, made, strict=True)},
         "space": "latents" if latent else "samples",
         "extra": about,
@@ -77,7 +81,7 @@ def export_onnx(
     card = card_of(
         student.denoiser,
         about,
-        usage=_usage(student, names, graph.names[-1]),
+        usage=_usage(portable, graph.names[-1]),
         library="onnx",
         metrics=metrics,
     )
@@ -108,9 +112,31 @@ class _Outputs(nn.Module):
         return (x,) if self.scaling is None else (x, self.scaling.in_units(x))
 
 
-def _input_names(portable: Portable) -> list[str]:
-    noise = ["noise" if index == 0 else f"noise_{index}" for index in range(portable.draws)]
-    return [*noise, *(["labels"] if portable.conditional else [])]
+def _check_names(names: list[str]) -> None:
+    """Refuses conditions whose names those of the other inputs and outputs are.
+
+    Raises:
+        UserError: There are such.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            "the inputs and outputs of a graph must have different names",
+            got=f"a condition named {', '.join(twice)}",
+            fix="declare the condition under another name, or export with --to safetensors",
+        )
+
+
+def _shapes(portable: Portable) -> list[tuple[int, ...]]:
+    """Shapes of the inputs without the batch; -1 where any size is fine."""
+    noise = [tuple(portable.student.shape)] * portable.draws
+    return [*noise, *(field.shape for field in portable.spec.values())]
+
+
+def _axes(shape: tuple[int, ...], batch: Any) -> dict[int, Any]:
+    """The axes of an input that may have any size; the sizes of different inputs may be equal by design."""
+    any_size = {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(shape, 1) if size < 0}
+    return {0: batch, **any_size}
 
 
 def _write_graph(graph: _Outputs, names: list[str], path: Path) -> None:
@@ -126,7 +152,7 @@ def _write_graph(graph: _Outputs, names: list[str], path: Path) -> None:
                 output_names=graph.names,
                 dynamo=True,
                 opset_version=_OPSET,
-                dynamic_shapes=(tuple({0: batch} for _ in names),),
+                dynamic_shapes=(tuple(_axes(shape, batch) for shape in _shapes(graph.portable)),),
                 external_data=weights > _ONE_FILE,
                 verbose=False,
             )
@@ -202,11 +228,19 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _usage(student: StudentLike, names: list[str], output: str) -> str:
-    shape = ", ".join(map(str, student.shape))
-    feeds = [f'    "{name}": rng.standard_normal((16, {shape})).astype("float32"),' for name in names]
-    if names[-1] == "labels":
-        feeds[-1] = f'    "labels": rng.integers({student.num_classes}, size=16),'
+def _usage(portable: Portable, output: str) -> str:
+    feeds = []
+    for name, shape in zip(portable.names, _shapes(portable), strict=True):
+        size = ", ".join(["16", *(str(max(n, 1)) for n in shape)]) + ("" if shape else ",")
+        any_size = "; 1 may be any size" if -1 in shape else ""
+        field = dict(zip(portable.names[portable.draws :], portable.spec.values(), strict=True)).get(name)
+        if field is None:
+            feeds.append(f'    "{name}": rng.standard_normal(({size})).astype("float32"),')
+        elif field.classes:
+            feeds.append(f'    "{name}": rng.integers({field.classes}, size=16),')
+        else:
+            kind = "float32" if field.dtype.is_floating_point else str(field.dtype).removeprefix("torch.")
+            feeds.append(f'    "{name}": np.zeros(({size}), "{kind}"),  # your conditions{any_size}')
     return "\n".join(
         [
             "import numpy as np",
