@@ -213,6 +213,69 @@ def ltx() -> Any:
     )
 
 
+def cogvideox() -> Any:
+    return diffusers.CogVideoXPipeline(
+        transformer=diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=32,
+            num_layers=1,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=5,
+            max_text_seq_length=12,
+        ),
+        scheduler=diffusers.CogVideoXDDIMScheduler(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0
+        ),
+        vae=diffusers.AutoencoderKLCogVideoX(
+            block_out_channels=(8, 8),
+            down_block_types=("CogVideoXDownBlock3D",) * 2,
+            up_block_types=("CogVideoXUpBlock3D",) * 2,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=2,
+        ),
+        text_encoder=t5(32),
+        tokenizer=tokenizer(),
+    )
+
+
+def hunyuan_dit() -> Any:
+    bert = transformers.BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=24
+    )
+    return diffusers.HunyuanDiTPipeline(
+        transformer=diffusers.HunyuanDiT2DModel(
+            sample_size=8,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            in_channels=4,
+            cross_attention_dim=16,
+            cross_attention_dim_t5=16,
+            pooled_projection_dim=16,
+            hidden_size=16,
+            text_len=77,
+            text_len_t5=256,
+        ),
+        scheduler=diffusers.DDPMScheduler(prediction_type="v_prediction", beta_end=0.018),
+        vae=autoencoder(),
+        text_encoder=transformers.BertModel(bert),
+        tokenizer=tokenizer(77),
+        text_encoder_2=t5(16),
+        tokenizer_2=tokenizer(256),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def classes() -> Any:
     return diffusers.DiTPipeline(
         transformer=dit(num_embeds_ada_norm=5, in_channels=4, out_channels=8),
@@ -229,6 +292,8 @@ BUILDERS = {
     "lumina2": lumina2,
     "cogview4": cogview4,
     "ltx": ltx,
+    "cogvideox": cogvideox,
+    "hunyuan-dit": hunyuan_dit,
     "dit": classes,
 }
 SIZE: dict[str, dict[str, Any]] = {
@@ -239,5 +304,7 @@ SIZE: dict[str, dict[str, Any]] = {
     "lumina2": {"height": 32, "width": 32, "max_sequence_length": 48},
     "cogview4": {"height": 16, "width": 16, "max_sequence_length": 32},
     "ltx": {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 12},
+    "cogvideox": {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 12},
+    "hunyuan-dit": {"height": 16, "width": 16},
     "dit": {},
 }

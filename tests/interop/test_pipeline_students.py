@@ -65,6 +65,17 @@ def test_a_student_is_distilled_from_prompts_alone(teacher, method, tmp_path):
     assert torch.equal(again.sample(2, conditioning=told.index(slice(0, 2)), decode=False), x)
 
 
+def test_adapters_find_their_pipeline_again(teacher, tmp_path):
+    told = teacher.pipeline.encode(PROMPTS)
+    student = dm.distill(
+        teacher, told, method="sid", steps=10, batch=2, lr=1e-3, train="lora", lora_rank=2, quiet=True
+    )
+    x = student.sample(2, conditioning=told.index(slice(0, 2)))
+    student.save_pretrained(tmp_path / "student")
+    again = dm.Student.from_pretrained(tmp_path / "student")  # its base: the folder, at the same size
+    assert torch.equal(again.sample(2, conditioning=told.index(slice(0, 2))), x)
+
+
 def test_prompts_are_no_data(teacher):
     told = teacher.pipeline.encode(PROMPTS)
     with pytest.raises(UserError, match="needs real data"):

@@ -41,7 +41,7 @@ def teacher_of(tmp_path_factory):
 def first_order(pipeline: Any) -> Any:
     """A first-order sampler of diffusers with the noise levels of a pipeline's own: DDIM in our terms."""
     scheduler = pipeline.scheduler
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.CogVideoXDDIMScheduler)):
         return scheduler
     options = {"solver_order": 1, "final_sigmas_type": "zero", "algorithm_type": "dpmsolver++"}
     return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, **options)

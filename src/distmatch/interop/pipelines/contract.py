@@ -106,7 +106,8 @@ class Contract:
             elif name in self.numbers:
                 flat[name] = value.tolist()
             elif not name.endswith(LENGTH):
-                flat["class_labels" if name == LABEL else name] = value
+                # Rows of a null conditioning share their memory, which ``view`` of a network refuses.
+                flat["class_labels" if name == LABEL else name] = value.contiguous()
         given = x.reshape(len(x), *self.sample_shape)
         flat[self.sample] = list(given) if self.listed else given
         flat[self.time] = t.reshape(-1, *[1] * len(self.time_shape)).expand(len(x), *self.time_shape)

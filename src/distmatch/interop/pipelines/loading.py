@@ -60,9 +60,8 @@ def load_parts(root: Path) -> tuple[Any, str]:
         raise _refused(root, f"networks: {found}", f"one denoising network: {' or '.join(NETWORKS)}")
     with _quiet() as diffusers:
         kind = _class(diffusers, index.get("_class_name"), diffusers.DiffusionPipeline, root / INDEX)
-        kinds = {
-            name: _checked(root, name, index[name]) for name in sorted(names)
-        }  # all before any is loaded
+        # All are checked before any is loaded.
+        kinds = {name: _checked(root, name, index[name]) for name in sorted(names)}
         parts: dict[str, Any] = {name: None for name in _DROPPED if name in index}
         for name, part in kinds.items():
             if part is not None:

@@ -240,6 +240,9 @@ class Tracer:
             UserError: The pipeline raises an error.
         """
         device = next(self.network.parameters()).device
+        for part in self.pipeline.components.values():  # where the network was moved to
+            if isinstance(part, nn.Module) and any(p.device != device for p in part.parameters()):
+                part.to(device)
         noise = torch.Generator(device).manual_seed(0)
         asked = {self.asks: list(prompts)}
         try:
