@@ -181,6 +181,21 @@ def edited(path: Any, **entries: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+def test_folders_as_they_are_downloaded(folder, teacher_of):
+    """Weights of half precision alone, pickles beside safetensors, a safety checker that is not read."""
+    for weights in folder.glob("text_encoder*/model.safetensors"):
+        weights.rename(weights.with_name("model.fp16.safetensors"))
+        weights.with_name("pytorch_model.bin").write_bytes(b"a pickle that nobody opens")
+    edited(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    teacher, plain = load_pipeline(folder, **SIZE["stable-diffusion-3"]), teacher_of("stable-diffusion-3")
+    told, wanted = (t.pipeline.encode(PROMPTS) for t in (teacher, plain))
+    assert all(torch.equal(told[name], wanted[name]) for name in wanted)
+
+
 def only_pickled(folder: Any) -> None:
     weights = folder / "text_encoder_3" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))

@@ -130,6 +130,10 @@ def _checked(root: Path, name: str, entry: Any) -> Any:
 
 
 def _text_encoder(kind: Any, folder: Path) -> Any:
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    # model.fp16.safetensors and its like, where there is no other: the part in the middle is the variant.
+    middle = names[0].removesuffix(".safetensors").split(".")[1:]
+    plain = any("." not in name.removesuffix(".safetensors") for name in names)
     try:
         with torch.random.fork_rng(devices=[]):
             model, about = kind.from_pretrained(
@@ -137,6 +141,7 @@ def _text_encoder(kind: Any, folder: Path) -> Any:
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
+                variant=None if plain or not middle else middle[0].split("-")[0],
                 dtype=torch.float32,
                 output_loading_info=True,
             )
