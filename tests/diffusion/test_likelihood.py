@@ -270,7 +270,7 @@ def test_float32_networks_keep_their_dtype() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trace": "hutchinson"}, "unknown way"),
+        ({"trace": "hutchinson"}, "unknown trace"),
         ({"trace": "exact:3"}, "no probes"),
         ({"trace": "rademacher:0"}, "positive whole"),
         ({"solver": "euler"}, "unknown solver"),

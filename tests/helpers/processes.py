@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,13 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def together(target: Callable[..., None], arguments: list[tuple[Any, ...]], timeout: float = 120) -> None:
+def together(target: Callable[..., None], arguments: list[tuple[Any, ...]], timeout: float = 300) -> None:
     """Runs a function in several processes at once, one for each tuple of arguments, and waits for them."""
-    running = [_SERVER.Process(target=target, args=given) for given in arguments]
+    handles = [tempfile.NamedTemporaryFile(mode="r", suffix=".txt") for _ in arguments]  # noqa: SIM115
+    running = [
+        _SERVER.Process(target=_reporting, args=(file.name, target, given))
+        for file, given in zip(handles, arguments, strict=True)
+    ]
     for process in running:
         process.start()
     for process in running:
@@ -35,7 +40,19 @@ def together(target: Callable[..., None], arguments: list[tuple[Any, ...]], time
     for process in left:
         process.kill()
     codes = [None if process in left else process.exitcode for process in running]
-    assert codes == [0] * len(running), f"exit codes {codes}, None for one that ran past {timeout} s"
+    said = "\n".join(file.read() for file in handles)
+    for file in handles:
+        file.close()
+    assert codes == [0] * len(running), f"exit codes {codes}, None for one that ran past {timeout} s\n{said}"
+
+
+def _reporting(file: str, target: Callable[..., None], given: tuple[Any, ...]) -> None:
+    """Runs a function, and writes the traceback of what it raises to a file."""
+    try:
+        target(*given)
+    except BaseException:
+        Path(file).write_text(traceback.format_exc())
+        raise
 
 
 class Forked:

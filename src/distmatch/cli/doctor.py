@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distmatch.base.errors import cause
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
 from distmatch.cli.parse import parse
@@ -161,7 +162,10 @@ def _gloo() -> Check:
     if not dist.is_available() or not dist.is_gloo_available():
         return Check("distributed", None, "torch was built without gloo")
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        except RuntimeError as error:  # one process needs it for nothing
+            return Check("distributed", None, f"gloo does not start here: {cause(error)}")
         dist.destroy_process_group()
     return Check("distributed", True, "gloo starts")
 
