@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.seeds import generator, initial_noise
-from distmatch.diffusion.conditioning import LABEL, Conditioning, FieldSpec, example_conditioning, spec_of
+from distmatch.diffusion.conditioning import (
+    LABEL,
+    Conditioning,
+    FieldSpec,
+    example_conditioning,
+    spec_of,
+)
 from distmatch.interop.diffusers_net import DiffusersNet
 from distmatch.interop.lora import merged
 
@@ -196,9 +202,12 @@ class Portable(nn.Module):
         """Random inputs for ``n`` samples; conditions of any size have a size that depends on the seed."""
         shape = self.student.shape
         noise = [initial_noise(n, shape, seed, f"export/{index}") for index in range(self.draws)]
+        denoiser = self.student.denoiser
+        # Null classes cannot be requested by their numbers.
+        nulls = [getattr(part, "null_class", None) for part in (denoiser, getattr(denoiser, "net", None))]
         names = self.names[self.draws :]
         told = [
-            _random(field, n, seed, f"export/{name}")
+            _random(field, n, seed, f"export/{name}", nulls)
             for name, field in zip(names, self.spec.values(), strict=True)
         ]
         return (*noise, *told)
@@ -209,10 +218,13 @@ class Portable(nn.Module):
         return self.student(*self._sorted(inputs))
 
 
-def _random(field: FieldSpec, n: int, seed: int, stream: str) -> Tensor:
+def _random(field: FieldSpec, n: int, seed: int, stream: str, nulls: list[int | None]) -> Tensor:
     """Values of a field for ``n`` samples: normal, classes, or 0 and 1, which every table of words has."""
     shape = (n, *(_LENGTH + seed if size < 0 else size for size in field.shape))
     source = generator(seed, stream)
     if field.dtype.is_floating_point:
         return torch.randn(shape, generator=source)
-    return torch.randint(field.classes or 2, shape, generator=source).to(field.dtype)
+    found = torch.randint(field.classes or 2, shape, generator=source)
+    for null in nulls if field.classes else ():
+        found = found if null is None else torch.where(found == null, (null + 1) % field.classes, found)
+    return found.to(field.dtype)
