@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import distmatch as dm
 from distmatch.base.errors import UserError
+from distmatch.training.options import DistillOptions
+from distmatch.training.prepare import prepare_distillation
 from tests.helpers.command import done
 from tests.helpers.pipelines import SIZE, save
 
@@ -88,15 +92,24 @@ def test_prompts_are_no_data(teacher):
         dm.distill(teacher, method="sid", steps=10, batch=2, quiet=True)
 
 
-def test_batches_of_prompts_depend_on_seed_and_step_alone(teacher):
+def test_batches_of_prompts_are_rows_by_seed_and_step(teacher):
     told = teacher.pipeline.encode(PROMPTS)
-    runs = [
-        dm.distill(teacher, told, method="sid", steps=10, batch=2, lr=1e-3, seed=seed, quiet=True)
-        for seed in (0, 0, 1)
-    ]
-    first, again, other = (torch.cat([p.flatten() for p in student.parameters()]) for student in runs)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    base = DistillOptions.of("sid", "laptop")
+
+    def drawn(seed: int, step: int) -> torch.Tensor:
+        """The numbers of the prompts in a batch."""
+        options = replace(base, run=replace(base.run, steps=10, batch=32, seed=seed))
+        batch = prepare_distillation(options, teacher, told).batches(step)
+        same = {n: (v[:, None] == told[n][None]).flatten(2).all(2) for n, v in batch.conditioning.items()}
+        first, *others = same.values()
+        assert all(torch.equal(first, other) for other in others)  # all fields of one prompt
+        assert bool((first.sum(1) == 1).all())
+        return first.long().argmax(1)
+
+    assert set(drawn(0, 0).tolist()) == {0, 1, 2, 3}
+    assert torch.equal(drawn(0, 3), drawn(0, 3))
+    assert not torch.equal(drawn(0, 0), drawn(0, 1))
+    assert not torch.equal(drawn(0, 0), drawn(1, 0))
 
 
 def test_images_are_not_encoded(teacher):
