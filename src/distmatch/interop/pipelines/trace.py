@@ -95,9 +95,8 @@ class Tracer:
         fixed: dict[str, Any] = {"use_resolution_binning": False, "true_cfg_scale": 1.0}
         utils = import_diffusers().utils
         if not (utils.is_bs4_available() and utils.is_ftfy_available()):
-            fixed["clean_caption"] = (
-                False  # what pipelines do without these packages, with a warning each time
-            )
+            # What pipelines do without these packages, with a warning each time.
+            fixed["clean_caption"] = False
         self.options = {name: value for name, value in fixed.items() if name in taken} | dict(options)
         # Networks that receive the scale itself are run at the pipeline's own: it is one of their conditions.
         self.embedded = bool(getattr(self.network.config, "guidance_embeds", False))
