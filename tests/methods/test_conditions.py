@@ -128,7 +128,7 @@ def test_real_samples_stand_beside_those_asked_for_under_the_same_conditions(dat
 
     def draw(n: int, told: dm.Conditioning) -> SampleResult:
         shown.append(told)
-        return SampleResult(data.batch(torch.arange(n))[0], None, 1, 0.0)
+        return SampleResult(data.batch(torch.arange(n))[0], told, 1, 0.0)
 
     drawn = measure_samples(data, {"student": draw}, asked=asked, n=25, seed=4)[1]
     assert torch.equal(shown[0]["text"], asked["text"])

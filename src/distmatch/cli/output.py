@@ -16,6 +16,7 @@ from distmatch.base.files import atomic_folder, atomic_write
 from distmatch.data.classes import folder_names, share_warning
 from distmatch.data.columns import Column, table_text
 from distmatch.data.kinds import Kind, kind_of_array
+from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.report.figures import scatter_png
 from distmatch.report.grid import animation, save_grid
 from distmatch.report.sequences import sequences_png
@@ -25,7 +26,7 @@ from distmatch.training.evaluation import npz_bytes
 def write_samples(
     path: Path,
     x: np.ndarray,
-    labels: Tensor | None,
+    conditioning: ConditioningLike,
     overwrite: bool,
     class_names: Sequence[str] = (),
     columns: Sequence[Column] = (),
@@ -36,7 +37,8 @@ def write_samples(
         path: Where to; the suffix decides.
         x: Images (N, H, W[, C]) or video (N, T, H, W, C) uint8, which is written as animated PNG; or vectors
             (N, D) or sequences (N, L, D), float32 or float64.
-        labels: (N,), or None.
+        conditioning: What they are conditioned on: labels (N,), a conditioning, or None. Fields other than
+            labels are written to an ``.npz`` only.
         overwrite: Whether an existing distmatch folder may be replaced.
         class_names: Names of the classes: those of the sub-folders, where they can be.
         columns: Of vectors, for a ``.csv``.
@@ -46,9 +48,10 @@ def write_samples(
     """
     suffix = path.suffix.lower()
     kind = kind_of_array(x)
+    labels = labels_of(conditioning)
     check_form(path, kind, overwrite=overwrite)
     if suffix == ".npz":
-        atomic_write(path, npz_bytes(x, labels, class_names))
+        atomic_write(path, npz_bytes(x, conditioning, class_names))
     elif suffix == ".csv":
         atomic_write(path, table_text(columns, x, None if labels is None else labels.numpy(), class_names))
     elif suffix == ".png" and kind in ("image", "video"):

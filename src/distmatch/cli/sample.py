@@ -17,8 +17,7 @@ from distmatch.cli.imported import imported
 from distmatch.cli.parse import parse
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from distmatch.diffusion.conditioning import Conditioning
     from distmatch.training.models import Model
     from distmatch.training.sampling import SampleResult, Sampling
 
@@ -29,8 +28,10 @@ example: distmatch sample runs/demo --n 64 --out samples.png
          distmatch sample runs/teacher --n 1000 --classes 3 --guidance 2 --out threes.npz
          distmatch sample runs/teacher --solver dpmpp-2m --steps 10 --out fast.png
          distmatch sample runs/demo --hybrid-teacher runs/demo/teacher --out hybrid.png
+         distmatch sample runs/student --conditions prompts.npz --out images.npz
          distmatch sample runs/teacher --trajectory decided.png""",
-    short="model n out classes class_balance clip solver steps guidance seed device overwrite json",
+    short="model n out classes class_balance conditions clip solver steps guidance seed device overwrite "
+    "json",
     groups={
         "How a teacher is sampled": "solver steps grid path guidance guidance_interval guidance_reference",
         "Student and teacher together": "hybrid_teacher hybrid_calls hybrid_level",
@@ -51,15 +52,17 @@ class SampleOptions:
     network: str = ""
     """For a model of a network of your own: MODULE:NAME of its class, of a function that makes it, or of the
     denoiser, as Python would import it from here."""
-    n: int = 64
-    """Number of samples."""
+    n: int | None = None
+    """Number of samples; unset: 64, or the rows of --conditions."""
     out: Path | None = None
-    """.npz (x and labels), .csv (vectors), .png (a picture), or a folder (one file per image or clip); unset:
-    samples.npz, or no samples with --trajectory."""
+    """.npz (x, labels, conditions), .csv (vectors), .png (a picture), or a folder (one file per image or clip);
+    unset: samples.npz, or no samples with --trajectory."""
     classes: tuple[str, ...] = ()
     """Classes to draw, in turn, by name or number; unset: drawn according to --class-balance."""
     class_balance: Literal["data", "uniform"] = "data"
     """data: in the proportions of the training data; uniform: uniformly."""
+    conditions: Path | None = None
+    """.npz of the samples' conditioning, a row for each: labels, condition_NAME (docs/conditioning.md)."""
     clip: bool = False
     """Clip values to the range of the training data; images always are."""
     solver: str = "heun"
@@ -100,7 +103,7 @@ class SampleOptions:
 def run(argv: list[str]) -> None:
     """Parses, samples, writes."""
     o = parse(SampleOptions, argv, verb="sample", said=HELP)
-    if o.n < 1 or o.batch < 1:
+    if (o.n is not None and o.n < 1) or o.batch < 1:
         raise UserError("--n and --batch must be at least 1", got=f"{o.n} and {o.batch}")
     if not math.isfinite(o.guidance):
         raise UserError("--guidance must be finite", got=o.guidance)
@@ -108,6 +111,7 @@ def run(argv: list[str]) -> None:
     from distmatch.cli.trajectory import check_picture
     from distmatch.data.classes import names_for
     from distmatch.data.columns import columns_of, decoded
+    from distmatch.data.files import load_conditioning
     from distmatch.data.kinds import kind_of_shape
     from distmatch.training.models import open_model, refuse_existing
     from distmatch.training.ranges import Range, require_range
@@ -116,18 +120,21 @@ def run(argv: list[str]) -> None:
     for path in (out, o.trajectory):
         if path is not None:
             refuse_existing(path, o.overwrite)
+    told = None if o.conditions is None else load_conditioning(o.conditions)
+    n = o.n or (told.batch_size if told is not None else None) or 64
     model = open_model(o.model, o.base, imported(o.network))
     tell_conversion(o.model, model.conversion)
     ask = _asked(o, model, open_model(o.hybrid_teacher) if o.hybrid_teacher else None)
     if out is not None:
         check_form(out, kind_of_shape(model.shape), overwrite=o.overwrite)
     if o.trajectory is not None:
-        check_picture(o.trajectory, ask.teacher or model, o.n)
-    labels, how = _labels(o, model)
-    result: dict[str, Any] = {"n": o.n, **ask.told, **({"class_balance": how} if how else {})}
+        check_picture(o.trajectory, ask.teacher or model, n)
+    conditioning, how = _conditioning(o, model, n, told)
+    result: dict[str, Any] = {"n": n, **ask.told, **({"class_balance": how} if how else {})}
+    result |= {} if told is None else {"conditions": str(o.conditions)}
     bounds = require_range(model.trained_on) if o.clip else Range.of(model.trained_on)
     if out is not None:
-        drawn = ask.draw(o.n, labels)
+        drawn = ask.draw(n, conditioning)
         x = model.scaling.export(drawn.x)
         columns = columns_of(model.trained_on, x.shape[1]) if x.ndim == 2 else ()
         if out.suffix.lower() == ".csv":
@@ -136,19 +143,21 @@ def run(argv: list[str]) -> None:
             result |= bounds.outside(x.reshape(-1, x.shape[-1]))
             x = bounds.clip(x) if o.clip else x
         names = names_for(model.classes.names, model.num_classes)
-        write_samples(out, x, drawn.labels, o.overwrite, names, columns)
+        write_samples(out, x, drawn.conditioning, o.overwrite, names, columns)
         seconds = round(drawn.seconds_per_1000, 5)
         result |= {"out": str(out), "nfe": drawn.nfe, "seconds_per_1000": seconds}
     if o.trajectory is not None:
-        result |= {"trajectory": str(o.trajectory), "decided": _picture(o, ask, labels)}
+        result |= {"trajectory": str(o.trajectory), "decided": _picture(o, ask, n, conditioning)}
     if o.json:
         print_json(result)
         return
     if out is not None:
         calls = "1 network call" if result["nfe"] == 1 else f"{result['nfe']} network calls"
-        print(f"{o.n} samples in {out} ({result['model']}, {calls} each)")
+        print(f"{n} samples in {out} ({result['model']}, {calls} each)")
         if how:
             print(f"classes: {_HOW[how]}")
+        if told is not None:
+            print(f"conditions: {', '.join(told)} from {o.conditions}")
         if result.get("outside_range", 0) >= 0.0005 or result.get("below_zero"):
             print(_range_line(result, o.clip))
     for share, level in result.get("decided", {}).items():
@@ -171,27 +180,50 @@ _HOW = {
 }
 
 
-def _labels(o: SampleOptions, model: Model) -> tuple[Tensor | None, str]:
-    """The classes to draw, and how they were chosen: a key of _HOW, '' for a model without classes."""
+def _conditioning(
+    o: SampleOptions, model: Model, n: int, told: Conditioning | None
+) -> tuple[Conditioning, str]:
+    """What to draw under, and how its classes were chosen: a key of _HOW, '' where the command chose none."""
     import torch
 
-    from distmatch.data.classes import class_named, drawn_labels
-    from distmatch.diffusion.conditioning import as_conditioning, check_conditioning, label_spec
+    from distmatch.data.classes import checked_conditioning, class_named, drawn_labels
+    from distmatch.diffusion.conditioning import (
+        LABEL,
+        as_conditioning,
+        check_conditioning,
+        label_spec,
+    )
 
     names, counts = model.classes.names, model.classes.counts
+    if told is not None:
+        _refuse(o, ("classes", "class_balance"), "--conditions already determines the conditions")
+        if told.batch_size != n:
+            raise UserError(
+                "--conditions must have one row for each sample",
+                got=f"{told.batch_size} rows and --n {n}",
+                fix="omit --n, or give a file with as many rows",
+            )
+        return checked_conditioning(told, n, model, o.seed), ""
+    if others := set(model.conditioning_spec) - {LABEL}:
+        raise UserError(
+            "this model needs the conditioning of its samples",
+            got="no --conditions",
+            expected=f"values of {', '.join(model.conditioning_spec)}",
+            fix=f"--conditions FILE.npz with condition_{min(others)}, ..., one row for each sample",
+        )
     if o.classes:
         _refuse(o, ("class_balance",), "--classes already determines the classes")
         if not model.num_classes:
             raise UserError("this model is unconditional", got="--classes", fix="leave it out")
         turn = torch.tensor([class_named(c, names, model.num_classes) for c in o.classes])
-        labels = turn.repeat(-(-o.n // len(turn)))[: o.n]
-        check_conditioning(as_conditioning(labels), o.n, label_spec(model.num_classes))
-        return labels, "given"
+        labels = turn.repeat(-(-n // len(turn)))[:n]
+        check_conditioning(as_conditioning(labels), n, label_spec(model.num_classes))
+        return as_conditioning(labels), "given"
     if not model.num_classes:
         _refuse(o, ("class_balance",), "this model is unconditional")
-        return None, ""
-    drawn = drawn_labels(o.n, model.num_classes, o.seed, counts, o.class_balance)
-    return drawn, o.class_balance if counts or o.class_balance == "uniform" else "unknown"
+        return as_conditioning(None), ""
+    drawn = drawn_labels(n, model.num_classes, o.seed, counts, o.class_balance)
+    return as_conditioning(drawn), o.class_balance if counts or o.class_balance == "uniform" else "unknown"
 
 
 @dataclass(frozen=True)
@@ -202,14 +234,14 @@ class _Asked:
         model: The model named.
         teacher: The teacher that goes the first part of the way, or None.
         sampling: The settings of the one or the other.
-        draw: Draws samples, given their number and labels.
+        draw: Draws samples, given their number and conditioning.
         told: What the result says of it.
     """
 
     model: Model
     teacher: Model | None
     sampling: Sampling
-    draw: Callable[[int, Tensor | None], SampleResult]
+    draw: Callable[[int, Conditioning], SampleResult]
     told: dict[str, Any]
 
 
@@ -226,8 +258,8 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
         part: dict[str, Any] = {"calls": o.hybrid_calls, "level": o.hybrid_level}
         way = plan_hybrid(teacher, model, sampling, **part)
 
-        def draw(n: int, labels: Tensor | None) -> SampleResult:
-            return draw_hybrid(teacher, model, n, labels, o.seed, sampling, **part, **common)
+        def draw(n: int, told: Conditioning) -> SampleResult:
+            return draw_hybrid(teacher, model, n, told, o.seed, sampling, **part, **common)
 
         level = way.student_sigmas[0] if way.student_sigmas else 0.0
         return _Asked(
@@ -241,14 +273,14 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
         sampling = _sampling(o)
         sampling.check(model.teacher)
 
-    def alone(n: int, labels: Tensor | None) -> SampleResult:
-        return model.draw(n, labels, o.seed, sampling, **common)
+    def alone(n: int, told: Conditioning) -> SampleResult:
+        return model.draw(n, told, o.seed, sampling, **common)
 
     solver = None if model.kind == "student" else o.solver
     return _Asked(model, None, sampling, alone, {"model": model.kind, "solver": solver})
 
 
-def _picture(o: SampleOptions, ask: _Asked, labels: Tensor | None) -> dict[str, float]:
+def _picture(o: SampleOptions, ask: _Asked, n: int, told: Conditioning) -> dict[str, float]:
     """Draws --trajectory, with the student and the hybrid beside it where there are such."""
     from distmatch.cli.trajectory import draw_trajectory, shown
 
@@ -257,12 +289,12 @@ def _picture(o: SampleOptions, ask: _Asked, labels: Tensor | None) -> dict[str, 
     common: dict[str, Any] = {"batch": o.batch, "device": o.device}
     beside = {}
     if ask.teacher is not None:
-        rows = shown(ask.model, o.n)
-        first = None if labels is None else labels[:rows]
+        rows = shown(ask.model, n)
+        first = told.index(slice(rows))
         beside["student"] = ask.model.draw(rows, first, o.seed, **common).x
         beside["hybrid"] = ask.draw(rows, first).x
     whose = ask.teacher or ask.model
-    return draw_trajectory(o.trajectory, whose, ask.sampling, labels, o.n, o.seed, beside=beside, **common)
+    return draw_trajectory(o.trajectory, whose, ask.sampling, told, n, o.seed, beside=beside, **common)
 
 
 def _refuse_for_students(o: SampleOptions) -> None:

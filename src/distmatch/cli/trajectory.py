@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_write
 from distmatch.data.kinds import kind_of_shape
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.trajectory import x0_trajectory
 from distmatch.interop import decode_samples
 from distmatch.report.trajectory import Way, trajectory_png
@@ -55,7 +56,7 @@ def draw_trajectory(
     path: Path,
     teacher: Model,
     sampling: Sampling,
-    labels: Tensor | None,
+    conditioning: ConditioningLike,
     n: int,
     seed: int,
     *,
@@ -69,7 +70,7 @@ def draw_trajectory(
         path: The .png to write.
         teacher: Whose way is shown.
         sampling: Solver, grid and guidance.
-        labels: Classes (n,), or None.
+        conditioning: Classes (n,), a conditioning, or None.
         n: Number of samples that the curves are means over; the first of them are shown.
         seed: Seed of all noise.
         beside: Further samples from the same noise, by name, those that are :func:`shown`, in model space.
@@ -92,7 +93,7 @@ def draw_trajectory(
         n,
         sampling.levels(denoiser),
         sampling.solver,
-        conditioning=labels,
+        conditioning=conditioning,
         path=sampling.path_for(denoiser),
         seed=seed,
         batch=batch,

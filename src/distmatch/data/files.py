@@ -26,11 +26,12 @@ from distmatch.data.dataset import Dataset
 from distmatch.data.folders import IMAGE_SUFFIXES, load_folder
 from distmatch.data.kinds import KINDS, Kind
 from distmatch.data.tables import ONE_HOT, load_table
-from distmatch.diffusion.conditioning import Conditioning
+from distmatch.diffusion.conditioning import LABEL, Conditioning
 
 _SAMPLE_KEYS = ("x", "images", "x_train")
 _LABEL_KEYS = ("labels", "y")
-_CONDITION = "condition_"
+CONDITION = "condition_"
+"""In front of the names of conditions among the arrays of a file."""
 _KIND = "kind"
 _TABLES = (".csv", ".tsv")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib")
@@ -222,7 +223,7 @@ def _read_npy(file: Path) -> np.ndarray:
 def _from_npz(file: Path, labeled: bool) -> Dataset:
     archive = Archive(file)
     known = (*_LABEL_KEYS, "y_train", "y_test", "class_names", _KIND)
-    rest = [k for k in archive if k not in known and not k.startswith(_CONDITION)]
+    rest = [k for k in archive if k not in known and not k.startswith(CONDITION)]
     key = next((k for k in _SAMPLE_KEYS if k in archive), rest[0] if len(rest) == 1 else None)
     if key is None:
         raise UserError(
@@ -239,12 +240,58 @@ def _from_npz(file: Path, labeled: bool) -> Dataset:
     labels = None if label_key is None else archive[label_key]
     kind = _stated_kind(archive)
     data = from_arrays(archive[key], labels, kind=kind, class_names=names, name=str(file))
-    conditions = {
-        k.removeprefix(_CONDITION): _condition(archive[k], f"{file}: {k}", len(data))
+    conditions = _conditions(archive, len(data)) if labeled else None
+    return dataclasses.replace(data, conditions=Conditioning(conditions)) if conditions else data
+
+
+def load_conditioning(path: str | os.PathLike[str]) -> Conditioning:
+    """What samples are to be conditioned on, from an ``.npz`` with one row for each of them.
+
+    The arrays are named as in a file of data: class labels ``labels`` or ``y``, further fields
+    ``condition_NAME``. Other arrays are not read, so that a file of data can be given.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: It is no such file, has none of these arrays, or they have different numbers of rows.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise UserError(
+            f"{file} does not exist", got=f"no such file, relative to {Path.cwd()}", fix="check the path"
+        )
+    archive = Archive(file)
+    label_key = next((k for k in _LABEL_KEYS if k in archive), None)
+    keys = [*([label_key] if label_key else []), *(k for k in archive if k.startswith(CONDITION))]
+    rows = [archive[k] for k in keys]
+    if not rows or rows[0].ndim == 0 or len(rows[0]) == 0:
+        raise UserError(
+            f"{file} contains no conditions",
+            got=f"arrays {', '.join(archive)}" if len(archive) else "no arrays",
+            expected="labels, or condition_NAME for each field, with one row for each sample",
+            fix="np.savez(path, condition_NAME=...)",
+        )
+    found = _conditions(archive, len(rows[0]))
+    if label_key is not None:
+        labels = rows[0]
+        if labels.dtype.kind not in "iu" or labels.ndim != 1:
+            raise UserError(
+                f"{file}: {label_key} must be the numbers of classes",
+                got=f"{labels.shape}, {labels.dtype}",
+                expected="integers of shape (n,), -1 for no class",
+            )
+        found = {LABEL: torch.from_numpy(labels.astype(np.int64)), **found}
+    return Conditioning(found)
+
+
+def _conditions(archive: Archive, n: int) -> dict[str, Tensor]:
+    """The further conditions of ``n`` samples in a file, by name."""
+    return {
+        k.removeprefix(CONDITION): _condition(archive[k], f"{archive.path}: {k}", n)
         for k in archive
-        if k.startswith(_CONDITION)
+        if k.startswith(CONDITION)
     }
-    return dataclasses.replace(data, conditions=Conditioning(conditions)) if labeled and conditions else data
 
 
 def _stated_kind(archive: Archive) -> Kind | None:

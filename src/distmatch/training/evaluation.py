@@ -17,11 +17,14 @@ from distmatch.base.progress import quietly
 from distmatch.base.seeds import generator
 from distmatch.data import TOY_NAMES, Dataset, toy
 from distmatch.data.classes import listed, names_of
+from distmatch.data.files import CONDITION
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import (
     LABEL,
     Conditioning,
+    ConditioningLike,
     ConditioningSpec,
+    as_conditioning,
 )
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.interop.card import refresh_card
@@ -177,8 +180,8 @@ def measure_samples(
 
 def _reference(data: Dataset, labels: Tensor | None, n: int, seed: int) -> SampleResult:
     """Real samples with the same labels in the same order, to stand beside the models' in pictures."""
-    x, real = data.batch(_rows(data, labels, n, seed))
-    return SampleResult(x, real if labels is None else labels, 0, 0.0)
+    rows = _rows(data, labels, n, seed)
+    return SampleResult(data.batch(rows)[0], data.conditioning(rows), 0, 0.0)
 
 
 def asked_of(data: Dataset, spec: ConditioningSpec, n: int, seed: int) -> Conditioning:
@@ -219,14 +222,16 @@ def plain(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def npz_bytes(x: np.ndarray, labels: Tensor | None, names: Sequence[str] = ()) -> bytes:
-    """An ``.npz`` archive with ``x`` and, where there are any, ``labels`` and ``class_names``.
+def npz_bytes(x: np.ndarray, conditioning: ConditioningLike, names: Sequence[str] = ()) -> bytes:
+    """An ``.npz`` archive with ``x`` and, where known, ``labels``, ``class_names`` and ``condition_NAME``.
 
     Sequences are said to be such under ``kind``, as by their axes they would be grey images.
     """
-    arrays = {"x": x} if labels is None else {"x": x, "labels": labels.numpy()}
-    if labels is not None and names:
+    told = as_conditioning(conditioning)
+    arrays = {"x": x} if told.label is None else {"x": x, "labels": told.label.numpy()}
+    if told.label is not None and names:
         arrays["class_names"] = np.array(names, dtype=np.str_)
+    arrays |= {f"{CONDITION}{name}": value.numpy() for name, value in told.items() if name != LABEL}
     if x.ndim == 3 and x.dtype != np.uint8:
         arrays["kind"] = np.array("sequence")
     buffer = io.BytesIO()
@@ -244,7 +249,7 @@ def write_evaluation(
 ) -> None:
     """Writes ``metrics.json``, the samples, an ``evaluate`` event and the model card of a run folder."""
     for name, samples in drawn.items():
-        content = npz_bytes(scaling.export(samples.x), samples.labels, class_names)
+        content = npz_bytes(scaling.export(samples.x), samples.conditioning, class_names)
         atomic_write(folder.samples / f"{name}.npz", content)
     atomic_json(folder.metrics, plain(metrics))
     refresh_card(folder.model, plain(metrics))

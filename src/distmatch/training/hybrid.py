@@ -109,7 +109,7 @@ def draw_hybrid(
         )
         seconds = time.perf_counter() - began
     of_teacher = round(counter.calls / math.ceil(n / batch))
-    return SampleResult(x, asked.label, of_teacher + len(way.student_sigmas), 1000 * seconds / n)
+    return SampleResult(x, asked, of_teacher + len(way.student_sigmas), 1000 * seconds / n)
 
 
 def _pair(teacher: Model, student: Model) -> tuple[Denoiser, Student]:

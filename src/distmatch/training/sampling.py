@@ -13,10 +13,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
 from distmatch.diffusion.adapters import PredictionDenoiser
-from distmatch.diffusion.conditioning import (
-    ConditioningLike,
-    labels_of,
-)
+from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, as_conditioning
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import CallCounter, guided, require_null_class
 from distmatch.diffusion.paths import NoisePath, noise_path
@@ -130,13 +127,13 @@ class SampleResult:
 
     Attributes:
         x: (n, *shape) float32 on the CPU, in model space.
-        labels: The labels asked for, (n,), or None.
+        conditioning: What they were conditioned on.
         nfe: Network calls for each sample, counted.
         seconds_per_1000: Wall-clock seconds for 1000 samples.
     """
 
     x: Tensor
-    labels: Tensor | None
+    conditioning: Conditioning
     nfe: int
     seconds_per_1000: float
 
@@ -166,7 +163,7 @@ def draw_student(
         x = student.sample(n, seed=seed, conditioning=conditioning, batch=batch, on_batch=bar.update)
         seconds = time.perf_counter() - began
     batches = math.ceil(n / batch)
-    return SampleResult(x, labels_of(conditioning), counter.done() // batches, 1000 * seconds / n)
+    return SampleResult(x, as_conditioning(conditioning), counter.done() // batches, 1000 * seconds / n)
 
 
 def draw_teacher(
@@ -214,4 +211,4 @@ def draw_teacher(
         seconds = time.perf_counter() - began
     # A solver that chooses its own steps may take more of them for one batch than for another.
     calls = round(counter.calls / math.ceil(n / batch))
-    return SampleResult(x, labels_of(conditioning), calls, 1000 * seconds / n)
+    return SampleResult(x, as_conditioning(conditioning), calls, 1000 * seconds / n)

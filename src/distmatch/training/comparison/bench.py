@@ -82,7 +82,9 @@ class Bench:
             mixture=self.mixture,
         )
         for name, samples in drawn.items():
-            content = npz_bytes(self.data.scaling.export(samples.x), samples.labels, self.data.class_names)
+            content = npz_bytes(
+                self.data.scaling.export(samples.x), samples.conditioning, self.data.class_names
+            )
             atomic_write(folder.samples / f"{name}.npz", content)
         return plain(found)
 
