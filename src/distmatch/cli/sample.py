@@ -55,7 +55,7 @@ class SampleOptions:
     n: int | None = None
     """Number of samples; unset: 64, or the rows of --conditions."""
     out: Path | None = None
-    """.npz (x, labels, conditions), .csv (vectors), .png (a picture), or a folder (one file per image or clip);
+    """.npz (x, labels, conditions), .csv (vectors), .png (a picture), or a folder (a file per image or clip);
     unset: samples.npz, or no samples with --trajectory."""
     classes: tuple[str, ...] = ()
     """Classes to draw, in turn, by name or number; unset: drawn according to --class-balance."""
