@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import read_json
 from distmatch.base.inputs import parse_toml, read_limited
-from distmatch.data.files import Archive
+from distmatch.data.files import CONDITION, Archive
 from distmatch.data.kinds import Kind, kind_of_array
 from distmatch.report.log import LARGEST_VALUE, Event, read_log
 
@@ -30,11 +31,13 @@ class Samples:
             (N, L, D), float.
         labels: (N,), or None.
         class_names: Names of the classes, or ().
+        conditions: Further conditions by name, each (N, ...).
     """
 
     x: np.ndarray
     labels: np.ndarray | None
     class_names: tuple[str, ...] = ()
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -200,4 +203,14 @@ def read_samples(path: Path) -> Samples:
     if labels is not None and np.issubdtype(labels.dtype, np.number) and (labels < 0).all():
         labels = None  # -1 stands for "no label"
     names = archive.get("class_names")
-    return Samples(x, labels, () if names is None else tuple(str(name) for name in names.ravel()))
+    conditions = {k.removeprefix(CONDITION): archive[k] for k in archive if k.startswith(CONDITION)}
+    for name, values in conditions.items():
+        if values.shape[:1] != x.shape[:1] or values.dtype.kind not in "fiub":
+            raise UserError(
+                f"{path}: {CONDITION}{name} does not match x",
+                got=f"{values.shape}, {values.dtype}",
+                expected=f"numbers of shape ({len(x)}, ...)",
+                fix="remove the file and evaluate again",
+            )
+    class_names = () if names is None else tuple(str(name) for name in names.ravel())
+    return Samples(x, labels, class_names, conditions)

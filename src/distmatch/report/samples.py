@@ -8,6 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from distmatch.data.kinds import KINDS
+from distmatch.report.conditions import conditions_note, grouped
 from distmatch.report.figures import frame, plane, scatter_panel
 from distmatch.report.grid import grid_png
 from distmatch.report.run import MODELS, Samples
@@ -90,20 +91,23 @@ def pick_by_label(label_sets: list[np.ndarray]) -> tuple[np.ndarray, list[np.nda
 
 
 def _image_panels(images: dict[str, Samples]) -> SamplesSection:
-    labels = [s.labels for s in images.values() if s.labels is not None]
+    groups = grouped(list(images.values()))
     rows: tuple[str, ...] = ()
     columns = _COLUMNS
-    if len(labels) == len(images):
-        shown, indices = pick_by_label(labels)
-        rows = _row_names(shown, next(iter(images.values())).class_names)
-    if rows:
-        note = "Each row is one label, the same in every grid; the first samples of each label, not selected."
-        text = f"one row for each label: {', '.join(rows)}"
+    if groups is not None:
+        shown, indices = pick_by_label(groups.of)
+        rows = tuple(groups.names[group] for group in shown)
+    if groups is not None and rows:
+        what = groups.what
+        note = (
+            f"Each row is one {what}, the same in every grid; the first samples of each {what}, not selected."
+        )
+        text = f"one row for each {what}: {', '.join(rows) if what == 'label' else '; '.join(rows)}"
         columns = indices[0].shape[1]
     else:
         count = min([_CLASSES * _COLUMNS, *(len(s.x) for s in images.values())])
         indices = [np.arange(count) for _ in images]
-        note = "The first samples, not selected."
+        note = "The first samples, not selected." + conditions_note(list(images.values()))
         text = "no labels in common"
     panels = []
     for (model, s), at in zip(images.items(), indices, strict=True):
@@ -120,12 +124,6 @@ def _image_panels(images: dict[str, Samples]) -> SamplesSection:
     if any(panel.still for panel in panels):
         note += " Clips loop; if the browser is set to reduced motion, their first frames are shown."
     return SamplesSection(panels, note)
-
-
-def _row_names(labels: np.ndarray, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """The labels by their names, where these are known."""
-    by_number = {str(k): name for k, name in enumerate(class_names)}
-    return tuple(by_number.get(str(label), str(label)) for label in labels)
 
 
 def _vector_panels(vectors: dict[str, Samples]) -> SamplesSection:
@@ -148,6 +146,7 @@ def _vector_panels(vectors: dict[str, Samples]) -> SamplesSection:
     if base.shape[1] > 2:
         whose = "real data" if "reference" in vectors else "the first panel"
         note += f" The {base.shape[1]} dimensions are projected on the first two principal axes of {whose}."
+    note += conditions_note(list(vectors.values()))
     for model, samples in vectors.items():
         lost = len(samples.x) - len(known[model])
         note += f" {_title(model)}: {lost} samples have values that are not finite." if lost else ""
@@ -169,4 +168,5 @@ def _sequence_panels(sequences: dict[str, Samples]) -> SamplesSection:
     note = f"The first {CURVES} samples, not selected, over pale real ones; all panels share their axes."
     if channels > CHANNELS:
         note += f" The first {CHANNELS} of {channels} channels are shown."
+    note += conditions_note(list(sequences.values()))
     return SamplesSection(panels, note)
