@@ -85,7 +85,7 @@ _TABLES = {
         "gan_weight": 0.0,
     },
     "matching": {"sid_alpha": 0.9, "sim_c": 0.3, "pairs": 4096, "backtrack": 0},
-    "consistency": {"level_law": "karras", "level_mean": -0.4, "solver_steps": 1, "gamma": 0.0},
+    "consistency": {"level_distribution": "karras", "level_mean": -0.4, "solver_steps": 1, "gamma": 0.0},
     "kernel": {"mmd_kernel": "auto", "mmd_checkpoint": False, "imm_particles": 4},
     "transport": {"bank": 512, "blend": 0.0},
 }

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-_TOLD: ContextVar[tuple[str, ...]] = ContextVar("told", default=())
+_TOLD: ContextVar[tuple[str, ...]] = ContextVar("warnings", default=())
 
 
 @contextmanager
@@ -32,5 +32,5 @@ def warnings_told() -> Iterator[None]:
 
 def print_json(value: dict[str, Any]) -> None:
     """Prints one JSON object on stdout; warnings are listed under ``warnings``."""
-    told = [*value.get("warnings", ()), *_TOLD.get()]
-    print(json.dumps({**value, "warnings": told} if told else value, allow_nan=False))
+    warnings = [*value.get("warnings", ()), *_TOLD.get()]
+    print(json.dumps({**value, "warnings": warnings} if warnings else value, allow_nan=False))

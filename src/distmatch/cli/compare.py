@@ -148,17 +148,17 @@ def comparison_table(record: dict[str, Any]) -> str:
 def _differences(record: dict[str, Any]) -> list[str]:
     """Which methods differ from the baseline by more than the error, in words."""
     baseline, rows = record["summary"]["baseline"], record["summary"]["differences"]
-    told = [d for d in rows if d["verdict"] in ("better", "worse")]
+    differences = [d for d in rows if d["verdict"] in ("better", "worse")]
     if not rows:
         return []
     if all(d["verdict"] == "not known" for d in rows):
         return [f"compared with {baseline}; with one seed no difference is significant"]
-    if not told:
+    if not differences:
         return [f"compared with {baseline}, no difference is larger than its error (Holm, 5%)"]
     lines = [f"compared with {baseline}, larger than their errors (Holm, 5%):"]
     return lines + [
         f"  {d['name']} is {d['verdict']} in {d['metric']}: {d['value']:+.3g} ± {d['stderr']:.2g}"
-        for d in told
+        for d in differences
     ]
 
 

@@ -211,14 +211,14 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
 
     def _times(self, t: Tensor, level: Tensor, dtype: torch.dtype) -> Tensor:
         if self.levels == "snap" and isinstance(self.path, DiscretePath):
-            told = self.path.nearest(level)[0]
+            time_in = self.path.nearest(level)[0]
         else:
-            told = t.clamp(self.path.t_min, self.path.t_max)
-            told = 1 - told if self.reverse_time else told
-            told = told.to(torch.promote_types(dtype, torch.float32))
+            time_in = t.clamp(self.path.t_min, self.path.t_max)
+            time_in = 1 - time_in if self.reverse_time else time_in
+            time_in = time_in.to(torch.promote_types(dtype, torch.float32))
         if self.time is None:
-            return told
-        return self.time(told) if callable(self.time) else self.time * told
+            return time_in
+        return self.time(time_in) if callable(self.time) else self.time * time_in
 
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
         if self.null_class is None:

@@ -159,21 +159,21 @@ def log_likelihood(
     most = 0
     for first in range(0, len(x), batch):
         rows = x[first : first + batch]
-        told = conditioning.index(slice(first, first + batch))
+        cond = conditioning.index(slice(first, first + batch))
         probes = None
         if count:
             probes = draw_probes(kind, count, len(rows), x.shape[1:], seed=seed, first=first, like=rows)
-        flow = ScaledFlow.of(denoiser, rows, high, told)
+        flow = ScaledFlow.of(denoiser, rows, high, cond)
         start: State = (
             flow.scaled(math.log(low), rows),
             torch.zeros(len(rows), max(count, 1), dtype=torch.float64, device=x.device),
         )
-        slope = _density_slope(flow, told, probes, chunk)
+        slope = _density_slope(flow, cond, probes, chunk)
         eps = torch.finfo(x.dtype).eps
         (z, change), calls = method.integrate(slope, start, math.log(low), math.log(high), eps)
         most = max(most, calls)
         y = flow.position(math.log(high), z)
-        prior_value, gap = _prior_and_gap(density, denoiser, y, high, told, x.dtype)
+        prior_value, gap = _prior_and_gap(density, denoiser, y, high, cond, x.dtype)
         scale = dim * math.log(flow.radius(math.log(high)) / flow.radius(math.log(low)))
         value = prior_value + change.mean(1) + scale
         error = probe_error(change, count)

@@ -139,13 +139,13 @@ def fit_to_teacher(
         for step in range(steps):
             x0, given = draw(512)
             x0 = x0.to(device)
-            told = for_model(teacher, as_conditioning(given)).to(device)
+            cond = for_model(teacher, as_conditioning(given)).to(device)
             sigma = noise.sample(len(x0), gen)
             x = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=gen, device=device)
             with torch.no_grad():
-                target = teacher(x, sigma, told)
+                target = teacher(x, sigma, cond)
             weight = edm_weight(sigma, network.sigma_data)
-            loss = denoising_loss(network(x, sigma, told), target, weight).mean()
+            loss = denoising_loss(network(x, sigma, cond), target, weight).mean()
             loss.backward()
             scheduled_step(optimizer, settings, step, steps)
             bar.update(1, loss=loss.detach())

@@ -227,8 +227,8 @@ class Student(nn.Module):
         self.eval()
         for begin in range(0, n, batch):
             part = slice(begin, begin + batch)
-            told = asked.index(part).to(device)
-            out.append(self([z[part].to(device) for z in noise], told).float().cpu())
+            cond = asked.index(part).to(device)
+            out.append(self([z[part].to(device) for z in noise], cond).float().cpu())
             if on_batch is not None:
                 on_batch(len(out[-1]))
         self.train(training)

@@ -26,6 +26,7 @@ RENAMED = {
     "lr_ratio": "lr_discriminator",
     "noise_law": "noise_distribution",
     "critic_law": "fake_score_distribution",
+    "level_law": "level_distribution",
 }
 """Settings that had another name before release 0.2, which config files and command lines still take."""
 

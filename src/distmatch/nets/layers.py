@@ -133,8 +133,8 @@ class Conditioning(nn.Module):
         level = c_noise if self.to_level is None else c_noise[:, 0]
         noise = self.noise(fourier_features(level).to(self.noise.weight.dtype))
         if self.to_level is not None:
-            told = fourier_features(c_noise[:, 1]).to(self.to_level.weight.dtype)
-            noise = noise + self.to_level(told).to(noise.dtype)
+            features = fourier_features(c_noise[:, 1]).to(self.to_level.weight.dtype)
+            noise = noise + self.to_level(features).to(noise.dtype)
         label = self.label(labels)
         if self.training and self.perturbation is not None:
             named = (labels < self.num_classes)[:, None]

@@ -107,10 +107,10 @@ def logits_of(
         return [discriminator(x, sigma, conditioning.label) for x in kinds]
     count = len(kinds)
     whole = kinds[0] if count == 1 else torch.cat(list(kinds))
-    told = conditioning.repeat(count)
+    cond = conditioning.repeat(count)
     with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
         levels = sigma.repeat(count)
-        features = _required(features_from)(whole, levels, told, return_features="only")
+        features = _required(features_from)(whole, levels, cond, return_features="only")
     parts = zip(*(feature.chunk(count) for feature in features), strict=True)
     return [discriminator(list(part), sigma, conditioning.label) for part in parts]
 

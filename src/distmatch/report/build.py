@@ -119,8 +119,8 @@ def protocol(events: list[Event]) -> list[tuple[str, str]]:
     last = next((e for e in reversed(events) if e["event"] == "evaluate"), {})
     found = flat({k: v for k, v in last.items() if k not in ("event", "step", "time")})
     usual = {"guidance": ("1", "1.0"), "reference": ("False",)}
-    told = [(key, value) for key, value in found if value not in usual.get(key, ())]
-    return [(key, _PROTOCOL.get(key, f"{key} {{}}").replace("{}", value)) for key, value in told]
+    shown = [(key, value) for key, value in found if value not in usual.get(key, ())]
+    return [(key, _PROTOCOL.get(key, f"{key} {{}}").replace("{}", value)) for key, value in shown]
 
 
 def status(events: list[Event]) -> str:

@@ -34,20 +34,20 @@ def sentence(record: dict[str, Any], metrics: list[Metric]) -> str:
     teacher = estimates(record["teacher"]).get(first.key)
     text = f"{best} has the {extreme} {uncapitalised(first.title)}, {plain(values[best])}"
     text += f"; the teacher has {plain(teacher)}." if teacher else "."
-    told = [d for d in record["summary"]["differences"] if d["metric"] == first.key]
-    if not told:
+    compared = [d for d in record["summary"]["differences"] if d["metric"] == first.key]
+    if not compared:
         return text
-    counted = [d for d in told if d["verdict"] in ("better", "worse")]
-    if all(d["verdict"] == "not known" for d in told):
+    counted = [d for d in compared if d["verdict"] in ("better", "worse")]
+    if all(d["verdict"] == "not known" for d in compared):
         return text + " With one seed its significance is unknown."
     if not counted:
         return text + f" No difference from {baseline} exceeds the error."
     worse = sum(d["verdict"] == "worse" for d in counted)
-    if worse == len(told) > 1 and baseline == best:
+    if worse == len(compared) > 1 and baseline == best:
         return text + f" All {worse} others are worse by more than the error."
     sides = ((worse, "worse"), (len(counted) - worse, "better"))
     parts = " and ".join(f"{n} {'is' if n == 1 else 'are'} {word}" for n, word in sides if n)
-    return text + f" Of {len(told)} compared with {baseline}, {parts} by more than the error."
+    return text + f" Of {len(compared)} compared with {baseline}, {parts} by more than the error."
 
 
 def uncapitalised(title: str) -> str:
@@ -58,8 +58,8 @@ def uncapitalised(title: str) -> str:
 def failures(record: dict[str, Any]) -> list[tuple[str, str]]:
     """What did not work, and why."""
     failed = [r for r in record["runs"] if r["status"] == "failed"]
-    told = [(f"{run['name']}, seed {run['seed']}", str(run["message"])) for run in failed]
-    return told + [(f"{entry['name']}, left out", str(entry["reason"])) for entry in record["impossible"]]
+    messages = [(f"{run['name']}, seed {run['seed']}", str(run["message"])) for run in failed]
+    return messages + [(f"{entry['name']}, left out", str(entry["reason"])) for entry in record["impossible"]]
 
 
 def lead(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -162,7 +162,7 @@ def run_loop(
     averages = Averages()
     log = EventLog(folder.log) if folder else None
     saved = state.step
-    told: set[str] = set()
+    warned: set[str] = set()
 
     def checkpoint() -> None:
         nonlocal saved
@@ -201,8 +201,8 @@ def run_loop(
                 if log:
                     log.write("train", done, **means)
                 for message in advise(means):
-                    if message not in told:
-                        told.add(message)
+                    if message not in warned:
+                        warned.add(message)
                         warnings.warn(message, stacklevel=caller_level())
                         if log:
                             log.write("warning", done, message=message)

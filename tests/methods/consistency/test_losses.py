@@ -211,7 +211,7 @@ def test_the_gradient_of_scm_is_the_bounded_tangent_s(terms: Any, law: str, log_
 
     The learned weight exp(-u) divides it by e^u + 1/8, where 1/8 is the loss of a tangent of length c.
     """
-    term, draws, sd = terms("scm", tangent_warmup=0.0, level_law=law), draws_of(1.3), math.sqrt(1.3)
+    term, draws, sd = terms("scm", tangent_warmup=0.0, level_distribution=law), draws_of(1.3), math.sqrt(1.3)
     student, sigma = Flow(1.3, gain=0.2), draws["sigma"]
     y = draws["x0"] + sigma[:, None] * draws["noise"]
     wanted = bounded_tangent(tangent_of(student, y, sigma, posterior_mean(y, sigma, 1.3), sd), 0.1)

@@ -32,7 +32,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"method": "ctm", "gan_weight": 0.5, "gan_after": 0.0, "r1": 0.1, "target_decay": 0.9},
     {"method": "ctm", "gan_weight": 0.5, "gan_after": 0.0, "ratio_features": "own"},
     {"method": "mean-flow"},
-    {"method": "mean-flow", "consistency_from": "data", "level_law": "karras"},
+    {"method": "mean-flow", "consistency_from": "data", "level_distribution": "karras"},
     {"method": "rcm", "num_steps": 2},
 ]
 
@@ -313,7 +313,7 @@ def test_a_discriminator_has_no_fake_score_to_look_at() -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("scm", {"level_std": 1.0}, "--level-std does nothing with --level-law karras"),
+        ("scm", {"level_std": 1.0}, "--level-std does nothing with --level-distribution karras"),
         ("consistency", {"consistency_from": "data", "solver_steps": 2}, "--solver-steps does nothing"),
         ("ctm", {"gan_after": 0.1, "gan_weight": 0.0}, "--gan-after does nothing with --gan-weight 0"),
     ],

@@ -122,8 +122,8 @@ def _square_errors(
     batch: int,
 ) -> Tensor:
     """Mean squares over the coordinates of D_a - D_b, D_a - x0, D_b - x0, or of D_a - x0, (3 or 1, n)."""
-    told = as_conditioning(conditioning)
-    check_conditioning(told, len(x0))
+    cond = as_conditioning(conditioning)
+    check_conditioning(cond, len(x0))
     noise = initial_noise(len(x0), tuple(x0.shape[1:]), seed, "agreement")
     columns = []
     for start in range(0, len(x0), batch):
@@ -131,7 +131,7 @@ def _square_errors(
         x = x0[part]
         y = x + sigma * noise[part].to(x)
         level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        sides = [*(model(y, level, told.index(part)).double() for model in models), x.double()]
+        sides = [*(model(y, level, cond.index(part)).double() for model in models), x.double()]
         pairs = combinations(sides, 2)
         columns.append(torch.stack([(p - q).flatten(1).square().mean(1) for p, q in pairs]))
     return torch.cat(columns, dim=1).cpu()

@@ -122,13 +122,13 @@ def rank_gap(
     if count < dim:
         raise UserError("the rank needs at least as many probes as dimensions", got=count, expected=dim)
     noise = draw_probes("gaussian", count, len(x), tuple(x.shape[1:]), seed=seed, like=x)
-    told = as_conditioning(conditioning)
+    cond = as_conditioning(conditioning)
     pulls = []
     for z in noise.split(chunk):
         near = (x + sigma * z).flatten(0, 1)
         level = torch.full((len(near),), sigma, dtype=x.dtype, device=x.device)
         with torch.no_grad():
-            pull = (denoiser(near, level, told.repeat(len(z))).double() - near.double()) / sigma
+            pull = (denoiser(near, level, cond.repeat(len(z))).double() - near.double()) / sigma
         pulls.append(pull.reshape(len(z), len(x), dim))
     rows = torch.cat(pulls).transpose(0, 1)
     spectrum = torch.linalg.svdvals(rows / math.sqrt(count)).cpu()

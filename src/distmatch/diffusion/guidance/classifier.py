@@ -100,19 +100,19 @@ class ClassifierGuided(Guidance):
     def _guided(
         self, forward: Pass, x: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor, Features]:
-        told = self._main_condition(conditioning)
+        cond = self._main_condition(conditioning)
         # A caller that differentiates this prediction gets the gradient's own derivative too.
         again = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
             leaf = x if again else x.detach().requires_grad_()
             if self.on == "clean":
-                main, features = forward(leaf, sigma, told)
-                main = connected(main, leaf, lambda moved: forward(moved, sigma, told)[0])
+                main, features = forward(leaf, sigma, cond)
+                main = connected(main, leaf, lambda moved: forward(moved, sigma, cond)[0])
                 slope = self._slope(main, leaf, sigma, conditioning.label, again)
             else:
                 slope = self._slope(leaf, leaf, sigma, conditioning.label, again)
         if self.on == "noisy":
-            main, features = forward(x, sigma, told)
+            main, features = forward(x, sigma, cond)
         elif not again:
             main, features = main.detach(), [f.detach() for f in features]
         return main, main + self.scale * expand(sigma, x).to(x) ** 2 * slope, features

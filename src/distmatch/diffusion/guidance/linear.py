@@ -108,8 +108,8 @@ class Guided(Guidance):
     def _corrected(self, main: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if self.reference is None:
             return main
-        told = self._away_from(len(x), x.device) if self.negative else conditioning
-        return self._mix(main, self.reference(x, sigma, for_model(self.reference, told)))
+        cond = self._away_from(len(x), x.device) if self.negative else conditioning
+        return self._mix(main, self.reference(x, sigma, for_model(self.reference, cond)))
 
     def _mix(self, main: Tensor, reference: Tensor) -> Tensor:
         return reference + self.scale * (main - reference)

@@ -68,13 +68,13 @@ def minority_score(
     parts = []
     for start in range(0, len(x0), batch):
         rows = x0[start : start + batch]
-        told = conditioning.index(slice(start, start + batch))
+        cond = conditioning.index(slice(start, start + batch))
         noise = SampleNoise(seed, torch.arange(start, start + len(rows)), tuple(denoiser.shape), rows.device)
         level = torch.full((len(rows),), sigma, dtype=rows.dtype, device=rows.device)
         total = torch.zeros(len(rows), dtype=torch.float64)
         for draw in range(draws):
             noised = rows + sigma * noise.normal(draw).to(rows)
-            total += distance(rows, denoiser(noised, level, told)).double().cpu()
+            total += distance(rows, denoiser(noised, level, cond)).double().cpu()
         parts.append(total / draws)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 

@@ -119,11 +119,11 @@ def solve_reflected(
     conditioning = as_conditioning(conditioning)
     check_conditioning(conditioning, len(y), spec_of(strong))
     counted = [CallCounter(strong), CallCounter(weak)]
-    told = [conditioning, for_model(weak, conditioning)]
+    conditionings = [conditioning, for_model(weak, conditioning)]
 
     def reflected(k: int, state: Tensor) -> Tensor:
         now, after = levels[k], levels[k + 1]
-        models = [_predictor(m, c, y.dtype, now, after) for m, c in zip(counted, told, strict=True)]
+        models = [_predictor(m, c, y.dtype, now, after) for m, c in zip(counted, conditionings, strict=True)]
         level = now if weak_at == "start" else after
         return reflect(models[0], models[1], state, now, after, weak_level=level, sigma_data=weak.sigma_data)
 

@@ -92,11 +92,11 @@ class Adversary:
                     kinds.append(kinds[1] + 0.1 * level * some["noise_r1"])
                 on_fake, on_real, *on_moved = self.logits(state, kinds, some, grad=False)
                 loss = adversarial_discriminator_loss(real=on_real, fake=on_fake)
-                told = loss.detach()
+                reported = loss.detach()
                 if on_moved:
                     loss = loss + cfg.r1 * approximate_r1(on_real, on_moved[0])
             share = len(some["x0"]) / len(x0)
             (share * loss).backward()
-            total = total + share * told
+            total = total + share * reported
         self.context.move(state, "ratio", cfg.lr_discriminator)
         return {"loss_ratio": total}

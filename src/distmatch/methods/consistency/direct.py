@@ -148,7 +148,7 @@ def training_levels(
     settings; the tails of the log-normal that are cut off are shared out in proportion.
     """
     low, high = context.teacher.sigma_min, context.first_sigma
-    if own.level_law == "karras":
+    if own.level_distribution == "karras":
         return Karras(low, high).sample
     return context.log_normal(own.level_mean, own.level_std, low, high).sample
 

@@ -66,9 +66,9 @@ def teacher_path(
         Samples at ``end``, (B, *shape).
     """
 
-    def mean_slope(first: Tensor, x: Tensor, sigma: Tensor, told: Conditioning) -> Tensor:
+    def mean_slope(first: Tensor, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The mean of a first slope and of that at ``x``."""
-        return (first + (x - teacher(x, sigma, told)) / expand(sigma, x)) / 2
+        return (first + (x - teacher(x, sigma, cond)) / expand(sigma, x)) / 2
 
     here = start
     for index in range(1, steps + 1):

@@ -94,7 +94,7 @@ class TangentTerm:
         said = {"tangent": tangent.flatten(1).norm(dim=1)}
         if not self.learned_weight:
             return error, said
-        if self.context.settings.level_law == "log-normal":
+        if self.context.settings.level_distribution == "log-normal":
             # The paper's prior weight 1 / tan t suits its own law of levels. With levels up to the student's
             # start it would hide those from the loss until the learned weight, which starts at 1, has grown.
             error = error * sigma_data / sigma

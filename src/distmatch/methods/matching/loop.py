@@ -86,11 +86,11 @@ class Matching:
         self.noise: Karras | Truncated = self._range
         self.fake_score_noise: Karras | Truncated = self._range
         if isinstance(cfg, NoiseDistributionSettings):
-            law = partial(self.context.log_normal, cfg.noise_mean, cfg.noise_std)
+            log_normal = partial(self.context.log_normal, cfg.noise_mean, cfg.noise_std)
             if cfg.noise_distribution == "log-normal":
-                self.noise = self.fake_score_noise = law(low, high)
+                self.noise = self.fake_score_noise = log_normal(low, high)
             if cfg.fake_score_distribution == "log-normal":
-                self.fake_score_noise = law(teacher.sigma_min, teacher.sigma_max)
+                self.fake_score_noise = log_normal(teacher.sigma_min, teacher.sigma_max)
         self.compared = Comparison(
             context=self.context,
             objective=self.objective,
@@ -155,8 +155,8 @@ class Matching:
         """The state before the first step: student and fake score start as copies of the teacher."""
         cfg, context = self.config, self.context
         ends = (self.noise, self.fake_score_noise)
-        high = max(context.first_sigma, *(law.high for law in ends))
-        seen = Karras(min(law.low for law in ends), high, cfg.noise_rho)
+        high = max(context.first_sigma, *(distribution.high for distribution in ends))
+        seen = Karras(min(distribution.low for distribution in ends), high, cfg.noise_rho)
         start = context.network(seed, draw, seen)
         student = Student(start, self.sigmas, sampler=self.sampler)
         fake = role_copy(start)
@@ -258,11 +258,11 @@ class Matching:
         return generator_gradient(self.compared, state, x0, sigma, noise, conditioning)
 
     def _noise_on(
-        self, state: DistillState, x0: Tensor, x: Tensor, call: int, law: NoiseLevels
+        self, state: DistillState, x0: Tensor, x: Tensor, call: int, distribution: NoiseLevels
     ) -> tuple[Tensor, Tensor]:
-        """Levels (B,) by a law and unit noise (B, *shape) on samples ``x0`` that a call made from ``x``."""
+        """Noise levels (B,) and unit noise (B, *shape) for samples ``x0`` that a call made from ``x``."""
         posterior = self.sampler == "posterior"
-        levels = levels_between(self.sigmas, call, self._range) if posterior else law
+        levels = levels_between(self.sigmas, call, self._range) if posterior else distribution
         sigma = levels.sample(len(x0), state.generator)
         noise = standard_normal(x0, state.generator)
         if posterior and call:

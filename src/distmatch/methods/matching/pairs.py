@@ -135,12 +135,12 @@ class PairRegression:
         )
         z = recorded.noise[chosen].to(context.device)
         target = recorded.samples[chosen].to(context.device)
-        told = recorded.conditioning.index(chosen).to(context.device)
+        cond = recorded.conditioning.index(chosen).to(context.device)
         c, unit = self.config.pair_c * context.teacher.sigma_data, context.unit
         total = torch.zeros((), device=context.device)
         for part in context.parts(n):
             with context.autocast():
-                made_of = student.call(student.start(z[part]), 0, told.index(part)).float()
+                made_of = student.call(student.start(z[part]), 0, cond.index(part)).float()
             made, wanted = made_of / unit, target[part] / unit
             loss = pair_regression_loss(made, wanted, kind=self.config.pair_loss, c=c / unit).sum() / n
             (self.config.pair_weight * loss).backward()

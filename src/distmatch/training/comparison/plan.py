@@ -103,7 +103,7 @@ def plan_comparison(
             if steps != chosen.run.steps:  # a method may need more of them than the budget pays for
                 run = replace(chosen.run, steps=steps)
                 prepare_distillation(replace(chosen, run=run), teacher, data, fresh=False)
-        except Exception as error:  # whatever keeps one method from running is told with the others' reasons
+        except Exception as error:  # whatever keeps one method from running is reported
             impossible.append((entry.name, reason(error)))
             continue
         methods.append(Planned(entry, cost, steps))

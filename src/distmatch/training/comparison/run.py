@@ -117,7 +117,7 @@ def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any
 class _Comparison:
     """A running comparison: its options, its evaluation, its folder and its record."""
 
-    told: Prepared
+    prepared: Prepared
     folder: RunFolder
     record: dict[str, Any]
 
@@ -127,7 +127,7 @@ class _Comparison:
         for run in self.record["runs"]:
             if run["status"] == "done":
                 finished.setdefault(run["name"], {})[run["seed"]] = measured(run, self._place(run))
-        self.record["summary"] = summarize(self.record, finished, self.told.options.baseline)
+        self.record["summary"] = summarize(self.record, finished, self.prepared.options.baseline)
         atomic_json(self.folder.path / RECORD, self.record)
 
     def carry_out(self, run: dict[str, Any]) -> None:
@@ -143,19 +143,19 @@ class _Comparison:
 
     def _train_and_measure(self, run: dict[str, Any]) -> dict[str, Any]:
         steps = method_of(self.record, run)["steps"]
-        entry = self.told.entries[run["name"]]
-        options = entry_options(self.told.options.shared, entry, seed=run["seed"], steps=steps)
+        entry = self.prepared.entries[run["name"]]
+        options = entry_options(self.prepared.options.shared, entry, seed=run["seed"], steps=steps)
         place = self._place(run)
         started = bool(list_checkpoints(place.checkpoints))
         memory = PeakMemory(pick_device(options.run.device))
-        job = prepare_distillation(options, self.told.teacher, self.told.data, fresh=not started)
+        job = prepare_distillation(options, self.prepared.teacher, self.prepared.data, fresh=not started)
         with create(place.path, resume=holds_something(place)) as own:
             began = time.perf_counter()
             student, _ = carry_out(job, own, resume="latest" if started else None)
             seconds, taken = time.perf_counter() - began, memory.bytes()
             del job
             others = {name: self.record[name] for name in ("reference", "teacher")}
-            metrics = self.told.bench.student(student, own, others)
+            metrics = self.prepared.bench.student(student, own, others)
         # Of a resumed run only the last part was timed here.
         return {"seconds": None if started else seconds, "memory": taken, "metrics": metrics}
 

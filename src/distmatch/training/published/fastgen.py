@@ -12,7 +12,7 @@ _BOUNDS = "the ratio is clipped to [0.1, 20] before normalization; here by --rat
 _HIGHEST = Value(0.0, "max_t 80, sigma_max", "config.py")
 
 
-def _with_critic(lr: float, place: str, batch: int, count: int) -> dict[str, Value]:
+def _with_fake_score(lr: float, place: str, batch: int, count: int) -> dict[str, Value]:
     """Settings shared by the experiments with a fake score, whose EMA is also updated at fake score steps."""
     rates = "opt.py" if lr == 1e-4 else place
     return {
@@ -50,7 +50,7 @@ def _tangents(lr: float, std: float, place: str, batch: int, count: int) -> dict
         "lr_rampup": Value(0, "warm_up_steps 0", _SCM),
         "consistency_from": Value("teacher", "use_cd True", place),
         "student_sigma": _HIGHEST,
-        "level_law": Value("log-normal", "lognormal", _SCM),
+        "level_distribution": Value("log-normal", "lognormal", _SCM),
         "level_mean": Value(log_level(-1.0), "train_p_mean -1", _SCM),
         "level_std": Value(std, f"train_p_std {std:g}", _SCM if std == 1.4 else place),
         "tangent_warmup": Value(1e4 / count, f"10000 of {count} steps", _SCM),
@@ -65,7 +65,7 @@ def _f_distill() -> list[Preset]:
     cifar, imagenet = "EDM/config_f_distill_cifar10.py", "EDM/config_f_distill_in64.py"
     latents = "SD15/config_f_distill.py"
     stable = {
-        **_with_critic(1e-5, latents, 2048, 100_000),
+        **_with_fake_score(1e-5, latents, 2048, 100_000),
         **_ratio("js", 0.0, latents),
         "fake_score_steps": Value(10, "student_update_freq 10", latents),
         "guidance": Value(1.75, "guidance_scale 1.75", latents),
@@ -80,7 +80,7 @@ def _f_distill() -> list[Preset]:
             title="EDM's DDPM++ on CIFAR-10, by class",
             shape=CIFAR10,
             source=source,
-            settings={**_with_critic(1e-4, cifar, 2048, 100_000), **_ratio("kl", 0.0, cifar)},
+            settings={**_with_fake_score(1e-4, cifar, 2048, 100_000), **_ratio("kl", 0.0, cifar)},
             differs=("the paper's table 5 has 60,000 steps", _BOUNDS, _AVERAGES),
         ),
         Preset(
@@ -90,7 +90,7 @@ def _f_distill() -> list[Preset]:
             shape=IMAGENET64,
             source=source,
             settings={
-                **_with_critic(2e-6, imagenet, 512, 600_000),
+                **_with_fake_score(2e-6, imagenet, 512, 600_000),
                 **_ratio("js", 0.5, imagenet),
                 "gan_weight": Value(3e-3, "gan_loss_weight_gen 3e-3", imagenet),
             },
@@ -125,7 +125,7 @@ def _dmd2() -> Preset:
         title="EDM's DDPM++ on CIFAR-10, by class",
         shape=CIFAR10,
         source=f"{_SOURCE}; DMD2's authors publish none for CIFAR-10",
-        settings=_with_critic(1e-4, "EDM/config_dmd2_cifar10.py", 2048, 100_000),
+        settings=_with_fake_score(1e-4, "EDM/config_dmd2_cifar10.py", 2048, 100_000),
         differs=(_AVERAGES,),
     )
 

@@ -55,6 +55,6 @@ def adam(lr: float, beta1: float, beta2: float, rates: str, betas: str) -> dict[
     }
 
 
-def of_run(batch: int, count: int, told: str, place: str) -> dict[str, Value]:
+def of_run(batch: int, count: int, text: str, place: str) -> dict[str, Value]:
     """The size of a batch and the length of the run."""
-    return {"batch": Value(batch, f"{batch}", place), "steps": Value(count, told, place)}
+    return {"batch": Value(batch, f"{batch}", place), "steps": Value(count, text, place)}
