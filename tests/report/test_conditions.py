@@ -48,14 +48,15 @@ def test_every_row_is_named_after_the_condition_of_its_pictures(tmp_path: Path) 
             condition_size=size.astype("float32"),
             class_names=["cat", "dog", "owl"],
         )
-    parsed = page(tmp_path)[1]
+    text, parsed = page(tmp_path)
     for names, picture in grids(parsed):
         assert names == ["label cat, size 10", "label cat, size 30", "label owl, size 10"]
         for row, gray in enumerate((10, 30, 210)):
             strip = picture[42 * row : 42 * row + 40]
             assert (strip[..., 0][strip[..., 3] > 0] == gray).all()
         assert picture.shape[1] == 6 * 42 - 2  # all six of each
-    assert "Each row is one condition" in parsed.text
+    assert "Row 1: label cat, size 10. Row 2: label cat, size 30. Row 3: label owl" in parsed.text
+    assert re.findall(r"<li[^>]*>(.*?)</li>", text) == ["1", "2", "3"] * 3
 
 
 def test_values_that_occur_once_have_a_row_each_and_tensors_say_their_shape(tmp_path: Path) -> None:

@@ -104,6 +104,9 @@ def _image_panels(images: dict[str, Samples]) -> SamplesSection:
         )
         text = f"one row for each {what}: {', '.join(rows) if what == 'label' else '; '.join(rows)}"
         columns = indices[0].shape[1]
+        if what == "condition":  # too long to stand beside a row
+            note += "".join(f" Row {number}: {name}." for number, name in enumerate(rows, 1))
+            rows = tuple(str(number) for number in range(1, len(rows) + 1))
     else:
         count = min([_CLASSES * _COLUMNS, *(len(s.x) for s in images.values())])
         indices = [np.arange(count) for _ in images]
