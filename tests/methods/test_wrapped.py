@@ -13,7 +13,7 @@ from torch import nn
 
 from distmatch.methods.consistency.ctm import record_of
 from distmatch.methods.table import METHODS
-from distmatch.nets.layers import Conditioning
+from distmatch.nets.layers import ConditionEmbedding
 from distmatch.training.devices import compile_network
 from tests.helpers.processes import together
 from tests.helpers.ranks import train
@@ -44,7 +44,7 @@ def test_a_wrapper_sees_every_pass_and_changes_nothing(name: str, train: str) ->
     wrapped = wrap(state)
     entered = dict.fromkeys(wrapped, 0)
     for key, network in wrapped.items():
-        layer = next(part for part in network.modules() if isinstance(part, Conditioning)).noise
+        layer = next(part for part in network.modules() if isinstance(part, ConditionEmbedding)).noise
 
         def entry(*_: Any, key: str = key) -> None:
             entered[key] += 1

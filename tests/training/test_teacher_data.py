@@ -14,7 +14,7 @@ from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.losses import noisy_mean
 from distmatch.nets.build import build_net
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
-from distmatch.nets.layers import Conditioning, Perturbation
+from distmatch.nets.layers import ConditionEmbedding, Perturbation
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.objective import denoiser_loss
 from distmatch.training.options import RunOptions, TeacherConfig, TrainOptions
@@ -203,7 +203,7 @@ def test_label_noise_has_mean_zero_and_a_norm_without_the_dimension(
 )
 def test_label_noise_is_off_at_evaluation_and_for_no_label(config: object, shape: tuple[int, ...]) -> None:
     net = build_net(config, shape, 3)  # type: ignore[arg-type]
-    found = [part for part in net.modules() if isinstance(part, Conditioning)]
+    found = [part for part in net.modules() if isinstance(part, ConditionEmbedding)]
     assert len(found) == 1
     conditioning = found[0]
     c_noise, labels = torch.zeros(4), torch.tensor([0, 2, -1, -1])

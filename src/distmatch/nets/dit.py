@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.nets.config import DiTConfig
 from distmatch.nets.layers import (
-    Conditioning,
+    ConditionEmbedding,
     SelfAttention,
     channels_and_sides,
     channels_first,
@@ -80,7 +80,7 @@ class DiT(nn.Module):
         self.channels, sides = channels_and_sides(shape)
         self.grid = tuple(-(-side // config.patch) for side in sides)
         numbers = self.channels * config.patch ** len(sides)  # in a patch
-        self.conditioning = Conditioning(num_classes, config.width)
+        self.conditioning = ConditionEmbedding(num_classes, config.width)
         self.first = nn.Linear(numbers, config.width)
         self.positions = nn.Parameter(position_table(self.grid, config.width))
         self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads) for _ in range(config.depth))

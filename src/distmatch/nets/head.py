@@ -13,7 +13,7 @@ from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import expand
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.layers import (
-    Conditioning,
+    ConditionEmbedding,
     at_least_float32,
     channels_and_sides,
     channels_first,
@@ -97,7 +97,7 @@ class RatioHead(nn.Module):
                 expected="one or more of (C,), (N, C), (C, H, W) or (C, T, H, W)",
                 fix="use a separate network for the ratio if the teacher has no features",
             )
-        self.conditioning = Conditioning(num_classes, width)
+        self.conditioning = ConditionEmbedding(num_classes, width)
         self.heads = nn.ModuleList(
             _map_head(shape, width) if len(shape) > 1 else _vector_head(shape, width)
             for shape in feature_shapes

@@ -13,7 +13,7 @@ from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.nets.edm import EDMDenoiser
-from distmatch.nets.layers import Conditioning
+from distmatch.nets.layers import ConditionEmbedding
 
 
 def as_jump(denoiser: nn.Module) -> EDMDenoiser:
@@ -55,5 +55,5 @@ def taught_to_jump(denoiser: EDMDenoiser) -> EDMDenoiser:
     return denoiser
 
 
-def _conditionings(denoiser: EDMDenoiser) -> list[Conditioning]:
-    return [part for part in denoiser.net.modules() if isinstance(part, Conditioning)]
+def _conditionings(denoiser: EDMDenoiser) -> list[ConditionEmbedding]:
+    return [part for part in denoiser.net.modules() if isinstance(part, ConditionEmbedding)]

@@ -90,7 +90,7 @@ class Perturbation:
         return size * (2 * torch.rand_like(embedding) - 1)
 
 
-class Conditioning(nn.Module):
+class ConditionEmbedding(nn.Module):
     """Embeds noise level and class label into one vector, and the target noise level if it supports one.
 
     Args:

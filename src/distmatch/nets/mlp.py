@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.nets.config import MLPConfig
-from distmatch.nets.layers import Conditioning, feature_blocks, modulate, zeroed
+from distmatch.nets.layers import ConditionEmbedding, feature_blocks, modulate, zeroed
 
 
 class MLPBlock(nn.Module):
@@ -41,7 +41,7 @@ class MLPTrunk(nn.Module):
 
     def __init__(self, config: MLPConfig, inputs: int, num_classes: int) -> None:
         super().__init__()
-        self.conditioning = Conditioning(num_classes, config.width)
+        self.conditioning = ConditionEmbedding(num_classes, config.width)
         self.first = nn.Linear(inputs, config.width)
         self.blocks = nn.ModuleList(MLPBlock(config.width, config.dropout) for _ in range(config.depth))
 

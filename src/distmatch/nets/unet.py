@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.nets.config import UNetConfig
 from distmatch.nets.layers import (
-    Conditioning,
+    ConditionEmbedding,
     SelfAttention,
     crop,
     group_norm,
@@ -129,7 +129,7 @@ class UNet(FeatureUNet):
         size = 4 * config.width
         attending = config.attention_levels
         self.multiple = 2 ** (levels - 1)
-        self.conditioning = Conditioning(num_classes, size)
+        self.conditioning = ConditionEmbedding(num_classes, size)
         self.first = nn.Conv2d(shape[0], channels[0], 3, padding=1)
 
         down: list[UNetBlock] = []

@@ -22,7 +22,7 @@ from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA, ema_decay
-from distmatch.nets.layers import Conditioning, Perturbation
+from distmatch.nets.layers import ConditionEmbedding, Perturbation
 from distmatch.nets.optim import adam, scheduled_step
 from distmatch.nets.training_state import TrainingState
 from distmatch.nets.uncertainty import LearnedUncertainty
@@ -111,7 +111,7 @@ class TeacherTraining:
             net = build_net(self.net, self.shape, self.num_classes)
         if cfg.condition_noise > 0:
             for part in net.modules():
-                if isinstance(part, Conditioning):
+                if isinstance(part, ConditionEmbedding):
                     part.perturbation = Perturbation(cfg.condition_noise, cfg.condition_noise_kind)
         denoiser = self.objective.denoiser(net, self.shape, self.num_classes).to(self.device)
         optimizer = adam(denoiser.parameters(), cfg)
