@@ -186,3 +186,14 @@ def test_a_student_is_called_with_noise() -> None:
     assert three(noise).shape == (4, 2)
     with pytest.raises(UserError, match="each of its steps"):
         three(noise[0])
+
+
+def test_a_saved_student_computes_as_the_result_of_its_run(tmp_path: Path) -> None:
+    """A linear layer of 3-D input rounds in another way where its weight wants gradients."""
+    data = dm.data.from_arrays(torch.randn(32, 12, 2).numpy(), kind="sequence")
+    teacher = dm.train(data, steps=1, batch=8, net="dit", patch=2, width=12, depth=1, quiet=True)
+    made = dm.distill(teacher, data, method="consistency", steps=1, batch=8, quiet=True)
+    made.save_pretrained(tmp_path / "student")
+    again = dm.Student.from_pretrained(tmp_path / "student")
+    assert not any(p.requires_grad for p in (*made.parameters(), *again.parameters()))
+    assert_same_but_for_rounding(again.sample(8), made.sample(8))

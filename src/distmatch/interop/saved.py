@@ -322,10 +322,7 @@ def _load(folder: Path, network: HandedIn | None = None) -> tuple[Any, dict[str,
             got=cause(error),
             fix="restore it from a copy",
         ) from error
-    return denoiser.eval().requires_grad_(False), {
-        **extra_values(folder / _CONFIG, config),
-        **extra_tensors(folder),
-    }
+    return denoiser.eval(), {**extra_values(folder / _CONFIG, config), **extra_tensors(folder)}
 
 
 def _decoder(folder: Path, latents: Mapping[str, Any], shape: tuple[int, ...]) -> VAEDecoder:

@@ -322,13 +322,17 @@ class Student(nn.Module):
 
 
 def student_from(denoiser: Network, info: Mapping[str, Any]) -> Student:
-    """The student of a saved model's denoiser and description."""
+    """The student of a saved model's denoiser and description.
+
+    Its parameters do not learn, as those of a run's result do not: kernels may round in another way where
+    gradients are wanted.
+    """
     own = {key: v for key, v in info.items() if key not in ("kind", "levels", "chain", "gamma", "tensors")}
     sigmas = tuple(float(v) for v in info["levels"])
     transport = BrenierMap.restored(info["tensors"]) if "tensors" in info else None
     name, gamma = info.get("chain", "renoise"), float(info.get("gamma", 0.0))
     sampler: Any = {old: new for new, old in _IN_FILES.items()}.get(name, name)
-    return Student(denoiser, sigmas, own, sampler, gamma, transport)
+    return Student(denoiser.requires_grad_(False), sigmas, own, sampler, gamma, transport)
 
 
 def device_of(module: nn.Module) -> torch.device:

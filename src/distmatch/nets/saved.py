@@ -116,10 +116,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
     if len(dtypes) == 1 and dtypes <= set(WEIGHTS):
         denoiser.to(dtypes.pop())
     load_into(denoiser.net, tensors, str(folder / _TENSORS))
-    return denoiser.eval().requires_grad_(False), {
-        **extra_values(folder / _CONFIG, config),
-        **extra_tensors(folder),
-    }
+    return denoiser.eval(), {**extra_values(folder / _CONFIG, config), **extra_tensors(folder)}
 
 
 def check_version(folder: Path, config: Mapping[str, Any], known: tuple[int, ...]) -> None:
