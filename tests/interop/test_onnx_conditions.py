@@ -17,6 +17,7 @@ import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import FieldSpec
 from distmatch.interop import export_onnx
+from distmatch.interop import onnx_export as module
 from distmatch.methods.student import Student
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -133,6 +134,11 @@ def test_labels_below_zero_are_the_null_class_of_a_network_that_is_called_with_l
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
+class Aged(TextNet):
+    def forward(self, x: Tensor, t: Tensor, age: Tensor) -> Tensor:
+        return age[:, None] * x
+
+
 class OwnDenoiser(nn.Module):
     """A denoiser of the user's with a part called ``net``, which it calls in its own way."""
 
@@ -167,11 +173,25 @@ def test_a_field_with_the_name_of_another_input_or_output_is_refused(name: str, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_graph_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
-    class Picky(TextNet):
-        def forward(self, x: Tensor, t: Tensor, age: Tensor) -> Tensor:
-            return x if bool((age > 0).all()) else 2 * x
+class OfValues(TextNet):
+    def forward(self, x: Tensor, t: Tensor, age: Tensor) -> Tensor:
+        return x if bool((age > 0).all()) else 2 * x
 
+
+class OfTheBatch(TextNet):
+    def forward(self, x: Tensor, t: Tensor, age: Tensor) -> Tensor:
+        return age[:, None] * x.reshape(len(x), 2)
+
+
+@pytest.mark.parametrize("net", [OfValues, OfTheBatch])
+def test_a_graph_that_cannot_be_made_leaves_nothing(net: type[TextNet], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written as a graph"):
-        export_onnx(student_of({"age": FieldSpec()}, Picky()), tmp_path / "m")
+        export_onnx(student_of({"age": FieldSpec()}, net()), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_of_one_batch_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_axes", lambda shape, batch: {})
+    with pytest.raises(UserError, match="that takes any batch"):
+        export_onnx(student_of({"age": FieldSpec()}, Aged()), tmp_path / "m")
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import torch
 
 import distmatch as dm
 from distmatch.base.errors import UserError
+from distmatch.interop import export_onnx
 from distmatch.training.options import DistillOptions
 from distmatch.training.prepare import prepare_distillation
 from tests.helpers.command import done
@@ -78,6 +79,23 @@ def test_adapters_find_their_pipeline_again(teacher, tmp_path):
     student.save_pretrained(tmp_path / "student")
     again = dm.Student.from_pretrained(tmp_path / "student")  # its base: the folder, at the same size
     assert torch.equal(again.sample(2, conditioning=told.index(slice(0, 2))), x)
+
+
+def test_a_student_is_a_graph_with_an_input_for_each_embedding(teacher, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    student = dm.Student(teacher, (5.0,))
+    export_onnx(student, tmp_path / "graph")
+    ready = runtime.InferenceSession(tmp_path / "graph/model.onnx", providers=["CPUExecutionProvider"])
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for prompts in (PROMPTS[:2], PROMPTS[2:]):
+        told = teacher.pipeline.encode(prompts)
+        fed = {"noise": noise.numpy(), **{name: value.numpy() for name, value in told.items()}}
+        results.append(torch.from_numpy(ready.run(["samples"], fed)[0]))
+        with torch.no_grad():
+            torch.testing.assert_close(results[-1], student(noise, told), rtol=0, atol=1e-4)
+    assert (results[0] - results[1]).abs().max() > 1e-3
 
 
 def test_prompts_are_no_data(teacher):

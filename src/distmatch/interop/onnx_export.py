@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, cause
 from distmatch.base.files import atomic_folder, atomic_json, atomic_write, check_model_folder
 from distmatch.data import Scaling
 from distmatch.diffusion.latents import decoder_of
@@ -172,7 +172,7 @@ def _difference(runtime: Any, graph: _Outputs, names: list[str], path: Path) -> 
     left aside for a value on the border of two.
 
     Raises:
-        UserError: It is too large.
+        UserError: It is too large, or the graph does not run at another size.
     """
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -182,7 +182,15 @@ def _difference(runtime: Any, graph: _Outputs, names: list[str], path: Path) -> 
     for n in _BATCHES:
         inputs = graph.portable.inputs(n, seed=n)
         fed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        found = [torch.from_numpy(value) for value in session.run(graph.names, fed)]
+        try:
+            found = [torch.from_numpy(value) for value in session.run(graph.names, fed)]
+        except Exception as error:  # of onnxruntime, whose errors have no class in common
+            raise UserError(
+                "this student cannot be written as a graph of ONNX that takes any batch",
+                got=cause(error),
+                expected="a network whose code does not fix the size of a batch, as len(x) does",
+                fix="use x.shape[0] in it, or export it with --to safetensors",
+            ) from error
         expected = graph.portable.expected(inputs)
         far = float((found[0] - expected).abs().max())
         worst, size = max(worst, far), max(1.0, float(expected.abs().max()))

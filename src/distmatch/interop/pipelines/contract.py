@@ -108,9 +108,10 @@ class Contract:
             elif not name.endswith(LENGTH):
                 # Rows of a null conditioning share their memory, which ``view`` of a network refuses.
                 flat["class_labels" if name == LABEL else name] = value.contiguous()
-        given = x.reshape(len(x), *self.sample_shape)
+        batch = x.shape[0]  # not len(x), which fixes the batch of a graph
+        given = x.reshape(batch, *self.sample_shape)
         flat[self.sample] = list(given) if self.listed else given
-        flat[self.time] = t.reshape(-1, *[1] * len(self.time_shape)).expand(len(x), *self.time_shape)
+        flat[self.time] = t.reshape(-1, *[1] * len(self.time_shape)).expand(batch, *self.time_shape)
         return prediction_of(module(**nested(flat)), self.output, x.shape)
 
     def conditioning(self, arguments: Mapping[str, Any]) -> Conditioning:
