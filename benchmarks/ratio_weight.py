@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distmatch.diffusion.noise import Karras
 from distmatch.divergences import Divergence, divergence
-from distmatch.ratio.normalizer import NormaliserConfig, RatioNormalizer
+from distmatch.ratio.normalizer import NormalizerConfig, RatioNormalizer
 
 LEVELS = Karras(0.02, 80.0, 7.0)
 SAMPLES = 24_000
@@ -44,7 +44,7 @@ def slope(used: Tensor, true: Tensor) -> float:
 def measure(measure: Divergence, batch: int, gap: float, fixed: bool, memory: float, seed: int) -> float:
     """The slope over SAMPLES samples after a third as many of warm-up."""
     generator = torch.Generator().manual_seed(seed)
-    normalizer = RatioNormalizer(NormaliserConfig(memory=memory))
+    normalizer = RatioNormalizer(NormalizerConfig(memory=memory))
     true_mean = measure.weight(draw(2_000_000, gap, fixed, generator)[0]).mean()
     used, true = [], []
     warmup = SAMPLES // 3 // batch
@@ -60,7 +60,7 @@ def measure(measure: Divergence, batch: int, gap: float, fixed: bool, memory: fl
 def clip_alone(measure: Divergence, gap: float, fixed: bool, seed: int) -> float:
     """The slope of the clipped weight, without any normalization from samples."""
     log_r = draw(2_000_000, gap, fixed, torch.Generator().manual_seed(seed))[0]
-    clip = NormaliserConfig().clip
+    clip = NormalizerConfig().clip
     used, true = measure.weight(log_r.clamp(-clip, clip)), measure.weight(log_r)
     return slope(used / used.mean(), true / true.mean())
 

@@ -16,7 +16,7 @@ from distmatch.divergences import NAMES, divergence
 from distmatch.nets.head import RatioHead, RatioNet
 from distmatch.ratio.discriminator import build_discriminator, choose_source, denoise_with_logit
 from distmatch.ratio.normalizer import (
-    NormaliserConfig,
+    NormalizerConfig,
     RatioNormalizer,
     effective_sample_size,
 )
@@ -39,7 +39,7 @@ def log_ratio(n: int, g: torch.Generator) -> Tensor:
 @pytest.mark.statistical
 @pytest.mark.parametrize("memory", [0.0, 0.95])
 def test_bin_means_are_the_true_ones_and_the_exact_ratio_comes_back(memory: float) -> None:
-    normalizer = RatioNormalizer(NormaliserConfig(memory=memory))
+    normalizer = RatioNormalizer(NormalizerConfig(memory=memory))
     offset = torch.linspace(-1.5, 1.5, 10)  # a discriminator that is off by a constant at each noise level
     g, n = gen(), 40_000
     for _ in range(30):
@@ -59,11 +59,11 @@ def test_bin_means_are_the_true_ones_and_the_exact_ratio_comes_back(memory: floa
     assert not result.log_r.requires_grad
 
 
-@pytest.mark.parametrize("memory", [0.0, NormaliserConfig().memory])
+@pytest.mark.parametrize("memory", [0.0, NormalizerConfig().memory])
 @pytest.mark.parametrize("batch", [4, 8, 64])
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_the_weight_is_never_cancelled(name: str, batch: int, memory: float) -> None:
-    normalizer = RatioNormalizer(NormaliserConfig(memory=memory))
+    normalizer = RatioNormalizer(NormalizerConfig(memory=memory))
     weigh, g = divergence(name).weight, gen()
     for _ in range(40):
         raw, quantile = log_ratio(batch, g), torch.rand(batch, generator=g)
@@ -81,7 +81,7 @@ def test_the_weight_is_never_cancelled(name: str, batch: int, memory: float) -> 
 
 
 def test_thin_bins_are_pooled_and_all_too_thin_are_left_alone() -> None:
-    normalizer = RatioNormalizer(NormaliserConfig(bins=2, memory=0.0, min_count=10))
+    normalizer = RatioNormalizer(NormalizerConfig(bins=2, memory=0.0, min_count=10))
     raw = torch.cat([torch.full((9,), math.log(2.0)), torch.full((30,), math.log(4.0))])
     quantile = torch.cat([torch.full((9,), 0.1), torch.full((30,), 0.9)])
     result = normalizer.update(raw, quantile, EVEN)
@@ -95,23 +95,23 @@ def test_thin_bins_are_pooled_and_all_too_thin_are_left_alone() -> None:
 
 
 def test_small_batches_are_remembered_for_as_long_as_bins_need() -> None:
-    assert NormaliserConfig().kept(1000) == 0.95
+    assert NormalizerConfig().kept(1000) == 0.95
     for batch in (2, 8, 30):
-        normalizer = RatioNormalizer(NormaliserConfig())
+        normalizer = RatioNormalizer(NormalizerConfig())
         index = torch.arange(10).repeat(batch).reshape(-1, batch)  # every bin in turn
         for step in range(12_000 // batch):
             normalizer.update(torch.zeros(batch), (index[step % 10] + 0.5) / 10, EVEN)
         assert normalizer.count.min() > 1.8 * 64, batch  # 2 min_count in the long run
         assert normalizer.thin_message(batch, 12_000 // batch) is None
-    assert NormaliserConfig(memory=0.0).kept(2) == 0  # asked for, so it stays
+    assert NormalizerConfig(memory=0.0).kept(2) == 0  # asked for, so it stays
 
 
 def test_the_warning_names_what_happens_to_thin_bins() -> None:
-    default = RatioNormalizer(NormaliserConfig())
+    default = RatioNormalizer(NormalizerConfig())
     assert default.thin_message(8, 100) is None
     assert "pooled over all bins together" in str(default.thin_message(8, 60))
-    assert "pooled over nothing" in str(default.thin_message(3, 10))
-    alone = RatioNormalizer(NormaliserConfig(memory=0.0))
+    assert "not normalized" in str(default.thin_message(3, 10))
+    alone = RatioNormalizer(NormalizerConfig(memory=0.0))
     assert "2.0 samples" in str(alone.thin_message(20, 1000))
     assert "own batch" in str(alone.thin_message(20, 1000))
     assert alone.thin_message(2048, 1000) is None
@@ -119,7 +119,7 @@ def test_the_warning_names_what_happens_to_thin_bins() -> None:
 
 def test_bins_are_equally_filled_under_the_noise_distribution() -> None:
     noise, n = Karras(0.02, 80.0, 7.0), 50_000
-    normalizer = RatioNormalizer(NormaliserConfig(memory=0.0))
+    normalizer = RatioNormalizer(NormalizerConfig(memory=0.0))
     sigma = noise.sample(n, gen())
     normalizer.update(torch.zeros(n), noise.cdf(sigma), EVEN)
     assert ((normalizer.count - n / 10).abs() < 5 * math.sqrt(n * 0.1 * 0.9)).all()
@@ -131,7 +131,7 @@ def test_bins_are_equally_filled_under_the_noise_distribution() -> None:
 
 
 def test_clipping_counts_exactly_what_it_clips() -> None:
-    normalizer = RatioNormalizer(NormaliserConfig(clip=3.0))
+    normalizer = RatioNormalizer(NormalizerConfig(clip=3.0))
     raw = torch.tensor([-50.0, -3.5, -3.0, -1.0, 0.0, 2.0, 3.0, 3.1])
     result = normalizer.update(raw, torch.rand(8, generator=gen()), EVEN)
     assert float(result.clip_fraction) == 3 / 8
@@ -140,7 +140,7 @@ def test_clipping_counts_exactly_what_it_clips() -> None:
 
 
 def test_one_wild_sample_does_not_rule_a_bin() -> None:
-    normalizer = RatioNormalizer(NormaliserConfig(bins=1, memory=0.0))
+    normalizer = RatioNormalizer(NormalizerConfig(bins=1, memory=0.0))
     raw = torch.zeros(100)
     raw[0] = 500.0
     result = normalizer.update(raw, torch.zeros(100), EVEN)
@@ -150,7 +150,7 @@ def test_one_wild_sample_does_not_rule_a_bin() -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 7, 64, 1000])
 def test_weights_of_reverse_kl_stay_exactly_one(size: int) -> None:
-    normalizer, g = RatioNormalizer(NormaliserConfig()), gen()
+    normalizer, g = RatioNormalizer(NormalizerConfig()), gen()
     for _ in range(70):
         weight = normalizer.update(3 * torch.randn(size, generator=g), torch.rand(size, generator=g), EVEN)
         assert torch.equal(weight.weight, torch.ones(size))
@@ -165,7 +165,7 @@ def test_small_batches_use_the_weight_that_is_true(name: str, batch: int) -> Non
     Seed 0, 24,000 samples after 6,400 of warm-up. The slope is E[1/mean] of means over 64 samples, so
     it may lie a little above one; below it, 0.95 is the bar. Its own standard error is below 0.005.
     """
-    normalizer, g, weigh = RatioNormalizer(NormaliserConfig()), gen(), divergence(name).weight
+    normalizer, g, weigh = RatioNormalizer(NormalizerConfig()), gen(), divergence(name).weight
     expected = weigh(log_ratio(400_000, gen(1))).mean()
     used, true = [], []
     for step in range(30_400 // batch):
@@ -181,7 +181,7 @@ def test_small_batches_use_the_weight_that_is_true(name: str, batch: int) -> Non
 def test_the_weight_does_not_depend_on_its_own_batch() -> None:
     """After warm-up a sample's weight is the same whatever else is in its batch."""
     weigh = divergence("kl").weight
-    normalizer, g = RatioNormalizer(NormaliserConfig()), gen()
+    normalizer, g = RatioNormalizer(NormalizerConfig()), gen()
     for _ in range(100):
         normalizer.update(log_ratio(32, g), torch.rand(32, generator=g), weigh)
     before = {name: total.clone() for name, total in normalizer.state_dict().items()}
@@ -208,7 +208,7 @@ def test_effective_sample_size() -> None:
 def test_a_constant_logit_gives_all_divergences_the_same_weights(constant: float) -> None:
     for name in [*WEIGHTED, "reverse_kl"]:
         for rounds, expected in ((1, constant), (600, 0.0)):  # thin at first, then divided by its own mean
-            normalizer = RatioNormalizer(NormaliserConfig())
+            normalizer = RatioNormalizer(NormalizerConfig())
             for step in range(rounds):
                 quantile = torch.rand(32, generator=gen(step))
                 result = normalizer.update(torch.full((32,), constant), quantile, divergence(name).weight)
@@ -217,12 +217,12 @@ def test_a_constant_logit_gives_all_divergences_the_same_weights(constant: float
 
 
 def test_bin_means_of_weights_are_relative_and_the_state_round_trips() -> None:
-    first, g, weigh = RatioNormalizer(NormaliserConfig()), gen(), divergence("js").weight
+    first, g, weigh = RatioNormalizer(NormalizerConfig()), gen(), divergence("js").weight
     for _ in range(5):
         first.update(log_ratio(64, g), torch.rand(64, generator=g), weigh)
     means = first.bin_means()[1]
     torch.testing.assert_close((means * first.count).sum() / first.count.sum(), torch.tensor(1.0).double())
-    second = RatioNormalizer(NormaliserConfig())
+    second = RatioNormalizer(NormalizerConfig())
     assert second.bin_means()[0].isnan().all()
     second.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
     raw, quantile = log_ratio(64, g), torch.rand(64, generator=g)
@@ -262,4 +262,4 @@ def test_where_the_logit_comes_from() -> None:
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="normalizer cannot work"):
-        NormaliserConfig(**wrong)  # type: ignore[arg-type]
+        NormalizerConfig(**wrong)  # type: ignore[arg-type]

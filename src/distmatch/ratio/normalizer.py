@@ -28,7 +28,7 @@ from distmatch.base.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormaliserConfig:
+class NormalizerConfig:
     """How ratios are normalized.
 
     Attributes:
@@ -90,7 +90,7 @@ class RatioNormalizer:
     #: Raw log ratios are held within this before they enter a mean, so that one sample cannot rule a bin.
     RAW_LIMIT = 10.0
 
-    def __init__(self, config: NormaliserConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: NormalizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self._sums = {
             name: torch.zeros(config.bins, dtype=torch.float64, device=device)

@@ -43,7 +43,7 @@ from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.shared import role_copy
 from distmatch.ratio.discriminator import build_discriminator, choose_source
-from distmatch.ratio.normalizer import NormaliserConfig, RatioNormalizer
+from distmatch.ratio.normalizer import NormalizerConfig, RatioNormalizer
 
 
 @dataclass
@@ -103,9 +103,9 @@ class Matching:
             r1=self.adversary.r1,
             joint_weight=self.adversary.joint_weight,
         )
-        self._bins = NormaliserConfig()
+        self._bins = NormalizerConfig()
         if isinstance(cfg, RatioSettings):
-            self._bins = NormaliserConfig(
+            self._bins = NormalizerConfig(
                 bins=cfg.ratio_bins,
                 memory=cfg.ratio_memory,
                 min_count=cfg.ratio_min_count,
