@@ -319,12 +319,17 @@ class _TakesSigma(nn.Module):
         return self.scale * x / (1 + sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2)
 
 
+class _TakesSigmaAlone(_TakesSigma):
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, sigma)
+
+
 def test_a_module_that_receives_sigma_is_no_noise_predictor() -> None:
     """Whether it is a wrapper of k-diffusion, takes any keyword, or neither."""
     x, sigma = torch.randn(5, 3), torch.tensor([0.1, 0.5, 1.0, 5.0, 40.0])
     plain, wrapped = _TakesSigma(), _TakesSigma()
     wrapped.inner_model = nn.Linear(3, 3)  # type: ignore[assignment]
-    for module in (plain, wrapped):
+    for module in (plain, wrapped, _TakesSigmaAlone()):
         denoiser = as_denoiser(module, shape=(3,))
         assert denoiser.sigma_data == 1.0
         torch.testing.assert_close(denoiser(x, sigma), module(x, sigma))
