@@ -328,7 +328,7 @@ def test_a_module_that_receives_sigma_is_no_noise_predictor() -> None:
     """Whether it is a wrapper of k-diffusion, takes any keyword, or neither."""
     x, sigma = torch.randn(5, 3), torch.tensor([0.1, 0.5, 1.0, 5.0, 40.0])
     plain, wrapped = _TakesSigma(), _TakesSigma()
-    wrapped.inner_model = nn.Linear(3, 3)  # type: ignore[assignment]
+    wrapped.inner_model = nn.Linear(3, 3)
     for module in (plain, wrapped, _TakesSigmaAlone()):
         denoiser = as_denoiser(module, shape=(3,))
         assert denoiser.sigma_data == 1.0
