@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +56,30 @@ class Pipeline:
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
         """Itself: nothing in it ever changes."""
         return self
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 (hex) of what encodings depend on: the pipeline's parts and weights, sizes and tokens.
+
+        The weights of the denoising network, of the autoencoder and of the scheduler do not matter.
+        """
+        parts = self.tracer.pipeline.components
+        digest = hashlib.sha256(repr((type(self.tracer.pipeline).__name__, self.tokens)).encode())
+        digest.update(
+            repr((sorted(self.tracer.options.items()), sorted(self.contract.fields.items()))).encode()
+        )
+        for name in sorted(parts):
+            part = parts[name]
+            if name == self.tracer.network_name or name in ("vae", "scheduler") or part is None:
+                continue
+            digest.update(f"{name} {type(part).__name__}".encode())
+            if isinstance(part, torch.nn.Module):
+                for key, value in sorted(part.state_dict().items()):
+                    digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                    digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            elif hasattr(part, "get_vocab"):
+                digest.update(repr((sorted(part.get_vocab().items()), part.model_max_length)).encode())
+        return digest.hexdigest()
 
     def encode(self, prompts: Prompts) -> Conditioning:
         """Prompts (or class labels) as what the network receives for them, one row each.

@@ -88,6 +88,8 @@ def _denoiser(found: Pipeline, classes: int, null: str | int | None) -> Predicti
         null=found.encode([null]) if texts and not labelled and isinstance(null, str) else None,
     )
     teacher.pipeline = found  # type: ignore[assignment]
+    if not labelled and contract.fields:
+        teacher.prompt_encoder = found  # type: ignore[assignment]
     teacher.decoder = PipelineDecoder(found)  # type: ignore[assignment]
     return teacher.eval()
 
