@@ -20,10 +20,10 @@ from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.metrics.features import Features
 from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.comparison.stats import Measured
+from distmatch.training.distill_data import check_fit
 from distmatch.training.evaluation import asked_of, measure_samples, npz_bytes, plain, write_evaluation
 from distmatch.training.known_data import known_data
 from distmatch.training.models import Model, open_model
-from distmatch.training.prepare import check_fit
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import SampleResult, Sampling
 
