@@ -65,8 +65,8 @@ class EvaluateOptions:
     """Solver for the teacher; docs/solvers.md lists the names."""
     steps: int = 18
     """Steps of the teacher's solver; 18 of Heun's are 35 network calls."""
-    grid: Literal["karras", "log", "uniform", "power", "log-snr", "time"] = "karras"
-    """Grid of noise levels for the teacher."""
+    grid: Literal["auto", "karras", "log", "uniform", "power", "log-snr", "time"] = "auto"
+    """Grid of noise levels for the teacher; auto: that of its own sampler, karras for most."""
     guidance: float = 1.0
     """Guidance scale of the teacher; 1 is none."""
     seed: int = 0

@@ -69,8 +69,8 @@ class SampleOptions:
     """Solver for a teacher: heun, dpmpp-2m, tab:3, ipndm:3, ddim:1, ...; docs/solvers.md lists them."""
     steps: int = 18
     """Steps of a teacher's solver; 18 of Heun's are 35 network calls, 18 of a multistep solver's are 18."""
-    grid: Literal["karras", "log", "uniform", "power", "log-snr", "time"] = "karras"
-    """Grid of noise levels."""
+    grid: Literal["auto", "karras", "log", "uniform", "power", "log-snr", "time"] = "auto"
+    """Grid of noise levels; auto: that of the teacher's own sampler, karras for most."""
     path: str = ""
     """Noise path of solvers and grids that use its time (tab; power and time), such as vp:beta_max=12; empty:
     the teacher's own, or vp."""

@@ -123,6 +123,7 @@ def _check_levels(context: Context[Settings]) -> None:
             got=f"--student-sigma {context.settings.student_sigma:g}, in units of sigma_data = {data:.4g}",
             expected=f"above {low / data:.4g} and up to {high / data:.4g}, or 0 for that",
         )
+    _ = context.sigmas  # refuses further steps that do not fit
 
 
 def _check_conditions(context: Context[Settings]) -> None:

@@ -15,10 +15,11 @@ from distmatch.base.seeds import generator
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import Karras, LogNormal, Truncated
+from distmatch.diffusion.paths.steps import even_sigmas
 from distmatch.divergences import Divergence
 from distmatch.methods.initialization import Draw, Network, fit_to_teacher, has_network, starting_network
 from distmatch.methods.method import Method
-from distmatch.methods.sampler import student_sigmas
+from distmatch.methods.sampler import sigmas_at, student_sigmas
 from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, RoleSettings, Settings
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
@@ -69,11 +70,29 @@ class Context(Generic[S]):
 
     @property
     def first_sigma(self) -> float:
-        """Where the student starts; a default above the teacher's range is reduced to it."""
-        highest = self.teacher.sigma_max
-        chosen = self.settings.student_sigma * self.teacher.sigma_data or highest
-        default = type(self.settings).student_sigma
-        return min(chosen, highest) if self.settings.student_sigma == default else chosen
+        """Where the student starts; a default above the teacher's range is reduced to it.
+
+        By default it is the largest level for teachers with a sampler of their own (``shift``), so that the
+        student's samples are those of that sampler.
+        """
+        own, highest = self.settings, self.teacher.sigma_max
+        if self.times:
+            return sigmas_at(self.teacher, self.times)[0]
+        chosen = own.student_sigma * self.teacher.sigma_data or highest
+        if own.student_sigma != type(own).student_sigma:
+            return chosen
+        return highest if self.follows_sampler else min(chosen, highest)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The explicit times of the student's steps; empty without."""
+        return self.settings.student_times if isinstance(self.settings, NetworkSettings) else ()
+
+    @property
+    def follows_sampler(self) -> bool:
+        """Whether steps and levels are spaced as in the teacher's own sampler, in the time of its path."""
+        own = isinstance(self.settings, NetworkSettings)
+        return own and getattr(self.teacher, "shift", None) is not None
 
     @property
     def compared_sigmas(self: Context[FakeScoreSettings]) -> tuple[float, float]:
@@ -86,8 +105,18 @@ class Context(Generic[S]):
         """The teacher, where student and fake score start as copies of it; None for fresh networks."""
         return self.teacher if self.net is None and has_network(self.teacher) else None
 
-    def student_sigmas(self, calls: int) -> tuple[float, ...]:
-        """The levels of a student's calls, from the first one down."""
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The levels of the student's calls, from the first one down.
+
+        Raises:
+            UserError: They do not lie between those of the teacher.
+        """
+        if self.times:
+            return sigmas_at(self.teacher, self.times)
+        calls = self.settings.num_steps
+        if self.follows_sampler:
+            return even_sigmas(self.teacher, calls, self.first_sigma)
         return student_sigmas(calls, self.first_sigma, self.teacher.sigma_data)
 
     def log_normal(self, mean: float, std: float, low: float, high: float) -> Truncated:

@@ -28,8 +28,9 @@ class Settings(OptimizerSettings):
     num_steps: Count = 1
     """Steps of the student: 1, or more with backward simulation."""
     student_sigma: NotNegative = 5.0
-    """Noise level at which the student starts, in units of sigma_data; 0: the teacher's sigma_max. A copied
-    teacher is a better initialization at a noise level where its predictions still vary."""
+    """Noise level at which the student starts, in units of sigma_data; 0: the teacher's sigma_max, the
+    default for pipelines. A copied teacher is a better initialization at a noise level where its predictions
+    still vary."""
     ema_half_life: NotNegative = 200.0
     """Half-life of the student's EMA, in student updates; 0: no EMA."""
     fit_steps: CountOrNone = 2000
@@ -66,6 +67,13 @@ class NetworkSettings(RoleSettings, Settings):
     accumulate: Count = 1
     """Gradient accumulation: parts of a batch, to save memory. The update is that of the whole batch,
     including its ratio statistics."""
+    student_times: tuple[float, ...] = ()
+    """Times of the student's steps on the teacher's noise path, decreasing: 1 0.75 0.5 0.25 of a flow, 999
+    749 499 249 of a network of 1000 timesteps, noise levels of EDM's. Unset: --num-steps of them."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        return dict.fromkeys(("num_steps", "student_sigma") if self.student_times else (), "--student-times")
 
 
 @dataclass(frozen=True, kw_only=True)

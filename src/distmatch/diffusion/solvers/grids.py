@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import karras_grid
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.paths.discrete import DiscretePath
+from distmatch.diffusion.paths.steps import even_sigmas
 
 GRIDS = ("karras", "log", "uniform", "power", "log-snr", "time")
 
@@ -76,6 +78,21 @@ def grid(
     if count > 1:
         levels[-1] = sigma_min
     return torch.cat([levels, torch.zeros(int(to_zero), dtype=torch.float64)])
+
+
+def default_grid(denoiser: Denoiser, steps: int) -> Tensor:
+    """The grid of a denoiser's own sampler: even in shifted time where it has a ``shift``, else EDM's.
+
+    Args:
+        denoiser: The denoiser.
+        steps: Number of steps.
+
+    Returns:
+        (steps + 1,) float64, from ``sigma_max`` to 0.
+    """
+    if getattr(denoiser, "shift", None) is None:
+        return grid("karras", steps, denoiser.sigma_min, denoiser.sigma_max)
+    return torch.tensor([*even_sigmas(denoiser, steps), 0.0], dtype=torch.float64)
 
 
 def _even_in_time(

@@ -22,8 +22,7 @@ from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.pfgm import start_noise
-from distmatch.diffusion.solvers.grids import checked_levels
-from distmatch.diffusion.solvers.grids import grid as make_grid
+from distmatch.diffusion.solvers.grids import checked_levels, default_grid
 from distmatch.diffusion.solvers.names import find_solver
 from distmatch.diffusion.solvers.run import Run, Solver
 from distmatch.diffusion.wrapper import CallCounter, at_step, regime_of
@@ -207,7 +206,7 @@ def sample_teacher(
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Draws samples from a teacher, by default with Heun's method on the EDM grid.
+    """Draws samples from a teacher, by default with Heun's method on its own grid, EDM's for most.
 
     The initial noise and later noise of sample i depend only on the seed and i, not on ``batch``.
 
@@ -237,7 +236,7 @@ def sample_teacher(
     conditioning = as_conditioning(conditioning)
     check_conditioning(conditioning, n, spec_of(denoiser))
     chosen = find_solver(solver)
-    levels = make_grid("karras", steps, denoiser.sigma_min, denoiser.sigma_max) if grid is None else grid
+    levels = default_grid(denoiser, steps) if grid is None else grid
     first = checked_levels(levels, stochastic=True)[0]
     latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed), seed)
     out = []

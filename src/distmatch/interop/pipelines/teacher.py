@@ -82,6 +82,9 @@ def _denoiser(found: Pipeline, classes: int, null: str | int | None) -> Predicti
         found.schedule.prediction,
         shape=contract.shape,
         sigma_data=1.0,
+        # The start of the pipeline's sampler, however near to pure noise.
+        sigma_max=None if path is None else path.rho_max,
+        shift=found.shift or 1.0,
         time=found.times,
         conditioning=contract.fields,
         null_class=(null if isinstance(null, int) else classes) if labelled else None,

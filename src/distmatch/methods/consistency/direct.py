@@ -88,7 +88,7 @@ class Direct:
             require_jump(self.context.copied)
         own = self.context.settings
         self.gamma = gamma = own.gamma if isinstance(own, GammaSettings) else 0.0
-        if gamma > 0 and own.num_steps == 1:
+        if gamma > 0 and len(self.context.sigmas) == 1:
             raise UserError(
                 "--gamma is the fresh noise between steps, and a one-step student has none",
                 got=f"--gamma {gamma:g} with --num-steps 1",
@@ -114,7 +114,7 @@ class Direct:
         start = context.network(seed, draw, jumps=self.term.jumps)
         student = Student(
             start,
-            context.student_sigmas(cfg.num_steps),
+            context.sigmas,
             sampler="gamma" if self.term.jumps else "stochastic",
             gamma=self.gamma,
         )

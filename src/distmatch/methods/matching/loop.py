@@ -111,9 +111,9 @@ class Matching:
                 min_count=cfg.ratio_min_count,
                 clip=cfg.ratio_clip,
             )
-        self.sigmas = self.context.student_sigmas(cfg.num_steps)
+        self.sigmas = self.context.sigmas
         if self.sampler == "posterior":
-            for call in range(cfg.num_steps):
+            for call in range(len(self.sigmas)):
                 levels_between(self.sigmas, call, self._range)  # refuses calls outside of the levels
 
     @property

@@ -94,12 +94,12 @@ class PairRegression:
     _made: Pairs | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.context.settings.num_steps != 1:
+        if (steps := len(self.context.sigmas)) != 1:
             raise UserError(
                 "pairs assign one noise to one sample, and a few-step student draws more noise between "
                 "its steps",
-                got=f"--num-steps {self.context.settings.num_steps} with --method {self.context.method.name}",
-                fix="leave --num-steps out, or use --method dmd2",
+                got=f"{steps} steps with --method {self.context.method.name}",
+                fix="leave --num-steps and --student-times out, or use --method dmd2",
             )
 
     @property
