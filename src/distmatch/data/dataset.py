@@ -101,7 +101,7 @@ class Dataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 (hex) over type, shape and bytes of samples, labels and conditions, not of the name."""
+        """sha256 (hex) of types, shapes and bytes of samples, labels, conditions; and of captions."""
         digest = hashlib.sha256()
         conditions = [self.conditions[name] for name in sorted(self.conditions)]
         for part in (self.raw, self.labels, *conditions):
@@ -110,6 +110,8 @@ class Dataset:
                 continue
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
             digest.update(part.detach().cpu().contiguous().numpy().data)
+        for caption in self.captions:
+            digest.update(f"{caption}\0".encode())
         return digest.hexdigest()
 
     def batch(self, indices: Tensor, *, flip: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ from distmatch.methods.settings import Settings
 from distmatch.methods.table import find_method, own_divergence
 from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
 from distmatch.nets.optimizer import OptimizerSettings
+from distmatch.training.pipeline_options import PipelineOptions
 from distmatch.training.presets import LAPTOP, find_preset
 
 
@@ -210,6 +211,7 @@ class DistillInputs:
     """The real data, as for train; empty: the data the teacher was trained on."""
     teacher: str = ""
     """A run or model folder, a folder of diffusers, a .pkl of EDM; or ring8, grid25, skewed2 (exact)."""
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     run: RunOptions = field(default_factory=RunOptions)
     net: NetOptions = field(default_factory=NetOptions)
 

@@ -74,7 +74,13 @@ def prepare_distillation(
                 expected=f"--teacher with a run folder, or one of {', '.join(TOY_NAMES)}",
                 fix="train one first: distmatch train --data digits --out runs/teacher",
             )
-        teacher, known = open_teacher(options.teacher)
+        teacher, known = open_teacher(options.teacher, **options.pipeline.given())
+    elif options.pipeline.given():
+        raise UserError(
+            "the teacher is loaded already, with a size of its own",
+            got=", ".join(options.pipeline.given()),
+            fix="pass these options to dm.load_teacher, or the folder as the teacher",
+        )
     require_denoiser(teacher)
     teacher = frozen(teacher, device, own if isinstance(own, RoleSettings) else None)
     chosen_net = options.net != NetOptions()
@@ -145,6 +151,7 @@ def prepare_distillation(
         "method": method.name,
         **({"divergence": chosen.name} if takes else {}),
         "teacher": options.teacher,
+        **({"teacher_options": options.pipeline.given()} if options.pipeline.given() else {}),
         "guidance": guidance,
         "seed": run.seed,
         "data": described,

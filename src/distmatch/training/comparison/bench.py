@@ -138,7 +138,7 @@ def open_bench(
         scaling = data.scaling if data is not None else None
         model = None if scaling is None else Model("teacher", None, teacher, scaling, "", known_data(teacher))
     else:
-        model = open_model(options.shared.teacher)
+        model = open_model(options.shared.teacher, options=options.shared.pipeline.given())
     spec = options.shared.data or (model.data if model is not None else "")
     if data is None and spec:
         labeled = model is not None and bool(model.conditioning_spec)

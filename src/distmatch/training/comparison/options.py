@@ -233,6 +233,7 @@ def entry_options(shared: SharedOptions, entry: Entry, *, seed: int, steps: int)
         options,
         teacher=shared.teacher,
         data=shared.data,
+        pipeline=shared.pipeline,
         divergence=entry.divergence or options.divergence,
         run=RunOptions(**{**run, "seed": seed, "steps": steps}),
         net=shared.net,
