@@ -127,8 +127,9 @@ def test_parquet_is_read_by_pyarrow(tmp_path, monkeypatch):
         def to_pylist(self) -> list[dict[str, str]]:
             return [{"text": prompt} for prompt in PROMPTS]
 
-    module = ModuleType("pyarrow.parquet")
-    module.ParquetFile = ParquetFile
+    package, module = ModuleType("pyarrow"), ModuleType("pyarrow.parquet")
+    package.parquet, module.ParquetFile = module, ParquetFile
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
     assert read_prompts(file) == PROMPTS
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import os
 from collections import Counter
@@ -163,7 +162,7 @@ def _records(file: Path) -> Iterator[Mapping[str, Any]]:
 
 def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        parquet = importlib.import_module("pyarrow.parquet")
+        import pyarrow.parquet as parquet
     except ImportError as error:
         raise UserError(
             f"{file} is a Parquet file, and reading it needs the package pyarrow, which is not installed",
