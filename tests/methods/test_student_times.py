@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 import distmatch as dm
@@ -14,9 +15,11 @@ from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.guidance import CallCounter
+from distmatch.diffusion.noise import Karras
 from distmatch.diffusion.paths import condot, discrete_path
 from distmatch.diffusion.solvers import default_grid, grid
 from distmatch.interop import load_denoiser, save_denoiser
+from distmatch.methods.consistency.direct import training_levels
 
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 
@@ -113,6 +116,69 @@ def test_samplers_take_the_same_steps_through_wrappers():
     x = dm.solvers.sample_teacher(counter, 2, steps=4, solver="euler")
     assert counter.calls == 4
     assert bool(x.isfinite().all())
+
+
+@pytest.mark.parametrize("method", ["f-distill", "moment-matching", "rcm"])
+def test_levels_of_the_comparison_are_uniform_before_the_shift(method):
+    """u in [u_low, u_high] and rho = s u / (1 - u), so that rho / (rho + s) = u."""
+    built = dm.methods.build(flow(), method, total_steps=10, noise_low=0.06, noise_high=12.0)
+    share = torch.linspace(0, 1, 11, dtype=torch.float64)
+    low, high = 0.06 / 3.06, 12 / 15
+    u = low + (high - low) * share
+    wanted = 3 * u / (1 - u)
+    for distribution in (built.noise, built.fake_score_noise):
+        torch.testing.assert_close(distribution.quantile(share), wanted)
+        torch.testing.assert_close(distribution.cdf(wanted), share)
+    drawn = built.noise.sample(20000, torch.Generator().manual_seed(0)).double()
+    bound = 1.95 / 20000**0.5  # of Kolmogorov and Smirnov, one in a thousand
+    assert stats.kstest(((drawn / (drawn + 3) - low) / (high - low)).numpy(), "uniform").statistic < bound
+
+
+def test_levels_of_discrete_times_are_uniform_in_them():
+    built = dm.methods.build(eps(), "sid", total_steps=10, noise_low=0.05)
+    path, share = discrete_path(ALPHAS), torch.linspace(0, 1, 9, dtype=torch.float64)
+    first = path.t_of_rho(0.05)
+    wanted = path.rho(first + (999 - first) * share)
+    torch.testing.assert_close(built.noise.quantile(share), wanted)
+
+
+@pytest.mark.parametrize("method", ["consistency", "scm", "rcm"])
+def test_consistency_learns_at_levels_that_are_uniform_before_the_shift(method):
+    teacher = flow()
+    context = dm.methods.build(teacher, method, total_steps=10, student_sigma=9.0).context
+    drawn = training_levels(context, context.settings)(20000, torch.Generator().manual_seed(1)).double()
+    low, high = (level / (level + 3) for level in (teacher.sigma_min, 9.0))
+    statistic = stats.kstest(((drawn / (drawn + 3) - low) / (high - low)).numpy(), "uniform").statistic
+    assert statistic < 1.95 / 20000**0.5
+
+
+def test_distributions_that_are_chosen():
+    karras = dm.methods.build(flow(), "sid", total_steps=10, noise_distribution="karras", noise_rho=3.0)
+    assert karras.noise == Karras(0.04, flow().sigma_max, 3.0)
+    assert dm.methods.build(flow(None), "sid", total_steps=10).noise == Karras(0.04, flow().sigma_max)
+    plain = dm.methods.build(flow(None), "sid", total_steps=10, noise_distribution="uniform", noise_high=3.0)
+    times = torch.tensor([0.04 / 1.04, 0.75], dtype=torch.float64)
+    middle = times.mean()
+    assert float(plain.noise.quantile(torch.tensor(0.5, dtype=torch.float64))) == pytest.approx(
+        float(middle / (1 - middle))
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "settings", "words"),
+    [
+        (flow, {"noise_rho": 3.0}, "--noise-rho does nothing"),
+        (flow, {"noise_rho": 3.0, "noise_distribution": "uniform"}, "--noise-rho does nothing"),
+        (
+            lambda: dm.load_teacher("ring8"),
+            {"noise_distribution": "uniform"},
+            "need a teacher with a noise path",
+        ),
+    ],
+)
+def test_distributions_that_are_refused(teacher, settings, words):
+    with pytest.raises(UserError, match=words):
+        dm.methods.build(teacher(), "sid", total_steps=10, **settings)
 
 
 @pytest.mark.parametrize(("shift", "words"), [(0.0, "positive"), (float("inf"), "positive")])

@@ -11,10 +11,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.noise import Karras, LogNormal, Truncated
+from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.diffusion.paths.steps import even_sigmas
 from distmatch.divergences import Divergence
 from distmatch.methods.initialization import Draw, Network, fit_to_teacher, has_network, starting_network
@@ -118,6 +120,35 @@ class Context(Generic[S]):
         if self.follows_sampler:
             return even_sigmas(self.teacher, calls, self.first_sigma)
         return student_sigmas(calls, self.first_sigma, self.teacher.sigma_data)
+
+    def levels(self, kind: str, low: float, high: float, rho: float = 7.0) -> Karras | PathLevels:
+        """Levels between two, uniform in sigma^(1/rho) or in the time of the teacher's sampler.
+
+        Args:
+            kind: ``karras``; ``uniform``, in time; or ``auto``: uniform where steps follow the sampler.
+            low: Smallest level.
+            high: Largest level.
+            rho: Of ``karras``.
+
+        Raises:
+            UserError: A teacher without a path has no time; a ``rho`` for levels that are uniform in time.
+        """
+        if kind == "karras" or (kind == "auto" and not self.follows_sampler):
+            return Karras(low, high, rho)
+        path = getattr(self.teacher, "path", None)
+        if path is None:
+            raise UserError(
+                "noise levels that are uniform in time need a teacher with a noise path",
+                got=f"a {type(self.teacher).__name__}",
+                fix="use the karras or the log-normal distribution",
+            )
+        if rho != 7.0:
+            raise UserError(
+                "--noise-rho does nothing for levels that are uniform in time, the default for pipelines",
+                got=rho,
+                fix="leave it out, or choose --noise-distribution karras",
+            )
+        return PathLevels(path, low, high, shift=getattr(self.teacher, "shift", None) or 1.0)
 
     def log_normal(self, mean: float, std: float, low: float, high: float) -> Truncated:
         """Levels between two, whose log(sigma / sigma_data) has this mean and spread before the cut."""

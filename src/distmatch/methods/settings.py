@@ -120,9 +120,9 @@ class FakeScoreSettings(GuidedSettings):
 class NoiseDistributionSettings(FakeScoreSettings):
     """The fake score and the levels of the comparison."""
 
-    noise_distribution: Literal["karras", "log-normal"] = "karras"
-    """Noise distribution of the score difference, between the two limits: uniform in sigma^(1/rho), or
-    log-normal."""
+    noise_distribution: Literal["auto", "karras", "uniform", "log-normal"] = "auto"
+    """Noise distribution of the score difference, between the two limits: uniform in sigma^(1/rho) (karras),
+    uniform in the time of the teacher's sampler, or log-normal. auto: uniform for pipelines, else karras."""
     fake_score_distribution: Literal["same", "log-normal"] = "same"
     """Noise distribution for fake score and discriminator: that of the score difference, or log-normal over
     the teacher's whole range (SiD)."""
@@ -133,12 +133,12 @@ class NoiseDistributionSettings(FakeScoreSettings):
 
     def idle(self) -> dict[str, str]:
         """The settings of this class that have no effect, each with the others that are the reason."""
-        if self.noise_distribution != "karras":
-            return {"noise_rho": "--noise-distribution log-normal"}
-        if self.fake_score_distribution != "same":
-            return {}
-        reason = "--noise-distribution karras and --fake-score-distribution same"
-        return dict.fromkeys(("noise_mean", "noise_std"), reason)
+        reason = f"--noise-distribution {self.noise_distribution}"
+        idle = {"noise_rho": reason} if self.noise_distribution in ("uniform", "log-normal") else {}
+        if self.noise_distribution != "log-normal" and self.fake_score_distribution == "same":
+            reason += " and --fake-score-distribution same"
+            idle |= dict.fromkeys(("noise_mean", "noise_std"), reason)
+        return idle
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.paths.core import NoisePath
+from distmatch.diffusion.paths.steps import check_shift, shifted, unshifted
 
 SPACINGS = ("uniform", "logit-normal")
 
@@ -21,7 +22,8 @@ class PathLevels:
 
     With share = (t - t(low)) / (t(high) - t(low)) in (0, 1): ``"uniform"`` draws it uniformly;
     ``"logit-normal"`` draws logit(share) ~ N(mean, std^2), which favors the middle (Esser et al. 2024,
-    "Scaling rectified flow transformers", section 3.1).
+    "Scaling rectified flow transformers", section 3.1). With a shift s, the share is that of the time u
+    with t = s u / (1 + (s - 1) u).
 
     Attributes:
         path: The path.
@@ -30,6 +32,7 @@ class PathLevels:
         spacing: ``"uniform"`` or ``"logit-normal"``.
         mean: Mean of the logit; above 0 favors noise.
         std: Spread of the logit.
+        shift: The shift s of a flow's times.
     """
 
     path: NoisePath
@@ -38,6 +41,7 @@ class PathLevels:
     spacing: Literal["uniform", "logit-normal"] = "uniform"
     mean: float = 0.0
     std: float = 1.0
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high < math.inf:
@@ -51,8 +55,12 @@ class PathLevels:
                 "a logit-normal needs a finite mean and a positive spread",
                 got=f"mean={self.mean}, std={self.std}",
             )
-        ends = self.path.t_of_rho(torch.tensor([self.low, self.high], dtype=torch.float64)).tolist()
+        check_shift(self.path, self.shift)
+        ends = self._time(torch.tensor([self.low, self.high], dtype=torch.float64)).tolist()
         object.__setattr__(self, "_ends", tuple(ends))
+
+    def _time(self, sigma: Tensor) -> Tensor:
+        return unshifted(self.path.t_of_rho(sigma), self.shift)
 
     def quantile(self, u: Tensor) -> Tensor:
         """The quantile function: the noise level below which a share ``u`` in [0, 1] of the samples is."""
@@ -63,7 +71,7 @@ class PathLevels:
     def cdf(self, sigma: Tensor) -> Tensor:
         """The share of samples below ``sigma``."""
         start, end = self._ends  # type: ignore[attr-defined]
-        share = ((self.path.t_of_rho(sigma) - start) / (end - start)).clamp(0, 1)
+        share = ((self._time(sigma) - start) / (end - start)).clamp(0, 1)
         if self.spacing == "logit-normal":
             share = torch.special.ndtr((torch.logit(share) - self.mean) / self.std)
         return share.to(sigma.dtype)
@@ -77,5 +85,5 @@ class PathLevels:
 
     def _level(self, share: Tensor) -> Tensor:
         start, end = self._ends  # type: ignore[attr-defined]
-        level = self.path.rho(start + (end - start) * share.double())
+        level = self.path.rho(shifted(start + (end - start) * share.double(), self.shift))
         return level.clamp(self.low, self.high).to(share.dtype)

@@ -19,7 +19,6 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
-from distmatch.diffusion.noise import Karras
 from distmatch.methods.consistency.settings import LevelSettings
 from distmatch.methods.context import Context, Info, averaged
 from distmatch.methods.initialization import Draw
@@ -148,9 +147,9 @@ def training_levels(
     settings; the tails of the log-normal that are cut off are shared out in proportion.
     """
     low, high = context.teacher.sigma_min, context.first_sigma
-    if own.level_distribution == "karras":
-        return Karras(low, high).sample
-    return context.log_normal(own.level_mean, own.level_std, low, high).sample
+    if own.level_distribution == "log-normal":
+        return context.log_normal(own.level_mean, own.level_std, low, high).sample
+    return context.levels(own.level_distribution, low, high).sample
 
 
 def mean_backward(

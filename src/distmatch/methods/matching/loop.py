@@ -24,6 +24,7 @@ from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, NoiseLevels, Truncated
+from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.losses import posterior_noise
 from distmatch.methods.context import Context, Info, averaged, standard_normal
 from distmatch.methods.initialization import Draw
@@ -82,9 +83,11 @@ class Matching:
                 got=f"--noise-low {first:.4g} and --noise-high {last:.4g}, in units of sigma_data",
                 expected="the first one below the second",
             )
-        self._range = Karras(low, high, cfg.noise_rho)
-        self.noise: Karras | Truncated = self._range
-        self.fake_score_noise: Karras | Truncated = self._range
+        kind = cfg.noise_distribution if isinstance(cfg, NoiseDistributionSettings) else "auto"
+        spacing = "auto" if kind == "log-normal" else kind
+        self._range = self.context.levels(spacing, low, high, cfg.noise_rho)
+        self.noise: Karras | PathLevels | Truncated = self._range
+        self.fake_score_noise: Karras | PathLevels | Truncated = self._range
         if isinstance(cfg, NoiseDistributionSettings):
             log_normal = partial(self.context.log_normal, cfg.noise_mean, cfg.noise_std)
             if cfg.noise_distribution == "log-normal":
@@ -258,7 +261,7 @@ class Matching:
         return generator_gradient(self.compared, state, x0, sigma, noise, conditioning)
 
     def _noise_on(
-        self, state: DistillState, x0: Tensor, x: Tensor, call: int, distribution: NoiseLevels
+        self, state: DistillState, x0: Tensor, x: Tensor, call: int, distribution: NoiseLevels | PathLevels
     ) -> tuple[Tensor, Tensor]:
         """Noise levels (B,) and unit noise (B, *shape) for samples ``x0`` that a call made from ``x``."""
         posterior = self.sampler == "posterior"
