@@ -6,23 +6,33 @@ import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.base.seeds import generator
+from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, LogNormal, Truncated
 from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.diffusion.paths.steps import even_sigmas
+from distmatch.diffusion.prompts import encode_prompts
 from distmatch.divergences import Divergence
 from distmatch.methods.initialization import Draw, Network, fit_to_teacher, has_network, starting_network
 from distmatch.methods.method import Method
 from distmatch.methods.sampler import sigmas_at, student_sigmas
-from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, RoleSettings, Settings
+from distmatch.methods.settings import (
+    FakeScoreSettings,
+    GuidedSettings,
+    NetworkSettings,
+    RoleSettings,
+    Settings,
+)
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.config import NetConfig
@@ -31,6 +41,9 @@ from distmatch.nets.jump import require_jump, taught_to_jump
 from distmatch.nets.optim import adam, scheduled_step
 
 S = TypeVar("S", bound=Settings, covariant=True)
+
+GUIDANCE = "guidance"
+"""The field of the conditioning in which networks receive their guidance scale."""
 
 Info = dict[str, Tensor]
 """What a step reports: scalars to average, lists to keep. Tensors, so that a step never waits."""
@@ -101,6 +114,39 @@ class Context(Generic[S]):
         """The smallest and the largest level at which student and teacher are compared."""
         low, high = (v * self.teacher.sigma_data for v in (self.settings.noise_low, self.settings.noise_high))
         return low, high or self.teacher.sigma_max
+
+    @cached_property
+    def negative(self) -> Conditioning | None:
+        """What guidance leads away from; None is the null condition."""
+        own = self.settings
+        prompt = own.negative_prompt if isinstance(own, GuidedSettings) else ""
+        return encode_prompts(self.teacher, [prompt]) if prompt else None
+
+    def guided(self, denoiser: Denoiser | None = None) -> Denoiser:
+        """The teacher, or a recorded copy of it, with the guidance of the settings."""
+        own = self.settings
+        denoiser = self.teacher if denoiser is None else denoiser
+        if not isinstance(own, GuidedSettings) or own.guidance == 1:
+            return denoiser
+        low_high = [level * self.teacher.sigma_data for level in own.guidance_interval]
+        return Guided(
+            denoiser,
+            own.guidance,
+            interval=(low_high[0], low_high[1]) if low_high else None,
+            negative=self.negative,
+            rescale=own.guidance_rescale,
+        )
+
+    def taken(self, state: DistillState, batch: Batch) -> Batch:
+        """A batch with what the teacher takes of its conditioning, and scales of ``guidance_range``."""
+        batch, own = batch.taken_by(self.teacher), self.settings
+        if not (isinstance(own, GuidedSettings) and own.guidance_range):
+            return batch
+        low, high = own.guidance_range
+        seed = stream_seed(state.generator.initial_seed(), f"guidance/{state.step}")
+        share = torch.rand(len(batch.x), generator=torch.Generator().manual_seed(seed))
+        scale = (low + (high - low) * share).to(batch.x)
+        return Batch(batch.x, Conditioning({**batch.conditioning, GUIDANCE: scale}), batch.noise)
 
     @property
     def copied(self) -> Denoiser | None:

@@ -82,6 +82,31 @@ class GuidedSettings(NetworkSettings):
 
     guidance: Finite = 1.0
     """Classifier-free guidance scale of the teacher; 1 is none."""
+    guidance_interval: tuple[float, ...] = ()
+    """LOW HIGH: guide only where low < sigma <= high, in units of sigma_data; unset: everywhere."""
+    guidance_rescale: Share = 0.0
+    """phi: the guided prediction gets back the standard deviation of the unguided one, by this share, against
+    over-exposure (Lin et al. 2023)."""
+    negative_prompt: str = ""
+    """What guidance leads away from, for teachers with prompts; unset: the null condition."""
+    guidance_range: tuple[float, ...] = ()
+    """LOW HIGH: for networks that receive their guidance scale (Flux), each sample of training receives one
+    from this range; unset: that of the conditioning."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        names = ("guidance_interval", "guidance_rescale", "negative_prompt") if self.guidance == 1 else ()
+        return dict.fromkeys(names, "--guidance 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("guidance_interval", "guidance_range"):
+            ends = getattr(self, name)
+            if ends and not (len(ends) == 2 and 0 <= ends[0] < ends[1]):
+                raise UserError(
+                    f"--{name.replace('_', '-')} takes two numbers, the lower one first",
+                    got=" ".join(f"{end:g}" for end in ends),
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

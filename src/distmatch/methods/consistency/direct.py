@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
-from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.guidance import Guided
 from distmatch.methods.consistency.settings import LevelSettings
 from distmatch.methods.context import Context, Info, averaged
 from distmatch.methods.initialization import Draw
 from distmatch.methods.matching.scores import StudentTerm
-from distmatch.methods.settings import GammaSettings, GuidedSettings, NetworkSettings, Settings
+from distmatch.methods.settings import GammaSettings, NetworkSettings, Settings
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.jump import require_jump
@@ -125,17 +123,11 @@ class Direct:
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of the student."""
         context, cfg = self.context, self.context.settings
-        info = self.term.backward(state, batch.taken_by(context.teacher))
+        info = self.term.backward(state, context.taken(state, batch))
         info["grad_norm_student"] = context.move(state, "student", cfg.lr)
         context.follow(state, state.student.denoiser)
         state.step += 1
         return info
-
-
-def guided_teacher(context: Context[GuidedSettings]) -> Denoiser:
-    """The teacher at the guidance scale of the settings."""
-    scale = context.settings.guidance
-    return Guided(context.teacher, scale) if scale != 1 else context.teacher
 
 
 def training_levels(

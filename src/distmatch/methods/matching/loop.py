@@ -22,7 +22,6 @@ from distmatch.base.seeds import stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser, require_score
-from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, NoiseLevels, Truncated
 from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.losses import posterior_noise
@@ -97,7 +96,7 @@ class Matching:
         self.compared = Comparison(
             context=self.context,
             objective=self.objective,
-            guided=Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher,
+            guided=self.context.guided(),
             target=self.target,
             source=choose_source(self.adversary.ratio_features, teacher),
             noise=self.noise,
@@ -197,7 +196,7 @@ class Matching:
         last = (state.step + 1) % cfg.fake_score_steps == 0
         student_turn = last and state.step >= cfg.warmup_steps
         fake_score_turn = cfg.order == "same-batch" or not student_turn
-        batch = batch.taken_by(self.teacher)
+        batch = self.context.taken(state, batch)
         conditioning = batch.conditioning
         x, call = self._simulate(state, len(batch.x), conditioning)
         whole = len(self.context.parts(len(x))) == 1

@@ -22,7 +22,7 @@ from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
-from distmatch.diffusion.solvers import grid, sample_teacher, snap_grid
+from distmatch.diffusion.solvers import default_grid, sample_teacher, snap_grid
 from distmatch.losses import pair_regression_loss
 from distmatch.methods.context import Context, Info
 from distmatch.methods.matching.settings import DMDSettings
@@ -59,7 +59,7 @@ def make_pairs(
         batch: Samples at a time.
     """
     conditioning = checked_conditioning(None, n, teacher, seed)
-    levels = grid("karras", steps, teacher.sigma_min, teacher.sigma_max)
+    levels = default_grid(teacher, steps)
     model = teacher.inner if isinstance(teacher, Guided) else teacher
     if isinstance(model, PredictionDenoiser) and model.levels == "snap":
         levels = snap_grid(levels, model.path)
@@ -115,10 +115,8 @@ class PairRegression:
         """All pairs; made at the first call."""
         if self._made is None:
             context = self.context
-            guidance = context.settings.guidance
-            teacher: Denoiser = Guided(context.teacher, guidance) if guidance != 1 else context.teacher
             self._made = make_pairs(
-                teacher,
+                context.guided(),
                 self.config.pairs,
                 steps=self.config.pair_steps,
                 seed=self._seed,
