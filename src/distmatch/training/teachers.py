@@ -49,7 +49,10 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
     denoiser, info = _opened(Path(source), **options)
     # Adapters on it keep where it was, where all that it was loaded with can be kept.
     kept = {name: os.fspath(v) if isinstance(v, Path) else v for name, v in options.items()}
-    if all(isinstance(value, (str, int, float, bool)) for name, value in kept.items() if name != "network"):
+    plain = all(isinstance(v, (str, int, float, bool)) for name, v in kept.items() if name != "network")
+    if (
+        plain and getattr(denoiser, "loaded_from", None) is None
+    ):  # a student of a pipeline keeps its teacher's
         kept.pop("network", None)
         denoiser.loaded_from = (os.path.abspath(source), kept)
     return denoiser, info

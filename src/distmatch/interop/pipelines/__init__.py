@@ -6,10 +6,11 @@ from typing import Any
 
 from distmatch.base.errors import UserError
 from distmatch.interop.diffusers_teacher import load_diffusers
+from distmatch.interop.pipelines.export import export_lora, export_pipeline
 from distmatch.interop.pipelines.loading import needs_tracing
 from distmatch.interop.pipelines.teacher import load_pipeline
 
-__all__ = ["load_folder", "load_pipeline", "needs_tracing"]
+__all__ = ["export_lora", "export_pipeline", "load_folder", "load_pipeline", "needs_tracing"]
 
 
 def load_folder(folder: str | os.PathLike[str], **options: Any) -> Any:

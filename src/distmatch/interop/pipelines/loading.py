@@ -58,7 +58,7 @@ def load_parts(root: Path) -> tuple[Any, str]:
     if len(networks) != 1 or others:
         found = ", ".join([*networks, *others]) or "none"
         raise _refused(root, f"networks: {found}", f"one denoising network: {' or '.join(NETWORKS)}")
-    with _quiet() as diffusers:
+    with quiet() as diffusers:
         kind = _class(diffusers, index.get("_class_name"), diffusers.DiffusionPipeline, root / INDEX)
         # All are checked before any is loaded.
         kinds = {name: _checked(root, name, index[name]) for name in sorted(names)}
@@ -184,7 +184,7 @@ def _refused(root: Path, got: str, expected: str) -> UserError:
 
 
 @contextmanager
-def _quiet() -> Iterator[Any]:
+def quiet() -> Iterator[Any]:
     """The package diffusers, without the bars and the warnings on missing packages of both libraries."""
     libraries = [import_diffusers(), _TRANSFORMERS.load()]
     logs = [library.utils.logging for library in libraries]

@@ -70,6 +70,10 @@ def load_pipeline(
     if check:
         first = [tracer.run(asked[0], steps, calls=1) for steps in (2, 3, 6)]
         teacher.conversion = compare(teacher, [*traces, *first])  # type: ignore[assignment]
+    plain = {"null": null, "tokens": tokens, "check": check, **options}
+    if all(value is None or isinstance(value, (str, int, float, bool)) for value in plain.values()):
+        # Students keep where it was, where all that it was loaded with can be kept.
+        teacher.loaded_from = (os.path.abspath(folder), plain)  # type: ignore[assignment]
     return teacher
 
 

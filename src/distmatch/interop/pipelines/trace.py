@@ -216,8 +216,11 @@ class Tracer:
                 handle.remove()
         return trace, passes[0]
 
-    def arguments(self, prompts: Prompts, steps: int = 1) -> dict[str, Any]:
-        """What the network receives first for these prompts; it is not run."""
+    def arguments(self, prompts: Prompts, steps: int = 2) -> dict[str, Any]:
+        """What the network receives first for these prompts; it is not run.
+
+        Two steps are the fewest that every scheduler takes: some stretch their levels between two ends.
+        """
         found: list[dict[str, Any]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
