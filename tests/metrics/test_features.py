@@ -8,8 +8,9 @@ import torch
 from distmatch import data
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
+from distmatch.base.files import cache_folder
 from distmatch.metrics import Features, classifier_features, pixels, reference_labels, resolve_features
-from distmatch.metrics.classifier import cache_folder, load_or_train
+from distmatch.metrics.classifier import load_or_train
 from distmatch.metrics.reference import stratified_order
 from tests.helpers.rounding import assert_same_but_for_rounding
 

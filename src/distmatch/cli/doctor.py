@@ -166,7 +166,7 @@ def _gloo() -> Check:
 
 
 def _cache() -> Check:
-    from distmatch.metrics.classifier import cache_folder
+    from distmatch.base.files import cache_folder
 
     folder = cache_folder()
     try:

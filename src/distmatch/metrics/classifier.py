@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
-from distmatch.base.files import atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.base.files import atomic_json, cache_folder, load_into, load_tensors, read_json, save_tensors
 from distmatch.base.progress import progress
 from distmatch.metrics.reference import Reference, stratified_order
 from distmatch.nets.layers import channels_and_sides, channels_first, convolution
@@ -128,15 +127,6 @@ def _batch(reference: Reference, indices: Tensor) -> tuple[Tensor, Tensor]:
             "the reference has labels but its batches have none", fix="return labels from batch()"
         )
     return x.detach().float().cpu(), y.cpu()
-
-
-def cache_folder() -> Path:
-    """``$DISTMATCH_CACHE``, else ``$XDG_CACHE_HOME/distmatch``, else ``~/.cache/distmatch``."""
-    own = os.environ.get("DISTMATCH_CACHE")
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "distmatch"
 
 
 def _sha256(path: Path) -> str:

@@ -84,6 +84,18 @@ def load_parts(root: Path) -> tuple[Any, str]:
     return pipeline, networks[0]
 
 
+def load_text_encoder(root: Path, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """One text encoder of a pipeline, frozen, on the CPU.
+
+    Raises:
+        UserError: As for :func:`load_parts`.
+    """
+    with _quiet():
+        kind = _checked(root, name, parts_of(root)[0][name])
+        found: torch.nn.Module = _text_encoder(kind, root / name).to(dtype).eval().requires_grad_(False)
+    return found
+
+
 def _checked(root: Path, name: str, entry: Any) -> Any:
     """The class of a part with weights; None for what the pipeline reads itself, such as a tokenizer."""
     library, class_name = entry

@@ -66,6 +66,7 @@ def load_pipeline(
     traces = [tracer.run(prompts, _STEPS) for prompts in asked]
     labelled = tracer.asks == "class_labels"
     found = Pipeline(tracer, traces, null if not labelled else None, tokens)
+    found.folder = Path(folder).absolute()
     teacher = _denoiser(found, classes, null)
     if check:
         first = [tracer.run(asked[0], steps, calls=1) for steps in (2, 3, 6)]
