@@ -90,7 +90,7 @@ def load_text_encoder(root: Path, name: str, dtype: torch.dtype) -> torch.nn.Mod
     Raises:
         UserError: As for :func:`load_parts`.
     """
-    with _quiet():
+    with quiet():
         kind = _checked(root, name, parts_of(root)[0][name])
         found: torch.nn.Module = _text_encoder(kind, root / name).to(dtype).eval().requires_grad_(False)
     return found
