@@ -126,6 +126,9 @@ class TeacherConfig(OptimizerSettings):
     """Half-life of the EMA of the weights, in steps. The EMA is saved."""
     label_dropout: Decay = 0.1
     """Share of labels or captions dropped in training, so that the teacher can be guided; 0 drops none."""
+    text_encoder: str = ""
+    """A folder with a text encoder of transformers, whose hidden states are the captions; empty: words, with
+    embeddings that are trained too."""
     noise_mean: Finite = -1.2
     """Mean of log sigma in training."""
     noise_std: Positive = 1.2

@@ -27,7 +27,14 @@ from distmatch.methods.table import resolve_method
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.distill_data import check_fit, drawer, empty_batches
 from distmatch.training.distill_warnings import advice, early_warnings, untried_rates
-from distmatch.training.known_data import describe_data, few_samples, known_data, seen_by, without_data
+from distmatch.training.known_data import (
+    describe_data,
+    few_samples,
+    known_data,
+    seen_by,
+    with_encodings,
+    without_data,
+)
 from distmatch.training.latent_data import as_latents, check_encodable
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
@@ -117,6 +124,7 @@ def prepare_distillation(
             fix="pass --data, or use --method diff-instruct, which needs none",
         )
     if data is not None:
+        data = with_encodings(data, teacher)
         # What does not fit is refused before anything is encoded: first the shape, which says the most.
         check_encodable(data, teacher)
         if decoder_of(teacher) is None:

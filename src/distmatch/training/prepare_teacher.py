@@ -16,6 +16,7 @@ from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.paths.kinetic import kinetic_path_of
 from distmatch.diffusion.paths.specs import KINETIC
 from distmatch.interop import save_denoiser
+from distmatch.interop.text_encoder import TextEncoder
 from distmatch.nets.text import TextInput
 from distmatch.nets.words import WordEncoder
 from distmatch.nets.work import network_work
@@ -50,7 +51,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     device = pick_device(run.device)
     data = load_data(options.data, labels=options.labels) if data is None else data
     chosen = options.net.settled(data.shape, device.type, text=bool(data.captions))
-    data, text = _with_text(data, chosen)
+    data, text = _with_text(data, chosen, options.teacher.text_encoder)
     larger = _larger(chosen, data, text) if options.net.net == "auto" else None
     options = replace(options, net=chosen)
     sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
@@ -105,14 +106,31 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     )
 
 
-def _with_text(data: Dataset, net: NetOptions) -> tuple[Dataset, TextInput | None]:
+def _with_text(data: Dataset, net: NetOptions, folder: str) -> tuple[Dataset, TextInput | None]:
     """The data with encoded captions, without labels, and what of them a network takes as its text.
 
     Data without captions come back as they are, and so do all data for networks that take no text.
+
+    Args:
+        data: The data.
+        net: The network.
+        folder: A text encoder; '' for word tokens.
+
+    Raises:
+        UserError: A text encoder that cannot be used, or that nothing would be encoded by.
     """
     if not data.captions or net.net not in ("dit", "dit-small"):
+        if folder:
+            raise UserError(
+                "--text-encoder encodes captions for a dit",
+                got=f"a {net.net} and {data.name}, {'with' if data.captions else 'without'} captions",
+                fix="leave it out, or use --net dit and data with captions",
+            )
         return data, None
     data = replace(data, labels=None, class_names=())
+    if folder:
+        chosen = TextEncoder.of(folder, data.captions)
+        return data.encoded_by(chosen), TextInput(chosen.length, size=chosen.size)
     if data.prompt_encoder is None:
         data = data.encoded_by(WordEncoder.of(data.captions))
     encoder: Any = data.prompt_encoder

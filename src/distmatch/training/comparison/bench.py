@@ -22,7 +22,7 @@ from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.comparison.stats import Measured
 from distmatch.training.distill_data import check_fit
 from distmatch.training.evaluation import asked_of, measure_samples, npz_bytes, plain, write_evaluation
-from distmatch.training.known_data import known_data
+from distmatch.training.known_data import known_data, with_encodings
 from distmatch.training.models import Model, open_model
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import SampleResult, Sampling
@@ -150,6 +150,7 @@ def open_bench(
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data",
         )
+    data = with_encodings(data, model.teacher)
     check_fit(model, data)
     data = model.seen(data)
     given = options.shared.settings.guidance
