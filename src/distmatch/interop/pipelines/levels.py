@@ -14,9 +14,7 @@ from distmatch.interop.diffusers_schedule import FLOW, SCHEDULERS, Schedule, dis
 from distmatch.interop.pipelines.contract import TimeMap
 from distmatch.interop.pipelines.trace import Call, Trace
 
-# How near to pure noise a flow is followed. Its own schedulers begin at t = 1, which is this in float32;
-# others begin at 1 - 1e-6, and round the time that belongs to it down.
-_END, _OTHER_END = 1e-8, 1e-6
+_END = 1e-6  # how near to pure noise a flow is followed: its samplers begin there
 _EXACT = 1e-4  # relative, of a step that is fitted
 
 
@@ -31,8 +29,7 @@ def schedule_of(scheduler: Any) -> Schedule:
         if config.get("invert_sigmas"):
             raise UserError("schedulers with invert_sigmas are not read", fix="use dm.as_denoiser")
         steps = float(config.num_train_timesteps)
-        end = _END if name in FLOW else _OTHER_END
-        return Schedule("flow", condot(t_min=1 / steps, t_max=1 - end), "flow")
+        return Schedule("flow", condot(t_min=1 / steps, t_max=1 - _END), "flow")
     known = name in SCHEDULERS or getattr(scheduler, "alphas_cumprod", None) is None
     found = read_schedule(scheduler) if known else discrete_schedule(scheduler, config)
     if found.path is None:

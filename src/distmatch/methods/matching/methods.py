@@ -69,10 +69,11 @@ def _uni_instruct(context: Context[own.UniInstructSettings]) -> Distiller:
 
 
 def _moment_matching(context: Context[own.MomentMatchingSettings]) -> Distiller:
+    from distmatch.methods.consistency.direct import guided_teacher
     from distmatch.methods.matching.loop import Matching
     from distmatch.methods.matching.moments import MomentMatching
 
-    objective = MomentMatching(context.guided(), context.settings.scaling)
+    objective = MomentMatching(guided_teacher(context), context.settings.scaling)
     return Matching(context, objective, sampler="posterior")
 
 
