@@ -46,6 +46,7 @@ from distmatch.training.options import (
     TeacherConfig,
     TrainOptions,
 )
+from distmatch.training.pipeline_options import PipelineOptions
 from distmatch.training.presets import LAPTOP
 from distmatch.training.runfolder import check_usable, create
 
@@ -134,8 +135,9 @@ def distill(
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
         quiet: Whether to hide the progress.
-        **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, or of the method's own settings
-            (``METHODS[method].settings``); omitted settings are those of the preset or have their default.
+        **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, of the method's own settings
+            (``METHODS[method].settings``), or, for the folder of a pipeline, of :class:`PipelineOptions`;
+            omitted settings are those of the preset or have their default.
 
     Returns:
         The student (the average of its weights).
@@ -148,10 +150,10 @@ def distill(
     own = DistillOptions.of(method, preset)
     if steps is None:
         steps = 2000 if own.run.steps == RunOptions().steps else own.run.steps
-    run, net, chosen = settings_of(
+    run, net, pipeline, chosen = settings_of(
         settings,
         replace(own.run, steps=steps, seed=seed),
-        *(NetOptions(), own.settings),
+        *(NetOptions(), PipelineOptions(), own.settings),
         method=find_method(own.method),
     )
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
@@ -162,6 +164,7 @@ def distill(
         method=own.method,
         preset=preset,
         divergence=measure.name if measure else divergence or own.divergence,  # type: ignore[arg-type]
+        pipeline=pipeline,
         run=run,
         net=net,
         settings=chosen,
@@ -213,10 +216,13 @@ def compare(
     shared = SharedOptions()
     text = methods if isinstance(methods, str) else ",".join(methods)
     first = CompareOptions(methods=text, budget=budget, seeds=seeds)
-    options, run, net, chosen = settings_of(settings, first, shared.run, shared.net, shared.settings)
+    options, run, net, pipeline, chosen = settings_of(
+        settings, first, shared.run, shared.net, shared.pipeline, shared.settings
+    )
     shared = SharedOptions(
         teacher=os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else "",
         data=name_of(data) if data is not None else "",
+        pipeline=pipeline,
         run=run,
         net=net,
         settings=chosen,

@@ -31,6 +31,8 @@ def fields_of(options: Any) -> list[str]:
     names: list[str] = []
     for field in dataclasses.fields(options):
         value = getattr(options, field.name, None)
+        if value is None and callable(field.default_factory):
+            value = field.default_factory()
         names += fields_of(value) if dataclasses.is_dataclass(value) else [field.name]
     return names
 

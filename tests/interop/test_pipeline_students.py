@@ -12,7 +12,7 @@ from distmatch.base.errors import UserError
 from distmatch.interop import export_onnx
 from distmatch.training.options import DistillOptions
 from distmatch.training.prepare import prepare_distillation
-from tests.helpers.command import done
+from tests.helpers.command import command, done
 from tests.helpers.pipelines import SIZE, save
 
 PROMPTS = ["a red cat", "the dog sleeps", "a house", "a small tree"]
@@ -35,12 +35,28 @@ def test_a_folder_of_a_pipeline_with_prompts_is_traced(teacher):
 
 
 def test_doctor_prints_the_contract(folder):
-    text = done(f"doctor --teacher {folder} --height 16 --width 16").out
+    text = done(f"doctor --teacher {folder} --size 16").out
     for words in ("(4, 8, 8) as hidden_states", "pooled_projections (16) float32", "flow", "condot", "shift"):
         assert words in text
-    found = done(f"doctor --teacher {folder} --height 16 --width 16 --json").json()
+    found = done(f"doctor --teacher {folder} --size 16 --json").json()
     assert found["shift"] == "3"
     assert found["null"] == "the prompt ''"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("doctor --teacher ring8 --size 16", "height, width for ring8"),
+        ("distill --teacher ring8 --tokens 5 --out o", "tokens for ring8"),
+        ("sample ring8 --frames 3", "for folders of diffusers"),
+        ("doctor --teacher {folder} --frames 3", "num_frames"),
+        ("doctor --teacher {folder} --size 0", "--size is a height"),
+    ],
+)
+def test_sizes_are_for_pipelines(folder, line, said):
+    answer = command(line.format(folder=folder))
+    assert answer.code == 2
+    assert said in answer.err
 
 
 def test_doctor_describes_other_teachers_too():
@@ -128,11 +144,6 @@ def test_batches_of_prompts_are_rows_by_seed_and_step(teacher):
     assert torch.equal(drawn(0, 3), drawn(0, 3))
     assert not torch.equal(drawn(0, 0), drawn(0, 1))
     assert not torch.equal(drawn(0, 0), drawn(1, 0))
-
-
-def test_images_are_not_encoded(teacher):
-    with pytest.raises(UserError, match="cannot be encoded"):
-        teacher.decoder.encode(torch.zeros(1, 3, 16, 16))
 
 
 def test_what_encode_refuses(teacher):

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import shutil
-from functools import cache
 from typing import Any
 
 import pytest
@@ -24,18 +23,6 @@ from tests.helpers.pipelines import BUILDERS, SIZE, diffusers, save
 
 FAMILIES = tuple(BUILDERS)
 PROMPTS = ["a red cat", "the small green dog runs", "a house"]
-
-
-@pytest.fixture(scope="module")
-def teacher_of(tmp_path_factory):
-    """One teacher of each family; tests do not change them."""
-    folder = tmp_path_factory.mktemp("pipelines")
-
-    @cache
-    def made(name: str) -> Any:
-        return load_pipeline(save(name, folder), **SIZE[name])
-
-    return made
 
 
 def first_order(pipeline: Any) -> Any:

@@ -145,7 +145,7 @@ def test_methods_that_know_labels_alone_say_so_before_anything_is_trained(
 
 
 def test_training_says_that_conditions_are_left_out(data: dm.Dataset) -> None:
-    with pytest.warns(UserWarning, match="take class labels only: age, text of these data"):
+    with pytest.warns(UserWarning, match="class labels only: age, text of these data"):
         dm.train(data, steps=1, batch=16, width=8, depth=1, quiet=True)
 
 

@@ -8,8 +8,9 @@ import torch
 from distmatch import data
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
+from distmatch.base.files import cache_folder
 from distmatch.metrics import Features, classifier_features, pixels, reference_labels, resolve_features
-from distmatch.metrics.classifier import cache_folder, load_or_train
+from distmatch.metrics.classifier import load_or_train
 from distmatch.metrics.reference import stratified_order
 from tests.helpers.rounding import assert_same_but_for_rounding
 
@@ -166,7 +167,7 @@ def test_users_mistakes(few):
     with pytest.raises(UserError, match="wrong shape"):
         resolve_features(lambda x: x, few)(torch.zeros(5, 1, 8, 8))
     for bad in (torch.nan, torch.inf):
-        with pytest.raises(UserError, match="NaN or infinity in 5 of 5"):
+        with pytest.raises(UserError, match="5 samples with NaN or infinity"):
             resolve_features(lambda x, bad=bad: x.flatten(1) + bad, few)(torch.ones(5, 1, 8, 8))
     with pytest.raises(UserError, match="no classifier"):
         pixels().predict(torch.zeros(1, 2))

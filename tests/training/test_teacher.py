@@ -339,7 +339,7 @@ def test_what_is_usual_on_a_path() -> None:
         ({"path": "nowhere"}, "unknown noise path"),
         ({"condition_noise": 1.0}, "labels"),
         ({"condition_noise_kind": "gaussian"}, "goes with --condition-noise"),
-        ({"label_dropout": 0.3}, "label-dropout drops labels, and there are none"),
+        ({"label_dropout": 0.3}, "label-dropout drops labels and captions, and there are none"),
         ({"ambient_noise": 0.1, "pfgm_dims": 10.0}, "ambient-noise"),
         ({"ambient_clean": 1.5}, "ambient-clean"),
         ({"logit_std": 0.0}, "logit-std"),

@@ -41,6 +41,15 @@ def _fsync_dir(folder: Path) -> None:
         os.close(fd)
 
 
+def cache_folder() -> Path:
+    """``$DISTMATCH_CACHE``, else ``$XDG_CACHE_HOME/distmatch``, else ``~/.cache/distmatch``."""
+    own = os.environ.get("DISTMATCH_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "distmatch"
+
+
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Writes ``content`` to ``path`` so that a crash leaves the old file or the new one, never a part.
 

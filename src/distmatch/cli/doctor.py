@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from distmatch.base.errors import cause
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
 from distmatch.cli.parse import parse
+from distmatch.training.pipeline_options import PipelineOptions
 
 HELP = Help(
     """Check this machine and installation: versions, devices, data, places to write, speed. With --teacher,
 show what a teacher takes and predicts instead.
 
 example: distmatch doctor --json
-         distmatch doctor --teacher stable-diffusion/ --height 512 --width 512"""
+         distmatch doctor --teacher stable-diffusion/ --size 512"""
 )
 
 
@@ -34,12 +35,7 @@ class DoctorOptions:
     """Print one JSON object on stdout."""
     teacher: str = ""
     """A run, model or diffusers folder: print its samples, conditioning, prediction and noise path."""
-    height: int = 0
-    """Height of the images of a pipeline with prompts, in pixels; 0: its default."""
-    width: int = 0
-    """Width of the images of a pipeline with prompts, in pixels; 0: its default."""
-    frames: int = 0
-    """Frames of the videos of a pipeline with prompts; 0: its default."""
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,7 @@ def _describe(options: DoctorOptions) -> None:
     """Prints what a teacher takes and predicts."""
     from distmatch.training.teachers import describe_teacher
 
-    sizes = {"height": options.height, "width": options.width, "num_frames": options.frames}
-    found = describe_teacher(options.teacher, **{name: size for name, size in sizes.items() if size})
+    found = describe_teacher(options.teacher, **options.pipeline.given())
     if options.json:
         print_json(found)
         return
@@ -171,7 +166,7 @@ def _gloo() -> Check:
 
 
 def _cache() -> Check:
-    from distmatch.metrics.classifier import cache_folder
+    from distmatch.base.files import cache_folder
 
     folder = cache_folder()
     try:

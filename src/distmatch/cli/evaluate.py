@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
 from distmatch.cli.imported import imported
 from distmatch.cli.parse import parse
+from distmatch.training.pipeline_options import PipelineOptions
 
 if TYPE_CHECKING:
     from distmatch.metrics import Features
@@ -65,12 +66,13 @@ class EvaluateOptions:
     """Solver for the teacher; docs/solvers.md lists the names."""
     steps: int = 18
     """Steps of the teacher's solver; 18 of Heun's are 35 network calls."""
-    grid: Literal["karras", "log", "uniform", "power", "log-snr", "time"] = "karras"
-    """Grid of noise levels for the teacher."""
+    grid: Literal["auto", "karras", "log", "uniform", "power", "log-snr", "time"] = "auto"
+    """Grid of noise levels for the teacher; auto: that of its own sampler, karras for most."""
     guidance: float = 1.0
     """Guidance scale of the teacher; 1 is none."""
     seed: int = 0
     """Seed of initial noise, labels and blocks."""
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     json: bool = False
@@ -252,7 +254,9 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
     teacher = o.teacher or (str(model.student.info.get("teacher", "")) if model.student else "")
     if model.student is not None and teacher:
         try:
-            models = {"teacher": open_model(teacher), **models}
+            about = {} if o.teacher or model.student is None else model.student.info.get("teacher_options")
+            options = {**(about or {}), **o.pipeline.given()}
+            models = {"teacher": open_model(teacher, options=options), **models}
             tell_conversion(teacher, models["teacher"].conversion)
         except UserError as error:
             if o.teacher:

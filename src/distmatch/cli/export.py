@@ -20,6 +20,8 @@ HELP = Help(
 example: distmatch export runs/demo --to safetensors --out student
          distmatch export runs/demo --to onnx --out student-onnx --license apache-2.0
          distmatch export runs/faces --to diffusers --out pipeline
+         distmatch export runs/sd3 --to lora --out lora
+         distmatch export runs/sd3 --to pipeline --out pipeline
          distmatch export edm-cifar10-32x32-cond-vp.pkl --out teachers/cifar10
          distmatch export pipeline/ --null-class 10 --out teachers/mine"""
 )
@@ -33,10 +35,13 @@ class ExportOptions:
     """A run folder, a model folder, a folder of diffusers, or a .pkl of EDM or EDM2 (it is not run)."""
     out: Path
     """The folder to write."""
-    to: Literal["safetensors", "diffusers", "onnx"] = "safetensors"
+    to: Literal["safetensors", "diffusers", "onnx", "lora", "pipeline"] = "safetensors"
     """safetensors: model.safetensors and config.json, which from_pretrained reads.
     diffusers: a pipeline that plain diffusers loads and samples in one step; students of its networks only.
-    onnx: a graph of the whole student, any batch size, checked in onnxruntime. All have a model card."""
+    onnx: a graph of the whole student, any batch size, checked in onnxruntime.
+    lora: the adapters of a student of a pipeline, for load_lora_weights of diffusers and for ComfyUI.
+    pipeline: a student of a pipeline as a whole pipeline, which a plain call of diffusers samples.
+    All have a model card."""
     license: str = ""
     """The licence that the model card states, such as apache-2.0; empty keeps that of the model."""
     base: str = ""
@@ -91,7 +96,13 @@ def _teacher_from_pickle(o: ExportOptions) -> dict[str, Any] | None:
 def _opened(o: ExportOptions) -> dict[str, Any]:
     """Writes a model that can be opened, a student with the measurements of its run."""
     from distmatch.cli.output import tell_conversion
-    from distmatch.interop import export_diffusers, export_onnx, save_denoiser
+    from distmatch.interop import (
+        export_diffusers,
+        export_lora,
+        export_onnx,
+        export_pipeline,
+        save_denoiser,
+    )
     from distmatch.methods.student import student_from
     from distmatch.training.teachers import open_denoiser
 
@@ -103,13 +114,20 @@ def _opened(o: ExportOptions) -> dict[str, Any]:
         save_denoiser(o.out, denoiser, about, metrics=_metrics(o))
         tell_conversion(o.model, str(about.get("conversion", "")))
         return _told(str(about.get("kind", "model")), denoiser)
-    student = student_from(denoiser, about).merged()
-    denoiser = student.denoiser
+    student = student_from(denoiser, about)
+    writers = {
+        "diffusers": export_diffusers,
+        "onnx": export_onnx,
+        "lora": export_lora,
+        "pipeline": export_pipeline,
+    }
+    if o.to not in ("lora", "pipeline"):  # these need to know the base
+        student = student.merged()
+    told = _told("student", student.denoiser)
     if o.to == "safetensors":
         student.save_pretrained(o.out, metrics=_metrics(o))
-        return _told("student", denoiser)
-    write = export_onnx if o.to == "onnx" else export_diffusers
-    return {**_told("student", denoiser), "difference": write(student, o.out, metrics=_metrics(o))}
+        return told
+    return {**told, "difference": writers[o.to](student, o.out, metrics=_metrics(o))}
 
 
 def _options(o: ExportOptions) -> dict[str, Any]:

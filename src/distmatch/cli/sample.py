@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
 from distmatch.cli.imported import imported
 from distmatch.cli.parse import parse
+from distmatch.training.pipeline_options import PipelineOptions
 
 if TYPE_CHECKING:
     from distmatch.diffusion.conditioning import Conditioning
@@ -69,8 +70,8 @@ class SampleOptions:
     """Solver for a teacher: heun, dpmpp-2m, tab:3, ipndm:3, ddim:1, ...; docs/solvers.md lists them."""
     steps: int = 18
     """Steps of a teacher's solver; 18 of Heun's are 35 network calls, 18 of a multistep solver's are 18."""
-    grid: Literal["karras", "log", "uniform", "power", "log-snr", "time"] = "karras"
-    """Grid of noise levels."""
+    grid: Literal["auto", "karras", "log", "uniform", "power", "log-snr", "time"] = "auto"
+    """Grid of noise levels; auto: that of the teacher's own sampler, karras for most."""
     path: str = ""
     """Noise path of solvers and grids that use its time (tab; power and time), such as vp:beta_max=12; empty:
     the teacher's own, or vp."""
@@ -88,6 +89,7 @@ class SampleOptions:
     """Noise level at which the student takes over, in place of --hybrid-calls."""
     trajectory: Path | None = None
     """A .png to draw: the teacher's predictions along its trajectory, and when the layout is determined."""
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     seed: int = 0
     """Seed of the initial noise and labels."""
     batch: int = 1024
@@ -122,9 +124,11 @@ def run(argv: list[str]) -> None:
             refuse_existing(path, o.overwrite)
     told = None if o.conditions is None else load_conditioning(o.conditions)
     n = o.n or (told.batch_size if told is not None else None) or 64
-    model = open_model(o.model, o.base, imported(o.network))
+    options = o.pipeline.given()
+    model = open_model(o.model, o.base, imported(o.network), {} if o.hybrid_teacher else options)
     tell_conversion(o.model, model.conversion)
-    ask = _asked(o, model, open_model(o.hybrid_teacher) if o.hybrid_teacher else None)
+    teacher = open_model(o.hybrid_teacher, options=options) if o.hybrid_teacher else None
+    ask = _asked(o, model, teacher)
     if out is not None:
         check_form(out, kind_of_shape(model.shape), overwrite=o.overwrite)
     if o.trajectory is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.data.arrays import from_arrays
+from distmatch.data.captions import captioned_digits
 from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
 from distmatch.data.digits import digits, moving_digits
@@ -20,6 +21,12 @@ from distmatch.data.toys import TOY_NAMES, toy, toy_dataset
 _NAMED: dict[str, Callable[[], Dataset]] = {
     "digits": digits,
     "moving-digits": moving_digits,
+    "captioned-digits": captioned_digits,
+    "captioned-digits:test": lambda: captioned_digits(split="test"),
+    "captioned-digits:three": lambda: captioned_digits("three"),
+    "captioned-digits:three:test": lambda: captioned_digits("three", "test"),
+    "captioned-digits:relations": lambda: captioned_digits("relations"),
+    "captioned-digits:relations:test": lambda: captioned_digits("relations", "test"),
     "fashion_mnist": fashion_mnist,
     "fashion_mnist:test": lambda: fashion_mnist("test"),
     "cifar10": cifar10,

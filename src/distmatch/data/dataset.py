@@ -16,6 +16,7 @@ from distmatch.data.columns import Column, columns_of, decoded, element_names, i
 from distmatch.data.kinds import Kind, kind_of_shape
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import LABEL, UNCONDITIONAL, Conditioning, check_conditioning
+from distmatch.diffusion.prompts import PromptEncoder
 
 _CHUNK = 4096  # samples scaled at a time when statistics are taken, to bound memory
 
@@ -33,6 +34,8 @@ class Dataset:
         scaling: The map to the range of the model and back.
         columns: Of a table, its columns; () for other data.
         conditions: What the samples are conditioned on besides their labels, N rows.
+        captions: A text for each sample, or ().
+        prompt_encoder: What ``conditions`` were made of the captions by; None where they come from elsewhere.
     """
 
     raw: Tensor
@@ -42,6 +45,8 @@ class Dataset:
     scaling: Scaling
     columns: tuple[Column, ...] = ()
     conditions: Conditioning = UNCONDITIONAL
+    captions: tuple[str, ...] = ()
+    prompt_encoder: PromptEncoder | None = None
 
     def __post_init__(self) -> None:
         pixels = self.raw.ndim in (4, 5) and self.raw.dtype in (torch.uint8, torch.float32)
@@ -62,6 +67,11 @@ class Dataset:
                 expected=f"int64 of shape ({len(self.raw)},)",
             )
         check_conditioning(self.conditions, len(self.raw))
+        if self.captions and len(self.captions) != len(self.raw):
+            raise UserError(
+                f"{self.name}: there must be one caption for each sample",
+                got=f"{len(self.captions)} captions for {len(self.raw)} samples",
+            )
         if LABEL in self.conditions:
             raise UserError(
                 f"{self.name}: class labels must be passed as labels",
@@ -91,7 +101,7 @@ class Dataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 (hex) over type, shape and bytes of samples, labels and conditions, not of the name."""
+        """sha256 (hex) of types, shapes and bytes of samples, labels, conditions; and of captions."""
         digest = hashlib.sha256()
         conditions = [self.conditions[name] for name in sorted(self.conditions)]
         for part in (self.raw, self.labels, *conditions):
@@ -100,6 +110,8 @@ class Dataset:
                 continue
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
             digest.update(part.detach().cpu().contiguous().numpy().data)
+        for caption in self.captions:
+            digest.update(f"{caption}\0".encode())
         return digest.hexdigest()
 
     def batch(self, indices: Tensor, *, flip: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -175,11 +187,28 @@ class Dataset:
         where = indices.to(self.raw.device)
         names = self.class_names or tuple(str(k) for k in range(self.num_classes))
         labels = None if self.labels is None else self.labels[where]
-        conditions = self.conditions.index(where)
         return dataclasses.replace(
-            self, raw=self.raw[where], labels=labels, class_names=names, conditions=conditions
+            self,
+            raw=self.raw[where],
+            labels=labels,
+            class_names=names,
+            conditions=self.conditions.index(where),
+            captions=tuple(self.captions[i] for i in where.tolist()) if self.captions else (),
         )
 
+    def encoded_by(self, encoder: PromptEncoder) -> Dataset:
+        """The same samples, conditioned on what an encoder makes of their captions."""
+        if self.prompt_encoder is not None and self.prompt_encoder.fingerprint == encoder.fingerprint:
+            return self
+        return dataclasses.replace(self, conditions=encoder.encode(self.captions), prompt_encoder=encoder)
+
     def without_labels(self) -> Dataset:
-        """The same samples without labels and conditions."""
-        return dataclasses.replace(self, labels=None, class_names=(), conditions=UNCONDITIONAL)
+        """The same samples without labels, conditions and captions."""
+        return dataclasses.replace(
+            self,
+            labels=None,
+            class_names=(),
+            conditions=UNCONDITIONAL,
+            captions=(),
+            prompt_encoder=None,
+        )

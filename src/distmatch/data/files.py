@@ -23,7 +23,8 @@ from distmatch.data.arrays import from_arrays
 from distmatch.data.bounds import check_bytes
 from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
-from distmatch.data.folders import IMAGE_SUFFIXES, load_folder
+from distmatch.data.folders import load_folder
+from distmatch.data.images import IMAGE_SUFFIXES
 from distmatch.data.kinds import KINDS, Kind
 from distmatch.data.tables import ONE_HOT, load_table
 from distmatch.diffusion.conditioning import LABEL, Conditioning

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from distmatch.base.errors import UserError
-from distmatch.base.inputs import require_regular_file
 from distmatch.data.arrays import from_arrays
-from distmatch.data.bounds import MOST_PIXELS, check_bytes
+from distmatch.data.bounds import check_bytes
 from distmatch.data.classes import from_folder_name, in_order
 from distmatch.data.dataset import Dataset
+from distmatch.data.images import IMAGE_SUFFIXES, images_below, read_image
+from distmatch.data.prompts import captioned_images, has_captions
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow goes by content, and starts other programs for some
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
-_GREY = ("1", "L", "LA")
-_DEEP = ("I", "F")  # 16 and 32 bits: Pillow would clip them to 255 without a word
 
 
 def load_folder(folder: Path) -> Dataset:
@@ -29,6 +25,7 @@ def load_folder(folder: Path) -> Dataset:
     Where there are two or more sub-folders with images, each is a class named after it; numbers are in order
     of their value. Other files and names that begin with a dot are passed over. Images are grey when all of
     them are, else color; alpha is dropped, and the orientation that a camera noted is applied.
+    ``metadata.jsonl`` with a column ``text``, ``prompt`` or ``caption`` has the captions of all images.
 
     Args:
         folder: The folder.
@@ -38,7 +35,7 @@ def load_folder(folder: Path) -> Dataset:
             the sub-folders are parts of the data rather than classes, or hold folders themselves.
     """
     groups: dict[str, list[Path]] = {}
-    for file in _images_below(folder):
+    for file in images_below(folder):
         parts = file.relative_to(folder).parts
         groups.setdefault(parts[0] if len(parts) > 1 else "", []).append(file)
     if not groups:
@@ -53,12 +50,16 @@ def load_folder(folder: Path) -> Dataset:
     files = [file for name in classes for file in groups[own[name]]]
     labels = np.repeat(np.arange(len(classes)), [len(groups[own[name]]) for name in classes])
     labeled = len(classes) > 1  # a single class says nothing
-    return from_arrays(
+    data = from_arrays(
         _read_all(files),
         labels if labeled else None,
         class_names=classes if labeled else (),
         name=str(folder),
     )
+    if not has_captions(folder):
+        return data
+    captions = {file.resolve(): caption for file, caption in captioned_images(folder)}
+    return dataclasses.replace(data, captions=tuple(captions[file.resolve()] for file in files))
 
 
 def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
@@ -91,29 +92,13 @@ def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
             )
 
 
-def _images_below(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for place, inner, names in os.walk(folder, onerror=_refuse):
-        inner[:] = sorted(d for d in inner if not d.startswith("."))
-        found += [
-            Path(place, n) for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_SUFFIXES)
-        ]
-    for file in found:
-        require_regular_file(file, "an image")
-    return sorted(found)
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"cannot open {error.filename}", got=error.strerror, fix="check its permissions")
-
-
 def _read_all(files: list[Path]) -> np.ndarray:
     """All images as (N, H, W) when all are grey, else (N, H, W, 3)."""
-    first = _read(files[0])
+    first = read_image(files[0])
     check_bytes(files[0].parent, len(files) * first.nbytes)
     pixels = np.empty((len(files), *first.shape), np.uint8)
     for k, file in enumerate(files):
-        image = first if k == 0 else _read(file)
+        image = first if k == 0 else read_image(file)
         if image.shape[:2] != first.shape[:2]:
             raise UserError(
                 "images differ in size",
@@ -126,40 +111,3 @@ def _read_all(files: list[Path]) -> np.ndarray:
             pixels = np.repeat(pixels[..., None], 3, -1)
         pixels[k] = image if image.ndim == pixels.ndim - 1 else image[..., None]
     return pixels
-
-
-def _read(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file, formats=_FORMATS) as opened:
-            width, height = opened.size
-            if width * height > MOST_PIXELS:
-                raise UserError(
-                    f"{file} is too large an image",
-                    got=f"{width}x{height} pixels",
-                    expected=f"at most {MOST_PIXELS:,} pixels",
-                    fix="crop or resize the images first",
-                )
-            if getattr(opened, "is_animated", False):
-                raise UserError(
-                    f"{file} is animated, not an image",
-                    fix="video is read from .npz or .npy, as an array (N, T, H, W, C)",
-                )
-            if opened.mode.startswith(_DEEP):
-                raise UserError(
-                    f"{file} has more than 8 bits a channel",
-                    got=f"mode {opened.mode}",
-                    fix="convert it to 8 bits",
-                )
-            image = ImageOps.exif_transpose(opened)
-            return np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
-    except UserError:
-        raise
-    except MemoryError as error:
-        raise UserError(f"{file} does not fit into memory") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"cannot read the image {file}",
-            got=f"{type(error).__name__}: {error}",
-            expected=f"a file that is {', '.join(_FORMATS)} by its content",
-            fix="it may be truncated, damaged, or of another format: convert, replace or remove it",
-        ) from error

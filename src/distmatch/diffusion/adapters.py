@@ -25,6 +25,7 @@ from distmatch.diffusion.conditioning import (
 from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, expand, has_features, on_prediction
 from distmatch.diffusion.paths import DiscretePath, noise_path
 from distmatch.diffusion.paths.core import NoisePath, check_prior
+from distmatch.diffusion.paths.steps import check_shift
 from distmatch.diffusion.predictions import Coefficients, check_prediction, convert
 from distmatch.diffusion.solvers.sampling import SamplingMixin
 
@@ -65,6 +66,9 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
             Needed for guidance and for calls without a condition.
         reverse_time: The network's time runs from noise at 0 to data at 1, so it receives ``1 - t`` and its
             flow has the opposite sign. Much flow-matching code counts so.
+        shift: For a model whose sampler takes steps that are even in the time of the path, as most pipelines
+            do: the shift s of a flow, t = s u / (1 + (s - 1) u), or 1. By default samplers, students and the
+            noise levels of distillation then follow these times; None spaces all of them as EDM does.
 
     Raises:
         UserError: An unknown name, levels outside the path, a path that does not reach its prior, snapping
@@ -88,6 +92,7 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
         conditioning: ConditioningSpec | None = None,
         null: Conditioning | None = None,
         reverse_time: bool = False,
+        shift: float | None = None,
     ) -> None:
         super().__init__()
         check_prediction(prediction)
@@ -124,7 +129,10 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
                 got=f"the {self.path.name} path, from {self.path.t_min:g} to {self.path.t_max:g}",
                 fix="omit it, and convert the time with time=lambda t: ...",
             )
+        if shift is not None:
+            check_shift(self.path, shift)
         self.time, self.levels, self.null_class, self.reverse_time = time, levels, null_class, reverse_time
+        self.shift = shift
         self.arguments: dict[str, Any] | None = None
 
     @property

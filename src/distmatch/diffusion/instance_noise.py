@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.seeds import generator
@@ -92,7 +91,8 @@ def blurred_log_prob(samples: Tensor, y: Tensor, level: float) -> Tensor:
     Raises:
         UserError: The level is not positive, or the shapes differ.
     """
-    check_number("the noise level", level, "(0, inf)")
+    if not 0 < level < math.inf:
+        raise UserError("the noise level must be positive", got=level)
     if samples.shape[1:] != y.shape[1:]:
         raise UserError("samples and data differ in shape", got=f"{samples.shape[1:]} and {y.shape[1:]}")
     flat, targets = samples.flatten(1), y.flatten(1)

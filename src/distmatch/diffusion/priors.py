@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_name
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.geometry.jacobian import denoiser_jacobian
@@ -93,7 +92,8 @@ def prior_density(
     """
     if callable(prior):
         return prior
-    check_name("prior", prior, PRIORS)
+    if prior not in PRIORS:
+        raise unknown_name("prior", prior, PRIORS)
     if not has_score(denoiser):
         raise UserError(
             "this teacher's noise is not Gaussian, and neither is its distribution at sigma_max",

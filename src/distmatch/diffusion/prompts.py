@@ -28,13 +28,13 @@ class PromptEncoder(Protocol):
 
 
 def prompt_encoder_of(model: OfSamples) -> PromptEncoder | None:
-    """The prompt encoder of a denoiser, found through wrappers; None for one that takes no prompts."""
+    """The prompt encoder of a denoiser, found through wrappers, or of a student; None where there is none."""
     inner: Any = model
     while inner is not None:
         found: PromptEncoder | None = getattr(inner, "prompt_encoder", None)
         if found is not None:
             return found
-        inner = getattr(inner, "inner", None)
+        inner = getattr(inner, "inner", getattr(inner, "denoiser", None))
     return None
 
 
@@ -42,7 +42,7 @@ def encode_prompts(model: OfSamples, prompts: Sequence[str]) -> Conditioning:
     """Prompts as the conditioning of a model, one row each.
 
     Args:
-        model: A denoiser, or a wrapper around one.
+        model: A denoiser, a wrapper around one, or a student.
         prompts: The texts.
 
     Raises:

@@ -109,6 +109,7 @@ class Wrapper:
         path: Any = getattr(inner, "path", None)
         if path is not None:
             self.path = path
+        self.shift: float | None = getattr(inner, "shift", None)
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
         """The prediction, (B, *shape)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 
 
@@ -42,7 +43,8 @@ def gaussian_sinkhorn(
     Raises:
         UserError: Shapes that do not fit, or an ``epsilon`` that is not positive.
     """
-    check_number("epsilon", epsilon, "(0, inf)")
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise UserError("epsilon must be a positive number", got=epsilon)
     d = len(mean_x)
     shapes = [tuple(t.shape) for t in (mean_x, covariance_x, mean_y, covariance_y)]
     if shapes != [(d,), (d, d), (d,), (d, d)]:

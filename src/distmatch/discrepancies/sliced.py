@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.discrepancies.measures import Measures, checked_measures
@@ -56,7 +55,8 @@ def random_directions(
     Raises:
         UserError: ``count`` is less than one.
     """
-    check_count("the number of projections", count)
+    if count < 1:
+        raise UserError("a sliced distance needs at least one projection", got=count)
     device = generator.device if generator is not None else "cpu"
     drawn = torch.randn(count, d, generator=generator, device=device, dtype=torch.float64)
     unit = drawn / drawn.norm(dim=1, keepdim=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.discrepancies.measures import Measures, checked_measures
 
@@ -19,7 +20,8 @@ def checked_order(p: float) -> float:
     Raises:
         UserError: Less than one, or not finite.
     """
-    check_number("the order p of a Wasserstein distance", p, "[1, inf)")
+    if not (math.isfinite(p) and p >= 1):
+        raise UserError("the order p of a Wasserstein distance must be finite and at least 1", got=p)
     return float(p)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.divergences.core import Divergence
 from distmatch.divergences.lookup import measure
@@ -29,7 +28,8 @@ def _rule(low: float, high: float, n: int, device: torch.device | str) -> tuple[
         raise UserError(
             "the interval of a quadrature is empty or not finite", got=(low, high), expected="low < high"
         )
-    check_count("the number of panels of a quadrature", n)
+    if n < 1:
+        raise UserError("a quadrature needs at least one panel", got=n, expected="n >= 1")
     unit_nodes, unit_weights = np.polynomial.legendre.leggauss(_NODES)
     nodes = torch.as_tensor(unit_nodes, dtype=torch.float64, device=device)
     weights = torch.as_tensor(unit_weights, dtype=torch.float64, device=device)

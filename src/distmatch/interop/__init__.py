@@ -8,7 +8,7 @@ from distmatch.interop.edm_checkpoint import read_edm
 from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.onnx_export import export_onnx
 from distmatch.interop.own_modules import HandedIn, check_storable, copied_module
-from distmatch.interop.pipelines import load_folder, load_pipeline
+from distmatch.interop.pipelines import export_lora, export_pipeline, load_folder, load_pipeline
 from distmatch.interop.saved import convert_edm, is_external, load_denoiser, load_external, save_denoiser
 
 __all__ = [
@@ -24,7 +24,9 @@ __all__ = [
     "decode_samples",
     "decoder_of",
     "export_diffusers",
+    "export_lora",
     "export_onnx",
+    "export_pipeline",
     "is_external",
     "load_denoiser",
     "load_diffusers",

@@ -147,6 +147,7 @@ def _facts(
         "divergence": about.get("divergence", ""),
         "network calls": calls if levels else "",
         "between calls": _between(about) if len(levels) > 1 else "",
+        **_schedule(about.get("schedule") or {}),
         "teacher": about.get("teacher", ""),
         "teacher against its original": about.get("teacher_conversion", "") or about.get("conversion", ""),
         "guidance of the teacher": "" if guidance is None else "none" if guidance == 1 else f"{guidance:g}",
@@ -162,13 +163,36 @@ def _facts(
     return {key: str(value) for key, value in rows.items() if value not in ("", None)}
 
 
+def _schedule(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of a student of a pipeline: its steps in the terms of the pipeline."""
+    if not schedule:
+        return {}
+    shift, null, base = schedule.get("shift"), schedule.get("null"), schedule.get("base") or {}
+    start = schedule.get("start", 1.0)
+    return {
+        "times of the calls": ", ".join(f"{t:.6g}" for t in schedule["times"])
+        + f" on the path {schedule['path']}",
+        "prediction": schedule["prediction"],
+        "shift of the teacher": "" if shift is None else f"{shift:.4g}",
+        "unconditional prompt": "" if null is None else json.dumps(null),
+        "pipeline": schedule["pipeline"],
+        "scheduler": schedule.get("scheduler", ""),
+        "first noise": "" if start == 1 else f"{start:.4g} times the pipeline's",
+        "base": Path(str(base.get("path", ""))).name,
+        "hash of the base": f"sha256 {base['sha256']}" if base.get("sha256") else "",
+    }
+
+
 def _front_matter(about: Mapping[str, Any], shape: tuple[int, ...], num_classes: int, library: str) -> str:
     """The YAML between two rules; JSON strings are YAML strings."""
     licence = str(about.get("license") or "unknown")
     known = re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence)
     lines = [f"license: {licence}"] if known else ["license: other", f"license_name: {json.dumps(licence)}"]
     lines.append(f"library_name: {library}")
-    if len(shape) == 3 and not num_classes:
+    decoded = (about.get("schedule") or {}).get("decoded")
+    if decoded:
+        lines.append(f"pipeline_tag: text-to-{'image' if len(decoded) == 3 else 'video'}")
+    elif len(shape) == 3 and not num_classes:
         lines.append("pipeline_tag: unconditional-image-generation")
     if base := _hub_name(str(about.get("teacher") or "")):
         lines.append(f"base_model: {json.dumps(base)}")

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from distmatch.base.checks import check_name
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, unknown_name
 
 SONG, ADM, EDM2 = "song", "adm", "edm2"
 
@@ -224,14 +223,16 @@ def config_from(values: Mapping[str, Any]) -> AnyConfig:
     """
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     architecture = fields.get("architecture")
-    check_name("architecture", architecture, (SONG, ADM, EDM2))
+    if architecture not in (SONG, ADM, EDM2):
+        raise unknown_name("architecture", architecture, (SONG, ADM, EDM2))
     cls: type[EDMConfig] | type[EDM2Config] = EDMConfig
     if architecture == EDM2:
         cls = EDM2Config
         del fields["architecture"]
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
-        check_name(f"option of the {architecture} network", name, known)
+        if name not in known:
+            raise unknown_name(f"option of the {architecture} network", name, known)
     try:
         config = cls(**fields)
         _check(config)

@@ -209,19 +209,21 @@ def adapters_of(module: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def merged(denoiser: Module) -> Module:
+def merged(denoiser: Module, *, adapters: bool = True) -> Module:
     """An ordinary network in float32, whose weights are the sum of base and adapters.
 
     Args:
         denoiser: A network with adapters, which is not changed; any other is returned as it is.
+        adapters: Whether they are added. Without them it is the base, as the adapters were trained on it.
     """
     if adapted_of(denoiser) is None:
         return denoiser
     whole = copied_module(denoiser).float()
     for name, layer in adapters_of(whole).items():
         plain = layer.get_base_layer()
-        delta: Tensor = layer.get_delta_weight(NAME)
-        plain.weight = nn.Parameter(plain.weight + delta.to(plain.weight.dtype), requires_grad=False)
+        if adapters:
+            delta: Tensor = layer.get_delta_weight(NAME)
+            plain.weight = nn.Parameter(plain.weight + delta.to(plain.weight.dtype), requires_grad=False)
         parent, _, last = name.rpartition(".")
         setattr(whole.get_submodule(parent), last, plain)
     del whole.adapted

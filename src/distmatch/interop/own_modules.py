@@ -118,6 +118,7 @@ def _denoiser_values(denoiser: nn.Module) -> dict[str, Any]:
         "levels": denoiser.levels,
         "null_class": denoiser.null_class,
         "reverse_time": denoiser.reverse_time,
+        "shift": denoiser.shift,
     }
     try:
         values["path"] = path_to_dict(denoiser.path)
@@ -260,6 +261,7 @@ def _around(
         return parametrized(module, values)
     options = {name: values[name] for name in ("sigma_data", "sigma_min", "sigma_max", "levels")}
     options |= {name: values[name] for name in ("null_class", "reverse_time", "time")}
+    options["shift"] = values.get("shift")
     if "conditioning" in values:
         options["conditioning"] = {
             name: FieldSpec(tuple(shape), _dtype(dtype), classes)

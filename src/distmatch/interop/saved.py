@@ -48,6 +48,7 @@ from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.own_modules import HandedIn, described_module, null_tensors, rebuilt
 from distmatch.interop.pipelines import load_folder
+from distmatch.interop.text_encoder import TextEncoder
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.saved import (
@@ -154,7 +155,10 @@ def load_denoiser(
         return _load(found, network)
     if network is not None:
         raise needs_no_network(folder)
-    return load_model(folder)
+    denoiser, extra = load_model(folder)
+    if (encoder := extra.pop("prompt_encoder", None)) is not None:
+        denoiser.prompt_encoder = TextEncoder.from_dict(encoder)
+    return denoiser, extra
 
 
 def needs_no_network(folder: str | os.PathLike[str]) -> UserError:

@@ -18,7 +18,7 @@ from distmatch.divergences import divergence as divergence_of
 from distmatch.interop import is_external
 from distmatch.interop.lora import chosen_layers, network_in, watched
 from distmatch.interop.optional import PEFT
-from distmatch.methods.context import Context, Distiller
+from distmatch.methods.context import GUIDANCE, Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
 from distmatch.methods.settings import GuidedSettings, RoleSettings, Settings
 from distmatch.methods.table import resolve_method, unknown_setting
@@ -106,8 +106,8 @@ def build_method(context: Context[Settings]) -> Distiller:
     _check_roles(context)
     if context.method.family == "consistency":
         require_score(context.teacher, "a path of samples with Gaussian noise")
-    if isinstance(context.settings, GuidedSettings) and context.settings.guidance != 1:
-        require_null_class(context.teacher)
+    if isinstance(context.settings, GuidedSettings):
+        _check_guidance(context, context.settings)
     if context.method.teacher_gradient:
         require_input_gradient(context.teacher, context.method.name, context.device)
     built: Distiller = context.method.build(context)
@@ -122,6 +122,21 @@ def _check_levels(context: Context[Settings]) -> None:
             "the student must start at a noise level of the teacher",
             got=f"--student-sigma {context.settings.student_sigma:g}, in units of sigma_data = {data:.4g}",
             expected=f"above {low / data:.4g} and up to {high / data:.4g}, or 0 for that",
+        )
+    _ = context.sigmas  # refuses further steps that do not fit
+
+
+def _check_guidance(context: Context[Settings], own: GuidedSettings) -> None:
+    if own.guidance != 1:
+        if not own.negative_prompt:
+            require_null_class(context.teacher)
+        context.guided()  # refuses a negative prompt that is not taken
+    if own.guidance_range and GUIDANCE not in spec_of(context.teacher):
+        raise UserError(
+            "--guidance-range is for networks that receive their guidance scale",
+            got=f"a network that receives {', '.join(spec_of(context.teacher)) or 'no condition'}",
+            expected=f"a field {GUIDANCE} of its conditioning, as Flux has",
+            fix="use --guidance, which trains a student at one scale",
         )
 
 

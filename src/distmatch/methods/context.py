@@ -6,20 +6,33 @@ import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from distmatch.base.seeds import generator
+from distmatch.base.errors import UserError
+from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser, expand
+from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, LogNormal, Truncated
+from distmatch.diffusion.paths.levels import PathLevels
+from distmatch.diffusion.paths.steps import even_sigmas
+from distmatch.diffusion.prompts import encode_prompts
 from distmatch.divergences import Divergence
 from distmatch.methods.initialization import Draw, Network, fit_to_teacher, has_network, starting_network
 from distmatch.methods.method import Method
-from distmatch.methods.sampler import student_sigmas
-from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, RoleSettings, Settings
+from distmatch.methods.sampler import sigmas_at, student_sigmas
+from distmatch.methods.settings import (
+    FakeScoreSettings,
+    GuidedSettings,
+    NetworkSettings,
+    RoleSettings,
+    Settings,
+)
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.config import NetConfig
@@ -28,6 +41,9 @@ from distmatch.nets.jump import require_jump, taught_to_jump
 from distmatch.nets.optim import adam, scheduled_step
 
 S = TypeVar("S", bound=Settings, covariant=True)
+
+GUIDANCE = "guidance"
+"""The field of the conditioning in which networks receive their guidance scale."""
 
 Info = dict[str, Tensor]
 """What a step reports: scalars to average, lists to keep. Tensors, so that a step never waits."""
@@ -69,11 +85,29 @@ class Context(Generic[S]):
 
     @property
     def first_sigma(self) -> float:
-        """Where the student starts; a default above the teacher's range is reduced to it."""
-        highest = self.teacher.sigma_max
-        chosen = self.settings.student_sigma * self.teacher.sigma_data or highest
-        default = type(self.settings).student_sigma
-        return min(chosen, highest) if self.settings.student_sigma == default else chosen
+        """Where the student starts; a default above the teacher's range is reduced to it.
+
+        By default it is the largest level for teachers with a sampler of their own (``shift``), so that the
+        student's samples are those of that sampler.
+        """
+        own, highest = self.settings, self.teacher.sigma_max
+        if self.times:
+            return sigmas_at(self.teacher, self.times)[0]
+        chosen = own.student_sigma * self.teacher.sigma_data or highest
+        if own.student_sigma != type(own).student_sigma:
+            return chosen
+        return highest if self.follows_sampler else min(chosen, highest)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The explicit times of the student's steps; empty without."""
+        return self.settings.student_times if isinstance(self.settings, NetworkSettings) else ()
+
+    @property
+    def follows_sampler(self) -> bool:
+        """Whether steps and levels are spaced as in the teacher's own sampler, in the time of its path."""
+        own = isinstance(self.settings, NetworkSettings)
+        return own and getattr(self.teacher, "shift", None) is not None
 
     @property
     def compared_sigmas(self: Context[FakeScoreSettings]) -> tuple[float, float]:
@@ -81,14 +115,86 @@ class Context(Generic[S]):
         low, high = (v * self.teacher.sigma_data for v in (self.settings.noise_low, self.settings.noise_high))
         return low, high or self.teacher.sigma_max
 
+    @cached_property
+    def negative(self) -> Conditioning | None:
+        """What guidance leads away from; None is the null condition."""
+        own = self.settings
+        prompt = own.negative_prompt if isinstance(own, GuidedSettings) else ""
+        return encode_prompts(self.teacher, [prompt]) if prompt else None
+
+    def guided(self, denoiser: Denoiser | None = None) -> Denoiser:
+        """The teacher, or a recorded copy of it, with the guidance of the settings."""
+        own = self.settings
+        denoiser = self.teacher if denoiser is None else denoiser
+        if not isinstance(own, GuidedSettings) or own.guidance == 1:
+            return denoiser
+        low_high = [level * self.teacher.sigma_data for level in own.guidance_interval]
+        return Guided(
+            denoiser,
+            own.guidance,
+            interval=(low_high[0], low_high[1]) if low_high else None,
+            negative=self.negative,
+            rescale=own.guidance_rescale,
+        )
+
+    def taken(self, state: DistillState, batch: Batch) -> Batch:
+        """A batch with what the teacher takes of its conditioning, and scales of ``guidance_range``."""
+        batch, own = batch.taken_by(self.teacher), self.settings
+        if not (isinstance(own, GuidedSettings) and own.guidance_range):
+            return batch
+        low, high = own.guidance_range
+        seed = stream_seed(state.generator.initial_seed(), f"guidance/{state.step}")
+        share = torch.rand(len(batch.x), generator=torch.Generator().manual_seed(seed))
+        scale = (low + (high - low) * share).to(batch.x)
+        return Batch(batch.x, Conditioning({**batch.conditioning, GUIDANCE: scale}), batch.noise)
+
     @property
     def copied(self) -> Denoiser | None:
         """The teacher, where student and fake score start as copies of it; None for fresh networks."""
         return self.teacher if self.net is None and has_network(self.teacher) else None
 
-    def student_sigmas(self, calls: int) -> tuple[float, ...]:
-        """The levels of a student's calls, from the first one down."""
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The levels of the student's calls, from the first one down.
+
+        Raises:
+            UserError: They do not lie between those of the teacher.
+        """
+        if self.times:
+            return sigmas_at(self.teacher, self.times)
+        calls = self.settings.num_steps
+        if self.follows_sampler:
+            return even_sigmas(self.teacher, calls, self.first_sigma)
         return student_sigmas(calls, self.first_sigma, self.teacher.sigma_data)
+
+    def levels(self, kind: str, low: float, high: float, rho: float = 7.0) -> Karras | PathLevels:
+        """Levels between two, uniform in sigma^(1/rho) or in the time of the teacher's sampler.
+
+        Args:
+            kind: ``karras``; ``uniform``, in time; or ``auto``: uniform where steps follow the sampler.
+            low: Smallest level.
+            high: Largest level.
+            rho: Of ``karras``.
+
+        Raises:
+            UserError: A teacher without a path has no time; a ``rho`` for levels that are uniform in time.
+        """
+        if kind == "karras" or (kind == "auto" and not self.follows_sampler):
+            return Karras(low, high, rho)
+        path = getattr(self.teacher, "path", None)
+        if path is None:
+            raise UserError(
+                "noise levels that are uniform in time need a teacher with a noise path",
+                got=f"a {type(self.teacher).__name__}",
+                fix="use the karras or the log-normal distribution",
+            )
+        if rho != 7.0:
+            raise UserError(
+                "--noise-rho does nothing for levels that are uniform in time, the default for pipelines",
+                got=rho,
+                fix="leave it out, or choose --noise-distribution karras",
+            )
+        return PathLevels(path, low, high, shift=getattr(self.teacher, "shift", None) or 1.0)
 
     def log_normal(self, mean: float, std: float, low: float, high: float) -> Truncated:
         """Levels between two, whose log(sigma / sigma_data) has this mean and spread before the cut."""

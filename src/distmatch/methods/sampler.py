@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 
+from distmatch.base.errors import UserError
 from distmatch.diffusion.noise import Karras
 
 Sampler = Literal["stochastic", "ddim", "posterior", "gamma"]
@@ -48,3 +51,28 @@ def student_sigmas(num_steps: int, sigma: float, sigma_data: float) -> tuple[flo
         return (sigma,)
     share = torch.arange(num_steps - 1, 0, -1, dtype=torch.float64) / num_steps
     return (sigma, *Karras(0.004 * sigma_data, sigma).quantile(share).tolist())
+
+
+def sigmas_at(teacher: Any, times: Sequence[float]) -> tuple[float, ...]:
+    """The noise levels at times of a teacher's path, up to its largest; without a path times are levels.
+
+    Args:
+        teacher: The teacher.
+        times: Decreasing times, larger with more noise.
+
+    Raises:
+        UserError: They do not decrease, or lie outside of the path.
+    """
+    path, t = getattr(teacher, "path", None), torch.as_tensor(list(times), dtype=torch.float64)
+    low, high = (teacher.sigma_min, teacher.sigma_max) if path is None else (path.t_min, path.t_max)
+    end = 1.0 if path is not None and high <= 1 else high  # pure noise, which its path may only come near to
+    falling = bool(t.isfinite().all()) and all(a > b for a, b in pairwise(t.tolist()))
+    if not (falling and low < t[-1] and t[0] <= end):
+        raise UserError(
+            "--student-times are decreasing times on the noise path of the teacher",
+            got=" ".join(f"{time:g}" for time in times),
+            expected=f"from {end:g} down, all above {low:g}"
+            + ("; this teacher has no path, and they are its noise levels" if path is None else ""),
+        )
+    levels = t if path is None else path.rho(t.clamp(max=high))
+    return tuple(levels.clamp(max=teacher.sigma_max).tolist())

@@ -28,8 +28,9 @@ class Settings(OptimizerSettings):
     num_steps: Count = 1
     """Steps of the student: 1, or more with backward simulation."""
     student_sigma: NotNegative = 5.0
-    """Noise level at which the student starts, in units of sigma_data; 0: the teacher's sigma_max. A copied
-    teacher is a better initialization at a noise level where its predictions still vary."""
+    """Noise level at which the student starts, in units of sigma_data; 0: the teacher's sigma_max, the
+    default for pipelines. A copied teacher is a better initialization at a noise level where its predictions
+    still vary."""
     ema_half_life: NotNegative = 200.0
     """Half-life of the student's EMA, in student updates; 0: no EMA."""
     fit_steps: CountOrNone = 2000
@@ -66,6 +67,13 @@ class NetworkSettings(RoleSettings, Settings):
     accumulate: Count = 1
     """Gradient accumulation: parts of a batch, to save memory. The update is that of the whole batch,
     including its ratio statistics."""
+    student_times: tuple[float, ...] = ()
+    """Times of the student's steps on the teacher's noise path, decreasing: 1 0.75 0.5 0.25 of a flow, 999
+    749 499 249 of a network of 1000 timesteps, noise levels of EDM's. Unset: --num-steps of them."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        return dict.fromkeys(("num_steps", "student_sigma") if self.student_times else (), "--student-times")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +82,31 @@ class GuidedSettings(NetworkSettings):
 
     guidance: Finite = 1.0
     """Classifier-free guidance scale of the teacher; 1 is none."""
+    guidance_interval: tuple[float, ...] = ()
+    """LOW HIGH: guide only where low < sigma <= high, in units of sigma_data; unset: everywhere."""
+    guidance_rescale: Share = 0.0
+    """phi: the guided prediction gets back the standard deviation of the unguided one, by this share, against
+    over-exposure (Lin et al. 2023)."""
+    negative_prompt: str = ""
+    """What guidance leads away from, for teachers with prompts; unset: the null condition."""
+    guidance_range: tuple[float, ...] = ()
+    """LOW HIGH: for networks that receive their guidance scale (Flux), each sample of training receives one
+    from this range; unset: that of the conditioning."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        names = ("guidance_interval", "guidance_rescale", "negative_prompt") if self.guidance == 1 else ()
+        return dict.fromkeys(names, "--guidance 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("guidance_interval", "guidance_range"):
+            ends = getattr(self, name)
+            if ends and not (len(ends) == 2 and 0 <= ends[0] < ends[1]):
+                raise UserError(
+                    f"--{name.replace('_', '-')} takes two numbers, the lower one first",
+                    got=" ".join(f"{end:g}" for end in ends),
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +145,9 @@ class FakeScoreSettings(GuidedSettings):
 class NoiseDistributionSettings(FakeScoreSettings):
     """The fake score and the levels of the comparison."""
 
-    noise_distribution: Literal["karras", "log-normal"] = "karras"
-    """Noise distribution of the score difference, between the two limits: uniform in sigma^(1/rho), or
-    log-normal."""
+    noise_distribution: Literal["auto", "karras", "uniform", "log-normal"] = "auto"
+    """Noise distribution of the score difference, between the two limits: uniform in sigma^(1/rho) (karras),
+    uniform in the time of the teacher's sampler, or log-normal. auto: uniform for pipelines, else karras."""
     fake_score_distribution: Literal["same", "log-normal"] = "same"
     """Noise distribution for fake score and discriminator: that of the score difference, or log-normal over
     the teacher's whole range (SiD)."""
@@ -125,12 +158,12 @@ class NoiseDistributionSettings(FakeScoreSettings):
 
     def idle(self) -> dict[str, str]:
         """The settings of this class that have no effect, each with the others that are the reason."""
-        if self.noise_distribution != "karras":
-            return {"noise_rho": "--noise-distribution log-normal"}
-        if self.fake_score_distribution != "same":
-            return {}
-        reason = "--noise-distribution karras and --fake-score-distribution same"
-        return dict.fromkeys(("noise_mean", "noise_std"), reason)
+        reason = f"--noise-distribution {self.noise_distribution}"
+        idle = {"noise_rho": reason} if self.noise_distribution in ("uniform", "log-normal") else {}
+        if self.noise_distribution != "log-normal" and self.fake_score_distribution == "same":
+            reason += " and --fake-score-distribution same"
+            idle |= dict.fromkeys(("noise_mean", "noise_std"), reason)
+        return idle
 
 
 @dataclass(frozen=True, kw_only=True)

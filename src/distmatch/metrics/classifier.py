@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base import seeds
-from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
-from distmatch.base.files import atomic_json, load_into, load_tensors, read_json, save_tensors
+from distmatch.base.files import atomic_json, cache_folder, load_into, load_tensors, read_json, save_tensors
 from distmatch.base.progress import progress
 from distmatch.metrics.reference import Reference, stratified_order
 from distmatch.nets.layers import channels_and_sides, channels_first, convolution
@@ -131,15 +129,6 @@ def _batch(reference: Reference, indices: Tensor) -> tuple[Tensor, Tensor]:
     return x.detach().float().cpu(), y.cpu()
 
 
-def cache_folder() -> Path:
-    """``$DISTMATCH_CACHE``, else ``$XDG_CACHE_HOME/distmatch``, else ``~/.cache/distmatch``."""
-    own = os.environ.get("DISTMATCH_CACHE")
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "distmatch"
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -183,7 +172,13 @@ def load_or_train(reference: Reference, cache: Path | None = None) -> tuple[Clas
             expected="labels of at least two classes",
             fix="use features='pixels', or give the reference labels",
         )
-    check_count("the number of samples for a classifier", len(labels), 20, fix="use features='pixels'")
+    if len(labels) < 20:
+        raise UserError(
+            "too few samples to train the feature classifier",
+            got=len(labels),
+            expected="at least 20",
+            fix="use features='pixels'",
+        )
     key = hashlib.sha256(f"{RECIPE}/{reference.content_hash}".encode()).hexdigest()[:24]
     stem = (cache or cache_folder()) / f"classifier-{key}"
     with contextlib.suppress(UserError, OSError, KeyError, TypeError, ValueError):

@@ -190,18 +190,21 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def auto_kind(shape: Sequence[int], device: str) -> str:
+def auto_kind(shape: Sequence[int], device: str, *, text: bool = False) -> str:
     """The meaning of ``auto``.
 
     An MLP for vectors and for grey images of at most 8x8 pixels, a U-Net for other images, a DiT for
-    sequences and video; on a CPU the small ones. That is a rule and no timing, so that it is the same on
-    every CPU.
+    sequences, video and samples with captions; on a CPU the small ones. That is a rule and no timing, so
+    that it is the same on every CPU.
 
     Args:
         shape: Shape of one sample.
         device: Type of the device that it is trained on: ``"cpu"``, ``"cuda"``, ...
+        text: Whether the samples have captions.
     """
     shape = check_shape(shape)
+    if text and len(shape) > 1:
+        return SMALL_DIT if device == "cpu" else _DIT
     if len(shape) == 1 or (len(shape) == 3 and shape[0] == 1 and max(shape[1:]) <= 8):
         return _MLP
     small = device == "cpu"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from distmatch.nets.layers import (
     pad_to_multiple,
     zeroed,
 )
+from distmatch.nets.text import CrossAttention, TextEmbedding, TextInput
 
 
 def position_table(grid: Sequence[int], width: int) -> Tensor:
@@ -41,9 +42,12 @@ def position_table(grid: Sequence[int], width: int) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Attention and a perceptron, each scaled, shifted and gated by the embedding; gates start at zero."""
+    """Attention and a perceptron, each scaled, shifted and gated by the embedding; gates start at zero.
 
-    def __init__(self, width: int, heads: int) -> None:
+    With text, attention to it comes between them.
+    """
+
+    def __init__(self, width: int, heads: int, *, text: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.attention = SelfAttention(width, heads)
@@ -51,29 +55,41 @@ class DiTBlock(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
         self.modulation = zeroed(nn.Linear(width, 6 * width))
+        self.to_text = CrossAttention(width, heads) if text else None
 
-    def forward(self, tokens: Tensor, embedding: Tensor) -> Tensor:
-        """Maps tokens (B, N, width) to (B, N, width)."""
+    def forward(self, tokens: Tensor, embedding: Tensor, text: Sequence[Tensor] | None = None) -> Tensor:
+        """Maps tokens (B, N, width) to (B, N, width); ``text`` is its states and their mask."""
         scale_a, shift_a, gate_a, scale_p, shift_p, gate_p = self.modulation(embedding)[:, None].chunk(
             6, dim=2
         )
         tokens = tokens + gate_a * self.attention(modulate(self.norm(tokens), scale_a, shift_a))
+        if self.to_text is not None and text is not None:
+            tokens = tokens + self.to_text(self.norm(tokens), *text)
         return tokens + gate_p * self.perceptron(modulate(self.norm(tokens), scale_p, shift_p))
 
 
 class DiT(nn.Module):
     """The transformer as a network ``net(x, c_noise, labels)`` for sequences, images and video.
 
+    With text it is called as ``net(x, c_noise, labels, text=fields)``: every block attends to the text, and
+    its vector is part of the embedding that scales and shifts.
+
     Args:
         config: Patch, width, depth, heads.
         shape: Shape of one sample: (length, channels), (channels, height, width) or (channels, frames,
             height, width). A patch has one side along all axes; sizes that it does not divide are padded.
         num_classes: Number of classes; 0 without.
+        text: The text that it takes; None without.
+
+    Attributes:
+        text: The embedding of the text; None without.
     """
 
     has_features = True
 
-    def __init__(self, config: DiTConfig, shape: tuple[int, ...], num_classes: int) -> None:
+    def __init__(
+        self, config: DiTConfig, shape: tuple[int, ...], num_classes: int, text: TextInput | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.features = feature_blocks(config.depth)
@@ -83,10 +99,13 @@ class DiT(nn.Module):
         self.conditioning = ConditionEmbedding(num_classes, config.width)
         self.first = nn.Linear(numbers, config.width)
         self.positions = nn.Parameter(position_table(self.grid, config.width))
-        self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(config.width, config.heads, text=text is not None) for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
         self.modulation = zeroed(nn.Linear(config.width, 2 * config.width))
         self.last = zeroed(nn.Linear(config.width, numbers))
+        self.text = None if text is None else TextEmbedding(text, config.width)
 
     def forward(
         self,
@@ -95,18 +114,24 @@ class DiT(nn.Module):
         labels: Tensor | None = None,
         *,
         return_features: ReturnFeatures = False,
+        text: Mapping[str, Tensor] | None = None,
     ) -> Output:
         """Maps ``x`` (B, *shape) and ``c_noise`` (B,) to (B, *shape).
+
+        ``text`` has the fields of :attr:`~distmatch.nets.text.TextInput.spec`; None is the empty prompt.
 
         Features are the tokens at about 1/2 and 3/4 of the depth: of sequences as they are (B, l, width),
         else as maps (B, width, h, w) or (B, width, t, h, w). A pass for ``"only"`` them leaves out the blocks
         behind the last.
         """
-        embedding = self.conditioning(c_noise, labels)
+        states_of_text = vector = None
+        if self.text is not None:
+            *states_of_text, vector = self.text(text or self.text.null_conditioning(len(x)))
+        embedding = self.conditioning(c_noise, labels, vector)
         maps = channels_first(x)
         padded, offset = pad_to_multiple(maps, self.config.patch)
         depth = max(self.features) + 1 if return_features == "only" else len(self.blocks)
-        states = self._states(padded, embedding, depth)
+        states = self._states(padded, embedding, depth, states_of_text)
         features = [self._as_map(states[i]) for i in self.features] if return_features else []
         if return_features == "only":
             return features
@@ -135,11 +160,13 @@ class DiT(nn.Module):
             patches.shape[0], self.channels, *(patch * count for count in self.grid)
         )
 
-    def _states(self, padded: Tensor, embedding: Tensor, depth: int) -> list[Tensor]:
+    def _states(
+        self, padded: Tensor, embedding: Tensor, depth: int, text: list[Tensor] | None
+    ) -> list[Tensor]:
         """The tokens (B, N, width) after each of the first ``depth`` blocks."""
         tokens = self.first(self._cut(padded).to(self.first.weight.dtype)) + self.positions
         states = []
         for block in self.blocks[:depth]:
-            tokens = block(tokens, embedding)
+            tokens = block(tokens, embedding, text)
             states.append(tokens)
         return states

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.conditioning import ConditioningLike, labels_of
+from distmatch.diffusion.conditioning import (
+    Conditioning,
+    ConditioningLike,
+    ConditioningSpec,
+    as_conditioning,
+    check_conditioning,
+    label_spec,
+    null_labels,
+)
 from distmatch.diffusion.denoiser import (
     Output,
     ReturnFeatures,
@@ -17,8 +26,10 @@ from distmatch.diffusion.denoiser import (
     has_features,
     on_prediction,
 )
+from distmatch.diffusion.prompts import PromptEncoder
 from distmatch.diffusion.solvers.sampling import SamplingMixin
 from distmatch.nets.layers import at_least_float32, noise_coordinate
+from distmatch.nets.text import TextEmbedding
 
 
 class EDMDenoiser(SamplingMixin, nn.Module):
@@ -43,11 +54,14 @@ class EDMDenoiser(SamplingMixin, nn.Module):
 
     Attributes:
         jumps: Whether the network takes ``target_sigma``; :func:`distmatch.nets.jump.as_jump` adds it.
+        prompt_encoder: Of a network that takes text, what makes its conditioning of prompts.
 
     Raises:
         UserError: Not ``0 < sigma_min < sigma_max``, ``sigma_data`` or ``noise_unit`` is not positive, or
             ``pfgm_dims`` is negative.
     """
+
+    prompt_encoder: PromptEncoder | None = None
 
     def __init__(
         self,
@@ -91,6 +105,23 @@ class EDMDenoiser(SamplingMixin, nn.Module):
         return self.pfgm_dims == 0
 
     @property
+    def text(self) -> TextEmbedding | None:
+        """The part of the network that embeds text; None where it takes none."""
+        found = getattr(self.net, "text", None)
+        return found if isinstance(found, TextEmbedding) else None
+
+    @property
+    def conditioning_spec(self) -> ConditioningSpec:
+        """The fields that it takes: those of its text, or class labels."""
+        return label_spec(self.num_classes) if self.text is None else self.text.text.spec
+
+    def null_conditioning(self, n: int) -> Conditioning:
+        """The empty prompt or the null label, for ``n`` samples."""
+        if self.text is None:
+            return null_labels(self.conditioning_spec, n)
+        return self.text.null_conditioning(n)
+
+    @property
     def has_features(self) -> bool:
         """Whether the network has features to return."""
         return has_features(self.net)
@@ -104,12 +135,12 @@ class EDMDenoiser(SamplingMixin, nn.Module):
         return_features: ReturnFeatures = False,
         target_sigma: Tensor | None = None,
     ) -> Output:
-        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,); ``conditioning`` (B,) int64, -1 for none.
+        """Denoises ``x`` (B, *shape) at levels ``sigma`` (B,).
 
         Args:
             x: Noised samples.
             sigma: Their levels.
-            conditioning: Their labels.
+            conditioning: Their labels (B,) int64, -1 for none; or their text.
             return_features: Also return the features of the network, in its own dtype, or ``"only"`` them, by
                 a pass that stops at the last of them where the network can.
             target_sigma: Of a network of two levels, the level to jump to, (B,) in [0, sigma]; None is 0, the
@@ -120,7 +151,12 @@ class EDMDenoiser(SamplingMixin, nn.Module):
             with features the pair of it and a list, (B, C) or (B, C, H, W) each.
         """
         inputs, c_noise, c_skip, c_out = self._preconditioned(x, sigma, target_sigma)
-        output = self.net(inputs, c_noise, labels_of(conditioning), **asked(return_features))
+        given = as_conditioning(conditioning)
+        text: dict[str, Any] = {}
+        if self.text is not None and given:
+            check_conditioning(given, len(x), self.conditioning_spec)
+            text = {"text": dict(given)}
+        output = self.net(inputs, c_noise, given.label, **text, **asked(return_features))
         return on_prediction(output, return_features, lambda out: c_skip * x + c_out * out.to(inputs.dtype))
 
     def _preconditioned(

@@ -119,12 +119,13 @@ class ConditionEmbedding(nn.Module):
         layer = nn.Linear(2 * _FREQUENCIES, weight.shape[0], bias=False, device=weight.device)
         self.to_level = zeroed(layer).to(weight.dtype).requires_grad_(weight.requires_grad)
 
-    def forward(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, c_noise: Tensor, labels: Tensor | None, text: Tensor | None = None) -> Tensor:
         """Returns (B, width).
 
         Args:
             c_noise: Noise coordinates (B,), or (B, 2) with that of the level to jump to.
             labels: (B,) int64 with -1 for none, or None for none at all.
+            text: A vector that is added, (B, width).
         """
         if labels is None:
             labels = torch.full(c_noise.shape[:1], self.num_classes, device=c_noise.device)
@@ -139,7 +140,8 @@ class ConditionEmbedding(nn.Module):
         if self.training and self.perturbation is not None:
             named = (labels < self.num_classes)[:, None]
             label = torch.where(named, label + self.perturbation.like(label), label)
-        return F.silu(self.mix(F.silu(noise + label)))
+        mixed = noise + label if text is None else noise + label + text
+        return F.silu(self.mix(F.silu(mixed)))
 
 
 class SelfAttention(nn.Module):

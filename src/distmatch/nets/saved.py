@@ -30,10 +30,13 @@ from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.path_denoiser import PathDenoiser
 from distmatch.nets.split_shortcut import SplitLayer
+from distmatch.nets.text import TextInput
+from distmatch.nets.words import WordEncoder
 
 FORMAT = "distmatch-model"
 VERSION = 1
 UNIT_VERSION = 2  # with a unit of noise levels, which earlier releases would not see
+TEXT_VERSION = 3  # with a text input, which earlier releases cannot build
 EXTRA_TENSORS = "extra.safetensors"
 CARD = "README.md"
 _SIGMAS = ("sigma_data", "sigma_min", "sigma_max")
@@ -72,11 +75,12 @@ def save_model(
     check_model_folder(folder, MODEL_PARTS)
     config = {
         "format": FORMAT,
-        "version": VERSION if denoiser.noise_unit == 1 else UNIT_VERSION,
+        "version": _version(denoiser),
         "net": to_dict(denoiser.net.config),  # type: ignore[arg-type]
         "shape": list(denoiser.shape),
         "num_classes": denoiser.num_classes,
         **edm_values(denoiser),
+        **_text_values(denoiser),
         "extra": dict(extra or {}),
     }
     with atomic_folder(folder) as temporary:
@@ -88,6 +92,22 @@ def save_model(
         atomic_json(temporary / _CONFIG, config)
 
 
+def _version(denoiser: EDMDenoiser) -> int:
+    """The lowest version of the format that describes a denoiser."""
+    if denoiser.text is not None:
+        return TEXT_VERSION
+    return VERSION if denoiser.noise_unit == 1 else UNIT_VERSION
+
+
+def _text_values(denoiser: EDMDenoiser) -> dict[str, Any]:
+    """The entries of a config on the text that a denoiser takes, and on the encoder of its prompts."""
+    if denoiser.text is None:
+        return {}
+    values: dict[str, Any] = {"text": denoiser.text.text.to_dict()}
+    encoder: Any = denoiser.prompt_encoder
+    return values | ({"prompt_encoder": encoder.to_dict()} if encoder is not None else {})
+
+
 def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, Any]]:
     """Reads what :func:`save_model` wrote, on the CPU, in eval mode. No random number is drawn.
 
@@ -95,7 +115,8 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
         folder: A model folder, or a run folder, which holds one as ``model/``.
 
     Returns:
-        The denoiser, and the extra values that were saved with it.
+        The denoiser, and the extra values that were saved with it. A prompt encoder that is no vocabulary is
+        only described, by the value ``prompt_encoder``.
 
     Raises:
         UserError: The model is missing, not a distmatch model, damaged, or a pickle (refused).
@@ -109,14 +130,17 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[EDMDenoiser, dict[str, A
             expected=f"format {FORMAT!r}",
             fix="pass the folder that save_pretrained or a run wrote",
         )
-    check_version(folder, config, (VERSION, UNIT_VERSION))
+    check_version(folder, config, (VERSION, UNIT_VERSION, TEXT_VERSION))
     tensors = load_tensors(folder / _TENSORS)
     denoiser = _described(folder / _CONFIG, config, len(tensors))
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) == 1 and dtypes <= set(WEIGHTS):
         denoiser.to(dtypes.pop())
     load_into(denoiser.net, tensors, str(folder / _TENSORS))
-    return denoiser.eval(), {**extra_values(folder / _CONFIG, config), **extra_tensors(folder)}
+    extra = {**extra_values(folder / _CONFIG, config), **extra_tensors(folder)}
+    if denoiser.prompt_encoder is None and "prompt_encoder" in config:
+        extra["prompt_encoder"] = config["prompt_encoder"]
+    return denoiser.eval(), extra
 
 
 def check_version(folder: Path, config: Mapping[str, Any], known: tuple[int, ...]) -> None:
@@ -241,6 +265,11 @@ def _one_level(config: dict[str, Any], tensors: int) -> EDMDenoiser:
             got=f"{tensors} tensors for a network of {blocks(net_config)} blocks",
             fix="use the config that was saved with the tensors",
         )
+    text = TextInput(**config["text"]) if "text" in config else None
     with torch.device("meta"):
-        net = build_net(net_config, shape, num_classes)
-    return parametrized(net, config)
+        net = build_net(net_config, shape, num_classes, text)
+    denoiser = parametrized(net, config)
+    encoder = config.get("prompt_encoder")
+    if encoder is not None and "words" in encoder:
+        denoiser.prompt_encoder = WordEncoder.from_dict(encoder)
+    return denoiser

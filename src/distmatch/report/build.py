@@ -26,7 +26,7 @@ _PROTOCOL = {
     "k_coverage": "{} nearest neighbors for density and coverage",
     "solver": "the teacher sampled with {}",
     "steps": "{} solver steps",
-    "grid": "levels spaced as {}",
+    "grid": "grid of noise levels: {}",
     "path": "on the noise path {}",
     "guidance": "guidance scale {}",
     "interval": "guided only at noise levels {}",

@@ -34,7 +34,8 @@ def config_text(verb: str, options: Any, without: Collection[str] = ()) -> str:
     values: dict[str, Any] = {}
     for key, value in dataclass_to_dict(options).items():
         if isinstance(value, dict):
-            value = {name: inner for name, inner in value.items() if name not in without}
+            # None is not written, so that a table without values goes too.
+            value = {n: inner for n, inner in value.items() if n not in without and inner is not None}
         if key not in without and value != {}:
             values[key] = value
     return to_toml({"verb": verb, "format": FORMAT, **values})

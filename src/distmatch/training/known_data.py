@@ -11,6 +11,7 @@ from distmatch.data import Dataset, Scaling, load_data
 from distmatch.data.classes import Classes, listed, matched
 from distmatch.data.columns import columns_of
 from distmatch.diffusion.conditioning import spec_of
+from distmatch.diffusion.prompts import prompt_encoder_of
 
 _KEPT = (
     "scaling",
@@ -121,6 +122,14 @@ def seen_by(data: Dataset, about: Mapping[str, Any], num_classes: int, whose: st
         if scaling.kind == "vector" and len(scaling.center) == data.shape[-1]:
             return dataclasses.replace(data, scaling=scaling)
     return data
+
+
+def with_encodings(data: Dataset, model: Any) -> Dataset:
+    """Data with captions as a model is conditioned on them: encoded by its own encoder."""
+    encoder = prompt_encoder_of(model)
+    if encoder is None or not data.captions or set(spec_of(model)) <= data.fields:
+        return data
+    return data.encoded_by(encoder)
 
 
 def check_same_classes(one: Any, other: Any, who: str) -> None:

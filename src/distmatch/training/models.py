@@ -20,7 +20,7 @@ from distmatch.methods.student import Student, student_from
 from distmatch.training.devices import pick_device
 from distmatch.training.known_data import seen_by
 from distmatch.training.sampling import HEUN, SampleResult, Sampling, draw_student, draw_teacher
-from distmatch.training.teachers import open_denoiser
+from distmatch.training.teachers import open_denoiser, takes_no_options
 
 
 @dataclass
@@ -108,13 +108,16 @@ class Model:
         return replace(drawn, x=self.scaling.settled(drawn.x))
 
 
-def open_model(source: str, base: str = "", network: HandedIn | None = None) -> Model:
+def open_model(
+    source: str, base: str = "", network: HandedIn | None = None, options: Mapping[str, Any] | None = None
+) -> Model:
     """A model from a run folder, a model folder, or the name of an exact mixture.
 
     Args:
         source: The folder or name.
         base: Where the base of a student of adapters is; '' looks where it was.
         network: For a model of a network of the user's: see :func:`distmatch.interop.load_denoiser`.
+        options: For a folder of diffusers: see :func:`~distmatch.training.teachers.open_denoiser`.
 
     Raises:
         UserError: There is none.
@@ -122,10 +125,13 @@ def open_model(source: str, base: str = "", network: HandedIn | None = None) -> 
     if base and source in TOY_NAMES:
         raise UserError(f"{source} is a formula without a base", fix="omit --base")
     if source in TOY_NAMES:
+        if options:
+            raise takes_no_options(source, options)
         mixture: GaussianMixture = toy(source)
         return Model(source, None, mixture, Scaling.identity(mixture.shape[0]), source)
     given: dict[str, Any] = {"base": base} if base else {}
     given |= {"network": network} if network is not None else {}
+    given |= options or {}
     denoiser, info = open_denoiser(source, **given)
     data = info.get("data") or {}
     scaling = Scaling.known(data, (decoder_of(denoiser) or denoiser).shape)

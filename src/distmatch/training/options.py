@@ -13,6 +13,7 @@ from distmatch.methods.settings import Settings
 from distmatch.methods.table import find_method, own_divergence
 from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
 from distmatch.nets.optimizer import OptimizerSettings
+from distmatch.training.pipeline_options import PipelineOptions
 from distmatch.training.presets import LAPTOP, find_preset
 
 
@@ -22,7 +23,8 @@ class NetOptions:
 
     net: Literal["auto", "mlp", "unet", "unet-small", "dit", "dit-small"] = "auto"
     """Kind of network; auto: an MLP for vectors and grey 8x8 images, a U-Net for other images, a DiT for
-    sequences and video: unet or dit on an accelerator, unet-small or dit-small on a CPU."""
+    sequences, video and samples with captions: unet or dit on an accelerator, unet-small or dit-small on
+    a CPU."""
     width: int | None = None
     """Hidden units (mlp), channels at full resolution (unet), token size (dit)."""
     depth: int | None = None
@@ -40,7 +42,7 @@ class NetOptions:
     dropout: float | None = None
     """Dropout while training (mlp, unet)."""
 
-    def settled(self, shape: Sequence[int], device: str) -> NetOptions:
+    def settled(self, shape: Sequence[int], device: str, *, text: bool = False) -> NetOptions:
         """The same options with ``auto`` replaced by its value.
 
         A run that is resumed elsewhere, or with other defaults, then keeps its network.
@@ -48,8 +50,9 @@ class NetOptions:
         Args:
             shape: Shape of one sample.
             device: Type of the device that the run begins on.
+            text: Whether the samples have captions.
         """
-        return replace(self, net=auto_kind(shape, device)) if self.net == "auto" else self  # type: ignore[arg-type]
+        return replace(self, net=auto_kind(shape, device, text=text)) if self.net == "auto" else self  # type: ignore[arg-type]
 
     def resolve(self, shape: Sequence[int], device: str) -> NetConfig:
         """The network's config for samples of this shape.
@@ -122,7 +125,10 @@ class TeacherConfig(OptimizerSettings):
     ema_half_life: Positive = 200.0
     """Half-life of the EMA of the weights, in steps. The EMA is saved."""
     label_dropout: Decay = 0.1
-    """Share of labels dropped in training, so that the teacher can be guided; 0 drops none."""
+    """Share of labels or captions dropped in training, so that the teacher can be guided; 0 drops none."""
+    text_encoder: str = ""
+    """A folder with a text encoder of transformers, whose hidden states are the captions; empty: words, with
+    embeddings that are trained too."""
     noise_mean: Finite = -1.2
     """Mean of log sigma in training."""
     noise_std: Positive = 1.2
@@ -186,8 +192,8 @@ class TrainOptions:
     """Options of `distmatch train`."""
 
     data: str = "digits"
-    """digits, moving-digits, fashion_mnist, cifar10, ring8, grid25, skewed2, a folder of images, a .npz, .npy
-    or .csv file (x.csv:one-hot where it has words)."""
+    """digits, moving-digits, captioned-digits, fashion_mnist, cifar10, ring8, grid25, skewed2, a folder of
+    images, a .npz, .npy or .csv file (x.csv:one-hot where it has words)."""
     labels: bool = True
     """Use the labels, when there are any."""
     run: RunOptions = field(default_factory=RunOptions)
@@ -210,6 +216,7 @@ class DistillInputs:
     """The real data, as for train; empty: the data the teacher was trained on."""
     teacher: str = ""
     """A run or model folder, a folder of diffusers, a .pkl of EDM; or ring8, grid25, skewed2 (exact)."""
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     run: RunOptions = field(default_factory=RunOptions)
     net: NetOptions = field(default_factory=NetOptions)
 

@@ -16,6 +16,9 @@ from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.paths.kinetic import kinetic_path_of
 from distmatch.diffusion.paths.specs import KINETIC
 from distmatch.interop import save_denoiser
+from distmatch.interop.text_encoder import TextEncoder
+from distmatch.nets.text import TextInput
+from distmatch.nets.words import WordEncoder
 from distmatch.nets.work import network_work
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.known_data import describe_data, few_samples, remember
@@ -47,10 +50,11 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     run = options.run
     device = pick_device(run.device)
     data = load_data(options.data, labels=options.labels) if data is None else data
-    sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
-    chosen = options.net.settled(data.shape, device.type)
-    larger = _larger(chosen, data) if options.net.net == "auto" else None
+    chosen = options.net.settled(data.shape, device.type, text=bool(data.captions))
+    data, text = _with_text(data, chosen, options.teacher.text_encoder)
+    larger = _larger(chosen, data, text) if options.net.net == "auto" else None
     options = replace(options, net=chosen)
+    sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
     method = TeacherTraining(
         config=options.teacher,
         net=chosen.resolve(data.shape, device.type),
@@ -61,6 +65,8 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
         device=device,
         bf16=run.precision == "bf16",
         path=_fitted_path(options.teacher, noisy, run.seed),
+        text=text,
+        prompt_encoder=data.prompt_encoder,
     )
     state = method.init(run.seed)
     if run.compile:
@@ -92,7 +98,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
             "prediction": method.objective.prediction,
             **({"larger_net": larger} if larger else {}),
         },
-        warnings=[*few_samples(data, run.batch), *_left_out(data), *method.warnings],
+        warnings=[*few_samples(data, run.batch), *([] if text else _left_out(data)), *method.warnings],
         result=result,
         save=lambda folder, model: save_denoiser(folder, model, extra),
         remarks=[_remark(larger)] if larger else [],
@@ -100,21 +106,51 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     )
 
 
+def _with_text(data: Dataset, net: NetOptions, folder: str) -> tuple[Dataset, TextInput | None]:
+    """The data with encoded captions, without labels, and what of them a network takes as its text.
+
+    Data without captions come back as they are, and so do all data for networks that take no text.
+
+    Args:
+        data: The data.
+        net: The network.
+        folder: A text encoder; '' for word tokens.
+
+    Raises:
+        UserError: A text encoder that cannot be used, or that nothing would be encoded by.
+    """
+    if not data.captions or net.net not in ("dit", "dit-small"):
+        if folder:
+            raise UserError(
+                "--text-encoder encodes captions for a dit",
+                got=f"a {net.net} and {data.name}, {'with' if data.captions else 'without'} captions",
+                fix="leave it out, or use --net dit and data with captions",
+            )
+        return data, None
+    data = replace(data, labels=None, class_names=())
+    if folder:
+        chosen = TextEncoder.of(folder, data.captions)
+        return data.encoded_by(chosen), TextInput(chosen.length, size=chosen.size)
+    if data.prompt_encoder is None:
+        data = data.encoded_by(WordEncoder.of(data.captions))
+    encoder: Any = data.prompt_encoder
+    return data, TextInput(encoder.length, tokens=len(encoder.words) + 1)
+
+
 def _left_out(data: Dataset) -> list[str]:
-    """A warning about conditioning that the built-in networks do not take."""
+    """A warning about conditioning that the network does not take."""
     names = ", ".join(sorted(data.conditions))
-    return (
-        [f"the built-in networks take class labels only: {names} of these data is not used"] if names else []
-    )
+    others = "take captions, a dit, and class labels only"
+    return [f"the built-in networks {others}: {names} of these data is not used"] if names else []
 
 
-def _larger(chosen: NetOptions, data: Dataset) -> dict[str, Any] | None:
+def _larger(chosen: NetOptions, data: Dataset, text: TextInput | None) -> dict[str, Any] | None:
     """The network that an accelerator would have by default, where another one was chosen for a CPU."""
     shape, classes = data.shape, data.num_classes
-    nets = (chosen, replace(chosen, net="auto").settled(shape, "cuda"))
+    nets = (chosen, replace(chosen, net="auto").settled(shape, "cuda", text=text is not None))
     if nets[0] == nets[1]:
         return None
-    small, large = (network_work(net.resolve(shape, "cpu"), shape, classes) for net in nets)
+    small, large = (network_work(net.resolve(shape, "cpu"), shape, classes, text) for net in nets)
     times = round(large[1] / small[1], 1)
     return {
         "net": nets[1].net,

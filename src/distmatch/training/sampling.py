@@ -18,7 +18,7 @@ from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance import CallCounter, guided, require_null_class
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.paths.specs import parse_path
-from distmatch.diffusion.solvers import find_solver, grid, sample_teacher, snap_grid
+from distmatch.diffusion.solvers import default_grid, find_solver, grid, sample_teacher, snap_grid
 from distmatch.interop import decode_samples
 from distmatch.methods.student import Student
 from distmatch.training.known_data import check_same_classes
@@ -34,7 +34,7 @@ class Sampling:
     Attributes:
         solver: Name of a solver, with options after colons.
         steps: Steps of the grid.
-        grid: Kind of grid.
+        grid: Kind of grid; auto is that of the teacher's own sampler, ``karras`` for most.
         path: Name of the noise path for solvers and grids that work in its time, with options after a colon;
             '' takes the teacher's own, or that of DEIS, ``vp``, for a teacher without one.
         guidance: Guidance scale; 1 is none.
@@ -44,7 +44,7 @@ class Sampling:
 
     solver: str = "heun"
     steps: int = 18
-    grid: str = "karras"
+    grid: str = "auto"
     path: str = ""
     guidance: float = 1.0
     interval: tuple[float, float] | None = None
@@ -70,7 +70,10 @@ class Sampling:
             UserError: Unknown names, or fewer steps than the solver needs.
         """
         path = self.path_for(teacher)
-        levels = grid(self.grid, self.steps, teacher.sigma_min, teacher.sigma_max, path=path)
+        if self.grid == "auto":
+            levels = default_grid(teacher, self.steps)
+        else:
+            levels = grid(self.grid, self.steps, teacher.sigma_min, teacher.sigma_max, path=path)
         if isinstance(teacher, PredictionDenoiser) and teacher.levels == "snap":
             levels = snap_grid(levels, teacher.path)
         return levels

@@ -17,6 +17,7 @@ from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import for_model, null_conditioning
 from distmatch.diffusion.paths.core import NoisePath, check_prior
 from distmatch.diffusion.pfgm import student_t
+from distmatch.diffusion.prompts import PromptEncoder
 from distmatch.losses import uncertainty_loss
 from distmatch.nets.build import build_net
 from distmatch.nets.config import NetConfig
@@ -24,6 +25,7 @@ from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.layers import ConditionEmbedding, Perturbation
 from distmatch.nets.optim import adam, scheduled_step
+from distmatch.nets.text import TextInput
 from distmatch.nets.training_state import TrainingState
 from distmatch.nets.uncertainty import LearnedUncertainty
 from distmatch.training.objective import Objective, build_objective, denoiser_loss
@@ -62,6 +64,8 @@ class TeacherTraining:
         device: Device of the network.
         bf16: Whether the network runs under bfloat16 autocast.
         path: A noise path to use instead of the one that the config names.
+        text: The text that the network takes; None without.
+        prompt_encoder: What makes it of prompts; the teacher keeps it.
 
     Raises:
         UserError: The choices in the config do not go together.
@@ -76,6 +80,8 @@ class TeacherTraining:
     device: torch.device
     bf16: bool = False
     path: NoisePath | None = None
+    text: TextInput | None = None
+    prompt_encoder: PromptEncoder | None = None
     objective: Objective = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,10 +91,11 @@ class TeacherTraining:
                 "--condition-noise perturbs label embeddings, and there are no labels",
                 fix="leave it out, or train on labeled data",
             )
-        if cfg.label_dropout not in (0, TeacherConfig.label_dropout) and self.num_classes == 0:
+        conditional = self.num_classes > 0 or self.text is not None
+        if cfg.label_dropout not in (0, TeacherConfig.label_dropout) and not conditional:
             raise UserError(
-                "--label-dropout drops labels, and there are none",
-                fix="leave it out, or train on labeled data",
+                "--label-dropout drops labels and captions, and there are none",
+                fix="leave it out, or train on data with labels or captions",
             )
         sigma_data = math.hypot(cfg.sigma_data or self.sigma_data, cfg.instance_noise)
         self.objective = build_objective(cfg, sigma_data, self.path)
@@ -108,12 +115,15 @@ class TeacherTraining:
         cfg = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "network"))
-            net = build_net(self.net, self.shape, self.num_classes)
+            net = build_net(self.net, self.shape, self.num_classes, self.text)
         if cfg.condition_noise > 0:
             for part in net.modules():
                 if isinstance(part, ConditionEmbedding):
                     part.perturbation = Perturbation(cfg.condition_noise, cfg.condition_noise_kind)
         denoiser = self.objective.denoiser(net, self.shape, self.num_classes).to(self.device)
+        if denoiser.text is not None and self.prompt_encoder is not None:
+            denoiser.prompt_encoder = self.prompt_encoder
+            denoiser.text.set_null(self.prompt_encoder.encode([""]))
         optimizer = adam(denoiser.parameters(), cfg)
         uncertainty = None
         if cfg.learned_uncertainty:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def open_denoiser(source: str | os.PathLike[str], **options: Any) -> tuple[Any, 
     denoiser, info = _opened(Path(source), **options)
     # Adapters on it keep where it was, where all that it was loaded with can be kept.
     kept = {name: os.fspath(v) if isinstance(v, Path) else v for name, v in options.items()}
-    if all(isinstance(value, (str, int, float, bool)) for name, value in kept.items() if name != "network"):
+    plain = all(isinstance(v, (str, int, float, bool)) for name, v in kept.items() if name != "network")
+    if (
+        plain and getattr(denoiser, "loaded_from", None) is None
+    ):  # a student of a pipeline keeps its teacher's
         kept.pop("network", None)
         denoiser.loaded_from = (os.path.abspath(source), kept)
     return denoiser, info
@@ -65,11 +69,7 @@ def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
         compared = getattr(teacher, "conversion", None)
         return teacher, {"kind": "teacher", "conversion": str(compared) if compared else "not compared"}
     if options:
-        raise UserError(
-            "these options are for folders of diffusers",
-            got=f"{', '.join(options)} for {path}",
-            fix="omit them: other models do not need them",
-        )
+        raise takes_no_options(path, options)
     if is_network_pickle(path):
         teacher, info = read_edm(path)
         return teacher, {"kind": "teacher", "conversion": _UNCOMPARED, **info}
@@ -99,6 +99,15 @@ def _refuse_unfinished(path: Path) -> None:
         )
 
 
+def takes_no_options(source: str | os.PathLike[str], options: Mapping[str, Any]) -> UserError:
+    """The error for options of a folder of diffusers with a model that is none."""
+    return UserError(
+        "these options are for folders of diffusers",
+        got=f"{', '.join(options)} for {source}",
+        fix="omit them: other models do not need them",
+    )
+
+
 def open_teacher(source: str | os.PathLike[str], **options: Any) -> tuple[Denoiser, dict[str, Any]]:
     """A teacher from anything that :func:`open_denoiser` reads, or the exact one of a toy distribution.
 
@@ -109,6 +118,8 @@ def open_teacher(source: str | os.PathLike[str], **options: Any) -> tuple[Denois
         UserError: There is none, or it is a student.
     """
     if str(source) in TOY_NAMES:
+        if options:
+            raise takes_no_options(source, options)
         return toy(str(source)), {"kind": "teacher", "data": {"spec": str(source)}}
     denoiser, info = open_denoiser(source, **options)
     if info.get("kind") == "student":

@@ -194,7 +194,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "other classes": lambda: Guided(TEACHER, 2.0, reference=PAIR),
     "has other classes": lambda: Guided(PLAIN, 2.0, reference=TEACHER),
     "no effect at guidance scale 1": lambda: guided(TEACHER, 1.0, interval=(0.1, 1.0)),
-    "negative conditioning has no effect": lambda: guided(TEACHER, 1.0, reference=WEAK),
+    "rescaling has no effect": lambda: guided(TEACHER, 1.0, reference=WEAK),
     "two classes or more": lambda: GradientFree(PLAIN, logits, 2.0),
     "receives another class": lambda: GradientFree(TEACHER, logits, 2.0, reference=PLAIN),
     "must be a fixed function": lambda: GradientFree(TEACHER, torch.nn.Dropout(0.1), 2.0),

@@ -16,6 +16,7 @@ from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.solvers import find_solver
 from distmatch.nets.build import build_net
+from distmatch.nets.text import TextInput
 from distmatch.training.options import TrainOptions
 from distmatch.training.sampling import draw_teacher
 
@@ -113,6 +114,7 @@ def test_an_interval_pays_for_itself_alone(pictures: ModuleType) -> None:
 TEACHERS = {
     "fashion_mnist": ((1, 28, 28), "solvers-and-guidance.md"),
     "moving_digits": ((1, 8, 8, 8), "video.md"),
+    "captioned_digits": ((3, 8, 16), "text-to-image.md"),
 }
 
 
@@ -123,6 +125,8 @@ def test_recipes_of_teachers_are_configs() -> None:
         options = options_from(TrainOptions, recipes[name], "train")
         assert recipes[name].name in (ROOT / "docs" / page).read_text()
         assert options.data.replace("-", "_") == name
-        net = build_net(options.net.resolve(shape, "cpu"), shape, 10)
+        captions = options.data == "captioned-digits"
+        text = TextInput(8, tokens=26) if captions else None
+        net = build_net(options.net.resolve(shape, "cpu"), shape, 0 if captions else 10, text)
         count = sum(p.numel() for p in net.parameters())
         assert f"{count / 1e6:.2f} million" in recipes[name].read_text()

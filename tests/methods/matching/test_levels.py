@@ -116,7 +116,7 @@ def test_without_a_choice_both_are_as_they_were() -> None:
     [
         (
             {"noise_mean": 0.3},
-            "--noise-mean does nothing with --noise-distribution karras and --fake-score-distribution same",
+            "--noise-mean does nothing with --noise-distribution auto and --fake-score-distribution same",
         ),
         ({"noise_std": 0.3}, "--noise-std does nothing"),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,10 +20,12 @@ from distmatch.diffusion.conditioning import (
     null_conditioning,
     spec_of,
 )
-from distmatch.diffusion.denoiser import Denoiser, has_score
+from distmatch.diffusion.denoiser import Denoiser, expand, has_score
 from distmatch.diffusion.guidance.base import Features, Guidance, Pass, Where, checked_scale
 from distmatch.diffusion.latents import require_same_samples
+from distmatch.diffusion.paths import noise_path
 from distmatch.diffusion.pfgm import pfgm_dims
+from distmatch.diffusion.predictions import PREDICTIONS, convert
 from distmatch.diffusion.wrapper import Calls, cost_of
 
 
@@ -44,6 +48,10 @@ class Guided(Guidance):
         interval: (low, high): guide where low < sigma <= high only (Kynkaanniemi et al. 2024).
         negative: What to lead away from in place of no condition, such as a negative prompt: a label (1,) or
             a conditioning of one row, the same for all samples.
+        rescale: phi in [0, 1] of Lin et al. (2023, arXiv 2305.08891, section 3.4), against over-exposure at
+            large scales: the guided prediction of the network is multiplied by 1 - phi + phi std(main) /
+            std(guided), with the standard deviations over each sample. As it is not linear, it depends on
+            what the network predicts: eps, v or flow, or x0 where that is not known.
 
     Raises:
         UserError: No classes and no reference, models that do not fit together, a bad scale or interval.
@@ -57,9 +65,13 @@ class Guided(Guidance):
         reference: Denoiser | None = None,
         interval: tuple[float, float] | None = None,
         negative: ConditioningLike = None,
+        rescale: float = 0.0,
     ) -> None:
         super().__init__(inner, interval)
         self.scale = checked_scale(scale)
+        if not 0 <= rescale <= 1:
+            raise UserError("the rescaling of a guidance must be in [0, 1]", got=rescale)
+        self.rescale = rescale
         self.reference = reference
         self.negative = as_conditioning(negative)
         check_conditioning(self.negative, 1, spec_of(inner if reference is None else reference))
@@ -97,7 +109,7 @@ class Guided(Guidance):
         conditioning = conditioning or null_conditioning(self.inner, len(x), x.device)
         both, features = forward(torch.cat([x, x]), torch.cat([sigma, sigma]), cat([conditioning, away]))
         main, reference = both.chunk(2)
-        return main, self._mix(main, reference), [f[: len(x)] for f in features]
+        return main, self._mix(main, reference, x, sigma), [f[: len(x)] for f in features]
 
     def _away_from(self, n: int, device: torch.device) -> Conditioning:
         """What predictions are led away from: the negative conditioning, or none at all."""
@@ -109,10 +121,24 @@ class Guided(Guidance):
         if self.reference is None:
             return main
         cond = self._away_from(len(x), x.device) if self.negative else conditioning
-        return self._mix(main, self.reference(x, sigma, for_model(self.reference, cond)))
+        return self._mix(main, self.reference(x, sigma, for_model(self.reference, cond)), x, sigma)
 
-    def _mix(self, main: Tensor, reference: Tensor) -> Tensor:
-        return reference + self.scale * (main - reference)
+    def _mix(self, main: Tensor, reference: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        guided = reference + self.scale * (main - reference)
+        if self.rescale == 0:
+            return guided
+        own: Any = self.inner
+        while not hasattr(own, "prediction") and hasattr(own, "inner"):
+            own = own.inner
+        if (kind := getattr(own, "prediction", "x0")) not in PREDICTIONS:
+            kind = "x0"
+        path = noise_path(getattr(own, "path", None) or "edm")
+        c = path.coefficients(path.t_of_rho(sigma))
+        noised = expand(c.alpha, x).to(x.dtype) * x
+        plain, strong = (convert(d, "x0", kind, noised, c) for d in (main, guided))
+        spread = [value.flatten(1).std(1) for value in (plain, strong)]
+        factor = 1 - self.rescale + self.rescale * spread[0] / spread[1].clamp_min(torch.finfo(x.dtype).tiny)
+        return convert(expand(factor, x) * strong, kind, "x0", noised, c)
 
     def _cost(self, inner: Calls, sigma: Tensor, conditioning: Conditioning) -> Calls:
         if self.reference is None:
@@ -127,6 +153,7 @@ def guided(
     interval: tuple[float, float] | None = None,
     reference: Denoiser | None = None,
     negative: ConditioningLike = None,
+    rescale: float = 0.0,
 ) -> Denoiser:
     """The denoiser with the requested guidance, or unchanged at scale 1.
 
@@ -136,16 +163,20 @@ def guided(
         interval: (low, high): guide where low < sigma <= high only.
         reference: A weaker model for autoguidance; None is classifier-free guidance.
         negative: What to lead away from; None is no condition.
+        rescale: As for :class:`Guided`.
 
     Raises:
-        UserError: As :class:`Guided`; or an interval, a reference or a negative condition at scale 1, where
-            they do nothing.
+        UserError: As :class:`Guided`; or an interval, a reference, a negative condition or a rescaling at
+            scale 1, where they do nothing.
     """
     if checked_scale(scale) != 1:
-        return Guided(denoiser, scale, reference=reference, interval=interval, negative=negative)
-    if interval is not None or reference is not None or negative is not None:
+        return Guided(
+            denoiser, scale, reference=reference, interval=interval, negative=negative, rescale=rescale
+        )
+    if interval is not None or reference is not None or negative is not None or rescale:
         raise UserError(
-            "an interval, a reference or a negative conditioning has no effect at guidance scale 1",
+            "an interval, a reference, a negative conditioning or a rescaling has no effect at guidance "
+            "scale 1",
             fix="give a scale too, for example --guidance 2",
         )
     return denoiser

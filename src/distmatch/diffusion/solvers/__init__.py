@@ -1,7 +1,7 @@
 """Samplers for any denoiser on any grid of noise levels: ``solve`` and what it takes."""
 
 from distmatch.diffusion.solvers.adaptive import RK45
-from distmatch.diffusion.solvers.grids import GRIDS, grid, snap_grid
+from distmatch.diffusion.solvers.grids import GRIDS, default_grid, grid, snap_grid
 from distmatch.diffusion.solvers.momentum import GHVB, HeavyBall
 from distmatch.diffusion.solvers.multistep import IPNDM, Adams, DPMpp
 from distmatch.diffusion.solvers.names import ALIASES, SOLVERS, find_solver
@@ -38,6 +38,7 @@ __all__ = [
     "Solution",
     "Solver",
     "UniPC",
+    "default_grid",
     "find_solver",
     "grid",
     "sample_teacher",

@@ -9,16 +9,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_batch, check_count, check_finite
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import initial_noise
-from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, conditioning_for
+from distmatch.diffusion.conditioning import (
+    Conditioning,
+    ConditioningLike,
+    as_conditioning,
+    check_conditioning,
+    spec_of,
+)
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.pfgm import start_noise
-from distmatch.diffusion.solvers.grids import checked_levels
-from distmatch.diffusion.solvers.grids import grid as make_grid
+from distmatch.diffusion.solvers.grids import checked_levels, default_grid
 from distmatch.diffusion.solvers.names import find_solver
 from distmatch.diffusion.solvers.run import Run, Solver
 from distmatch.diffusion.wrapper import CallCounter, at_step, regime_of
@@ -80,7 +84,8 @@ def solve(
     chosen = find_solver(solver)
     levels = checked_levels(grid, stochastic=chosen.stochastic)
     _check(denoiser, y, chosen, solver, levels, noise)
-    conditioning = conditioning_for(denoiser, conditioning, len(y))
+    conditioning = as_conditioning(conditioning)
+    check_conditioning(conditioning, len(y), spec_of(denoiser))
     counter = denoiser if isinstance(denoiser, CallCounter) else CallCounter(denoiser)
     calls_before = counter.calls
     work = torch.float32 if y.device.type == "mps" else torch.float64
@@ -132,16 +137,21 @@ def _restarts(denoiser: Denoiser, levels: tuple[float, ...], conditioning: Condi
     return frozenset(k for k in range(1, len(regimes)) if regimes[k] != regimes[k - 1])
 
 
-def check_start(y: Tensor, shape: Sequence[int]) -> None:
-    """Refuses a start of another shape, and one that holds NaN or infinity, which no solver would get rid of.
+def require_finite(y: Tensor) -> None:
+    """Refuses a start that holds NaN or infinity, which no solver would get rid of. It waits for the device.
 
-    It waits for the device. Tensors on the meta device have no values, and pass.
+    Tensors on the meta device have no values, and pass.
 
     Raises:
-        UserError: With the shapes, or with how many samples are not finite.
+        UserError: With how many samples do.
     """
-    check_batch("the samples at the start of a solve", y, shape)
-    check_finite("the samples at the start of a solve", y, fix="draw them as grid[0] * torch.randn(...)")
+    bad = 0 if y.is_meta else int((~y.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise UserError(
+            "the start of a solve is not finite",
+            got=f"NaN or infinity in {bad} of {len(y)} samples",
+            fix="draw it as grid[0] * torch.randn(...), or check how it was computed",
+        )
 
 
 def _check(
@@ -153,7 +163,13 @@ def _check(
     noise: SampleNoise | None,
 ) -> None:
     """Refuses what does not go together."""
-    check_start(y, denoiser.shape)
+    if not y.is_floating_point() or tuple(y.shape[1:]) != tuple(denoiser.shape):
+        raise UserError(
+            "the start of a solve has the wrong shape or dtype",
+            got=f"{tuple(y.shape)}, {y.dtype}",
+            expected=f"(B, {', '.join(map(str, denoiser.shape))}), floating point",
+        )
+    require_finite(y)
     if len(levels) - 1 < chosen.least_steps:
         raise UserError(
             f"the solver {asked} needs at least {chosen.least_steps} steps",
@@ -168,7 +184,12 @@ def _check(
             f"the solver {asked} draws noise and received none",
             fix="pass noise=SampleNoise(seed, torch.arange(len(y)), denoiser.shape, y.device)",
         )
-    noise.check(y)
+    if len(noise) != len(y) or tuple(noise.shape) != tuple(denoiser.shape):
+        raise UserError(
+            "the noise is not for this batch",
+            got=f"{len(noise)} samples of shape {tuple(noise.shape)}",
+            expected=f"{len(y)} of shape {tuple(denoiser.shape)}",
+        )
 
 
 def sample_teacher(
@@ -185,7 +206,7 @@ def sample_teacher(
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Draws samples from a teacher, by default with Heun's method on the EDM grid.
+    """Draws samples from a teacher, by default with Heun's method on its own grid, EDM's for most.
 
     The initial noise and later noise of sample i depend only on the seed and i, not on ``batch``.
 
@@ -208,11 +229,14 @@ def sample_teacher(
     Raises:
         UserError: A negative number of samples, an empty batch, or what :func:`solve` refuses.
     """
-    check_count("n", n, 0)
-    check_count("batch", batch)
-    conditioning = conditioning_for(denoiser, conditioning, n)
+    if n < 0 or batch < 1:
+        raise UserError(
+            "there must be 0 samples or more, and at least 1 at a time", got=f"n={n}, batch={batch}"
+        )
+    conditioning = as_conditioning(conditioning)
+    check_conditioning(conditioning, n, spec_of(denoiser))
     chosen = find_solver(solver)
-    levels = make_grid("karras", steps, denoiser.sigma_min, denoiser.sigma_max) if grid is None else grid
+    levels = default_grid(denoiser, steps) if grid is None else grid
     first = checked_levels(levels, stochastic=True)[0]
     latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed), seed)
     out = []

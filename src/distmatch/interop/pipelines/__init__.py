@@ -1,13 +1,16 @@
 """Pipelines of diffusers as teachers: what a pipeline does with its network is traced, not programmed."""
 
+import inspect
 import os
 from typing import Any
 
+from distmatch.base.errors import UserError
 from distmatch.interop.diffusers_teacher import load_diffusers
+from distmatch.interop.pipelines.export import export_lora, export_pipeline
 from distmatch.interop.pipelines.loading import needs_tracing
 from distmatch.interop.pipelines.teacher import load_pipeline
 
-__all__ = ["load_folder", "load_pipeline", "needs_tracing"]
+__all__ = ["export_lora", "export_pipeline", "load_folder", "load_pipeline", "needs_tracing"]
 
 
 def load_folder(folder: str | os.PathLike[str], **options: Any) -> Any:
@@ -21,4 +24,14 @@ def load_folder(folder: str | os.PathLike[str], **options: Any) -> Any:
     Raises:
         UserError: It cannot be used.
     """
-    return load_pipeline(folder, **options) if needs_tracing(folder) else load_diffusers(folder, **options)
+    if needs_tracing(folder):
+        return load_pipeline(folder, **options)
+    known = inspect.signature(load_diffusers).parameters
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(
+            "these options are for pipelines that are conditioned on text",
+            got=f"{', '.join(unknown)} for {folder}",
+            expected=f"at most {', '.join(list(known)[1:])}",
+            fix="omit them",
+        )
+    return load_diffusers(folder, **options)

@@ -14,7 +14,9 @@ from distmatch.interop.diffusers_schedule import FLOW, SCHEDULERS, Schedule, dis
 from distmatch.interop.pipelines.contract import TimeMap
 from distmatch.interop.pipelines.trace import Call, Trace
 
-_END = 1e-6  # how near to pure noise a flow is followed: its samplers begin there
+# How near to pure noise a flow is followed. Its own schedulers begin at t = 1, which is this in float32;
+# others begin at 1 - 1e-6, and round the time that belongs to it down.
+_END, _OTHER_END = 1e-8, 1e-6
 _EXACT = 1e-4  # relative, of a step that is fitted
 
 
@@ -29,7 +31,8 @@ def schedule_of(scheduler: Any) -> Schedule:
         if config.get("invert_sigmas"):
             raise UserError("schedulers with invert_sigmas are not read", fix="use dm.as_denoiser")
         steps = float(config.num_train_timesteps)
-        return Schedule("flow", condot(t_min=1 / steps, t_max=1 - _END), "flow")
+        end = _END if name in FLOW else _OTHER_END
+        return Schedule("flow", condot(t_min=1 / steps, t_max=1 - end), "flow")
     known = name in SCHEDULERS or getattr(scheduler, "alphas_cumprod", None) is None
     found = read_schedule(scheduler) if known else discrete_schedule(scheduler, config)
     if found.path is None:

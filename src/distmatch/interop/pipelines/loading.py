@@ -58,7 +58,7 @@ def load_parts(root: Path) -> tuple[Any, str]:
     if len(networks) != 1 or others:
         found = ", ".join([*networks, *others]) or "none"
         raise _refused(root, f"networks: {found}", f"one denoising network: {' or '.join(NETWORKS)}")
-    with _quiet() as diffusers:
+    with quiet() as diffusers:
         kind = _class(diffusers, index.get("_class_name"), diffusers.DiffusionPipeline, root / INDEX)
         # All are checked before any is loaded.
         kinds = {name: _checked(root, name, index[name]) for name in sorted(names)}
@@ -82,6 +82,18 @@ def load_parts(root: Path) -> tuple[Any, str]:
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     return pipeline, networks[0]
+
+
+def load_text_encoder(root: Path, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """One text encoder of a pipeline, frozen, on the CPU.
+
+    Raises:
+        UserError: As for :func:`load_parts`.
+    """
+    with quiet():
+        kind = _checked(root, name, parts_of(root)[0][name])
+        found: torch.nn.Module = _text_encoder(kind, root / name).to(dtype).eval().requires_grad_(False)
+    return found
 
 
 def _checked(root: Path, name: str, entry: Any) -> Any:
@@ -184,7 +196,7 @@ def _refused(root: Path, got: str, expected: str) -> UserError:
 
 
 @contextmanager
-def _quiet() -> Iterator[Any]:
+def quiet() -> Iterator[Any]:
     """The package diffusers, without the bars and the warnings on missing packages of both libraries."""
     libraries = [import_diffusers(), _TRANSFORMERS.load()]
     logs = [library.utils.logging for library in libraries]

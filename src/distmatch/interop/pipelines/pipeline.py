@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +15,22 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.base.stack import caller_level
 from distmatch.diffusion.conditioning import Conditioning, cat
 from distmatch.interop.diffusers_schedule import Schedule
 from distmatch.interop.optional import import_diffusers
 from distmatch.interop.pipelines.contract import Contract, TimeMap, fit_contract
 from distmatch.interop.pipelines.levels import schedule_of, shift_of, time_map
-from distmatch.interop.pipelines.trace import Prompts, Trace, Tracer, replaced
+from distmatch.interop.pipelines.tail import Tail, trace_tail
+from distmatch.interop.pipelines.text_parts import (
+    Recorded,
+    Truncated,
+    loaded_again,
+    text_modules,
+    truncation,
+    truncation_warnings,
+)
+from distmatch.interop.pipelines.trace import Prompts, Reached, Trace, Tracer, replaced
 
 _MOST = 64  # prompts that are encoded at a time
 
@@ -34,6 +46,7 @@ class Pipeline:
         times: The network's time as a function of the path's.
         shift: The shift of its noise levels at this resolution; None without one.
         null: The prompt that stands for "no condition".
+        folder: Where it was loaded from.
         shape: Shape of one decoded sample: (channels, height, width), or (channels, frames, height, width).
     """
 
@@ -50,6 +63,8 @@ class Pipeline:
         )
         self.shift = shift_of(scheduler, traces[0]) if self.schedule.family == "flow" else None
         self.null = null
+        self.folder: Path | None = None
+        self._freed: dict[str, torch.dtype] = {}
         self._output = (traces[0].calls[0].output, len(traces[0].prompts))
         self.shape = tuple(self.decode(torch.zeros(1, *self.contract.shape)).shape[1:])
 
@@ -63,6 +78,9 @@ class Pipeline:
 
         The weights of the denoising network, of the autoencoder and of the scheduler do not matter.
         """
+        return self._fingerprint()
+
+    def _fingerprint(self) -> str:
         parts = self.tracer.pipeline.components
         digest = hashlib.sha256(repr((type(self.tracer.pipeline).__name__, self.tokens)).encode())
         digest.update(
@@ -81,23 +99,67 @@ class Pipeline:
                 digest.update(repr((sorted(part.get_vocab().items()), part.model_max_length)).encode())
         return digest.hexdigest()
 
-    def encode(self, prompts: Prompts) -> Conditioning:
+    def free_text_encoders(self) -> None:
+        """Frees the memory of the text encoders; a prompt that is encoded later loads them again.
+
+        Decoding, the grid and the null conditioning need none.
+
+        Raises:
+            UserError: The pipeline encodes prompts in another way than others do.
+        """
+        pipeline = self.tracer.pipeline
+        modules = text_modules(pipeline)
+        if not modules or self._freed or self.folder is None:
+            return
+        self.fingerprint  # noqa: B018  # which needs their weights
+        self.tracer.recorded = Recorded(pipeline, lambda n: self.tracer.arguments([""] * n))
+        self._freed = {name: next(part.parameters()).dtype for name, part in modules.items()}
+        for name in modules:
+            object.__setattr__(pipeline, name, None)  # not by its own, which changes its config
+
+    def _with_text_encoders(self) -> None:
+        """Loads text encoders again that were freed.
+
+        Raises:
+            UserError: They are not in the folder any more, or others are.
+        """
+        if not self._freed or self.folder is None:
+            return
+        for name, part in loaded_again(self.folder, self._freed).items():
+            object.__setattr__(self.tracer.pipeline, name, part)
+        self.tracer.recorded, self._freed = None, {}
+        if self._fingerprint() != self.fingerprint:
+            raise UserError(
+                f"{self.folder} has changed since the pipeline was loaded",
+                got="other text encoders",
+                fix="load the teacher again",
+            )
+
+    def encode(self, prompts: Prompts, *, truncated: Truncated | None = None) -> Conditioning:
         """Prompts (or class labels) as what the network receives for them, one row each.
 
         The pipeline's own encoding runs, up to the first call of its network.
 
         Args:
             prompts: Texts, or class labels for a pipeline of classes.
+            truncated: Receives which prompts are cut off, by tokenizer; None warns of them.
 
         Raises:
             UserError: No prompts, or prompts that are encoded to different lengths when there are many.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise UserError("prompts are given as a list of one or more", got=repr(prompts)[:80])
-        parts = [
-            self.fitted(self.contract.conditioning(self.tracer.arguments(prompts[i : i + _MOST])))
-            for i in range(0, len(prompts), _MOST)
-        ]
+        if any(prompts):
+            self._with_text_encoders()
+        parts, cut = [], truncated if truncated is not None else {}
+        for begin in range(0, len(prompts), _MOST):
+            with truncation(self.tracer.pipeline) as found:
+                arguments = self.tracer.arguments(prompts[begin : begin + _MOST])
+            parts.append(self.fitted(self.contract.conditioning(arguments)))
+            for limit, rows in found.items():
+                cut.setdefault(limit, set()).update(begin + row for row in rows)
+        for message in truncation_warnings(cut, len(prompts)) if truncated is None else ():
+            warnings.warn(message, stacklevel=caller_level())
         shapes = [{name: tuple(value.shape[1:]) for name, value in part.items()} for part in parts]
         if other := next((shape for shape in shapes if shape != shapes[0]), None):
             raise UserError(
@@ -167,10 +229,22 @@ class Pipeline:
         asked: list[Any] = [0 if self.tracer.asks == "class_labels" else ""] * len(x0)
         with replaced(network, {"forward": forward}), replaced(scheduler, {"step": step}):
             found = self.tracer.call(asked, num_inference_steps=2, output_type="pt")
+        if found is None:
+            raise Reached  # a reader of the end has seen enough
         x: Tensor = found[0]
         if x.ndim == 5:
             x = x.transpose(1, 2)  # frames come before channels
         return (2 * x.float() - 1).to(z.device)
+
+    @cached_property
+    def tail(self) -> Tail:
+        """The way from samples to the autoencoder, which encodes images.
+
+        Raises:
+            UserError: It is of another form than a scaling of permuted elements.
+        """
+        dtype = next(self.tracer.network.parameters()).dtype
+        return trace_tail(self.tracer.pipeline, self.decode, self.contract.shape, dtype)
 
     def grid(self, steps: int) -> Tensor:
         """The decreasing noise levels of the pipeline's own sampler, (steps + 1,), the last of them 0.
@@ -226,16 +300,17 @@ class PipelineDecoder:
         return self.pipeline.decode(z)
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Not possible: a pipeline contains the way from latents to images alone.
+        """Images or video in [-1, 1] as samples of the denoiser, by the pipeline's autoencoder.
 
         Raises:
-            UserError: Always.
+            UserError: The pipeline does more with its latents than to scale and permute them.
         """
-        raise UserError(
-            "images cannot be encoded by a teacher that was made of a pipeline, whose end decodes only",
-            got=f"images {tuple(x.shape[1:])}",
-            fix="give latents of the teacher's own shape as data, or use a method that needs no data",
-        )
+        return self.pipeline.tail.encode(x, noise)
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 (hex) of what its encodings depend on besides the image."""
+        return self.pipeline.tail.fingerprint
 
     def __eq__(self, other: object) -> bool:
         """Whether it is the decoder of the same pipeline."""

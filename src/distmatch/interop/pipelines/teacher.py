@@ -66,10 +66,15 @@ def load_pipeline(
     traces = [tracer.run(prompts, _STEPS) for prompts in asked]
     labelled = tracer.asks == "class_labels"
     found = Pipeline(tracer, traces, null if not labelled else None, tokens)
+    found.folder = Path(folder).absolute()
     teacher = _denoiser(found, classes, null)
     if check:
         first = [tracer.run(asked[0], steps, calls=1) for steps in (2, 3, 6)]
         teacher.conversion = compare(teacher, [*traces, *first])  # type: ignore[assignment]
+    plain = {"null": null, "tokens": tokens, "check": check, **options}
+    if all(value is None or isinstance(value, (str, int, float, bool)) for value in plain.values()):
+        # Students keep where it was, where all that it was loaded with can be kept.
+        teacher.loaded_from = (os.path.abspath(folder), plain)  # type: ignore[assignment]
     return teacher
 
 
@@ -82,6 +87,9 @@ def _denoiser(found: Pipeline, classes: int, null: str | int | None) -> Predicti
         found.schedule.prediction,
         shape=contract.shape,
         sigma_data=1.0,
+        # The start of the pipeline's sampler, however near to pure noise.
+        sigma_max=None if path is None else path.rho_max,
+        shift=found.shift or 1.0,
         time=found.times,
         conditioning=contract.fields,
         null_class=(null if isinstance(null, int) else classes) if labelled else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,7 @@ class Tracer:
         if default is not None and not self.embedded and "guidance_scale" not in options:
             self.guidance = {"guidance_scale": _OFF[0]}
         self._settled = not self.guidance
+        self.recorded: Any = None  # stands in for text encoders that were freed
         # Clipping belongs to a sampler, and would hide what the network predicts.
         config = self.pipeline.scheduler.config
         plain = {name: False for name in ("clip_sample", "thresholding") if config.get(name)}
@@ -216,8 +217,11 @@ class Tracer:
                 handle.remove()
         return trace, passes[0]
 
-    def arguments(self, prompts: Prompts, steps: int = 1) -> dict[str, Any]:
-        """What the network receives first for these prompts; it is not run."""
+    def arguments(self, prompts: Prompts, steps: int = 2) -> dict[str, Any]:
+        """What the network receives first for these prompts; it is not run.
+
+        Two steps are the fewest that every scheduler takes: some stretch their levels between two ends.
+        """
         found: list[dict[str, Any]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -244,8 +248,12 @@ class Tracer:
                 part.to(device)
         noise = torch.Generator(device).manual_seed(0)
         asked = {self.asks: list(prompts)}
+        if self.recorded is not None and any(prompts):
+            raise RuntimeError("the text encoders were freed")
+        without: Any = nullcontext() if self.recorded is None else self.recorded.instead(self, len(prompts))
         try:
-            return self.pipeline(**asked, generator=noise, **self.options, **self.guidance, **more)
+            with without:
+                return self.pipeline(**asked, generator=noise, **self.options, **self.guidance, **more)
         except Reached:
             return None
         except (UserError, MemoryError):

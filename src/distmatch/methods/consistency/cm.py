@@ -17,7 +17,6 @@ from distmatch.diffusion.denoiser import expand
 from distmatch.losses import consistency_loss, ect_lower_level, pseudo_huber_scale
 from distmatch.methods.consistency.direct import (
     Draws,
-    guided_teacher,
     mean_backward,
     noised_draws,
     training_levels,
@@ -45,7 +44,7 @@ class PairTerm:
     needs_data = True
 
     def __post_init__(self) -> None:
-        self._guided = guided_teacher(self.context)
+        self._guided = self.context.guided()
         self._levels = training_levels(self.context, self.context.settings)
         teacher = self.context.teacher
         self._c = pseudo_huber_scale(self.context.settings.huber, teacher.shape, teacher.sigma_data)

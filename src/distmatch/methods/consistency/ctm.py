@@ -28,7 +28,6 @@ from distmatch.losses import (
 from distmatch.methods.consistency.adversary import Adversary
 from distmatch.methods.consistency.direct import (
     Draws,
-    guided_teacher,
     noised_draws,
     training_levels,
 )
@@ -62,7 +61,7 @@ class TrajectoryTerm:
 
     def __post_init__(self) -> None:
         teacher, cfg = self.context.teacher, self.context.settings
-        self._guided = guided_teacher(self.context)
+        self._guided = self.context.guided()
         self._levels = training_levels(self.context, self.context.settings)
         self._law = Karras(teacher.sigma_min, self.context.first_sigma)
         self._c = pseudo_huber_scale(cfg.huber, teacher.shape, teacher.sigma_data)

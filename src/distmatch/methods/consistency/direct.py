@@ -17,14 +17,11 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
-from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.guidance import Guided
-from distmatch.diffusion.noise import Karras
 from distmatch.methods.consistency.settings import LevelSettings
 from distmatch.methods.context import Context, Info, averaged
 from distmatch.methods.initialization import Draw
 from distmatch.methods.matching.scores import StudentTerm
-from distmatch.methods.settings import GammaSettings, GuidedSettings, NetworkSettings, Settings
+from distmatch.methods.settings import GammaSettings, NetworkSettings, Settings
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.nets.jump import require_jump
@@ -88,7 +85,7 @@ class Direct:
             require_jump(self.context.copied)
         own = self.context.settings
         self.gamma = gamma = own.gamma if isinstance(own, GammaSettings) else 0.0
-        if gamma > 0 and own.num_steps == 1:
+        if gamma > 0 and len(self.context.sigmas) == 1:
             raise UserError(
                 "--gamma is the fresh noise between steps, and a one-step student has none",
                 got=f"--gamma {gamma:g} with --num-steps 1",
@@ -114,7 +111,7 @@ class Direct:
         start = context.network(seed, draw, jumps=self.term.jumps)
         student = Student(
             start,
-            context.student_sigmas(cfg.num_steps),
+            context.sigmas,
             sampler="gamma" if self.term.jumps else "stochastic",
             gamma=self.gamma,
         )
@@ -126,17 +123,11 @@ class Direct:
     def step(self, state: DistillState, batch: Batch) -> Info:
         """One step of the student."""
         context, cfg = self.context, self.context.settings
-        info = self.term.backward(state, batch.taken_by(context.teacher))
+        info = self.term.backward(state, context.taken(state, batch))
         info["grad_norm_student"] = context.move(state, "student", cfg.lr)
         context.follow(state, state.student.denoiser)
         state.step += 1
         return info
-
-
-def guided_teacher(context: Context[GuidedSettings]) -> Denoiser:
-    """The teacher at the guidance scale of the settings."""
-    scale = context.settings.guidance
-    return Guided(context.teacher, scale) if scale != 1 else context.teacher
 
 
 def training_levels(
@@ -148,9 +139,9 @@ def training_levels(
     settings; the tails of the log-normal that are cut off are shared out in proportion.
     """
     low, high = context.teacher.sigma_min, context.first_sigma
-    if own.level_distribution == "karras":
-        return Karras(low, high).sample
-    return context.log_normal(own.level_mean, own.level_std, low, high).sample
+    if own.level_distribution == "log-normal":
+        return context.log_normal(own.level_mean, own.level_std, low, high).sample
+    return context.levels(own.level_distribution, low, high).sample
 
 
 def mean_backward(

@@ -18,7 +18,6 @@ from distmatch.diffusion.denoiser import expand
 from distmatch.losses import flow_direction, flow_speed, mean_flow_error, mean_flow_loss
 from distmatch.methods.consistency.direct import (
     Draws,
-    guided_teacher,
     mean_backward,
     noised_draws,
     training_levels,
@@ -44,7 +43,7 @@ class AverageVelocityTerm:
 
     def __post_init__(self) -> None:
         cfg = self.context.settings
-        self._guided = guided_teacher(self.context)
+        self._guided = self.context.guided()
         self._how = choose_derivative(cfg.tangent, None)  # networks with two noise levels are built-in
         self._levels = training_levels(self.context, self.context.settings)
         # Far below sigma_min there is no difference from the data.

@@ -15,7 +15,6 @@ from distmatch.interop import is_external
 from distmatch.losses import flow_direction, scm_loss, scm_tangent, trigflow_speed, uncertainty_loss
 from distmatch.methods.consistency.direct import (
     Draws,
-    guided_teacher,
     mean_backward,
     noised_draws,
     training_levels,
@@ -47,7 +46,7 @@ class TangentTerm:
     needs_data = True
 
     def __post_init__(self) -> None:
-        self._guided = guided_teacher(self.context)
+        self._guided = self.context.guided()
         self._how = choose_derivative(self.context.settings.tangent, self.context.copied)
         self._levels = training_levels(self.context, self.context.settings)
 

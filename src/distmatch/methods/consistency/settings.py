@@ -19,8 +19,9 @@ from distmatch.methods.settings import (
 class LevelSettings:
     """The noise levels of training."""
 
-    level_distribution: Literal["karras", "log-normal"] = "karras"
-    """Noise distribution of training, up to the student's first sigma, which a log-normal rarely reaches."""
+    level_distribution: Literal["auto", "karras", "uniform", "log-normal"] = "auto"
+    """Noise distribution of training, up to the student's first sigma, which a log-normal rarely reaches.
+    uniform: in the time of the teacher's sampler. auto: uniform for pipelines, else karras."""
     level_mean: Finite = -0.4
     """Mean of log(sigma / sigma_data) of the log-normal distribution."""
     level_std: Positive = 2.0
@@ -28,8 +29,8 @@ class LevelSettings:
 
     def idle(self) -> dict[str, str]:
         """The settings of this class that have no effect, each with the others that are the reason."""
-        unused = ("level_mean", "level_std") if self.level_distribution == "karras" else ()
-        return dict.fromkeys(unused, "--level-distribution karras")
+        unused = ("level_mean", "level_std") if self.level_distribution != "log-normal" else ()
+        return dict.fromkeys(unused, f"--level-distribution {self.level_distribution}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class MeanFlowSettings(FlowSettings, LevelSettings, DerivativeSettings, GammaSet
     # paper draws logit t from N(-0.6, 1.6), with unit noise and data of 1/2: log sigma is logit t, and
     # log(sigma / sigma_data) is larger by log 2. In the same way -4.0 of the lower level is -3.3069.
     student_sigma: NotNegative = PATH_START
-    level_distribution: Literal["karras", "log-normal"] = "log-normal"
+    level_distribution: Literal["auto", "karras", "uniform", "log-normal"] = "log-normal"
     level_mean: Finite = 0.0931
     level_std: Positive = 1.6
     to_mean: Finite = -3.3069

@@ -97,12 +97,12 @@ class ChainMMD:
         """The student uses the DDIM sampler, whose only noise is the initial one."""
         context = self.context
         state.student.sampler = "ddim"
-        state.student.sigmas = mmd_sigmas(
-            context.settings.num_steps,
-            context.first_sigma,
-            context.teacher.sigma_data,
-            context.settings.mmd_spacing,
-        )
+        own = context.settings
+        state.student.sigmas = context.sigmas
+        if own.mmd_spacing != "karras":
+            state.student.sigmas = mmd_sigmas(
+                own.num_steps, context.first_sigma, context.teacher.sigma_data, own.mmd_spacing
+            )
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""

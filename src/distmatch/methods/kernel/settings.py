@@ -30,6 +30,10 @@ class MMDSettings(NetworkSettings):
     mmd_checkpoint: bool = False
     """Recompute the steps in the backward pass instead of storing their activations."""
 
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        return {"mmd_spacing": "--student-times"} if self.student_times else {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class IMMSettings(GammaSettings, NetworkSettings):

@@ -16,7 +16,6 @@ from typing import Any
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.guidance import Guided
 from distmatch.methods.context import Context, Info
 from distmatch.methods.initialization import Draw, Network
 from distmatch.methods.matching.loop import Matching
@@ -111,8 +110,7 @@ class Backtracking:
         if index == 0:
             return self.base.compared.guided
         recorded: Any = state.extra[_name(index)]
-        scale = self.base.config.guidance
-        return Guided(recorded, scale) if scale != 1 else recorded
+        return self.base.context.guided(recorded)
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
         """The state before the first step, with room for the copies."""

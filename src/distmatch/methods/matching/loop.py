@@ -22,8 +22,8 @@ from distmatch.base.seeds import stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser, require_score
-from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, NoiseLevels, Truncated
+from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.losses import posterior_noise
 from distmatch.methods.context import Context, Info, averaged, standard_normal
 from distmatch.methods.initialization import Draw
@@ -82,9 +82,11 @@ class Matching:
                 got=f"--noise-low {first:.4g} and --noise-high {last:.4g}, in units of sigma_data",
                 expected="the first one below the second",
             )
-        self._range = Karras(low, high, cfg.noise_rho)
-        self.noise: Karras | Truncated = self._range
-        self.fake_score_noise: Karras | Truncated = self._range
+        kind = cfg.noise_distribution if isinstance(cfg, NoiseDistributionSettings) else "auto"
+        spacing = "auto" if kind == "log-normal" else kind
+        self._range = self.context.levels(spacing, low, high, cfg.noise_rho)
+        self.noise: Karras | PathLevels | Truncated = self._range
+        self.fake_score_noise: Karras | PathLevels | Truncated = self._range
         if isinstance(cfg, NoiseDistributionSettings):
             log_normal = partial(self.context.log_normal, cfg.noise_mean, cfg.noise_std)
             if cfg.noise_distribution == "log-normal":
@@ -94,7 +96,7 @@ class Matching:
         self.compared = Comparison(
             context=self.context,
             objective=self.objective,
-            guided=Guided(teacher, cfg.guidance) if cfg.guidance != 1 else teacher,
+            guided=self.context.guided(),
             target=self.target,
             source=choose_source(self.adversary.ratio_features, teacher),
             noise=self.noise,
@@ -111,9 +113,9 @@ class Matching:
                 min_count=cfg.ratio_min_count,
                 clip=cfg.ratio_clip,
             )
-        self.sigmas = self.context.student_sigmas(cfg.num_steps)
+        self.sigmas = self.context.sigmas
         if self.sampler == "posterior":
-            for call in range(cfg.num_steps):
+            for call in range(len(self.sigmas)):
                 levels_between(self.sigmas, call, self._range)  # refuses calls outside of the levels
 
     @property
@@ -194,7 +196,7 @@ class Matching:
         last = (state.step + 1) % cfg.fake_score_steps == 0
         student_turn = last and state.step >= cfg.warmup_steps
         fake_score_turn = cfg.order == "same-batch" or not student_turn
-        batch = batch.taken_by(self.teacher)
+        batch = self.context.taken(state, batch)
         conditioning = batch.conditioning
         x, call = self._simulate(state, len(batch.x), conditioning)
         whole = len(self.context.parts(len(x))) == 1
@@ -258,7 +260,7 @@ class Matching:
         return generator_gradient(self.compared, state, x0, sigma, noise, conditioning)
 
     def _noise_on(
-        self, state: DistillState, x0: Tensor, x: Tensor, call: int, distribution: NoiseLevels
+        self, state: DistillState, x0: Tensor, x: Tensor, call: int, distribution: NoiseLevels | PathLevels
     ) -> tuple[Tensor, Tensor]:
         """Noise levels (B,) and unit noise (B, *shape) for samples ``x0`` that a call made from ``x``."""
         posterior = self.sampler == "posterior"

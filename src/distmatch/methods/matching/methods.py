@@ -69,11 +69,10 @@ def _uni_instruct(context: Context[own.UniInstructSettings]) -> Distiller:
 
 
 def _moment_matching(context: Context[own.MomentMatchingSettings]) -> Distiller:
-    from distmatch.methods.consistency.direct import guided_teacher
     from distmatch.methods.matching.loop import Matching
     from distmatch.methods.matching.moments import MomentMatching
 
-    objective = MomentMatching(guided_teacher(context), context.settings.scaling)
+    objective = MomentMatching(context.guided(), context.settings.scaling)
     return Matching(context, objective, sampler="posterior")
 
 

@@ -9,7 +9,7 @@ between the two noise levels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import Karras
+from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.losses import edm_weight, moment_matching_loss, score_difference
 from distmatch.methods.context import Info
 from distmatch.methods.matching.scores import NoisedSamples, Scores
 from distmatch.methods.state import DistillState
 
 
-def levels_between(levels: tuple[float, ...], call: int, noise: Karras) -> Karras:
+def levels_between(levels: tuple[float, ...], call: int, noise: Karras | PathLevels) -> Karras | PathLevels:
     """The levels to which samples of a call are noised: between those of this call and of the next one.
 
     Args:
@@ -35,7 +36,7 @@ def levels_between(levels: tuple[float, ...], call: int, noise: Karras) -> Karra
         UserError: The steps are outside of them.
     """
     low = levels[call + 1] if call + 1 < len(levels) else noise.low
-    return Karras(low, levels[call] if call else noise.high, noise.rho)
+    return replace(noise, low=low, high=levels[call] if call else noise.high)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import NoiseLevels
+from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.methods.context import Context
 from distmatch.methods.matching.scores import MatchingObjective
 from distmatch.methods.settings import FakeScoreSettings
@@ -41,7 +42,7 @@ class Comparison:
     guided: Denoiser
     target: Callable[[DistillState], Denoiser] | None
     source: Source
-    noise: NoiseLevels
+    noise: NoiseLevels | PathLevels
     gan_weight: float
     scaled_adversary: bool
     r1: float

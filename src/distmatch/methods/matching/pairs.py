@@ -22,7 +22,7 @@ from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
-from distmatch.diffusion.solvers import grid, sample_teacher, snap_grid
+from distmatch.diffusion.solvers import default_grid, sample_teacher, snap_grid
 from distmatch.losses import pair_regression_loss
 from distmatch.methods.context import Context, Info
 from distmatch.methods.matching.settings import DMDSettings
@@ -59,7 +59,7 @@ def make_pairs(
         batch: Samples at a time.
     """
     conditioning = checked_conditioning(None, n, teacher, seed)
-    levels = grid("karras", steps, teacher.sigma_min, teacher.sigma_max)
+    levels = default_grid(teacher, steps)
     model = teacher.inner if isinstance(teacher, Guided) else teacher
     if isinstance(model, PredictionDenoiser) and model.levels == "snap":
         levels = snap_grid(levels, model.path)
@@ -94,12 +94,12 @@ class PairRegression:
     _made: Pairs | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.context.settings.num_steps != 1:
+        if (steps := len(self.context.sigmas)) != 1:
             raise UserError(
                 "pairs assign one noise to one sample, and a few-step student draws more noise between "
                 "its steps",
-                got=f"--num-steps {self.context.settings.num_steps} with --method {self.context.method.name}",
-                fix="leave --num-steps out, or use --method dmd2",
+                got=f"{steps} steps with --method {self.context.method.name}",
+                fix="leave --num-steps and --student-times out, or use --method dmd2",
             )
 
     @property
@@ -115,10 +115,8 @@ class PairRegression:
         """All pairs; made at the first call."""
         if self._made is None:
             context = self.context
-            guidance = context.settings.guidance
-            teacher: Denoiser = Guided(context.teacher, guidance) if guidance != 1 else context.teacher
             self._made = make_pairs(
-                teacher,
+                context.guided(),
                 self.config.pairs,
                 steps=self.config.pair_steps,
                 seed=self._seed,

@@ -61,7 +61,7 @@ class Transport:
         network = context.network(seed, draw).requires_grad_(False)
         groups = max(context.teacher.num_classes, 1)
         transport = BrenierMap(torch.zeros(groups, own.bank, *context.teacher.shape, device=context.device))
-        levels = context.student_sigmas(own.num_steps)
+        levels = context.sigmas
         student = Student(network, levels, None, "posterior", transport=transport)
         optimizers = {"transport": context.adam(transport, own.lr)}
         return context.state(seed, student, transport, optimizers=optimizers, extra={"transport": transport})

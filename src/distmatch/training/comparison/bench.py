@@ -20,10 +20,10 @@ from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.metrics.features import Features
 from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.comparison.stats import Measured
+from distmatch.training.distill_data import check_fit
 from distmatch.training.evaluation import asked_of, measure_samples, npz_bytes, plain, write_evaluation
-from distmatch.training.known_data import known_data
+from distmatch.training.known_data import known_data, with_encodings
 from distmatch.training.models import Model, open_model
-from distmatch.training.prepare import check_fit
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import SampleResult, Sampling
 
@@ -138,7 +138,7 @@ def open_bench(
         scaling = data.scaling if data is not None else None
         model = None if scaling is None else Model("teacher", None, teacher, scaling, "", known_data(teacher))
     else:
-        model = open_model(options.shared.teacher)
+        model = open_model(options.shared.teacher, options=options.shared.pipeline.given())
     spec = options.shared.data or (model.data if model is not None else "")
     if data is None and spec:
         labeled = model is not None and bool(model.conditioning_spec)
@@ -150,6 +150,7 @@ def open_bench(
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data",
         )
+    data = with_encodings(data, model.teacher)
     check_fit(model, data)
     data = model.seen(data)
     given = options.shared.settings.guidance

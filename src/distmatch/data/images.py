@@ -1,0 +1,83 @@
+"""Image files: finding them in a folder, and reading one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from distmatch.base.errors import UserError
+from distmatch.base.inputs import require_regular_file
+from distmatch.data.bounds import MOST_PIXELS
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow goes by content, and starts other programs for some
+_GREY = ("1", "L", "LA")
+_DEEP = ("I", "F")  # 16 and 32 bits: Pillow would clip them to 255 without a word
+
+
+def read_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """An image, (H, W) where it is grey, else (H, W, 3), uint8.
+
+    Args:
+        file: The file.
+        size: Height and width to which the largest part around the center is resized, always in color.
+
+    Raises:
+        UserError: It cannot be read, is animated, too large, or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(file, formats=_FORMATS) as opened:
+            width, height = opened.size
+            if width * height > MOST_PIXELS:
+                raise UserError(
+                    f"{file} is too large an image",
+                    got=f"{width}x{height} pixels",
+                    expected=f"at most {MOST_PIXELS:,} pixels",
+                    fix="crop or resize the images first",
+                )
+            if getattr(opened, "is_animated", False):
+                raise UserError(
+                    f"{file} is animated, not an image",
+                    fix="video is read from .npz or .npy, as an array (N, T, H, W, C)",
+                )
+            if opened.mode.startswith(_DEEP):
+                raise UserError(
+                    f"{file} has more than 8 bits a channel",
+                    got=f"mode {opened.mode}",
+                    fix="convert it to 8 bits",
+                )
+            image = ImageOps.exif_transpose(opened)
+            if size is not None:
+                return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
+            return np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"{file} does not fit into memory") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"cannot read the image {file}",
+            got=f"{type(error).__name__}: {error}",
+            expected=f"a file that is {', '.join(_FORMATS)} by its content",
+            fix="it may be truncated, damaged, or of another format: convert, replace or remove it",
+        ) from error
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images of a folder and its sub-folders, in the order of their names."""
+    found: list[Path] = []
+    for place, inner, names in os.walk(folder, onerror=_refuse):
+        inner[:] = sorted(d for d in inner if not d.startswith("."))
+        found += [
+            Path(place, n) for n in names if not n.startswith(".") and n.lower().endswith(IMAGE_SUFFIXES)
+        ]
+    for file in found:
+        require_regular_file(file, "an image")
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"cannot open {error.filename}", got=error.strerror, fix="check its permissions")

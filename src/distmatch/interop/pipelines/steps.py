@@ -1,0 +1,79 @@
+"""The schedule contract: all that a plain call of diffusers needs to take a student's steps."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from distmatch.nets.shared import adapted_of, fingerprint
+
+FILE = "distmatch.json"
+FORMAT = "distmatch-schedule"
+_SAMPLERS = {"renoise": "stochastic", "jump": "gamma"}  # by their names in saved models
+
+
+def schedule_contract(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a student of a pipeline is sampled, as JSON; None for other models.
+
+    Args:
+        denoiser: The student's denoiser.
+        about: The description that is saved with it: ``levels``, ``chain``, ``guidance``.
+
+    Returns:
+        ``sigmas``, and the same steps as ``times`` on the teacher's path; ``sampler``; ``prediction``,
+        ``path`` and ``shift``; ``guidance``, the scale that the student was distilled with, and ``null``, the
+        prompt that stands for "unconditional"; ``call``, the arguments of the pipeline's call, with guidance
+        off; ``base`` and ``encoder``, the sha256 of the base of adapters and of the prompt encoder.
+    """
+    found: Any = getattr(denoiser, "pipeline", None)
+    if found is None or about.get("kind") != "student" or found.schedule.path is None:
+        return None
+    path, sigmas = found.schedule.path, [float(sigma) for sigma in about["levels"]]
+    place, _ = getattr(denoiser, "loaded_from", None) or ("", {})
+    chain = str(about.get("chain", "renoise"))
+    base = fingerprint(denoiser) if adapted_of(denoiser) is not None else None
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "pipeline": type(found.tracer.pipeline).__name__,
+        "network": type(found.tracer.network).__name__,
+        "decoded": list(found.shape),
+        "num_steps": len(sigmas),
+        "sigmas": sigmas,
+        "times": [times_of(path, sigma) for sigma in sigmas],
+        "sampler": _SAMPLERS.get(chain, chain),
+        "prediction": found.schedule.prediction,
+        "path": path.name,
+        "shift": found.shift,
+        "guidance": about.get("guidance"),
+        "null": found.null,
+        "call": call_options(found),
+        "base": {"path": place, "sha256": base},
+        "encoder": found.fingerprint,
+    }
+
+
+def times_of(path: Any, sigma: float) -> float:
+    """The time of a path at a noise level; its end beyond it."""
+    level = torch.tensor([sigma], dtype=torch.float64)
+    return float(path.t_of_rho(level).clamp(path.t_min, path.t_max))
+
+
+def call_options(found: Any) -> dict[str, Any]:
+    """The arguments of a pipeline's call besides prompt and steps, as JSON: its size, and guidance off.
+
+    A network that receives the guidance scale is called with the one that it was traced with.
+    """
+    tracer = found.tracer
+    options = {**tracer.options, **tracer.guidance}
+    if tracer.embedded and "guidance_scale" not in options:
+        options["guidance_scale"] = (
+            inspect.signature(type(tracer.pipeline).__call__).parameters["guidance_scale"].default
+        )
+    plain: dict[str, Any] = json.loads(json.dumps(options))
+    return plain
