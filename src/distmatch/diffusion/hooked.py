@@ -33,10 +33,10 @@ def pass_with_features(
     model: nn.Module, names: Sequence[str], call: Callable[[], Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """What a call of the network returns, and the outputs of its named parts in it."""
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Any] = {}
     with _listening(model, names, kept):
         out = call()
-    return out, [as_map(kept[name], out) for name in names]
+    return out, [as_map(of_samples(kept[name], out), out) for name in names]
 
 
 def pass_for_features(
@@ -46,10 +46,56 @@ def pass_for_features(
 
     No graph of a compiler can be left by an exception; there it must run as it is.
     """
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Any] = {}
     with suppress(_Enough), _listening(model, names, kept, leave=True):
         call()
-    return [as_map(kept[name], x) for name in names]
+    return [as_map(of_samples(kept[name], x), x) for name in names]
+
+
+def blocks_of(model: nn.Module, call: Callable[[], Any]) -> list[str]:
+    """The names of the blocks of a network in the order in which a call runs them.
+
+    They are the entries of its lists of modules that are nearest to the top: the blocks of a transformer, the
+    resolutions of a U-Net.
+
+    Args:
+        model: The network.
+        call: A trial pass.
+    """
+    listed: list[str] = []
+    level: list[tuple[str, nn.Module]] = [("", model)]
+    while level and not listed:
+        inner = [
+            (f"{name}.{n}".lstrip("."), part) for name, parent in level for n, part in parent.named_children()
+        ]
+        lists = [(name, part) for name, part in inner if isinstance(part, nn.ModuleList)]
+        listed = [f"{name}.{n}" for name, part in lists for n, _ in part.named_children()]
+        level = [(name, part) for name, part in inner if not isinstance(part, nn.ModuleList)]
+    kept: dict[str, Any] = {}
+    with _listening(model, listed, kept):
+        call()
+    return list(kept)
+
+
+def names_at_depths(names: Sequence[str], depths: Sequence[float]) -> tuple[str, ...]:
+    """The blocks that end at shares of the depth: of 24 at 0.5, 0.75 and 0.99 the 12th, 18th and 24th."""
+    return tuple(dict.fromkeys(names[max(math.ceil(depth * len(names) - 1e-9), 1) - 1] for depth in depths))
+
+
+def of_samples(output: Any, x: Tensor) -> Tensor:
+    """The part of a block's output that belongs to samples ``x`` (B, ...), not to their text.
+
+    Blocks of transformers return the states of text and samples in any order. Those of samples are as many as
+    its patches, or as its tokens; of several that fit the last is taken, of none the first.
+    """
+    if isinstance(output, Tensor):
+        return output
+    parts = list(output.values()) if isinstance(output, dict) else list(output)
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.ndim > 1]
+    fitting = [part for part in tensors if part.ndim == x.ndim or as_map(part, x).ndim == x.ndim]
+    if x.ndim == 3:
+        fitting = [part for part in fitting if part.shape[1] == x.shape[1]]
+    return fitting[-1] if fitting else tensors[0]
 
 
 def as_map(feature: Tensor, x: Tensor) -> Tensor:
@@ -72,13 +118,13 @@ def as_map(feature: Tensor, x: Tensor) -> Tensor:
 
 @contextmanager
 def _listening(
-    model: nn.Module, names: Sequence[str], kept: dict[str, Tensor], leave: bool = False
+    model: nn.Module, names: Sequence[str], kept: dict[str, Any], leave: bool = False
 ) -> Iterator[None]:
     """Keeps what the named parts return while it lasts; raises ``_Enough`` with all, to ``leave``."""
 
     def listener(name: str) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            kept[name] = output[0] if isinstance(output, tuple) else output
+            kept[name] = output
             if leave and len(kept) == len(names):
                 raise _Enough
 

@@ -16,11 +16,12 @@ from distmatch.diffusion.guidance import require_null_class
 from distmatch.divergences import Divergence
 from distmatch.divergences import divergence as divergence_of
 from distmatch.interop import is_external
+from distmatch.interop.feature_depths import DEPTHS, take_features
 from distmatch.interop.lora import chosen_layers, network_in, watched
 from distmatch.interop.optional import PEFT
 from distmatch.methods.context import GUIDANCE, Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
-from distmatch.methods.settings import GuidedSettings, RoleSettings, Settings
+from distmatch.methods.settings import DiscriminatorSettings, GuidedSettings, RoleSettings, Settings
 from distmatch.methods.table import resolve_method, unknown_setting
 from distmatch.nets.config import NetConfig
 
@@ -108,6 +109,8 @@ def build_method(context: Context[Settings]) -> Distiller:
         require_score(context.teacher, "a path of samples with Gaussian noise")
     if isinstance(context.settings, GuidedSettings):
         _check_guidance(context, context.settings)
+    if isinstance(context.settings, DiscriminatorSettings):
+        _choose_features(context.teacher, context.settings)
     if context.method.teacher_gradient:
         require_input_gradient(context.teacher, context.method.name, context.device)
     built: Distiller = context.method.build(context)
@@ -138,6 +141,15 @@ def _check_guidance(context: Context[Settings], own: GuidedSettings) -> None:
             expected=f"a field {GUIDANCE} of its conditioning, as Flux has",
             fix="use --guidance, which trains a student at one scale",
         )
+
+
+def _choose_features(teacher: Denoiser, own: DiscriminatorSettings) -> None:
+    """What a discriminator sees of the teacher's network, which is a copy of this run."""
+    if any(not 0 < depth <= 1 for depth in own.ratio_depths):
+        raise UserError("--ratio-depths are shares of the blocks, in (0, 1]", got=own.ratio_depths)
+    traced = getattr(teacher, "pipeline", None) is not None and own.ratio_features != "own"
+    if depths := own.ratio_depths or (DEPTHS if traced else ()):
+        take_features(teacher, depths)
 
 
 def _check_conditions(context: Context[Settings]) -> None:

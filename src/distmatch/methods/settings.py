@@ -179,6 +179,13 @@ class DiscriminatorSettings:
     ratio_features: Literal["auto", "teacher", "fake", "own"] = "auto"
     """Input of the discriminator: features of the frozen teacher (only its head is trained), features of the
     fake score (which is then trained by it, as in DMD2), or noised samples, with a small separate network."""
+    ratio_depths: tuple[float, ...] = ()
+    """Shares of the blocks of a network from elsewhere whose outputs are its features; unset: 0.5 0.75 0.99
+    for pipelines, for others the parts that were named."""
+
+    def idle(self) -> dict[str, str]:
+        """The settings of this class that have no effect, each with the others that are the reason."""
+        return {"ratio_depths": "--ratio-features own"} if self.ratio_features == "own" else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.diffusion.conditioning import ConditioningLike, ConditioningSpec, as_conditioning
 from distmatch.diffusion.denoiser import expand
+from distmatch.nets.conditions import pooled_conditions
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.layers import (
     ConditionEmbedding,
@@ -54,7 +56,16 @@ def _map_head(shape: tuple[int, ...], width: int) -> nn.Sequential:
     layers: list[nn.Module] = [conv(channels, width, 1), group_norm(width), nn.SiLU()]
     for _ in range(math.ceil(math.log2(max(sides)))):
         layers += [conv(width, width, 3, stride=2, padding=1), group_norm(width), nn.SiLU()]
-    return nn.Sequential(*layers, nn.Flatten())
+    # A sequence of another length than that of the trial may end at more than one point.
+    return nn.Sequential(*layers, _Mean())
+
+
+class _Mean(nn.Module):
+    """Means over all positions of maps (B, C, ...); a map of one point is that point."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        return flat[..., 0] if flat.shape[2] == 1 else flat.mean(2)
 
 
 def _vector_head(shape: tuple[int, ...], width: int) -> nn.Sequential:
@@ -75,6 +86,8 @@ class RatioHead(nn.Module):
         num_classes: Number of classes; 0 without.
         width: Channels inside the heads.
         noise_unit: Unit of the noise levels, as of :class:`~distmatch.nets.edm.EDMDenoiser`.
+        conditions: The fields of the conditioning that the denoiser takes; labels among them are those of
+            ``num_classes``. All are part of the ratio, which is that of the distributions given them.
 
     Raises:
         UserError: There is no feature, or one is neither a vector nor tokens nor a map.
@@ -87,6 +100,7 @@ class RatioHead(nn.Module):
         *,
         width: int = 64,
         noise_unit: float = 1.0,
+        conditions: ConditioningSpec | None = None,
     ) -> None:
         super().__init__()
         self.noise_unit = noise_unit
@@ -103,17 +117,22 @@ class RatioHead(nn.Module):
             for shape in feature_shapes
         )
         self.projections = nn.ModuleList(Projection(width) for _ in feature_shapes)
+        self.pooled = pooled_conditions(conditions or {}, width)
 
-    def forward(self, features: Sequence[Tensor], sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Sequence[Tensor], sigma: Tensor, conditioning: ConditioningLike = None
+    ) -> Tensor:
         """Returns log r (B,) in float32 or better.
 
         Args:
             features: Those of the denoiser for x at ``sigma``, in the order of ``feature_shapes``.
             sigma: Noise levels (B,).
-            labels: Classes (B,) int64, -1 for none.
+            conditioning: Classes (B,) int64, -1 for none, or a conditioning.
         """
+        told = as_conditioning(conditioning)
         level = noise_coordinate(sigma.to(at_least_float32(sigma)), self.noise_unit)
-        embedding = self.conditioning(level, labels)
+        text = None if self.pooled is None else self.pooled(told, len(sigma))
+        embedding = self.conditioning(level, told.label, text)
         dtype = self.conditioning.mix.weight.dtype
         logits = [
             projection(head(channels_first(feature.to(dtype))), embedding)
@@ -132,6 +151,7 @@ class RatioNet(nn.Module):
         depth: Residual blocks.
         sigma_data: Standard deviation of the data; inputs are scaled by ``1 / sqrt(sigma^2 + sigma_data^2)``,
             and noise levels are given in units of twice that.
+        conditions: As for :class:`RatioHead`.
     """
 
     def __init__(
@@ -142,18 +162,23 @@ class RatioNet(nn.Module):
         width: int = 128,
         depth: int = 3,
         sigma_data: float = 0.5,
+        conditions: ConditioningSpec | None = None,
     ) -> None:
         super().__init__()
         self.sigma_data = sigma_data
         self.trunk = MLPTrunk(MLPConfig(width=width, depth=depth), math.prod(shape), num_classes)
         self.norm = nn.LayerNorm(width)
         self.projection = Projection(width)
+        self.pooled = pooled_conditions(conditions or {}, width)
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike = None) -> Tensor:
         """Returns log r (B,) of ``x`` (B, *shape) at levels ``sigma`` (B,), in float32 or better."""
         dtype = at_least_float32(x)
         sigma = sigma.to(dtype)
         c_in = (expand(sigma, x) ** 2 + self.sigma_data**2).rsqrt()
         level = noise_coordinate(sigma, 2 * self.sigma_data)
-        states, embedding = self.trunk(x.to(dtype) * c_in, level, labels)
+        told = as_conditioning(conditioning)
+        states, embedding = self.trunk(x.to(dtype) * c_in, level, told.label)
+        if self.pooled is not None:
+            embedding = embedding + self.pooled(told, len(x))
         return self.projection(F.silu(self.norm(states[-1])), embedding)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.conditioning import Conditioning, example_conditioning
+from distmatch.diffusion.conditioning import Conditioning, example_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, FeatureDenoiser, has_features
 from distmatch.nets.head import RatioHead, RatioNet
 
@@ -46,7 +46,8 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
         num_classes: Number of classes of its labels; 0 for none.
     """
     if source == "own":
-        return RatioNet(features_from.shape, num_classes, sigma_data=features_from.sigma_data)
+        sigma_data, spec = features_from.sigma_data, spec_of(features_from)
+        return RatioNet(features_from.shape, num_classes, sigma_data=sigma_data, conditions=spec)
     if not has_features(features_from):
         raise UserError(
             "this denoiser has no features for the discriminator",
@@ -59,7 +60,8 @@ def build_discriminator(source: Source, features_from: Denoiser, num_classes: in
         level = torch.ones(2, device=probe.device)
         features = features_from(probe, level, conditioning, return_features="only")
     shapes = [tuple(f.shape[1:]) for f in features]
-    return RatioHead(shapes, num_classes, noise_unit=2 * features_from.sigma_data)
+    unit = 2 * features_from.sigma_data
+    return RatioHead(shapes, num_classes, noise_unit=unit, conditions=spec_of(features_from))
 
 
 def denoise_with_logit(
@@ -71,7 +73,7 @@ def denoise_with_logit(
 ) -> tuple[Tensor, Tensor]:
     """One pass of a denoiser with features: its prediction and the discriminator's logit (B,)."""
     prediction, features = _required(denoiser)(x, sigma, conditioning, return_features=True)
-    return prediction, discriminator(features, sigma, conditioning.label)
+    return prediction, discriminator(features, sigma, conditioning)
 
 
 def logits_of(
@@ -97,14 +99,14 @@ def logits_of(
         discriminator: From :func:`build_discriminator`.
         kinds: Noised samples (B, *shape) each, such as generated and real ones.
         sigma: Their levels (B,), the same for all kinds.
-        conditioning: What they are conditioned on; the discriminator itself sees their labels alone.
+        conditioning: What they are conditioned on.
         grad: Whether a gradient goes through the features; the discriminator's own needs none of them.
 
     Returns:
         (B,) for each kind.
     """
     if source == "own":
-        return [discriminator(x, sigma, conditioning.label) for x in kinds]
+        return [discriminator(x, sigma, conditioning) for x in kinds]
     count = len(kinds)
     whole = kinds[0] if count == 1 else torch.cat(list(kinds))
     cond = conditioning.repeat(count)
@@ -112,7 +114,7 @@ def logits_of(
         levels = sigma.repeat(count)
         features = _required(features_from)(whole, levels, cond, return_features="only")
     parts = zip(*(feature.chunk(count) for feature in features), strict=True)
-    return [discriminator(list(part), sigma, conditioning.label) for part in parts]
+    return [discriminator(list(part), sigma, conditioning) for part in parts]
 
 
 def _required(denoiser: Denoiser) -> FeatureDenoiser:

@@ -99,7 +99,7 @@ def predictions(
         else:
             q = fake(x, sigma, conditioning)
     if head is not None and compared.source == "own":
-        logit = head(x, sigma, conditioning.label)
+        logit = head(x, sigma, conditioning)
     return p, q, logit
 
 
