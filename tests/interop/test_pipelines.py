@@ -17,8 +17,8 @@ from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.paths import discrete_path
 from distmatch.diffusion.solvers import solve
 from distmatch.interop.pipelines import load_pipeline
+from distmatch.interop.pipelines.comparison import compare
 from distmatch.interop.pipelines.contract import TimeMap, fit_contract
-from distmatch.interop.pipelines.teacher import compare
 from tests.helpers.pipelines import BUILDERS, SIZE, diffusers, save
 
 FAMILIES = tuple(BUILDERS)

@@ -240,8 +240,8 @@ def _built(name: str, config: dict[str, Any], device: str, source: str) -> Any:
         raise UserError(f"diffusers cannot build the network of {source}", got=cause(error)) from error
 
 
-def load_component(folder: Path, name: str) -> Any:
-    """A model of diffusers from safetensors, in float32."""
+def load_component(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of diffusers from safetensors, with parameters of one dtype and no copy in another."""
     files = sorted(f.name for f in folder.iterdir())
     safe = [f for f in files if f.endswith(".safetensors")]
     if not safe:
@@ -269,9 +269,10 @@ def load_component(folder: Path, name: str) -> Any:
                 use_safetensors=True,
                 local_files_only=True,
                 # diffusers insists on it for classes that keep some modules in float32.
-                low_cpu_mem_usage=bool(getattr(kind, "_keep_in_fp32_modules", None)),
+                low_cpu_mem_usage=bool(getattr(kind, "_keep_in_fp32_modules", None))
+                or dtype != torch.float32,
                 variant=variant,
-                torch_dtype=torch.float32,
+                torch_dtype=dtype,
                 output_loading_info=True,
             )
     except MemoryError:
@@ -290,7 +291,9 @@ def load_component(folder: Path, name: str) -> Any:
             )
     # diffusers leaves the weights in the mapped file, where they begin at any byte. Kernels choose their way
     # by alignment: a resumed run would not repeat the first one bit for bit.
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in model.parameters():  # also of those that diffusers would keep in float32
+        tensor.data = tensor.data.to(dtype, copy=True)
+    for tensor in model.buffers():
         tensor.data = tensor.data.clone()
     return model
 

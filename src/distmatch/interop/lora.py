@@ -44,13 +44,17 @@ def shared_base(teacher: Module, device: torch.device, dtype: torch.dtype) -> Mo
     """A teacher as the base of all roles: frozen, on a device, of one type.
 
     It uses the memory of the given teacher where device and type agree. Its parameters are objects of its
-    own, so that ``requires_grad`` of the given ones does not change.
+    own, so that ``requires_grad`` of the given ones does not change. Buffers of a teacher that was loaded in
+    this type, such as frequencies of positions, keep theirs.
     """
     memo: dict[int, Any] = {}
+    kinds = set()
     for parameter in teacher.parameters():
-        there = parameter.detach().to(device, dtype if parameter.is_floating_point() else parameter.dtype)
-        memo[id(parameter)] = nn.Parameter(there, requires_grad=False)
-    return copied_module(teacher, memo).to(device=device, dtype=dtype).eval()
+        kind = dtype if parameter.is_floating_point() else parameter.dtype
+        kinds.add(parameter.dtype == kind)
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(device, kind), requires_grad=False)
+    base = copied_module(teacher, memo).to(device).eval()
+    return base if kinds == {True} else base.to(dtype=dtype)
 
 
 def adaptable(network: nn.Module) -> dict[str, nn.Module]:

@@ -40,7 +40,7 @@ from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
 from distmatch.training.presets import find_preset
 from distmatch.training.runs import Job
-from distmatch.training.teachers import open_teacher
+from distmatch.training.teachers import dtype_of_base, open_teacher
 
 
 def prepare_distillation(
@@ -81,7 +81,8 @@ def prepare_distillation(
                 expected=f"--teacher with a run folder, or one of {', '.join(TOY_NAMES)}",
                 fix="train one first: distmatch train --data digits --out runs/teacher",
             )
-        teacher, known = open_teacher(options.teacher, **options.pipeline.given())
+        given = {**options.pipeline.given(), **dtype_of_base(options.teacher, own)}
+        teacher, known = open_teacher(options.teacher, **given)
     elif options.pipeline.given():
         raise UserError(
             "the teacher is loaded already, with a size of its own",

@@ -15,7 +15,9 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop import load_denoiser, load_folder, read_edm
 from distmatch.interop.diffusers_teacher import is_diffusers_folder
 from distmatch.interop.edm_checkpoint import is_network_pickle
+from distmatch.interop.pipelines.loading import needs_tracing
 from distmatch.interop.saved import needs_no_network
+from distmatch.methods.settings import RoleSettings, Settings
 from distmatch.nets.saved import missing_model
 from distmatch.training.config_format import read_config
 from distmatch.training.known_data import remember
@@ -125,6 +127,13 @@ def open_teacher(source: str | os.PathLike[str], **options: Any) -> tuple[Denois
     if info.get("kind") == "student":
         raise UserError(f"{source} is a student, not a teacher", fix="pass the folder of a teacher")
     return denoiser.requires_grad_(False), info
+
+
+def dtype_of_base(source: str, settings: Settings) -> dict[str, str]:
+    """The option that loads a pipeline in the dtype in which adapters share its weights; none for others."""
+    if not isinstance(settings, RoleSettings) or settings.train == "full" or not needs_tracing(source):
+        return {}
+    return {} if settings.base_dtype == "float32" else {"dtype": settings.base_dtype}
 
 
 def describe_teacher(source: str | os.PathLike[str], **options: Any) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class Contract:
         repeated: Arguments that are lists of the same thing for each sample.
         constants: All other arguments.
         output: What the scheduler receives: "as it is", "negated", "first half of channels", ...
+        time_dtype: The dtype of the time; None: that of the sample, at least float32.
     """
 
     sample: str
@@ -94,6 +95,17 @@ class Contract:
     repeated: Mapping[str, Any] = field(repr=False)
     constants: Mapping[str, Any] = field(repr=False)
     output: str
+    time_dtype: torch.dtype | None = None
+
+    def in_dtypes_of(self, arguments: Mapping[str, Any]) -> Contract:
+        """The contract with the time and the constants as a call of the network had them."""
+        flat = flattened(arguments)
+        time = flat[self.time]
+        return replace(
+            self,
+            constants={name: flat.get(name, value) for name, value in self.constants.items()},
+            time_dtype=time.dtype if isinstance(time, Tensor) and time.is_floating_point() else None,
+        )
 
     def __call__(self, module: nn.Module, x: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """A call of the network: x (B, *shape), its time t (B,), the fields; what the scheduler receives."""
@@ -111,6 +123,7 @@ class Contract:
         batch = x.shape[0]  # not len(x), which fixes the batch of a graph
         given = x.reshape(batch, *self.sample_shape)
         flat[self.sample] = list(given) if self.listed else given
+        t = t if self.time_dtype is None else t.to(self.time_dtype)
         flat[self.time] = t.reshape(-1, *[1] * len(self.time_shape)).expand(batch, *self.time_shape)
         return prediction_of(module(**nested(flat)), self.output, x.shape)
 

@@ -22,6 +22,7 @@ from distmatch.interop.diffusers_parts import (
     parts_of,
 )
 from distmatch.interop.optional import OptionalPackage, import_diffusers
+from distmatch.interop.pipelines.skeleton import without_weights
 from distmatch.nets.saved import missing_model
 
 _TRANSFORMERS = OptionalPackage("transformers", "pipelines with text encoders need", "diffusers")
@@ -37,10 +38,15 @@ def needs_tracing(folder: str | os.PathLike[str]) -> bool:
     return (root / INDEX).is_file() and any(is_text_part(name) for name in parts_of(root)[1])
 
 
-def load_parts(root: Path) -> tuple[Any, str]:
-    """The pipeline in a folder, in float32 on the CPU, and the name of its denoising network.
+def load_parts(root: Path, dtype: torch.dtype | None = torch.float32) -> tuple[Any, str]:
+    """The pipeline in a folder, on the CPU, and the name of its denoising network.
 
     Nothing is downloaded, no pickle is opened and no code of the folder is run.
+
+    Args:
+        root: The folder.
+        dtype: The dtype of all parts. None reads no weights: they are on the meta device
+            (:mod:`distmatch.interop.pipelines.skeleton`).
 
     Raises:
         UserError: Something in the folder would need that, is missing or damaged, or the pipeline has two
@@ -65,10 +71,13 @@ def load_parts(root: Path) -> tuple[Any, str]:
         parts: dict[str, Any] = {name: None for name in _DROPPED if name in index}
         for name, part in kinds.items():
             if part is not None:
-                ours = issubclass(part, diffusers.ModelMixin)
-                parts[name] = (
-                    load_component(root / name, part.__name__) if ours else _text_encoder(part, root / name)
-                )
+                place = root / name
+                if dtype is None:
+                    parts[name] = without_weights(part, place)
+                elif issubclass(part, diffusers.ModelMixin):
+                    parts[name] = load_component(place, part.__name__, dtype)
+                else:
+                    parts[name] = _text_encoder(part, place, dtype)
         try:
             pipeline = kind.from_pretrained(root, local_files_only=True, use_safetensors=True, **parts)
         except MemoryError:
@@ -92,7 +101,7 @@ def load_text_encoder(root: Path, name: str, dtype: torch.dtype) -> torch.nn.Mod
     """
     with quiet():
         kind = _checked(root, name, parts_of(root)[0][name])
-        found: torch.nn.Module = _text_encoder(kind, root / name).to(dtype).eval().requires_grad_(False)
+        found: torch.nn.Module = _text_encoder(kind, root / name, dtype).eval().requires_grad_(False)
     return found
 
 
@@ -141,7 +150,7 @@ def _checked(root: Path, name: str, entry: Any) -> Any:
     return found
 
 
-def _text_encoder(kind: Any, folder: Path) -> Any:
+def _text_encoder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     # model.fp16.safetensors and its like, where there is no other: the part in the middle is the variant.
     middle = names[0].removesuffix(".safetensors").split(".")[1:]
@@ -154,7 +163,7 @@ def _text_encoder(kind: Any, folder: Path) -> Any:
                 use_safetensors=True,
                 trust_remote_code=False,
                 variant=None if plain or not middle else middle[0].split("-")[0],
-                dtype=torch.float32,
+                dtype=dtype,
                 output_loading_info=True,
             )
     except MemoryError:

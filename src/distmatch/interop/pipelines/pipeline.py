@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -51,13 +51,20 @@ class Pipeline:
     """
 
     def __init__(
-        self, tracer: Tracer, traces: Sequence[Trace], null: str | int | None, tokens: int | None = None
+        self,
+        tracer: Tracer,
+        traces: Sequence[Trace],
+        null: str | int | None,
+        tokens: int | None = None,
+        received: Mapping[str, Any] | None = None,
     ) -> None:
         self.tracer, self.tokens = tracer, tokens
         scheduler = tracer.pipeline.scheduler
         self.schedule: Schedule = schedule_of(scheduler)
         classes = class_count(tracer)
         self.contract: Contract = self._of_one_length(fit_contract(traces, classes))
+        if received is not None:
+            self.contract = self.contract.in_dtypes_of(received)
         self.times: TimeMap = time_map(
             self.contract.scale, self.contract.offset, self.schedule, scheduler, traces[0]
         )
@@ -216,15 +223,16 @@ class Pipeline:
 
         The end of the pipeline runs on them; its network and scheduler do not. There are no gradients.
         """
-        network, scheduler = self.tracer.network, self.tracer.pipeline.scheduler
-        device = next(network.parameters()).device
-        x0 = z.to(device, next(network.parameters()).dtype)
+        network: Any = self.tracer.network
+        scheduler = self.tracer.pipeline.scheduler
+        x0 = z.to(network.device)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return _zeros(*self._output, len(x0))
 
-        def step(*args: Any, **kwargs: Any) -> Any:
-            return import_diffusers().schedulers.scheduling_utils.SchedulerOutput(prev_sample=x0)
+        def step(output: Any, time: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            last = x0.to(sample.dtype)  # some pipelines keep their samples in float32, others do not
+            return import_diffusers().schedulers.scheduling_utils.SchedulerOutput(prev_sample=last)
 
         asked: list[Any] = [0 if self.tracer.asks == "class_labels" else ""] * len(x0)
         with replaced(network, {"forward": forward}), replaced(scheduler, {"step": step}):

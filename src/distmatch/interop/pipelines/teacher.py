@@ -1,32 +1,35 @@
-"""Teachers made of pipelines of diffusers by tracing, compared with what the pipelines compute themselves."""
+"""Teachers made of pipelines of diffusers by tracing."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.adapters import PredictionDenoiser
-from distmatch.diffusion.calls import CalledNet
 from distmatch.diffusion.conditioning import LABEL
-from distmatch.interop.conversion import Conversion
-from distmatch.interop.pipelines.arguments import flattened
-from distmatch.interop.pipelines.levels import clean_samples, measured_sigmas
+from distmatch.interop.pipelines.comparison import (
+    STEPS,
+    TOLERANCES,
+    compare,
+    compare_networks,
+    denoiser_around,
+    levels_of,
+)
 from distmatch.interop.pipelines.loading import load_parts
 from distmatch.interop.pipelines.pipeline import Pipeline, PipelineDecoder, class_count
-from distmatch.interop.pipelines.trace import Call, Trace, Tracer, stacked
+from distmatch.interop.pipelines.skeleton import plain_network
+from distmatch.interop.pipelines.trace import Trace, Tracer
 
-_TOLERANCE = 1e-3  # a teacher that differs by more than rounding in float32 was not understood
 _TEXTS = (
     ["a red cat", "the dog sleeps in a house"],
     ["a small green tree in the red house", "a river", "the large blue dog runs under a tree"],
 )
-_STEPS = 4
 
 
 def load_pipeline(
@@ -34,6 +37,7 @@ def load_pipeline(
     *,
     null: str | int | None = "",
     tokens: int | None = None,
+    dtype: str = "float32",
     check: bool = True,
     **options: Any,
 ) -> PredictionDenoiser:
@@ -47,6 +51,9 @@ def load_pipeline(
             pipeline of classes the class that does, by default the one behind the last. None: there is none.
         tokens: A fixed number of tokens for pipelines that encode prompts to the length of the longest, with
             a mask or as a list. Guidance and concatenation need equal lengths.
+        dtype: "float32" or "bfloat16", in which all weights are read. In bfloat16 rounding would hide how the
+            network is called: that is read from the pipeline without its weights, in float32, and compared
+            there to 1e-3; with the weights x0 is compared to 3e-2.
         check: Whether predictions are compared with what the pipeline itself computes; ``teacher.conversion``
             is the result.
         options: Options of the pipeline's call that belong to the model: ``height``, ``width``,
@@ -59,106 +66,108 @@ def load_pipeline(
         UserError: A folder that is not loaded, a pipeline that cannot be read by tracing it, or one whose own
             clean samples are others than those of the teacher.
     """
-    pipeline, network = load_parts(Path(folder))
-    tracer = Tracer(pipeline, network, options)
-    classes = class_count(tracer)
-    asked: Sequence[Any] = ([0, 1], [classes - 1, 0, 1]) if tracer.asks == "class_labels" else _TEXTS
-    traces = [tracer.run(prompts, _STEPS) for prompts in asked]
-    labelled = tracer.asks == "class_labels"
-    found = Pipeline(tracer, traces, null if not labelled else None, tokens)
+    kind = _dtype_of(dtype)
+    plain = kind == torch.float32
+    seen, traces = _seen(folder, torch.float32 if plain else None, options)
+    tracer = seen if plain else Tracer(*load_parts(Path(folder), kind), options)
+    tracer.guide_as(seen)
+    received = None if plain else tracer.arguments(_asked(tracer)[0])
+    found, teacher = _teacher(tracer, traces, null, tokens, received)
     found.folder = Path(folder).absolute()
-    teacher = _denoiser(found, classes, null)
     if check:
-        first = [tracer.run(asked[0], steps, calls=1) for steps in (2, 3, 6)]
-        teacher.conversion = compare(teacher, [*traces, *first])  # type: ignore[assignment]
-    plain = {"null": null, "tokens": tokens, "check": check, **options}
-    if all(value is None or isinstance(value, (str, int, float, bool)) for value in plain.values()):
+        first = [seen.run(_asked(tracer)[0], steps, calls=1) for steps in (2, 3, 6)]
+        conversion = compare(teacher, [*traces, *first], recorded=not plain)
+        if not plain:
+            real = [(tracer.run(trace.prompts, STEPS), levels_of(trace, found)) for trace in traces]
+            conversion = compare_networks(teacher, real, TOLERANCES[kind])
+        teacher.conversion = conversion  # type: ignore[assignment]
+    kept = {"null": null, "tokens": tokens, "dtype": dtype, "check": check, **options}
+    if all(value is None or isinstance(value, (str, int, float, bool)) for value in kept.values()):
         # Students keep where it was, where all that it was loaded with can be kept.
-        teacher.loaded_from = (os.path.abspath(folder), plain)  # type: ignore[assignment]
+        teacher.loaded_from = (os.path.abspath(folder), kept)  # type: ignore[assignment]
     return teacher
 
 
-def _denoiser(found: Pipeline, classes: int, null: str | int | None) -> PredictionDenoiser:
-    contract, path = found.contract, found.schedule.path
-    labelled, texts = LABEL in contract.fields, isinstance(null, str) and bool(contract.fields)
-    teacher = PredictionDenoiser(
-        CalledNet(found.tracer.network, contract),
-        "vp" if path is None else path,
-        found.schedule.prediction,
-        shape=contract.shape,
-        sigma_data=1.0,
-        # The start of the pipeline's sampler, however near to pure noise.
-        sigma_max=None if path is None else path.rho_max,
-        shift=found.shift or 1.0,
-        time=found.times,
-        conditioning=contract.fields,
+def without_weights(
+    folder: str | os.PathLike[str],
+    *,
+    null: str | int | None = "",
+    tokens: int | None = None,
+    dtype: str = "float32",
+    **options: Any,
+) -> PredictionDenoiser:
+    """A teacher of :func:`load_pipeline` whose network is on the meta device: for shapes and sizes.
+
+    Args:
+        folder: The folder.
+        null: As there.
+        tokens: As there.
+        dtype: Of the network.
+        options: As there.
+
+    Raises:
+        UserError: As there, or the network needs numbers to know its shapes.
+    """
+    tracer, traces = _traced(folder, None, options)
+    _, teacher = _teacher(tracer, traces, null, tokens, network=plain_network(tracer.network))
+    network: Any = teacher.net
+    network.module.to(_dtype_of(dtype))
+    return teacher
+
+
+def _traced(
+    folder: str | os.PathLike[str], dtype: torch.dtype | None, options: Mapping[str, Any]
+) -> tuple[Tracer, list[Trace]]:
+    """Runs of two and of three samples; without weights if ``dtype`` is None."""
+    tracer = Tracer(*load_parts(Path(folder), dtype), options)
+    return tracer, [tracer.run(prompts, STEPS) for prompts in _asked(tracer)]
+
+
+def _seen(
+    folder: str | os.PathLike[str], dtype: torch.dtype | None, options: Mapping[str, Any]
+) -> tuple[Tracer, list[Trace]]:
+    """As :func:`_traced`, with the weights of networks that need numbers to know their shapes (Lumina2)."""
+    try:
+        return _traced(folder, dtype, options)
+    except UserError:
+        if dtype is not None:
+            raise
+        return _traced(folder, torch.float32, options)
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name)
+    if found is None:
+        raise unknown_name("dtype of a pipeline", name, ("float32", "bfloat16"))
+    return found
+
+
+def _asked(tracer: Tracer) -> Sequence[Any]:
+    """What two runs are asked for, of two and of three samples."""
+    last = class_count(tracer) - 1
+    return ([0, 1], [last, 0, 1]) if tracer.asks == "class_labels" else _TEXTS
+
+
+def _teacher(
+    tracer: Tracer,
+    traces: Sequence[Trace],
+    null: str | int | None,
+    tokens: int | None,
+    received: Mapping[str, Any] | None = None,
+    network: nn.Module | None = None,
+) -> tuple[Pipeline, PredictionDenoiser]:
+    found = Pipeline(tracer, traces, None if tracer.asks == "class_labels" else null, tokens, received)
+    contract, labelled = found.contract, LABEL in found.contract.fields
+    texts = isinstance(null, str) and bool(contract.fields) and not labelled
+    classes = class_count(tracer)
+    teacher = denoiser_around(
+        found,
+        tracer.network if network is None else network,
         null_class=(null if isinstance(null, int) else classes) if labelled else None,
-        null=found.encode([null]) if texts and not labelled and isinstance(null, str) else None,
+        null=found.encode([null]) if texts and isinstance(null, str) else None,
     )
     teacher.pipeline = found  # type: ignore[assignment]
     if not labelled and contract.fields:
         teacher.prompt_encoder = found  # type: ignore[assignment]
     teacher.decoder = PipelineDecoder(found)  # type: ignore[assignment]
-    return teacher.eval()
-
-
-@torch.no_grad()
-def compare(
-    teacher: PredictionDenoiser, traces: Sequence[Trace], tolerance: float | None = _TOLERANCE
-) -> Conversion:
-    """How far a teacher's x0 is from the pipeline's own, in all steps of traces, as a batch and one by one.
-
-    Args:
-        teacher: A teacher of :func:`load_pipeline`.
-        traces: What the pipeline computed.
-        tolerance: Largest acceptable difference, relative to the largest value; None: any.
-
-    Raises:
-        UserError: It is larger, or no step of the pipeline shows its x0.
-    """
-    found: Any = teacher.pipeline
-    gap, size, points = 0.0, 0.0, 0
-    for trace in traces:
-        if found.schedule.family == "flow" and trace.calls[0].x0 is None and len(trace.calls) < _STEPS:
-            continue  # a run that was left early does not show its levels
-        steps = zip(trace.calls, _levels(trace, found), clean_samples(found.schedule, trace), strict=True)
-        for call, time, x0 in steps:
-            placed = _placed(call, time, found)
-            if x0 is None or placed is None:
-                continue
-            y, rho = placed
-            told = found.fitted(found.contract.conditioning(call.arguments))
-            each = [teacher(y[i : i + 1], rho[i : i + 1], told.index(slice(i, i + 1))) for i in range(len(y))]
-            for ours in (teacher(y, rho, told), torch.cat(each)):
-                gap = max(gap, (ours - x0).abs().max().item())
-            size, points = max(size, x0.abs().max().item()), points + len(y)
-    if not points:
-        raise UserError(
-            "this pipeline does not show its clean samples, so that a teacher made of it cannot be checked",
-            got=f"a {type(found.tracer.pipeline.scheduler).__name__}, prediction {found.schedule.prediction}",
-            expected="a scheduler that states them (DDIM, DDPM, Euler, DPM-Solver++), or a flow",
-            fix="save the pipeline with DDIMScheduler.from_config(pipe.scheduler.config)",
-        )
-    result = Conversion(gap, size, points)
-    if tolerance is not None and not result.relative <= tolerance:
-        raise UserError(
-            "the teacher does not predict what the pipeline computes",
-            got=str(result),
-            expected=f"a relative difference below {tolerance:g}",
-            fix="please report this pipeline; check=False loads it all the same",
-        )
-    return result
-
-
-def _levels(trace: Trace, found: Pipeline) -> list[float]:
-    """The times of our path in the steps of a trace; those of a flow are measured."""
-    return measured_sigmas(trace) if found.schedule.family == "flow" else [c.timestep for c in trace.calls]
-
-
-def _placed(call: Call, time: float, found: Pipeline) -> tuple[Tensor, Tensor] | None:
-    """What the network received as a sample of ours, and its level; None beyond the ends of the path."""
-    path, value = found.schedule.path, stacked(flattened(call.arguments)[found.contract.sample])
-    if path is None or value is None or not path.t_min <= time <= path.t_max:
-        return None
-    value = value.reshape(call.sample.shape)
-    return value / path.alpha(time).to(value.dtype), path.rho(time).expand(len(value))
+    return found, teacher.eval()

@@ -118,6 +118,10 @@ class Tracer:
         found: nn.Module = getattr(self.pipeline, self.network_name)
         return found
 
+    def guide_as(self, other: Tracer) -> None:
+        """Turns guidance off as a run of another tracer of this pipeline found it to be off."""
+        self.guidance, self._settled = other.guidance, other._settled
+
     def run(self, prompts: Prompts, steps: int = 4, *, calls: int | None = None) -> Trace:
         """Records a run with its guidance off.
 
@@ -242,9 +246,9 @@ class Tracer:
         Raises:
             UserError: The pipeline raises an error.
         """
-        device = next(self.network.parameters()).device
+        device: Any = self.network.device
         for part in self.pipeline.components.values():  # where the network was moved to
-            if isinstance(part, nn.Module) and any(p.device != device for p in part.parameters()):
+            if isinstance(part, nn.Module) and part.device != device:
                 part.to(device)
         noise = torch.Generator(device).manual_seed(0)
         asked = {self.asks: list(prompts)}
