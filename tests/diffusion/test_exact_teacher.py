@@ -281,7 +281,7 @@ WRONG = {
     "standard deviation": lambda: LogNormal(0.0, 0.0),
     "0 < low": lambda: Karras(0.0, 80.0),
     "rho": lambda: Karras(0.002, 80.0, 0.0),
-    "at least one step": lambda: karras_grid(0, 0.002, 80.0),
+    "number of steps": lambda: karras_grid(0, 0.002, 80.0),
     "low < high": lambda: karras_grid(5, 80.0, 0.002),
 }
 

@@ -44,10 +44,10 @@ PAIRED = [
 GOOD = torch.linspace(-1, 1, 12).reshape(6, 2)
 BAD = {
     "not finite": torch.tensor([[0.0, math.nan]] + [[1.0, 1.0]] * 5),
-    "must be floating": torch.ones(6, 2, dtype=torch.int64),
+    "must be a floating-point tensor": torch.ones(6, 2, dtype=torch.int64),
     "too few samples": torch.ones(1, 2),
     "no coordinates": torch.ones(6, 0),
-    "must be a torch tensor": np.ones((6, 2)),
+    "floating-point tensor. Got: ndarray": np.ones((6, 2)),
 }
 
 

@@ -200,7 +200,7 @@ def test_consistent_conditionals_need_one_evaluation_instead_of_many():
             "different sizes",
         ),
         (lambda: consistency_loss(table(), Lookup(), torch.full((1, L), V), generator=rng()), "0 to 2"),
-        (lambda: gibbs_block(table(), table().states, 0, generator=rng()), "1 to 4"),
+        (lambda: gibbs_block(table(), table().states, 0, generator=rng()), "from 1 to 4"),
     ],
 )
 def test_mistakes_are_explained(mistake, message):

@@ -167,7 +167,7 @@ def test_users_mistakes(few):
     with pytest.raises(UserError, match="wrong shape"):
         resolve_features(lambda x: x, few)(torch.zeros(5, 1, 8, 8))
     for bad in (torch.nan, torch.inf):
-        with pytest.raises(UserError, match="5 samples with NaN or infinity"):
+        with pytest.raises(UserError, match="NaN or infinity in 5 of 5"):
             resolve_features(lambda x, bad=bad: x.flatten(1) + bad, few)(torch.ones(5, 1, 8, 8))
     with pytest.raises(UserError, match="no classifier"):
         pixels().predict(torch.zeros(1, 2))

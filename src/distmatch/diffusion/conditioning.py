@@ -264,6 +264,17 @@ def null_labels(spec: ConditioningSpec, n: int, device: torch.device | str = "cp
     )
 
 
+def conditioning_for(model: object, value: ConditioningLike, n: int) -> Conditioning:
+    """A user's argument as a conditioning of ``n`` samples that a model takes.
+
+    Raises:
+        UserError: As :func:`as_conditioning` and :func:`check_conditioning`.
+    """
+    conditioning = as_conditioning(value)
+    check_conditioning(conditioning, n, spec_of(model))
+    return conditioning
+
+
 def check_conditioning(conditioning: Conditioning, n: int, spec: ConditioningSpec | None = None) -> None:
     """Refuses a conditioning that does not fit the samples or the model.
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.seeds import generator
@@ -91,8 +92,7 @@ def blurred_log_prob(samples: Tensor, y: Tensor, level: float) -> Tensor:
     Raises:
         UserError: The level is not positive, or the shapes differ.
     """
-    if not 0 < level < math.inf:
-        raise UserError("the noise level must be positive", got=level)
+    check_number("the noise level", level, "(0, inf)")
     if samples.shape[1:] != y.shape[1:]:
         raise UserError("samples and data differ in shape", got=f"{samples.shape[1:]} and {y.shape[1:]}")
     flat, targets = samples.flatten(1), y.flatten(1)

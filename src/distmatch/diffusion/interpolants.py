@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.denoiser import expand
 from distmatch.diffusion.paths.core import NoisePath
@@ -74,8 +75,7 @@ class Interpolant:
             raise unknown_name("interpolant", self.kind, KINDS)
         if self.gamma not in GAMMAS:
             raise unknown_name("gamma", self.gamma, GAMMAS)
-        if not 0 < self.scale < math.inf:
-            raise UserError("the scale of gamma must be positive", got=self.scale)
+        check_number("the scale of gamma", self.scale, "(0, inf)")
         if self.kind == "trig" and self.scale * _PEAKS[self.gamma] >= 1:
             raise UserError(
                 "a trigonometric interpolant needs gamma below 1",

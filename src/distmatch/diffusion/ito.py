@@ -23,7 +23,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand, require_diffused, require_score
-from distmatch.diffusion.geometry.jacobian import denoise_with_trace, draw_probes, parse_trace
+from distmatch.diffusion.geometry.jacobian import denoise_with_trace, trace_probes
 from distmatch.diffusion.priors import Prior, gaussian_prior
 
 Level = float | Tensor
@@ -157,13 +157,10 @@ def trajectory_log_density(
         )
     require_score(denoiser, "a density along a trajectory")
     require_diffused(denoiser, "a density along a trajectory")
-    kind, count = parse_trace(trace)
     first = states[0]
     density = prior or gaussian_prior(levels[0] ** 2 + denoiser.sigma_data**2)
     running = LogDensity.at_prior(first, density, conditioning)
-    probes = None
-    if count and noise_ratio != 1:
-        probes = draw_probes(kind, count, len(first), tuple(first.shape[1:]), seed=seed, like=first)
+    probes = trace_probes(trace, first, seed=seed)
     values = [running.log_q]
     for i, (now, after) in enumerate(pairwise(levels)):
         y = states[i]

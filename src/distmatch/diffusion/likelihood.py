@@ -18,25 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_batch, check_count, check_finite, check_rising
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate, mean_of
 from distmatch.base.seeds import generator
-from distmatch.diffusion.conditioning import (
-    Conditioning,
-    ConditioningLike,
-    as_conditioning,
-    check_conditioning,
-    spec_of,
-)
+from distmatch.diffusion.conditioning import ConditioningLike, conditioning_for
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.geometry.flow import FlowSolver, ScaledFlow, State
 from distmatch.diffusion.geometry.jacobian import (
     connected,
     denoise_with_trace,
-    draw_probes,
     parse_trace,
     refuse_random_layers,
     slopes,
+    trace_probes,
 )
 from distmatch.diffusion.geometry.summary import probe_error
 from distmatch.diffusion.priors import Prior, prior_density
@@ -146,12 +141,11 @@ def log_likelihood(
     """
     low = denoiser.sigma_min if sigma is None else sigma
     high = denoiser.sigma_max if sigma_max is None else sigma_max
-    conditioning = as_conditioning(conditioning)
-    _check(denoiser, x, conditioning, low, high)
-    if batch < 1:
-        raise UserError("there must be at least one sample at a time", got=f"batch={batch}")
+    _check(denoiser, x, low, high)
+    conditioning = conditioning_for(denoiser, conditioning, len(x))
+    check_count("batch", batch)
     refuse_random_layers(denoiser)
-    kind, count = parse_trace(trace)
+    _, count = parse_trace(trace)
     method = FlowSolver.parse(solver)
     density = prior_density(prior, denoiser, high, dtype=x.dtype, chunk=chunk)
     dim = x[0].numel()
@@ -160,9 +154,7 @@ def log_likelihood(
     for first in range(0, len(x), batch):
         rows = x[first : first + batch]
         cond = conditioning.index(slice(first, first + batch))
-        probes = None
-        if count:
-            probes = draw_probes(kind, count, len(rows), x.shape[1:], seed=seed, first=first, like=rows)
+        probes = trace_probes(trace, rows, seed=seed, first=first)
         flow = ScaledFlow.of(denoiser, rows, high, cond)
         start: State = (
             flow.scaled(math.log(low), rows),
@@ -262,19 +254,10 @@ def dequantize(levels: Tensor, *, seed: int = 0) -> Tensor:
     return levels.double() + (noise - 0.5).to(levels.device)
 
 
-def _check(denoiser: Denoiser, x: Tensor, conditioning: Conditioning, low: float, high: float) -> None:
-    if x.ndim < 2 or tuple(x.shape[1:]) != tuple(denoiser.shape) or len(x) == 0:
-        raise UserError(
-            "these are not samples of this model",
-            got=tuple(x.shape),
-            expected=f"(n, {', '.join(map(str, denoiser.shape))}) with n of 1 or more",
-        )
+def _check(denoiser: Denoiser, x: Tensor, low: float, high: float) -> None:
+    check_batch("the samples of this model", x, denoiser.shape)
+    check_count("the number of samples", len(x))
     if x.dtype not in (torch.float32, torch.float64):
         raise UserError("a likelihood needs float32 or float64 samples", got=x.dtype, fix="call .float()")
-    check_conditioning(conditioning, len(x), spec_of(denoiser))
-    if not bool(x.isfinite().all()):
-        raise UserError("these samples are not all finite", fix="remove those with NaN or infinity")
-    if not 0 < low < high < math.inf:
-        raise UserError(
-            "noise levels must satisfy 0 < sigma < sigma_max", got=f"sigma={low}, sigma_max={high}"
-        )
+    check_finite("these samples", x)
+    check_rising(sigma=low, sigma_max=high)

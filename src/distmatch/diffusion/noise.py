@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count, check_number, check_rising
 from distmatch.base.errors import UserError
 
 
@@ -25,10 +26,7 @@ class LogNormal:
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise UserError(
-                "the standard deviation of log sigma must be positive", got=self.std, expected="std > 0"
-            )
+        check_number("the standard deviation of log sigma", self.std, "(0, inf)")
 
     def quantile(self, u: Tensor) -> Tensor:
         """The quantile function: the noise level below which a share ``u`` in (0, 1) of the samples is."""
@@ -59,12 +57,8 @@ class Karras:
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.low < self.high:
-            raise UserError(
-                "noise levels must satisfy 0 < low < high", got=f"low={self.low}, high={self.high}"
-            )
-        if not self.rho > 0:
-            raise UserError("rho must be positive", got=self.rho)
+        check_rising(low=self.low, high=self.high)
+        check_number("rho", self.rho, "(0, inf)")
 
     def quantile(self, u: Tensor) -> Tensor:
         """The quantile function: the noise level below which a share ``u`` in [0, 1] of the samples is."""
@@ -138,10 +132,8 @@ def karras_grid(steps: int, low: float, high: float, rho: float = 7.0) -> Tensor
     Raises:
         UserError: Fewer than one step, or levels out of order.
     """
-    if steps < 1:
-        raise UserError("a sampling grid needs at least one step", got=steps, fix="use --steps 1 or more")
-    if not 0 < low < high:
-        raise UserError("noise levels must satisfy 0 < low < high", got=f"low={low}, high={high}")
+    check_count("the number of steps of a sampling grid", steps, fix="use --steps 1 or more")
+    check_rising(low=low, high=high)
     i = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
     a, b = high ** (1 / rho), low ** (1 / rho)
     return torch.cat([(a + i * (b - a)) ** rho, torch.zeros(1, dtype=torch.float64)])

@@ -57,6 +57,19 @@ class SampleNoise:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def check(self, y: Tensor) -> None:
+        """Accepts only the batch that this noise is for, (B, *shape).
+
+        Raises:
+            UserError: It has another number of samples, or another shape.
+        """
+        if y.shape != (len(self), *self.shape):
+            raise UserError(
+                "the noise is not for this batch",
+                got=f"{len(self)} samples of shape {tuple(self.shape)}",
+                expected=f"{len(y)} of shape {tuple(y.shape[1:])}",
+            )
+
     def after(self, steps: int) -> SampleNoise:
         """The same noise from ``steps`` steps on: what the second half of a solve in two halves needs."""
         return replace(self, first_step=self.first_step + steps)

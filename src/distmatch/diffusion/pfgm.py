@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator as make_generator
 from distmatch.diffusion.conditioning import ConditioningLike
@@ -47,13 +48,12 @@ def check_dims(dims: float) -> None:
     Raises:
         UserError: They are not.
     """
-    if not 0 < dims < math.inf:
-        raise UserError(
-            "the extra dimensions of PFGM++ must be positive",
-            got=dims,
-            expected="128 or 2048, usually",
-            fix="for Gaussian noise use a teacher without them",
-        )
+    check_number(
+        "the number of extra dimensions of PFGM++",
+        dims,
+        "(0, inf)",
+        fix="it is usually 128 or 2048; for Gaussian noise use a teacher without them",
+    )
 
 
 def start_noise(denoiser: Denoiser, latents: Tensor, seed: int) -> Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name
+from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import Denoiser, has_score
 from distmatch.diffusion.geometry.jacobian import denoiser_jacobian
@@ -92,8 +93,7 @@ def prior_density(
     """
     if callable(prior):
         return prior
-    if prior not in PRIORS:
-        raise unknown_name("prior", prior, PRIORS)
+    check_name("prior", prior, PRIORS)
     if not has_score(denoiser):
         raise UserError(
             "this teacher's noise is not Gaussian, and neither is its distribution at sigma_max",

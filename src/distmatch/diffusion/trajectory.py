@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distmatch.base.seeds import initial_noise
-from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning, spec_of
+from distmatch.diffusion.conditioning import ConditioningLike, conditioning_for
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import at_step
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -123,8 +123,7 @@ def x0_trajectory(
     Raises:
         UserError: What :func:`~distmatch.diffusion.solvers.solve` refuses.
     """
-    conditioning = as_conditioning(conditioning)
-    check_conditioning(conditioning, n, spec_of(denoiser))
+    conditioning = conditioning_for(denoiser, conditioning, n)
     chosen = find_solver(solver)
     levels = checked_levels(grid, stochastic=True)
     latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed), seed)

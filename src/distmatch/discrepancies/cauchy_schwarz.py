@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number
 from distmatch.base.estimate import Estimate
+from distmatch.base.samples import about_center, checked_pair, same_count
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.kernels import squared_distances
 from distmatch.discrepancies.pairwise_sums import (
@@ -23,7 +24,6 @@ from distmatch.discrepancies.pairwise_sums import (
     degenerate_within,
     two_sample_variances,
 )
-from distmatch.discrepancies.samples import about_center, checked_pair, same_count
 from distmatch.discrepancies.u_statistics import near_zero
 
 ESTIMATORS = ("unbiased", "biased")
@@ -49,8 +49,7 @@ def silverman_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
 def _bandwidth(bandwidth: float | None, x: Tensor, y: Tensor) -> float:
     if bandwidth is None:
         return silverman_bandwidth(x, y)
-    if not (math.isfinite(bandwidth) and bandwidth > 0):
-        raise UserError("the bandwidth must be a positive number", got=bandwidth, fix="None chooses one")
+    check_number("the bandwidth", bandwidth, "(0, inf)", fix="None chooses one")
     return float(bandwidth)
 
 
@@ -70,8 +69,7 @@ def _prepared(
     x: Tensor, y: Tensor, bandwidth: float | None, estimator: str
 ) -> tuple[Tensor, Tensor, torch.dtype]:
     """Both sets in float64, scaled so that the kernel is exp(-squared distance); their own precision."""
-    if estimator not in ESTIMATORS:
-        raise unknown_name("estimator", estimator, ESTIMATORS)
+    check_name("estimator", estimator, ESTIMATORS)
     x, y = checked_pair(x, y)
     scale = 1 / (2 * _bandwidth(bandwidth, x, y))
     given = x.dtype

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name
 from distmatch.base.estimate import Estimate
+from distmatch.base.samples import checked, same_count
 from distmatch.discrepancies.distance_products import (
     ProductSums,
     centered,
@@ -24,7 +25,6 @@ from distmatch.discrepancies.distance_products import (
     times_distances,
 )
 from distmatch.discrepancies.permutation import TestResult, checked_resamples, result_of
-from distmatch.discrepancies.samples import checked, same_count
 from distmatch.discrepancies.u_statistics import centered_square, near_zero, squared_distance_sum
 
 ESTIMATORS = ("unbiased", "biased")
@@ -68,8 +68,7 @@ def distance_covariance_loss(x: Tensor, y: Tensor, *, estimator: str = "unbiased
     Raises:
         UserError: Bad or unpaired samples, or an unknown estimator.
     """
-    if estimator not in ESTIMATORS:
-        raise unknown_name("estimator", estimator, ESTIMATORS)
+    check_name("estimator", estimator, ESTIMATORS)
     x, y = _paired(x, y)
     return _value(product_sums(x, y, in_order=False), estimator).to(x.dtype)
 
@@ -112,8 +111,7 @@ def distance_covariance(x: Tensor, y: Tensor, *, estimator: str = "unbiased") ->
     Raises:
         UserError: Bad or unpaired samples, or an unknown estimator.
     """
-    if estimator not in ESTIMATORS:
-        raise unknown_name("estimator", estimator, ESTIMATORS)
+    check_name("estimator", estimator, ESTIMATORS)
     with torch.no_grad():
         x, y = _paired(x, y)
         n = len(x)
@@ -150,8 +148,7 @@ def checked_list(variables: Sequence[Tensor], least: int) -> list[Tensor]:
     Raises:
         UserError: Fewer than ``least`` variables, or bad or unpaired samples.
     """
-    if len(variables) < least:
-        raise UserError("too few variables", got=len(variables), expected=f"at least {least}")
+    check_count("the number of variables", len(variables), least)
     result = [checked(v, f"variable {i}", LEAST) for i, v in enumerate(variables)]
     for i, v in enumerate(result):
         same_count(result[0], v, ("variable 0", f"variable {i}"))

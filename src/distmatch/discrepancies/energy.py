@@ -11,13 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import unknown_name
+from distmatch.base.checks import check_name
 from distmatch.base.estimate import Estimate
+from distmatch.base.samples import checked_pair
 from distmatch.discrepancies.kernels import energy
 from distmatch.discrepancies.mmd import mmd, mmd_loss, mmd_test
 from distmatch.discrepancies.pairwise_sums import PairSums, degenerate_across, degenerate_within, two_sample
 from distmatch.discrepancies.permutation import TestResult
-from distmatch.discrepancies.samples import checked_pair
 from distmatch.discrepancies.u_statistics import squared_distance_sum
 
 ESTIMATORS = ("unbiased", "biased")
@@ -70,8 +70,7 @@ def energy_distance_loss(
     Raises:
         UserError: Bad samples, exponent or estimator.
     """
-    if estimator not in ESTIMATORS:
-        raise unknown_name("estimator", estimator, ESTIMATORS)
+    check_name("estimator", estimator, ESTIMATORS)
     kernel = energy(exponent)
     x, y = checked_pair(x, y)
     if x.shape[1] > 1 or exponent != 1:

@@ -7,15 +7,15 @@ modes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count, check_number
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate, mean_of
-from distmatch.discrepancies.samples import checked, same_count, same_dimension
+from distmatch.base.samples import checked, checked_pair
 
 Score = Callable[[Tensor], Tensor]
 
@@ -68,9 +68,7 @@ def fisher_divergence(score_p: Tensor, score_q: Tensor) -> Estimate:
     Raises:
         UserError: Bad scores or different shapes.
     """
-    score_p, score_q = checked(score_p, "score_p"), checked(score_q, "score_q")
-    same_count(score_p, score_q, ("score_p", "score_q"))
-    same_dimension(score_p, score_q, ("score_p", "score_q"))
+    score_p, score_q = checked_pair(score_p, score_q, names=("score_p", "score_q"), paired=True)
     return mean_of((score_p.double() - score_q.double()).square().sum(1).detach())
 
 
@@ -98,8 +96,7 @@ def _hyvarinen_terms(
     if projections is None:
         s, trace = _with_slope(score, x, torch.eye(d, dtype=x.dtype, device=x.device)[:, None], graph)
         return trace + s.square().sum(1) / 2
-    if projections != int(projections) or projections < 1:
-        raise UserError("the number of projections must be a positive whole number or None", got=projections)
+    check_count("the number of projections", projections, fix="None is exact")
     where = generator.device if generator is not None else x.device
     signs = torch.randint(0, 2, (int(projections), n, d), generator=generator, device=where).to(x) * 2 - 1
     s, slope = _with_slope(score, x, signs, graph)
@@ -156,8 +153,7 @@ def denoising_score_matching_loss(
     Raises:
         UserError: Bad samples or score, or sigma not positive.
     """
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise UserError("sigma must be a positive number", got=sigma)
+    check_number("sigma", sigma, "(0, inf)")
     x = checked(x, "x")
     where = generator.device if generator is not None else x.device
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=where).to(x.device)

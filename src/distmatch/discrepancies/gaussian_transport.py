@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 
 
@@ -43,8 +42,7 @@ def gaussian_sinkhorn(
     Raises:
         UserError: Shapes that do not fit, or an ``epsilon`` that is not positive.
     """
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise UserError("epsilon must be a positive number", got=epsilon)
+    check_number("epsilon", epsilon, "(0, inf)")
     d = len(mean_x)
     shapes = [tuple(t.shape) for t in (mean_x, covariance_x, mean_y, covariance_y)]
     if shapes != [(d,), (d, d), (d,), (d, d)]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_number
 from distmatch.base.estimate import Estimate
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.distance_covariance import checked_list, distance_variance
@@ -105,8 +105,7 @@ def _degenerate(variables: list[Tensor], c: float, about_first: bool) -> float:
 
 
 def _prepared(variables: Sequence[Tensor], c: float) -> list[Tensor]:
-    if not (math.isfinite(c) and c > 0):
-        raise UserError("c must be a positive number", got=c, fix="1 weighs all orders of interaction alike")
+    check_number("c", c, "(0, inf)", fix="1 weighs all orders of interaction alike")
     return [centered(x) for x in checked_list(variables, 2)]
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count, check_number
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.discrepancies.samples import checked_pair
+from distmatch.base.samples import checked_pair
 
 KERNELS = ("gaussian", "laplace", "rational_quadratic", "imq", "energy", "polynomial")
 """The names that functions with a ``kernel`` argument take."""
@@ -151,8 +152,7 @@ def root(squares: Tensor) -> Tensor:
 
 def _positive(value: float, what: str) -> float:
     value = float(value)
-    if not (math.isfinite(value) and value > 0):
-        raise UserError(f"{what} must be a positive number", got=value, fix="choose a positive one")
+    check_number(what, value, "(0, inf)")
     return value
 
 
@@ -182,21 +182,13 @@ def rational_quadratic(bandwidth: float, alphas: Sequence[float] = (0.2, 0.5, 1.
 
 def imq(bandwidth: float, exponent: float = -0.5) -> Kernel:
     r"""The inverse multiquadric (1 + \|x - y\|^2 / s^2)^b with b in (-1, 0)."""
-    if not -1 < exponent < 0:
-        raise UserError(
-            "the exponent of the inverse multiquadric is out of range", got=exponent, expected="(-1, 0)"
-        )
+    check_number("the exponent of the inverse multiquadric", exponent, "(-1, 0)")
     return Kernel("imq", lambda d2: (1 + d2) ** exponent, 1 / _positive(bandwidth, "the bandwidth"))
 
 
 def energy(exponent: float = 1.0) -> Kernel:
     r"""-\|x - y\|^e with e in (0, 2): conditionally positive definite, MMD^2 is the energy distance."""
-    if not 0 < exponent < 2:
-        raise UserError(
-            "the exponent of the energy distance is out of range",
-            got=exponent,
-            expected="a number between 0 and 2, both excluded (2 compares only the means)",
-        )
+    check_number("the exponent of the energy distance", exponent, "(0, 2)", fix="2 compares only the means")
     if exponent == 1:
         return Kernel("energy", lambda d2: -root(d2), bounded=False)
     return Kernel("energy", lambda d2: -(root(d2) ** exponent), bounded=False)
@@ -208,10 +200,8 @@ def polynomial(degree: int = 3, gamma: float | None = None, offset: float = 1.0)
     Raises:
         UserError: The degree is no positive whole number, gamma not positive, or c negative.
     """
-    if degree != int(degree) or degree < 1:
-        raise UserError("the degree must be a positive whole number", got=degree)
-    if not (math.isfinite(offset) and offset >= 0):
-        raise UserError("the offset must not be negative (the kernel would be indefinite)", got=offset)
+    check_count("the degree", degree)
+    check_number("the offset", offset, "[0, inf)", fix="with a negative one the kernel is indefinite")
     scale = None if gamma is None else math.sqrt(_positive(gamma, "gamma"))
     return Kernel(
         "polynomial", lambda xy: (xy + offset) ** int(degree), scale, of_products=True, bounded=False

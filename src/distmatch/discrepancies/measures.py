@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.discrepancies.samples import checked_pair
+from distmatch.base.samples import checked_pair
 
 _WEIGHT_SLACK = 1e-4
 

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name
+from distmatch.base.errors import unknown_name
 from distmatch.base.estimate import Estimate
+from distmatch.base.samples import about_center, checked_pair
 from distmatch.discrepancies.chunks import rows_per_chunk
 from distmatch.discrepancies.kernels import Kernel, resolve_kernel
 from distmatch.discrepancies.pairwise_sums import across, total_across, total_within, two_sample, within
@@ -20,7 +22,6 @@ from distmatch.discrepancies.permutation import (
     resamples_per_pass,
     result_of,
 )
-from distmatch.discrepancies.samples import about_center, checked_pair
 
 ESTIMATORS = ("unbiased", "biased", "linear", "block")
 """What ``estimator`` may be."""
@@ -50,10 +51,7 @@ def _linear_terms(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
 def _block_terms(kernel: Kernel, x: Tensor, y: Tensor, block: int | None, precision: torch.dtype) -> Tensor:
     n = min(len(x), len(y))
     size = max(2, min(math.isqrt(n), n // _LEAST_TERMS)) if block is None else block
-    if size != int(size) or not 2 <= size <= n:
-        raise UserError(
-            "the block size does not match the samples", got=size, expected=f"a whole number from 2 to {n}"
-        )
+    check_count("the block size", size, 2, n)
     groups = n // int(size)
     x, y = (z[: groups * (len(z) // groups)].unflatten(0, (groups, -1)) for z in (x, y))
     m, n = x.shape[1], y.shape[1]
@@ -145,8 +143,7 @@ def mmd(
     Raises:
         UserError: Bad samples, or an unknown kernel or estimator.
     """
-    if estimator not in ESTIMATORS:
-        raise unknown_name("estimator", estimator, ESTIMATORS)
+    check_name("estimator", estimator, ESTIMATORS)
     with torch.no_grad():
         x, y, kernel, given = _prepared(x, y, kernel)
         precision = kernel.precision(given)

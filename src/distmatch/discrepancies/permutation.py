@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count
 from distmatch.discrepancies.chunks import rows_per_chunk
 
 _WEIGHT_ELEMENTS = 2**25
@@ -49,12 +49,11 @@ def checked_resamples(resamples: int) -> int:
     Raises:
         UserError: It is no positive whole number.
     """
-    if resamples != int(resamples) or resamples < 1:
-        raise UserError(
-            "the number of resamples must be a positive whole number",
-            got=resamples,
-            fix="199 for a level of 1 %, 999 for reported values",
-        )
+    check_count(
+        "the number of resamples",
+        resamples,
+        fix="199 for a level of 1 %, 999 for reported values",
+    )
     return int(resamples)
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count, check_number
 from distmatch.discrepancies.measures import checked_measures
-from distmatch.discrepancies.sinkhorn_solver import Cloud, Solution, cloud, solve, solve_self
+from distmatch.discrepancies.sinkhorn_solver import Cloud, Settings, Solution, cloud, solve, solve_self
 
 _DEFAULT_TOL = 1e-5
 _DEFAULT_MEMORY = 1 << 30
@@ -99,30 +99,10 @@ def _variance(witness: Tensor, weight: Tensor) -> float:
 
 
 def _check_settings(epsilon: float | None, tol: float, max_iter: int, memory: int) -> None:
-    if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
-        raise UserError("epsilon must be a positive number", got=epsilon, fix="omit it for the default")
-    if not 0 < tol < 1:
-        raise UserError("tol must lie between 0 and 1", got=tol, expected="for example 1e-5")
-    if max_iter < 1:
-        raise UserError("max_iter must be at least 1", got=max_iter)
-    if memory < 0:
-        raise UserError("memory must not be negative", got=memory, expected="a number of bytes")
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What every problem of a divergence is solved with; the names are those of the solver."""
-
-    eps: float
-    spread: float
-    tol: float
-    max_iter: int
-    memory: int
-    moments: bool
-    debias: bool
-
-    def of_solver(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("spread", "tol", "max_iter", "memory", "moments")}
+    check_number("epsilon", 1 if epsilon is None else epsilon, "(0, inf)", fix="omit it for the default")
+    check_number("tol", tol, "(0, 1)", fix="1e-5, for example")
+    check_count("max_iter", max_iter)
+    check_number("memory, in bytes,", memory, "[0, inf]")
 
 
 @dataclass(frozen=True)
@@ -136,15 +116,15 @@ class _Found:
     solutions: list[Solution]
 
 
-def _transport(clouds: Sequence[Cloud], s: _Settings) -> _Found:
+def _transport(clouds: Sequence[Cloud], s: Settings, debias: bool) -> _Found:
     """The divergence in the precision of the points."""
     left, right = clouds
-    both = solve(left, right, s.eps, **s.of_solver())
+    both = solve(left, right, s)
     total, f, g = _dual(left, right, both), both.sweep.f, both.g
     pulls = list(_cost_gradients(left, right, both)) if s.moments else []
-    if not s.debias:
+    if not debias:
         return _Found(total, f, g, pulls, [both])
-    selves = [solve_self(z, s.eps, **s.of_solver()) for z in clouds]
+    selves = [solve_self(z, s) for z in clouds]
     total = total - (_dual(left, left, selves[0]) + _dual(right, right, selves[1])) / 2
     if s.moments:
         for i, (z, alone) in enumerate(zip(clouds, selves, strict=True)):
@@ -200,14 +180,14 @@ def sinkhorn_divergence(
         left, right = (z.half_norm for z in clouds)
         spread = float(wa @ left + wb @ right)
         eps = float(epsilon) if epsilon is not None else 0.05 * spread or 1.0
-        settings = _Settings(eps, spread, tol, max_iter, memory, moments, debias)
+        settings = Settings(eps, spread, tol, max_iter, memory, moments)
         given = measures.x.dtype
         rounding = torch.finfo(given).eps * float(torch.maximum(left.amax(), right.amax()))
         narrow = given != torch.float64 and rounding < _MOST_ROUNDING * eps
         rounded = [replace(z, points=z.points.to(given)) for z in clouds]
-        found = _transport(rounded if narrow else clouds, settings)
+        found = _transport(rounded if narrow else clouds, settings, debias)
         if narrow and abs(float(found.total)) < _LEAST_ABOVE_ROUNDING * rounding:
-            found = _transport(clouds, settings)
+            found = _transport(clouds, settings, debias)
         f, g = _centered(found.f, wa), _centered(found.g, wb)
         value, pulls = found.total.to(given), [pull.to(given) for pull in found.pulls]
     if moments:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.estimate import Estimate
-from distmatch.discrepancies.samples import checked_pair
+from distmatch.base.samples import checked_pair
 from distmatch.discrepancies.sinkhorn import SinkhornResult, sinkhorn_divergence
 
 _LEAST = 16

@@ -33,6 +33,27 @@ _LOST = 35.0
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How a transport problem is solved.
+
+    Attributes:
+        eps: Regularization, in units of the cost.
+        spread: Cost from which the regularization is cooled down.
+        tol: L1 error of the column marginal at which to stop.
+        max_iter: Largest number of sweeps at ``eps``.
+        memory: Bytes that a kept kernel may take.
+        moments: Whether the last sweep returns the barycenters.
+    """
+
+    eps: float
+    spread: float
+    tol: float
+    max_iter: int
+    memory: int
+    moments: bool
+
+
+@dataclass(frozen=True)
 class Cloud:
     """One measure, prepared: centered points (n, d); half squared norms and weights (n,) in float64."""
 
@@ -197,45 +218,30 @@ def cooling(start: float, eps: float) -> list[float]:
     return [eps * 4.0**k for k in range(count, 0, -1)]
 
 
-def solve(
-    x: Cloud,
-    y: Cloud,
-    eps: float,
-    *,
-    spread: float,
-    tol: float,
-    max_iter: int,
-    memory: int,
-    moments: bool,
-) -> Solution:
+def solve(x: Cloud, y: Cloud, s: Settings) -> Solution:
     """Potentials of entropic transport between two measures.
 
     Args:
         x: The row measure.
         y: The column measure.
-        eps: Regularization, in units of the cost.
-        spread: Cost from which the regularization is cooled down.
-        tol: L1 error of the column marginal at which to stop.
-        max_iter: Largest number of sweeps at ``eps``.
-        memory: Bytes that a kept kernel may take.
-        moments: Whether the last sweep returns the barycenters.
+        s: How to solve.
     """
     g = torch.zeros_like(y.half_norm)
-    for hot in cooling(spread, eps):
+    for hot in cooling(s.spread, s.eps):
         g = g + _ascent(x, y, g, sweep_blocks(x, y, g, hot), hot)
-    slack = 10 * torch.finfo(x.points.dtype).eps * (spread + eps)
-    sweeper = Sweeper(x, y, eps, memory)
+    slack = 10 * torch.finfo(x.points.dtype).eps * (s.spread + s.eps)
+    sweeper = Sweeper(x, y, s.eps, s.memory)
     mixing = Anderson(y.weight)
     best, best_g, best_step = -math.inf, g, torch.zeros_like(g)
     iterations = 0
-    while iterations < max_iter:
+    while iterations < s.max_iter:
         iterations += 1
         found = sweeper.sweep(g)
-        step = _ascent(x, y, g, found, eps)
+        step = _ascent(x, y, g, found, s.eps)
         sweeper.settle(found.f, g, step)
         dual = float(x.weight @ found.f + y.weight @ g)
         error = float((found.columns - y.weight).abs().sum())
-        if error <= tol:
+        if error <= s.tol:
             break
         if dual < best - slack:
             mixing.clear()
@@ -245,21 +251,12 @@ def solve(
         best, best_g, best_step = dual, g, step
         g = mixing.next(g, step)
     sweeper.kernel = None
-    last = sweep_blocks(x, y, g, eps, moments=moments)
+    last = sweep_blocks(x, y, g, s.eps, moments=s.moments)
     error = float((last.columns - y.weight).abs().sum())
-    return Solution(last, g, iterations, error, error <= 2 * tol)
+    return Solution(last, g, iterations, error, error <= 2 * s.tol)
 
 
-def solve_self(
-    x: Cloud,
-    eps: float,
-    *,
-    spread: float,
-    tol: float,
-    max_iter: int,
-    memory: int,
-    moments: bool,
-) -> Solution:
+def solve_self(x: Cloud, s: Settings) -> Solution:
     """The one potential of a measure transported to itself.
 
     The plain map T has a derivative with eigenvalues in [-1, 0], so f + 2/3 (T f - f) at least divides the
@@ -267,26 +264,21 @@ def solve_self(
 
     Args:
         x: The measure.
-        eps: Regularization, in units of the cost.
-        spread: Cost from which the regularization is cooled down.
-        tol: L1 error of the marginal at which to stop.
-        max_iter: Largest number of sweeps at ``eps``.
-        memory: Bytes that a kept kernel may take.
-        moments: Whether the last sweep returns the barycenters.
+        s: How to solve.
     """
     f = torch.zeros_like(x.half_norm)
-    for hot in cooling(spread, eps):
+    for hot in cooling(s.spread, s.eps):
         f = f + _SELF_STEP * (sweep_blocks(x, x, f, hot, columns=False).f - f)
-    sweeper = Sweeper(x, x, eps, memory)
+    sweeper = Sweeper(x, x, s.eps, s.memory)
     error, iterations = math.inf, 0
-    while iterations < max_iter and error > tol:
+    while iterations < s.max_iter and error > s.tol:
         iterations += 1
         plain = sweeper.sweep(f, columns=False).f
         sweeper.settle(plain, f, plain - f)
-        error = float(x.weight @ ((f - plain) / eps).exp().sub(1).abs())
-        if error > tol:
+        error = float(x.weight @ ((f - plain) / s.eps).exp().sub(1).abs())
+        if error > s.tol:
             f = f + _SELF_STEP * (plain - f)
     sweeper.kernel = None
-    last = sweep_blocks(x, x, f, eps, moments=moments)
+    last = sweep_blocks(x, x, f, s.eps, moments=s.moments)
     error = float((last.columns - x.weight).abs().sum())
-    return Solution(last, f, iterations, error, error <= 2 * tol)
+    return Solution(last, f, iterations, error, error <= 2 * s.tol)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.discrepancies.measures import Measures, checked_measures
@@ -55,8 +56,7 @@ def random_directions(
     Raises:
         UserError: ``count`` is less than one.
     """
-    if count < 1:
-        raise UserError("a sliced distance needs at least one projection", got=count)
+    check_count("the number of projections", count)
     device = generator.device if generator is not None else "cpu"
     drawn = torch.randn(count, d, generator=generator, device=device, dtype=torch.float64)
     unit = drawn / drawn.norm(dim=1, keepdim=True)

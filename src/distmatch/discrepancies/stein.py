@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number
 from distmatch.base.estimate import Estimate
+from distmatch.base.samples import checked_pair
 from distmatch.discrepancies.chunks import in_chunks
 from distmatch.discrepancies.kernels import median_bandwidth, squared_distances
 from distmatch.discrepancies.permutation import (
@@ -24,7 +25,6 @@ from distmatch.discrepancies.permutation import (
     resamples_per_pass,
     result_of,
 )
-from distmatch.discrepancies.samples import checked, same_count, same_dimension
 from distmatch.discrepancies.u_statistics import centered_square, near_zero
 
 KERNELS = ("imq", "gaussian")
@@ -66,20 +66,14 @@ def _prepared(
     x: Tensor, score: Tensor, kernel: str, bandwidth: float | None, exponent: float
 ) -> tuple[Tensor, Tensor, float, torch.dtype]:
     """Centered samples and scores in float64, the bandwidth, and the precision they came in."""
-    if kernel not in KERNELS:
-        raise unknown_name("Stein kernel", kernel, KERNELS)
-    if not -1 < exponent < 0:
-        raise UserError("the exponent is out of range", got=exponent, expected="a number between -1 and 0")
-    x, score = checked(x, "x"), checked(score, "score")
-    same_count(x, score, ("x", "score"))
-    same_dimension(x, score, ("x", "score"))
+    check_name("Stein kernel", kernel, KERNELS)
+    check_number("the exponent", exponent, "(-1, 0)")
+    x, score = checked_pair(x, score, names=("x", "score"), paired=True)
     if bandwidth is None:
         bandwidth = median_bandwidth(x)
-    if not (math.isfinite(bandwidth) and bandwidth > 0):
-        raise UserError("the bandwidth must be a positive number", got=bandwidth, fix="None chooses one")
-    dtype = torch.promote_types(x.dtype, score.dtype)
-    x = x.double()
-    return x - x.detach().mean(0), score.double(), float(bandwidth), dtype
+    check_number("the bandwidth", bandwidth, "(0, inf)", fix="None chooses one")
+    given, x = x.dtype, x.double()
+    return x - x.detach().mean(0), score.double(), float(bandwidth), given
 
 
 def kernel_stein_loss(
@@ -98,8 +92,7 @@ def kernel_stein_loss(
     Returns:
         () in the precision of the samples.
     """
-    if estimator not in ESTIMATORS:
-        raise unknown_name("estimator", estimator, ESTIMATORS)
+    check_name("estimator", estimator, ESTIMATORS)
     x, score, s, given = _prepared(x, score, kernel, bandwidth, exponent)
 
     def of_rows(low: int, high: int, x: Tensor, score: Tensor) -> Tensor:

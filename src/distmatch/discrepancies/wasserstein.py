@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.discrepancies.measures import Measures, checked_measures
 
@@ -20,8 +19,7 @@ def checked_order(p: float) -> float:
     Raises:
         UserError: Less than one, or not finite.
     """
-    if not (math.isfinite(p) and p >= 1):
-        raise UserError("the order p of a Wasserstein distance must be finite and at least 1", got=p)
+    check_number("the order p of a Wasserstein distance", p, "[1, inf)")
     return float(p)
 
 

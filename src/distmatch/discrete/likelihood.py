@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate, mean_of
 from distmatch.discrete.losses import hidden_nll, hide_count
@@ -42,8 +43,7 @@ def sequence_bound(
         UserError: Fewer than 2 draws, or unsuitable sequences.
     """
     check_tokens(x, model, hidden=False)
-    if draws < 2:
-        raise UserError("an error bar needs at least 2 draws", got=draws)
+    check_count("the number of draws", draws, 2, fix="an error bar needs two")
     length = x.shape[1]
     values = []
     for _ in range(draws):

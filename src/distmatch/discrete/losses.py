@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number
 from distmatch.discrete.orders import order_log_prob, random_turns
 from distmatch.discrete.schedules import MaskSchedule, mask_schedule
 from distmatch.discrete.tokens import Conditionals, check_tokens, log_conditionals, picked
@@ -99,10 +99,8 @@ def discrete_loss(
     length = x.shape[1]
     if loss == "ao-arm":
         return -order_log_prob(model, x, random_turns(len(x), length, generator))
-    if loss not in LOSSES:
-        raise unknown_name("discrete loss", loss, LOSSES)
-    if not 0 <= cutoff < 1:
-        raise UserError("the time cutoff is out of range", got=cutoff, expected="0 <= cutoff < 1")
+    check_name("discrete loss", loss, LOSSES)
+    check_number("the time cutoff", cutoff, "[0, 1)")
     u = stratified(len(x), generator)
     if loss == "lambda-dce":
         return hidden_nll(model, x, hide_share(x, u, generator)) / u.to(x.device)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.discrete.likelihood import all_hidings
 from distmatch.discrete.losses import stratified
@@ -95,8 +96,7 @@ def gibbs_block(conditionals: Conditionals, x: Tensor, block: int, *, generator:
         UserError: A block that is empty or longer than a sequence.
     """
     length = conditionals.length
-    if not 1 <= block <= length:
-        raise UserError("the block is out of range", got=block, expected=f"1 to {length}")
+    check_count("the block", block, 1, length)
     turns = random_turns(len(x), length, generator).to(x.device)
     x = x.masked_fill(turns < block, conditionals.vocabulary)
     for turn in range(block):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 
 _KERNEL = 5
@@ -35,8 +36,7 @@ class TokenNetConfig:
     def __post_init__(self) -> None:
         for name in ("vocabulary", "length", "width", "depth", "heads"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} of the token network must be a positive whole number", got=value)
+            check_count(f"{name} of the token network", value)
         if self.width % self.heads:
             raise UserError("the heads must divide the width", got=f"width {self.width}, {self.heads} heads")
 

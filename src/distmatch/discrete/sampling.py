@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name, check_number
+from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.discrete.orders import forward_turns, random_turns
 from distmatch.discrete.schedules import MaskSchedule, mask_schedule
@@ -213,8 +214,7 @@ def _check(
     batch: int,
     turns: Tensor | None,
 ) -> None:
-    if sampler not in SAMPLERS:
-        raise unknown_name("discrete sampler", sampler, SAMPLERS)
+    check_name("discrete sampler", sampler, SAMPLERS)
     stepwise = sampler in ("tweedie", "euler", "confidence")
     if stepwise != (steps is not None):
         raise UserError(
@@ -226,9 +226,6 @@ def _check(
     if turns is not None and sampler != "any-order":
         raise UserError("turns belong to the sampler any-order", got=f"sampler={sampler!r}")
     for name, value in (("n", n), ("batch", batch), ("steps", 1 if steps is None else steps)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1", got=value)
-    if not temperature > 0:
-        raise UserError("the temperature must be positive", got=temperature)
-    if not 0 < top_p <= 1:
-        raise UserError("top_p is out of range", got=top_p, expected="0 < top_p <= 1")
+        check_count(name, value)
+    check_number("the temperature", temperature, "(0, inf)")
+    check_number("top_p", top_p, "(0, 1]")

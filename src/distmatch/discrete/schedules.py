@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_number, check_rising
+from distmatch.base.errors import unknown_name
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class MaskSchedule:
         Raises:
             UserError: No step, or an unknown rule.
         """
-        if steps < 1:
-            raise UserError("sampling needs at least one step", got=steps)
+        check_count("the number of steps", steps)
         grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         if rule == "tweedie":
             hidden = self.hidden(grid)
@@ -89,8 +89,7 @@ def cosine(floor: float = 1e-3) -> MaskSchedule:
 
 def geometric(low: float = 1e-5, high: float = 20.0) -> MaskSchedule:
     """The total noise grows by equal factors: s = low^(1 - t) high^t."""
-    if not 0 < low < high < math.inf:
-        raise UserError("the ends of a geometric schedule must satisfy 0 < low < high", got=f"{low}, {high}")
+    check_rising(low=low, high=high)
     growth = math.log(high / low)
     return MaskSchedule(
         "geometric",
@@ -121,6 +120,5 @@ def mask_schedule(schedule: str | MaskSchedule) -> MaskSchedule:
 
 
 def _inside(name: str, value: float) -> float:
-    if not 0 < value < 1:
-        raise UserError(f"the {name} of a mask schedule is out of range", got=value, expected="0 < floor < 1")
+    check_number(f"the {name} of a mask schedule", value, "(0, 1)")
     return value

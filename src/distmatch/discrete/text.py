@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.discrete.sampling import sample_tokens
@@ -120,8 +121,7 @@ def continue_text(
         UserError: Unknown characters, or a model of another alphabet.
     """
     _check(model, alphabet)
-    if characters < 1:
-        raise UserError("the number of characters to add must be positive", got=characters)
+    check_count("the number of characters to add", characters)
     text = alphabet.encode(prompt)
     wanted = len(text) + characters
     window = 0

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name
 from distmatch.base.rules import Count, Decay, Positive, Share
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.discrete.losses import LOSSES, discrete_loss
@@ -51,10 +51,8 @@ class TokenTrainingConfig(OptimizerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in LOSSES:
-            raise unknown_name("discrete loss", self.loss, LOSSES)
-        if self.chains < 2:
-            raise UserError("there must be at least 2 Gibbs chains", got=self.chains)
+        check_name("discrete loss", self.loss, LOSSES)
+        check_count("chains", self.chains, 2)
 
 
 @dataclass(kw_only=True)

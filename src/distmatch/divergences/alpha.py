@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_number
 from distmatch.divergences.core import Divergence
 from distmatch.divergences.numerics import (
     blend,
@@ -90,10 +90,7 @@ def alpha(a: float) -> Divergence:
     Raises:
         UserError: ``a`` is not a finite number.
     """
-    if not math.isfinite(a):
-        raise UserError(
-            "the order of an alpha divergence must be finite", got=a, expected="a number such as 0.5"
-        )
+    check_number("the order of an alpha divergence", a)
     a = float(a)
 
     def swapped() -> Divergence:

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.divergences.core import Divergence
 from distmatch.divergences.gaussian import Gaussian
@@ -172,8 +173,7 @@ def mmd_squared(p: Gaussian, q: Gaussian, width: float) -> Tensor:
         UserError: The dimensions differ, or the width is not positive.
     """
     _pair(p, q)
-    if not (math.isfinite(width) and width > 0):
-        raise UserError("the width of a kernel must be positive", got=width, expected="a number such as 1.0")
+    check_number("the width of a kernel", width, "(0, inf)")
 
     def mean_kernel(a: Gaussian, b: Gaussian) -> Tensor:
         total = a.covariance + b.covariance

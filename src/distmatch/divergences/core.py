@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.divergences.numerics import expm1, narrow
 
@@ -130,8 +131,7 @@ class Divergence:
         Raises:
             UserError: ``c`` is not a finite number.
         """
-        if not math.isfinite(c):
-            raise UserError("the shift of a generator must be finite", got=c, expected="a number such as 1.0")
+        check_number("the shift of a generator", c)
         if c == 0:
             return self
         f, df, conjugate = self.f, self.df, self.conjugate

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.divergences.core import Divergence
 from distmatch.divergences.lookup import measure
@@ -28,8 +29,7 @@ def _rule(low: float, high: float, n: int, device: torch.device | str) -> tuple[
         raise UserError(
             "the interval of a quadrature is empty or not finite", got=(low, high), expected="low < high"
         )
-    if n < 1:
-        raise UserError("a quadrature needs at least one panel", got=n, expected="n >= 1")
+    check_count("the number of panels of a quadrature", n)
     unit_nodes, unit_weights = np.polynomial.legendre.leggauss(_NODES)
     nodes = torch.as_tensor(unit_nodes, dtype=torch.float64, device=device)
     weights = torch.as_tensor(unit_weights, dtype=torch.float64, device=device)

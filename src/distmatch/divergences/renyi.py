@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_number
 from distmatch.divergences.alpha import alpha
 from distmatch.divergences.core import Divergence
 from distmatch.divergences.numerics import family_name
@@ -31,13 +30,9 @@ class Renyi:
     order: float
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.order, (int, float)) and math.isfinite(self.order) and self.order > 0):
-            raise UserError(
-                "the order of a Renyi divergence must be positive and finite",
-                got=self.order,
-                expected="a number such as 0.5 or 2",
-                fix="for orders up to 0 use alpha:A, which is defined for every A",
-            )
+        check_number(
+            "the order of a Renyi divergence", self.order, "(0, inf)", fix="for orders up to 0 use alpha:A"
+        )
 
     @property
     def name(self) -> str:

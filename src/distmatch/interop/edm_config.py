@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name
+from distmatch.base.errors import UserError
 
 SONG, ADM, EDM2 = "song", "adm", "edm2"
 
@@ -223,16 +224,14 @@ def config_from(values: Mapping[str, Any]) -> AnyConfig:
     """
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     architecture = fields.get("architecture")
-    if architecture not in (SONG, ADM, EDM2):
-        raise unknown_name("architecture", architecture, (SONG, ADM, EDM2))
+    check_name("architecture", architecture, (SONG, ADM, EDM2))
     cls: type[EDMConfig] | type[EDM2Config] = EDMConfig
     if architecture == EDM2:
         cls = EDM2Config
         del fields["architecture"]
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
-        if name not in known:
-            raise unknown_name(f"option of the {architecture} network", name, known)
+        check_name(f"option of the {architecture} network", name, known)
     try:
         config = cls(**fields)
         _check(config)

@@ -16,6 +16,7 @@ from torch import Tensor
 from distmatch.base import seeds
 from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
+from distmatch.base.samples import checked_pair
 from distmatch.data.columns import decoded, is_coded
 from distmatch.data.dataset import Dataset
 from distmatch.discrepancies import KERNELS
@@ -91,7 +92,7 @@ def compare_samples(
         UserError: Unknown names, samples that cannot be compared, or nothing that could be computed.
     """
     names = checked_names(which)
-    x_p, x_q = _checked(x_p, x_q)
+    x_p, x_q = checked_pair(x_p, x_q, LEAST, ("p", "q"))
     p, q = (
         x[torch.randperm(len(x), generator=seeds.generator(seed, f"between/{side}")).to(x.device)][:MOST]
         for side, x in (("p", x_p), ("q", x_q))
@@ -188,31 +189,6 @@ def compare_datasets(
     if is_coded(p.columns):
         notes = ("q is compared as rows of the table p, with words and whole numbers", *notes)
     return Comparison(found.measured, found.not_computed, notes, space.description)
-
-
-def _checked(x_p: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
-    for name, x in (("p", x_p), ("q", x_q)):
-        if x.ndim < 1 or len(x) < LEAST:
-            raise UserError(
-                f"too few samples of {name} to compare",
-                got=len(x) if x.ndim else 0,
-                expected=f"at least {LEAST} of each",
-                fix="pass more samples: a reliable value needs a thousand or more",
-            )
-        if not x.is_floating_point() or not bool(x.isfinite().all()):
-            raise UserError(
-                f"the samples of {name} are not finite numbers",
-                got=x.dtype if not x.is_floating_point() else "NaN or infinite values",
-                expected="finite floats",
-            )
-    if x_p.shape[1:] != x_q.shape[1:]:
-        raise UserError(
-            "the two sets have samples of different shapes",
-            got=f"{tuple(x_p.shape[1:])} and {tuple(x_q.shape[1:])}",
-            expected="the same shape",
-        )
-    dtype = torch.promote_types(torch.promote_types(x_p.dtype, x_q.dtype), torch.float32)
-    return x_p.reshape(len(x_p), -1).to(dtype), x_q.reshape(len(x_q), -1).to(dtype)
 
 
 def _bounds(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base import seeds
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_json, cache_folder, load_into, load_tensors, read_json, save_tensors
 from distmatch.base.progress import progress
@@ -172,13 +173,7 @@ def load_or_train(reference: Reference, cache: Path | None = None) -> tuple[Clas
             expected="labels of at least two classes",
             fix="use features='pixels', or give the reference labels",
         )
-    if len(labels) < 20:
-        raise UserError(
-            "too few samples to train the feature classifier",
-            got=len(labels),
-            expected="at least 20",
-            fix="use features='pixels'",
-        )
+    check_count("the number of samples for a classifier", len(labels), 20, fix="use features='pixels'")
     key = hashlib.sha256(f"{RECIPE}/{reference.content_hash}".encode()).hexdigest()[:24]
     stem = (cache or cache_folder()) / f"classifier-{key}"
     with contextlib.suppress(UserError, OSError, KeyError, TypeError, ValueError):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base import seeds
+from distmatch.base.checks import batch_of, check_finite, check_one_each
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.data.dataset import Dataset
@@ -275,15 +276,8 @@ def _check_finite(x: Tensor, name: str) -> None:
             expected="model space: [-1, 1] for images",
             fix="for uint8 images use x.float() / 127.5 - 1",
         )
-    bad = ~x.isfinite()
-    if bool(bad.any()):
-        samples = int(bad.flatten(1).any(1).sum())
-        raise UserError(
-            f"{name} has values that are not finite",
-            got=f"{int(bad.sum())} NaN or infinite values, in {samples} of {len(x)} samples",
-            expected="finite numbers",
-            fix="look for divergence in the log of the run, or remove these samples deliberately",
-        )
+    fix = "look for divergence in the log of the run, or remove these samples deliberately"
+    check_finite(f"the samples of {name}", x, fix=fix)
 
 
 def _check(x: Tensor, reference: Reference | Tensor, labels: Tensor | None) -> None:
@@ -292,14 +286,9 @@ def _check(x: Tensor, reference: Reference | Tensor, labels: Tensor | None) -> N
         raise UserError(
             "the samples have another shape than the reference",
             got=tuple(x.shape),
-            expected=f"(M, {', '.join(map(str, shape))})",
+            expected=batch_of(shape, "M"),
             fix="evaluate against the data the model was trained on",
         )
     _check_finite(x, "x")
-    if labels is not None and tuple(labels.shape) != (len(x),):
-        raise UserError(
-            "there must be one label per sample",
-            got=tuple(labels.shape),
-            expected=f"({len(x)},)",
-            fix="pass the labels that the samples were generated with",
-        )
+    if labels is not None:
+        check_one_each("label", labels, len(x))

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_finite, check_name
+from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.metrics.classifier import Classifier, load_or_train
 from distmatch.metrics.modes import smoothed_share
@@ -77,12 +78,7 @@ class Features:
                 expected=f"({x.shape[0]}, D)",
                 fix="return one flat feature vector per sample",
             )
-        if not bool(values.isfinite().all()):
-            raise UserError(
-                f"the features {self.name} are not finite for all samples",
-                got=f"{int((~values.isfinite()).any(1).sum())} samples with NaN or infinity",
-                fix="check the feature function on these samples",
-            )
+        check_finite(f"the features {self.name}", values, fix="check the feature function on these samples")
         return values
 
     def predict(self, x: Tensor) -> Tensor:
@@ -188,8 +184,7 @@ def resolve_features(
         return features
     if callable(features):
         return Features(getattr(features, "__name__", type(features).__name__), features)
-    if features not in ("auto", "classifier", "pixels"):
-        raise unknown_name("feature space", features, ("auto", "classifier", "pixels"))
+    check_name("feature space", features, ("auto", "classifier", "pixels"))
     if features == "auto":
         labeled = dataset is not None and dataset.num_classes > 1
         features = "classifier" if labeled and not _few_numbers(dataset) else "pixels"

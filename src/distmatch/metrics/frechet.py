@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distmatch.discrepancies.samples import checked_pair
+from distmatch.base.samples import checked_pair
 from distmatch.metrics.resampling import group_bounds, kept
 
 

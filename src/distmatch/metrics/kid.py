@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distmatch.discrepancies.samples import checked_pair
+from distmatch.base.samples import checked_pair
 from distmatch.metrics.resampling import membership
 
 _ROWS = 2048

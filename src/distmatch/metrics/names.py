@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from distmatch.base.checks import check_name
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.discrepancies import KERNELS
 from distmatch.divergences import ALIASES, FAMILIES, NAMES, measure
@@ -48,8 +49,7 @@ def checked_names(which: str) -> tuple[str, ...]:
 def _name(text: str) -> str:
     head, colon, rest = (part.strip() for part in text.lower().replace("-", "_").partition(":"))
     if head == "mmd" and colon:
-        if rest not in KERNELS:
-            raise unknown_name("kernel", rest, KERNELS)
+        check_name("kernel", rest, KERNELS)
         return "mmd" if rest == "gaussian" else f"mmd:{rest}"
     if head in _RENAMED:
         warnings.warn(f"{head} is now called {_RENAMED[head]}", UserWarning, stacklevel=2)

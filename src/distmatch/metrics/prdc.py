@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count
 from distmatch.discrepancies.kernels import squared_distances
 from distmatch.metrics.resampling import group_bounds, half_samples, membership
 
@@ -122,13 +122,8 @@ def prdc_replicates(
     parts = (half_samples() if halves else torch.ones(1, 1, dtype=torch.bool)).to(real.device)
     most, groups = max(k_precision, k_coverage), parts.shape[1]
     least, needed = min(real.shape[0], fake.shape[0]), (most + 1) * (2 if halves else 1)
-    if least < needed:
-        raise UserError(
-            "too few samples for nearest-neighbor metrics",
-            got=least,
-            expected=f"at least {needed}",
-            fix="generate more samples or use a smaller k",
-        )
+    fix = "generate more samples or use a smaller k"
+    check_count("the number of samples for nearest-neighbor metrics", least, needed, fix=fix)
     center = real.double().mean(0)  # near the origin the squared norms cancel less
     real, fake = real.double() - center, fake.double() - center
     of_real, of_fake = (_balls(x, (k_precision, k_coverage), parts) for x in (real, fake))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distmatch.discrepancies.samples import checked
+from distmatch.base.samples import checked
 from distmatch.metrics.resampling import group_bounds, kept
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from distmatch.base import seeds
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number
+from distmatch.base.errors import UserError
+from distmatch.base.samples import checked, checked_pair
 from distmatch.ratio.diagnostics import MassTests, mass_tests
 from distmatch.ratio.kliep import KliepSettings, fit_kliep
 from distmatch.ratio.least_squares import LeastSquaresSettings, fit_least_squares
@@ -19,11 +21,10 @@ from distmatch.ratio.logistic import ClassifierSettings, fit_classifier
 from distmatch.ratio.neighbors import fit_neighbors
 from distmatch.ratio.samples import (
     LOG_LIMIT,
+    SMALLEST,
     Fitted,
     LogRatio,
     Standardizer,
-    check_pair,
-    check_samples,
     in_chunks,
     split,
     standardizer,
@@ -105,7 +106,7 @@ class DensityRatio:
         dtype = torch.promote_types(x.dtype, torch.float32)
         if len(x) == 0:
             return torch.zeros(0, dtype=dtype, device=x.device)
-        check_samples(x, "x")
+        checked(x, "x", least=1)
         return in_chunks(lambda part: _held(function(self._standardize(part))), x).to(dtype)
 
 
@@ -181,8 +182,7 @@ def fit_ratio(
     Raises:
         UserError: The samples or a setting cannot be used, or a setting belongs to another method.
     """
-    if method not in METHODS:
-        raise unknown_name("ratio method", method, METHODS)
+    check_name("ratio method", method, METHODS)
     given = {
         "model": model,
         "calibration": calibration,
@@ -202,9 +202,8 @@ def fit_ratio(
             got=", ".join(foreign),
             expected=f"one of {', '.join(_OPTIONS[method])}",
         )
-    if not 0 < held_out <= 0.5:
-        raise UserError("held_out is a share", got=held_out, expected="above 0 and at most 0.5")
-    check_pair(x_p, x_q)
+    check_number("held_out", held_out, "(0, 0.5]")
+    checked_pair(x_p, x_q, SMALLEST, ("x_p", "x_q"), vary=True)
     stream = seeds.generator(seed, "ratio/split")
     fit_p, test_p = (x_p[i] for i in split(len(x_p), held_out, stream, x_p.device))
     fit_q, test_q = (x_q[i] for i in split(len(x_q), held_out, stream, x_q.device))

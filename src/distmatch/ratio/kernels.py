@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.discrepancies.kernels import squared_distances
 from distmatch.ratio.samples import CHUNK
@@ -23,8 +24,7 @@ def log_kernel(x: Tensor, centers: Tensor, width: float) -> Tensor:
 
 def choose_centers(p: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """At most ``count`` samples of p, drawn without replacement."""
-    if count < 1:
-        raise UserError("a kernel ratio needs centers", got=count, expected="at least 1")
+    check_count("the number of centers", count)
     return p[torch.randperm(len(p), generator=generator)[:count].to(p.device)]
 
 

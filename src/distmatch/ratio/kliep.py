@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base import seeds
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count
 from distmatch.ratio.kernels import candidate_widths, choose_centers, log_kernel
 from distmatch.ratio.samples import CHUNK, Fitted, high_dimension
 
@@ -36,8 +36,7 @@ class KliepSettings:
     folds: int = 5
 
     def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise UserError("cross-validation needs at least two folds", got=self.folds, expected="2 or more")
+        check_count("the number of folds", self.folds, 2)
 
 
 def fit_kliep(p: Tensor, q: Tensor, settings: KliepSettings, seed: int) -> Fitted:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base import seeds
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.ratio.kernels import (
     candidate_widths,
@@ -52,10 +53,7 @@ class LeastSquaresSettings:
     ridges: Sequence[float] = _RIDGES
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha < 1:
-            raise UserError(
-                "alpha of a relative ratio is out of range", got=self.alpha, expected="0 <= alpha < 1"
-            )
+        check_number("alpha of a relative ratio", self.alpha, "[0, 1)")
 
 
 def fit_least_squares(p: Tensor, q: Tensor, settings: LeastSquaresSettings, seed: int) -> Fitted:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base import seeds
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name
+from distmatch.base.errors import UserError
 from distmatch.ratio.calibration import CALIBRATIONS, calibrate
 from distmatch.ratio.samples import CHUNK, Fitted, LogRatio, in_chunks, split
 
@@ -48,12 +49,9 @@ class ClassifierSettings:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise unknown_name("classifier model", self.model, MODELS)
-        if self.calibration not in CALIBRATIONS:
-            raise unknown_name("calibration", self.calibration, CALIBRATIONS)
-        if self.steps < 0:
-            raise UserError("steps must not be negative", got=self.steps, expected="0 or more")
+        check_name("classifier model", self.model, MODELS)
+        check_name("calibration", self.calibration, CALIBRATIONS)
+        check_count("steps", self.steps, 0)
 
 
 def fit_classifier(p: Tensor, q: Tensor, settings: ClassifierSettings, seed: int) -> Fitted:

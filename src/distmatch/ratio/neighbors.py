@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count
 from distmatch.base.neighbors import nearest
 from distmatch.ratio.samples import Fitted, high_dimension
 
@@ -30,8 +30,7 @@ def fit_neighbors(p: Tensor, q: Tensor, neighbors: int | None) -> Fitted:
         UserError: k is less than 1 or not smaller than the samples.
     """
     most = min(len(p), len(q)) - 1
-    if neighbors is not None and not 1 <= neighbors <= most:
-        raise UserError("the number of neighbors is out of range", got=neighbors, expected=f"1 to {most}")
+    check_count("the number of neighbors", 1 if neighbors is None else neighbors, 1, most)
     d = p.shape[1]
     ks = [k for k in _CANDIDATES if k <= most] if neighbors is None else [neighbors]
     loss = _left_out_losses(p, q, ks)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,10 @@ class NormalizerConfig:
     clip: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.bins < 1 or not 0 <= self.memory < 1 or self.min_count < 2 or not self.clip > 0:
-            raise UserError(
-                "the ratio normalizer cannot work with these numbers",
-                got=f"bins={self.bins}, memory={self.memory}, min_count={self.min_count}, clip={self.clip}",
-                expected="bins >= 1, 0 <= memory < 1, min_count >= 2, clip > 0",
-            )
+        check_count("bins", self.bins)
+        check_number("memory", self.memory, "[0, 1)")
+        check_number("min_count", self.min_count, "[2, inf)")
+        check_number("clip", self.clip, "(0, inf]")
 
     def kept(self, batch: int) -> float:
         """The share of the running sums that an update with ``batch`` samples keeps."""

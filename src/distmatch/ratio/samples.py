@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError
-
 LogRatio = Callable[[Tensor], Tensor]
 """log r of points: (N, d) float64 to (N,) float64."""
 
@@ -63,66 +61,6 @@ class Standardizer:
     def __call__(self, x: Tensor) -> Tensor:
         """Standardized float64 points (N, d) of samples (N, *shape)."""
         return (x.reshape(len(x), -1)[:, self.kept].double() - self.center) / self.scale
-
-
-def check_samples(x: Tensor, name: str, least: int = 1) -> None:
-    """Refuses what is not a finite floating-point tensor of at least ``least`` samples.
-
-    Raises:
-        UserError: It is not.
-    """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise UserError(
-            f"{name} must be a tensor of real numbers",
-            got=f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__,
-            expected="a floating-point torch tensor, one sample per row",
-            fix="convert it with torch.as_tensor(x).float()",
-        )
-    if x.ndim == 0 or len(x) < least or x[:1].numel() == 0:
-        raise UserError(
-            f"{name} has too few samples",
-            got=f"shape {tuple(x.shape)}",
-            expected=f"at least {least}, one per row",
-            fix="pass more samples",
-        )
-    bad = int((~x.reshape(len(x), -1).isfinite().all(1)).sum())
-    if bad:
-        raise UserError(
-            f"{name} has values that are not finite",
-            got=f"NaN or infinity in {bad} of {len(x)} samples",
-            expected="finite numbers",
-            fix="remove those samples, or find out where they come from",
-        )
-
-
-def check_pair(x_p: Tensor, x_q: Tensor, least: int = SMALLEST) -> None:
-    """Refuses two samples that no ratio can be taken of.
-
-    Raises:
-        UserError: They are too few, not finite, of different shapes or devices, or one of them is constant.
-    """
-    check_samples(x_p, "x_p", least)
-    check_samples(x_q, "x_q", least)
-    if x_p.shape[1:] != x_q.shape[1:]:
-        raise UserError(
-            "the two samples have different shapes",
-            got=f"{tuple(x_p.shape[1:])} and {tuple(x_q.shape[1:])}",
-            expected="the same shape per sample",
-        )
-    if x_p.device != x_q.device:
-        raise UserError(
-            "the two samples are on different devices",
-            got=f"{x_p.device} and {x_q.device}",
-            expected="one device",
-            fix="move one of them with .to(...)",
-        )
-    for name, x in (("x_p", x_p), ("x_q", x_q)):
-        if bool((x == x[:1]).all()):
-            raise UserError(
-                f"{name} is constant, so it has no density and no ratio",
-                got=f"{len(x)} equal samples",
-                expected="samples that vary",
-            )
 
 
 def standardizer(x_p: Tensor, x_q: Tensor) -> tuple[Standardizer, tuple[str, ...]]:

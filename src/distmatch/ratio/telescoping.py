@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base import seeds
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count
 from distmatch.ratio.logistic import ClassifierSettings, balanced_accuracy, fit_classifier, fit_regression
 from distmatch.ratio.samples import Fitted, LogRatio, split
 
@@ -36,8 +36,7 @@ class TelescopingSettings:
     classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
 
     def __post_init__(self) -> None:
-        if self.bridges is not None and not 1 <= self.bridges <= _MOST_BRIDGES:
-            raise UserError("the number of bridges is out of range", got=self.bridges, expected="1 to 64")
+        check_count("the number of bridges", 1 if self.bridges is None else self.bridges, 1, _MOST_BRIDGES)
 
 
 def fit_telescoping(p: Tensor, q: Tensor, settings: TelescopingSettings, seed: int) -> Fitted:

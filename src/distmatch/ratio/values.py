@@ -10,10 +10,10 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
+from distmatch.base.samples import checked
 from distmatch.divergences import Divergence, divergence
 from distmatch.ratio.density_ratio import DensityRatio
 from distmatch.ratio.diagnostics import SIGMAS, mean_estimate
-from distmatch.ratio.samples import check_samples
 
 
 def divergence_from_ratio(
@@ -80,7 +80,7 @@ def divergence_from_ratio(
 
 
 def _log_r(log_ratio: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
-    check_samples(x, name, least=2)
+    checked(x, name)
     with torch.no_grad():
         log_r = log_ratio(x).double()
     if log_r.shape != (len(x),) or bool(log_r.isnan().any()):

@@ -92,7 +92,7 @@ def test_translation_takes_a_sample_to_the_other_domain_and_keeps_what_they_shar
 
 def test_wrong_codes_are_refused() -> None:
     x, noise = torch.zeros(3, 2), noise_for(3)
-    with pytest.raises(UserError, match="above 0"):
+    with pytest.raises(UserError, match=r"eta must be in \(0, 1\]"):
         encode(CATS, x, LEVELS, noise, eta=0.0)
     with pytest.raises(UserError, match="must end at sigma 0"):
         encode(CATS, x, LEVELS[:-1], noise)
@@ -144,7 +144,7 @@ def test_wrong_searches_are_refused() -> None:
     store = NeighborStore(normal(5, 3))
     with pytest.raises(UserError, match="different length"):
         store.search(normal(2, 4), 1)
-    with pytest.raises(UserError, match="that many"):
+    with pytest.raises(UserError, match="from 1 to 4"):
         store.neighbors_of_rows(torch.arange(5), 5)
     with pytest.raises(UserError, match="finite"):
         NeighborStore(torch.full((2, 2), math.nan))

@@ -257,7 +257,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "cannot be differentiated": lambda: ClassifierGuided(PLAIN, Blind(), 1.0)(X, SIGMA, LABELS),
     "must be a fixed": lambda: ClassifierGuided(TEACHER, nn.Sequential(nn.BatchNorm1d(2)), 1.0),
     "no features": lambda: ClassifierGuided(TEACHER, posterior, 1.0)(X, SIGMA, return_features=True),
-    "classifier needs two": lambda: NoisyClassifier(1, (2,)),
+    "number of classes": lambda: NoisyClassifier(1, (2,)),
     "one class each": lambda: fit_noisy_classifier(NET, ONE, torch.zeros(3, dtype=torch.int64)),
     "label is no class": lambda: fit_noisy_classifier(NET, ONE, torch.tensor([0, 1, -1, 2])),
 }  # fmt: skip

@@ -84,7 +84,7 @@ def test_levels_that_make_no_sense_are_refused() -> None:
         discrete_path([0.5])
     with pytest.raises(UserError, match="did you mean scaled-linear"):
         betas("scaled_linear")
-    with pytest.raises(UserError, match="at least two noise levels"):
+    with pytest.raises(UserError, match="number of noise levels"):
         betas("linear", 1)
     with pytest.raises(UserError, match=r"start=.*end=.* for 10 steps"):
         betas("linear", 10)  # rates scaled to 10 steps would exceed 1

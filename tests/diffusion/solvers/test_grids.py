@@ -130,7 +130,7 @@ def run(levels: object, solver: object = "heun", **more: object) -> Callable[[],
 
 WRONG = {
     "one of karras": lambda: grid("karas", 5, 0.1, 1.0),
-    "at least one step": lambda: grid("log", 0, 0.1, 1.0),
+    "number of steps": lambda: grid("log", 0, 0.1, 1.0),
     "0 < sigma_min": lambda: grid("log", 5, 1.0, 0.1),
     "needs the time of a path": lambda: grid("time", 5, 0.1, 1.0),
     "power of a grid": lambda: grid("power", 5, 0.1, 1.0, path="vp", kappa=0),
@@ -172,18 +172,18 @@ WRONG = {
     "SDE-DPM-Solver": lambda: DPMppSDE(3),
     "churn settings": lambda: Heun(-1.0),
     "ratio h / g": lambda: EulerMaruyama(-1.0),
-    "at every noise level": run([3.0, 1.0], EulerMaruyama(lambda s: -1.0), noise=NOISE),
-    "corrector's settings": lambda: PredictorCorrector(0.0),
+    "smallest noise ratio": run([3.0, 1.0], EulerMaruyama(lambda s: -1.0), noise=NOISE),
+    "snr must be positive": lambda: PredictorCorrector(0.0),
     "step by step": lambda: PredictorCorrector(predictor=RK45()),
     "curvature of a grid": lambda: grid("karras", 5, 0.1, 1.0, rho=math.nan),
     "one condition for each": run([3.0, 0.0], conditioning=torch.zeros(1, dtype=torch.int64)),
     "float32": run([3.0, 0.0], conditioning=torch.zeros(len(START))),
-    "at least 1 at a time": lambda: sample_teacher(MIXTURE, 3, batch=0),
-    "0 samples or more": lambda: sample_teacher(MIXTURE, -1),
+    "batch must be a positive": lambda: sample_teacher(MIXTURE, 3, batch=0),
+    "n must be a whole number": lambda: sample_teacher(MIXTURE, -1),
     r"one condition for each sample.*Got: 2": lambda: sample_teacher(
         MIXTURE, 3, conditioning=torch.zeros(2, dtype=torch.int64)
     ),
-    "tolerances": run([3.0, 1.0], "rk45:0"),
+    "rtol must be": run([3.0, 1.0], "rk45:0"),
     "decreasing grid": lambda: sample_teacher(MIXTURE, 3, grid=[1.0, 2.0]),
 }
 

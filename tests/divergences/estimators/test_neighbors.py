@@ -111,7 +111,7 @@ def test_a_few_copies_do_no_harm_and_many_are_reported():
         (draw(100), torch.full((100, 1), math.inf, dtype=torch.float64), {}, "not finite"),
         (draw(100), torch.ones(100, 1), {}, "all equal"),
         (draw(100), torch.ones(100, 1, dtype=torch.int32), {}, "floating-point"),
-        (draw(100), draw(100), {"k": 0}, "positive integer"),
+        (draw(100), draw(100), {"k": 0}, "positive whole number"),
     ],
 )
 def test_samples_that_cannot_be_used_are_refused(x_p, x_q, kw, word):

@@ -167,7 +167,7 @@ def test_float32_stays_float32_and_images_are_flattened():
         (draw(100), torch.full((100, 1), math.nan, dtype=torch.float64), "not finite"),
         (torch.zeros(100, 1), draw(100), "all equal"),
         (torch.ones(100, 1, dtype=torch.int64), draw(100), "floating-point"),
-        (torch.zeros(100, 0), torch.zeros(100, 0), "no columns"),
+        (torch.zeros(100, 0), torch.zeros(100, 0), "no coordinates"),
         (draw(100).numpy(), draw(100), "tensor"),
     ],
 )

@@ -23,6 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number, check_one_each
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.diffusion.composition.models import Models
@@ -188,15 +189,11 @@ def _check_options(
 ) -> None:
     if populations < 1 or n % populations:
         raise UserError("the batch must divide into the populations", got=f"{n} into {populations}")
-    if log_w is not None and log_w.shape != (n,):
-        raise UserError("there must be one log weight a particle", got=tuple(log_w.shape), expected=(n,))
-    if not 0 <= noise_scale < math.inf:
-        raise UserError("the noise scale must be a number from 0 on", got=noise_scale)
-    if not 0 <= resample_below <= 1:
-        raise UserError(
-            "resample_below is a share of the particles",
-            got=resample_below,
-            expected="0 (never) to 1 (always)",
-        )
-    if clamp is not None and not clamp > 0:
-        raise UserError("a clamp must be positive", got=clamp, fix="None keeps the weights exact")
+    if log_w is not None:
+        check_one_each("log weight", log_w, n)
+    check_number("the noise scale", noise_scale, "[0, inf)")
+    check_number(
+        "resample_below", resample_below, "[0, 1]", fix="it is a share of the particles: 0 is never, 1 always"
+    )
+    if clamp is not None:
+        check_number("a clamp", clamp, "(0, inf]", fix="None keeps the weights exact")

@@ -21,7 +21,7 @@ from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.latents import require_same_samples
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers.grids import checked_levels
-from distmatch.diffusion.solvers.solve import require_finite
+from distmatch.diffusion.solvers.solve import check_start
 
 Conditions = Sequence[ConditioningLike] | None
 
@@ -109,19 +109,8 @@ class Models:
         Raises:
             UserError: With what does not fit.
         """
-        if not y.is_floating_point() or tuple(y.shape[1:]) != self.shape:
-            raise UserError(
-                "the start has the wrong shape or dtype",
-                got=f"{tuple(y.shape)}, {y.dtype}",
-                expected=f"(B, {', '.join(map(str, self.shape))}), floating point",
-            )
-        require_finite(y)
-        if len(noise) != len(y) or tuple(noise.shape) != self.shape:
-            raise UserError(
-                "the noise is not for this batch",
-                got=f"{len(noise)} samples of shape {tuple(noise.shape)}",
-                expected=f"{len(y)} of shape {self.shape}",
-            )
+        check_start(y, self.shape)
+        noise.check(y)
         for conditioning, denoiser in zip(self.conditions, self._counters, strict=True):
             check_conditioning(conditioning, len(y), spec_of(denoiser))
 

@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number
+from distmatch.base.errors import UserError
 from distmatch.diffusion.composition.models import Conditions, Models, over_models
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.ito import ito_increment
@@ -89,8 +90,7 @@ def superpose(
         UserError: Models, conditions, weights, noise and start do not go together.
     """
     models = Models(denoisers, conditions, "a superposition of models")
-    if mode not in ("or", "and"):
-        raise unknown_name("superposition", mode, ("or", "and"))
+    check_name("superposition", mode, ("or", "and"))
     levels = models.levels(grid, to_zero=True)
     models.check_batch(y, noise)
     offsets = _offsets(models, mode, log_weights, temperature, y)
@@ -230,8 +230,7 @@ def _offsets(
         raise UserError(
             "equal densities have no weights and no temperature", fix='leave them out, or use mode="or"'
         )
-    if not 0 <= temperature < math.inf:
-        raise UserError("the temperature is a factor from 0 on", got=temperature)
+    check_number("the temperature", temperature, "[0, inf)")
     values = torch.zeros(len(models)) if log_weights is None else torch.as_tensor(log_weights)
     if values.shape != (len(models),) or bool(values.isnan().any()):
         raise UserError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_one_each
 from distmatch.base.errors import UserError
 from distmatch.diffusion.composition.models import Conditions
 from distmatch.diffusion.conditioning import ConditioningLike
@@ -114,12 +115,7 @@ def reward_and_slope(reward: Reward, state: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = state.detach().requires_grad_()
         value = reward(leaf)
-        if value.shape != (len(state),):
-            raise UserError(
-                "a reward must return one differentiable number per sample",
-                got=f"shape {tuple(value.shape)}",
-                expected=f"({len(state)},)",
-            )
+        check_one_each("differentiable number of the reward", value, len(state))
         (slope,) = slopes(connected(value, leaf, reward, "this reward"), (leaf,))
     return value.detach().double(), slope.double()
 

@@ -9,12 +9,12 @@ counts the spread of x0 too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number, check_one_each
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand, is_diffused, require_score
@@ -47,10 +47,7 @@ def quantile_loss(levels: Tensor) -> Loss:
         raise UserError("quantile levels lie between 0 and 1, one per sample", got=levels.tolist()[:6])
 
     def loss(predicted: Tensor, observed: Tensor) -> Tensor:
-        if len(levels) != len(predicted):
-            raise UserError(
-                "there must be one quantile a sample", got=f"{len(levels)} for {len(predicted)} samples"
-            )
+        check_one_each("quantile", levels, len(predicted))
         error = (observed - predicted).flatten(1)
         q = levels.to(error)[:, None]
         return torch.maximum(q * error, (q - 1) * error).sum(1)
@@ -88,8 +85,7 @@ class ObservationGuided(Wrapper):
         require_score(inner, "guidance by observations")
         refuse_random_layers(inner)
         super().__init__(inner)
-        if not 0 <= scale < math.inf:
-            raise UserError("the scale of a guidance by observations is a number from 0 on", got=scale)
+        check_number("the scale of a guidance by observations", scale, "[0, inf)")
         self.forward_model, self.observed, self.scale, self.loss = forward_model, observed, scale, loss
 
     @property
@@ -119,12 +115,7 @@ class ObservationGuided(Wrapper):
                 expected=f"{tuple(predicted.shape[1:])} or {tuple(predicted.shape)}",
             )
         value = self.loss(predicted, observed.expand_as(predicted))
-        if value.shape != (len(clean),):
-            raise UserError(
-                "the loss of an observation must be one differentiable number a sample",
-                got=f"shape {tuple(value.shape)}",
-                expected=f"({len(clean)},)",
-            )
+        check_one_each("differentiable loss of an observation", value, len(clean))
         return value
 
     def cost(self, sigma: Tensor, conditioning: ConditioningLike = None) -> Calls:

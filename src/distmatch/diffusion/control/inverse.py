@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count, check_name, check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.control.linear import LinearMap
@@ -69,12 +70,12 @@ class LinearPosterior(Wrapper):
                 got=tuple(operator.shape),
                 expected=tuple(inner.shape),
             )
-        if not 0 <= noise_std < math.inf:
-            raise UserError("the noise of a measurement is a number from 0 on", got=noise_std)
-        if covariance not in ("tweedie", "isotropic"):
-            raise UserError("unknown covariance", got=repr(covariance), expected='"tweedie" or "isotropic"')
-        if iterations is not None and iterations < 1:
-            raise UserError("conjugate gradients need at least one iteration", got=iterations)
+        check_number("the noise of a measurement", noise_std, "[0, inf)")
+        check_name("covariance", covariance, ("tweedie", "isotropic"))
+        check_count(
+            "the number of conjugate gradients",
+            1 if iterations is None else iterations,
+        )
         self.operator, self.value, self.noise_std = operator, value, noise_std
         self.covariance = covariance
         self.iterations = iterations or min(math.prod(operator.out_shape), 32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.control.retrieval import Neighbors
+from distmatch.diffusion.control.retrieval import Neighbors, check_neighbors
 from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, has_features, on_prediction
 
 
@@ -80,13 +80,7 @@ class NeighborConditioned(nn.Module):
                 expected=f"(N, {width}), floating point",
                 fix="embed the store with the model that the network was trained with",
             )
-        whole = neighbors.ndim == 2 and not neighbors.is_floating_point() and neighbors.numel() > 0
-        if not whole or int(neighbors.min()) < 0 or int(neighbors.max()) >= len(embeddings):
-            raise UserError(
-                "neighbors must be rows of the store",
-                got=f"{tuple(neighbors.shape)}, {neighbors.dtype}",
-                expected=f"(Q, k) integers from 0 to {len(embeddings) - 1}",
-            )
+        check_neighbors(neighbors, len(embeddings))
 
     def use_neighbors(self, found: Neighbors) -> None:
         """Takes other queries of the same store.

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.checks import check_count, check_name, check_number, check_one_each
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import expand
@@ -46,8 +47,7 @@ class NeighborStore:
     """
 
     def __init__(self, embeddings: Tensor, metric: Literal["euclidean", "cosine"] = "euclidean") -> None:
-        if metric not in ("euclidean", "cosine"):
-            raise UserError("unknown metric", got=repr(metric), expected='"euclidean" or "cosine"')
+        check_name("metric", metric, ("euclidean", "cosine"))
         _check_rows(embeddings, None)
         self.metric = metric
         self.given, self.embeddings = embeddings, self._ready(embeddings)
@@ -78,12 +78,9 @@ class NeighborStore:
         """
         _check_rows(queries, self.embeddings.shape[1])
         room = len(self) - (0 if exclude is None else 1)
-        if not 1 <= k <= room:
-            raise UserError(
-                "the store does not contain that many neighbors", got=f"k={k}", expected=f"1 to {room}"
-            )
-        if exclude is not None and (exclude.shape != (len(queries),) or exclude.is_floating_point()):
-            raise UserError("exclude must be one row number for each query", got=tuple(exclude.shape))
+        check_count("the number of neighbors", k, 1, room, fix="the store does not contain more")
+        if exclude is not None:
+            check_one_each("row to exclude", exclude, len(queries))
         parts = [
             self._nearest(
                 queries[i : i + chunk], k, None if exclude is None else exclude[i : i + chunk], chunk
@@ -132,6 +129,21 @@ def _check_rows(rows: Tensor, width: int | None) -> None:
         )
 
 
+def check_neighbors(neighbors: Tensor, count: int) -> None:
+    """Accepts only numbers of rows of a store of ``count`` embeddings, (Q, k).
+
+    Raises:
+        UserError: They are others, or of another shape.
+    """
+    whole = neighbors.ndim == 2 and not neighbors.is_floating_point() and neighbors.numel() > 0
+    if not whole or int(neighbors.min()) < 0 or int(neighbors.max()) >= count:
+        raise UserError(
+            "neighbors must be rows of the store",
+            got=f"{tuple(neighbors.shape)}, {neighbors.dtype}",
+            expected=f"(Q, k) integers from 0 to {count - 1}",
+        )
+
+
 class NeighborDenoiser(nn.Module):
     """The exact denoiser of data near retrieved neighbors.
 
@@ -163,15 +175,8 @@ class NeighborDenoiser(nn.Module):
         sigma_max: float = 80.0,
     ) -> None:
         super().__init__()
-        whole = neighbors.ndim == 2 and not neighbors.is_floating_point() and neighbors.numel() > 0
-        if not whole or int(neighbors.min()) < 0 or int(neighbors.max()) >= len(values):
-            raise UserError(
-                "neighbors must be rows of the store",
-                got=f"{tuple(neighbors.shape)}, {neighbors.dtype}",
-                expected=f"(Q, k) integers from 0 to {len(values) - 1}",
-            )
-        if not 0 <= bandwidth < math.inf:
-            raise UserError("a bandwidth is a number from 0 on", got=bandwidth)
+        check_neighbors(neighbors, len(values))
+        check_number("the bandwidth", bandwidth, "[0, inf)")
         self.register_buffer("values", values)
         self.register_buffer("neighbors", neighbors)
         self.shape: tuple[int, ...] = tuple(values.shape[1:])

@@ -27,8 +27,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_batch, check_number
 from distmatch.base.errors import UserError
-from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning, spec_of
+from distmatch.diffusion.conditioning import ConditioningLike, conditioning_for
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.latents import Decoder, decoder_of, require_same_samples
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -101,22 +102,10 @@ def encode(
     levels = checked_levels(grid, stochastic=True)
     if levels[-1] != 0:
         raise UserError("an encoding must end at sigma 0", got=levels[-1], fix="use to_zero=True in grid()")
-    if not 0 < eta <= 1:
-        raise UserError(
-            "eta must lie above 0 and at most at 1",
-            got=eta,
-            fix="without noise there is nothing to encode: invert with solve() on an increasing grid",
-        )
-    if tuple(x.shape[1:]) != tuple(denoiser.shape) or not x.is_floating_point():
-        raise UserError(
-            "these are not samples of this model",
-            got=tuple(x.shape),
-            expected=f"(B, *{tuple(denoiser.shape)})",
-        )
-    if len(noise) != len(x) or tuple(noise.shape) != tuple(denoiser.shape):
-        raise UserError("the noise is not for this batch", got=f"{len(noise)} samples of {noise.shape}")
-    conditioning = as_conditioning(conditioning)
-    check_conditioning(conditioning, len(x), spec_of(denoiser))
+    check_number("eta", eta, "(0, 1]", fix="without noise, invert with solve() on an increasing grid")
+    check_batch("the samples of this model", x, denoiser.shape)
+    noise.check(x)
+    conditioning = conditioning_for(denoiser, conditioning, len(x))
     clean = x.double()
     start = y = clean + levels[0] * noise.normal(0, 1).double()
     noises = []
@@ -153,8 +142,7 @@ def decode(
     """
     require_score(denoiser, "a decoder of posterior noise")
     require_same_samples([code, denoiser], "a translation")
-    conditioning = as_conditioning(conditioning)
-    check_conditioning(conditioning, len(code.start), spec_of(denoiser))
+    conditioning = conditioning_for(denoiser, conditioning, len(code.start))
     y = code.start
     for (now, after), e in zip(pairwise(code.levels), code.noises, strict=True):
         guess = _denoise(denoiser, y, now, dtype, conditioning)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_batch, check_count, check_number
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate, mean_of
 from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning
@@ -17,8 +18,8 @@ from distmatch.diffusion.geometry.jacobian import (
     denoise_with_trace,
     denoiser_jacobian,
     draw_probes,
-    parse_trace,
     refuse_random_layers,
+    trace_probes,
 )
 from distmatch.diffusion.geometry.summary import probe_error
 
@@ -76,13 +77,14 @@ def flipd(
         UserError: The model has no score or cannot be differentiated.
     """
     _check(denoiser, x, sigma)
-    kind, count = parse_trace(trace)
-    probes = draw_probes(kind, count, len(x), tuple(x.shape[1:]), seed=seed, like=x) if count else None
+    probes = trace_probes(trace, x, seed=seed)
     level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
     denoised, traces = denoise_with_trace(denoiser, x, level, conditioning, probes=probes, chunk=chunk)
     traces = traces.double()
     pull = (denoised.double() - x.double()).flatten(1).square().sum(1) / sigma**2
-    return Dimension((traces.mean(1) + pull).cpu(), probe_error(traces, count).cpu(), sigma)
+    return Dimension(
+        (traces.mean(1) + pull).cpu(), probe_error(traces, 0 if probes is None else len(probes)).cpu(), sigma
+    )
 
 
 def rank_gap(
@@ -119,8 +121,7 @@ def rank_gap(
     _check(denoiser, x, sigma)
     dim = x[0].numel()
     count = 4 * dim if probes is None else probes
-    if count < dim:
-        raise UserError("the rank needs at least as many probes as dimensions", got=count, expected=dim)
+    check_count("the number of probes", count, dim, fix="the rank needs as many probes as dimensions")
     noise = draw_probes("gaussian", count, len(x), tuple(x.shape[1:]), seed=seed, like=x)
     cond = as_conditioning(conditioning)
     pulls = []
@@ -237,9 +238,8 @@ def _undecided(spectrum: Tensor, threshold: float, sigma: float) -> str | None:
 
 
 def _check(denoiser: Denoiser, x: Tensor, sigma: float) -> None:
-    if not 0 < sigma < math.inf:
-        raise UserError("the noise level must be positive", got=sigma)
-    if x.ndim < 2 or tuple(x.shape[1:]) != tuple(denoiser.shape) or len(x) == 0:
-        raise UserError("these are not points of this model", got=tuple(x.shape), expected=denoiser.shape)
+    check_number("the noise level", sigma, "(0, inf)")
+    check_batch("the points of this model", x, denoiser.shape)
+    check_count("the number of points", len(x))
     require_score(denoiser, "an estimate of the dimension")
     refuse_random_layers(denoiser)

@@ -19,9 +19,9 @@ from distmatch.diffusion.geometry.jacobian import (
     denoise_for_gradient,
     denoise_with_trace,
     draw_probes,
-    parse_trace,
     pull_back,
     refuse_random_layers,
+    trace_probes,
 )
 from distmatch.diffusion.geometry.summary import ratio_of
 
@@ -108,9 +108,7 @@ def gauge_residual(
     """
     for model in (denoiser, reference):
         require_score(model, "a gauge residual")
-    kind, count = parse_trace(trace)
-    shape = tuple(y.shape[1:])
-    probes = draw_probes(kind, count, len(y), shape, seed=seed, like=y) if count else None
+    probes = trace_probes(trace, y, seed=seed)
     sides = []
     for model in (denoiser, reference):
         refuse_random_layers(model)

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count
 from distmatch.base.estimate import Estimate
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.geometry.jacobian import (
+    basis_of,
     connected,
-    draw_probes,
-    parse_trace,
     refuse_random_layers,
     slopes,
+    trace_probes,
 )
 from distmatch.diffusion.geometry.summary import ratio_of
 
@@ -65,7 +65,8 @@ def potential_residual(
     Returns:
         (B,).
     """
-    kind, count = parse_trace(trace)
+    probes = trace_probes(trace, x, seed=seed)
+    rows, count = (basis_of(x), 1) if probes is None else (probes, len(probes))
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         place = x if x.requires_grad else x.detach().requires_grad_()
         time = t if t.requires_grad else t.detach().requires_grad_()
@@ -74,15 +75,10 @@ def potential_residual(
         value = connected(value, time, lambda moved: potential(place, moved), "this potential")
         slope, rate = slopes(value, (place, time), create_graph=True)
         flat = slope.flatten(1)
-        if count:
-            rows = draw_probes(kind, count, len(x), tuple(x.shape[1:]), seed=seed, like=x)
-        else:
-            eye = torch.eye(flat.shape[1], dtype=x.dtype, device=x.device)
-            rows = eye.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
         curvature = torch.zeros_like(value)
         for e in rows:
             (pulled,) = slopes(slope * e, (place,), create_graph=True)
-            curvature = curvature + (pulled * e).flatten(1).sum(1) / max(count, 1)
+            curvature = curvature + (pulled * e).flatten(1).sum(1) / count
         f, g2 = process(time)
         drift = f * (flat.shape[1] + (place * slope).flatten(1).sum(1))
         residual = rate + drift - 0.5 * g2 * (curvature + flat.square().sum(1))
@@ -143,11 +139,9 @@ def score_residual(
     Raises:
         UserError: One probe, or a model without a score.
     """
-    kind, count = parse_trace(trace)
-    if count == 1:
-        raise UserError(
-            "one probe cannot separate its noise from the residual", got=trace, expected=f"{kind}:2 or more"
-        )
+    probes = trace_probes(trace, y, seed=seed)
+    if probes is not None:
+        check_count("the number of probes", len(probes), 2, fix="one has its noise in the residual")
     require_score(denoiser, "the Fokker-Planck residual")
     refuse_random_layers(denoiser)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -160,17 +154,12 @@ def score_residual(
         dummy = torch.zeros_like(score, requires_grad=True)
         (along,) = torch.autograd.grad((score * dummy).sum(), level, create_graph=True)
         (rate,) = torch.autograd.grad(along.sum(), dummy, retain_graph=True)
-        if count:
-            rows = draw_probes(kind, count, len(y), tuple(y.shape[1:]), seed=seed, like=y)
-        else:
-            eye = torch.eye(y[0].numel(), dtype=y.dtype, device=y.device)
-            rows = eye.reshape(-1, 1, *y.shape[1:]).expand(-1, *y.shape)
         (pull,) = slopes(wide * score**2, (place,))
         bends = []
-        for e in rows:
+        for e in basis_of(y) if probes is None else probes:
             (pulled,) = slopes(score * e, (place,), create_graph=True)
             (bend,) = slopes(wide * pulled * e, (place,))
             bends.append(bend)
-    bend = torch.stack(bends) if count else torch.stack(bends).sum(0, keepdim=True)
+    bend = torch.stack(bends) if probes is not None else torch.stack(bends).sum(0, keepdim=True)
     residual = (rate - pull - bend).detach().double()
-    return ScoreResidual(residual.flatten(2), rate.detach().double().flatten(1), not count)
+    return ScoreResidual(residual.flatten(2), rate.detach().double().flatten(1), probes is None)

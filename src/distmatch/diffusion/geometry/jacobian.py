@@ -63,6 +63,30 @@ def draw_probes(
     return signs.to(like.dtype)
 
 
+def trace_probes(trace: str, x: Tensor, *, seed: int, first: int = 0) -> Tensor | None:
+    """The probes (M, B, *shape) that a trace estimator asks for at samples ``x``; none for the exact trace.
+
+    Args:
+        trace: ``"exact"``, ``"rademacher:8"`` or ``"gaussian:8"``.
+        x: (B, *shape).
+        seed: Seed of the probes.
+        first: Index of the first sample.
+
+    Raises:
+        UserError: As :func:`parse_trace`.
+    """
+    kind, count = parse_trace(trace)
+    if count == 0:
+        return None
+    return draw_probes(kind, count, len(x), tuple(x.shape[1:]), seed=seed, first=first, like=x)
+
+
+def basis_of(x: Tensor) -> Tensor:
+    """The unit vectors of the space of one sample, the same for all samples, (D, B, *shape)."""
+    eye = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
+    return eye.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
+
+
 def refuse_random_layers(denoiser: object) -> None:
     """Refuses a denoiser whose answer changes from call to call or with the batch.
 

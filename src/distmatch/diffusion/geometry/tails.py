@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from distmatch.base.checks import check_name
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 
@@ -152,8 +153,7 @@ def _variance(index: float) -> float:
 
 def _radii(generated: Tensor, real: Tensor, radius: str, ridge: float) -> Tensor:
     """Distances from the common mean, (m + n,) float64 on the CPU."""
-    if radius not in ("mahalanobis", "norm"):
-        raise UserError("unknown radius", got=radius, expected="mahalanobis or norm")
+    check_name("radius", radius, ("mahalanobis", "norm"))
     both = torch.cat([generated.flatten(1).double(), real.flatten(1).double().to(generated.device)])
     centered = both - both.mean(0)
     if radius == "norm":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, as_conditioning, for_model
 from distmatch.diffusion.denoiser import (
@@ -217,6 +217,5 @@ def checked_scale(scale: float) -> float:
     Raises:
         UserError: It is not finite.
     """
-    if not math.isfinite(scale):
-        raise UserError("a guidance scale must be a finite number", got=scale)
+    check_number("a guidance scale", scale)
     return float(scale)

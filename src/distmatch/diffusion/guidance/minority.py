@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, check_conditioning, spec_of
+from distmatch.diffusion.conditioning import ConditioningLike, conditioning_for
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.guidance.classifier import Classifier, ClassifierGuided
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -63,8 +63,7 @@ def minority_score(
             got=f"samples {tuple(x0.shape)}, draws={draws}, sigma={sigma}, batch={batch}",
             expected=f"samples (n, {', '.join(map(str, denoiser.shape))})",
         )
-    conditioning = as_conditioning(conditioning)
-    check_conditioning(conditioning, len(x0), spec_of(denoiser))
+    conditioning = conditioning_for(denoiser, conditioning, len(x0))
     parts = []
     for start in range(0, len(x0), batch):
         rows = x0[start : start + batch]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator as make_generator
 from distmatch.diffusion.denoiser import FeatureDenoiser, expand, pooled
@@ -47,8 +48,7 @@ class NoisyClassifier(nn.Module):
         features: FeatureDenoiser | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise UserError("a classifier needs two classes or more", got=num_classes)
+        check_count("the number of classes", num_classes, 2)
         self.num_classes, self.shape, self.sigma_data = num_classes, tuple(shape), float(sigma_data)
         self._features = (features,)  # in a tuple, so that its parameters are not registered here
         inputs = math.prod(self.shape) if features is None else _feature_size(features)

@@ -9,14 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_batch
 from distmatch.base.errors import UserError, unknown_name
-from distmatch.diffusion.conditioning import (
-    ConditioningLike,
-    as_conditioning,
-    check_conditioning,
-    for_model,
-    spec_of,
-)
+from distmatch.diffusion.conditioning import ConditioningLike, conditioning_for, for_model
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance.linear import check_pair
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -112,12 +107,8 @@ def solve_reflected(
     levels = checked_levels(grid, stochastic=False)
     if levels[0] < levels[-1]:
         raise UserError("a reflection goes from noise to samples", got="an increasing grid", fix="reverse it")
-    if tuple(y.shape[1:]) != tuple(strong.shape):
-        raise UserError(
-            "the start of a solve has the wrong shape", got=tuple(y.shape), expected=f"(B, *{strong.shape})"
-        )
-    conditioning = as_conditioning(conditioning)
-    check_conditioning(conditioning, len(y), spec_of(strong))
+    check_batch("the samples at the start of a solve", y, strong.shape)
+    conditioning = conditioning_for(strong, conditioning, len(y))
     counted = [CallCounter(strong), CallCounter(weak)]
     conditionings = [conditioning, for_model(weak, conditioning)]
 

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name
+from distmatch.base.errors import UserError
 from distmatch.diffusion.paths.core import NoisePath, Time
 from distmatch.diffusion.predictions import Coefficients
 
@@ -44,10 +45,8 @@ def betas(
     Raises:
         UserError: An unknown kind, fewer than two steps, or rates outside (0, 1).
     """
-    if kind not in BETAS:
-        raise unknown_name("kind of noise rates", kind, BETAS)
-    if steps < 2:
-        raise UserError("a discrete-time teacher needs at least two noise levels", got=steps)
+    check_name("kind of noise rates", kind, BETAS)
+    check_count("the number of noise levels", steps, 2)
     if kind == "cosine":
         if start is not None or end is not None:
             raise UserError("cosine rates take an offset k and a cap, not a start and an end")

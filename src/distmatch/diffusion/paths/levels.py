@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number, check_rising
 from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.paths.steps import check_shift, shifted, unshifted
 
@@ -44,17 +43,10 @@ class PathLevels:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.low < self.high < math.inf:
-            raise UserError(
-                "noise levels must satisfy 0 < low < high", got=f"low={self.low}, high={self.high}"
-            )
-        if self.spacing not in SPACINGS:
-            raise unknown_name("distribution of times", self.spacing, SPACINGS)
-        if not (0 < self.std < math.inf and math.isfinite(self.mean)):
-            raise UserError(
-                "a logit-normal needs a finite mean and a positive spread",
-                got=f"mean={self.mean}, std={self.std}",
-            )
+        check_rising(low=self.low, high=self.high)
+        check_name("distribution of times", self.spacing, SPACINGS)
+        check_number("the mean of a logit-normal", self.mean)
+        check_number("the spread of a logit-normal", self.std, "(0, inf)")
         check_shift(self.path, self.shift)
         ends = self._time(torch.tensor([self.low, self.high], dtype=torch.float64)).tolist()
         object.__setattr__(self, "_ends", tuple(ends))

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number
+from distmatch.base.errors import UserError
 from distmatch.diffusion.paths.core import NoisePath, check_times
 from distmatch.diffusion.predictions import Coefficients
 
@@ -91,8 +92,7 @@ def cosine(k: float = 0.008, *, t_min: float = 1e-4, t_max: float = 0.999) -> No
         t_min: Smallest time.
         t_max: Largest time, at most 1; at 1 it is pure noise.
     """
-    if not 0 <= k < 1:
-        raise UserError("the offset of the cosine path must lie in [0, 1)", got=k, expected="0.008, usually")
+    check_number("the offset of the cosine path", k, "[0, 1)", fix="it is usually 0.008")
     check_times("cosine", t_min, t_max, 0.0, 1.0)
     options = {"k": k, "t_min": t_min, "t_max": t_max}
     return NoisePath("cosine", t_min, t_max, partial(_cosine_at, k), partial(_cosine_inverse, k), options)
@@ -110,8 +110,7 @@ def condot(sigma_floor: float = 0.0, *, t_min: float = 1e-3, t_max: float = 0.99
         t_min: Smallest time.
         t_max: Largest time, at most 1; at 1 it is pure noise.
     """
-    if not 0 <= sigma_floor < 1:
-        raise UserError("the noise floor of the straight path must lie in [0, 1)", got=sigma_floor)
+    check_number("the noise floor of the straight path", sigma_floor, "[0, 1)")
     check_times("straight", t_min, t_max, 0.0, 1.0)
     options = {"sigma_floor": sigma_floor, "t_min": t_min, "t_max": t_max}
     curve, inverse = partial(_condot_at, sigma_floor), partial(_condot_inverse, sigma_floor)
@@ -126,8 +125,7 @@ def trigflow(sigma_data: float = 0.5, *, rho_min: float = 0.002, rho_max: float 
         rho_min: Smallest noise-to-signal ratio.
         rho_max: Largest noise-to-signal ratio; infinite ends at pi / 2, pure noise.
     """
-    if not 0 < sigma_data < math.inf:
-        raise UserError("sigma_data must be positive and finite", got=sigma_data)
+    check_number("sigma_data", sigma_data, "(0, inf)")
     if not 0 <= rho_min < rho_max:
         raise UserError("noise-to-signal ratios must rise", got=f"rho_min={rho_min}, rho_max={rho_max}")
     ends = (math.atan(rho_min / sigma_data), math.atan(rho_max / sigma_data))
@@ -163,8 +161,7 @@ def noise_path(name: str | NoisePath, **options: float) -> NoisePath:
         if options:
             raise UserError("a finished path takes no options", got=options, fix="pass its name instead")
         return name
-    if name not in PATHS:
-        raise unknown_name("noise path", name, PATHS)
+    check_name("noise path", name, PATHS)
     try:
         return PATHS[name](**options)
     except TypeError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name
+from distmatch.base.errors import UserError
 from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.paths.kinetic import kinetic_path
 from distmatch.diffusion.paths.named import PATHS, noise_path
@@ -35,8 +36,7 @@ def parse_path(text: str, *, sigma_data: float, sigma_min: float, sigma_max: flo
             fix=f"train a teacher with --path {KINETIC}: it stores its path and is sampled without "
             f"--path; in Python, kinetic_path_of(data) computes one",
         )
-    if name not in PATHS:
-        raise unknown_name("noise path", name, PATHS)
+    check_name("noise path", name, PATHS)
     options: dict[str, float] = {}
     if name in ("edm", "ve"):
         options = {"sigma_min": sigma_min, "sigma_max": sigma_max}

@@ -11,6 +11,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.solvers.run import Run, Solver, Stepper
 
@@ -37,12 +38,8 @@ class RK45(Solver):
     atol: float = 1e-5
 
     def __post_init__(self) -> None:
-        if not (1e-13 <= self.rtol < 1 and 0 < self.atol < math.inf):
-            raise UserError(
-                "tolerances must be small positive numbers",
-                got=f"rtol={self.rtol:g}, atol={self.atol:g}",
-                expected="1e-13 <= rtol < 1, atol > 0",
-            )
+        check_number("rtol", self.rtol, "[1e-13, 1)")
+        check_number("atol", self.atol, "(0, inf)")
 
     def calls(self, levels: tuple[float, ...]) -> None:
         """They depend on the model; a solve reports them."""

@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name, check_number, check_rising
+from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.noise import karras_grid
 from distmatch.diffusion.paths import NoisePath, noise_path
@@ -52,18 +53,11 @@ def grid(
     Raises:
         UserError: Fewer than one step, levels out of order, an unknown kind, no path where one is needed.
     """
-    if kind not in GRIDS:
-        raise unknown_name("grid", kind, GRIDS)
+    check_name("grid", kind, GRIDS)
     count = steps if to_zero else steps + 1
-    if steps < 1:
-        raise UserError("a sampling grid needs at least one step", got=steps, fix="use --steps 1 or more")
-    if not 0 < sigma_min < sigma_max < math.inf:
-        raise UserError(
-            "noise levels must satisfy 0 < sigma_min < sigma_max",
-            got=f"sigma_min={sigma_min}, sigma_max={sigma_max}",
-        )
-    if not rho > 0:
-        raise UserError("the curvature of a grid must be positive", got=rho, expected="rho > 0")
+    check_count("the number of steps of a sampling grid", steps, fix="use --steps 1 or more")
+    check_rising(sigma_min=sigma_min, sigma_max=sigma_max)
+    check_number("rho, the curvature of a grid,", rho, "(0, inf)")
     u = torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
     if kind == "karras":
         levels = karras_grid(count, sigma_min, sigma_max, rho)[:-1]
@@ -100,8 +94,7 @@ def _even_in_time(
 ) -> Tensor:
     if path is None:
         raise UserError(f"the grid {kind!r} needs the time of a path", got="no path", fix='pass path="vp"')
-    if not kappa > 0:
-        raise UserError("the power of a grid must be positive", got=kappa, expected="kappa > 0")
+    check_number("kappa, the power of a grid,", kappa, "(0, inf)")
     p = noise_path(path)
     power = 1 / kappa if kind == "power" else 1.0
     start, end = p.t_of_rho(torch.tensor([high, low], dtype=torch.float64)) ** power

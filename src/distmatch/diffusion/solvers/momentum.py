@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count, check_number
 from distmatch.diffusion.solvers.multistep import AB
 from distmatch.diffusion.solvers.onestep import combined
 from distmatch.diffusion.solvers.run import Run, Solver
@@ -58,10 +58,8 @@ class HeavyBall(Solver):
     order: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta <= 1:
-            raise UserError("the beta of heavy ball must lie in (0, 1]", got=self.beta)
-        if not 1 <= self.order <= len(AB):
-            raise UserError("the order under heavy ball must be 1 to 4", got=self.order)
+        check_number("the beta of heavy ball", self.beta, "(0, 1]")
+        check_count("the order under heavy ball", self.order, 1, len(AB))
 
     def stepper(self, run: Run) -> _HeavyBallStepper:
         """One call a step."""
@@ -77,11 +75,6 @@ class _HeavyBallStepper:
     def __call__(self, k: int, y: Tensor) -> Tensor:
         """Step ``k``."""
         now, after = self.run.levels[k], self.run.levels[k + 1]
-        if after == 0:
-            return self.run.denoise(y, now)
-        if k in self.run.restarts:
-            self.history.clear()
-            self.velocity = None
         slope = self.run.eps(y, now)
         self.history.appendleft(slope)
         weights = AB[len(self.history) - 1]
@@ -106,8 +99,7 @@ class GHVB(Solver):
     order: float = 1.8
 
     def __post_init__(self) -> None:
-        if not 0 < self.order <= 5:
-            raise UserError("the order of GHVB must lie in (0, 5]", got=self.order)
+        check_number("the order of GHVB", self.order, "(0, 5]")
 
     @property
     def velocities(self) -> int:
@@ -135,10 +127,6 @@ class _GHVBStepper:
     def __call__(self, k: int, y: Tensor) -> Tensor:
         """Step ``k``."""
         now, after = self.run.levels[k], self.run.levels[k + 1]
-        if after == 0:
-            return self.run.denoise(y, now)
-        if k in self.run.restarts:
-            self.history.clear()
         slope = self.run.eps(y, now)
         old = self.history[0] if self.history else slope
         self.history.appendleft((1 - self.beta) * old + self.beta * slope)

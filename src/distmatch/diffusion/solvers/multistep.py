@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name, check_number
+from distmatch.base.errors import UserError
 from distmatch.diffusion.paths import NoisePath
 from distmatch.diffusion.solvers.onestep import combined
 from distmatch.diffusion.solvers.run import Run, Solver, Stepper, remembered
@@ -40,10 +41,7 @@ class LinearMultistep:
 
     def __call__(self, k: int, y: Tensor) -> Tensor:
         """Step ``k``."""
-        now, after = self.run.levels[k], self.run.levels[k + 1]
-        if after == 0:
-            return self.run.denoise(y, now)
-        self.history.appendleft(self.run.eps(y, now))
+        self.history.appendleft(self.run.eps(y, self.run.levels[k]))
         return combined(y, self.weights[k], self.history)
 
 
@@ -65,12 +63,8 @@ class Adams(Solver):
     variable: Literal["t", "rho", "log-rho"] = "rho"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.degree <= 5:
-            raise UserError("the degree of an Adams-Bashforth solver must be 0 to 5", got=self.degree)
-        if self.variable not in ("t", "rho", "log-rho"):
-            raise unknown_name(
-                "variable of an Adams-Bashforth solver", self.variable, ("t", "rho", "log-rho")
-            )
+        check_count("the degree of an Adams-Bashforth solver", self.degree, 0, 5)
+        check_name("variable of an Adams-Bashforth solver", self.variable, ("t", "rho", "log-rho"))
 
     @property
     def least_steps(self) -> int:
@@ -167,8 +161,7 @@ class IPNDM(Solver):
     order: int = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.order <= len(AB):
-            raise UserError("the order of iPNDM must be 1 to 4", got=self.order)
+        check_count("the order of iPNDM", self.order, 1, len(AB))
 
     def stepper(self, run: Run) -> LinearMultistep:
         """One call a step."""
@@ -199,8 +192,7 @@ class DPMpp(Solver):
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
             raise UserError("DPM-Solver++ is available in orders 1 and 2", got=self.order)
-        if not 0 < self.beta <= 1:
-            raise UserError("the beta of heavy ball must lie in (0, 1]", got=self.beta)
+        check_number("the beta of heavy ball", self.beta, "(0, 1]")
 
     def stepper(self, run: Run) -> Stepper:
         """One call a step."""
@@ -218,10 +210,6 @@ class _DPMppStepper:
         levels, beta = self.run.levels, self.solver.beta
         now, after = levels[k], levels[k + 1]
         clean = self.run.denoise(y, now)
-        if after == 0:
-            return clean
-        if k in self.run.restarts:
-            self.before = self.velocity = None
         target, last = clean, k == self.run.steps - 1
         low = last and self.run.steps < self.solver.low_end
         if self.solver.order == 2 and self.before is not None and not low:

@@ -9,7 +9,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number
+from distmatch.base.errors import UserError
 from distmatch.diffusion.solvers.run import Run, Solver, Stepper
 
 
@@ -51,8 +52,7 @@ class RhoRK(Solver):
     tableau: str = "heun2"
 
     def __post_init__(self) -> None:
-        if self.tableau not in TABLEAUX:
-            raise unknown_name("Runge-Kutta tableau", self.tableau, TABLEAUX)
+        check_name("Runge-Kutta tableau", self.tableau, TABLEAUX)
 
     def calls(self, levels: tuple[float, ...]) -> int:
         """One for each stage; the step to 0 is a single call."""
@@ -64,8 +64,6 @@ class RhoRK(Solver):
 
         def step(k: int, y: Tensor) -> Tensor:
             now, after = run.levels[k], run.levels[k + 1]
-            if after == 0:
-                return run.denoise(y, now)
             h = after - now
             slopes = [run.eps(y, now)]
             for c, row in zip(t.c[1:], t.a, strict=True):
@@ -96,8 +94,7 @@ class DDIM(Solver):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise UserError("eta of DDIM must lie in [0, 1]", got=self.eta)
+        check_number("eta of DDIM", self.eta, "[0, 1]")
 
     @property
     def stochastic(self) -> bool:
@@ -110,8 +107,6 @@ class DDIM(Solver):
         def step(k: int, y: Tensor) -> Tensor:
             now, after = run.levels[k], run.levels[k + 1]
             clean = run.denoise(y, now)
-            if after == 0:
-                return clean
             noise = self.eta * after * math.sqrt(1 - (after / now) ** 2) if self.eta > 0 else 0.0
             y = clean + (math.sqrt(after**2 - noise**2) / now) * (y - clean)
             return y.add(run.normal(k, 0), alpha=noise) if noise > 0 else y
@@ -155,18 +150,24 @@ class Heun(Solver):
         """Two a step, and one for a step to 0."""
         return sum(1 if after == 0 else 2 for _, after in pairwise(levels))
 
+    def last(self, run: Run, k: int, y: Tensor) -> Tensor:
+        """Churns before the last step too."""
+        return run.denoise(*self._churned(run, k, y))
+
+    def _churned(self, run: Run, k: int, y: Tensor) -> tuple[Tensor, float]:
+        """The state with noise added, and its level."""
+        now, gamma = run.levels[k], min(self.s_churn / run.steps, math.sqrt(2) - 1)
+        if not (gamma > 0 and self.s_min <= now <= self.s_max):
+            return y, now
+        raised = (1 + gamma) * now
+        return y.add(run.normal(k, 0), alpha=self.s_noise * math.sqrt(raised**2 - now**2)), raised
+
     def stepper(self, run: Run) -> Stepper:
         """Churn, an Euler step, and its correction."""
-        gamma = min(self.s_churn / run.steps, math.sqrt(2) - 1)
 
         def step(k: int, y: Tensor) -> Tensor:
-            now, after = run.levels[k], run.levels[k + 1]
-            if gamma > 0 and self.s_min <= now <= self.s_max:
-                raised = (1 + gamma) * now
-                y = y.add(run.normal(k, 0), alpha=self.s_noise * math.sqrt(raised**2 - now**2))
-                now = raised
-            if after == 0:
-                return run.denoise(y, now)
+            y, now = self._churned(run, k, y)
+            after = run.levels[k + 1]
             slope = run.eps(y, now)
             ahead = y.add(slope, alpha=after - now)
             return y.add(slope + run.eps(ahead, after), alpha=0.5 * (after - now))

@@ -87,13 +87,22 @@ class Solver:
         return len(levels) - 1
 
     def stepper(self, run: Run) -> Stepper:
-        """Computes the coefficients of the whole grid and returns the step."""
+        """Computes the coefficients of the whole grid and returns the step between levels above 0.
+
+        What the step remembers is forgotten where a multistep solver must begin anew: there it is made again.
+        """
         raise NotImplementedError
+
+    def last(self, run: Run, k: int, y: Tensor) -> Tensor:
+        """The last step, to level 0."""
+        return run.denoise(y, run.levels[k])
 
     def integrate(self, run: Run, y: Tensor, visit: Stepper) -> Tensor:
         """Goes down all levels; ``visit(k, y)`` sees the state after step k and may replace it."""
         step = self.stepper(run)
         for k in range(run.steps):
             run.begin(k)
-            y = visit(k, step(k, y))
+            if k in run.restarts:
+                step = self.stepper(run)
+            y = visit(k, step(k, y) if run.levels[k + 1] > 0 else self.last(run, k, y))
         return y

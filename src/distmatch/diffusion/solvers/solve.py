@@ -9,15 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_batch, check_count, check_finite
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import initial_noise
-from distmatch.diffusion.conditioning import (
-    Conditioning,
-    ConditioningLike,
-    as_conditioning,
-    check_conditioning,
-    spec_of,
-)
+from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, conditioning_for
 from distmatch.diffusion.denoiser import Denoiser, require_score
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath, noise_path
@@ -84,8 +79,7 @@ def solve(
     chosen = find_solver(solver)
     levels = checked_levels(grid, stochastic=chosen.stochastic)
     _check(denoiser, y, chosen, solver, levels, noise)
-    conditioning = as_conditioning(conditioning)
-    check_conditioning(conditioning, len(y), spec_of(denoiser))
+    conditioning = conditioning_for(denoiser, conditioning, len(y))
     counter = denoiser if isinstance(denoiser, CallCounter) else CallCounter(denoiser)
     calls_before = counter.calls
     work = torch.float32 if y.device.type == "mps" else torch.float64
@@ -137,21 +131,16 @@ def _restarts(denoiser: Denoiser, levels: tuple[float, ...], conditioning: Condi
     return frozenset(k for k in range(1, len(regimes)) if regimes[k] != regimes[k - 1])
 
 
-def require_finite(y: Tensor) -> None:
-    """Refuses a start that holds NaN or infinity, which no solver would get rid of. It waits for the device.
+def check_start(y: Tensor, shape: Sequence[int]) -> None:
+    """Refuses a start of another shape, and one that holds NaN or infinity, which no solver would get rid of.
 
-    Tensors on the meta device have no values, and pass.
+    It waits for the device. Tensors on the meta device have no values, and pass.
 
     Raises:
-        UserError: With how many samples do.
+        UserError: With the shapes, or with how many samples are not finite.
     """
-    bad = 0 if y.is_meta else int((~y.isfinite()).flatten(1).any(1).sum())
-    if bad:
-        raise UserError(
-            "the start of a solve is not finite",
-            got=f"NaN or infinity in {bad} of {len(y)} samples",
-            fix="draw it as grid[0] * torch.randn(...), or check how it was computed",
-        )
+    check_batch("the samples at the start of a solve", y, shape)
+    check_finite("the samples at the start of a solve", y, fix="draw them as grid[0] * torch.randn(...)")
 
 
 def _check(
@@ -163,13 +152,7 @@ def _check(
     noise: SampleNoise | None,
 ) -> None:
     """Refuses what does not go together."""
-    if not y.is_floating_point() or tuple(y.shape[1:]) != tuple(denoiser.shape):
-        raise UserError(
-            "the start of a solve has the wrong shape or dtype",
-            got=f"{tuple(y.shape)}, {y.dtype}",
-            expected=f"(B, {', '.join(map(str, denoiser.shape))}), floating point",
-        )
-    require_finite(y)
+    check_start(y, denoiser.shape)
     if len(levels) - 1 < chosen.least_steps:
         raise UserError(
             f"the solver {asked} needs at least {chosen.least_steps} steps",
@@ -184,12 +167,7 @@ def _check(
             f"the solver {asked} draws noise and received none",
             fix="pass noise=SampleNoise(seed, torch.arange(len(y)), denoiser.shape, y.device)",
         )
-    if len(noise) != len(y) or tuple(noise.shape) != tuple(denoiser.shape):
-        raise UserError(
-            "the noise is not for this batch",
-            got=f"{len(noise)} samples of shape {tuple(noise.shape)}",
-            expected=f"{len(y)} of shape {tuple(denoiser.shape)}",
-        )
+    noise.check(y)
 
 
 def sample_teacher(
@@ -229,12 +207,9 @@ def sample_teacher(
     Raises:
         UserError: A negative number of samples, an empty batch, or what :func:`solve` refuses.
     """
-    if n < 0 or batch < 1:
-        raise UserError(
-            "there must be 0 samples or more, and at least 1 at a time", got=f"n={n}, batch={batch}"
-        )
-    conditioning = as_conditioning(conditioning)
-    check_conditioning(conditioning, n, spec_of(denoiser))
+    check_count("n", n, 0)
+    check_count("batch", batch)
+    conditioning = conditioning_for(denoiser, conditioning, n)
     chosen = find_solver(solver)
     levels = default_grid(denoiser, steps) if grid is None else grid
     first = checked_levels(levels, stochastic=True)[0]

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from distmatch.base.checks import check_count, check_name, check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.solvers.run import Run, Solver, Stepper
 
@@ -44,11 +45,7 @@ class DPMppSDE(_Stochastic):
         def step(k: int, y: Tensor) -> Tensor:
             now, after = run.levels[k], run.levels[k + 1]
             clean = run.denoise(y, now)
-            if after == 0:
-                return clean
             target = clean
-            if k in run.restarts:
-                before.clear()
             if self.order == 2:
                 if before:
                     share = 0.5 * math.log(now / after) / math.log(run.levels[k - 1] / now)
@@ -74,8 +71,7 @@ class EulerMaruyama(_Stochastic):
     ratio: float | Callable[[float], float] = 1.0
 
     def __post_init__(self) -> None:
-        if not callable(self.ratio) and not 0 <= self.ratio < math.inf:
-            raise UserError("the noise ratio h / g must be a number from 0 on", got=self.ratio)
+        check_number("the noise ratio h / g", 0 if callable(self.ratio) else self.ratio, "[0, inf)")
 
     @property
     def stochastic(self) -> bool:
@@ -85,15 +81,11 @@ class EulerMaruyama(_Stochastic):
     def stepper(self, run: Run) -> Stepper:
         """One call and one draw a step."""
         ratios = [self.ratio(s) if callable(self.ratio) else self.ratio for s in run.levels[:-1]]
-        if not all(0 <= r < math.inf for r in ratios):
-            raise UserError(
-                "the noise ratio h / g must be a non-negative number at every noise level", got=ratios[:6]
-            )
+        check_number("the smallest noise ratio h / g", min(ratios), "[0, inf)")
+        check_number("the largest noise ratio h / g", max(ratios), "[0, inf)")
 
         def step(k: int, y: Tensor) -> Tensor:
             now, after, ratio = run.levels[k], run.levels[k + 1], ratios[k]
-            if after == 0:
-                return run.denoise(y, now)
             y = y.add(run.eps(y, now), alpha=(1 + ratio**2) * (after - now))
             if ratio == 0:
                 return y
@@ -111,8 +103,6 @@ class ReverseDiffusion(_Stochastic):
 
         def step(k: int, y: Tensor) -> Tensor:
             now, after = run.levels[k], run.levels[k + 1]
-            if after == 0:
-                return run.denoise(y, now)
             gap = now**2 - after**2
             return y.add(run.eps(y, now), alpha=-gap / now).add(run.normal(k, 0), alpha=math.sqrt(gap))
 
@@ -140,12 +130,9 @@ class PredictorCorrector(_Stochastic):
     predictor: Solver = field(default_factory=ReverseDiffusion)
 
     def __post_init__(self) -> None:
-        if not 0 < self.snr < math.inf or self.corrections < 1 or self.norm not in ("level", "batch"):
-            raise UserError(
-                "the corrector's settings are not valid",
-                got=f"snr={self.snr}, corrections={self.corrections}, norm={self.norm!r}",
-                expected='snr > 0, corrections >= 1, norm "level" or "batch"',
-            )
+        check_number("snr", self.snr, "(0, inf)")
+        check_count("corrections", self.corrections)
+        check_name("norm of a corrector", self.norm, ("level", "batch"))
 
         if type(self.predictor).integrate is not Solver.integrate:
             raise UserError(
@@ -170,17 +157,20 @@ class PredictorCorrector(_Stochastic):
     def stepper(self, run: Run) -> Stepper:
         """Corrections and a prediction."""
         predict = self.predictor.stepper(run)
+        return lambda k, y: predict(k, self._corrected(run, k, y))
 
-        def step(k: int, y: Tensor) -> Tensor:
-            now = run.levels[k]
-            for draw in range(1, self.corrections + 1):
-                z, eps = run.normal(k, draw), run.eps(y, now)  # eps is -sigma times the score
-                if self.norm == "level":
-                    y = y.add(eps, alpha=-2 * self.snr**2 * now).add(z, alpha=2 * self.snr * now)
-                else:
-                    lengths = [v.flatten(1).norm(dim=1).mean() for v in (z, eps)]
-                    size = self.snr * now * lengths[0] / lengths[1]
-                    y = y - (2 * size**2 / now) * eps + 2 * size * z
-            return predict(k, y)
+    def last(self, run: Run, k: int, y: Tensor) -> Tensor:
+        """Corrects before the last step too."""
+        return self.predictor.last(run, k, self._corrected(run, k, y))
 
-        return step
+    def _corrected(self, run: Run, k: int, y: Tensor) -> Tensor:
+        now = run.levels[k]
+        for draw in range(1, self.corrections + 1):
+            z, eps = run.normal(k, draw), run.eps(y, now)  # eps is -sigma times the score
+            if self.norm == "level":
+                y = y.add(eps, alpha=-2 * self.snr**2 * now).add(z, alpha=2 * self.snr * now)
+            else:
+                lengths = [v.flatten(1).norm(dim=1).mean() for v in (z, eps)]
+                size = self.snr * now * lengths[0] / lengths[1]
+                y = y - (2 * size**2 / now) * eps + 2 * size * z
+        return y

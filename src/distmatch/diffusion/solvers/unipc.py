@@ -103,10 +103,6 @@ class _UniPCStepper:
         levels, past = self.run.levels, self.past
         now, after = levels[k], levels[k + 1]
         clean = self.run.denoise(y, now)
-        if after == 0:
-            return clean
-        if k in self.run.restarts:
-            past = None
         if past is not None and self.solver.corrector and y is self.predicted:
             y = past.step(now, clean)
         # Before a step to 0, which is of order 1, the order falls by one a step, as in diffusers.

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number
+from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.divergences import Divergence, Renyi, divergence, measure
 from distmatch.divergences.estimators.inputs import check_log_densities
@@ -60,8 +61,7 @@ def monte_carlo(
     if isinstance(chosen, Renyi):
         return renyi_monte_carlo(chosen.order, log_p, log_q, method=method)
     log_r = check_log_densities(log_p, log_q)
-    if method not in get_args(Method):
-        raise unknown_name("method", method, get_args(Method))
+    check_name("method", method, get_args(Method))
     ess = effective_from_log(log_r) if bool((log_r > -math.inf).any()) else 0.0
     if method == "self_normalized":
         if ess == 0.0:
@@ -157,13 +157,11 @@ def renyi_monte_carlo(
         UserError: The order is not positive and finite, the log-densities have holes, p vanishes at every
             sample, or there is no such method.
     """
-    if not (math.isfinite(order) and order > 0):
-        raise UserError("the order of a Renyi divergence must be positive", got=order, expected="e.g. 0.5")
+    check_number("the order of a Renyi divergence", order, "(0, inf)")
     if abs(order - 1.0) < _NEAR_ONE:
         return monte_carlo("kl", log_p, log_q, method=method)
     log_r = check_log_densities(log_p, log_q)
-    if method not in get_args(Method):
-        raise unknown_name("method", method, get_args(Method))
+    check_name("method", method, get_args(Method))
     if bool((log_r == -math.inf).all()):
         raise UserError("p vanishes at every sample of q", expected="supports that overlap")
     ess = effective_from_log(log_r)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from distmatch.base import seeds
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count
 from distmatch.base.estimate import Estimate
 from distmatch.base.neighbors import nearest
-from distmatch.divergences.estimators.inputs import check_samples
+from distmatch.base.samples import checked_pair
 from distmatch.divergences.estimators.results import joined
 
 # A jackknife overstates the spread of nearest-neighbor statistics by a fifth or more; half-samples do not.
@@ -52,10 +52,9 @@ def kl_neighbors(x_p: Tensor, x_q: Tensor, *, k: int = 5, seed: int = 0) -> Esti
     Raises:
         UserError: The samples cannot be used, see the message.
     """
-    if not (isinstance(k, int) and k >= 1):
-        raise UserError("the number of neighbors must be a positive integer", got=k, expected="e.g. 5")
+    check_count("the number of neighbors", k)
     wide = 3 * k
-    p, q = (x.double() for x in check_samples(x_p, x_q, 8 * k))
+    p, q = (x.detach().double() for x in checked_pair(x_p, x_q, 8 * k, ("p", "q"), vary=True))
     n, d, m = len(p), p.shape[1], len(q)
     keep = 2 * wide + _EXTRA
     rho, near_p = nearest(p, p, min(keep, n - 1), without=torch.arange(n, device=p.device))

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from distmatch.base import seeds
+from distmatch.base.checks import check_name
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.samples import checked_pair
 from distmatch.divergences import NAMES, Divergence, divergence
 from distmatch.divergences.estimators.bounds import (
     chi_square_bound,
@@ -22,7 +24,6 @@ from distmatch.divergences.estimators.bounds import (
     nwj_bound,
 )
 from distmatch.divergences.estimators.critic import Critic, Objective, Training, ascend, logistic, split
-from distmatch.divergences.estimators.inputs import check_samples
 from distmatch.divergences.estimators.results import LowerBound, joined
 
 DONSKER_VARADHAN = "donsker_varadhan"
@@ -71,8 +72,7 @@ class VariationalEstimator:
                 if isinstance(self.bound, str) and ":" in self.bound:
                     raise
                 raise unknown_name("bound", self.bound, [*BOUNDS, *NAMES]) from error
-        if self.train_on not in ("bound", "classification"):
-            raise unknown_name("training objective", self.train_on, ["bound", "classification"])
+        check_name("training objective", self.train_on, ["bound", "classification"])
 
     def fit(self, x_p: Tensor, x_q: Tensor, seed: int = 0) -> LowerBound:
         """Trains a critic and estimates its bound.
@@ -152,7 +152,7 @@ class VariationalEstimator:
 
 def _classifier(x_p: Tensor, x_q: Tensor, seed: int, how: Training) -> tuple[Critic, Pair, Pair, Pair]:
     """A critic trained as a classifier, and the training, validation and test parts of the samples."""
-    first, second = check_samples(x_p, x_q, _LEAST)
+    first, second = (x.detach() for x in checked_pair(x_p, x_q, _LEAST, ("p", "q"), vary=True))
     stream = seeds.generator(seed, "critic/split")
     train, validation, test = zip(split(first, stream), split(second, stream), strict=True)
     critic = Critic(torch.cat(train), how.width, seed)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.base.rules import check_rule
 from distmatch.methods.table import METHODS, current_name, find_method, unknown_setting
@@ -158,10 +159,8 @@ class CompareOptions:
     """Teacher, data, and settings that every method gets which reads them."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError("--seeds must be at least 1", got=self.seeds)
-        if self.n is not None and self.n < 1:
-            raise UserError("--n must be at least 1", got=self.n)
+        check_count("--seeds", self.seeds)
+        check_count("--n", 1 if self.n is None else self.n)
 
 
 @dataclass(frozen=True)
