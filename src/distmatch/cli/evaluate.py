@@ -249,7 +249,7 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
     spec = o.data or model.data
     if not spec:
         raise UserError(f"{o.what} does not record its training data", fix="pass --data")
-    data = load_data(spec, labels=model.num_classes > 0, columns=columns_of(model.trained_on))
+    data = load_data(spec, labels=bool(model.conditioning_spec), columns=columns_of(model.trained_on))
     models = {model.kind: model}
     teacher = o.teacher or (str(model.student.info.get("teacher", "")) if model.student else "")
     if model.student is not None and teacher:

@@ -31,6 +31,7 @@ from distmatch.interop.card import refresh_card
 from distmatch.metrics import evaluate, plan, reference_floor, reference_labels, resolve_features
 from distmatch.metrics.features import Features
 from distmatch.metrics.settings import MOST_IN_BLOCK, FeatureChoice
+from distmatch.training.distill_data import check_fit
 from distmatch.training.log import EventLog
 from distmatch.training.models import Model
 from distmatch.training.runfolder import RunFolder
@@ -84,6 +85,8 @@ def evaluate_models(
                 fix="give labeled data",
             )
     data = _seen_by_all(models, data)
+    for model in models.values():
+        check_fit(model, data)
     specs = {name: model.conditioning_spec for name, model in models.items()}
     if len({tuple(sorted(spec)) for spec in specs.values()}) > 1:
         raise UserError(

@@ -15,10 +15,11 @@ from distmatch.data.classes import Classes, checked_conditioning
 from distmatch.diffusion.conditioning import ConditioningLike, ConditioningSpec, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.diffusion.prompts import PromptEncoder, prompt_encoder_of
 from distmatch.interop import HandedIn, decoder_of
 from distmatch.methods.student import Student, student_from
 from distmatch.training.devices import pick_device
-from distmatch.training.known_data import seen_by
+from distmatch.training.known_data import seen_by, with_encodings
 from distmatch.training.sampling import HEUN, SampleResult, Sampling, draw_student, draw_teacher
 from distmatch.training.teachers import open_denoiser, takes_no_options
 
@@ -64,17 +65,24 @@ class Model:
         return {} if model is None else spec_of(model)
 
     @property
+    def prompt_encoder(self) -> PromptEncoder | None:
+        """What makes its conditioning of prompts; None where it takes none."""
+        model: Any = self.student if self.student is not None else self.teacher
+        return prompt_encoder_of(model)
+
+    @property
     def classes(self) -> Classes:
         """Names of its classes and their counts in the training data."""
         return Classes.from_dict(self.trained_on, self.num_classes)
 
     def seen(self, data: Dataset) -> Dataset:
-        """The data with this model's numbers of classes and scaling of columns.
+        """The data with this model's numbers of classes, scaling of columns and encoding of captions.
 
         Raises:
             UserError: They have classes that it does not have.
         """
-        return seen_by(data, self.trained_on, self.num_classes, f"the {self.kind}")
+        data = seen_by(data, self.trained_on, self.num_classes, f"the {self.kind}")
+        return with_encodings(data, self)
 
     @property
     def shape(self) -> tuple[int, ...]:

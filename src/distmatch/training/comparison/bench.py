@@ -150,7 +150,7 @@ def open_bench(
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data",
         )
-    data = with_encodings(data, model.teacher)
+    data = with_encodings(data, model)
     check_fit(model, data)
     data = model.seen(data)
     given = options.shared.settings.guidance
