@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import peft
@@ -12,7 +13,7 @@ from torch import nn
 
 import distmatch as dm
 from distmatch.base.errors import UserError
-from distmatch.interop.lora import adaptable, adapters_of, merged, network_in
+from distmatch.interop.lora import adaptable, adapters_of, chosen_layers, merged, network_in
 from distmatch.methods import initialization
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import METHODS
@@ -232,6 +233,28 @@ def test_targets_choose_layers_by_the_end_of_their_name() -> None:
     )
     chosen = adapters_of(network_in(method.init(0).student.denoiser))
     assert sorted(chosen) == ["blocks.0.attention.qkv", "blocks.1.attention.out", "blocks.1.attention.qkv"]
+
+
+def test_by_default_the_repeated_blocks_of_networks_from_elsewhere_have_adapters() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        net = diffusers.SD3Transformer2DModel(num_layers=2, attention_head_dim=8, num_attention_heads=2)
+    names, every = chosen_layers(net, ("auto",)), chosen_layers(net, ())
+    assert every == chosen_layers(net, (".*",)) == list(adaptable(net))
+    assert names == [name for name in every if name.startswith("transformer_blocks.")]
+    assert {"pos_embed.proj", "context_embedder", "norm_out.linear", "proj_out"} < set(every) - set(names)
+    own = network_in(image_teacher("dit"))
+    assert chosen_layers(own, ("auto",)) == list(adaptable(own))  # a small one, all of it
+    flat = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
+    assert chosen_layers(flat, ("auto",)) == ["0", "1"]
+
+
+def test_a_rank_above_the_full_rank_of_most_layers_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"--lora-rank 17 is above the full rank of \d+ of \d+ layers"):
+        distiller(network_teacher(), method="dmd2", train="lora", lora_rank=17)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distiller(network_teacher(), method="dmd2", train="lora", lora_rank=8)
 
 
 def test_layers_that_fused_modules_read_past_have_no_adapters() -> None:

@@ -23,7 +23,11 @@ from distmatch.interop.edm_blocks import Conv
 from distmatch.interop.edm_checkpoint import network_of
 from distmatch.interop.optional import PEFT
 from distmatch.interop.own_modules import copied_module, inner_module
+from distmatch.nets.blocks import repeated_blocks
+from distmatch.nets.dit import DiT
+from distmatch.nets.mlp import MLP
 from distmatch.nets.shared import Adapted, adapted_of, role_copy
+from distmatch.nets.unet import UNet
 
 Module = TypeVar("Module", bound=nn.Module)
 NAME = "default"
@@ -31,6 +35,8 @@ _BARE = (Conv, MPLayer)
 """Layers of EDM and EDM2, which use their weight in ways that peft's own adapters do not know."""
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that read the weights of their layers without calling them, which would bypass adapters."""
+AUTO = ("auto",)
+BUILT_IN = (MLP, UNet, DiT)
 _SHOWN = 8
 
 
@@ -87,6 +93,7 @@ def chosen_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
     Args:
         network: The network.
         targets: Regular expressions for whole names or what follows a dot in them; none for all layers.
+            "auto": the layers in :func:`~distmatch.nets.blocks.repeated_blocks` of a network from elsewhere.
 
     Raises:
         UserError: There is no layer to adapt, an expression is none or fits no layer, or the network has
@@ -105,6 +112,10 @@ def chosen_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
             expected="linear layers or convolutions that are called as modules",
             fix="use --train full",
         )
+    if tuple(targets) == AUTO:
+        parts = {} if isinstance(network, BUILT_IN) else repeated_blocks(network)
+        blocks = tuple(f"{name}." for name in parts)
+        return [name for name in known if name.startswith(blocks)] or known
     found: list[str] = []
     targets = (targets,) if isinstance(targets, str) else targets
     for target in targets or (".*",):
@@ -121,6 +132,12 @@ def chosen_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
             )
         found += [name for name in here if name not in found]
     return found
+
+
+def full_rank(layer: Any) -> int:
+    """The largest rank that the weight of a layer can have, as a matrix of its outputs by all else."""
+    weight: Tensor = layer.weight
+    return min(len(weight), weight[0].numel())
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from distmatch.divergences import Divergence
 from distmatch.divergences import divergence as divergence_of
 from distmatch.interop import is_external
 from distmatch.interop.feature_depths import DEPTHS, take_features
-from distmatch.interop.lora import chosen_layers, network_in, watched
+from distmatch.interop.lora import chosen_layers, full_rank, network_in, watched
 from distmatch.interop.optional import PEFT
 from distmatch.methods.context import GUIDANCE, Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
 from distmatch.methods.settings import DiscriminatorSettings, GuidedSettings, RoleSettings, Settings
 from distmatch.methods.table import resolve_method, unknown_setting
+from distmatch.nets.blocks import recompute_blocks
 from distmatch.nets.config import NetConfig
 
 
@@ -111,6 +112,8 @@ def build_method(context: Context[Settings]) -> Distiller:
         _check_guidance(context, context.settings)
     if isinstance(context.settings, DiscriminatorSettings):
         _choose_features(context.teacher, context.settings)
+    if context.recomputes and isinstance(context.copied, nn.Module):
+        recompute_blocks(network_in(context.copied))
     if context.method.teacher_gradient:
         require_input_gradient(context.teacher, context.method.name, context.device)
     built: Distiller = context.method.build(context)
@@ -186,6 +189,13 @@ def _check_roles(context: Context[Settings]) -> None:
             got=cause(error),
             fix="choose another --base-dtype, or convert inputs to the type of the weights in the network",
         ) from error
+    large = [name for name in layers if own.lora_rank > full_rank(network_in(teacher).get_submodule(name))]
+    if 2 * len(large) > len(layers):
+        warnings.warn(
+            f"--lora-rank {own.lora_rank} is above the full rank of {len(large)} of {len(layers)} layers "
+            f"({large[0]} among them): a smaller rank trains the same there, with less memory",
+            stacklevel=caller_level(),
+        )
     if idle := [name for name in layers if name not in called]:
         warnings.warn(
             f"{len(idle)} of {len(layers)} layers with adapters were not called in a trial pass "

@@ -35,6 +35,7 @@ from distmatch.methods.settings import (
 )
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
+from distmatch.nets.blocks import recompute_blocks
 from distmatch.nets.config import NetConfig
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.jump import require_jump, taught_to_jump
@@ -154,6 +155,11 @@ class Context(Generic[S]):
         return self.teacher if self.net is None and has_network(self.teacher) else None
 
     @property
+    def recomputes(self) -> bool:
+        """Whether networks compute the activations of their blocks again."""
+        return isinstance(self.settings, NetworkSettings) and self.settings.checkpointing
+
+    @property
     def sigmas(self) -> tuple[float, ...]:
         """The levels of the student's calls, from the first one down.
 
@@ -219,6 +225,8 @@ class Context(Generic[S]):
         """What the student starts from; a fresh network is fitted at the levels that are ``seen`` first."""
         roles = self.settings if isinstance(self.settings, RoleSettings) else None
         network = starting_network(self.teacher, self.net, seed, self.device, roles=roles, jumps=jumps)
+        if self.recomputes and self.copied is None:
+            recompute_blocks(network)
         if draw is not None and self.copied is None:
             seen = seen or Karras(self.teacher.sigma_min, self.first_sigma)
             fit_to_teacher(network, self.teacher, draw, seen, self.settings.fit_steps, seed)

@@ -48,9 +48,9 @@ class RoleSettings:
     """Rank of the adapters."""
     lora_alpha: NotNegative = 0.0
     """Adapters are scaled by alpha / rank; 0: alpha is the rank."""
-    lora_targets: tuple[str, ...] = ()
-    """Layers with adapters: regular expressions for full names, or for the part after a dot; unset: all
-    linear layers and convolutions."""
+    lora_targets: tuple[str, ...] = ("auto",)
+    """Layers with adapters: regular expressions for full names, or for the part after a dot. auto: those in
+    the repeated blocks of a network from elsewhere, and all of a built-in one, which is small."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the shared frozen weights; adapters, their EMA and optimizer are float32."""
 
@@ -67,6 +67,9 @@ class NetworkSettings(RoleSettings, Settings):
     accumulate: Count = 1
     """Gradient accumulation: parts of a batch, to save memory. The update is that of the whole batch,
     including its ratio statistics."""
+    checkpointing: bool = False
+    """Activation checkpointing: the blocks of the networks keep their inputs alone for the backward pass,
+    which computes the rest again. Saves memory and costs about a third more time."""
     student_times: tuple[float, ...] = ()
     """Times of the student's steps on the teacher's noise path, decreasing: 1 0.75 0.5 0.25 of a flow, 999
     749 499 249 of a network of 1000 timesteps, noise levels of EDM's. Unset: --num-steps of them."""
