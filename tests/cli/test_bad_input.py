@@ -187,7 +187,7 @@ PLACES = {
     "export t": ("--out",),
     "export ring8 --out a": ("ring8 is a formula",),
     "sample t --n 0 --out a.npz": ("--n and --batch must be at least 1",),
-    "sample t --steps 0 --out a.npz": ("at least one step",),
+    "sample t --steps 0 --out a.npz": ("steps of a sampling grid",),
     "sample t --classes 12 --out a.npz": ("no such class", "8, 9"),
     "sample t --guidance nan --out a.npz": ("--guidance must be finite",),
     "sample s --steps 3 --out a.npz": ("the steps and the guidance of a student",),

@@ -137,7 +137,7 @@ def test_evaluation_counts_the_calls_of_another_solver() -> None:
         ("sample t --path vp", ("does nothing", "--grid time")),
         ("sample t --solver tab --path vp:beta=3", ("vp", "beta")),
         ("sample t --solver dpmpp-2m --steps 1", ("at least 2 steps", "--steps 2")),
-        ("sample t --steps 0", ("at least one step", "--steps 1 or more")),
+        ("sample t --steps 0", ("steps of a sampling grid", "--steps 1 or more")),
         ("sample t --steps 100000000", ("too many steps", "at most")),
         ("sample t --guidance nan", ("guidance", "nan")),
         ("sample t --guidance 2 --guidance-interval 5 1", ("interval", "low", "high")),

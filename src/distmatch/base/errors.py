@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 _LONGEST = 2000  # characters of one part of a message; what a file holds may have any length
 
@@ -46,16 +47,25 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which schedulers send before they kill: handled as Ctrl-C is."""
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
+def near_names(name: str, known: Iterable[str], renamed: Mapping[str, str], cutoff: float) -> list[str]:
+    """At most three known names like ``name``; for one like a name of before, what that is called now."""
+    found = difflib.get_close_matches(name, [*known, *renamed], n=3, cutoff=cutoff)
+    return list(dict.fromkeys(renamed.get(near, near) for near in found))
+
+
+def unknown_name(
+    kind: str, name: object, known: Iterable[str], renamed: Mapping[str, str] = MappingProxyType({})
+) -> UserError:
     """The error for a name that is not in a list, with the nearest names that are.
 
     Args:
         kind: What the name names, for example ``"divergence"``.
         name: What the user wrote.
         known: All valid names.
+        renamed: What names of earlier releases are called now.
     """
     names = list(known)
-    near = difflib.get_close_matches(str(name)[:80].lower(), names, n=3, cutoff=0.5)
+    near = near_names(str(name)[:80].lower(), names, renamed, 0.5)
     fix = f"did you mean {' or '.join(near)}?" if near else "choose one of the names listed"
     return UserError(
         f"unknown {kind}", got=_short(repr(name), 200), expected=f"one of {', '.join(names)}", fix=fix

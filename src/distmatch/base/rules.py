@@ -62,7 +62,9 @@ def check_rule(kind: type, name: str, value: Any) -> None:
     rule = _rules(kind).get(name)
     if rule is not None and not _holds(rule, value):
         flag = f"--{name.replace('_', '-')}" if getattr(kind, "flags", True) else name
-        raise UserError(f"{flag} {rule.words}", got=value)
+        default = getattr(kind, name, None)
+        fix = None if default is None else f"omit it for the default, {default}"
+        raise UserError(f"{flag} {rule.words}", got=value, fix=fix)
 
 
 def _holds(rule: Rule, value: Any) -> bool:

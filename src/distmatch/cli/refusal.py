@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.errors import UserError, near_names, unknown_name
+from distmatch.methods.table import RENAMED
 
 _BOX = " \t│╭╮╰╯|"
 _KINDS = {
@@ -92,7 +92,12 @@ def _meant(option: str, flags: list[str]) -> list[str]:
     name = option.partition("=")[0].lower().replace("_", "-")
     if _ELSEWHERE.get(name) in flags:
         return [_ELSEWHERE[name]]
-    return difflib.get_close_matches(name, flags, n=3, cutoff=0.7)
+    renamed = {_flag(old): _flag(new) for old, new in RENAMED.items() if _flag(new) in flags}
+    return near_names(name, flags, renamed, 0.7)
+
+
+def _flag(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
 
 
 def _sections(printed: str) -> list[str]:

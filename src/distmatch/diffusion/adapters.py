@@ -22,7 +22,15 @@ from distmatch.diffusion.conditioning import (
     labels_of,
     null_labels,
 )
-from distmatch.diffusion.denoiser import Output, ReturnFeatures, asked, expand, has_features, on_prediction
+from distmatch.diffusion.denoiser import (
+    Output,
+    ReturnFeatures,
+    asked,
+    check_inputs,
+    expand,
+    has_features,
+    on_prediction,
+)
 from distmatch.diffusion.paths import DiscretePath, noise_path
 from distmatch.diffusion.paths.core import NoisePath, check_prior
 from distmatch.diffusion.paths.steps import check_shift
@@ -104,7 +112,7 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
             raise UserError(
                 "the conditioning of a network is declared twice",
                 got="num_classes and conditioning",
-                fix='omit num_classes; labels are the field "label" of the conditioning',
+                fix='omit num_classes, and declare "label": FieldSpec((), torch.int64, classes=10) there',
             )
         self.by_name = conditioning is not None
         self.conditioning_spec = label_spec(num_classes) if conditioning is None else dict(conditioning)
@@ -183,12 +191,7 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
     def _inputs(
         self, x: Tensor, sigma: Tensor, conditioning: ConditioningLike
     ) -> tuple[Tensor, Coefficients, list[Any], dict[str, Tensor]]:
-        if tuple(x.shape[1:]) != self.shape:
-            raise UserError(
-                "these samples do not have the shape of the model",
-                got=f"a batch of shape {tuple(x.shape)}",
-                expected=f"(batch, {', '.join(map(str, self.shape))})",
-            )
+        check_inputs(x, sigma, self.shape)
         x = x if x.dtype == torch.float64 else x.float()
         level = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1).expand(len(x))
         t = self.path.t_of_rho(level.clamp_min(_TINY))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import batch_of
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike, example_conditioning
 
@@ -107,6 +108,36 @@ def pooled(features: list[Tensor]) -> Tensor:
 def expand(sigma: Tensor, x: Tensor) -> Tensor:
     """Reshapes ``sigma`` (B,) so that it broadcasts over ``x`` (B, ...)."""
     return sigma.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def check_inputs(x: Tensor, sigma: Tensor | float, shape: Sequence[int]) -> None:
+    """Refuses samples of another shape than the model's, and noise levels that are not theirs.
+
+    Only shapes are read, so that nothing waits for the device.
+
+    Args:
+        x: (B, *shape).
+        sigma: One noise level for all samples, or one for each, (B,).
+        shape: Shape of one sample.
+
+    Raises:
+        UserError: They are others.
+    """
+    if tuple(x.shape[1:]) != tuple(shape):
+        raise UserError(
+            "these samples do not have the shape of the model",
+            got=f"a batch of shape {tuple(x.shape)}",
+            expected=batch_of(shape, "batch"),
+            fix="add the channel axis of grey images, or load the model that belongs to this data",
+        )
+    count = sigma.numel() if isinstance(sigma, Tensor) else 1
+    if count not in (1, len(x)):
+        raise UserError(
+            "there must be one noise level for all samples, or one for each",
+            got=f"{count} for {len(x)} samples",
+            expected=f"sigma of shape ({len(x)},)",
+            fix="pass for example torch.full((len(x),), 1.0)",
+        )
 
 
 def jump(

@@ -270,6 +270,7 @@ def _load_adapted(folder: Path, network: HandedIn | None, base: Base | None) -> 
         raise UserError(
             "the base of adapters is a folder, or a teacher that is a module and needs no network",
             got=type(base).__name__ + ("" if network is None else ", and a network"),
+            fix="omit network, or pass the folder of the base together with it",
         )
     places, options = adapter_files.places_of_base(folder, config)
     if base is not None:

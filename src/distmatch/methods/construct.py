@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from distmatch.base.checks import batch_of
 from distmatch.base.errors import UserError, cause
+from distmatch.base.memory import out_of_memory
 from distmatch.base.stack import caller_level
 from distmatch.diffusion.conditioning import LABEL, example_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_denoiser, require_input_gradient, require_score
@@ -106,6 +108,7 @@ def build_method(context: Context[Settings]) -> Distiller:
     _check_conditions(context)
     _refuse_idle(context.settings)
     _check_roles(context)
+    _check_call(context.teacher, context.device)
     if context.method.family == "consistency":
         require_score(context.teacher, "a path of samples with Gaussian noise")
     if isinstance(context.settings, GuidedSettings):
@@ -163,6 +166,28 @@ def _check_conditions(context: Context[Settings]) -> None:
             got=f"conditions {', '.join(sorted(others))}",
             fix="use f-distill, dmd2, sid or another method of docs/methods.md",
         )
+
+
+def _check_call(teacher: Denoiser, device: torch.device) -> None:
+    """Refuses a network of the user that does not run on one of its samples; pipelines have been called."""
+    called = not is_external(teacher) or getattr(teacher, "pipeline", None) is not None
+    if called or device.type == "meta":
+        return
+    x = torch.zeros(1, *teacher.shape, device=device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            teacher(x, x.new_full((1,), teacher.sigma_data), example_conditioning(teacher, 1, device))
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if memory := out_of_memory(error):
+            raise memory from error
+        raise UserError(
+            "the network of the teacher does not run on samples of its shape",
+            got=cause(error),
+            expected=f"a network that takes {batch_of(teacher.shape)}",
+            fix="pass the shape and the conditioning that it was trained with to dm.as_denoiser",
+        ) from error
 
 
 def _check_roles(context: Context[Settings]) -> None:

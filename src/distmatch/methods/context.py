@@ -12,10 +12,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.checks import check_batch
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
-from distmatch.diffusion.conditioning import Conditioning
+from distmatch.diffusion.conditioning import Conditioning, check_conditioning
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.noise import Karras, LogNormal, Truncated
@@ -140,6 +141,8 @@ class Context(Generic[S]):
 
     def taken(self, state: DistillState, batch: Batch) -> Batch:
         """A batch with what the teacher takes of its conditioning, and scales of ``guidance_range``."""
+        check_batch("the samples of a batch", batch.x, self.teacher.shape)
+        check_conditioning(batch.conditioning, len(batch.x))
         batch, own = batch.taken_by(self.teacher), self.settings
         if not (isinstance(own, GuidedSettings) and own.guidance_range):
             return batch

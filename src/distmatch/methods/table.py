@@ -114,7 +114,7 @@ def unknown_setting(setting: str, method: Method | None, known: Iterable[str], g
         )
     others = readers(setting)
     if method is None or not others:
-        return unknown_name("setting", setting, sorted(known))
+        return unknown_name("setting", setting, [*sorted(known), "method", "divergence"], RENAMED)
     return UserError(
         f"--{setting.replace('_', '-')} does nothing with --method {method.name}",
         got=got,

@@ -22,6 +22,7 @@ from distmatch.diffusion.denoiser import (
     Output,
     ReturnFeatures,
     asked,
+    check_inputs,
     expand,
     has_features,
     on_prediction,
@@ -162,13 +163,7 @@ class EDMDenoiser(SamplingMixin, nn.Module):
     def _preconditioned(
         self, x: Tensor, sigma: Tensor, to: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if tuple(x.shape[1:]) != self.shape:
-            raise UserError(
-                "these samples do not have the shape of the model",
-                got=f"a batch of shape {tuple(x.shape)}",
-                expected=f"(batch, {', '.join(map(str, self.shape))})",
-                fix="add the channel axis of grey images, or load the model that belongs to this data",
-            )
+        check_inputs(x, sigma, self.shape)
         dtype = at_least_float32(x)
         # One noise level for the whole batch is accepted too.
         sigma = sigma.to(dtype).reshape(-1).expand(x.shape[0])

@@ -59,7 +59,7 @@ class NormalizerConfig:
 
 
 @dataclass
-class NormalisedRatio:
+class NormalizedRatio:
     """What :meth:`RatioNormalizer.update` returns. All values are detached.
 
     Attributes:
@@ -104,7 +104,7 @@ class RatioNormalizer:
         """The bin (B,) of samples whose noise level is at ``quantile`` (B,) of its distribution."""
         return (quantile * self.config.bins).long().clamp(0, self.config.bins - 1)
 
-    def update(self, log_r: Tensor, quantile: Tensor, weigh: Callable[[Tensor], Tensor]) -> NormalisedRatio:
+    def update(self, log_r: Tensor, quantile: Tensor, weigh: Callable[[Tensor], Tensor]) -> NormalizedRatio:
         """Normalizes a batch of student samples and takes it into the running means.
 
         Args:
@@ -131,7 +131,7 @@ class RatioNormalizer:
         earlier = self._sums["weight"].sum() / seen.clamp_min(1e-12)
         self._add("weight", index, weight)
         scale = torch.where(known, earlier, self._sums["weight"].sum() / self.count.sum()).clamp_min(1e-12)
-        return NormalisedRatio(
+        return NormalizedRatio(
             clipped,
             weight / scale.to(weight.dtype),
             scale,

@@ -14,7 +14,7 @@ from distmatch.methods.context import Info
 from distmatch.methods.matching.networks import Comparison, discriminator_logits, predictions
 from distmatch.methods.matching.scores import Scores
 from distmatch.methods.state import DistillState
-from distmatch.ratio.normalizer import NormalisedRatio, effective_sample_size
+from distmatch.ratio.normalizer import NormalizedRatio, effective_sample_size
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def generator_gradient(
     slices = compared.context.parts(len(x0))
     quantile = compared.noise.cdf(sigma)
     info: Info = {}
-    ratio: NormalisedRatio | None = None
+    ratio: NormalizedRatio | None = None
     if objective.through_inputs and objective.needs_ratio and len(slices) > 1:
         # Its part of the gradient depends on the whole batch's ratios, which therefore come first.
         with torch.no_grad(), compared.context.autocast():
@@ -139,7 +139,7 @@ def _scores(
 
 def _ratio(
     compared: Comparison, state: DistillState, logit: Tensor | None, quantile: Tensor, info: Info
-) -> NormalisedRatio:
+) -> NormalizedRatio:
     """The whole batch's normalized log ratios; the running means take them in."""
     if logit is None or state.normalizer is None:
         raise RuntimeError("this objective needs a discriminator")
@@ -151,7 +151,7 @@ def _ratio(
     return ratio
 
 
-def _with_ratio(scores: Scores, ratio: NormalisedRatio | None, part: slice) -> Scores:
+def _with_ratio(scores: Scores, ratio: NormalizedRatio | None, part: slice) -> Scores:
     return scores if ratio is None else replace(scores, log_r=ratio.log_r[part], weight_scale=ratio.scale)
 
 
