@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.progress import quietly
 from distmatch.data import Dataset
@@ -45,6 +46,7 @@ from distmatch.training.options import (
     RunOptions,
     TeacherConfig,
     TrainOptions,
+    WatchOptions,
 )
 from distmatch.training.pipeline_options import PipelineOptions
 from distmatch.training.presets import LAPTOP
@@ -135,9 +137,9 @@ def distill(
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
         quiet: Whether to hide the progress.
-        **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, of the method's own settings
-            (``METHODS[method].settings``), or, for the folder of a pipeline, of :class:`PipelineOptions`;
-            omitted settings are those of the preset or have their default.
+        **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, :class:`WatchOptions`, of the
+            method's own settings (``METHODS[method].settings``), or, for the folder of a pipeline, of
+            :class:`PipelineOptions`; omitted settings are those of the preset or have their default.
 
     Returns:
         The student (the average of its weights).
@@ -150,10 +152,10 @@ def distill(
     own = DistillOptions.of(method, preset)
     if steps is None:
         steps = 2000 if own.run.steps == RunOptions().steps else own.run.steps
-    run, net, pipeline, chosen = settings_of(
+    run, net, pipeline, watch, chosen = settings_of(
         settings,
         replace(own.run, steps=steps, seed=seed),
-        *(NetOptions(), PipelineOptions(), own.settings),
+        *(NetOptions(), PipelineOptions(), WatchOptions(), own.settings),
         method=find_method(own.method),
     )
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
@@ -167,10 +169,17 @@ def distill(
         pipeline=pipeline,
         run=run,
         net=net,
+        watch=watch,
         settings=chosen,
     )
     if out is not None:
         check_saveable(given)
+    elif watch.keep_best != "none":
+        raise UserError(
+            "the best checkpoint is kept in a run folder",
+            got=f"keep_best={watch.keep_best!r}, and no folder",
+            fix="pass out=, or omit keep_best",
+        )
     found = data if isinstance(data, Conditioning) else real_data(given, data, seed)
     with quietly(quiet):
         job = prepare.prepare_distillation(options, given, found, measure)

@@ -14,9 +14,9 @@ from distmatch.report.compare import build_comparison, is_comparison
 from distmatch.report.log import Event, scalar_keys, wall_seconds
 from distmatch.report.page import flat, page
 from distmatch.report.run import MODELS, ModelMetrics, Run, read_run
-from distmatch.report.samples import samples_section
+from distmatch.report.samples import samples_section, side_by_side
 from distmatch.report.table import doubts, headline, speed_up, table
-from distmatch.report.training import curve_charts, noise_charts
+from distmatch.report.training import curve_charts, noise_charts, watch_charts
 
 _PROTOCOL = {
     "features": "{} features",
@@ -87,6 +87,8 @@ def render(run: Run) -> str:
         protocol=protocol(run.events),
         shown_models=[m for m in MODELS if m in run.metrics],
         charts=curve_charts(run.events),
+        watch_charts=watch_charts(run.events),
+        watched=side_by_side(run.watched),
         teacher_charts=curve_charts(teacher_events),
         noise=noise_charts(run.events),
         speeds=speeds(run.metrics),

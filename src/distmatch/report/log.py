@@ -33,8 +33,8 @@ def _number(value: object) -> float | None:
 def read_log(path: str | os.PathLike[str]) -> list[Event]:
     """Reads the events of a run in the order they were written.
 
-    A line that a crash cut short is skipped. A ``resume`` event at step s makes the earlier ``train`` events
-    beyond s void (those steps are run again), so they are dropped.
+    A line that a crash cut short is skipped. A ``resume`` event at step s makes the earlier ``train`` and
+    ``watch`` events beyond s void (those steps are run again), so they are dropped.
 
     Args:
         path: The `log.jsonl` of a run folder.
@@ -64,15 +64,16 @@ def read_log(path: str | os.PathLike[str]) -> list[Event]:
 
 def _is_void(event: Event, resumed_at: float) -> bool:
     step = _number(event.get("step"))
-    return event["event"] == "train" and step is not None and step > resumed_at
+    return event["event"] in ("train", "watch") and step is not None and step > resumed_at
 
 
-def curves(events: Sequence[Event], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """The values of one key over the ``train`` events.
+def curves(events: Sequence[Event], key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """The values of one key over the events of a kind.
 
     Args:
         events: What :func:`read_log` returned.
         key: A scalar (``loss_student``) or a list over noise bins (``ratio_mean``).
+        kind: ``train`` or ``watch``.
 
     Returns:
         Steps of shape (T,) and values of shape (T,), or (T, bins) for lists; both float64, NaN for null.
@@ -83,7 +84,7 @@ def curves(events: Sequence[Event], key: str) -> tuple[np.ndarray, np.ndarray]:
     is_list = False
     for event in events:
         step = _number(event.get("step"))
-        if event["event"] != "train" or key not in event or step is None or not math.isfinite(step):
+        if event["event"] != kind or key not in event or step is None or not math.isfinite(step):
             continue
         is_list = isinstance(event[key], list)
         row = [_number(v) for v in (event[key] if is_list else [event[key]])]
@@ -97,15 +98,20 @@ def curves(events: Sequence[Event], key: str) -> tuple[np.ndarray, np.ndarray]:
     return at, table if is_list else table[:, 0]
 
 
-def scalar_keys(events: Sequence[Event]) -> list[str]:
-    """The keys of the ``train`` events that hold numbers, in order of first appearance."""
+def scalar_keys(events: Sequence[Event], kind: str = "train") -> list[str]:
+    """The keys of the events of a kind that hold numbers, in order of first appearance."""
     found: dict[str, None] = {}
     for event in events:
-        if event["event"] == "train":
+        if event["event"] == kind:
             for key, value in event.items():
                 if key not in ("event", "step", "time") and value is not None and _number(value) is not None:
                     found[key] = None
     return list(found)
+
+
+def watched_steps(events: Sequence[Event]) -> list[int]:
+    """The steps at which the student was measured, ascending."""
+    return sorted({e["step"] for e in events if e["event"] == "watch" and type(e.get("step")) is int})
 
 
 def _moment(event: Event) -> float:
@@ -125,6 +131,10 @@ def wall_seconds(events: Sequence[Event]) -> float:
     total = 0.0
     for earlier, later in pairwise(events):
         gap = _moment(later) - _moment(earlier)
-        if later["event"] in ("train", "warning", "checkpoint", "end") and math.isfinite(gap) and gap > 0:
+        if (
+            later["event"] in ("train", "watch", "warning", "checkpoint", "end")
+            and math.isfinite(gap)
+            and gap > 0
+        ):
             total += gap
     return total

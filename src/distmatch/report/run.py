@@ -16,9 +16,10 @@ from distmatch.base.files import read_json
 from distmatch.base.inputs import parse_toml, read_limited
 from distmatch.data.files import CONDITION, Archive
 from distmatch.data.kinds import Kind, kind_of_array
-from distmatch.report.log import LARGEST_VALUE, Event, read_log
+from distmatch.report.log import LARGEST_VALUE, Event, read_log, watched_steps
 
 MODELS = ("reference", "teacher", "student")
+_SHOWN_STEPS = 5  # of a watch
 _MARKS = ("config.toml", "log.jsonl", "metrics.json", "samples")
 
 
@@ -62,7 +63,10 @@ class ModelMetrics:
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run folder; None or empty where a part is missing."""
+    """The contents of a run folder; None or empty where a part is missing.
+
+    ``watched`` has samples that were taken during training, of the teacher first, by their titles.
+    """
 
     path: Path
     config_text: str | None
@@ -72,6 +76,7 @@ class Run:
     metrics: dict[str, ModelMetrics]
     samples: dict[str, Samples]
     teacher: Run | None = field(default=None)
+    watched: dict[str, Samples] = field(default_factory=dict)
 
 
 def read_run(path: Path, *, inner: bool = True) -> Run:
@@ -95,16 +100,29 @@ def read_run(path: Path, *, inner: bool = True) -> Run:
     teacher = path / "teacher"
     has_teacher = inner and teacher.is_dir() and any((teacher / mark).exists() for mark in _MARKS)
     metrics_file, log_file = path / "metrics.json", path / "log.jsonl"
+    events = read_log(log_file) if log_file.exists() else []
     return Run(
         path=path,
         config_text=config_text,
         config=_parse_config(config_text),
         environment=_read_environment(path / "env.json"),
-        events=read_log(log_file) if log_file.exists() else [],
+        events=events,
         metrics=read_metrics(metrics_file) if metrics_file.exists() else {},
         samples={m: read_samples(f) for m in MODELS if (f := path / "samples" / f"{m}.npz").exists()},
         teacher=read_run(teacher, inner=False) if has_teacher else None,
+        watched=_read_watched(path / "watch", watched_steps(events)),
     )
+
+
+def _read_watched(folder: Path, steps: list[int]) -> dict[str, Samples]:
+    """The teacher's samples and the student's at some of the steps, from the first to the last."""
+    files = {f"Step {step:,}": folder / f"step-{step:06d}.npz" for step in steps}
+    kept = [(title, file) for title, file in files.items() if file.exists()]
+    if len(kept) > _SHOWN_STEPS:
+        kept = [kept[round(i * (len(kept) - 1) / (_SHOWN_STEPS - 1))] for i in range(_SHOWN_STEPS)]
+    teacher = folder / "teacher.npz"
+    named = [("teacher", teacher)] if kept and teacher.exists() else []
+    return {title: read_samples(file) for title, file in [*named, *kept]}
 
 
 def _read_text(path: Path) -> str | None:

@@ -32,6 +32,15 @@ _TITLES = {
     "grad_norm": ("Gradient norm", "of the parameters, before clipping"),
     "lr": ("Learning rate", ""),
 }
+_WATCHED = {
+    "diversity": ("Diversity", "distance between samples of one condition, over the teacher's"),
+    "vendi": ("Vendi score", "over the teacher's"),
+    "energy": ("Energy distance to the teacher", "over the mean distance between the teacher's samples"),
+    "saturation": ("Saturated values", "share at the ends of the range"),
+    "solid": ("Images of one color", "share of the samples"),
+    "motion": ("Motion", "change between frames, over the teacher's"),
+    "fake_score_lag": ("Fake-score lag", "its loss on new samples of the student, over its training loss"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,17 +67,33 @@ def curve_charts(events: Sequence[Event]) -> list[Chart]:
     charts = []
     for key in [k for k in _TITLES if k in present] + [k for k in present if k not in _TITLES]:
         steps, values = curves(events, key)
-        if values.ndim != 1 or not np.isfinite(values).any():
-            continue
-        title, remark = _TITLES.get(key, (key, ""))
-        mean = smooth(values, max(1, len(values) // 25))
-        known = mean[np.isfinite(mean)]
-        alt = f"{title} over {steps[-1]:,.0f} steps: from {known[0]:.3g} to {known[-1]:.3g}"
-        lost = int((~np.isfinite(values)).sum())
-        if lost:
-            remark = f"{remark}; {lost} values were not finite".lstrip("; ")
-        charts.append(Chart(title, remark, f"{known[-1]:#.3g}".rstrip("."), curve_panel(steps, values, alt)))
+        charts += _curve(steps, values, *_TITLES.get(key, (key, "")))
     return charts
+
+
+def watch_charts(events: Sequence[Event]) -> list[Chart]:
+    """One chart for each measurement of the ``watch`` events; the teacher's value is in its remark."""
+    charts = []
+    for key, (title, remark) in _WATCHED.items():
+        steps, values = curves(events, key, "watch")
+        theirs = curves(events, f"teacher_{key}", "watch")[1]
+        if theirs.ndim == 1 and theirs.size and np.isfinite(theirs[-1]):
+            remark += f"; the teacher's is {theirs[-1]:.3g}"
+        charts += _curve(steps, values, title, remark)
+    return charts
+
+
+def _curve(steps: np.ndarray, values: np.ndarray, title: str, remark: str) -> list[Chart]:
+    """The chart of a curve; none of lists, and where no value is known."""
+    if values.ndim != 1 or not np.isfinite(values).any():
+        return []
+    mean = smooth(values, max(1, len(values) // 25))
+    known = mean[np.isfinite(mean)]
+    alt = f"{title} over {steps[-1]:,.0f} steps: from {known[0]:.3g} to {known[-1]:.3g}"
+    lost = int((~np.isfinite(values)).sum())
+    if lost:
+        remark = f"{remark}; {lost} values were not finite".lstrip("; ")
+    return [Chart(title, remark, f"{known[-1]:#.3g}".rstrip("."), curve_panel(steps, values, alt))]
 
 
 def bin_levels(bins: object, count: int) -> tuple[np.ndarray, bool]:

@@ -142,18 +142,22 @@ def unpack(tensors: dict[str, Tensor], structure: Any) -> Any:
     return walk(structure)
 
 
-def save_checkpoint(folder: str | os.PathLike[str], step: int, tree: Any, keep: int = 3) -> Path:
+def save_checkpoint(
+    folder: str | os.PathLike[str], step: int, tree: Any, keep: int = 3, best: int | None = None
+) -> Path:
     """Writes ``folder/step-000500/`` for step 500, then removes what it makes superfluous.
 
-    Removed are all but the newest ``keep`` checkpoints, those of later steps (they belong to a course of
-    training that this one replaces) and the temporary folders of writers that were killed. Nothing is removed
-    before the new checkpoint is safe on the disk. One writer at a time: see the lock of the run folder.
+    Removed are all but the newest ``keep`` checkpoints and the best one, those of later steps (they belong to
+    a course of training that this one replaces) and the temporary folders of writers that were killed.
+    Nothing is removed before the new checkpoint is safe on the disk. One writer at a time: see the lock of
+    the run folder.
 
     Args:
         folder: The ``checkpoints/`` folder; made if it is missing.
         step: Number of finished steps, not negative.
         tree: What to store, see :func:`pack`.
         keep: How many checkpoints stay, at least 1.
+        best: The step of one that stays besides them.
 
     Raises:
         UserError: The folder cannot be written or the disk is full; older checkpoints are untouched.
@@ -169,7 +173,7 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, tree: Any, keep: 
         save_tensors(temporary / "state.safetensors", tensors)
         state |= _sums(temporary / "state.safetensors", step, structure)
         atomic_json(temporary / "state.json", {**state, "structure": structure})
-    _prune(parent, step, keep)
+    _prune(parent, step, keep, best)
     return target
 
 
@@ -289,10 +293,11 @@ def _sums(tensor_file: Path, step: Any, structure: Any) -> dict[str, str]:
     return {"sha256": tensors, "structure_sha256": rest}
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
+def _prune(folder: Path, step: int, keep: int, best: int | None) -> None:
     """Removes superseded checkpoints and leftovers; ``step`` has just been written and stays."""
     found = list_checkpoints(folder)
-    kept = {found[s] for s in [s for s in found if s <= step][-keep:]}
+    earlier = [s for s in found if s <= step]
+    kept = {found[s] for s in earlier if s in earlier[-keep:] or s == best}
     for path in found.values():
         if path not in kept:
             # Renamed first: a removal that is cut short must not leave what looks like a damaged checkpoint.

@@ -18,10 +18,11 @@ from distmatch.base.errors import DivergedError, Terminated, UserError
 from distmatch.base.progress import progress
 from distmatch.base.stack import caller_level
 from distmatch.nets.training_state import TrainingState
-from distmatch.training.checkpoint import load_checkpoint, save_checkpoint
+from distmatch.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from distmatch.training.log import EventLog
 from distmatch.training.options import LoopOptions
 from distmatch.training.runfolder import RunFolder
+from distmatch.training.watch import Watch
 
 
 @dataclass
@@ -60,13 +61,14 @@ class Averages:
         self.counts.clear()
 
 
-def restore(state: TrainingState, folder: RunFolder, which: str | int) -> int:
+def restore(state: TrainingState, folder: RunFolder, which: str | int, watch: Watch | None = None) -> int:
     """Puts a checkpoint back into a state.
 
     Args:
         state: A fresh state of the same options.
         folder: The run folder.
         which: ``latest``, a step, or the folder of a checkpoint.
+        watch: Gets its record back, too.
 
     Returns:
         The step of the checkpoint.
@@ -77,6 +79,8 @@ def restore(state: TrainingState, folder: RunFolder, which: str | int) -> int:
     step, tree = load_checkpoint(folder.checkpoints, which)
     try:
         state.load_state_dict(tree)
+        if watch is not None:
+            watch.load_state_dict(tree.get("watch", {}), list_checkpoints(folder.checkpoints))
     except UserError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -137,6 +141,7 @@ def run_loop(
     desc: str = "train",
     show: tuple[str, ...] = ("loss",),
     advise: Callable[[dict[str, Any]], list[str]] = lambda means: [],
+    watch: Watch | None = None,
 ) -> list[dict[str, Any]]:
     """Runs ``step`` until ``state.step`` reaches ``options.steps``.
 
@@ -149,6 +154,7 @@ def run_loop(
         desc: Title of the progress bar.
         show: Logged values that the progress bar shows.
         advise: Checks the logged means and returns warnings; each message is given once.
+        watch: Measures a student in training, once it has begun.
 
     Returns:
         The logged events, ``{"step": ..., **means}``.
@@ -163,6 +169,7 @@ def run_loop(
     log = EventLog(folder.log) if folder else None
     saved = state.step
     warned: set[str] = set()
+    shown: dict[str, Any] = {}
 
     def checkpoint() -> None:
         nonlocal saved
@@ -177,9 +184,31 @@ def run_loop(
                 expected="finite numbers",
                 fix=f"lower the learning rate and continue with --resume; {last_good()}",
             )
-        save_checkpoint(folder.checkpoints, state.step, tree, options.keep)
+        best = None if watch is None else watch.best_step
+        tree |= {} if watch is None else {"watch": watch.state_dict()}
+        save_checkpoint(folder.checkpoints, state.step, tree, options.keep, best)
         log.write("checkpoint", state.step)
         saved = state.step
+
+    def warn(message: str) -> None:
+        if message not in warned:
+            warned.add(message)
+            warnings.warn(message, stacklevel=caller_level())
+            if log:
+                log.write("warning", state.step, message=message)
+
+    def look() -> dict[str, Any]:
+        """Measures the student; returns what the progress bar shows."""
+        if watch is None or not watch.due(state.step):
+            return {}
+        values, messages = watch.look(last_good())
+        if log:
+            log.write("watch", state.step, **values)
+        for message in messages:
+            warn(message)
+        if watch.best_step == state.step:
+            checkpoint()
+        return {"diversity": values["diversity"]}
 
     def last_good() -> str:
         if folder is None:
@@ -191,26 +220,26 @@ def run_loop(
         deferred_interrupt() as interrupted,
         progress(options.steps, initial=state.step, desc=desc) as bar,
     ):
+        seen = look() if state.step == 0 else {}
         while state.step < options.steps:
-            averages.add(step(state, batches(state.step)))
+            info = step(state, batches(state.step))
+            averages.add(info)
+            if watch is not None:
+                watch.observe(info)
             done = state.step
-            shown: dict[str, Any] = {}
             if done % options.log_every == 0 or done == options.steps:
                 means = averages.means(done, last_good())
                 history.append({"step": done, **means})
                 if log:
                     log.write("train", done, **means)
                 for message in advise(means):
-                    if message not in warned:
-                        warned.add(message)
-                        warnings.warn(message, stacklevel=caller_level())
-                        if log:
-                            log.write("warning", done, message=message)
+                    warn(message)
                 averages.clear()
                 shown = {key: means[key] for key in show if key in means}
+            seen = look() or seen
             if done % options.checkpoint_every == 0 or done == options.steps:
                 checkpoint()
-            bar.update(1, **shown)
+            bar.update(1, **shown, **seen)
             if stop := interrupted():
                 checkpoint()
                 raise stop

@@ -222,6 +222,43 @@ class DistillInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """Watch for collapse."""
+
+    watch_every: CountOrNone = 0
+    """Steps between measurements of the student's diversity against the teacher's, on fixed conditions and
+    seeds, with warnings (docs/watch.md); 0: none."""
+    watch_grid: tuple[int, int] = (8, 8)
+    """Conditions and seeds that are sampled; without conditions, their product of seeds."""
+    keep_best: Literal["none", "diversity", "vendi", "energy"] = "none"
+    """Keep the checkpoint that is best by a measurement, besides the newest ones."""
+    result: Literal["last", "best"] = "last"
+    """The checkpoint that the model is made from in the end; best: that of --keep-best."""
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+        if len(self.watch_grid) != 2 or self.watch_grid[0] < 1 or self.watch_grid[1] < 2:
+            raise UserError(
+                "--watch-grid takes a number of conditions and a number of seeds",
+                got=" ".join(map(str, self.watch_grid)),
+                expected="at least 1 condition and 2 seeds, for example --watch-grid 8 8",
+            )
+        if self.keep_best != "none" and not self.watch_every:
+            raise UserError(
+                "--keep-best needs measurements during training",
+                got=f"--keep-best {self.keep_best} with --watch-every 0",
+                fix="add --watch-every, for example --watch-every 250",
+            )
+        if self.result == "best" and self.keep_best == "none":
+            raise UserError(
+                "--result best needs to know what is best",
+                got="--keep-best none",
+                expected="--keep-best diversity, vendi or energy",
+                fix="add --watch-every and --keep-best, for example --watch-every 250 --keep-best energy",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillOptions(DistillInputs):
     """Options of `distmatch distill`."""
 
@@ -233,6 +270,7 @@ class DistillOptions(DistillInputs):
     (docs/presets.md). It also determines the method if none is given; other options override it."""
     divergence: str | None = None
     """js, kl, reverse_kl, alpha:0.5, gjs:0.3, skew_kl:0.1, ...; unset: the method's own (js)."""
+    watch: WatchOptions = field(default_factory=WatchOptions)
     settings: Settings = field(default=None, metadata={"key": "distill"})  # type: ignore[assignment]
     """Those of the method; left out, its own defaults."""
 

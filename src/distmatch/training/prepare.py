@@ -23,6 +23,7 @@ from distmatch.methods.initialization import frozen, has_network
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.method import Method
 from distmatch.methods.settings import GuidedSettings, RoleSettings
+from distmatch.methods.student import Student
 from distmatch.methods.table import resolve_method
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.distill_data import check_fit, drawer, empty_batches
@@ -38,6 +39,7 @@ from distmatch.training.known_data import (
 from distmatch.training.latent_data import as_latents, check_encodable
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
+from distmatch.training.prepare_watch import check_watchable, watch_of
 from distmatch.training.presets import find_preset
 from distmatch.training.runs import Job
 from distmatch.training.teachers import dtype_of_base, open_teacher
@@ -72,6 +74,7 @@ def prepare_distillation(
     own = options.settings
     guidance = own.guidance if isinstance(own, GuidedSettings) else 1.0
     find_preset(options.preset, method.name)  # refuses one of another method
+    check_watchable(options, method)
     chosen = measure if measure is not None else divergence(name)
     known: dict[str, Any] = {}
     if teacher is None:
@@ -102,18 +105,17 @@ def prepare_distillation(
         )
     if not copied:
         options = replace(options, net=options.net.settled(teacher.shape, device.type))
-    distiller = build_method(
-        Context(
-            teacher=teacher,
-            method=method,
-            divergence=chosen,
-            settings=own,
-            total_steps=run.steps,
-            device=device,
-            bf16=run.precision == "bf16",
-            net=None if copied else options.net.resolve(teacher.shape, device.type),
-        )
+    context = Context(
+        teacher=teacher,
+        method=method,
+        divergence=chosen,
+        settings=own,
+        total_steps=run.steps,
+        device=device,
+        bf16=run.precision == "bf16",
+        net=None if copied else options.net.resolve(teacher.shape, device.type),
     )
+    distiller = build_method(context)
     spec = options.data or str((known.get("data") or {}).get("spec", ""))
     if data is None and spec:
         columns = columns_of(known_data(teacher))
@@ -167,6 +169,12 @@ def prepare_distillation(
         **{f"teacher_{key}": text for key, text in conversion.items()},
     }
 
+    def result() -> Student:
+        return distiller.result(state, info)
+
+    watch = watch_of(
+        options, context, distiller, student=result, state=state, batches=batches, about=described
+    )
     return Job(
         verb="distill",
         options=options,
@@ -189,11 +197,12 @@ def prepare_distillation(
             *early_warnings(method, options, state),
             *untried_rates(method, options, teacher, state),
         ],
-        result=lambda: distiller.result(state, info),
+        result=result,
         save=lambda folder, student: student.save_pretrained(folder),
         show=("loss_fake", "ess", "clip_fraction") if method.has_fake_score else ("loss",),
         advise=advice,
         data=found,
+        watch=watch,
     )
 
 

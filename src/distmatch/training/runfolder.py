@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "samples"
 
     @property
+    def watch(self) -> Path:
+        """``watch/``: the samples measured during training, and the teacher's."""
+        return self.path / "watch"
+
+    @property
     def metrics(self) -> Path:
         """``metrics.json``, the estimates."""
         return self.path / "metrics.json"
@@ -171,7 +176,7 @@ def _check_kinds(run: RunFolder) -> None:
     for path in (run.config, run.env, run.log, run.metrics, run.report):
         if path.exists() and not path.is_file():
             raise _in_the_way(path, "a file")
-    for path in (run.checkpoints, run.samples, run.model):
+    for path in (run.checkpoints, run.samples, run.watch, run.model):
         if path.exists() and not path.is_dir():
             raise _in_the_way(path, "a folder")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_json, check_model_folder
 from distmatch.base.progress import tell
 from distmatch.base.stack import caller_level
@@ -23,6 +24,7 @@ from distmatch.training.log import EventLog
 from distmatch.training.loop import restore, run_loop
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.segments import Changes, changes_on_resume, write_config, write_segment
+from distmatch.training.watch import Watch
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Job:
         advise: Warnings about logged values.
         remarks: Automatic choices, printed as the run starts.
         data: The real data, before any encoding; None where there are none.
+        watch: Measures the student during training; None measures nothing.
     """
 
     verb: str
@@ -60,6 +63,7 @@ class Job:
     advise: Callable[[dict[str, Any]], list[str]] = lambda means: []
     remarks: Sequence[str] = ()
     data: Dataset | None = None
+    watch: Watch | None = None
 
     def parameters(self) -> dict[str, int]:
         """Parameter count of each network as it runs, with what it shares with others."""
@@ -83,13 +87,13 @@ def carry_out(
     Returns:
         The averaged teacher or the student, and the logged history.
     """
-    run = job.options.run
+    run, watch = job.options.run, job.watch
     if folder is not None:
         check_model_folder(folder.model, MODEL_PARTS)  # what stands in the way is found now, not at the end
         changes: Changes = {}
         if resume is not None:  # before anything is written: a checkpoint that does not fit changes nothing
             changes = changes_on_resume(job.options, folder.config)
-            restore(job.state, folder, resume)
+            restore(job.state, folder, resume, watch)
         again = folder.log.exists()
         if resume is None or not folder.config.exists():
             write_config(job.options, job.verb, folder.config)
@@ -110,6 +114,8 @@ def carry_out(
     for remark in job.remarks:
         tell(remark)
     began, first = time.perf_counter(), job.state.step
+    if watch is not None:
+        watch.begin(folder.watch if folder is not None else None)
     history = run_loop(
         job.step,
         job.state,
@@ -119,13 +125,30 @@ def carry_out(
         desc=job.verb,
         show=job.show,
         advise=job.advise,
+        watch=watch,
     )
+    done = job.state.step
+    if folder is not None and watch is not None and watch.options.result == "best":
+        _restore_best(job.state, folder, watch)
     model = job.result()
     if folder is not None:
         if job.save is not None:
             job.save(folder.model, model)
         with EventLog(folder.log) as log:
             seconds = time.perf_counter() - began
-            done = job.state.step
-            log.write("end", done, seconds=seconds, steps=done - first, memory=peak_memory())
+            best = {} if job.state.step == done else {"result_of": job.state.step}
+            log.write("end", done, seconds=seconds, steps=done - first, memory=peak_memory(), **best)
     return model, history
+
+
+def _restore_best(state: TrainingState, folder: RunFolder, watch: Watch) -> None:
+    """Puts the best checkpoint back; one that cannot be read is a warning, as the run itself is complete."""
+    try:
+        if watch.best_step is None:
+            raise UserError("no measurement was finite")
+        restore(state, folder, watch.best_step)
+    except UserError as error:
+        message = f"the model is that of the last step, as there is no best checkpoint: {error}"
+        warnings.warn(message, stacklevel=caller_level())
+        with EventLog(folder.log) as log:
+            log.write("warning", state.step, message=message)

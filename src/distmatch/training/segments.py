@@ -17,7 +17,10 @@ from distmatch.training.options import DistillOptions, OwnOptions, TrainOptions
 from distmatch.training.toml import dataclass_to_dict
 
 # They change how a run is carried out, not what it computes.
-_FREE = ("run.device", "run.compile", "run.keep", "run.checkpoint_every", "run.log_every")
+_FREE = (
+    *("run.device", "run.compile", "run.keep", "run.checkpoint_every", "run.log_every"),
+    *("watch.watch_every", "watch.watch_grid", "watch.keep_best", "watch.result"),
+)
 # Changed in the middle by those who know why; each stretch of the run is written down with its own.
 _RATES = ("lr", "lr_fake_score", "lr_discriminator", "grad_clip")
 _PATHS = ("data", "teacher")

@@ -13,8 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.methods.context import Context, Info
 from distmatch.methods.initialization import Draw, Network
@@ -126,6 +130,12 @@ class Backtracking:
         if rest == 0 and index < self.path.copies:
             copy_weights(_fake(state), state.extra[_name(index)])
         return info
+
+    def fake_score_error(
+        self, state: DistillState, conditioning: Conditioning, n: int, generator: torch.Generator
+    ) -> Tensor:
+        """As of the base method."""
+        return self.base.fake_score_error(state, conditioning, n, generator)
 
     def notes(self) -> dict[str, Any]:
         """Those of the base method, and when the copies serve."""

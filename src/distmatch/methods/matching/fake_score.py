@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from distmatch.diffusion.conditioning import Conditioning
@@ -86,3 +87,25 @@ def _part(
             loss = loss + (compared.joint_weight if compared.source == "fake" else 1.0) * ratio_loss
     (share * loss).backward()
     return info
+
+
+@torch.no_grad()
+def fake_score_error(
+    compared: Comparison,
+    state: DistillState,
+    x0: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    conditioning: Conditioning,
+) -> Tensor:
+    """The fake score's loss on samples that it has not learned from, (); see :func:`fake_score_backward`."""
+    if state.fake_score is None:
+        raise RuntimeError("this state has no fake score")
+    total = torch.zeros((), device=x0.device)
+    for part in compared.context.parts(len(x0)):
+        noisy = x0[part] + expand(sigma[part], x0[part]) * noise[part]
+        samples = NoisedSamples(x0[part], sigma[part], noisy, conditioning.index(part))
+        with compared.context.autocast():
+            prediction = state.fake_score(samples.x, samples.sigma, samples.conditioning)
+            total += compared.objective.fake_score_loss(samples, prediction, state).float().sum()
+    return total / len(x0)

@@ -10,7 +10,7 @@ gradient ever reaches teacher, fake score or discriminator from the student's lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.losses import posterior_noise
 from distmatch.methods.context import Context, Info, averaged, standard_normal
 from distmatch.methods.initialization import Draw
-from distmatch.methods.matching.fake_score import fake_score_backward
+from distmatch.methods.matching.fake_score import fake_score_backward, fake_score_error
 from distmatch.methods.matching.generator import GeneratorGradient, generator_gradient
 from distmatch.methods.matching.moments import levels_between
 from distmatch.methods.matching.networks import Comparison
@@ -219,6 +219,26 @@ class Matching:
             info |= self._move_critic(state)
         state.step += 1
         return info
+
+    @torch.no_grad()
+    def fake_score_error(
+        self, state: DistillState, conditioning: Conditioning, n: int, generator: torch.Generator
+    ) -> Tensor:
+        """The fake score's loss on fresh samples of the student, at the noise levels that it learns at, ().
+
+        Where the student is faster than its fake score, it is above the losses of the last training steps.
+
+        Args:
+            state: The state, which is not changed.
+            conditioning: What the samples are conditioned on.
+            n: Number of samples.
+            generator: The stream of their noise.
+        """
+        probe = replace(state, generator=generator)
+        x, call = self._simulate(probe, n, conditioning)
+        x0 = self._call(probe, x, call, conditioning, grad=False)
+        sigma, noise = self._noise_on(probe, x0, x, call, self.fake_score_noise)
+        return fake_score_error(self.compared, probe, x0, sigma, noise, conditioning)
 
     # ---------------------------------------------------------- the student's samples
 

@@ -1,0 +1,88 @@
+"""The section of the watch: its curves and pictures are those of the log and of the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distmatch.report.log import curves, read_log, watched_steps
+from distmatch.report.run import read_run
+from distmatch.report.training import watch_charts
+from tests.helpers.report_runs import page, write_log
+
+STEPS = [0, 100, 200, 300, 400, 500, 600]
+
+
+def event(step: int, **values: Any) -> dict[str, Any]:
+    return {"event": "watch", "step": step, "time": 1e9 + step, **values}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "watched"
+    events: list[dict[str, Any]] = [{"event": "start", "step": 0, "time": 1e9, "kind": "distill"}]
+    for step in STEPS:
+        share = {"saturation": 0.25, "teacher_saturation": 0.5, "solid": 0.0, "teacher_solid": 0.125}
+        events += [
+            event(step, diversity=1 - step / 1000, energy=step / 100, motion=None, seconds=1.5, **share)
+        ]
+    write_log(folder / "log.jsonl", events)
+    rng = np.random.default_rng(0)
+    (folder / "watch").mkdir()
+    for name in ["teacher", *(f"step-{step:06d}" for step in STEPS)]:
+        x = rng.integers(0, 255, (4, 8, 8), dtype=np.uint8)
+        np.savez(folder / "watch" / f"{name}.npz", x=x, labels=np.array([0, 0, 3, 3]))
+    return folder
+
+
+def test_curves_are_those_of_the_events(run: Path) -> None:
+    events = read_log(run / "log.jsonl")
+    steps, values = curves(events, "diversity", "watch")
+    assert steps.tolist() == STEPS
+    np.testing.assert_allclose(values, 1 - np.array(STEPS) / 1000)
+    charts = {chart.title: chart for chart in watch_charts(events)}
+    assert list(charts) == [
+        "Diversity",
+        "Energy distance to the teacher",
+        "Saturated values",
+        "Images of one color",
+    ]
+    assert charts["Diversity"].last == "0.400"
+    assert "the teacher's is 0.5" in charts["Saturated values"].remark
+    assert "over 600 steps: from 1 to 0.4" in str(charts["Diversity"].svg)
+
+
+def test_some_of_the_steps_are_shown_beside_the_teacher(run: Path) -> None:
+    shown = read_run(run).watched
+    assert list(shown) == ["teacher", "Step 0", "Step 200", "Step 300", "Step 400", "Step 600"]
+    with np.load(run / "watch" / "step-000300.npz") as file:
+        assert np.array_equal(shown["Step 300"].x, file["x"])
+    text, parsed = page(run)
+    assert 'id="watch"' in text
+    assert [str(a["href"]) for a in parsed.having("href")].count("#watch") == 1
+    assert sum(str(a["src"]).startswith("data:image/png") for a in parsed.having("src")) == 6
+    for title in ("Teacher", "Step 0", "Step 600"):
+        assert f'<figcaption class="title">{title}</figcaption>' in text
+
+
+def test_steps_that_were_run_again_are_not_shown(run: Path, tmp_path: Path) -> None:
+    again = [*read_log(run / "log.jsonl"), {"event": "resume", "step": 250, "time": 2e9}]
+    write_log(tmp_path / "log.jsonl", [*again, event(300, diversity=0.5)])
+    events = read_log(tmp_path / "log.jsonl")
+    assert watched_steps(events) == [0, 100, 200, 300]
+    assert curves(events, "diversity", "watch")[1][-1] == 0.5
+
+
+def test_pictures_that_are_gone_leave_the_curves(run: Path, tmp_path: Path) -> None:
+    write_log(tmp_path / "log.jsonl", [event(0, diversity=0.5), event(5, diversity=0.6), event(7)])
+    text, _ = page(tmp_path)
+    assert 'id="watch"' in text
+    assert "data:image/png" not in text
+
+
+def test_a_run_without_a_watch_has_no_section(tmp_path: Path) -> None:
+    write_log(tmp_path / "log.jsonl", [{"event": "train", "step": 5, "time": 1e9, "loss": 0.5}])
+    assert 'id="watch"' not in page(tmp_path)[0]

@@ -1,0 +1,552 @@
+"""The watch: it changes nothing, survives interruptions, warns of collapse and of nothing else."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import distmatch as dm
+from distmatch.base.errors import DivergedError, UserError
+from distmatch.data import Dataset
+from distmatch.data.batches import Batch
+from distmatch.data.scaling import Scaling
+from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
+from distmatch.methods.matching.loop import Matching
+from distmatch.methods.student import Student
+from distmatch.methods.table import METHODS
+from distmatch.metrics.collapse import seed_vendi
+from distmatch.training.checkpoint import list_checkpoints, load_checkpoint
+from distmatch.training.options import DistillOptions, NetOptions, RunOptions, WatchOptions
+from distmatch.training.prepare import prepare_distillation
+from distmatch.training.runs import Job
+from distmatch.training.watch import Watch
+from distmatch.training.watch_grid import MOST_PICTURES, grid_of
+from distmatch.training.watch_warnings import BOUNDS, watch_warnings
+from tests.helpers.image_teachers import image_teacher
+from tests.helpers.rounding import assert_same_but_for_rounding
+from tests.helpers.small import PAIR, batch, distiller, network_teacher
+
+SMALL: dict[str, Any] = {
+    **{"method": "dmd2", "net": "mlp", "width": 16, "depth": 2, "fit_steps": 10, "fake_score_steps": 2},
+    **{"batch": 32, "log_every": 2, "checkpoint_every": 4, "quiet": True},
+}
+GRID = (2, 8)
+CLOCK = ("time", "seconds", "time_share")
+
+
+def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in e.items() if k not in CLOCK} for e in found if e["event"] in kinds]
+
+
+def weights(student: Any) -> list[Tensor]:
+    return [p.detach() for p in student.parameters()]
+
+
+def watched(steps: int = 20, **settings: Any) -> tuple[Job, Watch]:
+    """A distillation that is ready to start, and its watch."""
+    own = METHODS["diff-instruct"].settings(**{"fit_steps": 10, "fake_score_steps": 2, **settings})
+    options = DistillOptions(
+        method="diff-instruct",
+        settings=own,
+        net=NetOptions(net="mlp", width=16, depth=2),
+        run=RunOptions(steps=steps, batch=32, device="cpu"),
+        watch=WatchOptions(watch_every=5, watch_grid=GRID),
+    )
+    job = prepare_distillation(options, PAIR)
+    assert job.watch is not None
+    return job, job.watch
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run that is not watched."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    return out, dm.distill(PAIR, out=out, steps=12, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The same with a watch."""
+    out = tmp_path_factory.mktemp("watched") / "run"
+    return out, dm.distill(PAIR, out=out, steps=12, watch_every=3, watch_grid=GRID, **SMALL)
+
+
+def test_a_watch_changes_neither_weights_nor_the_rest_of_the_log(plain, whole):
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain[1]), weights(whole[1]), strict=True))
+    assert events(plain[0], "train", "checkpoint") == events(whole[0], "train", "checkpoint")
+    assert not (plain[0] / "watch").exists()
+    assert not events(plain[0], "watch")
+
+
+def test_the_log_has_the_measurements_of_each_interval(whole):
+    seen = events(whole[0], "watch")
+    assert [e["step"] for e in seen] == [0, 3, 6, 9, 12]
+    assert "fake_score_lag" not in seen[0]
+    assert {"diversity", "vendi", "energy", "fake_score_lag"} <= seen[-1].keys()
+    assert "saturation" not in seen[-1]  # vectors have no ends of a range
+    names = sorted(path.name for path in (whole[0] / "watch").iterdir())
+    assert names == [*(f"step-{s:06d}.npz" for s in (0, 3, 6, 9, 12)), "teacher.npz", "teacher.safetensors"]
+
+
+def test_a_run_that_is_interrupted_ends_as_the_whole_one(whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    settings = {**SMALL, "steps": 12, "watch_every": 3, "watch_grid": GRID}
+    look = Watch.look
+
+    def stopped(self: Watch, last: str) -> Any:
+        if self.watched.state.step == 9:
+            raise KeyboardInterrupt
+        return look(self, last)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "look", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            dm.distill(PAIR, out=out, **settings)
+    (out / "watch" / "step-000012.npz").write_bytes(b"of another course")
+    written = (out / "watch" / "teacher.safetensors").stat().st_mtime_ns
+    student = resumed(out, "latest")
+    assert (out / "watch" / "teacher.safetensors").stat().st_mtime_ns == written
+    assert all(torch.equal(a, b) for a, b in zip(weights(student), weights(whole[1]), strict=True))
+    seen = {e["step"]: e for e in events(out, "watch")}
+    assert list(seen.values()) == events(whole[0], "watch")
+    assert (out / "watch/step-000012.npz").read_bytes() == (whole[0] / "watch/step-000012.npz").read_bytes()
+
+
+def resumed(out: Path, which: str | int, **changes: Any) -> Any:
+    """Continues a run of :data:`SMALL`."""
+    from dataclasses import replace
+
+    from distmatch.cli.distill import _options_of
+    from distmatch.cli.parse import options_from
+    from distmatch.training.arguments import real_data
+    from distmatch.training.runfolder import create
+    from distmatch.training.runs import carry_out
+
+    options = options_from(DistillOptions, out / "config.toml", "distill", defaults=_options_of)
+    options = replace(options, watch=replace(options.watch, **changes))
+    with create(out, resume=True) as folder:
+        job = prepare_distillation(options, PAIR, real_data(PAIR, None, 0), fresh=False)
+        return carry_out(job, folder, resume=which)[0]
+
+
+def test_the_teachers_samples_are_drawn_again_where_they_are_damaged_or_others(whole, tmp_path):
+    watch = watched()[1]
+    watch.begin(tmp_path)
+    first = watch._teacher.x
+    file = tmp_path / "teacher.safetensors"
+    good = file.read_bytes()
+    for damage in (good[:-9], b"", good[:40] + b"x" + good[41:]):
+        file.write_bytes(damage)
+        watch.begin(tmp_path)
+        assert torch.equal(watch._teacher.x, first)
+        assert file.read_bytes() == good
+    _, guided = watched(guidance=2.0)
+    guided.begin(tmp_path)
+    assert not torch.equal(guided._teacher.x, first)
+
+
+def test_conditions_are_rows_and_seeds_are_shared(whole):
+    """Sample (c, s) is that of condition c from noise s: what one call for that condition alone gives."""
+    watch = watched(steps=5)[1]
+    watch.begin(None)
+    assert watch._teacher.x.shape == (2, 8, 2)
+    assert watch._grid.conditioning["label"].tolist() == [0, 1]
+    again = dm.diffusion.solvers.sample_teacher(
+        PAIR, 8, conditioning=torch.ones(8, dtype=torch.int64), seed=watch._noise_seed
+    )
+    assert_same_but_for_rounding(watch._teacher.x[1], again)
+
+
+# ------------------------------------------------------------------ the grid
+
+
+def test_a_grid_has_different_conditions_without_the_null_condition():
+    teacher = network_teacher(classes=10)
+
+    def batches(step: int) -> Batch:
+        found = batch(step, classes=10, n=4)
+        return Batch(found.x, torch.cat([found.conditioning["label"][:3], torch.tensor([-1])])).taken_by(
+            teacher
+        )
+
+    grid = grid_of(batches, teacher, 4, 8)
+    assert grid.conditioning["label"].tolist() == [0, 2, 5, 7]
+    assert grid.described()["label"].tolist() == [0] * 8 + [2] * 8 + [5] * 8 + [7] * 8
+    everything = grid_of(batches, teacher, 20, 8)
+    assert everything.conditioning["label"].tolist() == list(range(10))
+    free = grid_of(lambda step: batch(step), network_teacher(), 4, 8)
+    assert (len(free), free.seeds, free.conditioning) == (1, 32, UNCONDITIONAL)
+    assert grid.digest() != everything.digest()
+    assert grid.digest() != grid_of(batches, teacher, 4, 9).digest()
+
+
+def test_prompts_are_told_apart_by_all_of_their_values():
+    class OfPrompts:
+        num_classes = 0
+
+        @property
+        def conditioning_spec(self) -> Any:
+            return {"text": None, "mask": None}
+
+        def null_conditioning(self, n: int) -> Conditioning:
+            return Conditioning({"text": torch.zeros(n, 3), "mask": torch.ones(n, 2, dtype=torch.bool)})
+
+    text = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0], [2, 0, 0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 1], [1, 1]]).bool()
+    told = Conditioning({"text": text, "mask": mask})
+    grid = grid_of(lambda step: Batch(torch.zeros(5, 2), told), OfPrompts(), 8, 2)  # type: ignore[arg-type]
+    assert torch.equal(grid.conditioning["text"][:, 0], torch.tensor([1.0, 1, 2]))
+    assert grid.conditioning["mask"].tolist() == [[True, True], [True, False], [True, True]]
+    assert grid.described()["prompt"].tolist() == [1, 1, 2, 2, 3, 3]
+
+
+# ------------------------------------------------------------------ measurements
+
+
+def test_an_exact_student_has_the_diversity_of_its_teacher(monkeypatch):
+    """With the teacher's own samples all that is relative is 1, and the distance at most 0."""
+    watch = watched()[1]
+    watch.begin(None)
+    monkeypatch.setattr(watch, "_draw", lambda sampler: watch._teacher)
+    values, _ = watch.look("")
+    assert (values["diversity"], values["vendi"]) == (1, 1)
+    assert values["energy"] <= 0
+
+
+def test_a_student_that_ignores_its_noise_has_no_diversity(monkeypatch):
+    watch = watched()[1]
+    watch.begin(None)
+    ignore_noise(monkeypatch)
+    values, _ = watch.look("")
+    assert values["diversity"] == 0
+    assert values["vendi"] == pytest.approx(
+        1 / float(seed_vendi(watch._teacher.x, watch._teacher.x.mean(1)).mean())
+    )
+    assert values["energy"] > 0.3
+
+
+def ignore_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Students give the same sample for every seed of a condition."""
+    sample = Student.sample
+
+    def same(self: Student, n: int, **settings: Any) -> Tensor:
+        return sample(self, n, **settings)[:1].repeat(n, *[1] * len(self.shape))
+
+    monkeypatch.setattr(Student, "sample", same)
+
+
+@pytest.mark.parametrize("method", ["f-distill", "sid", "moment-matching", "disback", "uni-instruct"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_error_of_the_fake_score_is_the_loss_that_a_step_would_have(method, accumulate):
+    """On the noise of the next step, in which the student does not move, both are one computation."""
+    teacher = network_teacher(classes=2)
+    settings: dict[str, Any] = {"disback": {"backtrack": 2}}.get(method, {})
+    settings |= {"num_steps": 2, "warmup_steps": 100, "accumulate": accumulate}
+    made = distiller(teacher, None, method, 400, **settings)
+    state = made.init(0)
+    real = batch(0, classes=2)
+    for _ in range(2):
+        own = torch.Generator().manual_seed(state.generator.initial_seed())
+        own.set_state(state.generator.get_state())
+        error = made.fake_score_error(state, real.conditioning, len(real.x), own)
+        assert_same_but_for_rounding(error, made.step(state, real)["loss_fake"])
+
+
+def test_the_fake_score_lags_where_the_student_jumps_away():
+    job, watch = watched(steps=40, warmup_steps=20)
+    watch.begin(None)
+    for step in range(20):
+        watch.observe(job.step(job.state, job.batches(step)))
+    values, _ = watch.look("")
+    assert values["fake_score_lag"] == pytest.approx(1, abs=0.3)  # the student stood still
+    for step in range(20, 30):
+        watch.observe(job.step(job.state, job.batches(step)))
+    with torch.no_grad():
+        for parameter in job.networks["student"].parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    values, _ = watch.look("")
+    assert values["fake_score_lag"] > 2
+
+
+def test_samples_that_are_not_finite_end_a_training():
+    job, watch = watched()
+    watch.begin(None)
+    with torch.no_grad():
+        next(iter(job.state.ema.module.parameters())).fill_(float("nan"))
+    with pytest.raises(DivergedError, match=r"not finite at step 0.*the last good one"):
+        watch.look("the last good one is step 3")
+
+
+# ------------------------------------------------------------------ warnings
+
+
+def run(job: Job, watch: Watch, steps: int) -> list[str]:
+    """A training by hand; the warnings of its watch."""
+    found = list(watch.look("")[1]) if job.state.step == 0 else []
+    for _ in range(steps):
+        watch.observe(job.step(job.state, job.batches(job.state.step)))
+        if watch.due(job.state.step):
+            found += watch.look("")[1]
+    return found
+
+
+def test_a_healthy_run_is_not_warned_of():
+    job, watch = watched(steps=200, fit_steps=100)
+    watch.begin(None)
+    assert run(job, watch, 200) == []
+
+
+def test_a_collapse_is_warned_of_once(monkeypatch):
+    job, watch = watched(steps=60, fit_steps=100)
+    watch.begin(None)
+    assert run(job, watch, 10) == []
+    ignore_noise(monkeypatch)
+    (message,) = [m for m in run(job, watch, 20) if "same sample for every seed" in m]
+    assert message.startswith("at step 20")  # the second measurement in succession
+    for option in ("--lr", "--fake-score-steps", "--guidance", "--keep-best energy"):
+        assert option in message
+    assert "--divergence" not in message  # this method takes none
+
+
+def test_a_learning_rate_that_is_far_too_high_is_warned_of(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dm.distill(
+            PAIR, out=tmp_path / "run", steps=40, watch_every=10, lr=0.3, **{**SMALL, "fit_steps": 100}
+        )
+    seen = [str(w.message) for w in caught if "at step" in str(w.message)]
+    assert any("leads away from its teacher" in message for message in seen)
+    assert seen == [e["message"] for e in events(tmp_path / "run", "warning") if "at step" in e["message"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("diversity", {"diversity": 0.9}, {"diversity": 0.4}),
+        ("solid", {"solid": 0.1, "teacher_solid": 0.1}, {"solid": 0.4, "teacher_solid": 0.1}),
+        (
+            "saturation",
+            {"saturation": 0.3, "teacher_saturation": 0.3},
+            {"saturation": 0.6, "teacher_saturation": 0.3},
+        ),
+        ("energy", {"energy": 0.1}, {"energy": 1.5}),
+        ("motion", {"motion": 0.9}, {"motion": 0.2}),
+        ("fake_score_lag", {"fake_score_lag": 1.1}, {"fake_score_lag": 2.5}),
+    ],
+)
+def test_bounds_are_for_what_became_worse(kind, good, bad):
+    method = METHODS["f-distill"]
+    settings = method.settings()
+    best = {kind: good[kind]}
+
+    def kinds(values: dict[str, float], best: dict[str, float], late: bool) -> list[str]:
+        return [found for found, _ in watch_warnings(values, best, method, settings, late=late)]
+
+    assert kinds(bad, best, late=False) == [kind]
+    assert kinds(bad, {}, late=False) == kinds(bad, {kind: bad[kind]}, late=False) == []  # so from the start
+    assert kinds(good, best, late=True) == []
+    always = [] if kind in ("diversity", "energy") else [kind]  # which may be on their way
+    assert kinds(bad, {kind: bad[kind]}, late=True) == always
+    assert kinds({**bad, kind: float("nan")}, best, late=True) == []
+
+
+def test_a_student_without_any_diversity_is_warned_of_late():
+    method = METHODS["f-distill"]
+    late = list(watch_warnings({"diversity": 0.05}, {}, method, method.settings(), late=True))
+    assert [kind for kind, _ in late] == ["diversity"]
+    assert "--divergence js or kl" in late[0][1]
+    assert not list(watch_warnings({"diversity": 0.05}, {}, method, method.settings(), late=False))
+
+
+def test_only_settings_of_the_method_are_advised():
+    for name, method in METHODS.items():
+        settings = method.settings()
+        values = {"diversity": 0.01, "motion": 0.0, "fake_score_lag": 9.0, "energy": 9.0}
+        values |= {"solid": 1.0, "teacher_solid": 0.0, "saturation": 1.0, "teacher_saturation": 0.0}
+        found = dict(watch_warnings(values, {"energy": 1.0}, method, settings, late=True))
+        assert set(found) == {bound.kind for bound in BOUNDS}
+        for message in found.values():
+            flags = {word.strip(";,.") for word in message.split() if word.startswith("--")}
+            names = {flag[2:].replace("-", "_") for flag in flags} - {"keep_best", "divergence"}
+            assert all(hasattr(settings, option) for option in names), (name, names)
+            assert ("--divergence" in flags) <= (method.divergences == "any")
+
+
+# ------------------------------------------------------------------ the best checkpoint
+
+
+BEST: dict[str, Any] = {**SMALL, "steps": 12, "keep": 1, "watch_every": 2, "watch_grid": GRID}
+
+
+def fake_energy(monkeypatch: pytest.MonkeyPatch, values: dict[int, float]) -> None:
+    """Replaces a measurement by chosen values."""
+    look = Watch._judge
+
+    def judged(self: Watch, step: int, found: dict[str, float]) -> list[str]:
+        found["energy"] = values.get(step, 1.0)
+        return look(self, step, found)
+
+    monkeypatch.setattr(Watch, "_judge", judged)
+
+
+def test_the_best_checkpoint_stays_besides_the_newest(tmp_path, monkeypatch):
+    fake_energy(monkeypatch, {2: 0.5, 4: 0.2, 6: 0.3, 8: 0.25})
+    out = tmp_path / "run"
+    student = dm.distill(PAIR, out=out, keep_best="energy", **BEST)
+    assert list(list_checkpoints(out / "checkpoints")) == [4, 12]
+    assert load_checkpoint(out / "checkpoints")[1]["watch"]["looks"][4] == 0.2
+    last = load_checkpoint(out / "checkpoints", 12)[1]["modules"]["average"]
+    assert_equal(student, last)
+
+
+def assert_equal(student: Any, tree: dict[str, Tensor]) -> None:
+    own = student.denoiser.state_dict()
+    assert own.keys() == tree.keys()
+    assert all(torch.equal(own[name], tree[name]) for name in own)
+
+
+def test_the_result_is_the_best_one_where_it_is_asked_for(tmp_path, monkeypatch):
+    fake_energy(monkeypatch, {4: 0.2})
+    out = tmp_path / "run"
+    student = dm.distill(PAIR, out=out, keep_best="energy", result="best", **BEST)
+    assert_equal(student, load_checkpoint(out / "checkpoints", 4)[1]["modules"]["average"])
+    assert_equal(
+        dm.Student.from_pretrained(out), load_checkpoint(out / "checkpoints", 4)[1]["modules"]["average"]
+    )
+    (end,) = events(out, "end")
+    assert (end["step"], end["steps"], end["result_of"]) == (12, 12, 4)
+
+
+def test_the_best_one_is_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
+    fake_energy(monkeypatch, {2: 0.2, 6: 0.5, 10: 0.3})
+    out = tmp_path / "run"
+    dm.distill(PAIR, out=out, keep_best="energy", **{**BEST, "steps": 8})
+    assert list(list_checkpoints(out / "checkpoints")) == [2, 8]
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace("steps = 8\n", "steps = 12\n", 1))
+    (out / "log.jsonl").write_text("{damaged")  # nothing is read from it
+    resumed(out, "latest")
+    assert list(list_checkpoints(out / "checkpoints")) == [2, 12]
+
+
+def test_a_best_checkpoint_that_is_gone_is_forgotten(tmp_path, monkeypatch):
+    import shutil
+
+    fake_energy(monkeypatch, {2: 0.2, 10: 0.6})
+    out = tmp_path / "run"
+    dm.distill(PAIR, out=out, keep_best="energy", **{**BEST, "steps": 8})
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace("steps = 8\n", "steps = 12\n", 1))
+    shutil.rmtree(out / "checkpoints" / "step-000002")
+    resumed(out, "latest")
+    assert list(list_checkpoints(out / "checkpoints")) == [10, 12]
+
+
+def test_a_best_checkpoint_that_is_damaged_leaves_the_last_model(tmp_path, monkeypatch):
+    fake_energy(monkeypatch, {2: 0.2})
+    out = tmp_path / "run"
+    dm.distill(PAIR, out=out, keep_best="energy", **{**BEST, "steps": 8})
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace("steps = 8\n", "steps = 12\n", 1))
+    file = out / "checkpoints" / "step-000002" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.warns(UserWarning, match="the model is that of the last step"):
+        student = resumed(out, "latest", result="best")
+    assert_equal(student, load_checkpoint(out / "checkpoints", 12)[1]["modules"]["average"])
+
+
+def test_diversity_is_best_where_it_is_that_of_the_teacher(tmp_path):
+    _, watch = watched()
+    watch.options = WatchOptions(watch_every=5, keep_best="diversity")
+    for step, value in ((5, 0.5), (10, 1.2), (15, 1.3), (20, 0.9)):
+        watch._judge(step, {"diversity": value})
+    assert watch.best_step == 20
+    watch._judge(25, {"diversity": float("nan")})
+    assert watch.best_step == 20
+    again = watched()[1]
+    again.options = watch.options
+    again.load_state_dict(watch.state_dict(), [5, 10, 15, 25])
+    assert again.best_step == 10  # of those that are still there
+    again.options = WatchOptions(watch_every=5, keep_best="vendi")
+    again.load_state_dict(watch.state_dict(), [5, 10, 15, 20])
+    assert again.best_step is None  # another measurement
+
+
+# ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_best": "energy"}, "--keep-best needs measurements"),
+        ({"keep_best": "fid", "watch_every": 5}, "--keep-best must be one of none, diversity, vendi, energy"),
+        ({"result": "best", "watch_every": 5}, "--result best needs to know"),
+        ({"watch_grid": (2, 1)}, "at least 1 condition and 2 seeds"),
+        ({"watch_grid": (0, 4)}, "at least 1 condition and 2 seeds"),
+        ({"watch_every": -1}, "--watch-every must not be negative"),
+        ({"watch_every": 5, "keep_best": "energy"}, "kept in a run folder"),
+        ({"watch_every": 5, "method": "dpm-ot", "bank": 8}, "trains no network"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(options, message):
+    small = {name: value for name, value in SMALL.items() if name != "fake_score_steps"}
+    if "method" in options:
+        small = {"quiet": True}
+    with pytest.raises(UserError, match=message):
+        dm.distill(PAIR, steps=5, **{**small, **options})
+
+
+# ------------------------------------------------------------------ every kind of student
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("unet", {"method": "dmd2", "num_steps": 2}),
+        ("unet", {"method": "f-distill", "train": "lora", "accumulate": 3}),
+        ("dit", {"method": "consistency"}),
+        ("diffusers", {"method": "sid"}),
+        ("own", {"method": "rcm"}),
+    ],
+)
+def test_students_of_images_are_watched(name, settings, tmp_path):
+    teacher = image_teacher(name)
+    x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    labels = torch.arange(40) % 2 if teacher.num_classes else None
+    data = Dataset(x, labels, (), "noise", Scaling.for_images(-1.0, 1.0, "noise"))
+    out = tmp_path / "run"
+    if "fake_score_steps" in METHODS[settings["method"]].options():
+        settings = {**settings, "fake_score_steps": 2}
+    given: dict[str, Any] = {"steps": 2, "batch": 6, "watch_every": 1, "watch_grid": (2, 4), "quiet": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dm.distill(teacher, data, out=None if name in ("own", "diffusers") else out, **given, **settings)
+        if out.exists():
+            seen = events(out, "watch")
+            assert [e["step"] for e in seen] == [0, 1, 2]
+            assert all(
+                {"saturation", "teacher_saturation", "solid", "teacher_solid"} <= e.keys() for e in seen
+            )
+
+
+def test_many_pictures_are_thinned_out(tmp_path):
+    out = tmp_path / "run"
+    dm.distill(PAIR, out=out, steps=2 * MOST_PICTURES, watch_every=1, watch_grid=(1, 2), **SMALL)
+    found = sorted(path.name for path in (out / "watch").glob("step-*.npz"))
+    assert MOST_PICTURES // 2 < len(found) <= MOST_PICTURES
+    assert found[0] == "step-000000.npz"
+    assert found[-1] == f"step-{2 * MOST_PICTURES:06d}.npz"
+
+
+def test_the_loop_of_methods_with_a_fake_score_is_measured():
+    for name, method in METHODS.items():
+        if method.has_fake_score and name not in ("disback",):
+            made = distiller(network_teacher(classes=2), None, name)
+            assert isinstance(made, Matching) or hasattr(made, "fake_score_error"), name
