@@ -9,6 +9,7 @@ import distmatch as dm
 from distmatch.data import load_data
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.prompts import encode_prompts
+from distmatch.interop import export_onnx
 from tests.helpers.rounding import assert_same_but_for_rounding
 
 
@@ -61,3 +62,7 @@ def test_students_of_prompts_are_trained_saved_and_sampled(captioned, tmp_path, 
     assert_same_but_for_rounding(
         again.sample(3, conditioning=encode_prompts(again, ["a red seven"] * 3), seed=1), x
     )
+    if method == "f-distill":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        assert export_onnx(again, tmp_path / "student.onnx") < 1e-5  # also for batches of another size

@@ -126,7 +126,7 @@ class DiT(nn.Module):
         """
         states_of_text = vector = None
         if self.text is not None:
-            *states_of_text, vector = self.text(text or self.text.null_conditioning(len(x)))
+            *states_of_text, vector = self.text(text or self.text.null_conditioning(x.shape[0]))
         embedding = self.conditioning(c_noise, labels, vector)
         maps = channels_first(x)
         padded, offset = pad_to_multiple(maps, self.config.patch)
