@@ -33,8 +33,8 @@ def _os_error(path: Path, error: OSError) -> UserError:
     )
 
 
-def _fsync_dir(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _fsync(place: Path) -> None:
+    fd = os.open(place, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -68,7 +68,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
-        _fsync_dir(target.parent)
+        _fsync(target.parent)
     except OSError as error:
         raise _os_error(target, error) from error
     finally:
@@ -98,11 +98,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                fd = os.open(file, os.O_RDONLY)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+                _fsync(file)
         os.chmod(temporary, 0o755)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
@@ -111,7 +107,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, target)
-        _fsync_dir(target.parent)
+        _fsync(target.parent)
     except OSError as error:
         raise _os_error(target, error) from error
     finally:

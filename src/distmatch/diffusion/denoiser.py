@@ -140,6 +140,12 @@ def check_inputs(x: Tensor, sigma: Tensor | float, shape: Sequence[int]) -> None
         )
 
 
+def levels_like(y: Tensor, level: float, dtype: torch.dtype) -> Tensor:
+    """One noise level for each row of ``y``, (B,), in ``dtype``, or in float32 for a shorter one."""
+    precise = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.full((len(y),), level, dtype=precise, device=y.device)
+
+
 def jump(
     denoiser: Callable[..., Tensor],
     x: Tensor,

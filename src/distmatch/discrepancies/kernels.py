@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_count, check_number
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name, check_number
+from distmatch.base.errors import UserError
 from distmatch.base.samples import checked_pair
 
 KERNELS = ("gaussian", "laplace", "rational_quadratic", "imq", "energy", "polynomial")
@@ -248,16 +248,15 @@ def resolve_kernel(kernel: str | Kernel, x: Tensor, y: Tensor | None = None) -> 
     """
     if isinstance(kernel, Kernel):
         return kernel
+    check_name("kernel", kernel, KERNELS)
     if kernel == "energy":
         return energy()
     if kernel == "polynomial":
         return polynomial()
-    with_bandwidth = {
+    of_bandwidth = {
         "gaussian": gaussian,
         "laplace": laplace,
         "rational_quadratic": rational_quadratic,
         "imq": imq,
     }
-    if kernel not in with_bandwidth:
-        raise unknown_name("kernel", kernel, KERNELS)
-    return with_bandwidth[kernel](median_bandwidth(x, y))
+    return of_bandwidth[kernel](median_bandwidth(x, y))

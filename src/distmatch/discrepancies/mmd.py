@@ -17,9 +17,8 @@ from distmatch.discrepancies.pairwise_sums import across, total_across, total_wi
 from distmatch.discrepancies.permutation import (
     TestResult,
     checked_resamples,
-    quadratic_forms,
     random_splits,
-    resamples_per_pass,
+    resampled_forms,
     result_of,
 )
 
@@ -199,11 +198,10 @@ def mmd_test(
 
         observed = x.new_full((len(scaled), 1), 1 / len(x))
         observed[len(x) :] = -1 / len(y)
-        forms, left = [], resamples
-        while left > 0:
-            count = min(left, resamples_per_pass(len(scaled)))
-            splits = random_splits(len(x), len(y), count, generator, x.device)
-            forms.append(quadratic_forms(rows, torch.cat([observed, splits], 1)))
-            left -= count
-        null = torch.cat([f[1:] for f in forms])
-        return result_of(forms[0][0], null, min(len(x), len(y)), rows(0, 1).abs().max())
+        found = resampled_forms(
+            rows,
+            observed,
+            lambda count: random_splits(len(x), len(y), count, generator, x.device),
+            resamples,
+        )
+        return result_of(*found, min(len(x), len(y)), rows(0, 1).abs().max())

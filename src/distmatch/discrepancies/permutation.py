@@ -87,9 +87,23 @@ def random_signs(n: int, count: int, generator: torch.Generator | None, device: 
     return (torch.randint(0, 2, (n, count), generator=generator, device=where).to(device) * 2 - 1).double()
 
 
-def resamples_per_pass(n: int) -> int:
-    """How many weight vectors of length n are kept at a time."""
-    return max(1, _WEIGHT_ELEMENTS // n)
+def resampled_forms(
+    rows: Callable[[int, int], Tensor], observed: Tensor, draw: Callable[[int], Tensor], resamples: int
+) -> tuple[Tensor, Tensor]:
+    """The quadratic form of the observed weights (), and those of as many resamples (resamples,).
+
+    Args:
+        rows: As for :func:`quadratic_forms`.
+        observed: Weights (n, 1).
+        draw: Draws that many weight vectors, (n, count); called with as many as are kept at a time.
+        resamples: How many.
+    """
+    forms, left = [], resamples
+    while left > 0:
+        count = min(left, max(1, _WEIGHT_ELEMENTS // len(observed)))
+        forms.append(quadratic_forms(rows, torch.cat([observed, draw(count)], 1)))
+        left -= count
+    return forms[0][0], torch.cat([f[1:] for f in forms])
 
 
 def quadratic_forms(rows: Callable[[int, int], Tensor], weights: Tensor) -> Tensor:

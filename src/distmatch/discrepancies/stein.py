@@ -20,9 +20,8 @@ from distmatch.discrepancies.kernels import median_bandwidth, squared_distances
 from distmatch.discrepancies.permutation import (
     TestResult,
     checked_resamples,
-    quadratic_forms,
     random_signs,
-    resamples_per_pass,
+    resampled_forms,
     result_of,
 )
 from distmatch.discrepancies.u_statistics import centered_square, near_zero
@@ -183,16 +182,10 @@ def kernel_stein_test(
     with torch.no_grad():
         x, score, s, _ = _prepared(x, score, kernel, bandwidth, exponent)
         n = len(x)
-        observed = x.new_ones(n, 1)
-        forms, left = [], count
-        while left > 0:
-            signs = random_signs(n, min(left, resamples_per_pass(n)), generator, x.device)
-            weights = torch.cat([observed, signs], 1) / n
-            forms.append(
-                quadratic_forms(
-                    lambda low, high: _stein_rows(x, score, low, high, kernel, s, exponent), weights
-                )
-            )
-            left -= signs.shape[1]
-        null = torch.cat([f[1:] for f in forms])
-        return result_of(forms[0][0], null, n, forms[0][0])
+        observed, null = resampled_forms(
+            lambda low, high: _stein_rows(x, score, low, high, kernel, s, exponent),
+            x.new_ones(n, 1) / n,
+            lambda drawn: random_signs(n, drawn, generator, x.device) / n,
+            count,
+        )
+        return result_of(observed, null, n, observed)

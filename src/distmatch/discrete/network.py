@@ -82,7 +82,20 @@ class _Trunk(nn.Module):
         return self.norm(h)
 
 
-class TokenNet(nn.Module):
+class _Model(nn.Module):
+    """The trunk, and a last layer that starts as a constant."""
+
+    def __init__(self, config: TokenNetConfig, outputs: int, start: float) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary, self.length = config.vocabulary, config.length
+        self.trunk = _Trunk(config)
+        self.last = nn.Linear(config.width, outputs)
+        nn.init.zeros_(self.last.weight)
+        nn.init.constant_(self.last.bias, start)
+
+
+class TokenNet(_Model):
     """Conditionals: logits (B, L, V) of every position given the visible tokens, without a time.
 
     Args:
@@ -90,20 +103,14 @@ class TokenNet(nn.Module):
     """
 
     def __init__(self, config: TokenNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.vocabulary, self.length = config.vocabulary, config.length
-        self.trunk = _Trunk(config)
-        self.last = nn.Linear(config.width, config.vocabulary)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        super().__init__(config, config.vocabulary, 0.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, V)."""
         return self.last(self.trunk(tokens))
 
 
-class MarginalNet(nn.Module):
+class MarginalNet(_Model):
     """Marginals: log p of the visible tokens as a sum over them, so that nothing visible has probability 1.
 
     Each visible token adds one number, which may depend on all visible tokens; it starts at -log V, the
@@ -114,13 +121,7 @@ class MarginalNet(nn.Module):
     """
 
     def __init__(self, config: TokenNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.vocabulary, self.length = config.vocabulary, config.length
-        self.trunk = _Trunk(config)
-        self.last = nn.Linear(config.width, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.constant_(self.last.bias, -math.log(config.vocabulary))
+        super().__init__(config, 1, -math.log(config.vocabulary))
 
     def log_marginal(self, tokens: Tensor) -> Tensor:
         """The log-probability of the visible tokens, (B,) in nats."""

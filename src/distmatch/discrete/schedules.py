@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_count, check_number, check_rising
+from distmatch.base.checks import check_count, check_name, check_number, check_rising
 from distmatch.base.errors import unknown_name
 
 
@@ -99,7 +99,11 @@ def geometric(low: float = 1e-5, high: float = 20.0) -> MaskSchedule:
     )
 
 
-SCHEDULES = ("log-linear", "cosine", "geometric")
+SCHEDULES: Mapping[str, Callable[[], MaskSchedule]] = {
+    "log-linear": log_linear,
+    "cosine": cosine,
+    "geometric": geometric,
+}
 
 
 def mask_schedule(schedule: str | MaskSchedule) -> MaskSchedule:
@@ -110,13 +114,8 @@ def mask_schedule(schedule: str | MaskSchedule) -> MaskSchedule:
     """
     if isinstance(schedule, MaskSchedule):
         return schedule
-    if schedule == "log-linear":
-        return log_linear()
-    if schedule == "cosine":
-        return cosine()
-    if schedule == "geometric":
-        return geometric()
-    raise unknown_name("mask schedule", schedule, SCHEDULES)
+    check_name("mask schedule", schedule, SCHEDULES)
+    return SCHEDULES[schedule]()
 
 
 def _inside(name: str, value: float) -> float:

@@ -13,6 +13,7 @@ from distmatch.base.checks import check_number
 from distmatch.divergences.core import Divergence
 from distmatch.divergences.numerics import (
     blend,
+    bounded,
     bounded_exp,
     entropy_excess,
     exp_curvature,
@@ -36,8 +37,7 @@ def _generator(a: float) -> Callable[[Tensor], Tensor]:
 
     def near_kl(x: Tensor) -> Tensor:
         # (KL generator - r phi(-b log r) / b) / a with phi(y) = e^y - 1 - y: the second term vanishes with b.
-        top = log_max(x.dtype)
-        x = x.clamp(-1000.0, top - math.log(top) - 1.0)
+        x = bounded(x, -1000.0)
         small = (b * x).abs() < 0.5
         y = torch.where(small, torch.zeros_like(x), x)  # so that the form not chosen cannot overflow
         rest = torch.where(

@@ -35,6 +35,12 @@ def blend(
     return torch.where(x.abs() < width, near(x.clamp(-width, width)), far(x))
 
 
+def bounded(x: Tensor, low: float | None = None) -> Tensor:
+    """Holds log r where products of r and log r, and their backward passes, are finite."""
+    top = log_max(x.dtype)
+    return x.clamp(low, top - math.log(top) - 1.0)
+
+
 def constant(x: Tensor, value: float) -> Tensor:
     """``value`` everywhere, but NaN where ``x`` is NaN; its gradient is zero."""
     return torch.where(x.isnan(), x, torch.full_like(x, value))
@@ -78,9 +84,7 @@ def exp_excess(x: Tensor, scale: float = 1.0) -> Tensor:
 
 def entropy_excess(x: Tensor) -> Tensor:
     """``x exp(x) - exp(x) + 1``, never negative: the centered KL generator."""
-    top = log_max(x.dtype)
-    # Below -1000 exp is 0 in every dtype (and 0 * inf is avoided); above, twice the product is still finite.
-    y = x.clamp(-1000.0, top - math.log(top) - 1.0)
+    y = bounded(x, -1000.0)  # below exp is 0 in every dtype, and 0 * inf is avoided
     return blend(
         y, lambda z: torch.exp(z) * exp_curvature(-z) * z * z, lambda z: 1.0 + torch.exp(z) * (z - 1.0)
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.divergences.core import Divergence, Function
 from distmatch.divergences.numerics import (
+    bounded,
     bounded_exp,
     entropy_excess,
     exp_excess,
@@ -39,12 +40,6 @@ def _share(family: str, share: float, zero: bool) -> float:
         expected=f"{'0, or ' if zero else ''}more than 0 (by {_LEAST:g}) and less than 1",
         fix=f"write for example {family}:0.1",
     )
-
-
-def _bounded(x: Tensor) -> Tensor:
-    """Holds log r where products of r and log r, and their backward passes, are finite."""
-    top = log_max(x.dtype)
-    return x.clamp(max=top - math.log(top) - 1.0)
 
 
 def gjs(b: float) -> Divergence:
@@ -72,7 +67,7 @@ def _gjs(b: float, rest: float) -> Divergence:
     log_scale = math.log(b) + math.log(rest)
 
     def f(x: Tensor) -> Tensor:
-        x = _bounded(x)
+        x = bounded(x)
         to_q, to_p = log_blend(x, b, rest), log_blend(-x, rest, b)  # log M/q, log M/p
         return bounded_exp(to_q) * (b * entropy_excess(-to_p) + rest * entropy_excess(-to_q))
 
@@ -130,7 +125,7 @@ def skew_kl(a: float) -> Divergence:
     rest = 1.0 - a
 
     def f(x: Tensor) -> Tensor:
-        x = _bounded(x)
+        x = bounded(x)
         return bounded_exp(log_blend(x, a, rest)) * entropy_excess(-log_blend(-x, rest, a))
 
     def d2f(x: Tensor) -> Tensor:

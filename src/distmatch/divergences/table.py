@@ -17,6 +17,7 @@ from distmatch.divergences.core import Divergence
 from distmatch.divergences.numerics import (
     LOG2,
     blend,
+    bounded,
     bounded_exp,
     constant,
     entropy_excess,
@@ -55,8 +56,7 @@ KL: Divergence = Divergence(
 
 
 def _js(x: Tensor) -> Tensor:
-    top = log_max(x.dtype)
-    x = x.clamp(max=top - math.log(top) - 1.0)  # so that the products of the backward pass are finite
+    x = bounded(x)
     # E_m over both halves of KL(. || m), each half with the centered KL generator: no cancellation anywhere.
     to_q, to_p = log_mean(x), log_mean(-x)  # log m/q, log m/p
     return bounded_exp(to_q, 0.5) * (entropy_excess(-to_p) + entropy_excess(-to_q))
@@ -117,8 +117,7 @@ HELLINGER: Divergence = Divergence(
 
 
 def _softened_reverse_kl(x: Tensor) -> Tensor:
-    top = log_max(x.dtype)
-    x = x.clamp(max=top - math.log(top) - 1.0)  # as for JS
+    x = bounded(x)
     return bounded_exp(log_mean(x), 2.0) * exp_excess(-log_mean(-x))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from distmatch.report.svg import ACCENT, INK, MUTED, RULE, SOFT, TIMES, to_svg
+from distmatch.report.svg import ACCENT, INK, MUTED, RULE, SOFT, TIMES, to_png, to_svg
 
 _RAW_POINTS = 400  # more points than this a small panel cannot show
 _SHOWN_SAMPLES = 1000  # points in a scatter panel; more only hide each other
@@ -205,6 +204,4 @@ def scatter_png(x: np.ndarray) -> bytes:
     else:
         inside.plot(*points.T, "o", color=PNG_COLOR, markersize=2.4, markeredgewidth=0, alpha=0.6)
         inside.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return to_png(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from distmatch.report.figures import PNG_COLOR
-from distmatch.report.svg import ACCENT, MUTED, RULE, to_svg
+from distmatch.report.svg import ACCENT, MUTED, RULE, to_png, to_svg
 
 CHANNELS, CURVES = 3, 12  # that are drawn, at most
 
@@ -65,6 +64,4 @@ def sequences_png(x: np.ndarray) -> bytes:
     """The first of some sequences (N, L, D) as the bytes of a PNG picture."""
     x = x[np.isfinite(x).all(axis=(1, 2))]
     limits = curve_limits([x]) if len(x) else np.tile([0.0, 1.0], (min(x.shape[2], CHANNELS), 1))
-    buffer = io.BytesIO()
-    _draw([(x, PNG_COLOR)], limits, 500.0, "black").savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return to_png(_draw([(x, PNG_COLOR)], limits, 500.0, "black"))

@@ -19,6 +19,13 @@ _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", SOFT: 
 }
 
 
+def to_png(figure: Figure) -> bytes:
+    """A figure as a picture that stands alone."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
 def to_svg(figure: Figure, alt: str) -> Markup:
     """Renders a figure for the page.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentF
 
 from distmatch.report.figures import frame, plane
 from distmatch.report.grid import image_grid
+from distmatch.report.svg import to_png
 
 _COLUMNS = 10  # levels shown as images; more would be too small to see
 _PATHS = 60  # paths of vectors drawn; more hide each other
@@ -50,10 +50,7 @@ def trajectory_png(way: Way) -> bytes:
     Args:
         way: What to draw.
     """
-    figure = _of_images(way) if way.x0.ndim > 3 else _of_vectors(way)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return to_png(_of_images(way) if way.x0.ndim > 3 else _of_vectors(way))
 
 
 def _of_images(way: Way) -> Figure:

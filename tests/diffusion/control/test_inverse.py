@@ -12,7 +12,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.control.color import color_frame, from_frame, grey_map, grey_value, to_frame
 from distmatch.diffusion.control.forward_model import ObservationGuided, quantile_loss, spread_quantiles
-from distmatch.diffusion.control.inpainting import Replacement, paste
+from distmatch.diffusion.control.inpainting import Replacement
 from distmatch.diffusion.control.inverse import LinearPosterior, conjugate_gradients
 from distmatch.diffusion.control.linear import linear_map, observed
 from distmatch.diffusion.denoiser import is_diffused
@@ -205,11 +205,6 @@ def test_colorization_keeps_the_grey() -> None:
     y = keep.start(20 * normal(6, 3, 2, 2))
     done = solve(pictures, y, levels, "reverse-diffusion", noise=noise, on_step=keep).y
     torch.testing.assert_close(done.mean(1, keepdim=True), grey.expand(6, -1, -1, -1))
-
-
-def test_paste() -> None:
-    mask = torch.tensor([True, False])
-    assert paste(torch.zeros(2, 2), torch.ones(2), mask).tolist() == [[1, 0], [1, 0]]
 
 
 def test_observations_draw_a_series_towards_its_posterior() -> None:

@@ -15,7 +15,6 @@ from distmatch.data import from_arrays
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.paths import NoisePath, condot, path_of
 from distmatch.diffusion.paths.kinetic import (
-    _interpolate,
     kinetic_path,
     kinetic_path_of,
     least_energy,
@@ -30,6 +29,13 @@ from tests.helpers.rounding import assert_same_but_for_rounding
 
 MODE = math.sqrt(0.95)
 PAIR = GaussianMixture([0.5, 0.5], [[-MODE], [MODE]], [0.05, 0.05], sigma_min=1e-4, sigma_max=1e4)
+
+
+def _interpolate(values: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Linear between values at angles that are even from 0 to pi/2."""
+    place = angle.clamp(0, math.pi / 2) * ((len(values) - 1) / (math.pi / 2))
+    left = place.floor().long().clamp(0, len(values) - 2)
+    return values[left] + (place - left) * (values[left + 1] - values[left])
 
 
 def exact_losses(angles: int) -> Tensor:

@@ -15,7 +15,7 @@ from distmatch.diffusion.conditioning import (
     check_conditioning,
     spec_of,
 )
-from distmatch.diffusion.denoiser import Denoiser, require_diffused, require_score
+from distmatch.diffusion.denoiser import Denoiser, levels_like, require_diffused, require_score
 from distmatch.diffusion.geometry.jacobian import denoise_for_gradient, pull_back
 from distmatch.diffusion.guidance import CallCounter
 from distmatch.diffusion.latents import require_same_samples
@@ -122,7 +122,7 @@ class Models:
             level: Its noise level.
             dtype: In which the models are called.
         """
-        sigma = _levels_like(y, level, dtype)
+        sigma = levels_like(y, level, dtype)
         clean = [c(y.to(dtype), sigma, labels).double() for c, labels in self._pairs()]
         return (torch.stack(clean) - y) / level**2
 
@@ -133,7 +133,7 @@ class Models:
 
         H_i is the Hessian of log q_i. The function costs K VJPs of each model.
         """
-        sigma = _levels_like(y, level, dtype)
+        sigma = levels_like(y, level, dtype)
         passes = [denoise_for_gradient(c, y.to(dtype), sigma, labels) for c, labels in self._pairs()]
         clean = torch.stack([out.detach().double() for out, _ in passes])
 
@@ -149,11 +149,6 @@ class Models:
 
     def _pairs(self) -> Iterator[tuple[CallCounter, Conditioning]]:
         return zip(self._counters, self.conditions, strict=True)
-
-
-def _levels_like(y: Tensor, level: float, dtype: torch.dtype) -> Tensor:
-    level_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    return torch.full((len(y),), level, dtype=level_dtype, device=y.device)
 
 
 def over_models(weights: Tensor, values: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
@@ -60,8 +59,3 @@ class Replacement:
     def _replaced(self, state: Tensor, level: float, z: Tensor) -> Tensor:
         known = self._value.to(state) + level * z.to(state)
         return state + self._operator.transpose(known - self._operator.apply(state))
-
-
-def paste(x: Tensor, known: Tensor, mask: Tensor) -> Tensor:
-    """``known`` where ``mask`` is True, ``x`` elsewhere: for after a solve that ends above level 0."""
-    return torch.where(mask, known.to(x), x)

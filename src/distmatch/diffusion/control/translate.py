@@ -30,7 +30,7 @@ from torch import Tensor
 from distmatch.base.checks import check_batch, check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike, conditioning_for
-from distmatch.diffusion.denoiser import Denoiser, require_score
+from distmatch.diffusion.denoiser import Denoiser, levels_like, require_score
 from distmatch.diffusion.latents import Decoder, decoder_of, require_same_samples
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers.grids import checked_levels
@@ -70,9 +70,7 @@ def _mean_and_spread(clean: Tensor, y: Tensor, now: float, after: float, eta: fl
 def _denoise(
     denoiser: Denoiser, y: Tensor, level: float, dtype: torch.dtype, conditioning: ConditioningLike
 ) -> Tensor:
-    level_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
-    return denoiser(y.to(dtype), sigma, conditioning).double()
+    return denoiser(y.to(dtype), levels_like(y, level, dtype), conditioning).double()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 from distmatch.base.checks import check_batch
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.conditioning import ConditioningLike, conditioning_for, for_model
-from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.denoiser import Denoiser, levels_like
 from distmatch.diffusion.guidance.linear import check_pair
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath
@@ -140,10 +140,8 @@ def _predictor(
 ) -> Predict:
     """The model in one step, called with a level for the whole batch, in the dtype of the state."""
     chosen = at_step(model, now, after)
-    level_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
     def predict(y: Tensor, level: float) -> Tensor:
-        sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
-        return chosen(y.to(dtype), sigma, conditioning).to(y.dtype)
+        return chosen(y.to(dtype), levels_like(y, level, dtype), conditioning).to(y.dtype)
 
     return predict

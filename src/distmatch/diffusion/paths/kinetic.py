@@ -185,14 +185,6 @@ def _levels(angles: int, sigma_data: float) -> Tensor:
     return sigma_data * torch.linspace(0, math.pi / 2, angles, dtype=torch.float64).tan().abs()
 
 
-def _interpolate(values: Tensor, angle: Tensor) -> Tensor:
-    """Linear interpolation of values on evenly spaced angles from 0 to pi / 2."""
-    place = angle.clamp(0, math.pi / 2) * ((len(values) - 1) / (math.pi / 2))
-    left = place.floor().long().clamp(0, len(values) - 2)
-    values = values.to(angle.device)
-    return values[left] + (place - left) * (values[left + 1] - values[left])
-
-
 class _Table:
     """sqrt(G), linear between evenly spaced angles, and its integral chi, which is then exact."""
 

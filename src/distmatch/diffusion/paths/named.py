@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_name, check_number
+from distmatch.base.checks import check_name, check_number, check_rising
 from distmatch.base.errors import UserError
 from distmatch.diffusion.paths.core import NoisePath, check_times
 from distmatch.diffusion.predictions import Coefficients
@@ -34,11 +34,7 @@ def vp(
         t_min: Smallest time.
         t_max: Largest time.
     """
-    _check_rates(beta_min, beta_max)
-    check_times("VP", t_min, t_max, 0.0, math.inf)
-    b = (beta_min, beta_max)
-    options = {"beta_min": beta_min, "beta_max": beta_max, "t_min": t_min, "t_max": t_max}
-    return NoisePath("vp", t_min, t_max, partial(_vp_at, *b), partial(_vp_inverse, *b), options)
+    return _with_rates("vp", _vp_at, _vp_inverse, beta_min, beta_max, t_min, t_max)
 
 
 def sub_vp(
@@ -52,11 +48,7 @@ def sub_vp(
         t_min: Smallest time.
         t_max: Largest time.
     """
-    _check_rates(beta_min, beta_max)
-    check_times("sub-VP", t_min, t_max, 0.0, math.inf)
-    b = (beta_min, beta_max)
-    options = {"beta_min": beta_min, "beta_max": beta_max, "t_min": t_min, "t_max": t_max}
-    return NoisePath("sub-vp", t_min, t_max, partial(_sub_vp_at, *b), partial(_sub_vp_inverse, *b), options)
+    return _with_rates("sub-vp", _sub_vp_at, _sub_vp_inverse, beta_min, beta_max, t_min, t_max)
 
 
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> NoisePath:
@@ -66,7 +58,7 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> NoisePath:
         sigma_min: Noise level at t = 0.
         sigma_max: Noise level at t = 1.
     """
-    _check_levels(sigma_min, sigma_max)
+    check_rising(sigma_min=sigma_min, sigma_max=sigma_max)
     s = (sigma_min, sigma_max)
     options = {"sigma_min": sigma_min, "sigma_max": sigma_max}
     return NoisePath("ve", 0.0, 1.0, partial(_ve_at, *s), partial(_ve_inverse, *s), options)
@@ -79,7 +71,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoisePath:
         sigma_min: Smallest noise level.
         sigma_max: Largest noise level.
     """
-    _check_levels(sigma_min, sigma_max)
+    check_rising(sigma_min=sigma_min, sigma_max=sigma_max)
     options = {"sigma_min": sigma_min, "sigma_max": sigma_max}
     return NoisePath("edm", sigma_min, sigma_max, _edm_at, torch.clone, options)
 
@@ -168,31 +160,25 @@ def noise_path(name: str | NoisePath, **options: float) -> NoisePath:
         raise UserError(f"the {name} path does not take these options", got=error) from error
 
 
-def _check_levels(low: float, high: float) -> None:
-    """Refuses noise levels that do not satisfy ``0 < low < high < inf``.
-
-    Raises:
-        UserError: They do not.
-    """
-    if not 0 < low < high < math.inf:
-        raise UserError(
-            "noise levels must satisfy 0 < sigma_min < sigma_max",
-            got=f"sigma_min={low}, sigma_max={high}",
-        )
-
-
-def _check_rates(beta_min: float, beta_max: float) -> None:
-    """Refuses rates that do not satisfy ``0 < beta_min <= beta_max < inf``.
-
-    Raises:
-        UserError: They do not.
-    """
+def _with_rates(
+    name: str,
+    at: Callable[..., Coefficients],
+    inverse: Callable[..., Tensor],
+    beta_min: float,
+    beta_max: float,
+    t_min: float,
+    t_max: float,
+) -> NoisePath:
     if not 0 < beta_min <= beta_max < math.inf:
         raise UserError(
             "the rates of a variance-preserving path must be positive and not fall",
             got=f"beta_min={beta_min}, beta_max={beta_max}",
             expected="0 < beta_min <= beta_max; 0.1 and 20, usually",
         )
+    check_times(name, t_min, t_max, 0.0, math.inf)
+    b = (beta_min, beta_max)
+    options = {"beta_min": beta_min, "beta_max": beta_max, "t_min": t_min, "t_max": t_max}
+    return NoisePath(name, t_min, t_max, partial(at, *b), partial(inverse, *b), options)
 
 
 def _integral(beta_min: float, beta_max: float, t: Tensor) -> tuple[Tensor, Tensor]:

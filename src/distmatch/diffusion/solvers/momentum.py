@@ -14,7 +14,7 @@ from torch import Tensor
 from distmatch.base.checks import check_count, check_number
 from distmatch.diffusion.solvers.multistep import AB
 from distmatch.diffusion.solvers.onestep import combined
-from distmatch.diffusion.solvers.run import Run, Solver
+from distmatch.diffusion.solvers.run import Run, Solver, Stepper
 
 
 def ghvb_weights(order: int, beta: float) -> tuple[float, ...]:
@@ -61,28 +61,23 @@ class HeavyBall(Solver):
         check_number("the beta of heavy ball", self.beta, "(0, 1]")
         check_count("the order under heavy ball", self.order, 1, len(AB))
 
-    def stepper(self, run: Run) -> _HeavyBallStepper:
+    def stepper(self, run: Run) -> Stepper:
         """One call a step."""
-        return _HeavyBallStepper(self, run)
+        history: deque[Tensor] = deque(maxlen=self.order)
+        velocity: Tensor | None = None
 
+        def step(k: int, y: Tensor) -> Tensor:
+            nonlocal velocity
+            now, after = run.levels[k], run.levels[k + 1]
+            slope = run.eps(y, now)
+            history.appendleft(slope)
+            weights = AB[len(history) - 1]
+            if len(weights) > 1:
+                slope = combined(weights[0] * slope, weights[1:], list(history)[1:])
+            velocity = slope if velocity is None else (1 - self.beta) * velocity + self.beta * slope
+            return y.add(velocity, alpha=after - now)
 
-class _HeavyBallStepper:
-    def __init__(self, solver: HeavyBall, run: Run) -> None:
-        self.solver, self.run = solver, run
-        self.history: deque[Tensor] = deque(maxlen=solver.order)
-        self.velocity: Tensor | None = None
-
-    def __call__(self, k: int, y: Tensor) -> Tensor:
-        """Step ``k``."""
-        now, after = self.run.levels[k], self.run.levels[k + 1]
-        slope = self.run.eps(y, now)
-        self.history.appendleft(slope)
-        weights = AB[len(self.history) - 1]
-        if len(weights) > 1:
-            slope = combined(weights[0] * slope, weights[1:], list(self.history)[1:])
-        beta, old = self.solver.beta, self.velocity
-        self.velocity = slope if old is None else (1 - beta) * old + beta * slope
-        return y.add(self.velocity, alpha=after - now)
+        return step
 
 
 @dataclass(frozen=True)

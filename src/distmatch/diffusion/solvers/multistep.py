@@ -196,27 +196,21 @@ class DPMpp(Solver):
 
     def stepper(self, run: Run) -> Stepper:
         """One call a step."""
-        return _DPMppStepper(self, run)
+        before: Tensor | None = None
+        velocity: Tensor | None = None
 
+        def step(k: int, y: Tensor) -> Tensor:
+            nonlocal before, velocity
+            now, after = run.levels[k], run.levels[k + 1]
+            target = clean = run.denoise(y, now)
+            low = k == run.steps - 1 and run.steps < self.low_end
+            if self.order == 2 and before is not None and not low:
+                share = 0.5 * math.log(now / after) / math.log(run.levels[k - 1] / now)
+                target = clean + share * (clean - before)
+            before = clean
+            if self.beta < 1:
+                target = target if velocity is None else (1 - self.beta) * velocity + self.beta * target
+                velocity = target
+            return target + (after / now) * (y - target)
 
-class _DPMppStepper:
-    def __init__(self, solver: DPMpp, run: Run) -> None:
-        self.solver, self.run = solver, run
-        self.before: Tensor | None = None
-        self.velocity: Tensor | None = None
-
-    def __call__(self, k: int, y: Tensor) -> Tensor:
-        """Step ``k``."""
-        levels, beta = self.run.levels, self.solver.beta
-        now, after = levels[k], levels[k + 1]
-        clean = self.run.denoise(y, now)
-        target, last = clean, k == self.run.steps - 1
-        low = last and self.run.steps < self.solver.low_end
-        if self.solver.order == 2 and self.before is not None and not low:
-            share = 0.5 * math.log(now / after) / math.log(levels[k - 1] / now)
-            target = clean + share * (clean - self.before)
-        self.before = clean
-        if beta < 1:
-            old = self.velocity
-            target = self.velocity = target if old is None else (1 - beta) * old + beta * target
-        return target + (after / now) * (y - target)
+        return step

@@ -13,7 +13,7 @@ from distmatch.base.checks import check_batch, check_count, check_finite
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import initial_noise
 from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, conditioning_for
-from distmatch.diffusion.denoiser import Denoiser, require_score
+from distmatch.diffusion.denoiser import Denoiser, levels_like, require_score
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath, noise_path
 from distmatch.diffusion.pfgm import start_noise
@@ -83,7 +83,6 @@ def solve(
     counter = denoiser if isinstance(denoiser, CallCounter) else CallCounter(denoiser)
     calls_before = counter.calls
     work = torch.float32 if y.device.type == "mps" else torch.float64
-    level_dtype = y.dtype if y.dtype in (torch.float32, torch.float64) else torch.float32
 
     model: Denoiser = counter
 
@@ -92,8 +91,7 @@ def solve(
         model = at_step(counter, levels[k], levels[k + 1])
 
     def denoise(state: Tensor, level: float) -> Tensor:
-        sigma = torch.full((len(y),), level, dtype=level_dtype, device=y.device)
-        return model(state.to(y.dtype), sigma, conditioning).to(work)
+        return model(state.to(y.dtype), levels_like(y, level, y.dtype), conditioning).to(work)
 
     def normal(step: int, draw: int) -> Tensor:
         if noise is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.solvers.onestep import combined
-from distmatch.diffusion.solvers.run import Run, Solver
+from distmatch.diffusion.solvers.run import Run, Solver, Stepper
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,25 @@ class UniPC(Solver):
         if self.order not in (1, 2, 3):
             raise UserError("the order of UniPC must be 1, 2 or 3", got=self.order)
 
-    def stepper(self, run: Run) -> _UniPCStepper:
-        """One call a step."""
-        return _UniPCStepper(self, run)
+    def stepper(self, run: Run) -> Stepper:
+        """One call a step: the correction takes the call of the next step."""
+        past: _Past | None = None
+        predicted: Tensor | None = None
+
+        def step(k: int, y: Tensor) -> Tensor:
+            nonlocal past, predicted
+            now, after = run.levels[k], run.levels[k + 1]
+            clean = run.denoise(y, now)
+            if past is not None and self.corrector and y is predicted:
+                y = past.step(now, clean)
+            # Before a step to 0, which is of order 1, the order falls by one a step, as in diffusers.
+            order = min(self.order, run.steps - k) if run.levels[-1] == 0 else self.order
+            known = (clean, *(past.clean if past else ()))[:order]
+            past = _Past(y, now, known, (now, *(past.levels if past else ()))[: len(known)])
+            predicted = past.step(after)
+            return predicted
+
+        return step
 
 
 @dataclass(frozen=True)
@@ -90,24 +106,3 @@ def bh2_weights(ratios: Sequence[float], h: float) -> tuple[float, ...]:
         rights.append(math.factorial(k) * phi * z / math.expm1(z))
     powers = np.array([[r**k for r in ratios] for k in range(len(ratios))])
     return tuple(np.linalg.solve(powers, np.array(rights)).tolist())
-
-
-class _UniPCStepper:
-    def __init__(self, solver: UniPC, run: Run) -> None:
-        self.solver, self.run = solver, run
-        self.past: _Past | None = None
-        self.predicted: Tensor | None = None
-
-    def __call__(self, k: int, y: Tensor) -> Tensor:
-        """Step ``k``."""
-        levels, past = self.run.levels, self.past
-        now, after = levels[k], levels[k + 1]
-        clean = self.run.denoise(y, now)
-        if past is not None and self.solver.corrector and y is self.predicted:
-            y = past.step(now, clean)
-        # Before a step to 0, which is of order 1, the order falls by one a step, as in diffusers.
-        order = min(self.solver.order, self.run.steps - k) if levels[-1] == 0 else self.solver.order
-        known = (clean, *(past.clean if past else ()))[:order]
-        self.past = _Past(y, now, known, (now, *(past.levels if past else ()))[: len(known)])
-        self.predicted = self.past.step(after)
-        return self.predicted
