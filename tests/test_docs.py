@@ -6,7 +6,15 @@ from unittest import mock
 
 import pytest
 
+from distmatch.cli.doctor import DoctorOptions
+from distmatch.cli.evaluate import EvaluateOptions
+from distmatch.cli.export import ExportOptions
+from distmatch.cli.help import flags_of
+from distmatch.cli.parse import Place
+from distmatch.cli.sample import SampleOptions
 from distmatch.methods.table import METHODS
+from distmatch.report.training import _TITLES, _WATCHED
+from distmatch.training.options import DistillOptions, TrainOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,3 +35,22 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is missing"
+
+
+def test_options_of_the_pages_on_problems_exist():
+    classes = (DoctorOptions, EvaluateOptions, ExportOptions, Place, SampleOptions, TrainOptions)
+    known = {flag for kind in classes for flag in flags_of(kind)}
+    for method in METHODS:
+        known |= set(flags_of(DistillOptions, DistillOptions.of(method)))
+    for page in ("troubleshooting.md", "watch.md"):
+        named = set(re.findall(r"--[a-z][a-z0-9-]+", (ROOT / "docs" / page).read_text()))
+        assert len(named) > 5
+        assert named <= known, f"{page} names {', '.join(sorted(named - known))}"
+
+
+def test_problems_are_looked_for_in_charts_that_there_are():
+    titles = {title for title, _ in (*_TITLES.values(), *_WATCHED.values())} | {"Watch for collapse"}
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = set(re.findall(r'"([A-Z][^"]+)"', text))
+    assert quoted
+    assert all(any(title.startswith(name) for title in titles) for name in quoted), quoted - titles

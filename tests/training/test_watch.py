@@ -310,9 +310,10 @@ def test_a_collapse_is_warned_of_once(monkeypatch):
     ignore_noise(monkeypatch)
     (message,) = [m for m in run(job, watch, 20) if "same sample for every seed" in m]
     assert message.startswith("at step 20")  # the second measurement in succession
-    for option in ("--lr", "--fake-score-steps", "--guidance", "--keep-best energy"):
+    for option in ("--lr", "--fake-score-steps", "--keep-best energy"):
         assert option in message
-    assert "--divergence" not in message  # this method takes none
+    for option in ("--divergence", "--gan-weight", "--guidance"):  # it has none, none, and is 1
+        assert option not in message
 
 
 def test_a_learning_rate_that_is_far_too_high_is_warned_of(tmp_path):
@@ -336,6 +337,7 @@ def test_a_learning_rate_that_is_far_too_high_is_warned_of(tmp_path):
             {"saturation": 0.3, "teacher_saturation": 0.3},
             {"saturation": 0.6, "teacher_saturation": 0.3},
         ),
+        ("vendi", {"vendi": 0.9}, {"vendi": 0.3}),
         ("energy", {"energy": 0.1}, {"energy": 1.5}),
         ("motion", {"motion": 0.9}, {"motion": 0.2}),
         ("fake_score_lag", {"fake_score_lag": 1.1}, {"fake_score_lag": 2.5}),
@@ -352,7 +354,7 @@ def test_bounds_are_for_what_became_worse(kind, good, bad):
     assert kinds(bad, best, late=False) == [kind]
     assert kinds(bad, {}, late=False) == kinds(bad, {kind: bad[kind]}, late=False) == []  # so from the start
     assert kinds(good, best, late=True) == []
-    always = [] if kind in ("diversity", "energy") else [kind]  # which may be on their way
+    always = [] if kind in ("diversity", "vendi", "energy") else [kind]  # which may be on their way
     assert kinds(bad, {kind: bad[kind]}, late=True) == always
     assert kinds({**bad, kind: float("nan")}, best, late=True) == []
 
@@ -365,12 +367,27 @@ def test_a_student_without_any_diversity_is_warned_of_late():
     assert not list(watch_warnings({"diversity": 0.05}, {}, method, method.settings(), late=False))
 
 
+def test_what_helps_depends_on_the_options():
+    method = METHODS["f-distill"]
+
+    def text(kept: bool, **settings: Any) -> str:
+        found = watch_warnings(
+            {"diversity": 0.01}, {}, method, method.settings(**settings), late=True, kept=kept
+        )
+        return next(found)[1]
+
+    assert "--guidance" in text(kept=True, guidance=2.0)
+    assert "--guidance" not in text(kept=True)
+    assert "--keep-best" in text(kept=False)
+    assert "--keep-best" not in text(kept=True)
+
+
 def test_only_settings_of_the_method_are_advised():
     for name, method in METHODS.items():
         settings = method.settings()
-        values = {"diversity": 0.01, "motion": 0.0, "fake_score_lag": 9.0, "energy": 9.0}
+        values = {"diversity": 0.01, "motion": 0.0, "fake_score_lag": 9.0, "energy": 9.0, "vendi": 0.1}
         values |= {"solid": 1.0, "teacher_solid": 0.0, "saturation": 1.0, "teacher_saturation": 0.0}
-        found = dict(watch_warnings(values, {"energy": 1.0}, method, settings, late=True))
+        found = dict(watch_warnings(values, {"energy": 1.0, "vendi": 1.0}, method, settings, late=True))
         assert set(found) == {bound.kind for bound in BOUNDS}
         for message in found.values():
             flags = {word.strip(";,.") for word in message.split() if word.startswith("--")}

@@ -232,8 +232,9 @@ class Watch:
         w = self.watched
         messages = []
         if step > 0:  # an untrained student has not collapsed
-            late = 2 * step >= w.steps
-            found = dict(watch_warnings(values, self._best_values, w.method, w.settings, late=late))
+            late, kept = 2 * step >= w.steps, self.options.keep_best != "none"
+            best = self._best_values
+            found = dict(watch_warnings(values, best, w.method, w.settings, late=late, kept=kept))
             for kind in sorted(found.keys() & set(self._crossed) - set(self._warned)):  # not what passes
                 self._warned.append(kind)
                 messages.append(f"at step {step} {found[kind]}")

@@ -13,6 +13,8 @@ LOW_DIVERSITY = 0.5
 """Diversity over the teacher's, below which a falling one is a warning."""
 NO_DIVERSITY = 0.1
 """The same, below which it is one in the second half of a run, falling or not."""
+FEW_SAMPLES = 0.5
+"""Vendi score over the teacher's, below which a falling one is a warning."""
 SATURATED = 0.2
 """Share of values at the ends of the range, beyond the teacher's share."""
 SOLID_IMAGES = 0.25
@@ -83,6 +85,17 @@ BOUNDS = (
         lambda v: v["diversity"] < NO_DIVERSITY,
     ),
     Bound(
+        "vendi",
+        max,
+        lambda v: v["vendi"] < FEW_SAMPLES,
+        lambda v: (
+            f"the Vendi score of samples of one condition is only {v['vendi']:.2f} times the teacher's: "
+            "the student gives few different samples"
+        ),
+        (_LR, _MORE_FAKE, _DIVERGENCE, _GUIDANCE, _GAN),
+        lambda v: False,
+    ),
+    Bound(
         "energy",
         min,
         lambda v: v["energy"] > FAR,
@@ -138,7 +151,7 @@ BOUNDS = (
 
 
 def watch_warnings(
-    values: Values, best: Values, method: Method, settings: Any, *, late: bool
+    values: Values, best: Values, method: Method, settings: Any, *, late: bool, kept: bool = False
 ) -> Iterator[tuple[str, str]]:
     """The kinds and texts of the warnings that measurements give.
 
@@ -152,10 +165,12 @@ def watch_warnings(
         method: The method; only what it has is advised.
         settings: Its settings.
         late: Whether the second half of the run has begun.
+        kept: Whether the best checkpoint is kept.
     """
-    has = {"divergence"} if method.divergences == "any" else set()
+    has = {name for name in vars(settings) if name != "guidance" or settings.guidance > 1}
+    has |= {"divergence"} if method.divergences == "any" else set()
     for bound in BOUNDS:
         if bound.kind in values and bound.warns(values, best, late):
-            changes = [text for name, text in bound.changes if name in has or hasattr(settings, name)]
-            helps = "; ".join([*changes, "keep the best checkpoint with --keep-best energy"])
-            yield bound.kind, f"{bound.message(values)}. What helps: {helps}."
+            helps = [text for name, text in bound.changes if name in has]
+            helps += [] if kept else ["keep the best checkpoint with --keep-best energy"]
+            yield bound.kind, f"{bound.message(values)}. What helps: {'; '.join(helps)}."
