@@ -8,6 +8,7 @@ import torch
 from distmatch.base.checks import (
     check_batch,
     check_count,
+    check_equal,
     check_finite,
     check_name,
     check_number,
@@ -50,6 +51,9 @@ def test_levels_rise_and_names_are_known():
     for low, high in ((0.0, 1.0), (1.0, 1.0), (1.0, math.inf), (math.nan, 1.0)):
         with pytest.raises(UserError, match="0 < low < high"):
             check_rising(low=low, high=high)
+    check_equal("sizes", (1, 2), (1, 2))
+    with pytest.raises(UserError, match=r"sizes differ. Got: 1 and 2"):
+        check_equal("sizes", 1, 2)
     check_name("grid", "log", ("log", "time"))
     with pytest.raises(UserError, match="did you mean log"):
         check_name("grid", "lot", ("log", "time"))

@@ -197,7 +197,7 @@ def test_consistent_conditionals_need_one_evaluation_instead_of_many():
     [
         (
             lambda: consistency_loss(table(), Uniform(V, 5), table().states, generator=rng()),
-            "different sizes",
+            "vocabularies and lengths",
         ),
         (lambda: consistency_loss(table(), Lookup(), torch.full((1, L), V), generator=rng()), "0 to 2"),
         (lambda: gibbs_block(table(), table().states, 0, generator=rng()), "from 1 to 4"),

@@ -264,5 +264,5 @@ def test_wrong_settings_are_refused(settings, message):
 
 
 def test_networks_of_different_sizes_are_refused():
-    with pytest.raises(UserError, match="different sizes"):
+    with pytest.raises(UserError, match="vocabularies and lengths"):
         MarginalTraining(NET, 5, conditionals=JointTable(torch.zeros(2, 2)))

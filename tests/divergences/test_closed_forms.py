@@ -238,7 +238,7 @@ def test_equal_gaussians_are_at_distance_zero():
         (torch.zeros(2), torch.tensor([[math.inf, 0.0], [0.0, 1.0]]), "not finite"),
         (torch.zeros(2, dtype=torch.int64), torch.eye(2), "float"),
         ([0.0], torch.eye(1), "float"),
-        (torch.zeros(1), torch.eye(1, dtype=torch.float64), "same dtype"),
+        (torch.zeros(1), torch.eye(1, dtype=torch.float64), "dtypes of mean"),
     ],
 )
 def test_what_is_no_gaussian_is_a_user_error(mean, covariance, says):

@@ -66,7 +66,7 @@ def test_a_mixture_is_the_weighted_sum_in_every_respect():
     ("parts", "weights", "says"),
     [
         ([], None, "at least one"),
-        (["kl"], [0.5, 0.5], "one weight for each"),
+        (["kl"], [0.5, 0.5], "numbers of divergences and of weights"),
         (["kl", "js"], [1.5, -0.5], "shares"),
         (["kl", "js"], [0.5, 0.6], "shares"),
         (["kl", "js"], [0.5, math.nan], "shares"),

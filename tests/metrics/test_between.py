@@ -313,7 +313,7 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(UserError, match=r"none of these can be computed.*score"):
         compare_samples(x, x, "fisher")
     data = from_arrays(x)
-    with pytest.raises(UserError, match="different shapes"):
+    with pytest.raises(UserError, match="kinds or shapes"):
         compare_datasets(data, from_arrays(normal(100, 3, 0)))
     with pytest.raises(UserError, match="labels"):
         compare_datasets(data, data, features="classifier")

@@ -133,6 +133,22 @@ def check_one_each(what: str, values: Tensor, n: int) -> None:
         raise UserError(f"there must be one {what} per sample", got=tuple(values.shape), expected=(n,))
 
 
+def check_equal(what: str, first: Any, second: Any, *, fix: str | None = None) -> None:
+    """Accepts only two values that are the same.
+
+    Args:
+        what: What must be the same, as a plural: ``"the dimensions of the Gaussians"``.
+        first: One value.
+        second: The other.
+        fix: What to do where they differ.
+
+    Raises:
+        UserError: They differ.
+    """
+    if first != second:
+        raise UserError(f"{what} differ", got=f"{first} and {second}", expected="the same", fix=fix)
+
+
 def check_rising(**levels: float) -> None:
     """Accepts only positive, finite noise levels in strictly ascending order.
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_count
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count, check_equal
 from distmatch.discrete.likelihood import all_hidings
 from distmatch.discrete.losses import stratified
 from distmatch.discrete.orders import random_turns
@@ -132,11 +131,5 @@ def check_pair(marginals: Marginals, conditionals: Conditionals) -> None:
     Raises:
         UserError: Vocabulary or length differ.
     """
-    own = (marginals.vocabulary, marginals.length)
-    other = (conditionals.vocabulary, conditionals.length)
-    if own != other:
-        raise UserError(
-            "marginals and conditionals are of different sizes",
-            got=f"vocabulary and length {own} and {other}",
-            expected="the same",
-        )
+    sizes = [(model.vocabulary, model.length) for model in (marginals, conditionals)]
+    check_equal("the vocabularies and lengths of marginals and conditionals", *sizes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_count
+from distmatch.base.checks import check_count, check_equal
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.discrete.sampling import sample_tokens
@@ -184,9 +184,4 @@ def fill_text(
 
 
 def _check(model: Conditionals, alphabet: Alphabet) -> None:
-    if len(alphabet) != model.vocabulary:
-        raise UserError(
-            "the alphabet belongs to another model",
-            got=f"{len(alphabet)} characters",
-            expected=f"{model.vocabulary}",
-        )
+    check_equal("the sizes of alphabet and vocabulary", len(alphabet), model.vocabulary)

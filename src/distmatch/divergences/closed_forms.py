@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_number
+from distmatch.base.checks import check_equal, check_number
 from distmatch.base.errors import UserError
 from distmatch.divergences.core import Divergence
 from distmatch.divergences.gaussian import Gaussian
@@ -26,18 +26,9 @@ _NEAR_KL = 1e-8  # closer to order 0 or 1 than this it is the KL limit: either e
 
 
 def _pair(p: Gaussian, q: Gaussian) -> None:
-    if p.mean.shape != q.mean.shape:
-        raise UserError(
-            "the Gaussians have different dimensions",
-            got=f"{p.dimension} and {q.dimension}",
-            expected="the same dimension",
-        )
-    if p.mean.dtype != q.mean.dtype or p.mean.device != q.mean.device:
-        raise UserError(
-            "the Gaussians have different dtypes or devices",
-            got=f"{p.mean.dtype} on {p.mean.device}, {q.mean.dtype} on {q.mean.device}",
-            expected="the same dtype and device",
-        )
+    check_equal("the dimensions of the Gaussians", p.dimension, q.dimension)
+    check_equal("the dtypes of the Gaussians", p.mean.dtype, q.mean.dtype)
+    check_equal("the devices of the Gaussians", p.mean.device, q.mean.device)
 
 
 def _whitened(p: Gaussian, q: Gaussian) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from distmatch.base.checks import check_equal
 from distmatch.base.errors import UserError
 from distmatch.divergences.core import Divergence, Function
 from distmatch.divergences.numerics import numeric_conjugate
@@ -22,10 +23,7 @@ def _weighted(functions: list[Function], weights: list[float]) -> Function:
 
 def _checked_weights(count: int, weights: Sequence[float] | None) -> list[float]:
     shares = [1.0 / count] * count if weights is None else [float(w) for w in weights]
-    if len(shares) != count:
-        raise UserError(
-            "a mixture needs one weight for each divergence", got=f"{len(shares)} weights", expected=count
-        )
+    check_equal("the numbers of divergences and of weights", count, len(shares))
     if not all(math.isfinite(w) and w >= 0 for w in shares) or abs(sum(shares) - 1.0) > 1e-6:
         raise UserError(
             "the weights of a mixture must be shares",

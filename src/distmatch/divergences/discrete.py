@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_equal
 from distmatch.base.errors import UserError
 from distmatch.divergences.core import Divergence
 from distmatch.divergences.lookup import measure
@@ -60,12 +61,7 @@ def divergence_discrete(which: str | Divergence | Renyi, p: Tensor, q: Tensor) -
         UserError: Not probabilities, or the shapes do not match.
     """
     p, q = _probabilities(p, "p"), _probabilities(q, "q")
-    if p.shape[-1] != q.shape[-1]:
-        raise UserError(
-            "p and q have different numbers of outcomes",
-            got=f"{p.shape[-1]} and {q.shape[-1]}",
-            expected="the same last dimension",
-        )
+    check_equal("the numbers of outcomes of p and q, their last dimensions,", p.shape[-1], q.shape[-1])
     dtype = torch.promote_types(p.dtype, q.dtype)
     p, q = torch.broadcast_tensors(p.to(dtype), q.to(dtype))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_equal
 from distmatch.base.errors import UserError
 
 
@@ -64,12 +65,8 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         _check(self.mean, self.covariance)
-        if self.mean.dtype != self.covariance.dtype or self.mean.device != self.covariance.device:
-            raise UserError(
-                "mean and covariance of a Gaussian must have the same dtype and device",
-                got=f"{self.mean.dtype} on {self.mean.device}, {self.covariance.dtype} on "
-                f"{self.covariance.device}",
-            )
+        check_equal("the dtypes of mean and covariance", self.mean.dtype, self.covariance.dtype)
+        check_equal("the devices of mean and covariance", self.mean.device, self.covariance.device)
 
     @property
     def dimension(self) -> int:

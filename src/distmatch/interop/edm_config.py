@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from distmatch.base.checks import check_name
 from distmatch.base.errors import UserError
+from distmatch.base.rules import Rule, check_rules
 
 SONG, ADM, EDM2 = "song", "adm", "edm2"
+
+_LARGEST = 2**20  # far beyond any published network, and far from what a machine cannot hold
+
+
+def _whole(value: Any, low: int = 1) -> bool:
+    return type(value) is int and low <= value <= _LARGEST
+
+
+def _number(value: Any, low: float = -1e6, high: float = 1e6) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _list_of(fits: Callable[[Any], bool], least: int, most: int) -> Rule:
+    return Rule(
+        f"must be a list of {least} to {most} numbers in range",
+        lambda values: isinstance(values, tuple) and least <= len(values) <= most and all(map(fits, values)),
+    )
+
+
+Size = Annotated[int, Rule(f"must be a whole number from 1 to {_LARGEST}", _whole)]
+OptionalSize = Annotated[int | None, Rule("must be a positive number", lambda v: v is None or _whole(v))]
+Classes = Annotated[int, Rule("must be a whole number from 0", lambda v: _whole(v, 0))]
+Fraction = Annotated[float, Rule("must be a number from 0 to 1", lambda v: _number(v, 0, 1))]
+Flag = Annotated[bool, Rule("must be true or false", lambda v: type(v) is bool)]
+Limit = Annotated[float | None, Rule("must be positive", lambda v: v is None or (_number(v) and v > 0))]
+Multipliers = Annotated[tuple[int, ...], _list_of(_whole, 1, 16)]
+Heights = Annotated[tuple[int, ...], _list_of(lambda v: type(v) is int, 0, 64)]
+Taps = Annotated[tuple[int, ...], _list_of(_number, 2, 32)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +63,22 @@ class EDMConfig:
         resample_filter: Taps of the filter for halving and doubling: 1,1 or (NCSN++) 1,3,3,1.
     """
 
+    flags: ClassVar[bool] = False
+
     architecture: str
-    resolution: int
-    channels: int
-    num_classes: int = 0
-    model_channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    channel_mult_emb: int = 4
-    num_blocks: int = 4
-    attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.1
-    embedding: str = "positional"
-    channel_mult_noise: int = 1
-    residual_encoder: bool = False
-    resample_filter: tuple[int, ...] = (1, 1)
+    resolution: Size
+    channels: Size
+    num_classes: Classes = 0
+    model_channels: Size = 128
+    channel_mult: Multipliers = (1, 2, 2, 2)
+    channel_mult_emb: Size = 4
+    num_blocks: Size = 4
+    attn_resolutions: Heights = (16,)
+    dropout: Fraction = 0.1
+    embedding: Literal["positional", "fourier"] = "positional"
+    channel_mult_noise: Size = 1
+    residual_encoder: Flag = False
+    resample_filter: Taps = (1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,23 +105,25 @@ class EDM2Config:
         resample_filter: Taps of the filter for halving and doubling.
     """
 
-    resolution: int
-    channels: int
-    num_classes: int = 0
-    model_channels: int = 192
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-    channel_mult_noise: int | None = None
-    channel_mult_emb: int | None = None
-    num_blocks: int = 3
-    attn_resolutions: tuple[int, ...] = (16, 8)
-    label_balance: float = 0.5
-    concat_balance: float = 0.5
-    res_balance: float = 0.3
-    attn_balance: float = 0.3
-    clip_act: float | None = 256.0
-    channels_per_head: int = 64
-    dropout: float = 0.0
-    resample_filter: tuple[int, ...] = (1, 1)
+    flags: ClassVar[bool] = False
+
+    resolution: Size
+    channels: Size
+    num_classes: Classes = 0
+    model_channels: Size = 192
+    channel_mult: Multipliers = (1, 2, 3, 4)
+    channel_mult_noise: OptionalSize = None
+    channel_mult_emb: OptionalSize = None
+    num_blocks: Size = 3
+    attn_resolutions: Heights = (16, 8)
+    label_balance: Fraction = 0.5
+    concat_balance: Fraction = 0.5
+    res_balance: Fraction = 0.3
+    attn_balance: Fraction = 0.3
+    clip_act: Limit = 256.0
+    channels_per_head: Size = 64
+    dropout: Fraction = 0.0
+    resample_filter: Taps = (1, 1)
 
     @property
     def architecture(self) -> str:
@@ -237,75 +270,24 @@ def config_from(values: Mapping[str, Any]) -> AnyConfig:
         _check(config)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"these are not the options of a network of kind {architecture}", got=error
+            f"these are not the options of a network of kind {architecture}", got=str(error)[:300]
         ) from error
     return config
 
 
-# Far beyond any published network, and far from what a machine cannot hold.
-_LARGEST = 2**20
-_MOST_LEVELS, _MOST_TAPS, _MOST_HEIGHTS = 16, 32, 64
-
-
 def _check(config: AnyConfig) -> None:
-    sizes: dict[str, object] = {
-        "resolution": config.resolution,
-        "channels": config.channels,
-        "model_channels": config.model_channels,
-        "num_blocks": config.num_blocks,
-        "num_classes": config.num_classes,
-    }
-    for name in ("channel_mult_noise", "channel_mult_emb", "channels_per_head"):
-        value = getattr(config, name, None)
-        if value is not None or (isinstance(config, EDMConfig) and hasattr(config, name)):
-            sizes[name] = value
-    lists = {
-        "channel_mult": (config.channel_mult, 1, _MOST_LEVELS),
-        "attn_resolutions": (config.attn_resolutions, 0, _MOST_HEIGHTS),
-        "resample_filter": (config.resample_filter, 2, _MOST_TAPS),
-    }
-    for name, (values, least, most) in lists.items():
-        if not isinstance(values, tuple) or not least <= len(values) <= most:
-            raise ValueError(f"{name} is no list of {least} to {most} numbers")
-    sizes |= {f"channel_mult[{index}]": value for index, value in enumerate(config.channel_mult)}
-    for name, value in sizes.items():
-        low = 0 if name == "num_classes" else 1
-        if type(value) is not int or not low <= value <= _LARGEST:
-            raise ValueError(f"{name} is {str(value)[:40]} instead of a whole number up to {_LARGEST}")
-    if not all(type(height) is int for height in config.attn_resolutions):
-        raise ValueError("attn_resolutions contains values that are not whole numbers")
-    taps = config.resample_filter
-    numbers = all(type(tap) in (int, float) and abs(tap) < 1e6 for tap in taps)
-    if len(taps) % 2 or not numbers or not sum(taps):
-        raise ValueError(f"a resampling filter of {len(taps)} taps: an even number is needed, with a sum")
+    check_rules(config)
+    if len(config.resample_filter) % 2 or not sum(config.resample_filter):
+        raise ValueError("resample_filter needs an even number of taps, whose sum is not 0")
     if config.resolution % (1 << (len(config.channel_mult) - 1)):
         raise ValueError(f"{config.resolution} pixels cannot be halved {len(config.channel_mult) - 1} times")
-    _check_fractions(config)
-    if isinstance(config, EDMConfig):
-        _check_edm(config)
-    elif any(config.model_channels * m % config.channels_per_head for m in config.channel_mult):
-        raise ValueError(f"widths that are not divisible into heads of {config.channels_per_head} channels")
-
-
-def _check_fractions(config: AnyConfig) -> None:
-    for name in ("dropout", "label_balance", "concat_balance", "res_balance", "attn_balance"):
-        value = getattr(config, name, 0)
-        if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise ValueError(f"{name} is {str(value)[:40]} instead of a number from 0 to 1")
-    limit = getattr(config, "clip_act", None)
-    if limit is not None and not (type(limit) in (int, float) and limit > 0):
-        raise ValueError(f"clip_act is {str(limit)[:40]}")
-
-
-def _check_edm(config: EDMConfig) -> None:
-    if config.embedding not in ("positional", "fourier"):
-        raise ValueError(f"noise embedding {str(config.embedding)[:40]!r}")
-    if type(config.residual_encoder) is not bool:
-        raise ValueError("residual_encoder is neither true nor false")
-    for width in {config.model_channels, *(config.model_channels * m for m in config.channel_mult)}:
-        # Normalized in groups of four channels or more, 32 groups at most.
-        if width < 4 or width % min(32, width // 4):
-            raise ValueError(f"a level of {width} channels, which cannot be normalized in groups")
+    widths = [config.model_channels * multiplier for multiplier in (1, *config.channel_mult)]
+    if isinstance(config, EDM2Config):
+        if any(width % config.channels_per_head for width in widths[1:]):
+            raise ValueError(f"widths not divisible into heads of {config.channels_per_head} channels")
+    # Normalized in groups of four channels or more, 32 groups at most.
+    elif any(width < 4 or width % min(32, width // 4) for width in widths):
+        raise ValueError(f"levels of {widths} channels, which cannot be normalized in groups")
 
 
 def config_dict(config: AnyConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base import seeds
+from distmatch.base.checks import check_equal
 from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
 from distmatch.base.samples import checked_pair
@@ -163,12 +164,7 @@ def compare_datasets(
         UserError: As for :func:`compare_samples`, or p has no labels to train a classifier on.
     """
     checked_names(which)
-    if (p.kind, p.shape) != (q.kind, q.shape):
-        raise UserError(
-            "the two sets have samples of different shapes",
-            got=f"{p.kind}s {p.shape} and {q.kind}s {q.shape}",
-            expected="the same shape",
-        )
+    check_equal("the kinds or shapes of the samples", f"{p.kind}s {p.shape}", f"{q.kind}s {q.shape}")
     space = resolve_features("pixels" if features == "auto" else features, p)
     raw = p.scaling.kind == "vector" and space.name == "pixels"
     sides = []

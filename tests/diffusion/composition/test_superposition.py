@@ -249,7 +249,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         superpose(HALVES, y, levels, noise, "and", log_weights=[0.0, 0.0])
     with pytest.raises(UserError, match="unconditional model"):
         superpose(HALVES, y, levels, noise, conditions=[None, torch.zeros(4, dtype=torch.int64)])
-    with pytest.raises(UserError, match="for each model"):
+    with pytest.raises(UserError, match="numbers of models"):
         superpose(HALVES, y, levels, noise, conditions=[None])
     with pytest.raises(UserError, match="all models support"):
         superpose(HALVES, y, grid("log", 5, 0.05, 80.0), noise)

@@ -217,7 +217,7 @@ def test_systematic_resampling_gives_each_its_share() -> None:
 
 
 def test_wrong_targets_and_options_are_refused() -> None:
-    with pytest.raises(UserError, match="one power for each"):
+    with pytest.raises(UserError, match="numbers of models"):
         Target([FIRST], [1.0, 2.0])
     with pytest.raises(UserError, match="positive sum"):
         product([FIRST, SECOND], [1.0, -1.0])

@@ -290,7 +290,7 @@ def test_guidance_by_an_observation_is_no_noised_density() -> None:
 
 def test_wrong_guidance_is_refused() -> None:
     level = torch.ones(3, dtype=torch.float64)
-    with pytest.raises(UserError, match="other samples"):
+    with pytest.raises(UserError, match="shapes of a measured sample"):
         LinearPosterior(autoregressive(3), KNOWN, VALUE)
     with pytest.raises(UserError, match="value does not match"):
         LinearPosterior(PAIR, KNOWN, f64([1.0, 2.0, 3.0]))

@@ -142,7 +142,7 @@ def test_a_row_is_not_its_own_neighbor_but_its_double_is() -> None:
 
 def test_wrong_searches_are_refused() -> None:
     store = NeighborStore(normal(5, 3))
-    with pytest.raises(UserError, match="different length"):
+    with pytest.raises(UserError, match="lengths of the embeddings"):
         store.search(normal(2, 4), 1)
     with pytest.raises(UserError, match="from 1 to 4"):
         store.neighbors_of_rows(torch.arange(5), 5)

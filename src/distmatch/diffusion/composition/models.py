@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_equal
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import (
     Conditioning,
@@ -47,11 +48,7 @@ class Models:
         require_same_samples(denoisers, purpose)
         given = [None] * len(denoisers) if conditions is None else list(conditions)
         self.conditions = [as_conditioning(one) for one in given]
-        if len(self.conditions) != len(denoisers):
-            raise UserError(
-                "there must be one condition, or None, for each model",
-                got=f"{len(self.conditions)} for {len(denoisers)} models",
-            )
+        check_equal("the numbers of models and of their conditions", len(denoisers), len(self.conditions))
         for denoiser, one in zip(denoisers, self.conditions, strict=True):
             if one and not spec_of(denoiser):
                 raise UserError(

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_name, check_number
+from distmatch.base.checks import check_equal, check_name, check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.composition.models import Conditions, Models, over_models
 from distmatch.diffusion.denoiser import Denoiser
@@ -251,10 +251,7 @@ def _log_prior(models: Models, y: Tensor, level: float, prior: str | Prior | Seq
         priors: list[str | Prior] = [prior] * len(models)
     else:
         priors = list(prior)
-    if len(priors) != len(models):
-        raise UserError(
-            "there must be one prior for all models, or one for each", got=f"{len(priors)} priors"
-        )
+    check_equal("the numbers of models and of priors", len(models), len(priors))
     densities = [
         prior_density(p, denoiser, level, dtype=y.dtype)
         for p, denoiser in zip(priors, models.denoisers, strict=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_one_each
+from distmatch.base.checks import check_equal, check_one_each
 from distmatch.base.errors import UserError
 from distmatch.diffusion.composition.models import Conditions
 from distmatch.diffusion.conditioning import ConditioningLike
@@ -41,11 +41,7 @@ class Target:
     strength: Callable[[float], float] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.powers) != len(self.denoisers):
-            raise UserError(
-                "there must be one power for each model",
-                got=f"{len(self.powers)} for {len(self.denoisers)} models",
-            )
+        check_equal("the numbers of models and of their powers", len(self.denoisers), len(self.powers))
         if not all(math.isfinite(p) for p in self.powers) or not sum(self.powers) > 0:
             raise UserError(
                 "the powers of a target must have a positive sum, or it has no density at the first "

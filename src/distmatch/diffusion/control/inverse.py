@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_count, check_name, check_number
+from distmatch.base.checks import check_count, check_equal, check_name, check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.control.linear import LinearMap
@@ -64,12 +64,7 @@ class LinearPosterior(Wrapper):
         refuse_random_layers(inner)
         super().__init__(inner)
         operator.check_value(value)
-        if tuple(operator.shape) != tuple(inner.shape):
-            raise UserError(
-                "this measurement is of other samples than the model's",
-                got=tuple(operator.shape),
-                expected=tuple(inner.shape),
-            )
+        check_equal("the shapes of a measured sample and of the model", operator.shape, tuple(inner.shape))
         check_number("the noise of a measurement", noise_std, "[0, inf)")
         check_name("covariance", covariance, ("tweedie", "isotropic"))
         check_count(

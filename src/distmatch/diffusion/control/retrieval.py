@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distmatch.base.checks import check_count, check_name, check_number, check_one_each
+from distmatch.base.checks import check_count, check_equal, check_name, check_number, check_one_each
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike, labels_of
 from distmatch.diffusion.denoiser import expand
@@ -120,13 +120,8 @@ def _check_rows(rows: Tensor, width: int | None) -> None:
             got=f"{tuple(rows.shape)}, {rows.dtype}",
             expected="(N, E)",
         )
-    if width is not None and rows.shape[1] != width:
-        raise UserError(
-            "queries and store have embeddings of different length",
-            got=rows.shape[1],
-            expected=width,
-            fix="embed both with the same model",
-        )
+    own = rows.shape[1]
+    check_equal("the lengths of the embeddings", own, width or own, fix="embed queries and store alike")
 
 
 def check_neighbors(neighbors: Tensor, count: int) -> None:
