@@ -86,3 +86,9 @@ def test_pictures_that_are_gone_leave_the_curves(run: Path, tmp_path: Path) -> N
 def test_a_run_without_a_watch_has_no_section(tmp_path: Path) -> None:
     write_log(tmp_path / "log.jsonl", [{"event": "train", "step": 5, "time": 1e9, "loss": 0.5}])
     assert 'id="watch"' not in page(tmp_path)[0]
+
+
+def test_the_status_names_the_step_of_the_model(tmp_path: Path) -> None:
+    end = {"event": "end", "step": 1200, "time": 1e9, "result_of": 1000}
+    write_log(tmp_path / "log.jsonl", [{"event": "train", "step": 1200, "time": 1e9, "loss": 0.5}, end])
+    assert "finished at step 1,200, with the model of step 1,000" in page(tmp_path)[0]

@@ -28,6 +28,7 @@ from distmatch.training.runs import Job
 from distmatch.training.watch import Watch
 from distmatch.training.watch_grid import MOST_PICTURES, grid_of
 from distmatch.training.watch_warnings import BOUNDS, watch_warnings
+from tests.helpers.command import done
 from tests.helpers.image_teachers import image_teacher
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
@@ -162,6 +163,21 @@ def test_conditions_are_rows_and_seeds_are_shared(whole):
         PAIR, 8, conditioning=torch.ones(8, dtype=torch.int64), seed=watch._noise_seed
     )
     assert_same_but_for_rounding(watch._teacher.x[1], again)
+
+
+def test_networks_that_draw_from_the_global_stream_do_so_as_without_a_watch(monkeypatch):
+    job, watch = watched()
+    watch.begin(None)
+    sample = Student.sample
+
+    def random(self: Student, n: int, **settings: Any) -> Tensor:
+        return sample(self, n, **settings) + torch.rand(1)
+
+    monkeypatch.setattr(Student, "sample", random)
+    before = torch.get_rng_state(), job.state.generator.get_state()
+    watch.look("")
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(job.state.generator.get_state(), before[1])
 
 
 # ------------------------------------------------------------------ the grid
@@ -518,6 +534,23 @@ def test_what_cannot_work_is_refused_before_training(options, message):
         small = {"quiet": True}
     with pytest.raises(UserError, match=message):
         dm.distill(PAIR, steps=5, **{**small, **options})
+
+
+def test_the_command_line_has_the_options_and_resumes_with_them(tmp_path):
+    out = tmp_path / "run"
+    small = "--net mlp --width 16 --depth 1 --fit-steps 5 --fake-score-steps 2 --batch 16"
+    watch = "--watch-every 2 --watch-grid 4 8 --keep-best energy --result best"
+    first = done(f"distill --teacher ring8 --method dmd2 {small} --steps 4 {watch} --out {out}")
+    assert "diversity 0." in first.err
+    text = (out / "config.toml").read_text()
+    assert '[watch]\nwatch_every = 2\nwatch_grid = [4, 8]\nkeep_best = "energy"\nresult = "best"' in text
+    done(f"distill --resume --out {out} --steps 6")
+    assert [e["step"] for e in events(out, "watch")] == [0, 2, 4, 6]
+    assert len(list_checkpoints(out / "checkpoints")) >= 2
+    done(f"distill --resume 4 --out {out} --steps 8 --watch-every 0 --keep-best none --result last")
+    assert [e["step"] for e in events(out, "watch")] == [0, 2, 4, 6]
+    (out / "config.toml").write_text(text[: text.index("[watch]")] + text[text.index("[distill]") :])
+    done(f"distill --resume --out {out} --steps 9")  # a file without these options
 
 
 # ------------------------------------------------------------------ every kind of student

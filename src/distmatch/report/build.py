@@ -136,7 +136,9 @@ def status(events: list[Event]) -> str:
     again = f", resumed {resumes} time{'s' if resumes != 1 else ''}" if resumes else ""
     last = [e["event"] for e in events if e["event"] in ("start", "resume", "train", "end")]
     if last and last[-1] == "end":
-        return f"finished{at}{again}"
+        best = next(e for e in reversed(events) if e["event"] == "end").get("result_of")
+        of = f", with the model of step {best:,}" if isinstance(best, int) else ""
+        return f"finished{at}{again}{of}"
     return f"not finished{at}{again}: still running, or interrupted"
 
 

@@ -17,7 +17,7 @@ from distmatch.methods.settings import NetworkSettings, Settings
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
 from distmatch.training.options import DistillOptions
-from distmatch.training.watch import Watch, Watched
+from distmatch.training.watch import Lagging, Watch, Watched
 
 
 def check_watchable(options: DistillOptions, method: Method) -> None:
@@ -67,7 +67,7 @@ def watch_of(
         method=context.method,
         settings=settings,
         batches=lambda step: context.taken(replace(state, step=step), batches(step)),
-        fake_score=distiller if state.fake_score is not None else None,
+        fake_score=distiller if isinstance(distiller, Lagging) else None,
         scaling=Scaling.known(about, (decoder_of(teacher) or teacher).shape),
         class_names=Classes.from_dict(about, teacher.num_classes).names,
         steps=run.steps,

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from distmatch.base.errors import DivergedError
+from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.data.scaling import Scaling
@@ -48,6 +49,7 @@ _DISTANCE: dict[str, Callable[[float], float]] = {
 """How far from the best value a measurement is: 1 for what is relative to the teacher's."""
 
 
+@runtime_checkable
 class Lagging(Protocol):
     """A method with a fake score."""
 
@@ -133,22 +135,29 @@ class Watch:
         guidance = {k: v for k, v in vars(w.settings).items() if k.startswith(("guidance", "negative"))}
         about = {"grid": self._grid.digest(), "seed": w.seed, "shape": list(w.teacher.shape), **guidance}
         path = None if folder is None else folder / "teacher.safetensors"
-        self._teacher = kept_samples(path, about, lambda: self._draw(self._of_teacher))
+        self._teacher = kept_samples(path, about, self._of_teacher)
         if folder is not None:
             write_picture(folder / "teacher.npz", self._grid, self._teacher, w.scaling, w.class_names)
         self._seconds = time.perf_counter() - self._began
 
-    def _of_teacher(self, n: int, conditioning: Conditioning) -> Tensor:
+    def _of_teacher(self) -> WatchedSamples:
         w = self.watched
-        return sample_teacher(
-            w.guided,
-            n,
-            grid=HEUN.levels(w.teacher),
-            conditioning=conditioning,
-            seed=self._noise_seed,
-            batch=w.chunk,
-            device=w.device,
-        )
+        total = len(self._grid) * self._grid.seeds
+        with progress(total, desc="samples of the teacher", delay=5.0) as bar:
+
+            def draw(n: int, conditioning: Conditioning) -> Tensor:
+                return sample_teacher(
+                    w.guided,
+                    n,
+                    grid=HEUN.levels(w.teacher),
+                    conditioning=conditioning,
+                    seed=self._noise_seed,
+                    batch=w.chunk,
+                    device=w.device,
+                    on_batch=bar.update,
+                )
+
+            return self._draw(draw)
 
     @property
     def _noise_seed(self) -> int:
