@@ -430,11 +430,11 @@ def fake_energy(monkeypatch: pytest.MonkeyPatch, values: dict[int, float]) -> No
 
 
 def test_the_best_checkpoint_stays_besides_the_newest(tmp_path, monkeypatch):
-    fake_energy(monkeypatch, {2: 0.5, 4: 0.2, 6: 0.3, 8: 0.25})
+    fake_energy(monkeypatch, {2: 0.5, 6: 0.2, 8: 0.3, 10: 0.25})  # 6 is no multiple of --checkpoint-every
     out = tmp_path / "run"
     student = dm.distill(PAIR, out=out, keep_best="energy", **BEST)
-    assert list(list_checkpoints(out / "checkpoints")) == [4, 12]
-    assert load_checkpoint(out / "checkpoints")[1]["watch"]["looks"][4] == 0.2
+    assert list(list_checkpoints(out / "checkpoints")) == [6, 12]
+    assert load_checkpoint(out / "checkpoints")[1]["watch"]["looks"][6] == 0.2
     last = load_checkpoint(out / "checkpoints", 12)[1]["modules"]["average"]
     assert_equal(student, last)
 
