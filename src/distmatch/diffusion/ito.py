@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -72,48 +71,6 @@ def ito_increment(
     return change - 0.5 * h * (1 - noise_ratio) * divergence.double()
 
 
-@dataclass
-class LogDensity:
-    """Running log q of the samples of a sampler under one or several models, in float64.
-
-    Attributes:
-        log_q: Nats, (B,) or (M, B) for M models.
-    """
-
-    log_q: Tensor
-
-    @classmethod
-    def at_prior(
-        cls, y: Tensor, prior: Prior, conditioning: ConditioningLike = None, models: int = 0
-    ) -> LogDensity:
-        """Starts at the log-density of ``y`` (B, *shape) under ``prior``, one copy for each of ``models``."""
-        value = prior(y.double(), conditioning)
-        return cls(value.expand(models, -1).clone() if models else value)
-
-    def update(
-        self,
-        score: Tensor,
-        y_before: Tensor,
-        y_after: Tensor,
-        sigma_before: Level,
-        sigma_after: Level,
-        *,
-        divergence: Tensor | None = None,
-        noise_ratio: float = 1.0,
-    ) -> Tensor:
-        """Adds :func:`ito_increment` with the same arguments and returns the new ``log_q``."""
-        self.log_q = self.log_q + ito_increment(
-            score,
-            y_before,
-            y_after,
-            sigma_before,
-            sigma_after,
-            divergence=divergence,
-            noise_ratio=noise_ratio,
-        )
-        return self.log_q
-
-
 def trajectory_log_density(
     denoiser: Denoiser,
     states: Sequence[Tensor] | Tensor,
@@ -159,9 +116,9 @@ def trajectory_log_density(
     require_diffused(denoiser, "a density along a trajectory")
     first = states[0]
     density = prior or gaussian_prior(levels[0] ** 2 + denoiser.sigma_data**2)
-    running = LogDensity.at_prior(first, density, conditioning)
+    log_q = density(first.double(), conditioning)
     probes = trace_probes(trace, first, seed=seed)
-    values = [running.log_q]
+    values = [log_q]
     for i, (now, after) in enumerate(pairwise(levels)):
         y = states[i]
         level = torch.full((len(y),), now, dtype=y.dtype, device=y.device)
@@ -175,9 +132,8 @@ def trajectory_log_density(
             )
             divergence = (traces.double().mean(1) - math.prod(y.shape[1:])) / now**2
         score = (denoised.double() - y.double()) / expand(level, y).double() ** 2
-        values.append(
-            running.update(
-                score, y, states[i + 1], now, after, divergence=divergence, noise_ratio=noise_ratio
-            )
+        log_q = log_q + ito_increment(
+            score, y, states[i + 1], now, after, divergence=divergence, noise_ratio=noise_ratio
         )
+        values.append(log_q)
     return torch.stack(values)

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distmatch.base.seeds import initial_noise
-from distmatch.diffusion.conditioning import ConditioningLike, conditioning_for
+from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import at_step
-from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.paths import NoisePath
-from distmatch.diffusion.pfgm import start_noise
 from distmatch.diffusion.solvers import Solver, find_solver, solve
 from distmatch.diffusion.solvers.grids import checked_levels
+from distmatch.diffusion.solvers.solve import starts
 
 _COARSE = 4  # the layout of an image is its means over at most 4 x 4 tiles
 
@@ -123,21 +121,14 @@ def x0_trajectory(
     Raises:
         UserError: What :func:`~distmatch.diffusion.solvers.solve` refuses.
     """
-    conditioning = conditioning_for(denoiser, conditioning, n)
     chosen = find_solver(solver)
     levels = checked_levels(grid, stochastic=True)
-    latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed), seed)
     steps = list(itertools.pairwise(levels))
     seen, final = [], []
-    for start in range(0, n, batch):
-        z = latent[start : start + batch].to(device)
-        c = conditioning.index(slice(start, start + batch)).to(device)
-        noise = None
-        if chosen.stochastic:
-            noise = SampleNoise(seed, torch.arange(start, start + len(z)), tuple(denoiser.shape), device)
-        start_state = z * levels[0]
+    for z, c, noise in starts(denoiser, n, conditioning, seed=seed, batch=batch, device=device):
+        start_state, drawn = z * levels[0], noise if chosen.stochastic else None
         way = solve(
-            denoiser, start_state, levels, chosen, conditioning=c, noise=noise, path=path, trajectory=True
+            denoiser, start_state, levels, chosen, conditioning=c, noise=drawn, path=path, trajectory=True
         )
         states = way.trajectory if way.trajectory is not None else start_state[None]
         x0 = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -168,6 +168,32 @@ def _check(
     noise.check(y)
 
 
+def starts(
+    denoiser: Denoiser,
+    n: int,
+    conditioning: ConditioningLike,
+    *,
+    seed: int,
+    batch: int,
+    device: torch.device | str,
+) -> Iterator[tuple[Tensor, Conditioning, SampleNoise]]:
+    """What ``n`` samples start from, batch by batch: unit noise, their conditioning, their further noise.
+
+    Those of sample i depend only on the seed and i, not on ``batch``.
+
+    Raises:
+        UserError: A negative number of samples, an empty batch, or a conditioning that is not theirs.
+    """
+    check_count("n", n, 0)
+    check_count("batch", batch)
+    whole = conditioning_for(denoiser, conditioning, n)
+    latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed), seed)
+    for first in range(0, n, batch):
+        z = latent[first : first + batch].to(device)
+        noise = SampleNoise(seed, torch.arange(first, first + len(z)), tuple(denoiser.shape), device)
+        yield z, whole.index(slice(first, first + batch)).to(device), noise
+
+
 def sample_teacher(
     denoiser: Denoiser,
     n: int,
@@ -205,22 +231,15 @@ def sample_teacher(
     Raises:
         UserError: A negative number of samples, an empty batch, or what :func:`solve` refuses.
     """
-    check_count("n", n, 0)
-    check_count("batch", batch)
-    conditioning = conditioning_for(denoiser, conditioning, n)
     chosen = find_solver(solver)
     levels = default_grid(denoiser, steps) if grid is None else grid
     first = checked_levels(levels, stochastic=True)[0]
-    latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed), seed)
-    out = []
-    for start in range(0, n, batch):
-        z = latent[start : start + batch].to(device)
-        part = conditioning.index(slice(start, start + batch)).to(device)
-        indices = torch.arange(start, start + len(z))
-        noise = SampleNoise(seed, indices, tuple(denoiser.shape), device) if chosen.stochastic else None
+    out = [torch.zeros(0, *denoiser.shape)]
+    for z, part, noise in starts(denoiser, n, conditioning, seed=seed, batch=batch, device=device):
+        drawn = noise if chosen.stochastic else None
         out.append(
-            solve(denoiser, z * first, levels, chosen, conditioning=part, noise=noise, path=path).y.cpu()
+            solve(denoiser, z * first, levels, chosen, conditioning=part, noise=drawn, path=path).y.cpu()
         )
         if on_batch is not None:
             on_batch(len(z))
-    return torch.cat(out) if out else latent
+    return torch.cat(out)
