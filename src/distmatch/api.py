@@ -48,7 +48,7 @@ from distmatch.training.options import (
     TrainOptions,
     WatchOptions,
 )
-from distmatch.training.pipeline_options import PipelineOptions
+from distmatch.training.pipeline_options import EncodingOptions, PipelineOptions
 from distmatch.training.presets import LAPTOP
 from distmatch.training.runfolder import check_usable, create
 
@@ -110,6 +110,7 @@ def distill(
     teacher: Denoiser | str | os.PathLike[str],
     data: Data | Conditioning | None = None,
     *,
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     divergence: str | Divergence | None = None,
     method: str | None = None,
     preset: str = LAPTOP,
@@ -127,6 +128,8 @@ def distill(
             teacher that was not trained here are taken as they are, unscaled. None takes samples of an exact
             teacher, or the data that a teacher says it was trained on, by name or path. For a method that
             needs no data also a :class:`Conditioning` alone: encoded prompts, whose rows are drawn.
+        prompts: For a teacher that takes them: a list of texts, or the path of a file or folder as for
+            :func:`distmatch.data.prompts.read_prompts`. One for each sample of ``data``, or alone.
         divergence: A name such as ``"js"``, ``"kl"``, ``"alpha:0.5"``, or a :class:`Divergence`; None is the
             method's own (JS for f-distill).
         method: ``f-distill``, ``dmd2``, ``sid``, ``uni-instruct``, ``rcm``, ...: see ``docs/methods.md``;
@@ -138,8 +141,8 @@ def distill(
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
         quiet: Whether to hide the progress.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, :class:`WatchOptions`, of the
-            method's own settings (``METHODS[method].settings``), or, for the folder of a pipeline, of
-            :class:`PipelineOptions`; omitted settings are those of the preset or have their default.
+            method's own settings (``METHODS[method].settings``), :class:`PipelineOptions` or
+            :class:`EncodingOptions`; omitted settings are those of the preset or have their default.
 
     Returns:
         The student (the average of its weights).
@@ -148,14 +151,16 @@ def distill(
         UserError: Unknown settings, or parts that do not go together.
     """
     given = None if isinstance(teacher, (str, os.PathLike)) else teacher
-    data = name_of_data(given) if data is None and given is not None else data
+    if data is None and prompts is None and given is not None:
+        data = name_of_data(given)
+    texts = None if prompts is None or isinstance(prompts, (str, os.PathLike)) else list(prompts)
     own = DistillOptions.of(method, preset)
     if steps is None:
         steps = 2000 if own.run.steps == RunOptions().steps else own.run.steps
-    run, net, pipeline, watch, chosen = settings_of(
+    run, net, pipeline, encoding, watch, chosen = settings_of(
         settings,
         replace(own.run, steps=steps, seed=seed),
-        *(NetOptions(), PipelineOptions(), WatchOptions(), own.settings),
+        *(NetOptions(), PipelineOptions(), EncodingOptions(), WatchOptions(), own.settings),
         method=find_method(own.method),
     )
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else ""
@@ -167,6 +172,8 @@ def distill(
         preset=preset,
         divergence=measure.name if measure else divergence or own.divergence,  # type: ignore[arg-type]
         pipeline=pipeline,
+        prompts="" if prompts is None or texts is not None else os.fspath(prompts),  # type: ignore[arg-type]
+        encoding=encoding,
         run=run,
         net=net,
         watch=watch,
@@ -182,7 +189,7 @@ def distill(
         )
     found = data if isinstance(data, Conditioning) else real_data(given, data, seed)
     with quietly(quiet):
-        job = prepare.prepare_distillation(options, given, found, measure)
+        job = prepare.prepare_distillation(options, given, found, measure, texts=texts)
         return _carried_out(job, out, [source] if source else [])
 
 

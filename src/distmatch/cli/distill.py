@@ -53,7 +53,7 @@ def run(argv: list[str]) -> None:
     from distmatch.training.prepare import prepare_distillation
 
     check_place(place, (options.data, options.teacher))
-    job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run)
+    job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run, dry=place.dry_run)
     tell_conversion(options.teacher, str(job.notes.get("conversion", "")))
     if place.dry_run:
         dry_run(job, place)

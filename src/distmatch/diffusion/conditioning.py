@@ -244,7 +244,14 @@ def null_conditioning(denoiser: Any, n: int, device: torch.device | str = "cpu")
 
 
 def example_conditioning(denoiser: Any, n: int, device: torch.device | str = "cpu") -> Conditioning:
-    """Some conditioning that a denoiser takes, for trial calls: class 0, and zeros of the smallest size."""
+    """Some conditioning that a denoiser takes, for trial calls: class 0, and zeros of the smallest size.
+
+    Of one that takes more than labels its null conditioning, where it has one: not all zeros can be called.
+    """
+    if any(not field.classes for field in spec_of(denoiser).values()):
+        null = null_conditioning(denoiser, n, device)
+        if null.keys() == spec_of(denoiser).keys():
+            return null
     return Conditioning(
         {
             name: torch.zeros(n, *(max(size, 1) for size in field.shape), dtype=field.dtype, device=device)

@@ -20,12 +20,13 @@ from distmatch.training.known_data import known_data
 from distmatch.training.options import RunOptions
 
 
-def check_fit(teacher: Any, data: Dataset) -> None:
+def check_fit(teacher: Any, data: Dataset, *, prompts: bool = False) -> None:
     """Refuses data of another shape than a teacher's, or without the labels or conditions that it needs.
 
     Args:
         teacher: The teacher, or a model of it: its shape, classes and conditions are read.
         data: The data, as the teacher is shown them.
+        prompts: Whether prompts of the samples are encoded besides.
 
     Raises:
         UserError: They do not fit.
@@ -43,6 +44,8 @@ def check_fit(teacher: Any, data: Dataset) -> None:
             fix="give labeled data, or train the teacher with --no-labels",
         )
     spec = spec_of(teacher)
+    if prompts:
+        return
     if missing := set(spec) - {LABEL} - set(data.conditions):
         raise UserError(
             "the data do not contain the teacher's conditioning",
@@ -98,7 +101,7 @@ def empty_batches(
         raise UserError(
             "the conditioning of this teacher cannot be drawn without data",
             got=f"a teacher conditioned on {', '.join(sorted(others))}, and no --data",
-            fix="pass --data with arrays condition_NAME, or in Python a Conditioning as data",
+            fix="pass --prompts, or --data with arrays condition_NAME; in Python a Conditioning as data",
         )
     counts = Classes.from_dict(known_data(teacher), teacher.num_classes).counts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from distmatch.base.errors import UserError
@@ -78,7 +78,7 @@ def name_of_data(denoiser: Any) -> str | None:
     return spec if found is not None and found.content_hash == about.get("content_hash") else None
 
 
-def few_samples(data: Dataset, batch: int) -> list[str]:
+def few_samples(data: Sized, batch: int) -> list[str]:
     """A warning where a batch is larger than the data; nothing otherwise."""
     if len(data) >= batch:
         return []

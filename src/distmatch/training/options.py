@@ -13,7 +13,7 @@ from distmatch.methods.settings import Settings
 from distmatch.methods.table import find_method, own_divergence
 from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
 from distmatch.nets.optimizer import OptimizerSettings
-from distmatch.training.pipeline_options import PipelineOptions
+from distmatch.training.pipeline_options import EncodingOptions, PipelineOptions
 from distmatch.training.presets import LAPTOP, find_preset
 
 
@@ -262,6 +262,10 @@ class WatchOptions:
 class DistillOptions(DistillInputs):
     """Options of `distmatch distill`."""
 
+    prompts: str = ""
+    """Prompts: a text file with one in each line, .jsonl, .csv or .parquet with a column text, prompt or
+    caption (or captions.csv:NAME), or a folder of images with metadata.jsonl (docs/prompts.md)."""
+    encoding: EncodingOptions = field(default_factory=EncodingOptions)
     method: str = "f-distill"
     """f-distill, dmd2, sid, uni-instruct, rcm, ... (docs/methods.md); it determines the options and defaults
     below."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from distmatch.base.errors import UserError
-from distmatch.base.rules import Rule, check_rules
+from distmatch.base.rules import Rule, Share, check_rules
 
 CountOrDefault = Annotated[int | None, Rule("must be at least 1", lambda value: value is None or value >= 1)]
 
@@ -46,3 +46,19 @@ class PipelineOptions:
             "null": self.null_prompt,
         }
         return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """Encoding of prompts and of images with captions."""
+
+    encode: Literal["cache", "live"] = "cache"
+    """cache: once, before training, to a cache on disk; the text encoders are then freed. live: each batch
+    during training."""
+    cache: str = ""
+    """Folder of the cache; empty: encodings in $DISTMATCH_CACHE, else in ~/.cache/distmatch."""
+    prompt_dropout: Share = 0.0
+    """Share of prompts replaced by the null prompt, new in each step."""
+
+    def __post_init__(self) -> None:
+        check_rules(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any
 
@@ -41,6 +41,8 @@ from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
 from distmatch.training.prepare_watch import check_watchable, watch_of
 from distmatch.training.presets import find_preset
+from distmatch.training.prompt_batches import prompt_batches, with_dropout
+from distmatch.training.prompted import described_prompts, given_prompts, is_captioned
 from distmatch.training.runs import Job
 from distmatch.training.teachers import dtype_of_base, open_teacher
 
@@ -51,23 +53,27 @@ def prepare_distillation(
     data: Dataset | Conditioning | None = None,
     measure: Divergence | None = None,
     *,
+    texts: Sequence[str] | None = None,
     fresh: bool = True,
+    dry: bool = False,
 ) -> Job:
-    """Builds everything a distillation needs; writes nothing.
+    """Builds everything a distillation needs; writes nothing but encodings to their cache.
 
     Args:
         options: The options.
         teacher: Used instead of ``options.teacher``.
         data: Used instead of ``options.data``. A conditioning alone is for methods that need no data.
         measure: A divergence object to use instead of ``options.divergence``.
+        texts: Prompts in place of ``options.prompts``.
         fresh: Whether the state will be trained from its start. A resumed run skips fitting the first
             networks, as a checkpoint replaces them.
+        dry: Whether nothing at all is written: prompts are then encoded as they are drawn.
 
     Raises:
         UserError: Options, teacher and data do not go together.
     """
     run = options.run
-    prompts, data = (data, None) if isinstance(data, Conditioning) else (None, data)
+    told, data = (data, None) if isinstance(data, Conditioning) else (None, data)
     device = pick_device(run.device)
     name = measure.name if measure is not None else options.divergence
     method, name = resolve_method(options.method, name)
@@ -116,27 +122,36 @@ def prepare_distillation(
         net=None if copied else options.net.resolve(teacher.shape, device.type),
     )
     distiller = build_method(context)
-    spec = options.data or str((known.get("data") or {}).get("spec", ""))
-    if data is None and spec:
+    spec = options.data
+    if not spec and not options.prompts and texts is None:
+        spec = str((known.get("data") or {}).get("spec", ""))
+    if data is None and spec and not is_captioned(spec, teacher):
         columns = columns_of(known_data(teacher))
         data = load_data(spec, labels=bool(spec_of(teacher)), columns=columns)
-    if data is None and distiller.needs_data:
+    prompts = None
+    if told is None:
+        prompts = given_prompts(options, teacher, data, texts, needs_data=distiller.needs_data)
+    if data is None and prompts is None and distiller.needs_data:
         raise UserError(
             f"{method.name} needs real data{_for_what(method)}",
             got="a teacher that does not say what it was trained on, and no --data",
             fix="pass --data, or use --method diff-instruct, which needs none",
         )
     if data is not None:
-        data = with_encodings(data, teacher)
+        data = with_encodings(data, teacher) if prompts is None else data
         # What does not fit is refused before anything is encoded: first the shape, which says the most.
         check_encodable(data, teacher)
         if decoder_of(teacher) is None:
-            check_fit(teacher, data)
+            check_fit(teacher, data, prompts=prompts is not None)
         data = seen_by(data, known_data(teacher), teacher.num_classes, "the teacher")
     described = without_data(known_data(teacher)) if data is None else describe_data(data, spec)
+    if prompts is not None:
+        prompts = replace(prompts, data=data)
+        described |= prompts.described
     conversion = _conversion(teacher, known)
     found = data
-    if data is not None:
+    seen: Sized | None = data if prompts is None or prompts.images is None else prompts.texts
+    if data is not None and prompts is None:
         data = _fitting(teacher, data, run, device)
     if isinstance(distiller, Matching) and run.steps < distiller.least_steps:
         raise UserError(
@@ -146,17 +161,20 @@ def prepare_distillation(
             expected=f"at least {distiller.least_steps} steps",
             fix="raise --steps",
         )
+    batches: Callable[[int], Batch]
+    if prompts is not None:  # before other networks are made, which the text encoders leave room for
+        batches = prompt_batches(prompts, teacher, options, device, dry=dry)
+    elif data is not None:
+        batches = Batches(data, run.batch, run.seed, flips(run, data), device)
+    else:
+        batches = empty_batches(teacher, run, device, told)
+    batches = with_dropout(batches, teacher, options.encoding.prompt_dropout, run)
     draw = drawer(data, run.seed) if fresh and not copied else None
     state = distiller.init(run.seed, draw)
     if run.compile:
         for net in (teacher, state.student.denoiser, state.fake_score):
             if isinstance(net, nn.Module) and has_network(net):
                 compile_network(getattr(net, "net", net))
-    batches: Callable[[int], Batch]
-    if data is not None:
-        batches = Batches(data, run.batch, run.seed, flips(run, data), device)
-    else:
-        batches = empty_batches(teacher, run, device, prompts)
     takes = bool(method.divergences)
     info = {
         "method": method.name,
@@ -166,6 +184,7 @@ def prepare_distillation(
         "guidance": guidance,
         "seed": run.seed,
         "data": described,
+        **({"prompts": described_prompts(prompts, options.prompts)} if prompts is not None else {}),
         **{f"teacher_{key}": text for key, text in conversion.items()},
     }
 
@@ -190,10 +209,11 @@ def prepare_distillation(
             **({"divergence": chosen.name} if takes else {}),
             "levels": list(state.student.sigmas),
             **distiller.notes(),
+            **({"prompts": len(prompts.texts)} if prompts is not None else {}),
             **conversion,
         },
         warnings=[
-            *(few_samples(found, run.batch) if found is not None and method.family != "transport" else ()),
+            *(few_samples(seen, run.batch) if seen is not None and method.family != "transport" else ()),
             *early_warnings(method, options, state),
             *untried_rates(method, options, teacher, state),
         ],

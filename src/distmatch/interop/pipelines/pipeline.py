@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from distmatch.interop.diffusers_schedule import Schedule
 from distmatch.interop.optional import import_diffusers
 from distmatch.interop.pipelines.contract import Contract, TimeMap, fit_contract
 from distmatch.interop.pipelines.levels import schedule_of, shift_of, time_map
+from distmatch.interop.pipelines.loading import quiet
 from distmatch.interop.pipelines.tail import Tail, trace_tail
 from distmatch.interop.pipelines.text_parts import (
     Recorded,
@@ -124,6 +126,17 @@ class Pipeline:
         for name in modules:
             object.__setattr__(pipeline, name, None)  # not by its own, which changes its config
 
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """A context in which prompts and images are encoded on a device."""
+        network = self.tracer.network
+        before = next(network.parameters()).device
+        network.to(device)  # a run moves the other parts after it
+        try:
+            yield
+        finally:
+            network.to(before)
+
     def _with_text_encoders(self) -> None:
         """Loads text encoders again that were freed.
 
@@ -160,7 +173,7 @@ class Pipeline:
             self._with_text_encoders()
         parts, cut = [], truncated if truncated is not None else {}
         for begin in range(0, len(prompts), _MOST):
-            with truncation(self.tracer.pipeline) as found:
+            with quiet(), truncation(self.tracer.pipeline) as found:
                 arguments = self.tracer.arguments(prompts[begin : begin + _MOST])
             parts.append(self.fitted(self.contract.conditioning(arguments)))
             for limit, rows in found.items():
@@ -295,40 +308,6 @@ class Pipeline:
             "null": "none" if self.null is None else f"the prompt {self.null!r}",
             "decoded": f"{self.shape}",
         }
-
-
-class PipelineDecoder:
-    """The decoder of a teacher made of a pipeline; see :class:`distmatch.interop.Decoder`."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline, self.shape = pipeline, pipeline.shape
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Samples of the denoiser as images or video, without gradients."""
-        return self.pipeline.decode(z)
-
-    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images or video in [-1, 1] as samples of the denoiser, by the pipeline's autoencoder.
-
-        Raises:
-            UserError: The pipeline does more with its latents than to scale and permute them.
-        """
-        return self.pipeline.tail.encode(x, noise)
-
-    @property
-    def fingerprint(self) -> str:
-        """A sha256 (hex) of what its encodings depend on besides the image."""
-        return self.pipeline.tail.fingerprint
-
-    def __eq__(self, other: object) -> bool:
-        """Whether it is the decoder of the same pipeline."""
-        return isinstance(other, PipelineDecoder) and self.pipeline is other.pipeline
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineDecoder:
-        """Itself: nothing in it ever changes."""
-        return self
 
 
 def class_count(tracer: Tracer) -> int:

@@ -21,8 +21,9 @@ from distmatch.interop.pipelines.comparison import (
     denoiser_around,
     levels_of,
 )
+from distmatch.interop.pipelines.decoder import PipelineDecoder
 from distmatch.interop.pipelines.loading import load_parts
-from distmatch.interop.pipelines.pipeline import Pipeline, PipelineDecoder, class_count
+from distmatch.interop.pipelines.pipeline import Pipeline, class_count
 from distmatch.interop.pipelines.skeleton import plain_network
 from distmatch.interop.pipelines.trace import Trace, Tracer
 

@@ -1,0 +1,179 @@
+"""Batches of prompts, and of images with captions: encoded once, in a cache on disk, or in each step."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.base.errors import UserError
+from distmatch.base.files import cache_folder
+from distmatch.base.seeds import generator
+from distmatch.base.stack import caller_level
+from distmatch.data.batches import Batch
+from distmatch.data.order import BatchOrder
+from distmatch.diffusion.conditioning import LABEL, Conditioning, null_conditioning, spec_of
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.prompts import PromptEncoder, prompt_encoder_of
+from distmatch.interop import decoder_of
+from distmatch.interop.encodings import encoded, key_of
+from distmatch.interop.pipelines.text_parts import Truncated, truncation_warnings
+from distmatch.training.options import DistillOptions, RunOptions
+from distmatch.training.prompted import Prompts
+
+_LATENT = "z"
+_IMAGES_AT_A_TIME = 8
+
+Rows = Callable[[Tensor], Conditioning]
+"""The encodings of prompts by their numbers (B,)."""
+
+
+def prompt_batches(
+    prompts: Prompts, teacher: Denoiser, options: DistillOptions, device: torch.device, *, dry: bool = False
+) -> Callable[[int], Batch]:
+    """Batches of prompts, with clean samples where there are some; what is cached is encoded here.
+
+    Args:
+        prompts: From :func:`given_prompts`.
+        teacher: The teacher.
+        options: The options.
+        device: Where the batches go.
+        dry: Whether nothing may be written: batches are then encoded as they are drawn.
+
+    Raises:
+        UserError: Prompts that are encoded to different lengths, or a cache that cannot be written.
+    """
+    encoder, run = prompt_encoder_of(teacher), options.run
+    if encoder is None:
+        raise RuntimeError("a teacher without prompts")
+    live = dry or options.encoding.encode == "live"
+    folder = Path(options.encoding.cache).expanduser() if options.encoding.cache else None
+    folder = folder or cache_folder() / "encodings"
+    on = getattr(encoder, "on", None)
+    with contextlib.nullcontext() if on is None or live else on(device):
+        texts = prompts.texts
+        conditioning = _live(encoder, texts) if live else _cached(encoder, texts, teacher, folder)
+        samples = _samples(prompts, teacher, None if live else folder, device)
+    if not live:
+        _free(encoder)
+    paired = prompts.data is not None or prompts.images is not None
+    order = BatchOrder(len(texts), run.batch, run.seed) if paired else None
+
+    def batch(step: int) -> Batch:
+        if order is not None:
+            rows = order.indices(step)
+        else:
+            rows = torch.randint(len(texts), (run.batch,), generator=generator(run.seed, f"prompts/{step}"))
+        told = conditioning(rows)
+        if prompts.data is not None and prompts.data.labels is not None and LABEL in spec_of(teacher):
+            told = Conditioning({LABEL: prompts.data.labels[rows], **told})
+        return Batch(samples(rows).to(device), told.to(device))
+
+    return batch
+
+
+def with_dropout(
+    batches: Callable[[int], Batch], teacher: Denoiser, share: float, run: RunOptions
+) -> Callable[[int], Batch]:
+    """Batches in which a share of the samples has the null conditioning, drawn for each step and place."""
+    if not share:
+        return batches
+
+    def batch(step: int) -> Batch:
+        found = batches(step)
+        n, device = len(found.x), found.x.device
+        kept = torch.rand(n, generator=generator(run.seed, f"prompt dropout/{step}")) >= share
+        null = null_conditioning(teacher, n, device)
+        return Batch(found.x, found.conditioning.where(kept.to(device), null), found.noise)
+
+    return batch
+
+
+def _encoded(encoder: PromptEncoder, texts: Sequence[str]) -> tuple[Conditioning, Truncated]:
+    """Encodings, and which texts the tokenizers of a pipeline cut off."""
+    cut: Truncated = {}
+    counts: dict[str, Any] = {"truncated": cut} if hasattr(encoder, "free_text_encoders") else {}
+    return encoder.encode(texts, **counts), cut
+
+
+def _warn_of(cut: Truncated, total: int) -> None:
+    for message in truncation_warnings(cut, total):
+        warnings.warn(message, stacklevel=caller_level())
+
+
+def _live(encoder: PromptEncoder, texts: Sequence[str]) -> Rows:
+    """The prompts of numbers, encoded each time."""
+    warned: set[tuple[str, int]] = set()
+
+    def encode(rows: Tensor) -> Conditioning:
+        found, cut = _encoded(encoder, [texts[i] for i in rows.tolist()])
+        _warn_of({limit: places for limit, places in cut.items() if limit not in warned}, len(rows))
+        warned.update(cut)
+        return found
+
+    return encode
+
+
+def _cached(encoder: PromptEncoder, texts: Sequence[str], teacher: Denoiser, folder: Path) -> Rows:
+    """The prompts of numbers, encoded once."""
+    if open_ended := [name for name, field in spec_of(teacher).items() if -1 in field.shape]:
+        raise UserError(
+            "this pipeline encodes prompts to the length of the longest of a batch: encodings cannot be kept",
+            got=f"any number of tokens in {', '.join(open_ended)}",
+            fix="pass a fixed number of tokens, such as --tokens 128, or --encode live",
+        )
+    cut: Truncated = {}
+
+    def compute(rows: list[int]) -> Mapping[str, Tensor]:
+        found, here = _encoded(encoder, [texts[i] for i in rows])
+        for limit, places in here.items():
+            cut.setdefault(limit, set()).update(rows[place] for place in places)
+        return found
+
+    keys = [key_of(text) for text in texts]
+    rows = encoded(folder, encoder.fingerprint, keys, compute, what="prompts")
+    _warn_of(cut, len(set(texts)))
+    return rows.index
+
+
+def _samples(
+    prompts: Prompts, teacher: Denoiser, folder: Path | None, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Clean samples of numbers, in the teacher's space; zeros where there are none."""
+    data, images, decoder = prompts.data, prompts.images, decoder_of(teacher)
+    if images is None or decoder is None:
+        if images is not None:
+            return lambda rows: images.pixels(rows.tolist())
+        if data is not None:
+            return lambda rows: data.batch(rows)[0]
+        return lambda rows: torch.zeros(len(rows), *teacher.shape)
+
+    @torch.no_grad()
+    def encode(rows: Sequence[int]) -> dict[str, Tensor]:
+        # A draw from the encoder's Gaussian, as when such teachers were trained; always the same of an image.
+        keys = [images.content(i) for i in rows]
+        gens = [generator(0, f"encode/{key}") for key in keys]
+        noise = torch.stack([torch.randn(teacher.shape, generator=gen) for gen in gens])
+        return {_LATENT: decoder.encode(images.pixels(rows).to(device), noise.to(device)).cpu()}
+
+    made = getattr(decoder, "fingerprint", None)
+    if folder is None or made is None:
+        return lambda rows: encode(rows.tolist())[_LATENT]
+    keys = [images.content(i) for i in range(len(prompts.texts))]
+    found = encoded(folder, made, keys, encode, what="images", batch=_IMAGES_AT_A_TIME)
+    return lambda rows: found.index(rows)[_LATENT]
+
+
+def _free(encoder: PromptEncoder) -> None:
+    """Frees the text encoders of a pipeline, as all prompts are encoded."""
+    free = getattr(encoder, "free_text_encoders", None)
+    try:
+        if free is not None:
+            free()
+    except UserError as error:
+        warnings.warn(f"the text encoders stay in memory: {error}", stacklevel=caller_level())

@@ -1,0 +1,256 @@
+"""Distillation on prompts, and on images with captions: what is encoded when, and what reaches a step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import distmatch as dm
+from distmatch.base.errors import UserError
+from distmatch.data.images import read_image
+from distmatch.diffusion.conditioning import null_conditioning
+from distmatch.interop.encodings import encoded
+from distmatch.interop.pipelines.text_parts import text_modules
+from distmatch.training import prompt_batches
+from distmatch.training.options import DistillOptions
+from distmatch.training.pipeline_options import EncodingOptions, PipelineOptions
+from distmatch.training.prepare import prepare_distillation
+from tests.helpers.command import command, contents, done
+from tests.helpers.pipelines import save
+
+PROMPTS = ["a red cat", "the dog sleeps", "a house", "a small tree"]
+SIZE = "--size 16 --max-tokens 12"
+SHORT = "--method sid --steps 10 --batch 2 --train lora --lora-rank 2 --seed 3"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A pipeline, a file of prompts, a folder of images with captions."""
+    folder = tmp_path_factory.mktemp("prompted")
+    save("stable-diffusion-3", folder)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(16, 16), (20, 40), (33, 16), (16, 18)]):
+        pixels = rng.integers(0, 256, (height, width, 3)).astype("uint8")
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i]}) for i in range(4)]
+    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(place):
+    return dm.load_teacher(place / "stable-diffusion-3", height=16, width=16, max_sequence_length=12)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTMATCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many prompts and images are encoded to the cache."""
+    counts = {"prompts": 0, "images": 0}
+
+    def counted(folder, fingerprint, keys, compute, *, what, batch=16):
+        def noted(rows):
+            counts[what] += len(rows)
+            return compute(rows)
+
+        return encoded(folder, fingerprint, keys, noted, what=what, batch=batch)
+
+    monkeypatch.setattr(prompt_batches, "encoded", counted)
+    return counts
+
+
+def options(place, method="sid", batch=2, **changes):
+    base = DistillOptions.of(method, "laptop", **changes)
+    return replace(base, run=replace(base.run, steps=10, batch=batch, seed=0))
+
+
+def test_prompts_alone_from_the_command_line(place, tmp_path, cache):
+    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {place}/prompts.txt {SHORT}"
+    more = "--prompt-dropout 0.3"
+    told = done(f"{line} {more} --out {tmp_path}/whole --json").json()
+    assert told["steps"] == 10
+    text = (tmp_path / "whole" / "config.toml").read_text()
+    for words in ('prompts = "', "size = [16]", "max_tokens = 12", "prompt_dropout = 0.3"):
+        assert words in text
+    student = dm.Student.from_pretrained(tmp_path / "whole")  # finds its base at its size
+    assert student.denoiser.prompt_encoder.encode(["a cat"]).batch_size == 1
+    assert student.info["prompts"]["number"] == 4
+    # In two parts, the second from the cache: the same weights.
+    done(f"{line} {more} --out {tmp_path}/parts --steps 5")
+    before = contents(cache)
+    done(f"distill --resume --out {tmp_path}/parts --steps 10")
+    assert contents(cache) == before
+    parts, whole = (tmp_path / run / "model" / "adapter_model.safetensors" for run in ("parts", "whole"))
+    assert parts.read_bytes() == whole.read_bytes()
+    changed = command(f"distill --resume --out {tmp_path}/parts --steps 12 --prompt-dropout 0.5")
+    assert changed.code == 2
+    assert "prompt-dropout" in changed.err
+
+
+def test_a_dry_run_writes_nothing(place, tmp_path, cache):
+    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {place}/prompts.txt {SHORT}"
+    assert done(f"{line} --dry-run --json").json()["prompts"] == 4
+    assert not cache.exists()
+
+
+def test_the_cache_and_live_encoding_train_the_same_student(teacher, asked):
+    common = {"method": "sid", "steps": 10, "batch": 2, "train": "lora", "lora_rank": 2, "quiet": True}
+    once = dm.distill(teacher, prompts=PROMPTS, **common)
+    assert asked == {"prompts": 4, "images": 0}
+    assert not text_modules(teacher.pipeline.tracer.pipeline)
+    live = dm.distill(teacher, prompts=PROMPTS, encode="live", **common)
+    assert asked["prompts"] == 4
+    assert text_modules(teacher.pipeline.tracer.pipeline)  # loaded again
+    again = dm.distill(teacher, prompts=PROMPTS, **common)
+    assert asked["prompts"] == 4
+    told = teacher.pipeline.encode(PROMPTS[:2])
+    x = [student.sample(2, conditioning=told, decode=False) for student in (once, live, again)]
+    assert torch.equal(x[0], x[2])
+    assert (x[0] - x[1]).abs().max() < 1e-3 * x[0].abs().max()  # rounding of encodings, through 10 steps
+
+
+def test_rows_of_a_batch_are_encoded_prompts_or_the_null_prompt(teacher, place):
+    told = teacher.pipeline.encode(PROMPTS)
+    null = null_conditioning(teacher, 1)
+    share, n = 0.3, 64
+    encoding = EncodingOptions(prompt_dropout=share)
+    job = prepare_distillation(
+        options(place, batch=n, prompts=str(place / "prompts.txt"), encoding=encoding), teacher
+    )
+    plain = prepare_distillation(options(place, batch=n, prompts=str(place / "prompts.txt")), teacher)
+    dropped = 0
+    for step in range(4):
+        batch, whole = job.batches(step), plain.batches(step)
+        for field in told:
+            same = [(whole.conditioning[field][:, None] - told[field][None]).abs().flatten(2).amax(2) < 1e-5]
+            assert bool(same[0].any(1).all())
+        kept = (batch.conditioning["pooled_projections"] == whole.conditioning["pooled_projections"]).all(1)
+        for field in told:
+            row = batch.conditioning[field]
+            assert torch.equal(row[kept], whole.conditioning[field][kept])
+            assert torch.equal(row[~kept], null[field].expand(n, *row.shape[1:])[~kept])
+        dropped += int((~kept).sum())
+        again = job.batches(step)
+        assert all(torch.equal(again.conditioning[field], batch.conditioning[field]) for field in told)
+    assert abs(dropped - share * 4 * n) < 4 * (4 * n * share * (1 - share)) ** 0.5  # 4 standard deviations
+
+
+def test_images_with_captions_are_encoded_once(place, asked):
+    """Each image is beside its own caption, cropped to the size of the teacher."""
+    teacher = dm.load_teacher(place / "stable-diffusion-3", height=16, width=16, max_sequence_length=12)
+    chosen = options(place, "dmd2", batch=4, prompts=str(place / "images"))
+    job = prepare_distillation(chosen, teacher)
+    assert asked == {"prompts": 4, "images": 4}
+    batch = job.batches(0)
+    told = teacher.pipeline.encode(PROMPTS)
+    pooled = told["pooled_projections"]
+    order = (batch.conditioning["pooled_projections"][:, None] - pooled[None]).abs().sum(2).argmin(1)
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    images = [torch.from_numpy(read_image(place / "images" / f"{i}.png", (16, 16)).copy()) for i in order]
+    x = torch.stack(images).movedim(-1, 1).float() / 127.5 - 1
+    mean, spread = teacher.decoder.encode(x), 0.0
+    tail = teacher.pipeline.tail
+    with torch.no_grad():
+        spread = tail.vae.encode(x).latent_dist.std / tail.scale.reshape(tail.latent)
+    noise = (batch.x - mean) / spread  # a draw from the encoder's Gaussian
+    assert noise.abs().max() < 6
+    assert abs(noise.std().item() - 1) < 4 * (2 * noise.numel()) ** -0.5
+    assert torch.equal(prepare_distillation(chosen, teacher).batches(0).x, batch.x)
+    assert asked == {"prompts": 4, "images": 4}
+    student = dm.distill(teacher, prompts=place / "images", method="dmd2", steps=10, batch=2, quiet=True)
+    assert student.export(torch.zeros(1, 3, 16, 16)).dtype == np.uint8
+    # --data with the same folder
+    same = prepare_distillation(options(place, "dmd2", batch=4, data=str(place / "images")), teacher)
+    assert torch.equal(same.batches(0).x, batch.x)
+
+
+def test_arrays_with_a_caption_for_each(place, teacher, asked):
+    raw = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    raw[0, 0, 0, :2] = torch.tensor([0, 255])
+    data = dm.data.from_arrays(raw.numpy().transpose(0, 2, 3, 1), None, name="array")
+    job = prepare_distillation(options(place, "dmd2", batch=4), teacher, data, texts=PROMPTS)
+    assert asked == {"prompts": 4, "images": 4}
+    assert job.batches(0).x.shape == (4, 4, 8, 8)
+    latents = dm.Dataset(torch.randn(4, 4, 8, 8), None, (), "z", dm.data.Scaling.for_images(-1, 1, "latents"))
+    job = prepare_distillation(options(place, "dmd2", batch=4), teacher, latents, texts=PROMPTS)
+    assert asked["images"] == 4
+    with pytest.raises(UserError, match=r"one prompt for each sample.*3 prompts.*4 samples"):
+        prepare_distillation(options(place, "dmd2", batch=4), teacher, data, texts=PROMPTS[:3])
+
+
+def test_encodings_of_another_pipeline_are_not_used(place, tmp_path, asked):
+    other = save("stable-diffusion-3", tmp_path, seed=1)
+    common = {"height": 16, "width": 16, "max_sequence_length": 12}
+    for folder, count in ((place / "stable-diffusion-3", 4), (other, 8), (other, 8)):
+        teacher = dm.load_teacher(folder, **common)
+        told = teacher.pipeline.encode(PROMPTS)
+        batch = prepare_distillation(options(place), teacher, texts=PROMPTS).batches(0)
+        for field, rows in told.items():
+            gaps = (batch.conditioning[field][:, None] - rows[None]).abs().flatten(2).amax(2)
+            assert gaps.amin(1).max() < 1e-5
+        assert asked["prompts"] == count
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--method dmd2 --prompts {place}/prompts.txt", "needs real images, and these are prompts alone"),
+        ("--method sid --prompts {place}/none.txt", "none.txt does not exist"),
+        ("--method sid --encode live", "do nothing without prompts"),
+        ("--method sid --prompts {place}/prompts.txt --flip", "captions may say left"),
+        ("--method sid --prompts {place}/prompts.txt --prompt-dropout 2", "must be in [0, 1]"),
+        ("--method dmd2 --prompts {place}/images --data digits", "two sources of data"),
+    ],
+)
+def test_what_is_refused(place, tmp_path, line, said):
+    answer = command(
+        f"distill --teacher {place}/stable-diffusion-3 {SIZE} --out {tmp_path}/run --batch 2 --steps 10 "
+        + line.format(place=place)
+    )
+    assert answer.code == 2, answer.err
+    assert said in answer.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_teachers_without_prompts(tmp_path, place):
+    for more, said in (
+        (f"--prompts {place}/prompts.txt", "takes no prompts"),
+        ("--prompt-dropout 0.1", "for teachers that take prompts"),
+    ):
+        answer = command(f"distill --teacher ring8 --method sid --steps 10 --out {tmp_path}/run {more}")
+        assert answer.code == 2
+        assert said in answer.err
+
+
+def test_pipelines_that_pad_to_the_longest(place, tmp_path):
+    save("z-image", tmp_path)
+    sizes = PipelineOptions(size=(16,), max_tokens=32)
+    texts = ["a cat", "a small red cat runs in a house"]
+    with pytest.raises(UserError, match="--tokens 128, or --encode live"):
+        prepare_distillation(options(place, teacher=str(tmp_path / "z-image"), pipeline=sizes), texts=texts)
+    fixed = replace(sizes, tokens=40)
+    job = prepare_distillation(options(place, teacher=str(tmp_path / "z-image"), pipeline=fixed), texts=texts)
+    assert {len(rows) for rows in job.batches(0).conditioning.values()} == {2}
+
+
+def test_the_pipeline_may_be_gone_when_all_is_encoded(tmp_path):
+    folder = save("stable-diffusion-3", tmp_path)
+    teacher = dm.load_teacher(folder, height=16, width=16, max_sequence_length=12)
+    batch = prepare_distillation(options(tmp_path), teacher, texts=PROMPTS).batches(0)
+    shutil.rmtree(folder)
+    assert teacher.decoder.decode(batch.x).shape == (2, 3, 16, 16)
+    with pytest.raises(UserError, match="freed"):
+        teacher.pipeline.encode(["a dog"])
