@@ -7,6 +7,7 @@ from sklearn.datasets import load_digits
 
 from distmatch.base.errors import UserError
 from distmatch.data import load_data
+from distmatch.data.batches import Batches
 from distmatch.data.captions import COLORS, DIGITS, SIDE, draw_scenes, wanted_by, word_encoder
 from distmatch.nets.words import WordEncoder
 
@@ -108,6 +109,12 @@ def test_subsets_keep_captions_and_without_labels_there_are_none(held_out):
     bare = held_out.without_labels()
     assert not bare.captions
     assert not bare.conditions
+
+
+def test_batches_have_the_captions_of_their_samples(held_out):
+    batch = Batches(held_out, 16, seed=3)(2)
+    wanted = held_out.prompt_encoder.encode(batch.texts)
+    assert all(torch.equal(batch.conditioning[name], value) for name, value in wanted.items())
 
 
 def test_prompts_of_other_words_or_too_many_are_errors():

@@ -92,3 +92,17 @@ def test_the_status_names_the_step_of_the_model(tmp_path: Path) -> None:
     end = {"event": "end", "step": 1200, "time": 1e9, "result_of": 1000}
     write_log(tmp_path / "log.jsonl", [{"event": "train", "step": 1200, "time": 1e9, "loss": 0.5}, end])
     assert "finished at step 1,200, with the model of step 1,000" in page(tmp_path)[0]
+
+
+def test_rows_of_prompts_have_their_texts(tmp_path: Path) -> None:
+    write_log(tmp_path / "log.jsonl", [event(0, diversity=0.5)])
+    (tmp_path / "watch").mkdir()
+    texts = np.array(["a <b>red</b> cat", "a <b>red</b> cat", "a dog", "a dog"])
+    for name in ("teacher", "step-000000"):
+        x = np.zeros((4, 8, 8, 3), dtype=np.uint8)
+        np.savez(
+            tmp_path / "watch" / f"{name}.npz", x=x, condition_prompt=np.array([1, 1, 2, 2]), prompts=texts
+        )
+    text, parsed = page(tmp_path)
+    assert "Row 1: a <b>red</b> cat. Row 2: a dog." in parsed.text
+    assert "<b>red" not in text

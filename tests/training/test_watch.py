@@ -217,7 +217,9 @@ def test_prompts_are_told_apart_by_all_of_their_values():
     text = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0], [2, 0, 0]])
     mask = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 1], [1, 1]]).bool()
     told = Conditioning({"text": text, "mask": mask})
-    grid = grid_of(lambda step: Batch(torch.zeros(5, 2), told), OfPrompts(), 8, 2)  # type: ignore[arg-type]
+    texts = ["", "a cat", "a dog", "a cat", "a tree"]
+    grid = grid_of(lambda step: Batch(torch.zeros(5, 2), told, texts=texts), OfPrompts(), 8, 2)  # type: ignore[arg-type]
+    assert grid.texts == ("a cat", "a dog", "a tree")
     assert torch.equal(grid.conditioning["text"][:, 0], torch.tensor([1.0, 1, 2]))
     assert grid.conditioning["mask"].tolist() == [[True, True], [True, False], [True, True]]
     assert grid.described()["prompt"].tolist() == [1, 1, 2, 2, 3, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +22,24 @@ class Batch:
         x: Clean samples in model space, (B, *shape) float32.
         conditioning: What they are conditioned on: class labels (B,), a conditioning, or None.
         noise: Standard deviation of the noise in each sample, (B,) float32, for data that are not clean.
+        texts: The prompt or caption of each sample, where known; for people to read.
     """
 
-    def __init__(self, x: Tensor, conditioning: ConditioningLike = None, noise: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        conditioning: ConditioningLike = None,
+        noise: Tensor | None = None,
+        texts: Sequence[str] = (),
+    ) -> None:
         self.x = x
         self.conditioning = as_conditioning(conditioning)
         self.noise = noise
+        self.texts = texts
 
     def taken_by(self, model: Any) -> Batch:
         """The same samples with the part of their conditioning that a denoiser takes."""
-        return Batch(self.x, for_model(model, self.conditioning), self.noise)
+        return Batch(self.x, for_model(model, self.conditioning), self.noise, self.texts)
 
 
 @dataclass
@@ -65,4 +74,5 @@ class Batches:
         indices = self._order.indices(step)
         x, _ = self.data.batch(indices, flip=mask)
         noise = None if self.noise is None else self.noise[indices].to(self.device)
-        return Batch(x.to(self.device), self.data.conditioning(indices).to(self.device), noise)
+        texts = [self.data.captions[i] for i in indices.tolist()] if self.data.captions else ()
+        return Batch(x.to(self.device), self.data.conditioning(indices).to(self.device), noise, texts)

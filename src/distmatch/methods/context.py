@@ -150,7 +150,8 @@ class Context(Generic[S]):
         seed = stream_seed(state.generator.initial_seed(), f"guidance/{state.step}")
         share = torch.rand(len(batch.x), generator=torch.Generator().manual_seed(seed))
         scale = (low + (high - low) * share).to(batch.x)
-        return Batch(batch.x, Conditioning({**batch.conditioning, GUIDANCE: scale}), batch.noise)
+        conditioning = Conditioning({**batch.conditioning, GUIDANCE: scale})
+        return Batch(batch.x, conditioning, batch.noise, batch.texts)
 
     @property
     def copied(self) -> Denoiser | None:

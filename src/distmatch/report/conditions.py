@@ -45,6 +45,9 @@ def grouped(models: Sequence[Samples]) -> Groups | None:
         label = [named.get(str(columns[0][at]), str(columns[0][at]))] if labelled else []
         told = [_told(n, c[at]) for n, c in zip(fields, columns[labelled:], strict=True)]
         names.append(", ".join([f"label {label[0]}" if label and told else word for word in label] + told))
+    if fields and all(s.prompts for s in models):
+        texts = [text for s in models for text in s.prompts]
+        names = [texts[at] for at in first]
     ends = np.cumsum([len(s.x) for s in models])[:-1]
     return Groups(np.split(group.ravel(), ends), tuple(names), "condition" if fields else "label")
 

@@ -33,12 +33,14 @@ class Samples:
         labels: (N,), or None.
         class_names: Names of the classes, or ().
         conditions: Further conditions by name, each (N, ...).
+        prompts: The text of each sample's condition, or ().
     """
 
     x: np.ndarray
     labels: np.ndarray | None
     class_names: tuple[str, ...] = ()
     conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Kind:
@@ -231,4 +233,6 @@ def read_samples(path: Path) -> Samples:
                 fix="remove the file and evaluate again",
             )
     class_names = () if names is None else tuple(str(name) for name in names.ravel())
-    return Samples(x, labels, class_names, conditions)
+    prompts = archive.get("prompts")
+    texts = () if prompts is None or prompts.shape != x.shape[:1] else tuple(map(str, prompts))
+    return Samples(x, labels, class_names, conditions, texts)

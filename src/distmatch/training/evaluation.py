@@ -225,15 +225,20 @@ def plain(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def npz_bytes(x: np.ndarray, conditioning: ConditioningLike, names: Sequence[str] = ()) -> bytes:
+def npz_bytes(
+    x: np.ndarray, conditioning: ConditioningLike, names: Sequence[str] = (), prompts: Sequence[str] = ()
+) -> bytes:
     """An ``.npz`` archive with ``x`` and, where known, ``labels``, ``class_names`` and ``condition_NAME``.
 
-    Sequences are said to be such under ``kind``, as by their axes they would be grey images.
+    ``prompts`` are the texts of the samples' conditions. Sequences are said to be such under ``kind``, as by
+    their axes they would be grey images.
     """
     told = as_conditioning(conditioning)
     arrays = {"x": x} if told.label is None else {"x": x, "labels": told.label.numpy()}
     if told.label is not None and names:
         arrays["class_names"] = np.array(names, dtype=np.str_)
+    if prompts:
+        arrays["prompts"] = np.array(prompts, dtype=np.str_)
     arrays |= {f"{CONDITION}{name}": value.numpy() for name, value in told.items() if name != LABEL}
     if x.ndim == 3 and x.dtype != np.uint8:
         arrays["kind"] = np.array("sequence")

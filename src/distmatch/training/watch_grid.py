@@ -44,10 +44,12 @@ class Grid:
     Attributes:
         conditioning: A row for each condition; the empty conditioning for samples without a condition.
         seeds: Samples of each condition.
+        texts: The prompt of each condition, where known.
     """
 
     conditioning: Conditioning
     seeds: int
+    texts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of conditions, 1 without any."""
@@ -76,23 +78,25 @@ def grid_of(batches: Callable[[int], Batch], model: Denoiser, conditions: int, s
         conditions: Largest number of conditions.
         seeds: Samples of each; without conditions one has ``conditions * seeds``.
     """
-    found: dict[bytes, Conditioning] = {}
+    found: dict[bytes, tuple[Conditioning, str]] = {}
     ignored = _null(model)
     for step in range(_MOST_BATCHES):
-        told = batches(step).conditioning
+        batch = batches(step)
+        told, texts = batch.conditioning, batch.texts or [""] * len(batch.x)
         if not told:
             return Grid(UNCONDITIONAL, conditions * seeds)
         for i, digest in enumerate(_digests(told)):
             if digest not in ignored:
-                found.setdefault(digest, told.index(slice(i, i + 1)))
+                found.setdefault(digest, (told.index(slice(i, i + 1)), texts[i]))
         if len(found) >= (min(model.num_classes, _MOST_CLASSES) if set(told) == {LABEL} else conditions):
             break
     rows = list(found.values())
     count = min(conditions, len(rows))
-    if set(rows[0]) == {LABEL}:  # evenly over the classes
-        rows.sort(key=lambda row: int(row[LABEL]))
+    if set(rows[0][0]) == {LABEL}:  # evenly over the classes
+        rows.sort(key=lambda row: int(row[0][LABEL]))
         rows = [rows[i * len(rows) // count] for i in range(count)]
-    return Grid(cat(rows[:count]), seeds)
+    texts = tuple(text for _, text in rows[:count])
+    return Grid(cat([row for row, _ in rows[:count]]), seeds, texts if all(texts) else ())
 
 
 def _digests(conditioning: Conditioning) -> list[bytes]:
@@ -219,7 +223,8 @@ def write_picture(
     path: Path, grid: Grid, samples: WatchedSamples, scaling: Scaling, class_names: Sequence[str]
 ) -> None:
     """Writes samples of a grid as reports read them."""
-    content = npz_bytes(scaling.export(samples.x.flatten(0, 1)), grid.described(), class_names)
+    prompts = [text for text in grid.texts for _ in range(grid.seeds)]
+    content = npz_bytes(scaling.export(samples.x.flatten(0, 1)), grid.described(), class_names, prompts)
     atomic_write(path, content)
 
 
