@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def write_samples(
     overwrite: bool,
     class_names: Sequence[str] = (),
     columns: Sequence[Column] = (),
+    captions: Sequence[str] = (),
 ) -> None:
     """Writes samples to an ``.npz``, a ``.csv``, a ``.png`` picture, or a folder of one file each.
 
@@ -42,6 +44,7 @@ def write_samples(
         overwrite: Whether an existing distmatch folder may be replaced.
         class_names: Names of the classes: those of the sub-folders, where they can be.
         columns: Of vectors, for a ``.csv``.
+        captions: The prompt of each sample: ``prompts`` in an ``.npz``, ``metadata.jsonl`` in a folder.
 
     Raises:
         UserError: See :func:`check_form`; or the place cannot be written.
@@ -51,7 +54,7 @@ def write_samples(
     labels = labels_of(conditioning)
     check_form(path, kind, overwrite=overwrite)
     if suffix == ".npz":
-        atomic_write(path, npz_bytes(x, conditioning, class_names))
+        atomic_write(path, npz_bytes(x, conditioning, class_names, captions))
     elif suffix == ".csv":
         atomic_write(path, table_text(columns, x, None if labels is None else labels.numpy(), class_names))
     elif suffix == ".png" and kind in ("image", "video"):
@@ -61,12 +64,18 @@ def write_samples(
     else:
         names = folder_names(class_names)
         with atomic_folder(path) as folder:
+            lines = []
             for i, sample in enumerate(x):
                 place = folder if labels is None else folder / _sub_folder(int(labels[i]), names)
                 place.mkdir(exist_ok=True)
                 frames = sample if kind == "video" else sample[None]
                 pictures = [Image.fromarray(f[..., 0] if f.shape[-1:] == (1,) else f) for f in frames]
                 (place / f"{i:06d}.png").write_bytes(animation(pictures))
+                if captions:
+                    name = str((place / f"{i:06d}.png").relative_to(folder))
+                    lines.append(json.dumps({"file_name": name, "text": captions[i]}) + "\n")
+            if lines:
+                (folder / "metadata.jsonl").write_text("".join(lines))
 
 
 def _sub_folder(label: int, names: Sequence[str]) -> str:
@@ -115,5 +124,6 @@ def check_form(path: Path, kind: Kind, *, overwrite: bool) -> None:
 
 
 def _holds_only_images(folder: Path) -> bool:
-    """Whether a folder can be replaced: nothing in it but PNG files."""
-    return folder.is_dir() and all(f.suffix == ".png" for f in folder.rglob("*") if f.is_file())
+    """Whether a folder can be replaced: nothing in it but PNG files and their prompts."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return folder.is_dir() and all(f.suffix == ".png" or f.name == "metadata.jsonl" for f in files)

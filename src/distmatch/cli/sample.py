@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,10 +29,11 @@ example: distmatch sample runs/demo --n 64 --out samples.png
          distmatch sample runs/teacher --n 1000 --classes 3 --guidance 2 --out threes.npz
          distmatch sample runs/teacher --solver dpmpp-2m --steps 10 --out fast.png
          distmatch sample runs/demo --hybrid-teacher runs/demo/teacher --out hybrid.png
+         distmatch sample runs/student --prompt "a red cat" --prompt "a blue dog" --out images
          distmatch sample runs/student --conditions prompts.npz --out images.npz
          distmatch sample runs/teacher --trajectory decided.png""",
-    short="model n out classes class_balance conditions clip solver steps guidance seed device overwrite "
-    "json",
+    short="model n out prompt prompts classes class_balance conditions clip solver steps guidance seed "
+    "device overwrite json",
     groups={
         "How a teacher is sampled": "solver steps grid path guidance guidance_interval guidance_reference",
         "Student and teacher together": "hybrid_teacher hybrid_calls hybrid_level",
@@ -54,7 +55,7 @@ class SampleOptions:
     """For a model of a network of your own: MODULE:NAME of its class, of a function that makes it, or of the
     denoiser, as Python would import it from here."""
     n: int | None = None
-    """Number of samples; unset: 64, or the rows of --conditions."""
+    """Number of samples; unset: 64, or one for each prompt or row of --conditions."""
     out: Path | None = None
     """.npz (x, labels, conditions), .csv (vectors), .png (a picture), or a folder (a file per image or clip);
     unset: samples.npz, or no samples with --trajectory."""
@@ -62,6 +63,12 @@ class SampleOptions:
     """Classes to draw, in turn, by name or number; unset: drawn according to --class-balance."""
     class_balance: Literal["data", "uniform"] = "data"
     """data: in the proportions of the training data; uniform: uniformly."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A prompt, for pipelines and models of captions; once for each prompt, drawn in turn."""
+    prompts: str = ""
+    """File of prompts: text, .jsonl, .csv or .parquet, or a folder of images with metadata.jsonl."""
+    negative_prompt: str = ""
+    """What the guidance of a teacher leads away from, in place of its null prompt."""
     conditions: Path | None = None
     """.npz of the samples' conditioning, a row for each: labels, condition_NAME (docs/conditioning.md)."""
     clip: bool = False
@@ -110,11 +117,13 @@ def run(argv: list[str]) -> None:
     if not math.isfinite(o.guidance):
         raise UserError("--guidance must be finite", got=o.guidance)
     from distmatch.cli.output import check_form, tell_conversion, write_samples
+    from distmatch.cli.sample_conditions import HOW, conditioning_of, negative_of, prompts_of
     from distmatch.cli.trajectory import check_picture
     from distmatch.data.classes import names_for
     from distmatch.data.columns import columns_of, decoded
     from distmatch.data.files import load_conditioning
     from distmatch.data.kinds import kind_of_shape
+    from distmatch.diffusion.conditioning import labels_of
     from distmatch.training.models import open_model, refuse_existing
     from distmatch.training.ranges import Range, require_range
 
@@ -123,19 +132,22 @@ def run(argv: list[str]) -> None:
         if path is not None:
             refuse_existing(path, o.overwrite)
     told = None if o.conditions is None else load_conditioning(o.conditions)
-    n = o.n or (told.batch_size if told is not None else None) or 64
+    texts = prompts_of(o)
+    n = o.n or (told.batch_size if told is not None else None) or len(texts) or 64
     options = o.pipeline.given()
     model = open_model(o.model, o.base, imported(o.network), {} if o.hybrid_teacher else options)
     tell_conversion(o.model, model.conversion)
     teacher = open_model(o.hybrid_teacher, options=options) if o.hybrid_teacher else None
-    ask = _asked(o, model, teacher)
+    away = negative_of(o, teacher or model)
+    ask = _asked(o, model, teacher, away)
     if out is not None:
         check_form(out, kind_of_shape(model.shape), overwrite=o.overwrite)
     if o.trajectory is not None:
         check_picture(o.trajectory, ask.teacher or model, n)
-    conditioning, how = _conditioning(o, model, n, told)
+    conditioning, how = conditioning_of(o, model, n, told, texts)
     result: dict[str, Any] = {"n": n, **ask.told, **({"class_balance": how} if how else {})}
     result |= {} if told is None else {"conditions": str(o.conditions)}
+    result |= {"prompts": len(texts)} if texts else {}
     bounds = require_range(model.trained_on) if o.clip else Range.of(model.trained_on)
     if out is not None:
         drawn = ask.draw(n, conditioning)
@@ -147,7 +159,9 @@ def run(argv: list[str]) -> None:
             result |= bounds.outside(x.reshape(-1, x.shape[-1]))
             x = bounds.clip(x) if o.clip else x
         names = names_for(model.classes.names, model.num_classes)
-        write_samples(out, x, drawn.conditioning, o.overwrite, names, columns)
+        captions = [texts[i % len(texts)] for i in range(n)] if texts else []
+        said = labels_of(drawn.conditioning) if texts else drawn.conditioning
+        write_samples(out, x, said, o.overwrite, names, columns, captions)
         seconds = round(drawn.seconds_per_1000, 5)
         result |= {"out": str(out), "nfe": drawn.nfe, "seconds_per_1000": seconds}
     if o.trajectory is not None:
@@ -159,7 +173,7 @@ def run(argv: list[str]) -> None:
         calls = "1 network call" if result["nfe"] == 1 else f"{result['nfe']} network calls"
         print(f"{n} samples in {out} ({result['model']}, {calls} each)")
         if how:
-            print(f"classes: {_HOW[how]}")
+            print(f"classes: {HOW[how]}")
         if told is not None:
             print(f"conditions: {', '.join(told)} from {o.conditions}")
         if result.get("outside_range", 0) >= 0.0005 or result.get("below_zero"):
@@ -174,60 +188,6 @@ def _range_line(result: dict[str, Any], clipped: bool) -> str:
     below = f"; negative values, which the data do not have: {negative}" if negative else ""
     end = "moved to its edge" if clipped else "--clip moves them to its bounds"
     return f"range: {result['outside_range']:.1%} of the values lie outside that of the data{below} ({end})"
-
-
-_HOW = {
-    "data": "in the shares of the training data (--class-balance uniform draws them evenly)",
-    "uniform": "evenly",
-    "unknown": "uniformly, as the model does not record how often each occurred in its training data",
-    "given": "those of --classes, in turn",
-}
-
-
-def _conditioning(
-    o: SampleOptions, model: Model, n: int, told: Conditioning | None
-) -> tuple[Conditioning, str]:
-    """What to draw under, and how its classes were chosen: a key of _HOW, '' where the command chose none."""
-    import torch
-
-    from distmatch.data.classes import checked_conditioning, class_named, drawn_labels
-    from distmatch.diffusion.conditioning import (
-        LABEL,
-        as_conditioning,
-        check_conditioning,
-        label_spec,
-    )
-
-    names, counts = model.classes.names, model.classes.counts
-    if told is not None:
-        _refuse(o, ("classes", "class_balance"), "--conditions already determines the conditions")
-        if told.batch_size != n:
-            raise UserError(
-                "--conditions must have one row for each sample",
-                got=f"{told.batch_size} rows and --n {n}",
-                fix="omit --n, or give a file with as many rows",
-            )
-        return checked_conditioning(told, n, model, o.seed), ""
-    if others := set(model.conditioning_spec) - {LABEL}:
-        raise UserError(
-            "this model needs the conditioning of its samples",
-            got="no --conditions",
-            expected=f"values of {', '.join(model.conditioning_spec)}",
-            fix=f"--conditions FILE.npz with condition_{min(others)}, ..., one row for each sample",
-        )
-    if o.classes:
-        _refuse(o, ("class_balance",), "--classes already determines the classes")
-        if not model.num_classes:
-            raise UserError("this model is unconditional", got="--classes", fix="leave it out")
-        turn = torch.tensor([class_named(c, names, model.num_classes) for c in o.classes])
-        labels = turn.repeat(-(-n // len(turn)))[:n]
-        check_conditioning(as_conditioning(labels), n, label_spec(model.num_classes))
-        return as_conditioning(labels), "given"
-    if not model.num_classes:
-        _refuse(o, ("class_balance",), "this model is unconditional")
-        return as_conditioning(None), ""
-    drawn = drawn_labels(n, model.num_classes, o.seed, counts, o.class_balance)
-    return as_conditioning(drawn), o.class_balance if counts or o.class_balance == "uniform" else "unknown"
 
 
 @dataclass(frozen=True)
@@ -249,16 +209,17 @@ class _Asked:
     told: dict[str, Any]
 
 
-def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
+def _asked(o: SampleOptions, model: Model, teacher: Model | None, away: Conditioning | None) -> _Asked:
     """Which model is sampled how; refuses what does not go together."""
+    from distmatch.cli.sample_conditions import refuse
     from distmatch.training.hybrid import draw_hybrid, plan_hybrid
     from distmatch.training.sampling import HEUN
 
     common: dict[str, Any] = {"batch": o.batch, "device": o.device}
     if teacher is not None:
         if o.hybrid_level is not None:
-            _refuse(o, ("hybrid_calls",), "--hybrid-level already determines where the student takes over")
-        sampling = _sampling(o)
+            refuse(o, ("hybrid_calls",), "--hybrid-level already determines where the student takes over")
+        sampling = _sampling(o, away)
         part: dict[str, Any] = {"calls": o.hybrid_calls, "level": o.hybrid_level}
         way = plan_hybrid(teacher, model, sampling, **part)
 
@@ -269,12 +230,12 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None) -> _Asked:
         return _Asked(
             model, teacher, sampling, draw, {"model": "hybrid", "solver": o.solver, "handover": level}
         )
-    _refuse(o, ("hybrid_calls", "hybrid_level"), "it needs --hybrid-teacher")
+    refuse(o, ("hybrid_calls", "hybrid_level"), "it needs --hybrid-teacher")
     if model.teacher is None:
         _refuse_for_students(o)
         sampling = HEUN
     else:
-        sampling = _sampling(o)
+        sampling = _sampling(o, away)
         sampling.check(model.teacher)
 
     def alone(n: int, told: Conditioning) -> SampleResult:
@@ -307,9 +268,12 @@ def _refuse_for_students(o: SampleOptions) -> None:
     Raises:
         UserError: One of them was given.
     """
-    names = ("solver", "steps", "grid", "path", "guidance", "guidance_interval", "guidance_reference")
+    from distmatch.cli.sample_conditions import refuse
+
+    how = ("solver", "steps", "grid", "path", "guidance", "guidance_interval", "guidance_reference")
+    names = (*how, "negative_prompt")
     fix = "leave them out, or distil with --num-steps and --guidance; solvers are for teachers"
-    _refuse(
+    refuse(
         o,
         names,
         "the steps and the guidance of a student are fixed by training: there is no ODE to solve",
@@ -317,15 +281,7 @@ def _refuse_for_students(o: SampleOptions) -> None:
     )
 
 
-def _refuse(o: SampleOptions, names: tuple[str, ...], why: str, fix: str = "leave them out") -> None:
-    """Refuses options that would do nothing."""
-    defaults = {f.name: f.default for f in fields(SampleOptions)}
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(o, name) != defaults[name]]
-    if given:
-        raise UserError(why, got=", ".join(given), fix=fix)
-
-
-def _sampling(o: SampleOptions) -> Sampling:
+def _sampling(o: SampleOptions, away: Conditioning | None) -> Sampling:
     """The options as the settings of a teacher's sampling."""
     from distmatch.training.sampling import Sampling
     from distmatch.training.teachers import load_teacher
@@ -337,5 +293,6 @@ def _sampling(o: SampleOptions) -> Sampling:
         path=o.path,
         guidance=o.guidance,
         interval=o.guidance_interval,
+        negative=away,
         reference=load_teacher(o.guidance_reference) if o.guidance_reference else None,
     )

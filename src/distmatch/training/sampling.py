@@ -40,6 +40,7 @@ class Sampling:
         guidance: Guidance scale; 1 is none.
         interval: Guide where low < sigma <= high only; None guides everywhere.
         reference: A weaker teacher to guide by, instead of the teacher without its class.
+        negative: What to lead away from, one row; None is no condition.
     """
 
     solver: str = "heun"
@@ -49,6 +50,7 @@ class Sampling:
     guidance: float = 1.0
     interval: tuple[float, float] | None = None
     reference: Denoiser | None = None
+    negative: Conditioning | None = None
 
     def path_for(self, teacher: Denoiser) -> NoisePath:
         """The path for what works in a path's time.
@@ -84,11 +86,15 @@ class Sampling:
         Raises:
             UserError: A guidance that the teacher cannot have.
         """
-        return guided(teacher, self.guidance, interval=self.interval, reference=self.reference)
+        return guided(
+            teacher, self.guidance, interval=self.interval, reference=self.reference, negative=self.negative
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The requested options, as JSON, for logs."""
-        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reference"}
+        said = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("reference", "negative")
+        }
         return {**said, "reference": self.reference is not None}
 
     def check(self, teacher: Denoiser) -> None:
@@ -103,7 +109,7 @@ class Sampling:
             check_same_classes(teacher, self.reference, "the teacher and the one that it is guided by")
         chosen, levels = find_solver(self.solver), self.levels(teacher)
         self.around(teacher)
-        if self.guidance != 1 and self.reference is None:
+        if self.guidance != 1 and self.reference is None and self.negative is None:
             require_null_class(teacher)
         if chosen.stochastic:
             require_score(teacher, f"the solver {self.solver}, which adds Gaussian noise,")

@@ -1,0 +1,132 @@
+"""What `distmatch sample` draws under: prompts, the rows of a file, classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distmatch.base.errors import UserError
+from distmatch.data.classes import checked_conditioning, class_named, drawn_labels
+from distmatch.data.prompts import read_prompts
+from distmatch.diffusion.conditioning import (
+    LABEL,
+    Conditioning,
+    as_conditioning,
+    check_conditioning,
+    label_spec,
+)
+from distmatch.diffusion.prompts import encode_prompts, prompt_encoder_of
+from distmatch.training.devices import pick_device
+from distmatch.training.models import Model
+
+if TYPE_CHECKING:
+    from distmatch.cli.sample import SampleOptions
+
+HOW = {
+    "data": "in the shares of the training data (--class-balance uniform draws them evenly)",
+    "uniform": "evenly",
+    "unknown": "uniformly, as the model does not record how often each occurred in its training data",
+    "given": "those of --classes, in turn",
+}
+
+
+def conditioning_of(
+    o: SampleOptions, model: Model, n: int, told: Conditioning | None, texts: Sequence[str]
+) -> tuple[Conditioning, str]:
+    """What to draw under, and how its classes were chosen: a key of HOW, '' where the command chose none.
+
+    Args:
+        o: The options.
+        model: The model.
+        n: Number of samples.
+        told: The rows of ``--conditions``.
+        texts: The prompts.
+
+    Raises:
+        UserError: Options that do not go together, or not with this model.
+    """
+    names, counts = model.classes.names, model.classes.counts
+    if told is not None:
+        refuse(o, ("classes", "class_balance"), "--conditions already determines the conditions")
+        if told.batch_size != n:
+            raise UserError(
+                "--conditions must have one row for each sample",
+                got=f"{told.batch_size} rows and --n {n}",
+                fix="omit --n, or give a file with as many rows",
+            )
+        return checked_conditioning(told, n, model, o.seed), ""
+    if texts:
+        rows = torch.arange(n) % len(texts)
+        return checked_conditioning(_encoded(o, model, texts).index(rows), n, model, o.seed), ""
+    if others := set(model.conditioning_spec) - {LABEL}:
+        takes = prompt_encoder_of(denoiser_in(model)) is not None
+        raise UserError(
+            "this model needs the conditioning of its samples",
+            got="no --prompt" if takes else "no --conditions",
+            expected=f"values of {', '.join(model.conditioning_spec)}",
+            fix='--prompt "a red cat", or --prompts FILE'
+            if takes
+            else f"--conditions FILE.npz with condition_{min(others)}, ..., one row for each sample",
+        )
+    if o.classes:
+        refuse(o, ("class_balance",), "--classes already determines the classes")
+        if not model.num_classes:
+            raise UserError("this model is unconditional", got="--classes", fix="leave it out")
+        turn = torch.tensor([class_named(c, names, model.num_classes) for c in o.classes])
+        labels = turn.repeat(-(-n // len(turn)))[:n]
+        check_conditioning(as_conditioning(labels), n, label_spec(model.num_classes))
+        return as_conditioning(labels), "given"
+    if not model.num_classes:
+        refuse(o, ("class_balance",), "this model is unconditional")
+        return as_conditioning(None), ""
+    drawn = drawn_labels(n, model.num_classes, o.seed, counts, o.class_balance)
+    return as_conditioning(drawn), o.class_balance if counts or o.class_balance == "uniform" else "unknown"
+
+
+def prompts_of(o: SampleOptions) -> list[str]:
+    """The prompts that the options name, in their order; none where they name none.
+
+    Raises:
+        UserError: A file that cannot be used, or other options that determine the conditions.
+    """
+    texts = [*o.prompt, *(read_prompts(o.prompts) if o.prompts else [])]
+    if texts:
+        refuse(o, ("conditions", "classes", "class_balance"), "prompts already determine the conditions")
+    return texts
+
+
+def negative_of(o: SampleOptions, model: Model) -> Conditioning | None:
+    """What the guidance of a teacher leads away from; None for its null conditioning.
+
+    Raises:
+        UserError: The model takes no prompts.
+    """
+    return _encoded(o, model, [o.negative_prompt], free=False) if o.negative_prompt else None
+
+
+def denoiser_in(model: Model) -> Any:
+    """The denoiser of a model."""
+    return model.student.denoiser if model.student is not None else model.teacher
+
+
+def _encoded(o: SampleOptions, model: Model, texts: Sequence[str], *, free: bool = True) -> Conditioning:
+    """Prompts as a model takes them; the text encoders of a pipeline are then freed."""
+    denoiser = denoiser_in(model)
+    encoder: Any = prompt_encoder_of(denoiser)
+    with encoder.on(pick_device(o.device)) if hasattr(encoder, "on") else nullcontext():
+        found = encode_prompts(denoiser, texts).to("cpu")
+    if free and hasattr(encoder, "free_text_encoders"):
+        encoder.free_text_encoders()
+    return found
+
+
+def refuse(o: SampleOptions, names: tuple[str, ...], why: str, fix: str = "leave them out") -> None:
+    """Refuses options that would do nothing."""
+    defaults = {f.name: f.default for f in fields(o)}
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(o, name) != defaults[name]]
+    if given:
+        raise UserError(why, got=", ".join(given), fix=fix)
