@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,8 +23,8 @@ from distmatch.diffusion.prompts import encode_prompts, prompt_encoder_of
 from distmatch.training.devices import pick_device
 from distmatch.training.models import Model
 
-if TYPE_CHECKING:
-    from distmatch.cli.sample import SampleOptions
+Options = Any
+"""``SampleOptions``, in whose module these functions are called."""
 
 HOW = {
     "data": "in the shares of the training data (--class-balance uniform draws them evenly)",
@@ -35,7 +35,7 @@ HOW = {
 
 
 def conditioning_of(
-    o: SampleOptions, model: Model, n: int, told: Conditioning | None, texts: Sequence[str]
+    o: Options, model: Model, n: int, told: Conditioning | None, texts: Sequence[str]
 ) -> tuple[Conditioning, str]:
     """What to draw under, and how its classes were chosen: a key of HOW, '' where the command chose none.
 
@@ -87,7 +87,7 @@ def conditioning_of(
     return as_conditioning(drawn), o.class_balance if counts or o.class_balance == "uniform" else "unknown"
 
 
-def prompts_of(o: SampleOptions) -> list[str]:
+def prompts_of(o: Options) -> list[str]:
     """The prompts that the options name, in their order; none where they name none.
 
     Raises:
@@ -99,7 +99,7 @@ def prompts_of(o: SampleOptions) -> list[str]:
     return texts
 
 
-def negative_of(o: SampleOptions, model: Model) -> Conditioning | None:
+def negative_of(o: Options, model: Model) -> Conditioning | None:
     """What the guidance of a teacher leads away from; None for its null conditioning.
 
     Raises:
@@ -113,7 +113,7 @@ def denoiser_in(model: Model) -> Any:
     return model.student.denoiser if model.student is not None else model.teacher
 
 
-def _encoded(o: SampleOptions, model: Model, texts: Sequence[str], *, free: bool = True) -> Conditioning:
+def _encoded(o: Options, model: Model, texts: Sequence[str], *, free: bool = True) -> Conditioning:
     """Prompts as a model takes them; the text encoders of a pipeline are then freed."""
     denoiser = denoiser_in(model)
     encoder: Any = prompt_encoder_of(denoiser)
@@ -124,7 +124,7 @@ def _encoded(o: SampleOptions, model: Model, texts: Sequence[str], *, free: bool
     return found
 
 
-def refuse(o: SampleOptions, names: tuple[str, ...], why: str, fix: str = "leave them out") -> None:
+def refuse(o: Options, names: tuple[str, ...], why: str, fix: str = "leave them out") -> None:
     """Refuses options that would do nothing."""
     defaults = {f.name: f.default for f in fields(o)}
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(o, name) != defaults[name]]
