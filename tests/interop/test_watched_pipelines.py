@@ -19,7 +19,7 @@ PROMPTS = ["a red cat", "the dog sleeps", "a house"]
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("stable-diffusion-3", {"train": "lora", "lora_rank": 2, "num_steps": 2}),
+        ("stable-diffusion-3", {"train": "lora", "lora_rank": 2, "num_steps": 2, "base_dtype": "bfloat16"}),
         ("wan", {"guidance": 2.0}),
     ],
 )
