@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import distmatch as dm
+from tests.helpers.command import done
 from tests.helpers.pipelines import SIZE, save
 
 PROMPTS = ["a red cat", "the dog sleeps", "a house"]
@@ -42,3 +43,24 @@ def test_students_of_pipelines_are_watched(name: str, settings: dict[str, Any], 
         assert file["condition_prompt"].tolist() == [1, 1, 2, 2]
         assert len(file["x"]) == 4
         assert file["x"].ndim == 4 + video
+
+
+def test_prompts_of_a_file_are_the_rows_of_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text encoders are freed by then; prompts that are dropped in training are not watched."""
+    monkeypatch.setenv("DISTMATCH_CACHE", str(tmp_path / "cache"))
+    folder, out, file = save("stable-diffusion-3", tmp_path), tmp_path / "run", tmp_path / "prompts.txt"
+    file.write_text("\n".join([*PROMPTS, ""]))
+    given = f"--teacher {folder} --size 16 --max-tokens 12 --prompts {file} --prompt-dropout 0.5"
+    options = "--method diff-instruct --train lora --lora-rank 2 --fake-score-steps 2 --batch 2 --guidance 2"
+    watch = "--watch-every 2 --watch-grid 3 2"
+    done(f"distill {given} {options} --negative-prompt river --steps 2 {watch} --out {out}")
+    with np.load(out / "watch" / "step-000002.npz") as found:
+        assert sorted(found["prompts"].tolist()) == sorted(2 * PROMPTS)
+        first = found["x"]
+    written = (out / "watch" / "teacher.safetensors").stat().st_mtime_ns
+    done(f"distill --resume --steps 4 --out {out}")
+    assert (out / "watch" / "teacher.safetensors").stat().st_mtime_ns == written
+    with np.load(out / "watch" / "step-000004.npz") as found:
+        assert found["x"].shape == first.shape == (6, 16, 16, 3)
+    done(f"report {out}")
+    assert f": {PROMPTS[0]}." in (out / "report.html").read_text()

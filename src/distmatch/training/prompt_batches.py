@@ -72,7 +72,7 @@ def prompt_batches(
         told = conditioning(rows)
         if prompts.data is not None and prompts.data.labels is not None and LABEL in spec_of(teacher):
             told = Conditioning({LABEL: prompts.data.labels[rows], **told})
-        return Batch(samples(rows).to(device), told.to(device))
+        return Batch(samples(rows).to(device), told.to(device), texts=[texts[i] for i in rows.tolist()])
 
     return batch
 
@@ -89,7 +89,7 @@ def with_dropout(
         n, device = len(found.x), found.x.device
         kept = torch.rand(n, generator=generator(run.seed, f"prompt dropout/{step}")) >= share
         null = null_conditioning(teacher, n, device)
-        return Batch(found.x, found.conditioning.where(kept.to(device), null), found.noise)
+        return Batch(found.x, found.conditioning.where(kept.to(device), null), found.noise, found.texts)
 
     return batch
 
