@@ -437,8 +437,7 @@ def test_the_best_checkpoint_stays_besides_the_newest(tmp_path, monkeypatch):
     student = dm.distill(PAIR, out=out, keep_best="energy", **BEST)
     assert list(list_checkpoints(out / "checkpoints")) == [6, 12]
     assert load_checkpoint(out / "checkpoints")[1]["watch"]["looks"][6] == 0.2
-    last = load_checkpoint(out / "checkpoints", 12)[1]["modules"]["average"]
-    assert_equal(student, last)
+    assert_equal(student, load_average(out, 12))
 
 
 def assert_equal(student: Any, tree: dict[str, Tensor]) -> None:
@@ -457,6 +456,20 @@ def test_the_result_is_the_best_one_where_it_is_asked_for(tmp_path, monkeypatch)
     )
     (end,) = events(out, "end")
     assert (end["step"], end["steps"], end["result_of"]) == (12, 12, 4)
+
+
+def test_the_model_of_a_finished_run_can_be_replaced_by_the_best_one(tmp_path, monkeypatch):
+    fake_energy(monkeypatch, {6: 0.2})
+    out = tmp_path / "run"
+    dm.distill(PAIR, out=out, keep_best="energy", **BEST)
+    assert_equal(resumed(out, "latest", result="best"), load_average(out, 6))
+    assert_equal(dm.Student.from_pretrained(out), load_average(out, 6))
+    assert_equal(resumed(out, "latest"), load_average(out, 12))
+
+
+def load_average(out: Path, step: int) -> dict[str, Tensor]:
+    tree: dict[str, Tensor] = load_checkpoint(out / "checkpoints", step)[1]["modules"]["average"]
+    return tree
 
 
 def test_the_best_one_is_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
@@ -494,7 +507,7 @@ def test_a_best_checkpoint_that_is_damaged_leaves_the_last_model(tmp_path, monke
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.warns(UserWarning, match="the model is that of the last step"):
         student = resumed(out, "latest", result="best")
-    assert_equal(student, load_checkpoint(out / "checkpoints", 12)[1]["modules"]["average"])
+    assert_equal(student, load_average(out, 12))
 
 
 def test_diversity_is_best_where_it_is_that_of_the_teacher(tmp_path):
