@@ -176,7 +176,7 @@ def test_the_level_and_power_of_the_stein_test(kernel):
 
 def test_refusals():
     x = samples(10, 2, 0)
-    with pytest.raises(UserError, match="wrong shape"):
+    with pytest.raises(UserError, match="shapes of the samples and of their score"):
         hyvarinen(lambda z: z[:, :1], x)
     with pytest.raises(UserError, match="projections"):
         hyvarinen(lambda z: -z, x, projections=0)

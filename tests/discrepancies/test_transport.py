@@ -200,9 +200,9 @@ BAD = {
     "dimensions": ((GOOD, torch.ones(4, 3)), {}, "dimension"),
     "integers": ((GOOD.long(), GOOD), {}, "floating"),
     "an array": ((GOOD.numpy(), GOOD), {}, "floating-point tensor"),
-    "negative weight": ((GOOD, GOOD), {"a": torch.tensor([1.5, -0.5, 0, 0])}, "not negative"),
+    "negative weight": ((GOOD, GOOD), {"a": torch.tensor([1.5, -0.5, 0, 0])}, "not be negative"),
     "unnormalized": ((GOOD, GOOD), {"b": torch.ones(4)}, "sum to one"),
-    "number of weights": ((GOOD, GOOD), {"a": torch.ones(3) / 3}, "one floating weight per sample"),
+    "number of weights": ((GOOD, GOOD), {"a": torch.ones(3) / 3}, "one weight in a per sample"),
     "NaN weight": ((GOOD, GOOD), {"a": torch.tensor([math.nan, 0, 0, 1])}, "finite"),
 }
 

@@ -69,7 +69,7 @@ def test_what_is_no_image_is_refused(x: np.ndarray) -> None:
 
 
 def test_labels_must_match() -> None:
-    with pytest.raises(UserError, match="1 labels for 2 images"):
+    with pytest.raises(UserError, match="numbers of images and labels"):
         image_grid(digits(2), 2, labels=[1])
 
 

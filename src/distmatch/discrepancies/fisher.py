@@ -12,8 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_count, check_number
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_count, check_equal, check_number
 from distmatch.base.estimate import Estimate, mean_of
 from distmatch.base.samples import checked, checked_pair
 
@@ -27,12 +26,7 @@ def evaluated(score: Score, x: Tensor) -> Tensor:
         UserError: It has another shape than the samples, or is not finite.
     """
     s = score(x)
-    if s.shape != x.shape:
-        raise UserError(
-            "the score has the wrong shape",
-            got=tuple(s.shape),
-            expected=f"{tuple(x.shape)}, the gradient of the log-density at each sample",
-        )
+    check_equal("the shapes of the samples and of their score", tuple(x.shape), tuple(s.shape))
     return checked(s, "the score")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number, check_one_each
 from distmatch.base.errors import UserError
-from distmatch.base.samples import checked_pair
+from distmatch.base.samples import checked, checked_pair, same_device
 
 _WEIGHT_SLACK = 1e-4
 
@@ -47,20 +47,11 @@ def checked_weights(weights: Tensor | None, points: Tensor, what: str) -> Tensor
     n = points.shape[0]
     if weights is None:
         return torch.full((n,), 1 / n, dtype=torch.float64, device=points.device)
-    if not isinstance(weights, Tensor) or not weights.is_floating_point() or weights.shape != (n,):
-        got = (
-            f"{weights.dtype} {tuple(weights.shape)}"
-            if isinstance(weights, Tensor)
-            else type(weights).__name__
-        )
-        raise UserError(f"{what} must hold one floating weight per sample", got=got, expected=f"shape ({n},)")
-    if weights.device != points.device:
-        raise UserError(
-            f"{what} and its samples are on different devices", got=weights.device, expected=points.device
-        )
+    checked(weights, f"weights {what}", least=1)
+    check_one_each(f"weight in {what}", weights, n)
+    same_device(weights, points, (what, "its samples"))
     low, total = (float(v) for v in (weights.detach().min(), weights.detach().double().sum()))
-    if not low >= 0 or not math.isfinite(total):
-        raise UserError(f"{what} must be finite and not negative", got=f"a smallest weight of {low:g}")
+    check_number(f"the smallest weight in {what}", low, "[0, inf)")
     if abs(total - 1) > _WEIGHT_SLACK:
         raise UserError(f"{what} must sum to one", got=f"{total:g}", fix=f"divide {what} by its sum")
     return weights.double() / total

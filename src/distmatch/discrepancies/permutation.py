@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -35,12 +35,7 @@ class TestResult:
 
     def to_dict(self) -> dict[str, float | int]:
         """The JSON form."""
-        return {
-            "statistic": self.statistic,
-            "p_value": self.p_value,
-            "resamples": self.resamples,
-            "n": self.n,
-        }
+        return asdict(self)
 
 
 def checked_resamples(resamples: int) -> int:

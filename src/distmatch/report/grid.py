@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from distmatch.base.checks import check_equal
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_write
 
@@ -80,10 +81,8 @@ def image_grid(
             got=f"{len(images)} images in {columns} columns",
             expected="at least 1 of each",
         )
-    if labels is not None and len(labels) != len(images):
-        raise UserError(
-            "labels and images do not match", got=f"{len(labels)} labels for {len(images)} images"
-        )
+    if labels is not None:
+        check_equal("the numbers of images and labels", len(images), len(labels))
     tiles = _resize(_rgba(images), smallest, largest)
     count, height, width = tiles.shape[:3]
     columns = min(columns, count)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def count_passes(networks: dict[str, nn.Module], passes: Passes) -> Iterator[Non
             seen.add(id(layer))
             own: Counter[str] = Counter()
             counts[name].append((size, own))
-            handles.append(layer.register_forward_hook(_Watch(own)))
+            handles.append(layer.register_forward_hook(partial(_count, own)))
     try:
         yield
     finally:
@@ -198,22 +199,14 @@ def count_passes(networks: dict[str, nn.Module], passes: Passes) -> Iterator[Non
                 total[name] += round(samples / max(1, sum(size for size, _ in layers)))
 
 
-class _Watch:
+def _count(counts: Counter[str], layer: nn.Module, inputs: Any, output: Any) -> None:
     """A forward hook that counts the samples of a layer, and of the gradients that come back through it."""
-
-    def __init__(self, counts: Counter[str]) -> None:
-        self.counts = counts
-
-    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or output.ndim == 0:
-            return
-        samples = len(output)
-        self.counts["forward"] += samples
-        if output.requires_grad:
-            output.register_hook(lambda grad: self._back(samples))
-
-    def _back(self, samples: int) -> None:
-        self.counts["backward"] += samples
+    if not isinstance(output, Tensor) or output.ndim == 0:
+        return
+    samples = len(output)
+    counts["forward"] += samples
+    if output.requires_grad:
+        output.register_hook(lambda grad: counts.update(backward=samples))
 
 
 class PeakMemory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from distmatch.training.published.preset import CIFAR10, IMAGENET64, Preset, Value, adam, of_run
 from distmatch.training.published.units import karras_level, level, log_level, steps, updates
 
@@ -9,8 +11,6 @@ _DROPOUT = "student and fake score use dropout, the fake score augmentation; her
 _FRESH = "the fake score is updated first, and the student on new samples; here both on the same"
 _HALF = "fp16 and Adam's epsilon 1e-6; here --precision, and 1e-8"
 _CLIP = "gradients of the fake score are clipped at 1 per element; here not"
-_CIFAR = ("EDM's DDPM++ on CIFAR-10, with and without classes", CIFAR10)
-_IMAGENET = ("EDM's ADM on ImageNet-64", IMAGENET64)
 
 
 def _average(millions: float, batch: int, place: str) -> dict[str, Value]:
@@ -52,48 +52,64 @@ def _adversary(batch: int, lr: float, script: str, loop: str) -> dict[str, Value
     }
 
 
+class _Setup(NamedTuple):
+    """What these papers share: the teacher, learning rate, batch and half-life of the EMA, in Mimg."""
+
+    name: str
+    title: str
+    shape: tuple[int, ...]
+    lr: float
+    batch: int
+    millions: float
+    differs: tuple[str, ...]
+
+    def preset(self, method: str, source: str, settings: dict[str, Value], *differs: str) -> Preset:
+        return Preset(
+            name=f"paper:{method}-{self.name}",
+            method=method,
+            title=self.title,
+            shape=self.shape,
+            source=source,
+            settings=settings,
+            differs=(*differs, *self.differs),
+        )
+
+    def shared(self, script: str, stem: str) -> dict[str, Value]:
+        return _shared(self.lr, self.batch, self.millions, script=script, stem=stem)
+
+
+_SETUPS = (
+    _Setup("cifar10", "EDM's DDPM++ on CIFAR-10, with and without classes", CIFAR10, 1e-5, 256, 0.5, ()),
+    _Setup("imagenet64", "EDM's ADM on ImageNet-64", IMAGENET64, 4e-6, 8192, 2.0, (_HALF,)),
+)
+
+
 def _sid() -> list[Preset]:
-    source = "mingyuanzhou/SiD; Zhou et al. 2024, arXiv 2404.04057"
-    script = "run_sid.sh"
-    alpha = {"sid_alpha": Value(1.2, "alpha 1.2", script)}
+    source, script = "mingyuanzhou/SiD; Zhou et al. 2024, arXiv 2404.04057", "run_sid.sh"
     duration = "the scripts stop at 100 Mimg; the steps here are those of the released network"
-    cifar, imagenet = (_shared(lr, b, m, script=script, stem="sid") for lr, b, m in _SIZES)
-    return [
-        Preset(
-            name="paper:sid-cifar10",
-            method="sid",
-            title=_CIFAR[0],
-            shape=_CIFAR[1],
-            source=source,
-            settings={
-                **alpha,
-                **cifar,
-                **of_run(256, steps(403_968e3, 256), "403,968 kimg, without classes", "README.md"),
-            },
-            differs=(duration + "; 713,312 kimg with classes", _DROPOUT, _FRESH),
-        ),
-        Preset(
-            name="paper:sid-imagenet64",
-            method="sid",
-            title=_IMAGENET[0],
-            shape=_IMAGENET[1],
-            source=source,
-            settings={
-                **alpha,
-                **imagenet,
-                **of_run(8192, steps(939_176e3, 8192), "939,176 kimg", "README.md"),
-            },
-            differs=(duration, _DROPOUT, _FRESH, _HALF),
-        ),
-    ]
-
-
-_SIZES = ((1e-5, 256, 0.5), (4e-6, 8192, 2.0))
-"""Learning rate, batch and half-life of the EMA, for CIFAR-10 and ImageNet-64."""
+    lengths = {
+        "cifar10": (403_968e3, "403,968 kimg, without classes", duration + "; 713,312 kimg with classes"),
+        "imagenet64": (939_176e3, "939,176 kimg", duration),
+    }
+    found = []
+    for on in _SETUPS:
+        images, text, differs = lengths[on.name]
+        settings = {
+            "sid_alpha": Value(1.2, "alpha 1.2", script),
+            **on.shared(script, "sid"),
+            **of_run(on.batch, steps(images, on.batch), text, "README.md"),
+        }
+        found.append(on.preset("sid", source, settings, differs, _DROPOUT, _FRESH))
+    return found
 
 
 def _sida() -> list[Preset]:
+    source = "mingyuanzhou/SiD, branch sida; Zhou et al. 2024, arXiv 2410.14919"
     script, loop = "run_sida.sh", "sida_training_loop.py"
+    lengths = {
+        "cifar10": (300e6, "duration 300 Mimg", "sida_train.py"),
+        "imagenet64": (100e6, "duration 100 Mimg, from SiD's generator", script),
+    }
     differs = (
         "the adversarial term starts after 200 kimg; here with the student's first update",
         "the discriminator's loss has EDM's weight of its noise level; here --joint-weight",
@@ -102,36 +118,22 @@ def _sida() -> list[Preset]:
         _FRESH,
     )
     found = []
-    for (lr, batch, millions), (title, shape), name in zip(
-        _SIZES, (_CIFAR, _IMAGENET), ("cifar10", "imagenet64"), strict=True
-    ):
-        # Both losses are sums over the elements of a sample, and ours are means; their ratio is the same.
-        gan = Value(1e-4, "lsg_gan 0.01 relative to lsg 100", script)
-        large = name == "imagenet64"
-        length = (100e6, "duration 100 Mimg, from SiD's generator", script)
-        if not large:
-            length = (300e6, "duration 300 Mimg", "sida_train.py")
-        found.append(
-            Preset(
-                name=f"paper:sida-{name}",
-                method="sida",
-                title=title,
-                shape=shape,
-                source="mingyuanzhou/SiD, branch sida; Zhou et al. 2024, arXiv 2410.14919",
-                settings={
-                    "sid_alpha": Value(1.0, "alpha 1", script),
-                    **_shared(lr, batch, millions, script=script, stem="sida"),
-                    **_adversary(batch, lr, script, loop),
-                    "gan_weight": gan,
-                    **of_run(batch, steps(length[0], batch), *length[1:]),
-                },
-                differs=(*differs, _HALF) if large else differs,
-            )
-        )
+    for on in _SETUPS:
+        images, *length = lengths[on.name]
+        settings = {
+            "sid_alpha": Value(1.0, "alpha 1", script),
+            **on.shared(script, "sida"),
+            **_adversary(on.batch, on.lr, script, loop),
+            # Both losses are sums over the elements of a sample, and ours are means; their ratio is the same.
+            "gan_weight": Value(1e-4, "lsg_gan 0.01 relative to lsg 100", script),
+            **of_run(on.batch, steps(images, on.batch), *length),
+        }
+        found.append(on.preset("sida", source, settings, *differs))
     return found
 
 
 def _uni_instruct() -> list[Preset]:
+    source = "a-little-hoof/Uni_Instruct; Wang et al. 2025, arXiv 2505.20755"
     script, loop = "run_uni_instruct.sh", "fsim_training_loop.py"
     differs = (
         "the ratio comes from the discriminator's loss; here from its logit",
@@ -141,26 +143,17 @@ def _uni_instruct() -> list[Preset]:
         _DROPOUT,
         _FRESH,
     )
-    return [
-        Preset(
-            name=f"paper:uni-instruct-{name}",
-            method="uni-instruct",
-            title=title,
-            shape=shape,
-            source="a-little-hoof/Uni_Instruct; Wang et al. 2025, arXiv 2505.20755",
-            settings={
-                "divergence": Value("kl", "Forward-KL", script),
-                **_shared(lr, batch, millions, script=script, stem="fsim"),
-                **_adversary(batch, lr, script, loop),
-                "ratio_warmup": Value(steps(2e5, batch), "200 kimg", loop),
-                **of_run(batch, steps(300e6, batch), "duration 300 Mimg", script),
-            },
-            differs=(*differs, _HALF) if name == "imagenet64" else differs,
-        )
-        for (lr, batch, millions), (title, shape), name in zip(
-            _SIZES, (_CIFAR, _IMAGENET), ("cifar10", "imagenet64"), strict=True
-        )
-    ]
+    found = []
+    for on in _SETUPS:
+        settings = {
+            "divergence": Value("kl", "Forward-KL", script),
+            **on.shared(script, "fsim"),
+            **_adversary(on.batch, on.lr, script, loop),
+            "ratio_warmup": Value(steps(2e5, on.batch), "200 kimg", loop),
+            **of_run(on.batch, steps(300e6, on.batch), "duration 300 Mimg", script),
+        }
+        found.append(on.preset("uni-instruct", source, settings, *differs))
+    return found
 
 
 def _diff_instruct() -> Preset:
