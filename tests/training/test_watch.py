@@ -26,7 +26,7 @@ from distmatch.training.options import DistillOptions, NetOptions, RunOptions, W
 from distmatch.training.prepare import prepare_distillation
 from distmatch.training.runs import Job
 from distmatch.training.watch import Watch
-from distmatch.training.watch_grid import MOST_PICTURES, grid_of
+from distmatch.training.watch_grid import MOST_PICTURES, WatchedSamples, grid_of
 from distmatch.training.watch_warnings import BOUNDS, watch_warnings
 from tests.helpers.command import done
 from tests.helpers.image_teachers import image_teacher
@@ -201,6 +201,20 @@ def test_a_grid_has_different_conditions_without_the_null_condition():
     assert (len(free), free.seeds, free.conditioning) == (1, 32, UNCONDITIONAL)
     assert grid.digest() != everything.digest()
     assert grid.digest() != grid_of(batches, teacher, 4, 9).digest()
+
+
+def test_samples_without_any_condition_of_a_model_with_classes_are_a_grid_too():
+    teacher = network_teacher(classes=3)
+    grid = grid_of(lambda step: Batch(torch.zeros(4, 2), torch.full((4,), -1)), teacher, 4, 8)
+    assert grid.conditioning["label"].tolist() == [-1]
+
+
+def test_a_teacher_whose_samples_are_not_finite_is_an_error_before_training():
+    watch = watched()[1]
+    broken = WatchedSamples(torch.full((2, 8, 2), float("nan")), {})
+    watch._draw = lambda sampler: broken  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="samples of the teacher are not finite"):
+        watch.begin(None)
 
 
 def test_prompts_are_told_apart_by_all_of_their_values():

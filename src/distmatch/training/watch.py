@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import DivergedError
+from distmatch.base.errors import DivergedError, UserError
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
@@ -39,8 +39,8 @@ from distmatch.training.watch_grid import (
 )
 from distmatch.training.watch_warnings import BOUNDS, watch_warnings
 
-LAG_SAMPLES = 256
-"""Fresh samples that the fake score is measured on."""
+LAG_SAMPLES, LAG_BATCHES = 256, 16
+"""Fresh samples that the fake score is measured on, and the largest number of batches."""
 _DISTANCE: dict[str, Callable[[float], float]] = {
     "diversity": lambda value: abs(value - 1),
     "vendi": lambda value: abs(value - 1),
@@ -127,6 +127,9 @@ class Watch:
 
         Args:
             folder: Where samples are kept; None keeps none.
+
+        Raises:
+            UserError: Samples of the teacher are not finite.
         """
         self._began = time.perf_counter()
         self._folder = folder
@@ -157,7 +160,15 @@ class Watch:
                     on_batch=bar.update,
                 )
 
-            return self._draw(draw)
+            found = self._draw(draw)
+        bad = int((~found.x.isfinite()).sum())
+        if bad:
+            raise UserError(
+                "samples of the teacher are not finite",
+                got=f"{bad} of {found.x.numel()} values",
+                fix="try it with distmatch sample: often it is --guidance, or half precision of its weights",
+            )
+        return found
 
     @property
     def _noise_seed(self) -> int:
@@ -230,7 +241,7 @@ class Watch:
         w, seen = self.watched, 0
         errors: list[Tensor] = []
         gen = generator(w.seed, f"watch/{w.state.step}", w.device)
-        while seen < LAG_SAMPLES:
+        while seen < LAG_SAMPLES and len(errors) < LAG_BATCHES:
             batch = w.batches(w.state.step + len(errors))
             errors.append(fake_score.fake_score_error(w.state, batch.conditioning, len(batch.x), gen))
             seen += len(batch.x)

@@ -90,7 +90,7 @@ def grid_of(batches: Callable[[int], Batch], model: Denoiser, conditions: int, s
                 found.setdefault(digest, (told.index(slice(i, i + 1)), texts[i]))
         if len(found) >= (min(model.num_classes, _MOST_CLASSES) if set(told) == {LABEL} else conditions):
             break
-    rows = list(found.values())
+    rows = list(found.values()) or [(told.index(slice(1)), "")]  # all of them the null condition
     count = min(conditions, len(rows))
     if set(rows[0][0]) == {LABEL}:  # evenly over the classes
         rows.sort(key=lambda row: int(row[0][LABEL]))
