@@ -78,5 +78,5 @@ def test_empty_batches_are_refused(n, batch):
 
 
 def test_negative_steps_are_refused():
-    with pytest.raises(UserError, match="counted from 0"):
+    with pytest.raises(UserError, match="number of a step"):
         BatchOrder(4, 2, 0).indices(-1)

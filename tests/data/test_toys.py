@@ -75,7 +75,7 @@ def test_seeds_decide():
 def test_toy_mistakes():
     with pytest.raises(UserError, match="ring8"):
         toy("ring9")
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match="number of samples"):
         toy_dataset("ring8", 1)
 
 

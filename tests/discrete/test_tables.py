@@ -195,7 +195,7 @@ def test_random_turns_are_uniform_over_permutations():
         (lambda: JointTable(torch.zeros(2, 3)), "vocabulary"),
         (lambda: JointTable(torch.full((2, 2), math.nan)), "not a distribution"),
         (lambda: JointTable(torch.full((2, 2), -math.inf)), "not a distribution"),
-        (lambda: JointTable(torch.zeros((2,) * 21)), "too large"),
+        (lambda: JointTable(torch.zeros((2,) * 21)), "number of states"),
         (lambda: exact_bound(Uniform(2, 13), torch.zeros(1, 13).long()), "2^L"),
         (lambda: sequence_bound(Uniform(2, 3), torch.zeros(1, 3).long(), 1, generator=rng()), "of draws"),
         (lambda: nll_bound(Uniform(2, 3), torch.zeros(1, 3).long(), generator=rng()), "2 sequences"),

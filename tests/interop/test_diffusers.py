@@ -133,7 +133,7 @@ def test_classes_without_a_null_class():
     assert first.num_classes == 3
     with pytest.raises(UserError, match="class 0 of this teacher means unconditional"):
         first(x, sigma, torch.tensor([0, 1]))
-    with pytest.raises(UserError, match="no class of this network"):
+    with pytest.raises(UserError, match="null_class must be"):
         teacher_from(unet(num_class_embeds=3), schedule("ddpm eps"), null_class=3)
     assert_same_but_for_rounding(
         teacher_from(unet(), schedule("edm euler"))(x, sigma, None),

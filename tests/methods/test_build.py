@@ -88,7 +88,7 @@ def test_a_method_without_data_reads_the_size_and_the_labels_of_a_batch() -> Non
         ({"method": "dmd2", "lr": -1.0}, ["--lr", "-1"]),
         ({"method": "dmd2", "guidance": 2.0}, []),
         ({"method": "dmd2", "net": MLPConfig(width=8, depth=1)}, ["copies", "net"]),
-        ({"method": "dmd2", "total_steps": 0}, ["total_steps=0"]),
+        ({"method": "dmd2", "total_steps": 0}, ["total_steps must be", "0"]),
         ({"method": "dmd2", "student_sigma": 1e6}, ["--student-sigma"]),
     ],
 )

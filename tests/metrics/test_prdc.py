@@ -167,5 +167,5 @@ def test_standard_errors_match_the_spread_over_repetitions():
 
 
 def test_too_few_samples_are_the_users_to_fix():
-    with pytest.raises(UserError, match="too few samples"):
+    with pytest.raises(UserError, match="number of samples for nearest"):
         prdc(normal(5, 2, 0), normal(50, 2, 1))

@@ -66,7 +66,7 @@ def check_count(
     except (TypeError, ValueError, OverflowError):
         right = False
     if not right:
-        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most:g}"
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         kind = "positive whole number" if least == 1 and most == math.inf else f"whole number {limits}"
         raise UserError(f"{what} must be a {kind}", got=value, fix=fix)
 

@@ -11,7 +11,8 @@ import os
 import sys
 import traceback
 
-from distmatch.base.errors import Terminated, UserError, unknown_name
+from distmatch.base.checks import check_name
+from distmatch.base.errors import Terminated, UserError
 from distmatch.base.memory import out_of_memory
 from distmatch.cli.answer import print_json, warnings_told
 from distmatch.cli.surroundings import (
@@ -89,8 +90,7 @@ def main(argv: list[str]) -> int:
 
 
 def _carry_out(verb: str, arguments: list[str]) -> int:
-    if verb not in VERBS:
-        raise unknown_name("verb", verb, VERBS)
+    check_name("verb", verb, VERBS)
     importlib.import_module(VERBS[verb][0]).run(arguments)
     sys.stdout.flush()
     return 0

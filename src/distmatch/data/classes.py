@@ -12,7 +12,8 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name
+from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
 from distmatch.diffusion.conditioning import (
@@ -196,8 +197,7 @@ def drawn_labels(
     Raises:
         UserError: An unknown ``balance``.
     """
-    if balance not in BALANCES:
-        raise unknown_name("class balance", balance, BALANCES)
+    check_name("class balance", balance, BALANCES)
     weights = torch.tensor(counts or [1] * num_classes, dtype=torch.float64)
     if balance == "uniform":
         weights = (weights > 0).double()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import stream_seed
 
@@ -50,8 +51,7 @@ class BatchOrder:
         Raises:
             UserError: ``step`` is negative.
         """
-        if step < 0:
-            raise UserError("steps are counted from 0", got=step)
+        check_count("the number of a step", step, 0)
         position = np.arange(step * self.batch, (step + 1) * self.batch, dtype=np.int64)
         epoch = position // self.n
         first, last = int(epoch[0]), int(epoch[-1])

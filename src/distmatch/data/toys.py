@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_count, check_name
 from distmatch.data.dataset import Dataset
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.mixture import GaussianMixture
@@ -65,8 +65,7 @@ def toy(name: str) -> GaussianMixture:
     Raises:
         UserError: There is no toy of this name.
     """
-    if name not in _TOYS:
-        raise unknown_name("toy distribution", name, TOY_NAMES)
+    check_name("toy distribution", name, TOY_NAMES)
     return GaussianMixture(*_TOYS[name]())
 
 
@@ -79,8 +78,7 @@ def toy_dataset(name: str, n: int = DEFAULT_SAMPLES, seed: int = 0) -> Dataset:
         UserError: There is no toy of this name, or ``n`` is below 2.
     """
     mixture = toy(name)
-    if n < 2:
-        raise UserError("too few samples", got=n, expected="2 or more")
+    check_count("the number of samples", n, 2)
     x, component = mixture.sample_with_components(n, seed=seed)
     return Dataset(
         raw=x,

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name
+from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import (
     LABEL,
     Conditioning,
@@ -123,8 +124,7 @@ class PredictionDenoiser(SamplingMixin, nn.Module):
         self.sigma_data = float(sigma_data)
         self.sigma_min, self.sigma_max = _range(self.path, sigma_min, sigma_max)
         check_prior(self.path, self.sigma_data, rho_max=self.sigma_max)
-        if levels not in ("interpolate", "snap"):
-            raise unknown_name("way to treat levels", levels, ["interpolate", "snap"])
+        check_name("way to treat levels", levels, ("interpolate", "snap"))
         if levels == "snap" and not isinstance(self.path, DiscretePath):
             raise UserError(
                 "snapping needs a path with discrete noise levels",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.interpolants import Field, Interpolant
 from distmatch.diffusion.noise_streams import SampleNoise
@@ -60,8 +61,7 @@ def transport(
                 fix="pass interpolant=, noise= and draws=SampleNoise(seed, indices, shape, device), "
                 "or leave diffusion at 0",
             )
-        if not callable(diffusion) and diffusion < 0:
-            raise UserError("a diffusion must not be negative", got=diffusion)
+        check_number("a diffusion", 0 if callable(diffusion) else diffusion, "[0, inf)")
     for k, (now, step) in enumerate(zip(grid[:-1].tolist(), steps.tolist(), strict=True)):
         t = torch.full((len(x),), now, dtype=x.dtype, device=x.device)
         v = velocity(x, t)

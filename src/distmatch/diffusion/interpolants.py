@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_number
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name, check_number
+from distmatch.base.errors import UserError
 from distmatch.diffusion.denoiser import expand
 from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.paths.custom import path_of
@@ -71,10 +71,8 @@ class Interpolant:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown_name("interpolant", self.kind, KINDS)
-        if self.gamma not in GAMMAS:
-            raise unknown_name("gamma", self.gamma, GAMMAS)
+        check_name("interpolant", self.kind, KINDS)
+        check_name("gamma", self.gamma, GAMMAS)
         check_number("the scale of gamma", self.scale, "(0, inf)")
         if self.kind == "trig" and self.scale * _PEAKS[self.gamma] >= 1:
             raise UserError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distmatch.base.errors import unknown_name
+from distmatch.base.checks import check_name
 from distmatch.diffusion.denoiser import expand
 
 PREDICTIONS = ("x0", "eps", "v", "flow", "score")
@@ -59,8 +59,7 @@ def check_prediction(name: str) -> None:
     Raises:
         UserError: It is not.
     """
-    if name not in PREDICTIONS:
-        raise unknown_name("prediction", name, PREDICTIONS)
+    check_name("prediction", name, PREDICTIONS)
 
 
 def convert(value: Tensor, source: str, target: str, x: Tensor, coefficients: Coefficients) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.discrete.tokens import check_tokens
 
@@ -29,10 +30,7 @@ class JointTable:
                 "a joint table needs one axis for each token, all of the size of the vocabulary",
                 got=f"shape {tuple(log_p.shape)}",
             )
-        if log_p.numel() > _MOST_STATES:
-            raise UserError(
-                "the joint table is too large to sum over", got=log_p.numel(), expected=f"<= {_MOST_STATES}"
-            )
+        check_count("the number of states to sum over", log_p.numel(), 1, _MOST_STATES)
         if bool((log_p.isnan() | (log_p == math.inf)).any()) or not bool((log_p > -math.inf).any()):
             raise UserError(
                 "the log-probabilities of the table are not a distribution",

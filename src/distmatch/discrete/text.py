@@ -173,8 +173,7 @@ def fill_text(
     _check(model, alphabet)
     if len(hidden) != 1 or hidden in alphabet.characters:
         raise UserError("the mark must be one character outside the alphabet", got=repr(hidden))
-    if len(template) > model.length:
-        raise UserError("the template is too long", got=len(template), expected=f"at most {model.length}")
+    check_count("the length of the template", len(template), 0, model.length)
     given = torch.full((1, model.length), model.vocabulary)
     fixed = torch.tensor([c != hidden for c in template], dtype=torch.bool)
     given[0, : len(template)][fixed] = alphabet.encode(template.replace(hidden, ""))

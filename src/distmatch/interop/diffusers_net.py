@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import check_null
 from distmatch.diffusion.denoiser import Output, ReturnFeatures
@@ -68,10 +69,8 @@ class DiffusersNet(nn.Module):
         self.takes_labels = count > 0
         self.null_class = own if null_class is None else null_class
         rows = count + (own is not None)
-        if null_class is not None and not 0 <= null_class < rows:
-            raise UserError(
-                "null_class is no class of this network", got=null_class, expected=f"0 to {rows - 1}"
-            )
+        if null_class is not None:
+            check_count("null_class", null_class, 0, rows - 1)
         # A last class that means "none" cannot be requested for samples.
         self.num_classes = count - 1 if null_class is not None and null_class == count - 1 else count
         self.features = tuple(default_features(model) if features is None else features)

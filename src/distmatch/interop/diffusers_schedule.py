@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from distmatch.base.errors import UserError, cause, unknown_name
+from distmatch.base.checks import check_name
+from distmatch.base.errors import UserError, cause
 from distmatch.diffusion.paths import NoisePath, condot, discrete_path
 from distmatch.interop.times import Scaled
 
@@ -141,8 +142,7 @@ def _continuous(scheduler: Any) -> Schedule:
 
 def _edm(config: Any) -> Schedule:
     signs = {"epsilon": "edm", "v_prediction": "-edm"}
-    if config.prediction_type not in signs:
-        raise unknown_name("prediction_type of an EDM scheduler", config.prediction_type, signs)
+    check_name("prediction_type of an EDM scheduler", config.prediction_type, signs)
     ends = (float(config.sigma_min), float(config.sigma_max))
     return Schedule("edm", None, signs[config.prediction_type], None, float(config.sigma_data), ends)
 
@@ -172,8 +172,7 @@ def discrete_schedule(scheduler: Any, config: Any) -> Schedule:
         )
     if is_continuous(scheduler):
         return _continuous(scheduler)
-    if kind not in _PREDICTIONS:
-        raise unknown_name("prediction_type", kind, _PREDICTIONS)
+    check_name("prediction_type", kind, _PREDICTIONS)
     # In the precision of diffusers: these are the levels that the network was trained at.
     squares = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
     if not bool(((squares >= 0) & (squares < 1)).all()):

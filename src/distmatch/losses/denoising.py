@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distmatch.base.errors import UserError
+from distmatch.base.checks import check_number
 from distmatch.diffusion.denoiser import expand
 from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.predictions import loss_weight
@@ -88,8 +88,7 @@ def min_snr_weight(sigma: Tensor, gamma: float) -> Tensor:
     Raises:
         UserError: ``gamma`` is not positive.
     """
-    if not gamma > 0:
-        raise UserError("the gamma of min-SNR must be positive", got=gamma, expected="5, usually")
+    check_number("the gamma of min-SNR", gamma, "(0, inf)", fix="it is usually 5")
     return sigma.pow(-2).clamp_max(gamma)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from distmatch.base.checks import batch_of
+from distmatch.base.checks import batch_of, check_count
 from distmatch.base.errors import UserError, cause
 from distmatch.base.memory import out_of_memory
 from distmatch.base.stack import caller_level
@@ -79,8 +79,7 @@ def build(
         values = chosen.settings(**settings)
     except TypeError as error:
         raise UserError("a setting has the wrong type", got=str(error)) from error
-    if total_steps < 1:
-        raise UserError("a run needs at least one step", got=f"total_steps={total_steps}")
+    check_count("total_steps", total_steps)
     if net is not None and has_network(teacher) and not is_external(teacher):
         raise UserError("the student copies the teacher's network", got=f"net={net}", fix="omit net")
     device = torch.device(device)

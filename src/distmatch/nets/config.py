@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from distmatch.base.checks import check_name
 from distmatch.base.errors import UserError, unknown_name
 
 
@@ -285,6 +286,5 @@ def from_dict(values: Mapping[str, Any]) -> NetConfig:
         if key != "kind"
     }
     for key in arguments:
-        if key not in known:
-            raise unknown_name(f"{kind} option", key, known)
+        check_name(f"{kind} option", key, known)
     return cls(**arguments)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import (
     Conditioning,
@@ -90,13 +91,9 @@ class EDMDenoiser(SamplingMixin, nn.Module):
         self.sigma_data = float(sigma_data)
         self.sigma_min = float(sigma_min)
         self.sigma_max = float(sigma_max)
-        if not 0 <= pfgm_dims < float("inf"):
-            raise UserError(
-                "the extra dimensions of PFGM++ must be positive, or 0 for Gaussian noise", got=pfgm_dims
-            )
+        check_number("the number of extra dimensions of PFGM++", pfgm_dims, "[0, inf)")
         self.pfgm_dims = float(pfgm_dims)
-        if not 0 < noise_unit < float("inf"):
-            raise UserError("the unit of noise levels must be positive", got=noise_unit)
+        check_number("the unit of noise levels", noise_unit, "(0, inf)")
         self.noise_unit = float(noise_unit)
         self.jumps = False
 

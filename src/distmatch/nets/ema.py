@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.nets.shared import role_copy, unshared
 
@@ -111,10 +112,7 @@ def ema_decay(
             "give the moving average one time scale", expected="either half_life or decay, not both"
         )
     if decay is not None:
-        if not 0 <= decay < 1:
-            raise UserError(
-                "the decay of a moving average is out of range", got=decay, expected="0 <= decay < 1"
-            )
+        check_number("the decay of a moving average", decay, "[0, 1)")
         half_life = math.log(0.5) / math.log(decay) if decay > 0 else 0.0
     if half_life is None or not 0 <= half_life < math.inf:
         raise UserError(

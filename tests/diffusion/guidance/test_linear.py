@@ -195,7 +195,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "has other classes": lambda: Guided(PLAIN, 2.0, reference=TEACHER),
     "no effect at guidance scale 1": lambda: guided(TEACHER, 1.0, interval=(0.1, 1.0)),
     "rescaling has no effect": lambda: guided(TEACHER, 1.0, reference=WEAK),
-    "two classes or more": lambda: GradientFree(PLAIN, logits, 2.0),
+    "number of classes of the teacher": lambda: GradientFree(PLAIN, logits, 2.0),
     "receives another class": lambda: GradientFree(TEACHER, logits, 2.0, reference=PLAIN),
     "must be a fixed function": lambda: GradientFree(TEACHER, torch.nn.Dropout(0.1), 2.0),
     "one logit for each class": lambda: GradientFree(TEACHER, lambda x: x, 2.0)(X, SIGMA, LABELS),

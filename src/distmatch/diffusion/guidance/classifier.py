@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name
+from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning, has_condition, label_spec
 from distmatch.diffusion.denoiser import Denoiser, expand, require_score
 from distmatch.diffusion.geometry.jacobian import connected, slopes
@@ -62,8 +63,7 @@ class ClassifierGuided(Guidance):
     ) -> None:
         super().__init__(inner, interval)
         require_score(inner, "classifier guidance")
-        if on not in ("noisy", "clean"):
-            raise unknown_name("input of a classifier", on, ["noisy", "clean"])
+        check_name("input of a classifier", on, ("noisy", "clean"))
         refuse_training_mode(classifier)
         self.classifier, self.scale, self.on, self.target = classifier, checked_scale(scale), on, target
         known = getattr(classifier, "num_classes", None) or inner.num_classes

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import Conditioning, has_condition
 from distmatch.diffusion.denoiser import Denoiser, expand
@@ -72,10 +73,7 @@ class GradientFree(Guidance):
         interval: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(inner, interval)
-        if inner.num_classes < 2:
-            raise UserError(
-                "gradient-free guidance needs a teacher with two classes or more", got=inner.num_classes
-            )
+        check_count("the number of classes of the teacher", inner.num_classes, 2)
         if reference is not None:
             check_pair(inner, reference)
             if reference.num_classes == 0:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.base.memory import out_of_memory
 from distmatch.diffusion.conditioning import (
@@ -69,8 +70,7 @@ class Guided(Guidance):
     ) -> None:
         super().__init__(inner, interval)
         self.scale = checked_scale(scale)
-        if not 0 <= rescale <= 1:
-            raise UserError("the rescaling of a guidance must be in [0, 1]", got=rescale)
+        check_number("the rescaling of a guidance", rescale, "[0, 1]")
         self.rescale = rescale
         self.reference = reference
         self.negative = as_conditioning(negative)

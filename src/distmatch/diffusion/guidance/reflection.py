@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distmatch.base.checks import check_batch
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_batch, check_name
+from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import ConditioningLike, conditioning_for, for_model
 from distmatch.diffusion.denoiser import Denoiser, levels_like
 from distmatch.diffusion.guidance.linear import check_pair
@@ -102,8 +102,7 @@ def solve_reflected(
         UserError: Models that do not fit together, an increasing grid, or what a solve refuses.
     """
     check_pair(strong, weak)
-    if weak_at not in ("start", "end"):
-        raise unknown_name("noise level for the weak model", weak_at, ["start", "end"])
+    check_name("noise level for the weak model", weak_at, ("start", "end"))
     levels = checked_levels(grid, stochastic=False)
     if levels[0] < levels[-1]:
         raise UserError("a reflection goes from noise to samples", got="an increasing grid", fix="reverse it")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
 from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.paths.discrete import DiscretePath
@@ -31,8 +32,7 @@ def check_shift(path: NoisePath, shift: float) -> None:
     Raises:
         UserError: With what was given.
     """
-    if not 0 < shift < float("inf"):
-        raise UserError("the shift of a flow's times must be positive", got=shift, expected="for example 3")
+    check_number("the shift of a flow's times", shift, "(0, inf)")
     if shift != 1 and not 0 <= path.t_min < path.t_max <= 1:
         raise UserError(
             "a shift of times needs a path whose times lie between 0 and 1",

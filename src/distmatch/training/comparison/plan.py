@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.checks import check_name
+from distmatch.base.errors import UserError
 from distmatch.base.memory import out_of_memory
 from distmatch.base.progress import tell
 from distmatch.data import Dataset
@@ -68,8 +69,8 @@ def check_options(options: CompareOptions) -> tuple[Entry, ...]:
     parse_budget(options.budget)
     entries = parse_methods(options.methods)
     check_shared(options.shared, entries)
-    if options.baseline and options.baseline not in [entry.name for entry in entries]:
-        raise unknown_name("baseline", options.baseline, [entry.name for entry in entries])
+    if options.baseline:
+        check_name("baseline", options.baseline, [entry.name for entry in entries])
     return entries
 
 
