@@ -17,6 +17,7 @@ from distmatch.base.estimate import Estimate
 from distmatch.base.progress import quietly
 from distmatch.data import Dataset
 from distmatch.data.classes import names_of, share_warning
+from distmatch.data.prompts import has_captions
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
@@ -187,7 +188,11 @@ def distill(
             got=f"keep_best={watch.keep_best!r}, and no folder",
             fix="pass out=, or omit keep_best",
         )
-    found = data if isinstance(data, Conditioning) else real_data(given, data, seed)
+    found: Dataset | Conditioning | None = None
+    if isinstance(data, Conditioning):
+        found = data
+    elif not (isinstance(data, (str, os.PathLike)) and has_captions(Path(data))):
+        found = real_data(given, data, seed)  # how images with captions are read depends on the teacher
     with quietly(quiet):
         job = prepare.prepare_distillation(options, given, found, measure, texts=texts)
         return _carried_out(job, out, [source] if source else [])

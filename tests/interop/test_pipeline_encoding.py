@@ -80,7 +80,7 @@ def test_prompts_that_are_cut_off_are_counted(teacher_of, name):
         pipeline.encode([PROMPTS[0], LONG, PROMPTS[1]])
     found = {}
     pipeline.encode([*PROMPTS, LONG], truncated=found)
-    assert found[("tokenizer", limit)] == {2}
+    assert found[f"{limit} tokens of tokenizer"] == {2}
     assert len(found) == (3 if name == "stable-diffusion-3" else 1)
 
 

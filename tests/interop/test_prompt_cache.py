@@ -78,6 +78,24 @@ def test_an_interrupted_encoding_continues(tmp_path):
     assert torch.equal(rows.index(torch.arange(40))["text"], torch.stack([row(t) for t in TEXTS]))
 
 
+def test_remarks_on_items_are_kept_with_them(tmp_path):
+    def remarked(texts):
+        remarks, inner = {}, Encoder(texts)
+
+        def compute(rows):
+            for i in rows:
+                if texts[i].endswith("3"):
+                    remarks.setdefault("ends with 3", set()).add(i)
+            return inner(rows)
+
+        encoded(tmp_path, ENCODER, [key_of(t) for t in texts], compute, what="p", batch=4, remarks=remarks)
+        return remarks, len(inner.done)
+
+    assert remarked(TEXTS[:20]) == ({"ends with 3": {3, 13}}, 20)
+    assert remarked(TEXTS[10:30]) == ({"ends with 3": {3, 13}}, 10)  # 13 from the file, 23 now
+    assert remarked(TEXTS[4:10]) == ({}, 0)
+
+
 def test_files_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(encodings, "_SHARD_ROWS", 8)
     rows = made(tmp_path, TEXTS, Encoder(TEXTS))

@@ -61,12 +61,12 @@ def asked(monkeypatch):
     """How many prompts and images are encoded to the cache."""
     counts = {"prompts": 0, "images": 0}
 
-    def counted(folder, fingerprint, keys, compute, *, what, batch=16):
+    def counted(folder, fingerprint, keys, compute, *, what, **more):
         def noted(rows):
             counts[what] += len(rows)
             return compute(rows)
 
-        return encoded(folder, fingerprint, keys, noted, what=what, batch=batch)
+        return encoded(folder, fingerprint, keys, noted, what=what, **more)
 
     monkeypatch.setattr(prompt_batches, "encoded", counted)
     return counts
@@ -146,6 +146,16 @@ def test_rows_of_a_batch_are_encoded_prompts_or_the_null_prompt(teacher, place):
         again = job.batches(step)
         assert all(torch.equal(again.conditioning[field], batch.conditioning[field]) for field in told)
     assert abs(dropped - share * 4 * n) < 4 * (4 * n * share * (1 - share)) ** 0.5  # 4 standard deviations
+
+
+def test_prompts_that_are_cut_off_are_counted_each_time(teacher, place, asked):
+    texts = [*PROMPTS, "a small red cat runs under the large blue tree in the green house by the river"]
+    for count in (5, 5):
+        with pytest.warns(
+            UserWarning, match="1 of 5 prompts are longer than the 12 tokens of tokenizer_2 and"
+        ):
+            prepare_distillation(options(place), teacher, texts=texts)
+        assert asked["prompts"] == count
 
 
 def test_images_with_captions_are_encoded_once(place, asked):

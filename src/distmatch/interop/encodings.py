@@ -9,6 +9,7 @@ different files, or equal ones.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,10 @@ _DIGITS = 32  # of the keys, hexadecimal
 
 Compute = Callable[[list[int]], Mapping[str, Tensor]]
 """Encodes the items of these numbers: named tensors, a row each."""
+
+
+Remarks = dict[str, set[int]]
+"""Items by their numbers, by what there is to say of them."""
 
 
 class EncodedRows:
@@ -67,7 +72,14 @@ def key_of(*parts: str | bytes) -> str:
 
 
 def encoded(
-    folder: Path, fingerprint: str, keys: Sequence[str], compute: Compute, *, what: str, batch: int = 16
+    folder: Path,
+    fingerprint: str,
+    keys: Sequence[str],
+    compute: Compute,
+    *,
+    what: str,
+    batch: int = 16,
+    remarks: Remarks | None = None,
 ) -> EncodedRows:
     """Encodings of items, computed where they are not on disk yet.
 
@@ -78,19 +90,24 @@ def encoded(
         compute: Encodes items.
         what: What they are, in the plural, for messages.
         batch: Items that are encoded at a time.
+        remarks: What ``compute`` notes on items by their numbers, such as prompts that were cut off; it is
+            kept with them, and here in the end for all items.
 
     Raises:
         UserError: The disk has no room for them, or cannot be written.
     """
-    place = folder / fingerprint[:_DIGITS]
-    known = _known(place, fingerprint)
+    place, remarks = folder / fingerprint[:_DIGITS], {} if remarks is None else remarks
+    known, remarked = _known(place, fingerprint)
     missing: dict[str, int] = {}
     for i, key in enumerate(keys):
         if key not in known:
             missing.setdefault(key, i)
     if missing:
-        _encode(place, fingerprint, keys, list(missing.values()), compute, what, batch)
-        known = _known(place, fingerprint)
+        _encode(place, fingerprint, keys, list(missing.values()), compute, what, batch, remarks)
+        known, remarked = _known(place, fingerprint)
+    for words, those in remarked.items():
+        if rows := {i for i, key in enumerate(keys) if key in those}:
+            remarks[words] = rows
     files = list(dict.fromkeys(known[key][0] for key in keys))
     number = {file: i for i, file in enumerate(files)}
     places = torch.tensor([(number[known[key][0]], known[key][1]) for key in keys], dtype=torch.int64)
@@ -105,19 +122,22 @@ def _encode(
     compute: Compute,
     what: str,
     batch: int,
+    remarks: Remarks,
 ) -> None:
     """Encodes the items that are missing; whatever ends it, what was encoded is kept."""
-    rows: list[Mapping[str, Tensor]] = []
+    parts: list[Mapping[str, Tensor]] = []
     waiting: list[str] = []
     began = time.monotonic()
 
     def write() -> None:
         nonlocal began
         if waiting:
-            tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-            about = {"encoder": fingerprint, "keys": "\n".join(waiting)}
+            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            here = set(waiting)
+            noted = {words: sorted(here & {keys[i] for i in rows}) for words, rows in remarks.items()}
+            about = {"encoder": fingerprint, "keys": "\n".join(waiting), "remarks": json.dumps(noted)}
             save_tensors(place / f"{key_of(*waiting)}.safetensors", tensors, about)
-        rows.clear()
+        parts.clear()
         waiting.clear()
         began = time.monotonic()
 
@@ -129,7 +149,7 @@ def _encode(
                 size = sum(value.nbytes for value in found.values()) // len(chosen)
                 if begin == 0:
                     _require_room(place, size * len(missing), f"{len(missing):,} {what}")
-                rows.append(found)
+                parts.append(found)
                 waiting.extend(keys[i] for i in chosen)
                 late = time.monotonic() - began > _SHARD_SECONDS
                 if late or len(waiting) >= _SHARD_ROWS or size * len(waiting) >= _SHARD_BYTES:
@@ -158,9 +178,10 @@ def _require_room(place: Path, size: int, what: str) -> None:
     tell(f"encoding {what}: {size / 2**20:,.1f} MiB in {place}")
 
 
-def _known(place: Path, fingerprint: str) -> dict[str, tuple[Path, int]]:
-    """File and row of every key; files of other encoders and damaged ones are passed over."""
+def _known(place: Path, fingerprint: str) -> tuple[dict[str, tuple[Path, int]], dict[str, set[str]]]:
+    """File and row of every key, and keys by remark; files of others and damaged ones are passed over."""
     found: dict[str, tuple[Path, int]] = {}
+    remarked: dict[str, set[str]] = {}
     for file in sorted(place.glob("[!.]*.safetensors")):
         try:
             with safe_open(file, framework="pt") as handle:
@@ -169,7 +190,9 @@ def _known(place: Path, fingerprint: str) -> dict[str, tuple[Path, int]]:
             continue
         if about.get("encoder") == fingerprint:
             found |= {key: (file, row) for row, key in enumerate(about.get("keys", "").split("\n"))}
-    return found
+            for words, keys in json.loads(about.get("remarks", "{}")).items():
+                remarked.setdefault(words, set()).update(keys)
+    return found, remarked
 
 
 def _mapped(file: Path) -> dict[str, Tensor]:

@@ -89,7 +89,8 @@ def with_dropout(
         n, device = len(found.x), found.x.device
         kept = torch.rand(n, generator=generator(run.seed, f"prompt dropout/{step}")) >= share
         null = null_conditioning(teacher, n, device)
-        return Batch(found.x, found.conditioning.where(kept.to(device), null), found.noise, found.texts)
+        texts = [text if keep else "" for text, keep in zip(found.texts, kept.tolist(), strict=False)]
+        return Batch(found.x, found.conditioning.where(kept.to(device), null), found.noise, texts)
 
     return batch
 
@@ -108,7 +109,7 @@ def _warn_of(cut: Truncated, total: int) -> None:
 
 def _live(encoder: PromptEncoder, texts: Sequence[str]) -> Rows:
     """The prompts of numbers, encoded each time."""
-    warned: set[tuple[str, int]] = set()
+    warned: set[str] = set()
 
     def encode(rows: Tensor) -> Conditioning:
         found, cut = _encoded(encoder, [texts[i] for i in rows.tolist()])
@@ -136,8 +137,8 @@ def _cached(encoder: PromptEncoder, texts: Sequence[str], teacher: Denoiser, fol
         return found
 
     keys = [key_of(text) for text in texts]
-    rows = encoded(folder, encoder.fingerprint, keys, compute, what="prompts")
-    _warn_of(cut, len(set(texts)))
+    rows = encoded(folder, encoder.fingerprint, keys, compute, what="prompts", remarks=cut)
+    _warn_of(cut, len(texts))
     return rows.index
 
 

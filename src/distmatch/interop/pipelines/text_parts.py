@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from distmatch.interop.diffusers_parts import is_text_part
 from distmatch.interop.pipelines.trace import replaced
 
 _ENCODE = "encode_prompt"  # what pipelines of diffusers call their method
-Truncated = dict[tuple[str, int], set[int]]
-"""Which prompts are cut off, by tokenizer and its limit in tokens."""
+Truncated = dict[str, set[int]]
+"""The numbers of prompts that are cut off, by limit: "77 tokens of tokenizer"."""
 
 
 def text_modules(pipeline: Any) -> dict[str, nn.Module]:
@@ -129,7 +129,7 @@ class _Watched:
             whole = self._inner(texts, add_special_tokens=special, verbose=False)
             rows = {i for i, ids in enumerate(whole["input_ids"]) if len(ids) > limit}
             if rows:
-                self._found.setdefault((self._name, limit), set()).update(rows)
+                self._found.setdefault(f"{limit} tokens of {self._name}", set()).update(rows)
         return result
 
 
@@ -147,10 +147,10 @@ def truncation(pipeline: Any) -> Iterator[Truncated]:
             object.__setattr__(pipeline, name, part)
 
 
-def truncation_warnings(found: Truncated, total: int) -> list[str]:
+def truncation_warnings(found: Mapping[str, set[int]], total: int) -> list[str]:
     """One sentence for each tokenizer that cuts off prompts."""
     return [
-        f"{len(rows)} of {total} prompts are longer than the {limit} tokens of {name} and are truncated "
-        "there, as the pipeline does"
-        for (name, limit), rows in sorted(found.items())
+        f"{len(rows)} of {total} prompts are longer than the {limit} and are truncated there, as the pipeline "
+        "does"
+        for limit, rows in sorted(found.items())
     ]
