@@ -150,7 +150,7 @@ def truncation(pipeline: Any) -> Iterator[Truncated]:
 def truncation_warnings(found: Mapping[str, set[int]], total: int) -> list[str]:
     """One sentence for each tokenizer that cuts off prompts."""
     return [
-        f"{len(rows)} of {total} prompts are longer than the {limit} and are truncated there, as the pipeline "
-        "does"
+        f"{len(rows)} of {total} prompts are longer than the {limit} and are truncated there, as the "
+        "pipeline does"
         for limit, rows in sorted(found.items())
     ]
