@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -262,6 +263,47 @@ def test_adapters_of_another_base_are_refused(folders, tmp_path):
     (student / "adapter_model.safetensors").write_bytes(cut)
     damaged = command(f"export {student} --to lora --out {tmp_path / 'new'}")
     assert (damaged.code, (tmp_path / "new").exists()) == (2, False)
+
+
+def test_a_full_student_finds_its_pipeline_again(folders, tmp_path):
+    folder, teacher = folders("stable-diffusion-3")
+    moved_away = shutil.copytree(folder, tmp_path / "teacher")
+    student = student_of(dm.load_teacher(moved_away, **SIZE["stable-diffusion-3"]), 1)
+    student.save_pretrained(tmp_path / "student")
+    told = teacher.pipeline.encode([PROMPT])
+    x = student.sample(1, conditioning=told)
+    again = dm.Student.from_pretrained(tmp_path / "student")
+    assert torch.equal(again.sample(1, conditioning=told), x)
+    again.save_pretrained(tmp_path / "again")  # it still knows its pipeline
+    assert dm.Student.from_pretrained(tmp_path / "again").denoiser.pipeline.shape == (3, 16, 16)
+
+    schedule = json.loads((tmp_path / "student/config.json").read_text())["extra"]["schedule"]
+    with safe_open(tmp_path / "student/model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["distmatch"]) == schedule
+    assert schedule["times"] == pytest.approx([1])
+    assert "encode" in (tmp_path / "student/README.md").read_text()
+
+    shutil.rmtree(moved_away)
+    with pytest.raises(UserError, match="--base"):
+        dm.Student.from_pretrained(tmp_path / "student")
+    answer = command(f"export {tmp_path / 'student'} --to pipeline --out {tmp_path / 'out'}")
+    assert (answer.code, (tmp_path / "out").exists()) == (2, False)
+    done(f"export {tmp_path / 'student'} --to pipeline --out {tmp_path / 'out'} --base {folder}")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert max(gaps(pipe, student, teacher, "stable-diffusion-3")) < 1e-4
+    other = save("flux", tmp_path)
+    with pytest.raises(UserError, match=r"another denoiser|another architecture|does not take"):
+        dm.Student.from_pretrained(tmp_path / "student", base=other)
+
+
+def test_a_student_as_it_is_distilled_is_exported(folders, tmp_path):
+    """Its steps are those of the teacher's own sampler by default; the base may have 16 bits."""
+    _, teacher = folders("stable-diffusion-3")
+    told = teacher.pipeline.encode([PROMPT, "a dog"])
+    for n, dtype, export in ((1, "float32", export_pipeline), (4, "bfloat16", export_lora)):
+        options = {"train": "lora", "lora_rank": 2, "base_dtype": dtype, "lr": 1e-3, "num_steps": n}
+        student = dm.distill(teacher, told, method="diff-instruct", steps=5, batch=2, quiet=True, **options)
+        assert export(student, tmp_path / str(n)) < 1e-4
 
 
 def test_what_is_refused(folders, tmp_path):

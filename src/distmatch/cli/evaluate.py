@@ -53,7 +53,7 @@ class EvaluateOptions:
     teacher: str = ""
     """For a student's run: the teacher to compare it with; empty: the one it was distilled from."""
     base: str = ""
-    """For a student of adapters (--train lora): its base, the teacher, if it was moved."""
+    """For a student of adapters (--train lora) or of a pipeline: its base, the teacher, if it was moved."""
     network: str = ""
     """For a model of a network of your own: MODULE:NAME of its class, of a function that makes it, or of the
     denoiser, as Python would import it from here."""

@@ -45,7 +45,7 @@ class ExportOptions:
     license: str = ""
     """The licence that the model card states, such as apache-2.0; empty keeps that of the model."""
     base: str = ""
-    """For a student of adapters (--train lora): its base, the teacher, if it was moved."""
+    """For a student of adapters (--train lora) or of a pipeline: its base, the teacher, if it was moved."""
     network: str = ""
     """For a model of a network of your own: MODULE:NAME of its class, of a function that makes it, or of the
     denoiser, as Python would import it from here."""

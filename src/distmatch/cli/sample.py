@@ -50,7 +50,7 @@ class SampleOptions:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a model folder, a folder of diffusers, a .pkl of EDM, or ring8, grid25, skewed2."""
     base: str = ""
-    """For a student of adapters (--train lora): its base, the teacher, if it was moved."""
+    """For a student of adapters (--train lora) or of a pipeline: its base, the teacher, if it was moved."""
     network: str = ""
     """For a model of a network of your own: MODULE:NAME of its class, of a function that makes it, or of the
     denoiser, as Python would import it from here."""

@@ -26,6 +26,7 @@ from distmatch.base.files import (
 )
 from distmatch.interop.card import card_of
 from distmatch.interop.lora import NAME, adaptable, network_in, on_base, peft_config, shared_base
+from distmatch.interop.pipelines.steps import metadata_of
 from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.saved import ADAPTERS, CARD, MODEL_PARTS
 from distmatch.nets.shared import adapted_of, fingerprint, load_own_state, own_state
@@ -61,14 +62,12 @@ def save_adapters(
     if adapted is None:
         raise ValueError("a network without adapters")
     check_model_folder(folder, MODEL_PARTS)
-    path, options = getattr(denoiser, "loaded_from", None) or ("", {})
+    place = place_of_base(denoiser, folder)
     config = {
         "format": FORMAT,
         "version": VERSION,
         "base": {
-            "path": path,
-            "relative": os.path.relpath(path, folder.absolute()) if path else "",
-            "options": options,
+            **place,
             "sha256": fingerprint(denoiser),
             "dtype": _dtype_of(denoiser, adapted.shared),
             "use": _use(denoiser),
@@ -77,12 +76,20 @@ def save_adapters(
         "jumps": bool(getattr(denoiser, "jumps", False)),
         "extra": dict(extra),
     }
-    names = _file_names(denoiser)
+    names, usage = _file_names(denoiser), "" if extra.get("schedule") else _USAGE
     with atomic_folder(folder) as temporary:
-        save_tensors(temporary / ADAPTERS, {names[name]: t for name, t in own_state(denoiser).items()})
-        peft_config(adapted.config, path).save_pretrained(str(temporary))
-        atomic_write(temporary / CARD, card_of(denoiser, extra, metrics=metrics, usage=_USAGE))
+        state = {names[name]: tensor for name, tensor in own_state(denoiser).items()}
+        save_tensors(temporary / ADAPTERS, state, metadata_of(extra))
+        peft_config(adapted.config, place["path"]).save_pretrained(str(temporary))
+        atomic_write(temporary / CARD, card_of(denoiser, extra, metrics=metrics, usage=usage))
         atomic_json(temporary / _CONFIG, config)
+
+
+def place_of_base(denoiser: nn.Module, folder: Path) -> dict[str, Any]:
+    """Where the base of a model is, absolute and relative to the model's folder, and its options."""
+    path, options = getattr(denoiser, "loaded_from", None) or ("", {})
+    relative = os.path.relpath(path, folder.absolute()) if path else ""
+    return {"path": path, "relative": relative, "options": options}
 
 
 def places_of_base(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], dict[str, Any]]:
@@ -97,11 +104,17 @@ def places_of_base(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path],
 
 
 def missing_base(folder: Path, config: Mapping[str, Any], why: list[str]) -> UserError:
-    """The error for adapters whose base is not found."""
+    """The error for adapters whose base is not found, or a student whose pipeline is not."""
+    sha256, adapters = config["base"].get("sha256"), config.get("format") == FORMAT
     return UserError(
-        f"{folder} contains adapters without their base network",
+        f"{folder} contains "
+        + (
+            "adapters without their base network"
+            if adapters
+            else "the network of a pipeline, without the pipeline"
+        ),
         got="; ".join(why) or "a base that was never saved",
-        expected=f"a network whose weights have the sha256 {config['base'].get('sha256')}",
+        expected=f"a network whose weights have the sha256 {sha256}" if adapters else "the teacher's folder",
         fix="pass its folder: --base FOLDER, in Python base=",
     )
 

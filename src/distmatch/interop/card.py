@@ -221,12 +221,22 @@ def _licence(about: Mapping[str, Any]) -> str:
     )
 
 
+_PROMPTS = """import distmatch as dm
+
+# The pipeline of its teacher is loaded from where it was; pass base="its/folder" if it has moved.
+student = dm.Student.from_pretrained("this/folder")
+prompts = student.denoiser.prompt_encoder.encode(["a prompt"])
+images = student.sample(1, conditioning=prompts)  # in [-1, 1]"""
+
+
 def _usage(about: Mapping[str, Any], shape: tuple[int, ...], network: str) -> str:
     # The name of a class is a Python identifier, behind a prefix of modules, which is left to the reader.
     name = network.rpartition(":")[2].rpartition(".")[2]
     place = f'"this/folder", network={name}' if name.isidentifier() else '"this/folder"'
     if about.get("kind") != "student":
         return f"import distmatch as dm\n\nteacher = dm.load_teacher({place})  # teacher(x, sigma)"
+    if about.get("schedule"):
+        return _PROMPTS
     unit = {3: "images in [-1, 1]", 4: "video in [-1, 1]"}.get(len(shape), "scaled as the model was trained")
     lines = [
         "import distmatch as dm\n",

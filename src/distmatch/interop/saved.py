@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from distmatch.base.files import (
 )
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop import adapter_files
-from distmatch.interop.adapter_files import save_adapters
+from distmatch.interop.adapter_files import place_of_base, save_adapters
 from distmatch.interop.card import card_of
 from distmatch.interop.diffusers_net import MODELS, DiffusersNet
 from distmatch.interop.diffusers_parts import load_autoencoder, network_like, scheduler_from
@@ -47,7 +48,8 @@ from distmatch.interop.edm_checkpoint import (
 from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.own_modules import HandedIn, described_module, null_tensors, rebuilt
-from distmatch.interop.pipelines import load_folder
+from distmatch.interop.pipelines import load_folder, needs_tracing
+from distmatch.interop.pipelines.steps import metadata_of, with_schedule
 from distmatch.interop.text_encoder import TextEncoder
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -101,22 +103,26 @@ def save_denoiser(
     about = vars(denoiser).get("trained_on")
     if about and "data" not in (extra or {}):
         extra = {**(extra or {}), "data": about}
+    extra = with_schedule(denoiser, extra or {})
     if adapted_of(denoiser) is not None:
-        save_adapters(Path(folder), denoiser, extra or {}, metrics)
+        save_adapters(Path(folder), denoiser, extra, metrics)
         return
     if not is_external(denoiser):
         if not isinstance(denoiser, EDMDenoiser):
             raise UserError("a denoiser of this kind cannot be saved", got=type(denoiser).__name__)
-        save_model(folder, denoiser, extra, tensors, card_of(denoiser, extra or {}, metrics=metrics))
+        save_model(folder, denoiser, extra, tensors, card_of(denoiser, extra, metrics=metrics))
         return
     folder = Path(folder)
     check_model_folder(folder, MODEL_PARTS)
     net, described = _described(denoiser)
     decoder = getattr(denoiser, "decoder", None)
     version = MODULE_VERSION if described["kind"] == "module" else VERSION
-    config = {"format": FORMAT, "version": version, **described, "extra": dict(extra or {})}
+    if getattr(denoiser, "pipeline", None) is not None:  # the rest of which is not saved
+        described["base"] = place_of_base(denoiser, folder)
+    config = {"format": FORMAT, "version": version, **described, "extra": extra}
     with atomic_folder(folder) as temporary:
-        save_tensors(temporary / _TENSORS, {**net.state_dict(), **null_tensors(denoiser)})
+        state = {**net.state_dict(), **null_tensors(denoiser)}
+        save_tensors(temporary / _TENSORS, state, metadata_of(extra))
         if tensors is not None:
             save_tensors(temporary / EXTRA_TENSORS, tensors)
         if isinstance(decoder, VAEDecoder):
@@ -124,7 +130,7 @@ def save_denoiser(
             config["latents"] = decoder.to_dict()
         handed = described["kind"] == "module" and "library" not in described["module"]
         network = described["module"]["class"] if handed else ""
-        atomic_write(temporary / CARD, card_of(denoiser, extra or {}, metrics=metrics, network=network))
+        atomic_write(temporary / CARD, card_of(denoiser, extra, metrics=metrics, network=network))
         atomic_json(temporary / _CONFIG, config)
 
 
@@ -137,7 +143,7 @@ def load_denoiser(
         folder: A model folder, or a run folder, which holds one as ``model/``.
         network: For a model with a network of the user's: the module, whose weights are replaced in a copy;
             its class, or a function that makes one; or a denoiser around it.
-        base: For adapters: the folder of their base, or the denoiser; None looks where it was.
+        base: For adapters or the network of a pipeline: the teacher or its folder; None looks where it was.
 
     Returns:
         The denoiser, and the extra values that were saved with it.
@@ -147,12 +153,15 @@ def load_denoiser(
     """
     adapters = _folder_of(Path(folder), adapter_files.FORMAT)
     if adapters is not None:
-        return _load_adapted(adapters, network, base)
-    if base is not None:
-        raise UserError(f"{folder} contains a full network, not adapters", fix="omit base")
+        config = read_json(adapters / _CONFIG)
+        check_version(adapters, config, (adapter_files.VERSION,))
+        on = partial(adapter_files.adapters_on, adapters, config)
+        return _on_base(adapters, config, network, base, on), extra_values(adapters / _CONFIG, config)
     found = _folder_of(Path(folder), FORMAT)
+    if base is not None and (found is None or "base" not in read_json(found / _CONFIG)):
+        raise UserError(f"{folder} contains a full network, not adapters", fix="omit base")
     if found is not None:
-        return _load(found, network)
+        return _load(found, network, base)
     if network is not None:
         raise needs_no_network(folder)
     denoiser, extra = load_model(folder)
@@ -259,29 +268,32 @@ def _folder_of(path: Path, form: str) -> Path | None:
     return None
 
 
-def _load_adapted(folder: Path, network: HandedIn | None, base: Base | None) -> tuple[Any, dict[str, Any]]:
-    """Adapters on the base that is given, or on the one that is found where it was."""
-    config = read_json(folder / _CONFIG)
-    check_version(folder, config, (adapter_files.VERSION,))
-    extra = extra_values(folder / _CONFIG, config)
+def _on_base(
+    folder: Path,
+    config: dict[str, Any],
+    network: HandedIn | None,
+    base: Base | None,
+    build: Callable[[nn.Module], nn.Module],
+) -> nn.Module:
+    """What is built on the base that is given, or on the one that is found where it was."""
     if isinstance(base, nn.Module) and network is None:
-        return adapter_files.adapters_on(folder, config, base), extra
+        return build(base)
     if base is not None and not isinstance(base, (str, os.PathLike)):
         raise UserError(
-            "the base of adapters is a folder, or a teacher that is a module and needs no network",
+            "the base of a model is a folder, or a teacher that is a module and needs no network",
             got=type(base).__name__ + ("" if network is None else ", and a network"),
             fix="omit network, or pass the folder of the base together with it",
         )
     places, options = adapter_files.places_of_base(folder, config)
     if base is not None:
-        return adapter_files.adapters_on(folder, config, _base_at(Path(base), {}, network)), extra
+        options = options if needs_tracing(base) else {}  # a pipeline needs its size
+        return build(_base_at(Path(base), options, network))
     why: list[str] = []
     for place in places:
-        if not place.exists():
-            why.append(f"{place} does not exist")
-            continue
         try:
-            return adapter_files.adapters_on(folder, config, _base_at(place, options, network)), extra
+            if place.exists():
+                return build(_base_at(place, options, network))
+            why.append(f"{place} does not exist")
         except (UserError, TypeError) as error:  # the second, of options that it does not take
             if isinstance(error, UserError) and len(places) == 1:
                 raise
@@ -290,15 +302,16 @@ def _load_adapted(folder: Path, network: HandedIn | None, base: Base | None) -> 
 
 
 def _base_at(path: Path, options: dict[str, Any], network: HandedIn | None) -> nn.Module:
-    handed = {} if network is None else {"network": network}
-    found = load_external(path, **options, **handed)
+    found = load_external(path, **options, **({} if network is None else {"network": network}))
     whole: Any = load_model(path)[0] if found is None else found
     if not isinstance(whole, nn.Module):
         raise UserError(f"{path} contains no network")
     return whole
 
 
-def _load(folder: Path, network: HandedIn | None = None) -> tuple[Any, dict[str, Any]]:
+def _load(
+    folder: Path, network: HandedIn | None = None, base: Base | None = None
+) -> tuple[Any, dict[str, Any]]:
     config = read_json(folder / _CONFIG)
     check_version(folder, config, (VERSION, MODULE_VERSION))
     if network is not None and config.get("kind") != "module":
@@ -306,7 +319,9 @@ def _load(folder: Path, network: HandedIn | None = None) -> tuple[Any, dict[str,
     tensors = load_tensors(folder / _TENSORS)
     try:
         if config["kind"] == "module":
-            denoiser: Any = rebuilt(config, tensors, network, str(folder / _TENSORS))
+            on = partial(rebuilt, config, tensors, source=str(folder / _TENSORS))
+            find = "base" in config and network is None
+            denoiser: Any = _on_base(folder, config, None, base, on) if find else on(network)
         elif config["kind"] == "edm":
             how = Preconditioning(**config["preconditioning"])
             net_config = config_from(config["network"])

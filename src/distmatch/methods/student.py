@@ -307,8 +307,8 @@ class Student(nn.Module):
             folder: The folder.
             network: For a student of a network of your own: the module (its weights are replaced in a copy),
                 its class, or a denoiser around it.
-            base: For a student of adapters: the folder of the teacher that they were trained on, or the
-                teacher; None looks for it where it was.
+            base: For a student of adapters, or of a pipeline: the folder of the teacher that it was trained
+                from, or the teacher; None looks for it where it was.
 
         Raises:
             UserError: The folder holds no student, or a damaged one, or its base is not found or another one.

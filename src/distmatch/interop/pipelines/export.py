@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ from distmatch.interop.pipelines.lora_files import (
     diffusers_tensors,
 )
 from distmatch.interop.pipelines.matching_call import Match, matching_scheduler, whole_student
-from distmatch.interop.pipelines.steps import FILE, schedule_contract
+from distmatch.interop.pipelines.steps import FILE, metadata_of, with_schedule
 from distmatch.nets.saved import CARD
 from distmatch.nets.shared import adapted_of
 
@@ -115,9 +114,7 @@ def export_lora(
     check_model_folder(folder, (DIFFUSERS_FILE, COMFYUI_FILE, _SCHEDULER, CARD, FILE))
     whole, network = whole_student(student), network_in(student.denoiser)
     name = whole.denoiser.pipeline.tracer.network_name
-    contract = schedule_contract(student.denoiser, student.description())
-    # Readers of safetensors take strings alone, and torch's own mark.
-    metadata = {"format": "pt", "distmatch": json.dumps(contract)}
+    metadata = metadata_of(with_schedule(student.denoiser, student.description()))
     with quiet(), atomic_folder(folder) as temporary:
         save_tensors(temporary / DIFFUSERS_FILE, diffusers_tensors(network, name), metadata)
         comfyui = comfyui_tensors(network)
@@ -186,8 +183,8 @@ def _describe(
     usage: Callable[[Mapping[str, Any], Match], str],
 ) -> None:
     """Writes the schedule contract and the card."""
-    about = student.description()
-    contract = schedule_contract(student.denoiser, about) or {}
+    about = with_schedule(student.denoiser, student.description())
+    contract: dict[str, Any] = about["schedule"]
     contract |= {
         "scheduler": type(match.scheduler).__name__,
         "start": match.start,

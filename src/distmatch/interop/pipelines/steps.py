@@ -58,6 +58,18 @@ def schedule_contract(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str
     }
 
 
+def with_schedule(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What is saved with a model, for a student of a pipeline with its contract as ``schedule``."""
+    contract = schedule_contract(denoiser, about)
+    return {**about, **({} if contract is None else {"schedule": contract})}
+
+
+def metadata_of(about: Mapping[str, Any]) -> dict[str, str] | None:
+    """The metadata of the safetensors of such a model: strings, and the mark that their readers look for."""
+    contract = about.get("schedule")
+    return None if contract is None else {"format": "pt", "distmatch": json.dumps(contract)}
+
+
 def times_of(path: Any, sigma: float) -> float:
     """The time of a path at a noise level; its end beyond it."""
     level = torch.tensor([sigma], dtype=torch.float64)
