@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from distmatch.base.files import (
 )
 from distmatch.interop.card import card_of
 from distmatch.interop.lora import NAME, adaptable, network_in, on_base, peft_config, shared_base
+from distmatch.interop.pipelines import needs_tracing
 from distmatch.interop.pipelines.steps import metadata_of
 from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.saved import ADAPTERS, CARD, MODEL_PARTS
@@ -92,7 +93,7 @@ def place_of_base(denoiser: nn.Module, folder: Path) -> dict[str, Any]:
     return {"path": path, "relative": relative, "options": options}
 
 
-def places_of_base(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], dict[str, Any]]:
+def _places_of_base(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], dict[str, Any]]:
     """Where the base of saved adapters may be, the likeliest first, and the options to load it with."""
     said = config.get("base")
     if not (isinstance(said, dict) and isinstance(said.get("options"), dict)):
@@ -103,7 +104,53 @@ def places_of_base(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path],
     return places, said["options"]
 
 
-def missing_base(folder: Path, config: Mapping[str, Any], why: list[str]) -> UserError:
+def on_its_base(
+    folder: Path,
+    config: Mapping[str, Any],
+    base: str | os.PathLike[str] | nn.Module | None,
+    build: Callable[[nn.Module], nn.Module],
+    load: Callable[[Path, Mapping[str, Any], Any], nn.Module],
+    network: Any = None,
+) -> nn.Module:
+    """A model on the base that is given, or on the one that is found where it was.
+
+    Args:
+        folder: The folder of the model.
+        config: Its ``config.json``.
+        base: The base or its folder; None looks where it was.
+        build: Makes the model from its base.
+        load: Loads a base: ``load(folder, options, network)``.
+        network: For a base with a network of the user's.
+
+    Raises:
+        UserError: There is no base, or another one.
+    """
+    if isinstance(base, nn.Module) and network is None:
+        return build(base)
+    if base is not None and not isinstance(base, (str, os.PathLike)):
+        raise UserError(
+            "the base of a model is a folder, or a teacher that is a module and needs no network",
+            got=type(base).__name__ + ("" if network is None else ", and a network"),
+            fix="omit network, or pass the folder of the base together with it",
+        )
+    places, options = _places_of_base(folder, config)
+    if base is not None:
+        options = options if needs_tracing(base) else {}  # a pipeline needs its size
+        return build(load(Path(base), options, network))
+    why: list[str] = []
+    for place in places:
+        try:
+            if place.exists():
+                return build(load(place, options, network))
+            why.append(f"{place} does not exist")
+        except (UserError, TypeError) as error:  # the second, of options that it does not take
+            if isinstance(error, UserError) and len(places) == 1:
+                raise
+            why.append(str(error))
+    raise _missing_base(folder, config, why)
+
+
+def _missing_base(folder: Path, config: Mapping[str, Any], why: list[str]) -> UserError:
     """The error for adapters whose base is not found, or a student whose pipeline is not."""
     sha256, adapters = config["base"].get("sha256"), config.get("format") == FORMAT
     return UserError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from distmatch.interop.edm_checkpoint import (
 from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.own_modules import HandedIn, described_module, null_tensors, rebuilt
-from distmatch.interop.pipelines import load_folder, needs_tracing
+from distmatch.interop.pipelines import load_folder
 from distmatch.interop.pipelines.steps import metadata_of, with_schedule
 from distmatch.interop.text_encoder import TextEncoder
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
@@ -156,7 +156,9 @@ def load_denoiser(
         config = read_json(adapters / _CONFIG)
         check_version(adapters, config, (adapter_files.VERSION,))
         on = partial(adapter_files.adapters_on, adapters, config)
-        return _on_base(adapters, config, network, base, on), extra_values(adapters / _CONFIG, config)
+        return adapter_files.on_its_base(adapters, config, base, on, _base_at, network), extra_values(
+            adapters / _CONFIG, config
+        )
     found = _folder_of(Path(folder), FORMAT)
     if base is not None and (found is None or "base" not in read_json(found / _CONFIG)):
         raise UserError(f"{folder} contains a full network, not adapters", fix="omit base")
@@ -268,40 +270,7 @@ def _folder_of(path: Path, form: str) -> Path | None:
     return None
 
 
-def _on_base(
-    folder: Path,
-    config: dict[str, Any],
-    network: HandedIn | None,
-    base: Base | None,
-    build: Callable[[nn.Module], nn.Module],
-) -> nn.Module:
-    """What is built on the base that is given, or on the one that is found where it was."""
-    if isinstance(base, nn.Module) and network is None:
-        return build(base)
-    if base is not None and not isinstance(base, (str, os.PathLike)):
-        raise UserError(
-            "the base of a model is a folder, or a teacher that is a module and needs no network",
-            got=type(base).__name__ + ("" if network is None else ", and a network"),
-            fix="omit network, or pass the folder of the base together with it",
-        )
-    places, options = adapter_files.places_of_base(folder, config)
-    if base is not None:
-        options = options if needs_tracing(base) else {}  # a pipeline needs its size
-        return build(_base_at(Path(base), options, network))
-    why: list[str] = []
-    for place in places:
-        try:
-            if place.exists():
-                return build(_base_at(place, options, network))
-            why.append(f"{place} does not exist")
-        except (UserError, TypeError) as error:  # the second, of options that it does not take
-            if isinstance(error, UserError) and len(places) == 1:
-                raise
-            why.append(str(error))
-    raise adapter_files.missing_base(folder, config, why)
-
-
-def _base_at(path: Path, options: dict[str, Any], network: HandedIn | None) -> nn.Module:
+def _base_at(path: Path, options: Mapping[str, Any], network: HandedIn | None) -> nn.Module:
     found = load_external(path, **options, **({} if network is None else {"network": network}))
     whole: Any = load_model(path)[0] if found is None else found
     if not isinstance(whole, nn.Module):
@@ -321,7 +290,9 @@ def _load(
         if config["kind"] == "module":
             on = partial(rebuilt, config, tensors, source=str(folder / _TENSORS))
             find = "base" in config and network is None
-            denoiser: Any = _on_base(folder, config, None, base, on) if find else on(network)
+            denoiser: Any = (
+                adapter_files.on_its_base(folder, config, base, on, _base_at) if find else on(network)
+            )
         elif config["kind"] == "edm":
             how = Preconditioning(**config["preconditioning"])
             net_config = config_from(config["network"])
