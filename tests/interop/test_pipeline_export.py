@@ -298,9 +298,11 @@ def test_a_full_student_finds_its_pipeline_again(folders, tmp_path):
 
 def test_a_student_as_it_is_distilled_is_exported(folders, tmp_path):
     """Its steps are those of the teacher's own sampler by default; the base may have 16 bits."""
-    _, teacher = folders("stable-diffusion-3")
-    told = teacher.pipeline.encode([PROMPT, "a dog"])
+    folder, plain = folders("stable-diffusion-3")
+    half = dm.load_teacher(folder, dtype="bfloat16", **SIZE["stable-diffusion-3"])
     for n, dtype, export in ((1, "float32", export_pipeline), (4, "bfloat16", export_lora)):
+        teacher = plain if dtype == "float32" else half
+        told = teacher.pipeline.encode([PROMPT, "a dog"])
         options = {"train": "lora", "lora_rank": 2, "base_dtype": dtype, "lr": 1e-3, "num_steps": n}
         student = dm.distill(teacher, told, method="diff-instruct", steps=5, batch=2, quiet=True, **options)
         assert export(student, tmp_path / str(n)) < 1e-4

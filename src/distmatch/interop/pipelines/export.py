@@ -209,6 +209,7 @@ def _lora_usage(contract: Mapping[str, Any], match: Match) -> str:
     scheduler = type(match.scheduler).__name__
     return f"""import diffusers
 
+# For ComfyUI put {COMFYUI_FILE}, where there is one, into models/loras, and sample with cfg 1.
 pipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base")
 pipeline.load_lora_weights("this/folder", weight_name="{DIFFUSERS_FILE}")
 pipeline.scheduler = diffusers.{scheduler}.from_pretrained("this/folder", subfolder="{_SCHEDULER}")

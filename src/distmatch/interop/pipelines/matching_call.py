@@ -11,6 +11,8 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError, cause
 from distmatch.base.seeds import initial_noise
+from distmatch.diffusion.conditioning import Conditioning
+from distmatch.interop.pipelines.contract import Contract
 from distmatch.interop.pipelines.schedulers import candidates
 from distmatch.interop.pipelines.steps import times_of
 from distmatch.interop.pipelines.trace import Tracer
@@ -63,11 +65,12 @@ def matching_scheduler(student: Any, written: Any, network: str) -> Match:
     tracer = Tracer(written, network, found.tracer.options)
     tracer.guidance = found.tracer.guidance
     asked: Any = [0, 1] if tracer.asks == "class_labels" else _TEXTS
-    told = found.fitted(found.contract.conditioning(tracer.arguments(asked, 4)))
+    arguments = tracer.arguments(asked, 4)
+    told = found.fitted(found.contract.conditioning(arguments))
     noise = [initial_noise(2, student.shape, _SEED, "export")]
     fresh = torch.Generator().manual_seed(_SEED)
     noise += [torch.randn(noise[0].shape, generator=fresh) for _ in range(n - 1)]
-    ours = student(noise, told)
+    ours = _samples(student, found.contract.in_dtypes_of(arguments), noise, told)
     times = [times_of(path, sigma) for sigma in student.sigmas]
     own, family, prediction = written.scheduler, found.schedule.family, found.schedule.prediction
     stochastic = n > 1 and student.sampler != "ddim"
@@ -99,6 +102,17 @@ def matching_scheduler(student: Any, written: Any, network: str) -> Match:
         fix="distil with the steps of the pipeline, from its largest noise level down; this student can be "
         "sampled with distmatch, or exported with --to onnx",
     )
+
+
+def _samples(student: Any, contract: Contract, noise: list[Tensor], told: Conditioning) -> Tensor:
+    """A student's samples with its network called in float32: one loaded in bfloat16 may round the time."""
+    net = student.denoiser.net
+    before, net.call = net.call, contract
+    try:
+        samples: Tensor = student(noise, told)
+    finally:
+        net.call = before
+    return samples
 
 
 def _called(tracer: Tracer, asked: Any, n: int, latents: Tensor) -> Tensor:
