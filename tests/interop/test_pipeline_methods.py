@@ -1,0 +1,215 @@
+"""Methods on pipelines: all of them train, and gradients are those of raw calls of diffusers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import distmatch as dm
+from distmatch.data.batches import Batch
+from distmatch.diffusion.conditioning import Conditioning
+from distmatch.interop.pipelines import load_pipeline
+from distmatch.methods.matching.generator import generator_gradient
+from tests.helpers.pipelines import SIZE, save
+
+PROMPTS = ["a red cat", "the dog sleeps"]
+PHI = 3.0  # the guidance scale
+WEIGHTS = {
+    "reverse_kl": lambda r: r**0,
+    "kl": lambda r: r,
+    "js": lambda r: r / (2 * (1 + r)),
+    "jeffreys": lambda r: r + 1,
+    "hellinger": lambda r: r**0.5 / 2,
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+    "softened_kl": lambda r: r**2 / (1 + r),
+    "pearson": lambda r: 2 * r**2,
+    "neyman": lambda r: 2 / r,
+    "le_cam": lambda r: 8 * r**2 / (1 + r) ** 3,
+    "alpha:0.5": lambda r: r**0.5,
+}
+"""h(r) = r^2 f''(r) up to a constant, which the normalization by its mean removes."""
+
+
+@pytest.fixture(scope="module")
+def teacher_of(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines")
+
+    @cache
+    def made(name: str) -> Any:
+        return load_pipeline(save(name, folder), check=False, **SIZE[name])
+
+    return made
+
+
+def batch(teacher: Any, step: int = 0) -> Batch:
+    gen = torch.Generator().manual_seed(step)
+    return Batch(torch.randn(2, *teacher.shape, generator=gen), teacher.pipeline.encode(PROMPTS))
+
+
+SD, SD3 = "stable-diffusion", "stable-diffusion-3"
+MATCHING = ("f-distill", "dmd2", "diff-instruct", "sid", "sida", "sim", "uni-instruct")
+RUNS = [
+    *[(SD3, method, "lora", steps) for method, steps in zip(MATCHING, (1, 2, 4) * 3, strict=False)],
+    (SD3, "moment-matching", "lora", 2),
+    (SD3, "consistency", "lora", 1),
+    (SD3, "scm", "lora", 2),
+    (SD3, "rcm", "lora", 4),
+    (SD3, "f-distill", "full", 2),
+    (SD3, "rcm", "full", 1),
+    (SD, "f-distill", "lora", 4),
+    (SD, "consistency", "lora", 2),
+    ("wan", "f-distill", "lora", 2),
+    ("wan", "sid", "lora", 1),
+    ("wan", "scm", "lora", 4),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "train", "steps"), RUNS)
+def test_a_method_trains_a_student_of_a_pipeline(teacher_of, name, method, train, steps):
+    pytest.importorskip("peft")
+    teacher = teacher_of(name)
+    options: Any = {"guidance": 2.0, "guidance_rescale": 0.5, "num_steps": steps, "train": train}
+    options |= {"fake_score_steps": 2} if method in (*MATCHING, "moment-matching") else {}
+    options |= {"lora_rank": 2} if train == "lora" else {}
+    built: Any = dm.methods.build(teacher, method, total_steps=60, **options)
+    state = built.init(0)
+    before = {name: p.detach().clone() for name, p in state.student.named_parameters()}
+    norms = []
+    for step in range(2):
+        info = built.step(state, batch(teacher, step))
+        numbers = [float(value) for value in info.values() if value.ndim == 0]
+        assert all(map(math.isfinite, numbers))
+        norms += [float(info["grad_norm_student"])] if "grad_norm_student" in info else []
+    assert norms
+    assert all(norm > 0 for norm in norms)
+    moved = {n for n, p in state.student.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    if train == "lora":
+        assert all("lora" in name for name in moved)
+    if method in ("f-distill", "dmd2", "uni-instruct"):
+        assert built.compared.source == "teacher"
+    student = built.result(state)
+    assert len(student.sigmas) == steps
+    assert student.sigmas[0] == teacher.sigma_max
+    told = teacher.pipeline.encode(PROMPTS[:1])
+    assert bool(student.sample(1, conditioning=told, decode=False).isfinite().all())
+
+
+def raw(name: str, network: Any, x: Tensor, t: Tensor, told: Conditioning) -> Tensor:
+    """A call of the network of diffusers itself: the flow of SD3, eps of SD1.5."""
+    if name == SD3:
+        return network(
+            hidden_states=x,
+            timestep=1000 * t,
+            encoder_hidden_states=told["encoder_hidden_states"],
+            pooled_projections=told["pooled_projections"],
+            return_dict=False,
+        )[0]
+    return network(x, t.long(), encoder_hidden_states=told["encoder_hidden_states"], return_dict=False)[0]
+
+
+class Raw:
+    """x_t and x0 of a pipeline, with the formulas of its scheduler."""
+
+    def __init__(self, name: str, teacher: Any, t: Tensor) -> None:
+        self.name, self.t = name, t
+        if name == SD3:
+            self.alpha, self.sigma = 1 - t, t  # scale_noise of FlowMatchEulerDiscreteScheduler
+        else:
+            squares = teacher.pipeline.tracer.pipeline.scheduler.alphas_cumprod[t.long()]
+            self.alpha, self.sigma = squares.sqrt(), (1 - squares).sqrt()
+
+    def noised(self, x0: Tensor, noise: Tensor) -> Tensor:
+        return over(self.alpha, x0) * x0 + over(self.sigma, x0) * noise
+
+    def clean(self, x: Tensor, output: Tensor) -> Tensor:
+        if self.name == SD3:
+            return x - over(self.sigma, x) * output
+        return (x - over(self.sigma, x) * output) / over(self.alpha, x)
+
+
+def over(value: Tensor, x: Tensor) -> Tensor:
+    return value.reshape(-1, *[1] * (x.ndim - 1))
+
+
+@pytest.mark.parametrize("name", [SD3, SD])
+def test_the_gradient_of_f_distill_is_that_of_raw_calls_of_diffusers(teacher_of, name):
+    """Guidance on the raw outputs, h(r) by hand, the adversarial term through hooks on the raw blocks."""
+    teacher, n = teacher_of(name), 4
+    told = teacher.pipeline.encode([*PROMPTS, "a house", "a small tree"])
+    null = teacher.pipeline.encode([""] * n)
+    gen = torch.Generator().manual_seed(4)
+    x0, noise = (torch.randn(n, *teacher.shape, generator=gen) for _ in range(2))
+    t = torch.tensor([0.15, 0.4, 0.7, 0.95] if name == SD3 else [80.0, 300.0, 600.0, 950.0])
+    for index, (divergence, weight) in enumerate(WEIGHTS.items() if name == SD3 else [("js", WEIGHTS["js"])]):
+        built: Any = dm.methods.build(
+            teacher, "f-distill", divergence=divergence, total_steps=10, guidance=PHI, gan_weight=0.1
+        )
+        state = built.init(0)
+        with torch.no_grad():
+            for network in (state.fake_score, state.discriminator):
+                for parameter in network.parameters():
+                    parameter.add_(0.03 * torch.randn(parameter.shape, generator=gen))
+        normalizer = copy.deepcopy(state.normalizer)
+        formulas = Raw(name, teacher, t)
+        level = formulas.sigma / formulas.alpha
+        found = generator_gradient(built.compared, state, x0, level, noise, told).gradient
+
+        base, fake = teacher.net.module, state.fake_score.net.module
+        leaf = x0.clone().requires_grad_()
+        x = formulas.noised(leaf, noise)
+        seen: list[Any] = []
+
+        def note(_module: Any, _inputs: Any, out: Any, seen: list[Any] = seen) -> None:
+            image = out[1] if name == SD3 else out[0] if isinstance(out, tuple) else out
+            seen.append(image.transpose(1, 2).reshape(n, -1, 4, 4) if image.ndim == 3 else image)
+
+        hooks = [
+            base.get_submodule(block).register_forward_hook(note) for block in built.teacher.net.features
+        ]
+        main = raw(name, base, x, t, told)
+        for hook in hooks:
+            hook.remove()
+        logit = state.discriminator(seen, level, told)
+        (adversary,) = torch.autograd.grad(0.1 * F.softplus(-logit).mean(), leaf)
+        with torch.no_grad():
+            none = raw(name, base, x, t, null)
+            p = formulas.clean(x, none + PHI * (main - none))
+            q = formulas.clean(x, raw(name, fake, x, t, told))
+            share = built.noise.cdf(level)
+            ratio = normalizer.update(logit.detach(), share, lambda log_r, h=weight: h(log_r.exp()))
+            h = over((weight(ratio.log_r.exp()) / ratio.scale).float(), x0)
+            gap = (x0 - p).abs().flatten(1).mean(1)
+            score = h * (q - p) / over(gap, x0) / x0.numel() / 2  # the derivative by x0 / 2
+        wanted = score + adversary
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max(), divergence
+        assert logit.detach().abs().max() > 1e-3
+        if index:
+            continue
+        # The student, from noise to the gradients of its weights, with a raw call at the pipeline's start.
+        z, student = torch.randn(n, *teacher.shape, generator=gen), state.student
+        parameters, begun = list(student.parameters()), student.start(z)
+        ours = torch.autograd.grad(student.call(begun, 0, told), parameters, wanted)
+        top = Raw(name, teacher, torch.full((n,), 1.0 if name == SD3 else 999.0))
+        noised = over(top.sigma, z) * z  # of a flow the noise itself
+        output = raw(name, student.denoiser.net.module, noised, top.t, told)
+        theirs = torch.autograd.grad(top.clean(noised, output), parameters, wanted)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a - b).abs().max() <= 1e-4 * max(float(b.abs().max()), 1e-4)
+
+
+def test_methods_that_do_not_run_on_pipelines_say_so(teacher_of):
+    teacher = teacher_of(SD3)
+    for method in ("dmd", "mmd", "imm", "dpm-ot"):
+        with pytest.raises(dm.UserError, match="class labels only"):
+            dm.methods.build(teacher, method, total_steps=10)
+    for method in ("ctm", "mean-flow"):
+        with pytest.raises(dm.UserError, match="no input for a second noise level"):
+            dm.methods.build(teacher, method, total_steps=10)
