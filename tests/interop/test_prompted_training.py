@@ -131,7 +131,7 @@ def test_rows_of_a_batch_are_encoded_prompts_or_the_null_prompt(teacher, place):
         options(place, batch=n, prompts=str(place / "prompts.txt"), encoding=encoding), teacher
     )
     plain = prepare_distillation(options(place, batch=n, prompts=str(place / "prompts.txt")), teacher)
-    dropped = 0
+    masks = []
     for step in range(4):
         batch, whole = job.batches(step), plain.batches(step)
         for field in told:
@@ -142,9 +142,11 @@ def test_rows_of_a_batch_are_encoded_prompts_or_the_null_prompt(teacher, place):
             row = batch.conditioning[field]
             assert torch.equal(row[kept], whole.conditioning[field][kept])
             assert torch.equal(row[~kept], null[field].expand(n, *row.shape[1:])[~kept])
-        dropped += int((~kept).sum())
+        masks.append(~kept)
         again = job.batches(step)
         assert all(torch.equal(again.conditioning[field], batch.conditioning[field]) for field in told)
+    assert not torch.equal(masks[0], masks[1])
+    dropped = int(torch.cat(masks).sum())
     assert abs(dropped - share * 4 * n) < 4 * (4 * n * share * (1 - share)) ** 0.5  # 4 standard deviations
 
 
@@ -177,6 +179,7 @@ def test_images_with_captions_are_encoded_once(place, asked):
         spread = tail.vae.encode(x).latent_dist.std / tail.scale.reshape(tail.latent)
     noise = (batch.x - mean) / spread  # a draw from the encoder's Gaussian
     assert noise.abs().max() < 6
+    assert (noise[0] - noise[1]).abs().max() > 1  # each has its own
     assert abs(noise.std().item() - 1) < 4 * (2 * noise.numel()) ** -0.5
     assert torch.equal(prepare_distillation(chosen, teacher).batches(0).x, batch.x)
     assert asked == {"prompts": 4, "images": 4}

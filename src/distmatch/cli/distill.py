@@ -64,6 +64,9 @@ def run(argv: list[str]) -> None:
         print_json(result)
     else:
         print(f"student in {result['model']} after {result['steps']} steps")
+        if "prompts" in job.notes:
+            print(f'next: distmatch sample {place.out} --prompt "..." --n 16 --out samples.png')
+            return
         print(f"next: distmatch evaluate {place.out}")
         about = read_json(folder.model / "config.json")["extra"].get("data") or {}
         form = "csv" if columns_of(about) else "png"  # a table is read again as it was read
