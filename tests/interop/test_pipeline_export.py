@@ -308,7 +308,7 @@ def test_a_student_as_it_is_distilled_is_exported(folders, tmp_path):
         assert export(student, tmp_path / str(n)) < 1e-4
 
 
-def test_what_is_refused(folders, tmp_path):
+def test_what_is_refused(folders, tmp_path, monkeypatch):
     _, teacher = folders("stable-diffusion-3")
     full = student_of(teacher, 1)
     with pytest.raises(UserError, match="no adapters"):
@@ -317,10 +317,11 @@ def test_what_is_refused(folders, tmp_path):
         export_pipeline(dm.Student(teacher, (5.0,)), tmp_path / "out")  # starts within the path
     with pytest.raises(UserError, match="sampler posterior"):
         export_pipeline(dm.Student(teacher, (1e8, 5.0, 1.0), sampler="posterior"), tmp_path / "out")
-    lost = copy.deepcopy(teacher)
-    lost.loaded_from = (str(tmp_path / "gone"), {})
+    with pytest.raises(UserError, match="PixArtSigmaPipeline of diffusers loads no adapters"):
+        export_lora(student_of(folders("pixart-sigma")[1], 1, lora=True), tmp_path / "out")
+    monkeypatch.setattr(teacher.pipeline, "folder", tmp_path / "gone")
     with pytest.raises(UserError, match="is not found"):
-        export_pipeline(dm.Student(lost, (1e8,)), tmp_path / "out")
+        export_pipeline(full, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 

@@ -111,6 +111,12 @@ def export_lora(
             expected="a student of --train lora",
             fix="export it with --to pipeline",
         )
+    kind = type(student.denoiser.pipeline.tracer.pipeline)
+    if not hasattr(kind, "load_lora_weights"):
+        raise UserError(
+            f"a {kind.__name__} of diffusers loads no adapters",
+            fix="export it with --to pipeline, or use the adapters in the model folder with peft",
+        )
     check_model_folder(folder, (DIFFUSERS_FILE, COMFYUI_FILE, _SCHEDULER, CARD, FILE))
     whole, network = whole_student(student), network_in(student.denoiser)
     name = whole.denoiser.pipeline.tracer.network_name
@@ -154,15 +160,14 @@ def _checked(student: Any) -> Path:
             expected="one step, or the sampler stochastic or ddim",
             fix=_INSTEAD,
         )
-    place, _ = getattr(student.denoiser, "loaded_from", None) or ("", {})
-    if not (place and (Path(place) / INDEX).is_file()):
+    if found.folder is None or not (found.folder / INDEX).is_file():
         raise UserError(
             "the pipeline of this student's teacher is not found, and its other parts are needed",
-            got=place or "a teacher that was not loaded from a folder",
+            got=found.folder,
             expected=f"a folder with a {INDEX}",
             fix="pass its folder: --base FOLDER, in Python base= of Student.from_pretrained",
         )
-    return Path(place)
+    return Path(found.folder)
 
 
 def _without_pipeline(student: Any) -> str:

@@ -103,7 +103,6 @@ _COMFYUI: dict[str, Callable[[str], str]] = {
             "FluxTransformer2DModel",
             "QwenImageTransformer2DModel",
             "ZImageTransformer2DModel",
-            "PixArtTransformer2DModel",
             "AuraFlowTransformer2DModel",
         ),
         _transformer_name,
