@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 import distmatch as dm
 from distmatch.base.errors import UserError
+from distmatch.cli import memory
 from distmatch.interop.pipelines import load_pipeline
 from distmatch.interop.pipelines.comparison import compare
 from distmatch.interop.pipelines.contract import TimeMap
@@ -18,6 +20,7 @@ from distmatch.interop.pipelines.teacher import without_weights
 from distmatch.training.options import DistillOptions
 from distmatch.training.pipeline_options import PipelineOptions
 from distmatch.training.prepare import prepare_distillation
+from tests.helpers.command import done
 from tests.helpers.pipelines import SIZE, save
 
 # Flux rounds its time to bfloat16; Z-Image keeps its samples in float32, and lists them; Lumina2 looks at
@@ -129,3 +132,23 @@ def test_adapters_on_a_base_in_bfloat16_are_trained_saved_and_loaded(made, tmp_p
     assert {p.dtype for p in again.denoiser.parameters()} == {torch.bfloat16, torch.float32}
     x, other = (s.sample(2, conditioning=told, seed=3, decode=False) for s in (student, again))
     torch.testing.assert_close(x, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dry_run_of_a_pipeline_reads_no_weights(made, tmp_path, monkeypatch):
+    folder, _ = made("stable-diffusion-3")
+    place = tmp_path / "sd3"
+    shutil.copytree(folder, place)
+    monkeypatch.setattr(memory, "_LEAST", 0)
+    for weights in place.glob("*/*.safetensors"):
+        weights.write_bytes(b"")
+    line = f"distill --teacher {place} --size 16 --max-tokens 12 --method diff-instruct --batch 2 --dry-run"
+    found = done(f"{line} --train lora --base-dtype bfloat16 --json").json()["predicted"]
+    sizes = found["sizes"]
+    assert sizes["teacher"]["weights"] == 2 * sizes["teacher"]["parameters"] + 8 * 8 * 16 * 4  # and positions
+    assert 0 < sizes["student"]["parameters"] < sizes["teacher"]["parameters"]
+    assert found["peak"] == found["weights"] + found["optimizer"] + found["passes"]
+    assert set(found["parts"]) == {"vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
+    text = done(line).out
+    assert "read no weights" in text
+    assert "predicted   fake: " in text
+    assert "at the peak" in text

@@ -47,12 +47,15 @@ def run(argv: list[str]) -> None:
         DistillOptions, argv, verb="distill", said=HELP, defaults=_options_of, hidden=_hidden
     )
     from distmatch.base.files import read_json
+    from distmatch.cli.memory import dry_run_without_weights
     from distmatch.cli.output import tell_conversion
     from distmatch.cli.running import check_place, dry_run, execute, going_on, open_folder, starts_afresh
     from distmatch.data.columns import columns_of
     from distmatch.training.prepare import prepare_distillation
 
     check_place(place, (options.data, options.teacher))
+    if place.dry_run and dry_run_without_weights(options, json=place.json):
+        return
     job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run, dry=place.dry_run)
     tell_conversion(options.teacher, str(job.notes.get("conversion", "")))
     if place.dry_run:

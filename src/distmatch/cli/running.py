@@ -14,6 +14,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.progress import in_words
 from distmatch.cli.answer import print_json
 from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
+from distmatch.cli.memory import as_dict, lines, predicted
 from distmatch.cli.parse import Place, checkpoint_choice
 from distmatch.methods.table import find_method
 from distmatch.nets.sizes import as_json
@@ -115,6 +116,7 @@ def dry_run(job: Job, place: Place) -> None:
     peak = PeakMemory(device)
     once, seconds = step_times(job, device)
     used = peak.bytes()
+    memory_ahead = predicted(job.options, job.networks)
     sizes = job.sizes()
     weights = sum(size.weights for size in sizes.values())
     memory = round(sum(size.bytes for size in sizes.values()) / 2**20, 1)
@@ -134,6 +136,7 @@ def dry_run(job: Job, place: Place) -> None:
         "sizes": as_json(sizes),
         "memory_mib": memory,
         "peak_memory_mib": most,
+        **({"predicted": as_dict(memory_ahead)} if memory_ahead else {}),
         "seconds_per_step": round(seconds, 4),
         "seconds_once": round(once, 4),
         "estimated_seconds": round(whole, 1),
@@ -169,6 +172,8 @@ def dry_run(job: Job, place: Place) -> None:
         print(f"# parameters  {name}: {size.parameters:,}{f', and {shared:,} shared' if shared else ''}")
     measured = "activations on top" if most is None else f"with activations {most:.0f} MiB at most, measured"
     print(f"# memory      about {memory} MiB for weights, gradients and Adam, {measured}")
+    for line in lines(memory_ahead) if memory_ahead else ():
+        print(f"# {line}")
     print(f"# time        about {timing}")
     if once >= 1:
         print(f"# of these    about {in_words(once)} for what is made once, before the first step")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +51,14 @@ def role_sizes(
         ema: The average among the networks.
     """
     moved = {id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]}
-    seen: set[int] = set()
+    seen: set[tuple[Any, ...]] = set()
 
     def new(tensors: Iterable[Tensor]) -> list[Tensor]:
         found = []
         for tensor in tensors:
-            if tensor.numel() and tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
+            place = tensor.untyped_storage()._cdata, tensor.storage_offset()  # fake tensors have no address
+            if tensor.numel() and place not in seen:
+                seen.add(place)
                 found.append(tensor)
         return found
 

@@ -111,8 +111,8 @@ def without_weights(
     """
     tracer, traces = _traced(folder, None, options)
     _, teacher = _teacher(tracer, traces, null, tokens, network=plain_network(tracer.network))
-    network: Any = teacher.net
-    network.module.to(_dtype_of(dtype))
+    for parameter in teacher.parameters():  # buffers keep their dtype, as in load_pipeline
+        parameter.data = parameter.data.to(_dtype_of(dtype))
     return teacher
 
 

@@ -1,0 +1,93 @@
+"""The predicted memory of a distillation, as lines and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distmatch.base.errors import UserError
+from distmatch.cli.answer import print_json
+from distmatch.interop.pipelines import needs_tracing
+from distmatch.interop.pipelines.teacher import without_weights
+from distmatch.nets.sizes import as_json
+from distmatch.training.config_format import config_text
+from distmatch.training.memory import Memory, predict_memory
+from distmatch.training.options import DistillOptions
+from distmatch.training.teachers import dtype_of_base
+from distmatch.training.toml import dataclass_to_dict
+
+_LEAST = 5_000_000  # parameters of a teacher, or bytes of a pipeline: smaller ones are run instead
+
+
+def predicted(options: Any, networks: dict[str, Any]) -> Memory | None:
+    """The prediction for a job; None for a small network, another verb, or a method without one."""
+    teacher = networks.get("teacher")
+    if not isinstance(options, DistillOptions) or teacher is None:
+        return None
+    if sum(p.numel() for p in teacher.parameters()) < _LEAST:
+        return None
+    try:
+        return predict_memory(options, teacher)
+    except UserError:
+        return None
+
+
+def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
+    """Shows what a distillation of a large pipeline takes, from its configs; False for what is run instead.
+
+    Args:
+        options: The options.
+        json: As one JSON object.
+
+    Raises:
+        UserError: Options and pipeline do not go together.
+    """
+    weights = sum(file.stat().st_size for file in Path(options.teacher).glob("*/*.safetensors"))
+    if not needs_tracing(options.teacher) or weights < _LEAST:
+        return False
+    given = {**options.pipeline.given(), **dtype_of_base(options.teacher, options.settings)}
+    try:
+        teacher = without_weights(options.teacher, **given)
+    except UserError as error:
+        if "meta" not in str(error):
+            raise
+        return False  # a network that needs numbers to know its shapes is loaded
+    memory = predict_memory(options, teacher)
+    if json:
+        shown = {"verb": "distill", "options": dataclass_to_dict(options), "predicted": as_dict(memory)}
+        print_json(shown)
+        return True
+    print(config_text("distill", options, without=["net"]))
+    print("# not written: this is a dry run, which read no weights")
+    for line in lines(memory):
+        print(f"# {line}")
+    return True
+
+
+def lines(memory: Memory) -> list[str]:
+    """The prediction for people."""
+    found = [
+        f"predicted   {name}: {_mib(size.weights)} of weights"
+        + (f", {_mib(size.optimizer)} of Adam" if size.optimizer else "")
+        for name, size in memory.sizes.items()
+    ]
+    found.append(f"predicted   gradients and activations: {_mib(memory.passes)}")
+    found.append(f"predicted   {_mib(memory.peak)} at the peak")
+    found += [f"pipeline    {name}: {_mib(size)} on the CPU" for name, size in memory.parts.items()]
+    return found
+
+
+def as_dict(memory: Memory) -> dict[str, Any]:
+    """The prediction as JSON, in bytes."""
+    return {
+        "peak": memory.peak,
+        "weights": memory.weights,
+        "optimizer": memory.optimizer,
+        "passes": memory.passes,
+        "sizes": as_json(memory.sizes),
+        "parts": memory.parts,
+    }
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 10 * 2**30 else f"{size / 2**30:,.1f} GiB"
