@@ -83,7 +83,7 @@ class SampleOptions:
     """Noise path of solvers and grids that use its time (tab; power and time), such as vp:beta_max=12; empty:
     the teacher's own, or vp."""
     guidance: float = 1.0
-    """Guidance scale of a teacher; 1 is none."""
+    """Guidance scale of a teacher, or of a student that receives it (--guidance-range); 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only where LOW < sigma <= HIGH."""
     guidance_reference: str = ""
@@ -117,7 +117,14 @@ def run(argv: list[str]) -> None:
     if not math.isfinite(o.guidance):
         raise UserError("--guidance must be finite", got=o.guidance)
     from distmatch.cli.output import check_form, tell_conversion, write_samples
-    from distmatch.cli.sample_conditions import HOW, conditioning_of, negative_of, prompts_of
+    from distmatch.cli.sample_conditions import (
+        HOW,
+        at_scale,
+        conditioning_of,
+        negative_of,
+        prompts_of,
+        takes_scale,
+    )
     from distmatch.cli.trajectory import check_picture
     from distmatch.data.classes import names_for
     from distmatch.data.columns import columns_of, decoded
@@ -145,6 +152,8 @@ def run(argv: list[str]) -> None:
     if o.trajectory is not None:
         check_picture(o.trajectory, ask.teacher or model, n)
     conditioning, how = conditioning_of(o, model, n, told, texts)
+    if o.guidance != 1 and takes_scale(model):
+        conditioning = at_scale(conditioning, n, o.guidance)
     result: dict[str, Any] = {"n": n, **ask.told, **({"class_balance": how} if how else {})}
     result |= {} if told is None else {"conditions": str(o.conditions)}
     result |= {"prompts": len(texts)} if texts else {}
@@ -211,7 +220,7 @@ class _Asked:
 
 def _asked(o: SampleOptions, model: Model, teacher: Model | None, away: Conditioning | None) -> _Asked:
     """Which model is sampled how; refuses what does not go together."""
-    from distmatch.cli.sample_conditions import refuse
+    from distmatch.cli.sample_conditions import refuse, takes_scale
     from distmatch.training.hybrid import draw_hybrid, plan_hybrid
     from distmatch.training.sampling import HEUN
 
@@ -232,7 +241,7 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None, away: Conditio
         )
     refuse(o, ("hybrid_calls", "hybrid_level"), "it needs --hybrid-teacher")
     if model.teacher is None:
-        _refuse_for_students(o)
+        _refuse_for_students(o, takes_scale(model))
         sampling = HEUN
     else:
         sampling = _sampling(o, away)
@@ -262,16 +271,16 @@ def _picture(o: SampleOptions, ask: _Asked, n: int, told: Conditioning) -> dict[
     return draw_trajectory(o.trajectory, whose, ask.sampling, told, n, o.seed, beside=beside, **common)
 
 
-def _refuse_for_students(o: SampleOptions) -> None:
-    """A student has no use for the options of a solver.
+def _refuse_for_students(o: SampleOptions, scaled: bool) -> None:
+    """A student has no use for the options of a solver; ``scaled`` ones receive their guidance scale.
 
     Raises:
         UserError: One of them was given.
     """
     from distmatch.cli.sample_conditions import refuse
 
-    how = ("solver", "steps", "grid", "path", "guidance", "guidance_interval", "guidance_reference")
-    names = (*how, "negative_prompt")
+    how = ("solver", "steps", "grid", "path", "guidance_interval", "guidance_reference", "negative_prompt")
+    names = how if scaled else (*how, "guidance")
     fix = "leave them out, or distil with --num-steps and --guidance; solvers are for teachers"
     refuse(
         o,

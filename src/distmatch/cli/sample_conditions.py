@@ -20,6 +20,7 @@ from distmatch.diffusion.conditioning import (
     label_spec,
 )
 from distmatch.diffusion.prompts import encode_prompts, prompt_encoder_of
+from distmatch.methods.context import GUIDANCE
 from distmatch.training.devices import pick_device
 from distmatch.training.models import Model
 
@@ -106,6 +107,16 @@ def negative_of(o: Options, model: Model) -> Conditioning | None:
         UserError: The model takes no prompts.
     """
     return _encoded(o, model, [o.negative_prompt], free=False) if o.negative_prompt else None
+
+
+def takes_scale(model: Model) -> bool:
+    """Whether it is a student that receives its guidance scale as an input."""
+    return model.student is not None and GUIDANCE in model.conditioning_spec
+
+
+def at_scale(told: Conditioning, n: int, scale: float) -> Conditioning:
+    """The conditioning of ``n`` samples with another guidance scale as an input of the network."""
+    return Conditioning({**told, GUIDANCE: torch.full((n,), scale)})
 
 
 def denoiser_in(model: Model) -> Any:
