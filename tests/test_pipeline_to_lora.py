@@ -29,7 +29,7 @@ def test_the_six_commands(tmp_path, monkeypatch):
     save("stable-diffusion-3", tmp_path).rename("sd3")
     Path("prompts.txt").write_text("a red cat\na blue dog\nthe small green house\n")
     lines = commands()
-    assert [line[0] for line in lines] == ["doctor", "distill", "distill", "sample", "export"]
+    assert [line[0] for line in lines] == ["doctor", "distill", "distill", "report", "sample", "export"]
     for line in lines:
         line = [SMALLER.get(before, word) for before, word in zip(["", *line], line, strict=False)]
         line += ["--steps", "10", "--checkpoint-every", "5"] if line[0] == "distill" else []
