@@ -157,6 +157,7 @@ def results(o: Options) -> tuple[list[Row], dict[str, Tensor]]:
         for divergence in o.divergences:
             folder = o.out / f"{divergence}-{steps}"
             wanted = ["--divergence", divergence, "--num-steps", str(steps), "--guidance", str(o.guidance)]
+            wanted += ["--steps", "200"] if steps > 1 else []  # they start nearer to the teacher
             arguments = ["--config", recipe, "--teacher", str(teacher), *wanted, *o.distill]
             minutes = trained(folder, "distill", arguments)
             name = f"{divergence}, {steps} step{'s' * (steps > 1)}"
