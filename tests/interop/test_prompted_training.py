@@ -106,6 +106,20 @@ def test_a_dry_run_writes_nothing(place, tmp_path, cache):
     assert not cache.exists()
 
 
+def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypatch):
+    from distmatch.cli import memory
+
+    monkeypatch.setattr(memory, "_LEAST", 0)
+    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} {SHORT} --dry-run --json"
+    told = done(f"{line} --prompts {place}/prompts.txt").json()
+    teacher = dm.load_teacher(place / "stable-diffusion-3", height=16, width=16, max_sequence_length=12)
+    size = sum(value.nbytes for value in teacher.pipeline.encode(PROMPTS).values())
+    assert (told["prompts"], told["encodings"]) == (4, size)
+    assert not cache.exists()
+    missing = command(f"{line} --prompts {place}/none.txt")
+    assert missing.code == 2
+
+
 def test_the_cache_and_live_encoding_train_the_same_student(teacher, asked):
     common = {"method": "sid", "steps": 10, "batch": 2, "train": "lora", "lora_rank": 2, "quiet": True}
     once = dm.distill(teacher, prompts=PROMPTS, **common)

@@ -13,6 +13,7 @@ from distmatch.nets.sizes import as_json
 from distmatch.training.config_format import config_text
 from distmatch.training.memory import Memory, predict_memory
 from distmatch.training.options import DistillOptions
+from distmatch.training.prompt_batches import size_of_encodings
 from distmatch.training.teachers import dtype_of_base
 from distmatch.training.toml import dataclass_to_dict
 
@@ -52,15 +53,21 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
         if "meta" not in str(error):
             raise
         return False  # a network that needs numbers to know its shapes is loaded
+    number, size = size_of_encodings(options, teacher) if options.prompts else (0, 0)
     memory = predict_memory(options, teacher)
     if json:
-        shown = {"verb": "distill", "options": dataclass_to_dict(options), "predicted": as_dict(memory)}
+        shown: dict[str, Any] = {"verb": "distill", "options": dataclass_to_dict(options)}
+        shown["predicted"] = as_dict(memory)
+        if options.prompts:
+            shown |= {"prompts": number, "encodings": size}
         print_json(shown)
         return True
     print(config_text("distill", options, without=["net"]))
     print("# not written: this is a dry run, which read no weights")
     for line in lines(memory):
         print(f"# {line}")
+    if options.prompts:
+        print(f"# prompts     {number:,}, whose encodings take {_mib(size)} on the disk")
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from distmatch.base.seeds import generator
 from distmatch.base.stack import caller_level
 from distmatch.data.batches import Batch
 from distmatch.data.order import BatchOrder
+from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.conditioning import LABEL, Conditioning, null_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.prompts import PromptEncoder, prompt_encoder_of
@@ -77,6 +79,20 @@ def prompt_batches(
     return batch
 
 
+def size_of_encodings(options: DistillOptions, teacher: Denoiser) -> tuple[int, int]:
+    """The number of prompts of a run, and the bytes that their encodings take in the cache.
+
+    Raises:
+        UserError: A file of prompts that cannot be used, or prompts that are encoded to different lengths.
+    """
+    texts = read_prompts(options.prompts)
+    if options.encoding.encode == "live":
+        return len(texts), 0
+    _require_one_length(teacher)
+    row = sum(math.prod(field.shape) * field.dtype.itemsize for field in spec_of(teacher).values())
+    return len(texts), row * len(set(texts))
+
+
 def with_dropout(
     batches: Callable[[int], Batch], teacher: Denoiser, share: float, run: RunOptions
 ) -> Callable[[int], Batch]:
@@ -120,14 +136,19 @@ def _live(encoder: PromptEncoder, texts: Sequence[str]) -> Rows:
     return encode
 
 
-def _cached(encoder: PromptEncoder, texts: Sequence[str], teacher: Denoiser, folder: Path) -> Rows:
-    """The prompts of numbers, encoded once."""
+def _require_one_length(teacher: Denoiser) -> None:
+    """Refuses to keep encodings that depend on the other prompts of their batch."""
     if open_ended := [name for name, field in spec_of(teacher).items() if -1 in field.shape]:
         raise UserError(
             "this pipeline encodes prompts to the length of the longest of a batch: encodings cannot be kept",
             got=f"any number of tokens in {', '.join(open_ended)}",
             fix="pass a fixed number of tokens, such as --tokens 128, or --encode live",
         )
+
+
+def _cached(encoder: PromptEncoder, texts: Sequence[str], teacher: Denoiser, folder: Path) -> Rows:
+    """The prompts of numbers, encoded once."""
+    _require_one_length(teacher)
     cut: Truncated = {}
 
     def compute(rows: list[int]) -> Mapping[str, Tensor]:
