@@ -23,7 +23,13 @@ from distmatch.interop.lora import chosen_layers, full_rank, network_in, watched
 from distmatch.interop.optional import PEFT
 from distmatch.methods.context import GUIDANCE, Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
-from distmatch.methods.settings import DiscriminatorSettings, GuidedSettings, RoleSettings, Settings
+from distmatch.methods.settings import (
+    DiscriminatorSettings,
+    GuidedSettings,
+    NetworkSettings,
+    RoleSettings,
+    Settings,
+)
 from distmatch.methods.table import resolve_method, unknown_setting
 from distmatch.nets.blocks import recompute_blocks
 from distmatch.nets.config import NetConfig
@@ -107,6 +113,7 @@ def build_method(context: Context[Settings]) -> Distiller:
     _check_conditions(context)
     _refuse_idle(context.settings)
     _check_roles(context)
+    _check_offload(context)
     _check_call(context.teacher, context.device)
     if context.method.family == "consistency":
         require_score(context.teacher, "a path of samples with Gaussian noise")
@@ -226,6 +233,17 @@ def _check_roles(context: Context[Settings]) -> None:
             f"({idle[0]} among them). Adapters have no effect if the network uses the weights of a layer and "
             "does not call it",
             stacklevel=caller_level(),
+        )
+
+
+def _check_offload(context: Context[Settings]) -> None:
+    own = context.settings
+    if isinstance(own, NetworkSettings) and own.offload and context.device.type == "cpu":
+        raise UserError(
+            "--offload moves Adam's moments to the memory of the CPU, where this run has them already",
+            got="--device cpu",
+            expected="an accelerator",
+            fix="omit it; --train lora has few moments",
         )
 
 

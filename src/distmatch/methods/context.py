@@ -40,7 +40,7 @@ from distmatch.nets.blocks import recompute_blocks
 from distmatch.nets.config import NetConfig
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.jump import require_jump, taught_to_jump
-from distmatch.nets.optim import adam, scheduled_step
+from distmatch.nets.optim import adam, moments_to, scheduled_step
 
 S = TypeVar("S", bound=Settings, covariant=True)
 
@@ -216,7 +216,14 @@ class Context(Generic[S]):
 
     def move(self, state: DistillState, name: str, lr: float) -> Tensor:
         """Steps an optimizer, whose ``lr`` the schedule scales; returns the norm of the gradient."""
-        return scheduled_step(state.optimizers[name], self.settings, state.step, self.total_steps, lr)
+        optimizer = state.optimizers[name]
+        offload = isinstance(self.settings, NetworkSettings) and self.settings.offload
+        if offload:
+            moments_to(optimizer, self.device)
+        norm = scheduled_step(optimizer, self.settings, state.step, self.total_steps, lr)
+        if offload:
+            moments_to(optimizer, torch.device("cpu"))
+        return norm
 
     def follow(self, state: DistillState, trained: nn.Module) -> None:
         """Counts an update of what is trained and brings its average up to date."""

@@ -70,6 +70,8 @@ class NetworkSettings(RoleSettings, Settings):
     checkpointing: bool = False
     """Activation checkpointing: the blocks of the networks keep their inputs alone for the backward pass,
     which computes the rest again. Saves memory and costs about a third more time."""
+    offload: bool = False
+    """Keep Adam's moments in the memory of the CPU but while their network is updated; for accelerators."""
     student_times: tuple[float, ...] = ()
     """Times of the student's steps on the teacher's noise path, decreasing: 1 0.75 0.5 0.25 of a flow, 999
     749 499 249 of a network of 1000 timesteps, noise levels of EDM's. Unset: --num-steps of them."""

@@ -58,6 +58,12 @@ def scheduled_step(
     return clipped_step(optimizer, settings.grad_clip)
 
 
+def moments_to(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Moves Adam's moments to a device, where they are needed for a step; its counters stay."""
+    for state in optimizer.state.values():
+        state.update({name: value.to(device) for name, value in state.items() if value.ndim})
+
+
 def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Clips the gradient (``max_norm`` 0: leaves it alone), steps, clears it; returns the norm before."""
     parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]

@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from distmatch.divergences import divergence
 from distmatch.methods.construct import build_method
 from distmatch.methods.context import Context
 from distmatch.methods.initialization import frozen, has_network
-from distmatch.methods.settings import FakeScoreSettings, RoleSettings
+from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, RoleSettings
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import resolve_method
 from distmatch.nets.sizes import RoleSize, role_sizes
@@ -44,11 +44,13 @@ class Memory:
         sizes: What each network owns; those of gradients are the sum over all steps.
         passes: Gradients, activations and all else that is alive at the peak.
         parts: Parts of a pipeline beside its network, by name; they are on the CPU and count apart.
+        offload: Whether moments are on the device for the step of their network alone.
     """
 
     sizes: dict[str, RoleSize]
     passes: int
     parts: dict[str, int]
+    offload: bool = False
 
     @property
     def weights(self) -> int:
@@ -63,6 +65,9 @@ class Memory:
     @property
     def peak(self) -> int:
         """All but the parts of a pipeline beside its network."""
+        if self.offload:
+            steps = (size.optimizer + size.gradients for size in self.sizes.values())
+            return self.weights + max(self.passes, *steps)
         return self.weights + self.optimizer + self.passes
 
 
@@ -125,6 +130,9 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
         UserError: The method needs numbers to know its shapes, or options and teacher do not go together.
     """
     run, own = options.run, options.settings
+    offload = isinstance(own, NetworkSettings) and own.offload
+    if isinstance(own, NetworkSettings):
+        own = replace(own, offload=False)  # which is refused on the CPU, where the steps run
     method, name = resolve_method(options.method, options.divergence)
     period = own.fake_score_steps if isinstance(own, FakeScoreSettings) else 1
     middle = period * (run.steps // (2 * period))
@@ -165,7 +173,7 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
                 got=cause(error),
                 fix="measure it: a run of a few steps shows the peak in its log",
             ) from error
-    return Memory(sizes, live.peak, parts)
+    return Memory(sizes, live.peak, parts, offload)
 
 
 _CPU = torch.device("cpu")
