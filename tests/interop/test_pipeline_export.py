@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -272,7 +273,9 @@ def test_a_full_student_finds_its_pipeline_again(folders, tmp_path):
     student.save_pretrained(tmp_path / "student")
     told = teacher.pipeline.encode([PROMPT])
     x = student.sample(1, conditioning=told)
-    again = dm.Student.from_pretrained(tmp_path / "student")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*other text encoders")
+        again = dm.Student.from_pretrained(tmp_path / "student")
     assert torch.equal(again.sample(1, conditioning=told), x)
     again.save_pretrained(tmp_path / "again")  # it still knows its pipeline
     assert dm.Student.from_pretrained(tmp_path / "again").denoiser.pipeline.shape == (3, 16, 16)
@@ -291,6 +294,9 @@ def test_a_full_student_finds_its_pipeline_again(folders, tmp_path):
     done(f"export {tmp_path / 'student'} --to pipeline --out {tmp_path / 'out'} --base {folder}")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert max(gaps(pipe, student, teacher, "stable-diffusion-3")) < 1e-4
+    retrained = save("stable-diffusion-3", tmp_path / "encoders", seed=3)
+    with pytest.warns(UserWarning, match="other text encoders"):
+        dm.Student.from_pretrained(tmp_path / "student", base=retrained)
     other = save("flux", tmp_path)
     with pytest.raises(UserError, match=r"another denoiser|another architecture|does not take"):
         dm.Student.from_pretrained(tmp_path / "student", base=other)

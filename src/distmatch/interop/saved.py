@@ -49,7 +49,7 @@ from distmatch.interop.edm_config import config_dict, config_from
 from distmatch.interop.latents import VAEDecoder
 from distmatch.interop.own_modules import HandedIn, described_module, null_tensors, rebuilt
 from distmatch.interop.pipelines import load_folder
-from distmatch.interop.pipelines.steps import metadata_of, with_schedule
+from distmatch.interop.pipelines.steps import metadata_of, warned_of_encoder, with_schedule
 from distmatch.interop.text_encoder import TextEncoder
 from distmatch.nets.config import DiTConfig, MLPConfig, UNetConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -156,14 +156,13 @@ def load_denoiser(
         config = read_json(adapters / _CONFIG)
         check_version(adapters, config, (adapter_files.VERSION,))
         on = partial(adapter_files.adapters_on, adapters, config)
-        return adapter_files.on_its_base(adapters, config, base, on, _base_at, network), extra_values(
-            adapters / _CONFIG, config
-        )
+        adapted = adapter_files.on_its_base(adapters, config, base, on, _base_at, network)
+        return warned_of_encoder(folder, adapted, extra_values(adapters / _CONFIG, config))
     found = _folder_of(Path(folder), FORMAT)
     if base is not None and (found is None or "base" not in read_json(found / _CONFIG)):
         raise UserError(f"{folder} contains a full network, not adapters", fix="omit base")
     if found is not None:
-        return _load(found, network, base)
+        return warned_of_encoder(folder, *_load(found, network, base))
     if network is not None:
         raise needs_no_network(folder)
     denoiser, extra = load_model(folder)

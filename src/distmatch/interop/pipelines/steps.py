@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from distmatch.base.stack import caller_level
 from distmatch.nets.shared import adapted_of, fingerprint
 
 FILE = "distmatch.json"
@@ -62,6 +65,21 @@ def with_schedule(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str, An
     """What is saved with a model, for a student of a pipeline with its contract as ``schedule``."""
     contract = schedule_contract(denoiser, about)
     return {**about, **({} if contract is None else {"schedule": contract})}
+
+
+def warned_of_encoder(
+    folder: str | os.PathLike[str], denoiser: Any, about: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """A loaded student and its description; warns if its pipeline encodes prompts in another way now."""
+    expected = (about.get("schedule") or {}).get("encoder")
+    found = getattr(getattr(denoiser, "prompt_encoder", None), "fingerprint", expected)
+    if expected is not None and found != expected:
+        warnings.warn(
+            f"{folder}: its pipeline has other text encoders, or in another dtype, than in training. Prompts "
+            f"have other encodings for the student; pass the pipeline that it was trained with as base",
+            stacklevel=caller_level(),
+        )
+    return denoiser, about
 
 
 def metadata_of(about: Mapping[str, Any]) -> dict[str, str] | None:
