@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 
 import numpy as np
@@ -34,6 +35,9 @@ def test_settings_are_kept_and_a_run_continues(place):
     values = tomllib.loads((place / "run/config.toml").read_text())["distill"]
     assert values["guidance_range"] == [1.0, 6.0]
     assert values["student_times"] == [1.0, 0.8]
+    about = json.loads((place / "run/model/config.json").read_text())["extra"]
+    assert about["guidance_range"] == about["schedule"]["guidance_range"] == [1.0, 6.0]
+    assert "guidance_interval" not in about
     student = dm.Student.from_pretrained(place / "run/model")
     assert student.sigmas == pytest.approx((student.denoiser.sigma_max, 4.0))
     done(f"distill --resume --steps 12 --out {place}/run")

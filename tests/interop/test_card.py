@@ -49,6 +49,19 @@ def rows(text: str) -> dict[str, list[str]]:
     return {first.strip(): [cell.strip() for cell in rest] for first, *rest in cells}
 
 
+def test_a_card_says_how_the_teacher_was_guided(tmp_path: Path) -> None:
+    more = {"guidance_interval": [0.3, 5.0], "guidance_rescale": 0.7, "negative_prompt": "a | b"}
+    student(info={**INFO, **more}).save_pretrained(tmp_path / "m")
+    said = rows((tmp_path / "m/README.md").read_text())["guidance of the teacher"][0]
+    assert said == (
+        "1.5, at noise levels from 0.3 to 5, in units of sigma_data, rescaled by 0.7, away from 'a / b'"
+    )
+    scaled = student(info={**INFO, "guidance": 1.0, "guidance_range": (1.0, 6.0)})
+    scaled.save_pretrained(tmp_path / "n")
+    said = rows((tmp_path / "n/README.md").read_text())["guidance of the teacher"][0]
+    assert said == "none, received as an input, from 1 to 6"
+
+
 def test_a_card_says_what_the_model_is(tmp_path: Path) -> None:
     student().save_pretrained(tmp_path / "m", metrics=METRICS)
     text = (tmp_path / "m/README.md").read_text()

@@ -28,6 +28,14 @@ _DIRECTIONS = (
     "are one standard error; that of a difference assumes independent sides."
 )
 
+GUIDANCE = {
+    "guidance_interval": "at noise levels from {:g} to {:g}, in units of sigma_data",
+    "guidance_rescale": "rescaled by {:g}",
+    "negative_prompt": "away from {!r}",
+    "guidance_range": "received as an input, from {:g} to {:g}",
+}
+"""What is saved with a student about the guidance of its teacher besides the scale, where it was chosen."""
+
 
 def model_card(
     about: Mapping[str, Any],
@@ -130,12 +138,22 @@ def metrics_section(metrics: Mapping[str, Any] | None) -> str:
     return "\n".join([*lines, "", _DIRECTIONS])
 
 
+def guidance_in_words(about: Mapping[str, Any]) -> str:
+    """How the teacher of a student was guided: the scale, and its entries of :data:`GUIDANCE`."""
+    scale = about.get("guidance")
+    said = [] if scale is None else ["none" if scale == 1 else f"{scale:g}"]
+    for name, words in GUIDANCE.items():
+        if (value := about.get(name)) is not None:
+            said.append(words.format(*(value if isinstance(value, (list, tuple)) else [value])))
+    return ", ".join(said)
+
+
 def _facts(
     about: Mapping[str, Any], shape: tuple[int, ...], num_classes: int, parameters: int
 ) -> dict[str, str]:
     """The rows of the first table; unknown ones are omitted."""
     levels, data = about.get("levels", ()), about.get("data") or {}
-    guidance, names = about.get("guidance"), data.get("class_names") or []
+    names = data.get("class_names") or []
     named = f" ({', '.join(map(str, names))})" if names and len(names) <= 20 else ""
     samples, digest = data.get("samples"), str(data.get("content_hash", ""))
     calls = f"{len(levels)}, at noise level {', '.join(f'{v:g}' for v in levels)}"
@@ -150,7 +168,7 @@ def _facts(
         **_schedule(about.get("schedule") or {}),
         "teacher": about.get("teacher", ""),
         "teacher against its original": about.get("teacher_conversion", "") or about.get("conversion", ""),
-        "guidance of the teacher": "" if guidance is None else "none" if guidance == 1 else f"{guidance:g}",
+        "guidance of the teacher": guidance_in_words(about),
         "data": source + (f", {samples:,} samples" if samples else ""),
         "hash of the data": f"sha256 {digest}" if digest else "",
         "classes": f"{num_classes}{named}" if num_classes else "none",

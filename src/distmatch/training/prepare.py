@@ -17,6 +17,7 @@ from distmatch.diffusion.conditioning import Conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of, is_external
+from distmatch.interop.card import GUIDANCE
 from distmatch.methods.construct import build_method
 from distmatch.methods.context import Context
 from distmatch.methods.initialization import frozen, has_network
@@ -182,6 +183,7 @@ def prepare_distillation(
         "teacher": options.teacher,
         **({"teacher_options": options.pipeline.given()} if options.pipeline.given() else {}),
         "guidance": guidance,
+        **{name: value for name in GUIDANCE if (value := getattr(own, name, None))},
         "seed": run.seed,
         "data": described,
         **({"prompts": described_prompts(prompts, options.prompts)} if prompts is not None else {}),

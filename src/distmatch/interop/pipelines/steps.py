@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from distmatch.base.stack import caller_level
+from distmatch.interop.card import GUIDANCE
 from distmatch.nets.shared import adapted_of, fingerprint
 
 FILE = "distmatch.json"
@@ -54,6 +55,7 @@ def schedule_contract(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str
         "path": path.name,
         "shift": found.shift,
         "guidance": about.get("guidance"),
+        **{name: about[name] for name in GUIDANCE if name in about},
         "null": found.null,
         "call": call_options(found),
         "base": {"path": place, "sha256": base},
