@@ -117,7 +117,18 @@ def test_a_training_is_the_same(name, net, options):
         torch.testing.assert_close(found[1][1][key], value, rtol=1e-3, atol=1e-4)
 
 
+class Flat(nn.Module):
+    """A network without blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + t[:, None]
+
+
 def test_a_network_without_blocks_is_refused_before_training():
-    teacher = dm.as_denoiser(nn.Bilinear(2, 1, 2), "vp", "eps", shape=(2,))
+    teacher = dm.as_denoiser(Flat(), "vp", "eps", shape=(2,))
     with pytest.raises(UserError, match="--checkpointing"):
         distiller(teacher, method="diff-instruct", checkpointing=True)
