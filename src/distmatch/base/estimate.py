@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,12 @@ class Estimate:
         if self.warning is not None:
             result["warning"] = self.warning
         return result
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Estimate:
+        """An estimate from its JSON form; NaN represents null."""
+        value, stderr = (math.nan if entry.get(k) is None else float(entry[k]) for k in ("value", "stderr"))
+        return cls(value, stderr, int(entry.get("n") or 0), entry.get("warning"))
 
     def __str__(self) -> str:
         mark = "" if self.warning is None else f" (unreliable: {self.warning})"

@@ -13,7 +13,6 @@ from distmatch.base.files import atomic_write, read_json
 from distmatch.base.inputs import read_limited
 from distmatch.report.compare_figures import Point, front_panel
 from distmatch.report.compare_words import (
-    estimate,
     estimates,
     failures,
     lead,
@@ -149,7 +148,7 @@ def _cell(entry: dict[str, Any]) -> Cell:
     note = f"{entry['seeds']} seed{'s' if entry['seeds'] != 1 else ''}"
     if p is not None:
         note += f", adjusted p {'below 0.001' if p < 0.001 else f'{p:.3f}'}"
-    return Cell(estimate({**entry, "n": entry["seeds"]}), entry["verdict"], note)
+    return Cell(Estimate.from_dict({**entry, "n": entry["seeds"]}), entry["verdict"], note)
 
 
 def _fronts(record: dict[str, Any], lines: list[Line]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from distmatch.base.estimate import Estimate
@@ -11,13 +10,7 @@ from distmatch.report.table import Metric, plain
 
 def estimates(block: dict[str, Any]) -> dict[str, Estimate]:
     """The estimates among the entries of a block of metrics."""
-    return {k: estimate(v) for k, v in block.items() if isinstance(v, dict) and "value" in v}
-
-
-def estimate(entry: dict[str, Any]) -> Estimate:
-    """An estimate from its JSON form; NaN represents null."""
-    value, stderr = (math.nan if entry.get(k) is None else float(entry[k]) for k in ("value", "stderr"))
-    return Estimate(value, stderr, int(entry.get("n") or 0), entry.get("warning"))
+    return {k: Estimate.from_dict(v) for k, v in block.items() if isinstance(v, dict) and "value" in v}
 
 
 def sentence(record: dict[str, Any], metrics: list[Metric]) -> str:
@@ -28,7 +21,7 @@ def sentence(record: dict[str, Any], metrics: list[Metric]) -> str:
     if not baseline or first is None:
         return "No run has been finished and measured yet."
     sign = 1.0 if first.better == "down" else -1.0
-    values = {name: estimate(own[first.key]) for name, own in means.items()}
+    values = {name: Estimate.from_dict(own[first.key]) for name, own in means.items()}
     best = min(values, key=lambda name: sign * values[name].value)
     extreme = "lowest" if first.better == "down" else "highest"
     teacher = estimates(record["teacher"]).get(first.key)

@@ -219,3 +219,17 @@ def checked_scale(scale: float) -> float:
     """
     check_number("a guidance scale", scale)
     return float(scale)
+
+
+def check_logits(logits: Tensor, n: int, classes: int) -> None:
+    """Checks what a classifier returned for ``n`` samples.
+
+    Raises:
+        UserError: It has another shape than (n, classes).
+    """
+    if logits.shape != (n, classes):
+        raise UserError(
+            "a classifier must return one logit for each class",
+            got=tuple(logits.shape),
+            expected=(n, classes),
+        )

@@ -17,6 +17,7 @@ from distmatch.diffusion.guidance.base import (
     Guidance,
     Pass,
     Where,
+    check_logits,
     checked_scale,
     refuse_training_mode,
 )
@@ -122,12 +123,7 @@ class ClassifierGuided(Guidance):
         logits = connected(
             self.classifier(seen, sigma), seen, lambda moved: self.classifier(moved, sigma), "the classifier"
         )
-        if logits.shape != (len(leaf), self.classes):
-            raise UserError(
-                "a classifier must return one logit for each class",
-                got=tuple(logits.shape),
-                expected=(len(leaf), self.classes),
-            )
+        check_logits(logits, len(leaf), self.classes)
         if self.target is not None or labels is None:
             chosen = logits.log_softmax(1)[:, self.target or 0]
         else:

@@ -11,7 +11,13 @@ from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.diffusion.conditioning import Conditioning, has_condition
 from distmatch.diffusion.denoiser import Denoiser, expand
-from distmatch.diffusion.guidance.base import Guidance, Where, checked_scale, refuse_training_mode
+from distmatch.diffusion.guidance.base import (
+    Guidance,
+    Where,
+    check_logits,
+    checked_scale,
+    refuse_training_mode,
+)
 from distmatch.diffusion.guidance.linear import check_pair
 from distmatch.diffusion.wrapper import Calls, cost_of
 
@@ -111,12 +117,7 @@ class GradientFree(Guidance):
     def _confusion(self, main: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest other class (B,), and the scale (B,) in the dtype of ``main``."""
         logits = self.classifier(main.detach())
-        if logits.shape != (len(main), self.num_classes):
-            raise UserError(
-                "a classifier must return one logit for each class",
-                got=tuple(logits.shape),
-                expected=(len(main), self.num_classes),
-            )
+        check_logits(logits, len(main), self.num_classes)
         p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
         asked = labels.clamp_min(0)[:, None]
         p_other, other = p.scatter(1, asked, -1.0).max(1)

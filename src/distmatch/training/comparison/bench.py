@@ -175,11 +175,5 @@ def open_bench(
 
 def measured(run: dict[str, Any], folder: RunFolder) -> Measured:
     """The metrics of a finished run, from its entry in `compare.json` and its folder."""
-    estimates = {key: estimate(value) for key, value in run["metrics"].items() if isinstance(value, dict)}
+    estimates = {key: Estimate.from_dict(v) for key, v in run["metrics"].items() if isinstance(v, dict)}
     return Measured(estimates, load_tensors(folder.path / "replicates.safetensors"))
-
-
-def estimate(entry: dict[str, Any]) -> Estimate:
-    """An estimate from its JSON form."""
-    value, stderr = (float("nan") if entry[k] is None else float(entry[k]) for k in ("value", "stderr"))
-    return Estimate(value, stderr, int(entry["n"]), entry.get("warning"))
