@@ -25,7 +25,7 @@ NAMES = {"what": "", "got": "Got: ", "expected": "Expected: ", "fix": "Fix: "}
         ("distill --teacher ring8 --method dmd3 --json", {"what", "got", "expected", "fix"}),
         ("train --json", {"what", "expected"}),
         ("trian --json", {"what", "got", "expected", "fix"}),
-        ("train --json --out x --steps 0", {"what", "got"}),
+        ("train --json --out x --steps 0", {"what", "got", "fix"}),
     ],
 )
 def test_an_error_is_a_json_object_too(line: str, parts: set[str]) -> None:

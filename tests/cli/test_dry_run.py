@@ -143,7 +143,7 @@ def test_a_dry_run_shows_what_a_method_reads_and_its_divergence(method: str, div
     assert shown.get("divergence") == divergence
     tables = {name: set(value) for name, value in shown.items() if isinstance(value, dict)}
     own = find_method(method)
-    assert tables.keys() == {"run", "net", "distill"}
+    assert tables.keys() == {"run", "net", "distill", "encoding", "watch"}
     assert own.has_fake_score == ("lr_fake_score" in tables["distill"])
     assert own.options() == tables["distill"]
     whole = done(f"{line} --json").json()["options"]

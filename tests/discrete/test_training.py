@@ -239,9 +239,9 @@ def test_text_is_filled_in():
     assert fill_text(Alternating(), alphabet, "__c__", seed=0) == "abcab"
     for mistake, message in (
         (lambda: fill_text(Alternating(), alphabet, "a?", seed=0), "not in the alphabet"),
-        (lambda: fill_text(Alternating(), alphabet, "_" * 9, seed=0), "too long"),
+        (lambda: fill_text(Alternating(), alphabet, "_" * 9, seed=0), "from 0 to 8"),
         (lambda: fill_text(Alternating(), alphabet, "a_", seed=0, hidden="a"), "outside the alphabet"),
-        (lambda: continue_text(Uniform(4, 8), alphabet, "a", 3, seed=0), "another model"),
+        (lambda: continue_text(Uniform(4, 8), alphabet, "a", 3, seed=0), "differ"),
         (lambda: continue_text(Alternating(), alphabet, "a", 0, seed=0), "positive"),
     ):
         with pytest.raises(UserError, match=message):

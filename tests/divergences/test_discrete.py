@@ -119,7 +119,7 @@ def test_renyi_keeps_its_digits_near_order_one_and_near_zero():
         (torch.tensor([0.5, 0.5]), torch.tensor([50.0, 50.0]), "sum to 1"),
         (torch.tensor([1.5, -0.5]), torch.tensor([0.5, 0.5]), "not a probability"),
         (torch.tensor([math.nan, 1.0]), torch.tensor([0.5, 0.5]), "not a probability"),
-        (torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.25, 0.25]), "different numbers"),
+        (torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.25, 0.25]), "differ"),
         (torch.empty(0), torch.empty(0), "no outcomes"),
         (torch.tensor(1.0), torch.tensor(1.0), "no outcomes"),
     ],

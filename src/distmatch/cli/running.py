@@ -149,11 +149,7 @@ def dry_run(job: Job, place: Place) -> None:
         print_json(shown)
         return
     copied = isinstance(job.options, DistillOptions) and job.options.net == NetOptions()
-    idle = ["net"] if copied else []
-    if isinstance(job.options, DistillOptions):
-        plain = DistillOptions()
-        idle += [n for n in ("watch", "encoding") if getattr(job.options, n) == getattr(plain, n)]
-    print(config_text(job.verb, job.options, without=idle))
+    print(config_text(job.verb, job.options, without=["net"] if copied else []))
     print("# not written: this is a dry run")
     if isinstance(job.options, DistillOptions):
         divergence = job.notes.get("divergence")

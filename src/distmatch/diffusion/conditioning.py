@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,9 +250,10 @@ def example_conditioning(denoiser: Any, n: int, device: torch.device | str = "cp
     Of one that takes more than labels its null conditioning, where it has one: not all zeros can be called.
     """
     if any(not field.classes for field in spec_of(denoiser).values()):
-        null = null_conditioning(denoiser, n, device)
-        if null.keys() == spec_of(denoiser).keys():
-            return null
+        with suppress(UserError):  # it has none
+            null = null_conditioning(denoiser, n, device)
+            if null.keys() == spec_of(denoiser).keys():
+                return null
     return Conditioning(
         {
             name: torch.zeros(n, *(max(size, 1) for size in field.shape), dtype=field.dtype, device=device)

@@ -20,6 +20,11 @@ table for each family of methods. 3: all settings of a method in ``distill``, an
 4: with the names that :data:`~distmatch.methods.table.RENAMED` maps to."""
 
 _LEVELS = {"distill": ("student_sigma", "noise_low", "noise_high"), "kernel": ("mmd_feature_sigma",)}
+_FORMER: dict[str, tuple[Any, ...]] = {
+    "level_distribution": ("karras",),
+    "noise_distribution": ("karras",),
+}
+"""Defaults of format 2 that are others now."""
 _FAMILIES = ("matching", "consistency", "kernel", "transport")
 
 
@@ -96,17 +101,22 @@ def _brought_up_to_date(values: dict[str, Any], found: int) -> bool:
     if method is not None and isinstance(settings := values.get("distill"), dict):
         # Files held all settings of all methods, and a run was refused with one that it did not read.
         idle = [name for name in settings if name not in method.options() and readers(name)]
-        for name in [name for name in idle if settings[name] in (first_default(name), 0)]:
+        for name in [name for name in idle if settings[name] in (0, *_defaults(name))]:
             del settings[name]
     if isinstance(shared, dict):
         # Of a comparison's, those that were not the default were given.
         if isinstance(settings := shared.get("distill"), dict):
-            for name in [n for n in settings if readers(n) and settings[n] == first_default(n)]:
+            for name in [n for n in settings if readers(n) and settings[n] in _defaults(n)]:
                 del settings[name]
         for name, default in (("method", "f-distill"), ("preset", "laptop")):
             if shared.get(name) == default:
                 del shared[name]
     return values != before
+
+
+def _defaults(name: str) -> tuple[Any, ...]:
+    """What a setting was by default, now or in format 2."""
+    return (first_default(name), *_FORMER.get(name, ()))
 
 
 def _absolute_levels(values: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from distmatch.base.errors import UserError
@@ -291,7 +292,12 @@ def test_trains_on_ring8(ring: EDMDenoiser, method: str) -> None:
 
 def test_methods_of_jumps_refuse_a_network_from_elsewhere() -> None:
     """That is, of diffusers or EDM; `require_jump` looks at what it is made of."""
-    foreign = EDMDenoiser(torch.nn.Linear(2, 2), shape=(2,), num_classes=0)
+
+    class Foreign(torch.nn.Linear):
+        def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    foreign = EDMDenoiser(Foreign(2, 2), shape=(2,), num_classes=0)
     for method in ("ctm", "mean-flow"):
         with pytest.raises(UserError, match="no input for a second noise level"):
             distiller(foreign, method=method)
@@ -313,7 +319,7 @@ def test_a_discriminator_has_no_fake_score_to_look_at() -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("scm", {"level_std": 1.0}, "--level-std does nothing with --level-distribution karras"),
+        ("scm", {"level_std": 1.0}, "--level-std does nothing with --level-distribution auto"),
         ("consistency", {"consistency_from": "data", "solver_steps": 2}, "--solver-steps does nothing"),
         ("ctm", {"gan_after": 0.1, "gan_weight": 0.0}, "--gan-after does nothing with --gan-weight 0"),
     ],

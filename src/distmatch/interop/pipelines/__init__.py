@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from distmatch.base.errors import UserError
-from distmatch.interop.diffusers_teacher import load_diffusers
+from distmatch.interop.diffusers_teacher import load_diffusers, teacher_from
 from distmatch.interop.pipelines.export import export_lora, export_pipeline
 from distmatch.interop.pipelines.loading import needs_tracing
 from distmatch.interop.pipelines.teacher import load_pipeline
@@ -26,12 +26,17 @@ def load_folder(folder: str | os.PathLike[str], **options: Any) -> Any:
     """
     if needs_tracing(folder):
         return load_pipeline(folder, **options)
-    known = inspect.signature(load_diffusers).parameters
+    known = [
+        name
+        for function in (load_diffusers, teacher_from)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind == parameter.KEYWORD_ONLY
+    ]
     if unknown := [name for name in options if name not in known]:
         raise UserError(
             "these options are for pipelines that are conditioned on text",
             got=f"{', '.join(unknown)} for {folder}",
-            expected=f"at most {', '.join(list(known)[1:])}",
+            expected=f"at most {', '.join(dict.fromkeys(known))}",
             fix="omit them",
         )
     return load_diffusers(folder, **options)
