@@ -164,7 +164,7 @@ def test_a_frozen_call_is_the_denoiser() -> None:
         call = frozen_call(denoiser, 7.0)
         y, labels = 7 * noise(2, 3, 8, 8), torch.tensor([0, 2])
         with torch.no_grad():
-            value = denoiser.net(call.scale * y, call.told.expand(2), labels)
+            value = denoiser.net(call.scale * y, call.time.expand(2), labels)
             expected = denoiser(y, torch.full((2,), 7.0), labels)
         assert torch.allclose(call.skip * y + call.gain * value, expected, atol=1e-5), kind
 
@@ -173,8 +173,8 @@ def test_what_does_not_agree_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     student = student_of("eps")
     export_diffusers(student, tmp_path / "out")
     before = contents(tmp_path)
-    right = module._told_once
-    monkeypatch.setattr(module, "_told_once", lambda *told: 1.01 * right(*told))
+    right = module._for_one_time
+    monkeypatch.setattr(module, "_for_one_time", lambda *given: 1.01 * right(*given))
     with pytest.raises(UserError, match="does not reproduce the student's samples"):
         export_diffusers(student, tmp_path / "out")
     assert contents(tmp_path) == before

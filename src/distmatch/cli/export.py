@@ -72,13 +72,13 @@ def run(argv: list[str]) -> None:
     if o.model in TOY_NAMES:
         raise UserError(f"{o.model} is a formula, not a network", fix="export a trained model")
     refuse_existing(o.out, o.overwrite)
-    told = _teacher_from_pickle(o) or _opened(o)
+    about = _teacher_from_pickle(o) or _opened(o)
     if o.json:
-        print_json({"out": str(o.out), "to": o.to, **told})
+        print_json({"out": str(o.out), "to": o.to, **about})
     else:
-        difference = told.get("difference")
+        difference = about.get("difference")
         checked = "" if difference is None else f", difference from the student at most {difference:.1e}"
-        print(f"{told['kind']} with {told['parameters']:,} parameters in {o.out}{checked}")
+        print(f"{about['kind']} with {about['parameters']:,} parameters in {o.out}{checked}")
 
 
 def _teacher_from_pickle(o: ExportOptions) -> dict[str, Any] | None:
@@ -90,7 +90,7 @@ def _teacher_from_pickle(o: ExportOptions) -> dict[str, Any] | None:
         return None
     _refuse_teacher(o)
     denoiser: Any = convert_edm(o.model, o.out, vae=o.vae or None, license=o.license)
-    return _told("teacher", denoiser)
+    return _described("teacher", denoiser)
 
 
 def _opened(o: ExportOptions) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _opened(o: ExportOptions) -> dict[str, Any]:
         _refuse_teacher(o)
         save_denoiser(o.out, denoiser, about, metrics=_metrics(o))
         tell_conversion(o.model, str(about.get("conversion", "")))
-        return _told(str(about.get("kind", "model")), denoiser)
+        return _described(str(about.get("kind", "model")), denoiser)
     student = student_from(denoiser, about)
     writers = {
         "diffusers": export_diffusers,
@@ -123,11 +123,11 @@ def _opened(o: ExportOptions) -> dict[str, Any]:
     }
     if o.to not in ("lora", "pipeline"):  # these need to know the base
         student = student.merged()
-    told = _told("student", student.denoiser)
+    about = _described("student", student.denoiser)
     if o.to == "safetensors":
         student.save_pretrained(o.out, metrics=_metrics(o))
-        return told
-    return {**told, "difference": writers[o.to](student, o.out, metrics=_metrics(o))}
+        return about
+    return {**about, "difference": writers[o.to](student, o.out, metrics=_metrics(o))}
 
 
 def _options(o: ExportOptions) -> dict[str, Any]:
@@ -159,5 +159,5 @@ def _metrics(o: ExportOptions) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def _told(kind: str, denoiser: Any) -> dict[str, Any]:
+def _described(kind: str, denoiser: Any) -> dict[str, Any]:
     return {"kind": kind, "parameters": sum(p.numel() for p in denoiser.parameters())}

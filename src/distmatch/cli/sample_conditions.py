@@ -36,7 +36,7 @@ HOW = {
 
 
 def conditioning_of(
-    o: Options, model: Model, n: int, told: Conditioning | None, texts: Sequence[str]
+    o: Options, model: Model, n: int, given: Conditioning | None, texts: Sequence[str]
 ) -> tuple[Conditioning, str]:
     """What to draw under, and how its classes were chosen: a key of HOW, '' where the command chose none.
 
@@ -44,22 +44,22 @@ def conditioning_of(
         o: The options.
         model: The model.
         n: Number of samples.
-        told: The rows of ``--conditions``.
+        given: The rows of ``--conditions``.
         texts: The prompts.
 
     Raises:
         UserError: Options that do not go together, or not with this model.
     """
     names, counts = model.classes.names, model.classes.counts
-    if told is not None:
+    if given is not None:
         refuse(o, ("classes", "class_balance"), "--conditions already determines the conditions")
-        if told.batch_size != n:
+        if given.batch_size != n:
             raise UserError(
                 "--conditions must have one row for each sample",
-                got=f"{told.batch_size} rows and --n {n}",
+                got=f"{given.batch_size} rows and --n {n}",
                 fix="omit --n, or give a file with as many rows",
             )
-        return checked_conditioning(told, n, model, o.seed), ""
+        return checked_conditioning(given, n, model, o.seed), ""
     if texts:
         rows = torch.arange(n) % len(texts)
         return checked_conditioning(_encoded(o, model, texts).index(rows), n, model, o.seed), ""

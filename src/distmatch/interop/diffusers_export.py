@@ -152,12 +152,14 @@ def _consistency_pipeline(package: Any, net: DiffusersNet, call: Call, side: int
     tensors = old.state_dict()
     factor = torch.tensor(net.sign * call.gain / gain)
     if old.config.time_embedding_type == "fourier":  # such a network divides its output by the time
-        factor = factor / call.told
+        factor = factor / call.time
     tensors["conv_in.weight"] = tensors["conv_in.weight"] * (call.scale * call.sigma / shown)
     for name in ("conv_out.weight", "conv_out.bias"):
         tensors[name] = tensors[name][: net.channels] * factor
     name = "time_embedding.linear_1.weight"
-    tensors[name] = _told_once(tensors[name], old.time_proj(call.told), unet.time_proj(scheduler.timesteps))
+    tensors[name] = _for_one_time(
+        tensors[name], old.time_proj(call.time), unet.time_proj(scheduler.timesteps)
+    )
     unet.load_state_dict({key: value for key, value in tensors.items() if not key.startswith("time_proj.")})
     return package.ConsistencyModelPipeline(unet.eval(), scheduler)
 
@@ -167,7 +169,7 @@ def _dit_pipeline(package: Any, net: DiffusersNet, call: Call, decoder: VAEDecod
     scheduler, gain = _one_step_ddim(package, call.skip * call.sigma)
     transformer = copy.deepcopy(net.model)
     transformer.register_to_config(out_channels=transformer.out_channels)  # the pipeline reads it there
-    told = scheduler.timesteps.float()
+    times = scheduler.timesteps.float()
     with torch.no_grad():
         transformer.pos_embed.proj.weight *= call.scale * call.sigma
         for parameter in transformer.proj_out_2.parameters():
@@ -176,7 +178,7 @@ def _dit_pipeline(package: Any, net: DiffusersNet, call: Call, decoder: VAEDecod
             embedding = block.norm1.emb
             layer = embedding.timestep_embedder.linear_1
             layer.weight.copy_(
-                _told_once(layer.weight, embedding.time_proj(call.told), embedding.time_proj(told))
+                _for_one_time(layer.weight, embedding.time_proj(call.time), embedding.time_proj(times))
             )
     return package.DiTPipeline(transformer, decoder.vae, scheduler)
 
@@ -215,13 +217,13 @@ def _one_step_ddim(package: Any, share: float) -> tuple[Any, float]:
     return scheduler, gain
 
 
-def _told_once(weight: Tensor, meant: Tensor, told: Tensor) -> Tensor:
-    """Weights (E, D) of a layer that maps ``told`` (1, D) to what it mapped ``meant`` (1, D') to before.
+def _for_one_time(weight: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    """Weights (E, D) of a layer that maps ``theirs`` (1, D) to what it mapped ``ours`` (1, D') to before.
 
     A one-step student uses one time, so the layer may represent it for any time of the scheduler.
     """
-    meant, told = meant.double(), told.double()
-    return (weight.double() @ meant.T @ told / told.square().sum()).to(weight.dtype)
+    ours, theirs = ours.double(), theirs.double()
+    return (weight.double() @ ours.T @ theirs / theirs.square().sum()).to(weight.dtype)
 
 
 @torch.no_grad()
@@ -260,8 +262,8 @@ def one_step(net: Callable[..., Any], scheduler: Any, noise: Tensor, labels: Ten
     (t,) = scheduler.timesteps
     first = noise * scheduler.init_noise_sigma
     named = {} if labels is None else {"class_labels": labels}
-    told = t.expand(len(noise))
-    value = net(scheduler.scale_model_input(first, t), told, return_dict=False, **named)[0]
+    time = t.expand(len(noise))
+    value = net(scheduler.scale_model_input(first, t), time, return_dict=False, **named)[0]
     return scheduler.step(value[:, : noise.shape[1]], t, first, return_dict=False)[0]
 
 

@@ -142,8 +142,8 @@ class DiffusersReference:
         chosen[0], chosen[-1] = 0, len(usable) - 1
         indices = [usable[int(index)] for index in chosen]
         asked = [_Question(plan, i, clean[k : k + 1], noise[k : k + 1]) for k, i in enumerate(indices)]
-        told = torch.tensor([times[i] for i in indices], dtype=plan.timesteps.dtype)
-        value = self._predict(torch.cat([question.inputs for question in asked]), told, labels)
+        received = torch.tensor([times[i] for i in indices], dtype=plan.timesteps.dtype)
+        value = self._predict(torch.cat([question.inputs for question in asked]), received, labels)
         with torch.random.fork_rng(devices=[clean.device] if clean.is_cuda else []):  # some draw noise
             x0 = [question.x0(value[k : k + 1]) for k, question in enumerate(asked)]
         return torch.tensor([question.level for question in asked], dtype=torch.float64), torch.cat(x0)

@@ -38,11 +38,11 @@ def take_features(teacher: Any, depths: Sequence[float]) -> None:
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     x = torch.ones(2, *teacher.shape, device=device)
     try:
-        told = null_conditioning(teacher, 2, device)
+        conditioning = null_conditioning(teacher, 2, device)
     except UserError:
-        told = example_conditioning(teacher, 2, device)
+        conditioning = example_conditioning(teacher, 2, device)
     with torch.no_grad():
-        names = blocks_of(inner, lambda: teacher(x, x.new_ones(2), told))
+        names = blocks_of(inner, lambda: teacher(x, x.new_ones(2), conditioning))
     if not names:
         raise _refused(teacher, "no list of blocks")
     chosen = names_at_depths(names, depths)

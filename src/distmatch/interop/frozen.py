@@ -61,21 +61,21 @@ class StudentLike(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """A denoiser at one level: ``D(y, sigma) = skip y + gain net(scale y, told)``.
+    """A denoiser at one level: ``D(y, sigma) = skip y + gain net(scale y, time)``.
 
     Attributes:
         sigma: The level.
         scale: What the network's input is multiplied by.
         skip: Factor of the input in the output.
         gain: Factor of the network's output.
-        told: The network's noise-level input, (1,) or (1, 2) with two noise levels.
+        time: The network's noise-level input, (1,) or (1, 2) with two noise levels.
     """
 
     sigma: float
     scale: float
     skip: float
     gain: float
-    told: Tensor
+    time: Tensor
 
 
 class _Probe(nn.Module):
@@ -89,9 +89,9 @@ class _Probe(nn.Module):
         super().__init__()
         self.answer = answer
 
-    def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None, **conditions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None, **conditions: Tensor) -> Tensor:
         """The answer, in the shape of ``x``."""
-        self.x, self.told = x, told
+        self.x, self.time = x, time
         return torch.full_like(x, self.answer)
 
 
@@ -111,7 +111,7 @@ def frozen_call(denoiser: Any, sigma: float, to: float = 0.0) -> Call:
     gain = copy.deepcopy(denoiser, {id(denoiser.net): loud})(
         torch.zeros_like(one), level, conditioning, **goal
     )
-    return Call(sigma, _number(silent.x), _number(skip), _number(gain), silent.told)
+    return Call(sigma, _number(silent.x), _number(skip), _number(gain), silent.time)
 
 
 def _number(constant: Tensor) -> float:
@@ -119,7 +119,7 @@ def _number(constant: Tensor) -> float:
 
 
 class PlainNet(nn.Module):
-    """A network of diffusers as ``net(x, told, labels)``, without a look at the values of the labels.
+    """A network of diffusers as ``net(x, time, labels)``, without a look at the values of the labels.
 
     Args:
         net: The network, with its label for none and the sign of its output.
@@ -131,7 +131,7 @@ class PlainNet(nn.Module):
         self.channels, self.sign = net.channels, net.sign
         self.null_class, self.takes_labels = net.null_class, net.takes_labels
 
-    def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
         """The prediction (B, C, H, W)."""
         arguments = {}
         if self.takes_labels:
@@ -139,7 +139,7 @@ class PlainNet(nn.Module):
             if labels is None:
                 labels = torch.full((x.shape[0],), -1, device=x.device)
             arguments["class_labels"] = labels if none is None else torch.where(labels < 0, none, labels)
-        return self.sign * self.model(x, told, return_dict=False, **arguments)[0][:, : self.channels]
+        return self.sign * self.model(x, time, return_dict=False, **arguments)[0][:, : self.channels]
 
 
 class Portable(nn.Module):
@@ -183,13 +183,13 @@ class Portable(nn.Module):
 
     def _call(self, x: Tensor, index: int, conditioning: Conditioning) -> Tensor:
         call = self.calls[index]
-        told = call.told.expand(x.shape[0], *call.told.shape[1:])
+        time = call.time.expand(x.shape[0], *call.time.shape[1:])
         fields = dict(conditioning)
         if LABEL in fields and self.null_class is not None:
             fields[LABEL] = torch.where(fields[LABEL] < 0, self.null_class, fields[LABEL])
         scaled = call.scale * x
         predicted = (
-            self.net(scaled, told, **fields) if self.by_name else self.net(scaled, told, *fields.values())
+            self.net(scaled, time, **fields) if self.by_name else self.net(scaled, time, *fields.values())
         )
         return call.skip * x + call.gain * predicted
 
@@ -206,11 +206,11 @@ class Portable(nn.Module):
         # Null classes cannot be requested by their numbers.
         nulls = [getattr(part, "null_class", None) for part in (denoiser, getattr(denoiser, "net", None))]
         names = self.names[self.draws :]
-        told = [
+        conditions = [
             _random(field, n, seed, f"export/{name}", nulls)
             for name, field in zip(names, self.spec.values(), strict=True)
         ]
-        return (*noise, *told)
+        return (*noise, *conditions)
 
     @torch.no_grad()
     def expected(self, inputs: tuple[Tensor, ...]) -> Tensor:

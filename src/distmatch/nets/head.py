@@ -129,10 +129,10 @@ class RatioHead(nn.Module):
             sigma: Noise levels (B,).
             conditioning: Classes (B,) int64, -1 for none, or a conditioning.
         """
-        told = as_conditioning(conditioning)
+        conditioning = as_conditioning(conditioning)
         level = noise_coordinate(sigma.to(at_least_float32(sigma)), self.noise_unit)
-        text = None if self.pooled is None else self.pooled(told, len(sigma))
-        embedding = self.conditioning(level, told.label, text)
+        text = None if self.pooled is None else self.pooled(conditioning, len(sigma))
+        embedding = self.conditioning(level, conditioning.label, text)
         dtype = self.conditioning.mix.weight.dtype
         logits = [
             projection(head(channels_first(feature.to(dtype))), embedding)
@@ -177,8 +177,8 @@ class RatioNet(nn.Module):
         sigma = sigma.to(dtype)
         c_in = (expand(sigma, x) ** 2 + self.sigma_data**2).rsqrt()
         level = noise_coordinate(sigma, 2 * self.sigma_data)
-        told = as_conditioning(conditioning)
-        states, embedding = self.trunk(x.to(dtype) * c_in, level, told.label)
+        conditioning = as_conditioning(conditioning)
+        states, embedding = self.trunk(x.to(dtype) * c_in, level, conditioning.label)
         if self.pooled is not None:
-            embedding = embedding + self.pooled(told, len(x))
+            embedding = embedding + self.pooled(conditioning, len(x))
         return self.projection(F.silu(self.norm(states[-1])), embedding)

@@ -43,8 +43,10 @@ def grouped(models: Sequence[Samples]) -> Groups | None:
     names = []
     for at in first:
         label = [named.get(str(columns[0][at]), str(columns[0][at]))] if labelled else []
-        told = [_told(n, c[at]) for n, c in zip(fields, columns[labelled:], strict=True)]
-        names.append(", ".join([f"label {label[0]}" if label and told else word for word in label] + told))
+        values = [_shown(n, c[at]) for n, c in zip(fields, columns[labelled:], strict=True)]
+        names.append(
+            ", ".join([f"label {label[0]}" if label and values else word for word in label] + values)
+        )
     if fields and all(s.prompts for s in models):
         texts = [text for s in models for text in s.prompts]
         names = [texts[at] for at in first]
@@ -83,7 +85,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return np.array([seen.setdefault(digest, len(seen)) for digest in digests])
 
 
-def _told(name: str, value: np.ndarray) -> str:
+def _shown(name: str, value: np.ndarray) -> str:
     return f"{name} {value:.3g}" if value.ndim == 0 else f"{name} {_shape(value)}"
 
 

@@ -233,13 +233,13 @@ def npz_bytes(
     ``prompts`` are the texts of the samples' conditions. Sequences are said to be such under ``kind``, as by
     their axes they would be grey images.
     """
-    told = as_conditioning(conditioning)
-    arrays = {"x": x} if told.label is None else {"x": x, "labels": told.label.numpy()}
-    if told.label is not None and names:
+    conditioning = as_conditioning(conditioning)
+    arrays = {"x": x} if conditioning.label is None else {"x": x, "labels": conditioning.label.numpy()}
+    if conditioning.label is not None and names:
         arrays["class_names"] = np.array(names, dtype=np.str_)
     if prompts:
         arrays["prompts"] = np.array(prompts, dtype=np.str_)
-    arrays |= {f"{CONDITION}{name}": value.numpy() for name, value in told.items() if name != LABEL}
+    arrays |= {f"{CONDITION}{name}": value.numpy() for name, value in conditioning.items() if name != LABEL}
     if x.ndim == 3 and x.dtype != np.uint8:
         arrays["kind"] = np.array("sequence")
     buffer = io.BytesIO()

@@ -93,12 +93,12 @@ def compare(
     for trace in traces:
         if found.schedule.family == "flow" and trace.calls[0].x0 is None and len(trace.calls) < STEPS:
             continue  # a run that was left early does not show its levels
-        for i, y, rho, told in _calls(trace, levels_of(trace, found), found):
+        for i, y, rho, conditioning in _calls(trace, levels_of(trace, found), found):
             x0, by = clean_samples(found.schedule, trace)[i], teacher
             if recorded:
                 by = denoiser_around(found, _Recorded(trace.calls[i], found.contract))
             if x0 is not None:
-                pairs += [(ours, x0) for ours in _predictions(by, y, rho, told, single=not recorded)]
+                pairs += [(ours, x0) for ours in _predictions(by, y, rho, conditioning, single=not recorded)]
     if not pairs:
         raise UserError(
             "this pipeline does not show its clean samples, so that a teacher made of it cannot be checked",
@@ -126,14 +126,14 @@ def compare_networks(
     found: Any = teacher.pipeline
     pairs = []
     for trace, times in traces:
-        for i, y, rho, told in _calls(trace, times, found):
-            x0 = denoiser_around(found, _Recorded(trace.calls[i], found.contract))(y, rho, told)
+        for i, y, rho, conditioning in _calls(trace, times, found):
+            x0 = denoiser_around(found, _Recorded(trace.calls[i], found.contract))(y, rho, conditioning)
             # Some pipelines round the time to bfloat16, in steps of 4 above 512. It was compared above.
             received = flattened(trace.calls[i].arguments)[found.contract.time]
             time = torch.as_tensor(received).float().flatten()[0]
             at = copy.copy(teacher)
             at.time = lambda t, time=time: time.expand(len(t))
-            pairs += [(ours, x0) for ours in _predictions(at, y, rho, told)]
+            pairs += [(ours, x0) for ours in _predictions(at, y, rho, conditioning)]
     return _conversion(pairs, tolerance)
 
 
@@ -148,12 +148,14 @@ def _calls(
 
 
 def _predictions(
-    teacher: PredictionDenoiser, y: Tensor, rho: Tensor, told: Conditioning, single: bool = True
+    teacher: PredictionDenoiser, y: Tensor, rho: Tensor, conditioning: Conditioning, single: bool = True
 ) -> list[Tensor]:
     """x0 of a batch, and of its samples one by one."""
-    batch: list[Tensor] = [teacher(y, rho, told)]
+    batch: list[Tensor] = [teacher(y, rho, conditioning)]
     rows = [slice(i, i + 1) for i in range(len(y))] if single else []
-    return [*batch, torch.cat([teacher(y[i], rho[i], told.index(i)) for i in rows])] if rows else batch
+    return (
+        [*batch, torch.cat([teacher(y[i], rho[i], conditioning.index(i)) for i in rows])] if rows else batch
+    )
 
 
 def _conversion(pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float | None) -> Conversion:

@@ -176,7 +176,7 @@ def fit_contract(traces: Sequence[Trace], num_classes: int = 0) -> Contract:
         )
     time = varying[0]
     scale, offset = _affine(time, flat, calls)
-    told, like = _tensor(flat[0][time]), stacked(flat[0][sample])
+    received, like = _tensor(flat[0][time]), stacked(flat[0][sample])
     rows = len(calls[0].sample)
     others: dict[str, list[Any]] = {
         name: [flattened(trace.calls[0].arguments)[name] for trace in traces]
@@ -192,7 +192,7 @@ def fit_contract(traces: Sequence[Trace], num_classes: int = 0) -> Contract:
         listed=not isinstance(flat[0][sample], Tensor),
         shape=shapes.pop(),
         time=time,
-        time_shape=tuple(told.shape[1:]) if told.ndim and len(told) == rows else (),
+        time_shape=tuple(received.shape[1:]) if received.ndim and len(received) == rows else (),
         scale=scale,
         offset=offset,
         fields=kinds.fields,
@@ -237,20 +237,20 @@ def _affine(name: str, flat: list[dict[str, Any]], calls: list[Call]) -> tuple[f
     values = [_tensor(call[name]).double().flatten() for call in flat]
     if any(bool((value != value[0]).any()) for value in values):
         raise unexplained(f"the time '{name}' differs within a batch", said(values[0]))
-    told = torch.stack([value[0] for value in values])
+    received = torch.stack([value[0] for value in values])
     tau = torch.tensor([call.timestep for call in calls], dtype=torch.float64)
     if len(tau.unique()) < 3:
         raise unexplained("the pipeline took fewer than three different times", str(tau.tolist()))
     design = torch.stack([tau, torch.ones_like(tau)], 1)
-    scale, offset = torch.linalg.lstsq(design, told[:, None]).solution.flatten().tolist()
-    gap = (scale * tau + offset - told).abs().max().item()
-    if gap > 1e-5 * told.abs().max().item():
+    scale, offset = torch.linalg.lstsq(design, received[:, None]).solution.flatten().tolist()
+    gap = (scale * tau + offset - received).abs().max().item()
+    if gap > 1e-5 * received.abs().max().item():
         raise unexplained(
             f"the time '{name}' is no affine function of the scheduler's",
-            f"{told.tolist()} at {tau.tolist()}",
+            f"{received.tolist()} at {tau.tolist()}",
         )
     # Rounding of the fit: most maps are 1, 1/1000, or their mirror images.
-    return _tidy(scale, abs(scale)), _tidy(offset, told.abs().max().item())
+    return _tidy(scale, abs(scale)), _tidy(offset, received.abs().max().item())
 
 
 def _tidy(value: float, size: float) -> float:

@@ -224,5 +224,5 @@ pipeline.scheduler = diffusers.{scheduler}.from_pretrained("this/folder", subfol
 def _call(contract: Mapping[str, Any]) -> str:
     """The call with the student's steps, and with guidance off."""
     options = {"num_inference_steps": contract["num_steps"], **contract["call"]}
-    told = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    return f'images = pipeline("a prompt", {told})[0]'
+    arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f'images = pipeline("a prompt", {arguments})[0]'

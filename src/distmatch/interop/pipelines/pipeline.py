@@ -189,13 +189,13 @@ class Pipeline:
             )
         return cat(parts)
 
-    def fitted(self, told: Conditioning) -> Conditioning:
+    def fitted(self, conditioning: Conditioning) -> Conditioning:
         """Fields of tokens with zeros behind them, up to the fixed number where there is one.
 
         Raises:
             UserError: There are more tokens.
         """
-        fields = dict(told)
+        fields = dict(conditioning)
         for name in self._of_tokens(self.contract) if self.tokens is not None else ():
             value, missing = fields[name], (self.tokens or 0) - fields[name].shape[1]
             if missing < 0:

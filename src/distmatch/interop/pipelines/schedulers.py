@@ -101,9 +101,9 @@ def _discrete(own: Any, prediction: str, times: list[float], stochastic: bool) -
     """Steps at whole training times, from the one behind which the training grid is cut off."""
     diffusers = import_diffusers()
     count = round(times[0]) + 1
-    told = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction]
+    kind = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction]
     rates = own.alphas_cumprod[:count].double()
-    config = {name: own.config[name] for name in _BETAS if name in own.config} | {"prediction_type": told}
+    config = {name: own.config[name] for name in _BETAS if name in own.config} | {"prediction_type": kind}
     if not _same_rates(config, rates):
         before = torch.cat([torch.ones(1, dtype=torch.float64), rates[:-1]])
         config |= {"num_train_timesteps": count, "trained_betas": (1 - rates / before).tolist()}
