@@ -138,9 +138,9 @@ def run(argv: list[str]) -> None:
     for path in (out, o.trajectory):
         if path is not None:
             refuse_existing(path, o.overwrite)
-    told = None if o.conditions is None else load_conditioning(o.conditions)
+    conditions = None if o.conditions is None else load_conditioning(o.conditions)
     texts = prompts_of(o)
-    n = o.n or (told.batch_size if told is not None else None) or len(texts) or 64
+    n = o.n or (conditions.batch_size if conditions is not None else None) or len(texts) or 64
     options = o.pipeline.given()
     model = open_model(o.model, o.base, imported(o.network), {} if o.hybrid_teacher else options)
     tell_conversion(o.model, model.conversion)
@@ -151,11 +151,11 @@ def run(argv: list[str]) -> None:
         check_form(out, kind_of_shape(model.shape), overwrite=o.overwrite)
     if o.trajectory is not None:
         check_picture(o.trajectory, ask.teacher or model, n)
-    conditioning, how = conditioning_of(o, model, n, told, texts)
+    conditioning, how = conditioning_of(o, model, n, conditions, texts)
     if o.guidance != 1 and takes_scale(model):
         conditioning = at_scale(conditioning, n, o.guidance)
-    result: dict[str, Any] = {"n": n, **ask.told, **({"class_balance": how} if how else {})}
-    result |= {} if told is None else {"conditions": str(o.conditions)}
+    result: dict[str, Any] = {"n": n, **ask.described, **({"class_balance": how} if how else {})}
+    result |= {} if conditions is None else {"conditions": str(o.conditions)}
     result |= {"prompts": len(texts)} if texts else {}
     bounds = require_range(model.trained_on) if o.clip else Range.of(model.trained_on)
     if out is not None:
@@ -183,8 +183,8 @@ def run(argv: list[str]) -> None:
         print(f"{n} samples in {out} ({result['model']}, {calls} each)")
         if how:
             print(f"classes: {HOW[how]}")
-        if told is not None:
-            print(f"conditions: {', '.join(told)} from {o.conditions}")
+        if conditions is not None:
+            print(f"conditions: {', '.join(conditions)} from {o.conditions}")
         if result.get("outside_range", 0) >= 0.0005 or result.get("below_zero"):
             print(_range_line(result, o.clip))
     for share, level in result.get("decided", {}).items():
@@ -208,14 +208,14 @@ class _Asked:
         teacher: The teacher that goes the first part of the way, or None.
         sampling: The settings of the one or the other.
         draw: Draws samples, given their number and conditioning.
-        told: What the result says of it.
+        described: What the result says of it.
     """
 
     model: Model
     teacher: Model | None
     sampling: Sampling
     draw: Callable[[int, Conditioning], SampleResult]
-    told: dict[str, Any]
+    described: dict[str, Any]
 
 
 def _asked(o: SampleOptions, model: Model, teacher: Model | None, away: Conditioning | None) -> _Asked:
@@ -232,8 +232,8 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None, away: Conditio
         part: dict[str, Any] = {"calls": o.hybrid_calls, "level": o.hybrid_level}
         way = plan_hybrid(teacher, model, sampling, **part)
 
-        def draw(n: int, told: Conditioning) -> SampleResult:
-            return draw_hybrid(teacher, model, n, told, o.seed, sampling, **part, **common)
+        def draw(n: int, conditioning: Conditioning) -> SampleResult:
+            return draw_hybrid(teacher, model, n, conditioning, o.seed, sampling, **part, **common)
 
         level = way.student_sigmas[0] if way.student_sigmas else 0.0
         return _Asked(
@@ -247,14 +247,14 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None, away: Conditio
         sampling = _sampling(o, away)
         sampling.check(model.teacher)
 
-    def alone(n: int, told: Conditioning) -> SampleResult:
-        return model.draw(n, told, o.seed, sampling, **common)
+    def alone(n: int, conditioning: Conditioning) -> SampleResult:
+        return model.draw(n, conditioning, o.seed, sampling, **common)
 
     solver = None if model.kind == "student" else o.solver
     return _Asked(model, None, sampling, alone, {"model": model.kind, "solver": solver})
 
 
-def _picture(o: SampleOptions, ask: _Asked, n: int, told: Conditioning) -> dict[str, float]:
+def _picture(o: SampleOptions, ask: _Asked, n: int, conditioning: Conditioning) -> dict[str, float]:
     """Draws --trajectory, with the student and the hybrid beside it where there are such."""
     from distmatch.cli.trajectory import draw_trajectory, shown
 
@@ -264,11 +264,13 @@ def _picture(o: SampleOptions, ask: _Asked, n: int, told: Conditioning) -> dict[
     beside = {}
     if ask.teacher is not None:
         rows = shown(ask.model, n)
-        first = told.index(slice(rows))
+        first = conditioning.index(slice(rows))
         beside["student"] = ask.model.draw(rows, first, o.seed, **common).x
         beside["hybrid"] = ask.draw(rows, first).x
     whose = ask.teacher or ask.model
-    return draw_trajectory(o.trajectory, whose, ask.sampling, told, n, o.seed, beside=beside, **common)
+    return draw_trajectory(
+        o.trajectory, whose, ask.sampling, conditioning, n, o.seed, beside=beside, **common
+    )
 
 
 def _refuse_for_students(o: SampleOptions, scaled: bool) -> None:

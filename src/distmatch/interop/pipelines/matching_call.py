@@ -66,11 +66,11 @@ def matching_scheduler(student: Any, written: Any, network: str) -> Match:
     tracer.guidance = found.tracer.guidance
     asked: Any = [0, 1] if tracer.asks == "class_labels" else _TEXTS
     arguments = tracer.arguments(asked, 4)
-    told = found.fitted(found.contract.conditioning(arguments))
+    conditioning = found.fitted(found.contract.conditioning(arguments))
     noise = [initial_noise(2, student.shape, _SEED, "export")]
     fresh = torch.Generator().manual_seed(_SEED)
     noise += [torch.randn(noise[0].shape, generator=fresh) for _ in range(n - 1)]
-    ours = _samples(student, found.contract.in_dtypes_of(arguments), noise, told)
+    ours = _samples(student, found.contract.in_dtypes_of(arguments), noise, conditioning)
     times = [times_of(path, sigma) for sigma in student.sigmas]
     own, family, prediction = written.scheduler, found.schedule.family, found.schedule.prediction
     stochastic = n > 1 and student.sampler != "ddim"
@@ -104,12 +104,12 @@ def matching_scheduler(student: Any, written: Any, network: str) -> Match:
     )
 
 
-def _samples(student: Any, contract: Contract, noise: list[Tensor], told: Conditioning) -> Tensor:
+def _samples(student: Any, contract: Contract, noise: list[Tensor], conditioning: Conditioning) -> Tensor:
     """A student's samples with its network called in float32: one loaded in bfloat16 may round the time."""
     net = student.denoiser.net
     before, net.call = net.call, contract
     try:
-        samples: Tensor = student(noise, told)
+        samples: Tensor = student(noise, conditioning)
     finally:
         net.call = before
     return samples
