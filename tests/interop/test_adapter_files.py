@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import distmatch as dm
@@ -248,3 +249,16 @@ def test_exports_are_of_the_merged_network(tmp_path: Path) -> None:
     found = distilled(teacher)
     assert export_diffusers(found, tmp_path / "pipeline") < 1e-4
     assert isinstance(network_in(found.denoiser), nn.Module)
+
+
+def test_equal_models_are_equal_files(tmp_path):
+    """The package safetensors orders metadata in another way each time; here they are sorted."""
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
+    metadata = {"format": "pt", "distmatch": '{"é": "\\"\\n"}', "encoder": "x"}
+    for i in range(8):
+        save_tensors(tmp_path / f"{i}.safetensors", tensors, metadata)
+    written = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(written) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert all(file.get_tensor(name).equal(value) for name, value in tensors.items())

@@ -156,7 +156,17 @@ def save_tensors(
         # The format stores every tensor separately: tied weights are written once per name.
         flat[name] = kept.clone() if kept.untyped_storage().data_ptr() in seen else kept
         seen.add(kept.untyped_storage().data_ptr())
-    atomic_write(path, _serialize(flat, dict(metadata) if metadata else None))
+    data = _serialize(flat, dict(metadata) if metadata else None)
+    atomic_write(path, data if not metadata or len(metadata) < 2 else _ordered(data))
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the package writes them in another one each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    return b"".join((data[:8], text, memoryview(data)[8 + size :])) if len(text) == size else data
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
