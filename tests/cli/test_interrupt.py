@@ -70,7 +70,7 @@ def test_without_a_run_there_is_nothing_to_resume(
         patch.setattr(module, "run", stop)
         found = command(f"{verb} --out {tmp_path}/run --json")
     assert found.code == 130
-    assert found.json()["error"] == {"what": "interrupted; nothing was written"}
+    assert found.json()["error"] == {"what": "interrupted; no run was written"}
     assert contents(tmp_path) == {}
 
     place = Place(out=tmp_path / "a run")

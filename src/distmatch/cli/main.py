@@ -106,7 +106,7 @@ def _failure(error: BaseException, verb: str) -> tuple[str, dict[str, str], int]
         if error.args:  # a run on disk: the command that continues it
             what, fix = "interrupted", str(error.args[0])
             return f"{what}; {fix}", {"what": what, "fix": fix}, code
-        left = "nothing was written" if verb in _RUNS else "no incomplete file is left"
+        left = "no run was written" if verb in _RUNS else "no incomplete file is left"
         return f"interrupted; {left}", {"what": f"interrupted; {left}"}, code
     what = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
     return what, {"what": what}, 1

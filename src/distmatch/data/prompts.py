@@ -221,7 +221,12 @@ def _refuse_blank(file: Path, prompts: Sequence[str]) -> None:
     """Refuses a file without prompts, and blank ones among others."""
     blank = [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]
     if len(blank) == len(prompts):
-        raise UserError(f"{file} contains no prompts", got="an empty file", expected="a prompt in each line")
+        raise UserError(
+            f"{file} contains no prompts",
+            got=f"{len(prompts)} blank lines" if prompts else "an empty file",
+            expected="a prompt in each line",
+            fix="write at least one: a red cat",
+        )
     if blank:
         raise UserError(
             f"{file}: {len(blank)} of {len(prompts)} prompts are blank",

@@ -28,6 +28,7 @@ from distmatch.nets.saved import missing_model
 _TRANSFORMERS = OptionalPackage("transformers", "pipelines with text encoders need", "diffusers")
 _DROPPED = ("safety_checker", "feature_extractor", "watermark")  # they do not change what is denoised
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WRAP = "if the network can do without, wrap it yourself: dm.as_denoiser(net, ..., call=...)"
 # Networks beside the one that denoises, which a pipeline would call as well.
 _SECOND = ("transformer_2", "prior", "controlnet", "image_encoder", "connectors", "refiner")
 
@@ -146,7 +147,9 @@ def _checked(root: Path, name: str, entry: Any) -> Any:
         got = (
             f"{name}/{pickles[0]}, a pickle, which can run any code" if pickles else f"no weights in {name}/"
         )
-        raise _refused(root, got, "safetensors: save_pretrained(folder, safe_serialization=True)")
+        raise _refused(
+            root, got, "safetensors", "save_pretrained(folder, safe_serialization=True), where you trust it"
+        )
     return found
 
 
@@ -195,12 +198,12 @@ def _class(package: Any, name: object, base: type, source: Path) -> Any:
     return found
 
 
-def _refused(root: Path, got: str, expected: str) -> UserError:
+def _refused(root: Path, got: str, expected: str, fix: str = _WRAP) -> UserError:
     return UserError(
         f"the pipeline in {root} is not loaded",
         got=got,
         expected=expected,
-        fix="if the network can do without, wrap it yourself: dm.as_denoiser(net, ..., call=...)",
+        fix=fix,
     )
 
 

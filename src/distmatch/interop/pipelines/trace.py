@@ -17,6 +17,12 @@ from distmatch.interop.optional import import_diffusers
 Prompts = Sequence[str] | Sequence[int]
 """What a pipeline is asked for: texts, or class labels."""
 
+_FLAGS = {
+    "max_sequence_length": "max_sequence_length (--max-tokens)",
+    "num_frames": "num_frames (--frames)",
+    "height": "height (--size)",
+    "width": "width (--size)",
+}
 _OFF = (1.0, 0.0)  # where classifier-free guidance is off, by the pipelines' different conventions
 
 
@@ -82,8 +88,9 @@ class Tracer:
         if unknown:
             raise UserError(
                 f"a {type(pipeline).__name__} does not take these options",
-                got=", ".join(unknown),
+                got=", ".join(_FLAGS.get(name, name) for name in unknown),
                 expected=", ".join(sorted(taken)),
+                fix="omit them",
             )
         self.asks = next((name for name in ("class_labels", "prompt") if name in taken), "")
         if not self.asks:
