@@ -14,7 +14,7 @@ _TOLD: ContextVar[tuple[str, ...]] = ContextVar("warnings", default=())
 
 
 @contextmanager
-def warnings_told() -> Iterator[None]:
+def printed_warnings() -> Iterator[None]:
     """Within it warnings are lines on stderr, and :func:`print_json` adds those that came before it."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:

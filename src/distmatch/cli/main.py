@@ -14,7 +14,7 @@ import traceback
 from distmatch.base.checks import check_name
 from distmatch.base.errors import Terminated, UserError
 from distmatch.base.memory import out_of_memory
-from distmatch.cli.answer import print_json, warnings_told
+from distmatch.cli.answer import print_json, printed_warnings
 from distmatch.cli.surroundings import (
     discard,
     prepare_streams,
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     rank = None if argv[0] == "doctor" else rank_of_several(os.environ)
     if rank:
         return 2  # the first process says why
-    with warnings_told():
+    with printed_warnings():
         try:
             if rank == 0:
                 raise several_processes(argv[0])

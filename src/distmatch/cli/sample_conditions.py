@@ -114,9 +114,9 @@ def takes_scale(model: Model) -> bool:
     return model.student is not None and GUIDANCE in model.conditioning_spec
 
 
-def at_scale(told: Conditioning, n: int, scale: float) -> Conditioning:
+def at_scale(conditioning: Conditioning, n: int, scale: float) -> Conditioning:
     """The conditioning of ``n`` samples with another guidance scale as an input of the network."""
-    return Conditioning({**told, GUIDANCE: torch.full((n,), scale)})
+    return Conditioning({**conditioning, GUIDANCE: torch.full((n,), scale)})
 
 
 def denoiser_in(model: Model) -> Any:

@@ -74,7 +74,7 @@ def prepare_distillation(
         UserError: Options, teacher and data do not go together.
     """
     run = options.run
-    told, data = (data, None) if isinstance(data, Conditioning) else (None, data)
+    encoded, data = (data, None) if isinstance(data, Conditioning) else (None, data)
     device = pick_device(run.device)
     name = measure.name if measure is not None else options.divergence
     method, name = resolve_method(options.method, name)
@@ -130,7 +130,7 @@ def prepare_distillation(
         columns = columns_of(known_data(teacher))
         data = load_data(spec, labels=bool(spec_of(teacher)), columns=columns)
     prompts = None
-    if told is None:
+    if encoded is None:
         prompts = given_prompts(options, teacher, data, texts, needs_data=distiller.needs_data)
     if data is None and prompts is None and distiller.needs_data:
         raise UserError(
@@ -168,7 +168,7 @@ def prepare_distillation(
     elif data is not None:
         batches = Batches(data, run.batch, run.seed, flips(run, data), device)
     else:
-        batches = empty_batches(teacher, run, device, told)
+        batches = empty_batches(teacher, run, device, encoded)
     batches = with_dropout(batches, teacher, options.encoding.prompt_dropout, run)
     draw = drawer(data, run.seed) if fresh and not copied else None
     state = distiller.init(run.seed, draw)

@@ -71,10 +71,10 @@ def prompt_batches(
             rows = order.indices(step)
         else:
             rows = torch.randint(len(texts), (run.batch,), generator=generator(run.seed, f"prompts/{step}"))
-        told = conditioning(rows)
+        given = conditioning(rows)
         if prompts.data is not None and prompts.data.labels is not None and LABEL in spec_of(teacher):
-            told = Conditioning({LABEL: prompts.data.labels[rows], **told})
-        return Batch(samples(rows).to(device), told.to(device), texts=[texts[i] for i in rows.tolist()])
+            given = Conditioning({LABEL: prompts.data.labels[rows], **given})
+        return Batch(samples(rows).to(device), given.to(device), texts=[texts[i] for i in rows.tolist()])
 
     return batch
 

@@ -83,7 +83,7 @@ def given_prompts(
         source = options.data
     # Light encoders encode captions in memory.
     heavy = hasattr(encoder, "free_text_encoders")
-    captioned = data is not None and data.captions and heavy and not _is_told(data, teacher)
+    captioned = data is not None and data.captions and heavy and not _is_conditioned(data, teacher)
     if texts is None and not source and not captioned:
         if encoder is None and own.prompt_dropout:
             raise UserError(
@@ -138,7 +138,7 @@ def is_captioned(spec: str, teacher: Denoiser) -> bool:
     return False
 
 
-def _is_told(data: Dataset, teacher: Denoiser) -> bool:
+def _is_conditioned(data: Dataset, teacher: Denoiser) -> bool:
     """Whether data hold the teacher's conditioning, as far as is known made by its own encoder."""
     encoder = prompt_encoder_of(teacher)
     made = data.prompt_encoder

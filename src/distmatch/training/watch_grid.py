@@ -82,15 +82,15 @@ def grid_of(batches: Callable[[int], Batch], model: Denoiser, conditions: int, s
     ignored = _null(model)
     for step in range(_MOST_BATCHES):
         batch = batches(step)
-        told, texts = batch.conditioning, batch.texts or [""] * len(batch.x)
-        if not told:
+        asked, texts = batch.conditioning, batch.texts or [""] * len(batch.x)
+        if not asked:
             return Grid(UNCONDITIONAL, conditions * seeds)
-        for i, digest in enumerate(_digests(told)):
+        for i, digest in enumerate(_digests(asked)):
             if digest not in ignored:
-                found.setdefault(digest, (told.index(slice(i, i + 1)), texts[i]))
-        if len(found) >= (min(model.num_classes, _MOST_CLASSES) if set(told) == {LABEL} else conditions):
+                found.setdefault(digest, (asked.index(slice(i, i + 1)), texts[i]))
+        if len(found) >= (min(model.num_classes, _MOST_CLASSES) if set(asked) == {LABEL} else conditions):
             break
-    rows = list(found.values()) or [(told.index(slice(1)), "")]  # all of them the null condition
+    rows = list(found.values()) or [(asked.index(slice(1)), "")]  # all of them the null condition
     count = min(conditions, len(rows))
     if set(rows[0][0]) == {LABEL}:  # evenly over the classes
         rows.sort(key=lambda row: int(row[0][LABEL]))
