@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,48 +20,14 @@ from distmatch.methods.matching.loop import Matching
 from distmatch.methods.student import Student
 from distmatch.methods.table import METHODS
 from distmatch.metrics.collapse import seed_vendi
-from distmatch.training.checkpoint import list_checkpoints, load_checkpoint
-from distmatch.training.options import DistillOptions, NetOptions, RunOptions, WatchOptions
-from distmatch.training.prepare import prepare_distillation
-from distmatch.training.runs import Job
+from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.watch import Watch
 from distmatch.training.watch_grid import MOST_PICTURES, WatchedSamples, grid_of
-from distmatch.training.watch_warnings import BOUNDS, watch_warnings
 from tests.helpers.command import done
 from tests.helpers.image_teachers import image_teacher
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
-
-SMALL: dict[str, Any] = {
-    **{"method": "dmd2", "net": "mlp", "width": 16, "depth": 2, "fit_steps": 10, "fake_score_steps": 2},
-    **{"batch": 32, "log_every": 2, "checkpoint_every": 4, "quiet": True},
-}
-GRID = (2, 8)
-CLOCK = ("time", "seconds", "time_share")
-
-
-def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k not in CLOCK} for e in found if e["event"] in kinds]
-
-
-def weights(student: Any) -> list[Tensor]:
-    return [p.detach() for p in student.parameters()]
-
-
-def watched(steps: int = 20, **settings: Any) -> tuple[Job, Watch]:
-    """A distillation that is ready to start, and its watch."""
-    own = METHODS["diff-instruct"].settings(**{"fit_steps": 10, "fake_score_steps": 2, **settings})
-    options = DistillOptions(
-        method="diff-instruct",
-        settings=own,
-        net=NetOptions(net="mlp", width=16, depth=2),
-        run=RunOptions(steps=steps, batch=32, device="cpu"),
-        watch=WatchOptions(watch_every=5, watch_grid=GRID),
-    )
-    job = prepare_distillation(options, PAIR)
-    assert job.watch is not None
-    return job, job.watch
+from tests.helpers.watching import GRID, SMALL, events, ignore_noise, resumed, watched, weights
 
 
 @pytest.fixture(scope="module")
@@ -118,23 +83,6 @@ def test_a_run_that_is_interrupted_ends_as_the_whole_one(whole, tmp_path, monkey
     seen = {e["step"]: e for e in events(out, "watch")}
     assert list(seen.values()) == events(whole[0], "watch")
     assert (out / "watch/step-000012.npz").read_bytes() == (whole[0] / "watch/step-000012.npz").read_bytes()
-
-
-def resumed(out: Path, which: str | int, **changes: Any) -> Any:
-    """Continues a run of :data:`SMALL`."""
-    from dataclasses import replace
-
-    from distmatch.cli.distill import _options_of
-    from distmatch.cli.parse import options_from
-    from distmatch.training.arguments import real_data
-    from distmatch.training.runfolder import create
-    from distmatch.training.runs import carry_out
-
-    options = options_from(DistillOptions, out / "config.toml", "distill", defaults=_options_of)
-    options = replace(options, watch=replace(options.watch, **changes))
-    with create(out, resume=True) as folder:
-        job = prepare_distillation(options, PAIR, real_data(PAIR, None, 0), fresh=False)
-        return carry_out(job, folder, resume=which)[0]
 
 
 def test_the_teachers_samples_are_drawn_again_where_they_are_damaged_or_others(whole, tmp_path):
@@ -264,16 +212,6 @@ def test_a_student_that_ignores_its_noise_has_no_diversity(monkeypatch):
     assert values["energy"] > 0.3
 
 
-def ignore_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Students give the same sample for every seed of a condition."""
-    sample = Student.sample
-
-    def same(self: Student, n: int, **settings: Any) -> Tensor:
-        return sample(self, n, **settings)[:1].repeat(n, *[1] * len(self.shape))
-
-    monkeypatch.setattr(Student, "sample", same)
-
-
 @pytest.mark.parametrize("method", ["f-distill", "sid", "moment-matching", "disback", "uni-instruct"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_error_of_the_fake_score_is_the_loss_that_a_step_would_have(method, accumulate):
@@ -314,231 +252,6 @@ def test_samples_that_are_not_finite_end_a_training():
         next(iter(job.state.ema.module.parameters())).fill_(float("nan"))
     with pytest.raises(DivergedError, match=r"not finite at step 0.*the last good one"):
         watch.look("the last good one is step 3")
-
-
-# ------------------------------------------------------------------ warnings
-
-
-def run(job: Job, watch: Watch, steps: int) -> list[str]:
-    """A training by hand; the warnings of its watch."""
-    found = list(watch.look("")[1]) if job.state.step == 0 else []
-    for _ in range(steps):
-        watch.observe(job.step(job.state, job.batches(job.state.step)))
-        if watch.due(job.state.step):
-            found += watch.look("")[1]
-    return found
-
-
-def test_a_healthy_run_is_not_warned_of():
-    job, watch = watched(steps=200, fit_steps=100)
-    watch.begin(None)
-    assert run(job, watch, 200) == []
-
-
-def test_a_collapse_is_warned_of_once(monkeypatch):
-    job, watch = watched(steps=60, fit_steps=100)
-    watch.begin(None)
-    assert run(job, watch, 10) == []
-    ignore_noise(monkeypatch)
-    (message,) = [m for m in run(job, watch, 20) if "same sample for every seed" in m]
-    assert message.startswith("at step 20")  # the second measurement in succession
-    for option in ("--lr", "--fake-score-steps", "--keep-best energy"):
-        assert option in message
-    for option in ("--divergence", "--gan-weight", "--guidance"):  # it has none, none, and is 1
-        assert option not in message
-
-
-def test_a_learning_rate_that_is_far_too_high_is_warned_of(tmp_path):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        dm.distill(
-            PAIR, out=tmp_path / "run", steps=40, watch_every=10, lr=0.3, **{**SMALL, "fit_steps": 100}
-        )
-    seen = [str(w.message) for w in caught if "at step" in str(w.message)]
-    assert any("leads away from its teacher" in message for message in seen)
-    assert seen == [e["message"] for e in events(tmp_path / "run", "warning") if "at step" in e["message"]]
-
-
-@pytest.mark.parametrize(
-    ("kind", "good", "bad"),
-    [
-        ("diversity", {"diversity": 0.9}, {"diversity": 0.4}),
-        ("solid", {"solid": 0.1, "teacher_solid": 0.1}, {"solid": 0.4, "teacher_solid": 0.1}),
-        (
-            "saturation",
-            {"saturation": 0.3, "teacher_saturation": 0.3},
-            {"saturation": 0.6, "teacher_saturation": 0.3},
-        ),
-        ("vendi", {"vendi": 0.9}, {"vendi": 0.3}),
-        ("energy", {"energy": 0.1}, {"energy": 1.5}),
-        ("motion", {"motion": 0.9}, {"motion": 0.2}),
-        ("fake_score_lag", {"fake_score_lag": 1.1}, {"fake_score_lag": 2.5}),
-    ],
-)
-def test_bounds_are_for_what_became_worse(kind, good, bad):
-    method = METHODS["f-distill"]
-    settings = method.settings()
-    best = {kind: good[kind]}
-
-    def kinds(values: dict[str, float], best: dict[str, float], late: bool) -> list[str]:
-        return [found for found, _ in watch_warnings(values, best, method, settings, late=late)]
-
-    assert kinds(bad, best, late=False) == [kind]
-    assert kinds(bad, {}, late=False) == kinds(bad, {kind: bad[kind]}, late=False) == []  # so from the start
-    assert kinds(good, best, late=True) == []
-    always = [] if kind in ("diversity", "vendi", "energy") else [kind]  # which may be on their way
-    assert kinds(bad, {kind: bad[kind]}, late=True) == always
-    assert kinds({**bad, kind: float("nan")}, best, late=True) == []
-
-
-def test_a_student_without_any_diversity_is_warned_of_late():
-    method = METHODS["f-distill"]
-    late = list(watch_warnings({"diversity": 0.05}, {}, method, method.settings(), late=True))
-    assert [kind for kind, _ in late] == ["diversity"]
-    assert "--divergence js or kl" in late[0][1]
-    assert not list(watch_warnings({"diversity": 0.05}, {}, method, method.settings(), late=False))
-
-
-def test_what_helps_depends_on_the_options():
-    method = METHODS["f-distill"]
-
-    def text(kept: bool, **settings: Any) -> str:
-        found = watch_warnings(
-            {"diversity": 0.01}, {}, method, method.settings(**settings), late=True, kept=kept
-        )
-        return next(found)[1]
-
-    assert "--guidance" in text(kept=True, guidance=2.0)
-    assert "--guidance" not in text(kept=True)
-    assert "--keep-best" in text(kept=False)
-    assert "--keep-best" not in text(kept=True)
-
-
-def test_only_settings_of_the_method_are_advised():
-    for name, method in METHODS.items():
-        settings = method.settings()
-        values = {"diversity": 0.01, "motion": 0.0, "fake_score_lag": 9.0, "energy": 9.0, "vendi": 0.1}
-        values |= {"solid": 1.0, "teacher_solid": 0.0, "saturation": 1.0, "teacher_saturation": 0.0}
-        found = dict(watch_warnings(values, {"energy": 1.0, "vendi": 1.0}, method, settings, late=True))
-        assert set(found) == {bound.kind for bound in BOUNDS}
-        for message in found.values():
-            flags = {word.strip(";,.") for word in message.split() if word.startswith("--")}
-            names = {flag[2:].replace("-", "_") for flag in flags} - {"keep_best", "divergence"}
-            assert all(hasattr(settings, option) for option in names), (name, names)
-            assert ("--divergence" in flags) <= (method.divergences == "any")
-
-
-# ------------------------------------------------------------------ the best checkpoint
-
-
-BEST: dict[str, Any] = {**SMALL, "steps": 12, "keep": 1, "watch_every": 2, "watch_grid": GRID}
-
-
-def fake_energy(monkeypatch: pytest.MonkeyPatch, values: dict[int, float]) -> None:
-    """Replaces a measurement by chosen values."""
-    look = Watch._judge
-
-    def judged(self: Watch, step: int, found: dict[str, float]) -> list[str]:
-        found["energy"] = values.get(step, 1.0)
-        return look(self, step, found)
-
-    monkeypatch.setattr(Watch, "_judge", judged)
-
-
-def test_the_best_checkpoint_stays_besides_the_newest(tmp_path, monkeypatch):
-    fake_energy(monkeypatch, {2: 0.5, 6: 0.2, 8: 0.3, 10: 0.25})  # 6 is no multiple of --checkpoint-every
-    out = tmp_path / "run"
-    student = dm.distill(PAIR, out=out, keep_best="energy", **BEST)
-    assert list(list_checkpoints(out / "checkpoints")) == [6, 12]
-    assert load_checkpoint(out / "checkpoints")[1]["watch"]["looks"][6] == 0.2
-    assert_equal(student, load_average(out, 12))
-
-
-def assert_equal(student: Any, tree: dict[str, Tensor]) -> None:
-    own = student.denoiser.state_dict()
-    assert own.keys() == tree.keys()
-    assert all(torch.equal(own[name], tree[name]) for name in own)
-
-
-def test_the_result_is_the_best_one_where_it_is_asked_for(tmp_path, monkeypatch):
-    fake_energy(monkeypatch, {4: 0.2})
-    out = tmp_path / "run"
-    student = dm.distill(PAIR, out=out, keep_best="energy", result="best", **BEST)
-    assert_equal(student, load_checkpoint(out / "checkpoints", 4)[1]["modules"]["average"])
-    assert_equal(
-        dm.Student.from_pretrained(out), load_checkpoint(out / "checkpoints", 4)[1]["modules"]["average"]
-    )
-    (end,) = events(out, "end")
-    assert (end["step"], end["steps"], end["result_of"]) == (12, 12, 4)
-
-
-def test_the_model_of_a_finished_run_can_be_replaced_by_the_best_one(tmp_path, monkeypatch):
-    fake_energy(monkeypatch, {6: 0.2})
-    out = tmp_path / "run"
-    dm.distill(PAIR, out=out, keep_best="energy", **BEST)
-    assert_equal(resumed(out, "latest", result="best"), load_average(out, 6))
-    assert_equal(dm.Student.from_pretrained(out), load_average(out, 6))
-    assert_equal(resumed(out, "latest"), load_average(out, 12))
-
-
-def load_average(out: Path, step: int) -> dict[str, Tensor]:
-    tree: dict[str, Tensor] = load_checkpoint(out / "checkpoints", step)[1]["modules"]["average"]
-    return tree
-
-
-def test_the_best_one_is_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
-    fake_energy(monkeypatch, {2: 0.2, 6: 0.5, 10: 0.3})
-    out = tmp_path / "run"
-    dm.distill(PAIR, out=out, keep_best="energy", **{**BEST, "steps": 8})
-    assert list(list_checkpoints(out / "checkpoints")) == [2, 8]
-    text = (out / "config.toml").read_text()
-    (out / "config.toml").write_text(text.replace("steps = 8\n", "steps = 12\n", 1))
-    (out / "log.jsonl").write_text("{damaged")  # nothing is read from it
-    resumed(out, "latest")
-    assert list(list_checkpoints(out / "checkpoints")) == [2, 12]
-
-
-def test_a_best_checkpoint_that_is_gone_is_forgotten(tmp_path, monkeypatch):
-    import shutil
-
-    fake_energy(monkeypatch, {2: 0.2, 10: 0.6})
-    out = tmp_path / "run"
-    dm.distill(PAIR, out=out, keep_best="energy", **{**BEST, "steps": 8})
-    text = (out / "config.toml").read_text()
-    (out / "config.toml").write_text(text.replace("steps = 8\n", "steps = 12\n", 1))
-    shutil.rmtree(out / "checkpoints" / "step-000002")
-    resumed(out, "latest")
-    assert list(list_checkpoints(out / "checkpoints")) == [10, 12]
-
-
-def test_a_best_checkpoint_that_is_damaged_leaves_the_last_model(tmp_path, monkeypatch):
-    fake_energy(monkeypatch, {2: 0.2})
-    out = tmp_path / "run"
-    dm.distill(PAIR, out=out, keep_best="energy", **{**BEST, "steps": 8})
-    text = (out / "config.toml").read_text()
-    (out / "config.toml").write_text(text.replace("steps = 8\n", "steps = 12\n", 1))
-    file = out / "checkpoints" / "step-000002" / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.warns(UserWarning, match="the model is that of the last step"):
-        student = resumed(out, "latest", result="best")
-    assert_equal(student, load_average(out, 12))
-
-
-def test_diversity_is_best_where_it_is_that_of_the_teacher(tmp_path):
-    _, watch = watched()
-    watch.options = WatchOptions(watch_every=5, keep_best="diversity")
-    for step, value in ((5, 0.5), (10, 1.2), (15, 1.3), (20, 0.9)):
-        watch._judge(step, {"diversity": value})
-    assert watch.best_step == 20
-    watch._judge(25, {"diversity": float("nan")})
-    assert watch.best_step == 20
-    again = watched()[1]
-    again.options = watch.options
-    again.load_state_dict(watch.state_dict(), [5, 10, 15, 25])
-    assert again.best_step == 10  # of those that are still there
-    again.options = WatchOptions(watch_every=5, keep_best="vendi")
-    again.load_state_dict(watch.state_dict(), [5, 10, 15, 20])
-    assert again.best_step is None  # another measurement
 
 
 # ------------------------------------------------------------------ refusals
