@@ -84,6 +84,21 @@ def test_prompts_that_are_cut_off_are_counted(teacher_of, name):
     assert len(found) == (3 if name == "stable-diffusion-3" else 1)
 
 
+def test_prompts_that_a_pipeline_itself_cuts_off_are_counted(teacher_of):
+    """QwenImage keeps max_sequence_length tokens of an encoding, of more that its tokenizer makes."""
+    pipeline = teacher_of("qwen-image").pipeline
+    own, most = pipeline.tracer.pipeline, SIZE["qwen-image"]["max_sequence_length"]
+    words = LONG.split()
+    for n in (1, 5, 20, 40, 60, 68):
+        whole = own.encode_prompt(" ".join(words[:n]), "cpu", max_sequence_length=10_000)[0].shape[1]
+        found = {}
+        pipeline.encode([" ".join(words[:n])], truncated=found)
+        assert found.get(f"{most} tokens of max_sequence_length") == ({0} if whole > most else None)
+    assert own.encode_prompt(LONG, "cpu", max_sequence_length=10_000)[0].shape[1] > most  # both occur
+    with pytest.warns(UserWarning, match=f"1 of 2 prompts are longer than the {most} tokens of max_seq"):
+        pipeline.encode([PROMPTS[0], LONG])
+
+
 def encoded_by_hand(teacher, x):
     """The mean latents of images by the autoencoder itself, and what it decodes them to."""
     vae, video = teacher.pipeline.tracer.pipeline.vae, len(teacher.pipeline.tail.image) == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import distmatch as dm
 from distmatch.diffusion.prompts import encode_prompts
 from distmatch.interop import save_denoiser
-from tests.helpers.command import command, done
+from tests.helpers.command import command, contents, done
 
 SHORT = "--method sid --steps 10 --batch 4"
 TEXTS = ["a red seven", "a blue two, then a red seven", "a red one"]
@@ -66,3 +68,31 @@ def test_dropout_of_captions_in_data(folder):
     conditioning = encode_prompts(teacher, TEXTS)
     x, other = (student.sample(3, conditioning=conditioning) for student in (plain, dropped))
     assert not torch.equal(x, other)
+
+
+def test_a_run_is_not_resumed_on_other_prompts(folder, tmp_path):
+    """By content: the name of the file is the same."""
+    file = tmp_path / "p.txt"
+    file.write_text("\n".join(TEXTS))
+    line = f"distill --teacher {folder}/teacher --prompts {file} {SHORT} --out {tmp_path}/run"
+    done(f"{line} --checkpoint-every 5")
+    before = contents(tmp_path / "run")
+    for changed in ([*TEXTS, "a blue one"], TEXTS[::-1], ["a red six", *TEXTS[1:]]):
+        file.write_text("\n".join(changed))
+        answer = command(f"distill --resume --out {tmp_path}/run --steps 20")
+        assert answer.code == 2
+        assert "keeps its prompts" in answer.err
+        assert contents(tmp_path / "run") == before
+    file.write_text("\r\n".join(TEXTS) + "\n")  # the same prompts
+    done(f"distill --resume --out {tmp_path}/run --steps 20")
+
+
+def test_a_run_without_a_checkpoint_may_begin_anew_on_other_prompts(folder, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("\n".join(TEXTS))
+    line = f"distill --teacher {folder}/teacher --prompts {file} {SHORT} --out {tmp_path}/run"
+    done(line)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    file.write_text("\n".join(TEXTS[:2]))
+    done(f"distill --resume --out {tmp_path}/run")
+    done(f"distill --resume --out {tmp_path}/run --steps 12")

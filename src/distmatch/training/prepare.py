@@ -45,6 +45,7 @@ from distmatch.training.presets import find_preset
 from distmatch.training.prompt_batches import prompt_batches, with_dropout
 from distmatch.training.prompted import described_prompts, given_prompts, is_captioned
 from distmatch.training.runs import Job
+from distmatch.training.segments import PROMPTS
 from distmatch.training.teachers import dtype_of_base, open_teacher
 
 
@@ -177,6 +178,7 @@ def prepare_distillation(
             if isinstance(net, nn.Module) and has_network(net):
                 compile_network(getattr(net, "net", net))
     takes = bool(method.divergences)
+    texts_used = described_prompts(prompts, options.prompts) if prompts is not None else {}
     info = {
         "method": method.name,
         **({"divergence": chosen.name} if takes else {}),
@@ -186,7 +188,7 @@ def prepare_distillation(
         **{name: value for name in GUIDANCE if (value := getattr(own, name, None))},
         "seed": run.seed,
         "data": described,
-        **({"prompts": described_prompts(prompts, options.prompts)} if prompts is not None else {}),
+        **({"prompts": texts_used} if texts_used else {}),
         **{f"teacher_{key}": text for key, text in conversion.items()},
     }
 
@@ -211,7 +213,7 @@ def prepare_distillation(
             **({"divergence": chosen.name} if takes else {}),
             "levels": list(state.student.sigmas),
             **distiller.notes(),
-            **({"prompts": len(prompts.texts)} if prompts is not None else {}),
+            **({"prompts": texts_used["number"], PROMPTS: texts_used["sha256"]} if texts_used else {}),
             **conversion,
         },
         warnings=[

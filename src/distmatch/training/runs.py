@@ -23,7 +23,14 @@ from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
 from distmatch.training.loop import restore, run_loop
 from distmatch.training.runfolder import RunFolder
-from distmatch.training.segments import Changes, changes_on_resume, write_config, write_segment
+from distmatch.training.segments import (
+    PROMPTS,
+    Changes,
+    changes_on_resume,
+    check_prompts,
+    write_config,
+    write_segment,
+)
 from distmatch.training.watch import Watch
 
 
@@ -93,6 +100,7 @@ def carry_out(
         changes: Changes = {}
         if resume is not None:  # before anything is written: a checkpoint that does not fit changes nothing
             changes = changes_on_resume(job.options, folder.config)
+            check_prompts(job.notes.get(PROMPTS), folder.log)
             restore(job.state, folder, resume, watch)
         again = folder.log.exists()
         if resume is None or not folder.config.exists():

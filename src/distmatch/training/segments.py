@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,8 @@ _FREE = (
 _RATES = ("lr", "lr_fake_score", "lr_discriminator", "grad_clip")
 _PATHS = ("data", "teacher")
 _HEAD = "# until step "
+PROMPTS = "prompts_sha256"
+"""Name of the prompts' hash in the ``start`` events of a log."""
 
 AnyOptions = TrainOptions | DistillOptions | OwnOptions
 Changes = dict[str, tuple[Any, Any]]
@@ -79,6 +83,32 @@ def changes_on_resume(options: AnyOptions, config: Path) -> Changes:
                 fix=f"omit {flag}, or start another run: --config {config} --out FOLDER",
             )
     return changes
+
+
+def check_prompts(digest: str | None, log: Path) -> None:
+    """Refuses to continue a run on prompts that have changed, which the name of their file does not show.
+
+    Args:
+        digest: That of the prompts now; None for a run without.
+        log: The ``log.jsonl`` of the run; older ones do not record their prompts.
+
+    Raises:
+        UserError: The run began with others.
+    """
+    if digest is None or not log.exists():
+        return
+    begun = None  # of the last start: one without a checkpoint may have been on others
+    for line in read_limited(log, 2**28, "a log.jsonl").splitlines():
+        with contextlib.suppress(ValueError):  # a line that a crash cut short
+            event = json.loads(line) if b'"start"' in line else {}
+            begun = event.get(PROMPTS, begun) if event.get("event") == "start" else begun
+    if begun and begun != digest:
+        raise UserError(
+            "a resumed run keeps its prompts, and these are not those that it began with",
+            got=f"prompts with the sha256 {digest[:12]}..., in a run on {str(begun)[:12]}...",
+            expected="the same prompts in the same order: what a step sees depends on them",
+            fix="restore the file of prompts, or start another run: another --out",
+        )
 
 
 def write_config(options: AnyOptions, verb: str, config: Path) -> None:

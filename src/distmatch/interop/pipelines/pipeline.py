@@ -162,7 +162,7 @@ class Pipeline:
 
         Args:
             prompts: Texts, or class labels for a pipeline of classes.
-            truncated: Receives which prompts are cut off, by tokenizer; None warns of them.
+            truncated: Receives which prompts are cut off, by limit; None warns of them.
 
         Raises:
             UserError: No prompts, or prompts that are encoded to different lengths when there are many.
@@ -173,7 +173,7 @@ class Pipeline:
             self._with_text_encoders()
         parts, cut = [], truncated if truncated is not None else {}
         for begin in range(0, len(prompts), _MOST):
-            with quiet(), truncation(self.tracer.pipeline) as found:
+            with quiet(), truncation(self.tracer.pipeline, self.tracer.options) as found:
                 arguments = self.tracer.arguments(prompts[begin : begin + _MOST])
             parts.append(self.fitted(self.contract.conditioning(arguments)))
             for limit, rows in found.items():

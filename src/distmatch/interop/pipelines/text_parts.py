@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from distmatch.interop.diffusers_parts import is_text_part
 from distmatch.interop.pipelines.trace import replaced
 
 _ENCODE = "encode_prompt"  # what pipelines of diffusers call their method
+_LIMIT, _TEMPLATE = "max_sequence_length", "prompt_template_encode_start_idx"  # as in QwenImage
 Truncated = dict[str, set[int]]
 """The numbers of prompts that are cut off, by limit: "77 tokens of tokenizer"."""
 
@@ -112,10 +114,19 @@ def loaded_again(root: Path, dtypes: dict[str, torch.dtype]) -> dict[str, nn.Mod
 
 
 class _Watched:
-    """A tokenizer that notes which texts it cuts off."""
+    """A tokenizer that notes which texts it cuts off, and those whose encodings the pipeline cuts off.
 
-    def __init__(self, inner: Any, name: str, found: Truncated) -> None:
+    Args:
+        inner: The tokenizer.
+        name: Its name in the pipeline.
+        found: Receives the numbers of the texts.
+        kept: Tokens of an encoding that the pipeline keeps; None for all.
+        template: Tokens of the pipeline's template before a prompt, which its encoding does not have.
+    """
+
+    def __init__(self, inner: Any, name: str, found: Truncated, kept: int | None, template: int) -> None:
         self._inner, self._name, self._found = inner, name, found
+        self._kept, self._template = kept, template
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -127,20 +138,30 @@ class _Watched:
             special = kwargs.get("add_special_tokens", True)
             texts = [text] if isinstance(text, str) else list(text)
             whole = self._inner(texts, add_special_tokens=special, verbose=False)
-            rows = {i for i, ids in enumerate(whole["input_ids"]) if len(ids) > limit}
-            if rows:
-                self._found.setdefault(f"{limit} tokens of {self._name}", set()).update(rows)
+            lengths = [len(ids) for ids in whole["input_ids"]]
+            self._note(f"{limit} tokens of {self._name}", {i for i, n in enumerate(lengths) if n > limit})
+            if (most := self._kept) is not None:
+                rows = {i for i, n in enumerate(lengths) if min(n, limit) - self._template > most}
+                self._note(f"{most} tokens of max_sequence_length", rows)
         return result
+
+    def _note(self, limit: str, rows: set[int]) -> None:
+        if rows:
+            self._found.setdefault(limit, set()).update(rows)
 
 
 @contextmanager
-def truncation(pipeline: Any) -> Iterator[Truncated]:
-    """Notes which prompts of one run the tokenizers of a pipeline cut off."""
+def truncation(pipeline: Any, options: Mapping[str, Any]) -> Iterator[Truncated]:
+    """Notes which prompts of one run with these options of its call a pipeline cuts off."""
     found: Truncated = {}
+    kept, template = None, int(getattr(pipeline, _TEMPLATE, 0))
+    if template:  # such pipelines keep so many tokens of the encoding, and let the tokenizer make more
+        default = inspect.signature(type(pipeline).__call__).parameters.get(_LIMIT)
+        kept = options.get(_LIMIT, None if default is None else default.default)
     own = {n: p for n, p in pipeline.components.items() if hasattr(p, "get_vocab") and callable(p)}
     try:
         for name, part in own.items():
-            object.__setattr__(pipeline, name, _Watched(part, name, found))
+            object.__setattr__(pipeline, name, _Watched(part, name, found, kept, template))
         yield found
     finally:
         for name, part in own.items():
@@ -148,7 +169,7 @@ def truncation(pipeline: Any) -> Iterator[Truncated]:
 
 
 def truncation_warnings(found: Mapping[str, set[int]], total: int) -> list[str]:
-    """One sentence for each tokenizer that cuts off prompts."""
+    """One sentence for each limit at which prompts are cut off."""
     return [
         f"{len(rows)} of {total} prompts are longer than the {limit} and are truncated there, as the "
         "pipeline does"
