@@ -84,6 +84,18 @@ def test_our_solver_arrives_where_a_plain_call_of_the_pipeline_does(teacher_of, 
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("name", ["stable-diffusion-3", "wan"])
+def test_the_default_solver_samples_a_flow(teacher_of, name):
+    """By default 18 steps of Heun; the pipeline's own steps, of Euler, lead to about the same samples."""
+    teacher = teacher_of(name)
+    told = teacher.pipeline.encode(prompts_of(name)[:2])
+    fine = teacher.sample(2, conditioning=told, steps=300, solver="euler", decode=False)
+    found, euler = (
+        teacher.sample(2, conditioning=told, solver=solver, decode=False) for solver in ("heun", "euler")
+    )
+    assert (found - fine).square().mean() < (euler - fine).square().mean()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_samples_depend_on_their_own_prompt_alone(teacher_of, name):
     teacher = teacher_of(name)

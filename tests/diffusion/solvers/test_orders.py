@@ -252,3 +252,26 @@ def test_rk45_stops_where_somebody_looks_and_denoises_at_the_end() -> None:
     torch.testing.assert_close(seen.y, MIXTURE(exact[3], MIXTURE.sigma_min), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(seen.y, quiet.y, rtol=1e-7, atol=1e-7)
     assert torch.equal(seen.trajectory[-1], seen.y)
+
+
+@pytest.mark.parametrize("name", ["heun", "rhork:heun2", "rhork:kutta3", "rhork:rk4"])
+def test_steps_from_the_pure_noise_of_a_flow_are_as_exact_as_the_others(name: str) -> None:
+    """Gaussian data: y = m + (y0 - m) sqrt((s^2 + b^2) / (s^2 + a^2)) from level a to b, in even times t.
+
+    From a = 1e8, and back; in sigma the first step alone would be wrong by 1e4 and more.
+    """
+    mean, variance, top = torch.tensor([0.7, -0.3], dtype=torch.float64), 0.5, 1e8
+    teacher = GaussianMixture([1.0], [[0.7, -0.3]], [variance], sigma_max=top)
+    z = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def error(name: str, steps: int) -> float:
+        t = torch.linspace(top / (1 + top), 0.5, steps + 1, dtype=torch.float64)
+        levels = t / (1 - t)
+        found = solve(teacher, top * z, levels, name).y
+        exact = mean + (top * z - mean) * ((variance + levels[-1] ** 2) / (variance + top**2)) ** 0.5
+        back = solve(teacher, exact, levels.flip(0), name).y / top
+        return float(torch.stack([found - exact, back - z]).abs().mean())
+
+    coarse, fine = error(name, 16), error(name, 32)
+    assert math.log2(coarse / fine) > 1.7, (coarse, fine)
+    assert fine < 0.1 * error("euler", 32)

@@ -41,6 +41,9 @@ TABLEAUX: Mapping[str, Tableau] = {
 }
 
 
+_PURE = 1e4  # times sigma_data: levels above are pure noise; those of flows are there alone
+
+
 @dataclass(frozen=True)
 class RhoRK(Solver):
     """Explicit Runge-Kutta on dy/drho = eps, the rhoRK of DEIS (Zhang and Chen 2023).
@@ -64,6 +67,8 @@ class RhoRK(Solver):
 
         def step(k: int, y: Tensor) -> Tensor:
             now, after = run.levels[k], run.levels[k + 1]
+            if len(t.b) > 1 and 0 < _PURE * run.sigma_data < max(now, after):
+                return _in_flow_time(run, y, now, after, t)
             h = after - now
             slopes = [run.eps(y, now)]
             for c, row in zip(t.c[1:], t.a, strict=True):
@@ -71,6 +76,25 @@ class RhoRK(Solver):
             return combined(y, [h * w for w in t.b], slopes)
 
         return step
+
+
+def _in_flow_time(run: Run, y: Tensor, now: float, after: float, tableau: Tableau) -> Tensor:
+    """A Runge-Kutta step in the time t = sigma / (sigma + sigma_data) of a flow, x = (1 - t) y.
+
+    For steps from pure noise, or to it. In sigma they are almost infinitely long, and a difference d between
+    two predictions of x0 changes the result by about d (now / after), which is 1e6 and more.
+    """
+    unit = run.sigma_data
+    start, end = now / (now + unit), after / (after + unit)
+    h, x = end - start, (1 - start) * y
+
+    def slope(x: Tensor, t: float) -> Tensor:
+        return (x - run.denoise(x / (1 - t), unit * t / (1 - t))) / t
+
+    slopes = [slope(x, start)]
+    for c, row in zip(tableau.c[1:], tableau.a, strict=True):
+        slopes.append(slope(combined(x, [h * w for w in row], slopes), start + c * h))
+    return combined(x, [h * w for w in tableau.b], slopes) / (1 - end)
 
 
 def combined(y: Tensor, weights: Sequence[float], values: Iterable[Tensor]) -> Tensor:
@@ -168,6 +192,8 @@ class Heun(Solver):
         def step(k: int, y: Tensor) -> Tensor:
             y, now = self._churned(run, k, y)
             after = run.levels[k + 1]
+            if 0 < _PURE * run.sigma_data < max(now, after):
+                return _in_flow_time(run, y, now, after, TABLEAUX["heun2"])
             slope = run.eps(y, now)
             ahead = y.add(slope, alpha=after - now)
             return y.add(slope + run.eps(ahead, after), alpha=0.5 * (after - now))
