@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distmatch as dm
-from distmatch.data.batches import Batch
+from distmatch.data.batches import Batch, Pool
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.interop.pipelines import load_pipeline
 from distmatch.methods.matching.generator import generator_gradient
+from distmatch.methods.matching.pairs import make_pairs
 from tests.helpers.pipelines import SIZE, save
 
 PROMPTS = ["a red cat", "the dog sleeps"]
+ENCODED = "encoder_hidden_states"
 PHI = 3.0  # the guidance scale
 WEIGHTS = {
     "reverse_kl": lambda r: r**0,
@@ -50,7 +52,8 @@ def teacher_of(tmp_path_factory):
 
 def batch(teacher: Any, step: int = 0) -> Batch:
     gen = torch.Generator().manual_seed(step)
-    return Batch(torch.randn(2, *teacher.shape, generator=gen), teacher.pipeline.encode(PROMPTS))
+    told = teacher.pipeline.encode(PROMPTS)
+    return Batch(torch.randn(2, *teacher.shape, generator=gen), told, pool=Pool(2, told.index))
 
 
 SD, SD3 = "stable-diffusion", "stable-diffusion-3"
@@ -58,6 +61,7 @@ MATCHING = ("f-distill", "dmd2", "diff-instruct", "sid", "sida", "sim", "uni-ins
 RUNS = [
     *[(SD3, method, "lora", steps) for method, steps in zip(MATCHING, (1, 2, 4) * 3, strict=False)],
     (SD3, "moment-matching", "lora", 2),
+    (SD3, "dmd", "lora", 1),
     (SD3, "consistency", "lora", 1),
     (SD3, "scm", "lora", 2),
     (SD3, "rcm", "lora", 4),
@@ -78,6 +82,7 @@ def test_a_method_trains_a_student_of_a_pipeline(teacher_of, name, method, train
     options: Any = {"guidance": 2.0, "guidance_rescale": 0.5, "num_steps": steps, "train": train}
     options |= {"fake_score_steps": 2} if method in (*MATCHING, "moment-matching") else {}
     options |= {"lora_rank": 2} if train == "lora" else {}
+    options |= {"pairs": 4, "pair_steps": 2} if method == "dmd" else {}
     built: Any = dm.methods.build(teacher, method, total_steps=60, **options)
     state = built.init(0)
     before = {name: p.detach().clone() for name, p in state.student.named_parameters()}
@@ -205,9 +210,27 @@ def test_the_gradient_of_f_distill_is_that_of_raw_calls_of_diffusers(teacher_of,
             assert (a - b).abs().max() <= 1e-4 * max(float(b.abs().max()), 1e-4)
 
 
+def test_pairs_of_dmd_are_samples_of_the_pipeline_under_their_prompts(teacher_of):
+    """Against plain calls of diffusers from the same noise, in many small steps."""
+    teacher: Any = teacher_of(SD3)
+    told, pipe = teacher.pipeline.encode(PROMPTS), teacher.pipeline.tracer.pipeline
+    pool = Pool(2, told.index)
+    made = make_pairs(teacher, 4, steps=60, seed=5, device="cpu", batch=3, pool=pool)
+    chosen = (made.conditioning(torch.arange(4))[ENCODED][:, None] - told[ENCODED][None]).abs()
+    prompts = [PROMPTS[i] for i in chosen.flatten(2).amax(2).argmin(1)]
+    assert set(prompts) == set(PROMPTS)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 250, "guidance_scale": 1.0, "output_type": "latent", **SIZE[SD3]}
+    theirs = pipe(prompts, latents=made.noise, **options)[0]
+    others = pipe(prompts[::-1], latents=made.noise, **options)[0]
+    gap = (made.samples - theirs).square().mean()
+    assert gap < 1e-3 * theirs.square().mean()
+    assert gap < 0.1 * (others - theirs).square().mean()
+
+
 def test_methods_that_do_not_run_on_pipelines_say_so(teacher_of):
     teacher = teacher_of(SD3)
-    for method in ("dmd", "mmd", "imm", "dpm-ot"):
+    for method in ("mmd", "imm", "dpm-ot"):
         with pytest.raises(dm.UserError, match="class labels only"):
             dm.methods.build(teacher, method, total_steps=10)
     for method in ("ctm", "mean-flow"):

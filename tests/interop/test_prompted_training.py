@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import distmatch as dm
 from distmatch.base.errors import UserError
@@ -98,6 +99,21 @@ def test_prompts_alone_from_the_command_line(place, tmp_path, cache):
     changed = command(f"distill --resume --out {tmp_path}/parts --steps 12 --prompt-dropout 0.5")
     assert changed.code == 2
     assert "prompt-dropout" in changed.err
+
+
+def test_dmd_makes_its_pairs_under_the_prompts_and_again_on_resuming(place, teacher, tmp_path):
+    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {place}/prompts.txt --batch 2"
+    more = "--method dmd --pairs 6 --pair-steps 2 --guidance 2 --lr 1e-3"
+    done(f"{line} {more} --out {tmp_path}/whole --steps 6")
+    done(f"{line} {more} --out {tmp_path}/parts --steps 3")
+    done(f"distill --resume --out {tmp_path}/parts --steps 6")
+    parts, whole = (load_file(tmp_path / run / "model/model.safetensors") for run in ("parts", "whole"))
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    common = {"method": "dmd", "batch": 2, "pairs": 4, "pair_steps": 2, "steps": 4, "quiet": True}
+    for train in ("full", "lora"):
+        student = dm.distill(teacher, prompts=PROMPTS, train=train, **common)
+        told = teacher.pipeline.encode(PROMPTS)
+        assert bool(student.sample(4, conditioning=told, decode=False).isfinite().all())
 
 
 def test_a_dry_run_writes_nothing(place, tmp_path, cache):

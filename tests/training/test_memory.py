@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
+from distmatch.diffusion.paths import condot
 from distmatch.nets.build import build_net
 from distmatch.nets.config import DiTConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -99,6 +100,23 @@ def test_nothing_is_left_changed():
     predict_memory(options_of("dmd2"), teacher)
     assert (nn.Module._apply, torch.Tensor.__deepcopy__) == (applied, copied)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("diff-instruct", {"num_steps": 4}),
+        ("f-distill", {"student_times": (1.0, 0.5)}),
+        ("dmd", {"pairs": 10**6}),
+        ("moment-matching", {"num_steps": 3}),
+    ],
+)
+def test_steps_of_a_flow_and_pairs_can_be_predicted(name, settings):
+    """Levels are numbers, which fake tensors do not have."""
+    path = condot(t_min=1e-3, t_max=1 - 1e-6)
+    network = build_net(DiTConfig(width=16, depth=1, heads=2), (4, 8, 8), 0)
+    teacher = dm.as_denoiser(network, path, "flow", shape=(4, 8, 8), shift=3.0, sigma_data=1.0)
+    assert predict_memory(options_of(name, **settings), teacher).peak > 0
 
 
 def test_a_method_that_looks_at_numbers_is_refused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,20 @@ from torch import Tensor
 from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
 from distmatch.data.order import BatchOrder
-from distmatch.diffusion.conditioning import ConditioningLike, as_conditioning, for_model
+from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, as_conditioning, for_model
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All that a run conditions on: its prompts, or the conditions of its data.
+
+    Attributes:
+        size: How many there are.
+        conditioning: Those of numbers (B,) from 0 to ``size - 1``.
+    """
+
+    size: int
+    conditioning: Callable[[Tensor], Conditioning]
 
 
 class Batch:
@@ -23,6 +36,7 @@ class Batch:
         conditioning: What they are conditioned on: class labels (B,), a conditioning, or None.
         noise: Standard deviation of the noise in each sample, (B,) float32, for data that are not clean.
         texts: The prompt or caption of each sample, where known; for people to read.
+        pool: What the conditioning was drawn from, for methods that draw more of it (DMD's pairs).
     """
 
     def __init__(
@@ -31,15 +45,17 @@ class Batch:
         conditioning: ConditioningLike = None,
         noise: Tensor | None = None,
         texts: Sequence[str] = (),
+        pool: Pool | None = None,
     ) -> None:
         self.x = x
         self.conditioning = as_conditioning(conditioning)
         self.noise = noise
         self.texts = texts
+        self.pool = pool
 
     def taken_by(self, model: Any) -> Batch:
         """The same samples with the part of their conditioning that a denoiser takes."""
-        return Batch(self.x, for_model(model, self.conditioning), self.noise, self.texts)
+        return Batch(self.x, for_model(model, self.conditioning), self.noise, self.texts, self.pool)
 
 
 @dataclass
@@ -75,4 +91,5 @@ class Batches:
         x, _ = self.data.batch(indices, flip=mask)
         noise = None if self.noise is None else self.noise[indices].to(self.device)
         texts = [self.data.captions[i] for i in indices.tolist()] if self.data.captions else ()
-        return Batch(x.to(self.device), self.data.conditioning(indices).to(self.device), noise, texts)
+        pool = Pool(len(self.data), self.data.conditioning)
+        return Batch(x.to(self.device), self.data.conditioning(indices).to(self.device), noise, texts, pool)

@@ -151,7 +151,7 @@ class Context(Generic[S]):
         share = torch.rand(len(batch.x), generator=torch.Generator().manual_seed(seed))
         scale = (low + (high - low) * share).to(batch.x)
         conditioning = Conditioning({**batch.conditioning, GUIDANCE: scale})
-        return Batch(batch.x, conditioning, batch.noise, batch.texts)
+        return Batch(batch.x, conditioning, batch.noise, batch.texts, batch.pool)
 
     @property
     def copied(self) -> Denoiser | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 
 from distmatch.base.errors import UserError
 from distmatch.diffusion.noise import Karras
@@ -63,16 +65,19 @@ def sigmas_at(teacher: Any, times: Sequence[float]) -> tuple[float, ...]:
     Raises:
         UserError: They do not decrease, or lie outside of the path.
     """
-    path, t = getattr(teacher, "path", None), torch.as_tensor(list(times), dtype=torch.float64)
+    path = getattr(teacher, "path", None)
     low, high = (teacher.sigma_min, teacher.sigma_max) if path is None else (path.t_min, path.t_max)
     end = 1.0 if path is not None and high <= 1 else high  # pure noise, which its path may only come near to
-    falling = bool(t.isfinite().all()) and all(a > b for a, b in pairwise(t.tolist()))
-    if not (falling and low < t[-1] and t[0] <= end):
+    falling = all(map(math.isfinite, times)) and all(a > b for a, b in pairwise(times))
+    if not (falling and low < times[-1] and times[0] <= end):
         raise UserError(
             "--student-times are decreasing times on the noise path of the teacher",
             got=" ".join(f"{time:g}" for time in times),
             expected=f"from {end:g} down, all above {low:g}"
             + ("; this teacher has no path, and they are its noise levels" if path is None else ""),
         )
-    levels = t if path is None else path.rho(t.clamp(max=high))
-    return tuple(levels.clamp(max=teacher.sigma_max).tolist())
+    with no_dispatch():  # numbers, even where tensors are fake
+        t = torch.as_tensor(list(times), dtype=torch.float64)
+        levels = t if path is None else path.rho(t.clamp(max=high))
+        found: tuple[float, ...] = tuple(levels.clamp(max=teacher.sigma_max).tolist())
+    return found

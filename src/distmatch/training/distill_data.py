@@ -11,7 +11,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.data import Dataset
-from distmatch.data.batches import Batch
+from distmatch.data.batches import Batch, Pool
 from distmatch.data.classes import Classes, drawn_labels
 from distmatch.diffusion.conditioning import LABEL, Conditioning, check_conditioning, for_model, spec_of
 from distmatch.diffusion.denoiser import Denoiser
@@ -92,9 +92,8 @@ def empty_batches(
 
         def drawn(step: int) -> Batch:
             chosen = torch.randint(rows, (run.batch,), generator=generator(run.seed, f"prompts/{step}"))
-            return Batch(
-                torch.zeros(run.batch, *teacher.shape, device=device), prompts.index(chosen).to(device)
-            )
+            x = torch.zeros(run.batch, *teacher.shape, device=device)
+            return Batch(x, prompts.index(chosen).to(device), pool=Pool(rows, prompts.index))
 
         return drawn
     if others := set(spec_of(teacher)) - {LABEL}:

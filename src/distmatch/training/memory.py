@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distmatch.base.errors import UserError, cause
-from distmatch.data.batches import Batch
+from distmatch.data.batches import Batch, Pool
 from distmatch.diffusion.conditioning import Conditioning, null_conditioning, spec_of
 from distmatch.divergences import divergence
 from distmatch.methods.construct import build_method
 from distmatch.methods.context import Context
 from distmatch.methods.initialization import frozen, has_network
+from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.settings import FakeScoreSettings, NetworkSettings, RoleSettings
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import resolve_method
@@ -133,6 +134,8 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
     offload = isinstance(own, NetworkSettings) and own.offload
     if isinstance(own, NetworkSettings):
         own = replace(own, offload=False)  # which is refused on the CPU, where the steps run
+    if isinstance(own, DMDSettings):
+        own = replace(own, pairs=run.batch, pair_steps=1)  # no more at a time, and thousands would take long
     method, name = resolve_method(options.method, options.divergence)
     period = own.fake_score_steps if isinstance(own, FakeScoreSettings) else 1
     middle = period * (run.steps // (2 * period))
@@ -156,7 +159,8 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
             distiller = build_method(context)
             state = distiller.init(run.seed)
             networks = {"teacher": base, **state.modules()}
-            batch = Batch(torch.zeros(run.batch, *base.shape), Conditioning(rows))
+            told = Conditioning(rows)
+            batch = Batch(torch.zeros(run.batch, *base.shape), told, pool=Pool(run.batch, told.index))
             modules = {key: part for key, part in networks.items() if isinstance(part, nn.Module)}
             if isinstance(teacher, nn.Module):  # the one that is handed in, of which the run has a copy
                 live.leave_out((*teacher.parameters(), *teacher.buffers()))

@@ -16,7 +16,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.files import cache_folder
 from distmatch.base.seeds import generator
 from distmatch.base.stack import caller_level
-from distmatch.data.batches import Batch
+from distmatch.data.batches import Batch, Pool
 from distmatch.data.order import BatchOrder
 from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.conditioning import LABEL, Conditioning, null_conditioning, spec_of
@@ -66,15 +66,21 @@ def prompt_batches(
     paired = prompts.data is not None or prompts.images is not None
     order = BatchOrder(len(texts), run.batch, run.seed) if paired else None
 
+    def given(rows: Tensor) -> Conditioning:
+        found = conditioning(rows)
+        if prompts.data is None or prompts.data.labels is None or LABEL not in spec_of(teacher):
+            return found
+        return Conditioning({LABEL: prompts.data.labels[rows], **found})
+
+    pool = Pool(len(texts), given)
+
     def batch(step: int) -> Batch:
         if order is not None:
             rows = order.indices(step)
         else:
             rows = torch.randint(len(texts), (run.batch,), generator=generator(run.seed, f"prompts/{step}"))
-        given = conditioning(rows)
-        if prompts.data is not None and prompts.data.labels is not None and LABEL in spec_of(teacher):
-            given = Conditioning({LABEL: prompts.data.labels[rows], **given})
-        return Batch(samples(rows).to(device), given.to(device), texts=[texts[i] for i in rows.tolist()])
+        own = [texts[i] for i in rows.tolist()]
+        return Batch(samples(rows).to(device), given(rows).to(device), texts=own, pool=pool)
 
     return batch
 
@@ -106,7 +112,7 @@ def with_dropout(
         kept = torch.rand(n, generator=generator(run.seed, f"prompt dropout/{step}")) >= share
         null = null_conditioning(teacher, n, device)
         texts = [text if keep else "" for text, keep in zip(found.texts, kept.tolist(), strict=False)]
-        return Batch(found.x, found.conditioning.where(kept.to(device), null), found.noise, texts)
+        return Batch(found.x, found.conditioning.where(kept.to(device), null), found.noise, texts, found.pool)
 
     return batch
 

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import initial_noise
+from distmatch.data.batches import Pool
+from distmatch.diffusion.conditioning import Conditioning, FieldSpec
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.solvers import sample_teacher
@@ -51,7 +54,7 @@ def test_pairs_lie_on_the_flow_of_the_teacher() -> None:
     mean = torch.tensor([0.7, -0.3])
     exact = mean + math.sqrt(0.5 / (0.5 + 400)) * (20.0 * made.noise - mean)
     torch.testing.assert_close(made.samples, exact, atol=2e-3, rtol=0)
-    assert not made.conditioning
+    assert not made.conditioning(torch.arange(500))
 
 
 def test_pairs_depend_on_the_seed_and_nothing_else() -> None:
@@ -59,8 +62,9 @@ def test_pairs_depend_on_the_seed_and_nothing_else() -> None:
     again = make_pairs(PAIR, 60, steps=5, seed=3, device="cpu")
     assert_same_but_for_rounding(made.samples, again.samples)  # in parts of 17
     assert torch.equal(made.noise, initial_noise(60, (2,), 3))
-    assert set(made.conditioning["label"].tolist()) == {0, 1}
-    alone = sample_teacher(PAIR, 60, steps=5, conditioning=made.conditioning, seed=3)
+    conditioning = made.conditioning(torch.arange(60))
+    assert set(conditioning["label"].tolist()) == {0, 1}
+    alone = sample_teacher(PAIR, 60, steps=5, conditioning=conditioning, seed=3)
     assert_same_but_for_rounding(made.samples, alone)
     other = make_pairs(PAIR, 60, steps=5, seed=4, device="cpu")
     assert not torch.equal(other.noise, made.noise)
@@ -87,7 +91,7 @@ def test_the_gradient_is_that_of_the_weighted_mean_loss(kind: Any, weight: float
     chosen = torch.cdist(_drawn(term, state), made.noise).argmin(1)
     level = torch.full((32,), method.config.student_sigma * 0.7)
     prediction = state.student.denoiser(
-        level[:, None] * made.noise[chosen], level, made.conditioning["label"][chosen]
+        level[:, None] * made.noise[chosen], level, made.conditioning(chosen)["label"]
     )
     square = ((prediction - made.samples[chosen]) / 1.4).square().mean(1)  # as of data of 1/2
     c = 0.1 * 0.5  # pair_c in units of the teacher's sigma_data
@@ -115,7 +119,9 @@ def test_a_student_that_is_the_map_is_left_alone() -> None:
     state = method.init(0)
     made = term.pairs()
     own = state.student.denoiser(
-        state.student.sigmas[0] * made.noise, torch.full((32,), state.student.sigmas[0]), made.conditioning
+        state.student.sigmas[0] * made.noise,
+        torch.full((32,), state.student.sigmas[0]),
+        made.conditioning(torch.arange(32)),
     )
     made.samples.copy_(own.detach())
     info = term.backward(state, batch(0, 2))
@@ -163,7 +169,8 @@ def test_pairs_are_those_of_the_guided_teacher() -> None:
     term = regression(method)
     term.prepare(method.init(0), 0)
     made = term.pairs()
-    guided = sample_teacher(Guided(PAIR, 2.0), 40, steps=6, conditioning=made.conditioning, seed=term._seed)
+    told = made.conditioning(torch.arange(40))
+    guided = sample_teacher(Guided(PAIR, 2.0), 40, steps=6, conditioning=told, seed=term._seed)
     torch.testing.assert_close(made.samples, guided)
 
 
@@ -186,6 +193,33 @@ def test_the_regression_brings_a_lost_mode_back() -> None:
         optimizer.step()
     x = state.student.sample(2000, seed=9)
     assert float((x < 0).double().mean()) == pytest.approx(0.5, abs=0.056)
+
+
+def test_pairs_under_prompts_have_a_row_of_the_pool_and_a_scale_each() -> None:
+    """Rows are drawn once: the network sees the field of its row at every call, and its scale."""
+    seen: list[torch.Tensor] = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, *, text: Any, guidance: Any) -> torch.Tensor:
+            seen.append(torch.stack([text, guidance], 1))
+            return x / (1 + t[:, None])
+
+    spec = {"text": FieldSpec(), "guidance": FieldSpec()}
+    teacher = dm.as_denoiser(Net(), "edm", "x0", shape=(2,), conditioning=spec, sigma_data=1.0)
+    rows = Conditioning({"text": torch.arange(5.0), "guidance": torch.zeros(5)})
+    pool = Pool(5, rows.index)
+    common: Any = {"steps": 2, "seed": 1, "device": "cpu", "pool": pool, "guidance_range": (2.0, 6.0)}
+    made = make_pairs(teacher, 40, batch=40, **common)
+    told = made.conditioning(torch.arange(40))
+    for given in seen:
+        assert torch.equal(given, torch.stack([told["text"], told["guidance"]], 1))
+    assert set(told["text"].tolist()) == set(range(5))
+    assert told["guidance"].min() >= 2
+    assert told["guidance"].max() <= 6
+    assert len(told["guidance"].unique()) == 40
+    assert_same_but_for_rounding(make_pairs(teacher, 40, batch=7, **common).samples, made.samples)
+    with pytest.raises(UserError, match="need the prompts"):
+        make_pairs(teacher, 4, steps=2, seed=0, device="cpu")
 
 
 def test_several_calls_are_refused() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
@@ -59,14 +60,13 @@ def even_sigmas(denoiser: Any, steps: int, start: float | None = None) -> tuple[
     path: NoisePath = denoiser.path
     first = denoiser.sigma_max if start is None else start
     discrete = path.t_max + 1 if isinstance(path, DiscretePath) else 0.0
-    t = path.t_of_rho(first)
-    begin = (t + 1) / discrete if discrete else unshifted(t, denoiser.shift)
-    begin = torch.ones_like(begin) if first >= denoiser.sigma_max * (1 - 1e-6) else begin
-    u = begin * (1 - torch.arange(1, steps, dtype=torch.float64) / steps)
-    levels = (
-        first,
-        *path.rho((discrete * u).round() - 1 if discrete else shifted(u, denoiser.shift)).tolist(),
-    )
+    with no_dispatch():  # numbers, even where tensors are fake, as in the prediction of memory
+        t = path.t_of_rho(first)
+        begin = (t + 1) / discrete if discrete else unshifted(t, denoiser.shift)
+        begin = torch.ones_like(begin) if first >= denoiser.sigma_max * (1 - 1e-6) else begin
+        u = begin * (1 - torch.arange(1, steps, dtype=torch.float64) / steps)
+        times = (discrete * u).round() - 1 if discrete else shifted(u, denoiser.shift)
+        levels = (first, *path.rho(times).tolist())
     if not all(a > b > 0 for a, b in zip(levels, (*levels[1:], denoiser.sigma_min / 2), strict=True)):
         raise UserError(
             "these steps do not fit between the noise levels of the teacher",

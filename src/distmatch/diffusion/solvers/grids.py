@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from distmatch.base.checks import check_count, check_name, check_number, check_rising
 from distmatch.base.errors import UserError
@@ -140,7 +141,9 @@ def checked_levels(levels: Tensor | Sequence[float], *, stochastic: bool) -> tup
     Raises:
         UserError: With what is wrong with the grid and the way out.
     """
-    values = torch.as_tensor(levels, dtype=torch.float64)
+    with no_dispatch():  # numbers, even where tensors are fake
+        values = torch.as_tensor(levels, dtype=torch.float64)
+        numbers: tuple[float, ...] = tuple(values.flatten().tolist())
     if values.ndim != 1 or len(values) < 2:
         raise UserError(
             "a sampling grid needs at least two consecutive noise levels",
@@ -148,7 +151,6 @@ def checked_levels(levels: Tensor | Sequence[float], *, stochastic: bool) -> tup
             expected="for example [80, 5, 0.5, 0]",
             fix='use grid("karras", steps, sigma_min, sigma_max)',
         )
-    numbers = tuple(values.tolist())
     if not all(math.isfinite(v) for v in numbers):
         raise UserError("a sampling grid contains a noise level that is not finite", got=numbers[:6])
     if any(a == b for a, b in pairwise(numbers)):

@@ -116,7 +116,6 @@ METHODS = (
         limits="pairs need many teacher calls before the first step; compared by pixels, not by LPIPS",
         settings=own.DMDSettings,
         build=_dmd,
-        conditions="labels",
         data="no",
         divergences="reverse_kl",
     ),

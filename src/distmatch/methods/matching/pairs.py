@@ -8,23 +8,26 @@ punishes detail that is only displaced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, initial_noise, stream_seed
-from distmatch.data.batches import Batch
+from distmatch.data.batches import Batch, Pool
 from distmatch.data.classes import checked_conditioning
 from distmatch.diffusion.adapters import PredictionDenoiser
-from distmatch.diffusion.conditioning import Conditioning
+from distmatch.diffusion.conditioning import LABEL, Conditioning, for_model, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.guidance import Guided
-from distmatch.diffusion.solvers import default_grid, sample_teacher, snap_grid
+from distmatch.diffusion.solvers import default_grid, snap_grid, solve
 from distmatch.losses import pair_regression_loss
-from distmatch.methods.context import Context, Info
+from distmatch.methods.context import GUIDANCE, Context, Info
 from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.state import DistillState
 
@@ -37,16 +40,24 @@ class Pairs:
         noise: Unit normal noise, (n, *shape) float32 on the CPU. Teacher and student both start from it, each
             scaled to its own first level.
         samples: The teacher's samples, (n, *shape).
-        conditioning: What they are conditioned on.
+        conditioning: What the samples of numbers (B,) are conditioned on. Of prompts, numbers alone are kept.
     """
 
     noise: Tensor
     samples: Tensor
-    conditioning: Conditioning
+    conditioning: Callable[[Tensor], Conditioning]
 
 
 def make_pairs(
-    teacher: Denoiser, n: int, *, steps: int, seed: int, device: torch.device | str, batch: int = 1024
+    teacher: Denoiser,
+    n: int,
+    *,
+    steps: int,
+    seed: int,
+    device: torch.device | str,
+    batch: int = 1024,
+    pool: Pool | None = None,
+    guidance_range: tuple[float, ...] = (),
 ) -> Pairs:
     """Samples a teacher with Heun's method and keeps the noise.
 
@@ -54,27 +65,61 @@ def make_pairs(
         teacher: The teacher; guided, if the student shall be.
         n: Number of pairs.
         steps: Steps of the solver, from ``sigma_max`` to 0.
-        seed: Seed of noise and labels: the same seed gives the same pairs, whatever ``batch`` is.
+        seed: Seed of noise and conditioning: the same seed gives the same pairs, whatever ``batch`` is.
         device: Where to compute.
         batch: Samples at a time.
+        pool: What the conditioning is drawn from, for teachers that take more than labels.
+        guidance_range: As the setting.
+
+    Raises:
+        UserError: A teacher that takes more than labels, without a pool.
     """
-    conditioning = checked_conditioning(None, n, teacher, seed)
-    levels = default_grid(teacher, steps)
-    model = teacher.inner if isinstance(teacher, Guided) else teacher
-    if isinstance(model, PredictionDenoiser) and model.levels == "snap":
-        levels = snap_grid(levels, model.path)
+    conditioning = _conditioning(teacher, n, seed, pool, guidance_range)
+    noise = initial_noise(n, teacher.shape, seed)
+    levels = _levels(teacher, steps)
+    samples = []
     with progress(n, desc="pairs of the teacher", delay=5.0) as bar:
-        samples = sample_teacher(
-            teacher,
-            n,
-            grid=levels,
-            conditioning=conditioning,
-            seed=seed,
-            batch=batch,
-            device=device,
-            on_batch=bar.update,
+        for rows in torch.arange(n).split(batch):
+            start = noise[rows].to(device) * levels[0]
+            samples.append(solve(teacher, start, levels, conditioning=conditioning(rows).to(device)).y.cpu())
+            bar.update(len(rows))
+    return Pairs(noise, torch.cat(samples), conditioning)
+
+
+def _levels(teacher: Denoiser, steps: int) -> list[float]:
+    """The levels of the teacher's own sampler."""
+    model = teacher.inner if isinstance(teacher, Guided) else teacher
+    with no_dispatch():  # numbers, even where tensors are fake
+        levels = default_grid(teacher, steps)
+        if isinstance(model, PredictionDenoiser) and model.levels == "snap":
+            levels = snap_grid(levels, model.path)
+        found: list[float] = levels.tolist()
+    return found
+
+
+def _conditioning(
+    teacher: Denoiser, n: int, seed: int, pool: Pool | None, guidance_range: tuple[float, ...]
+) -> Callable[[Tensor], Conditioning]:
+    """What each of n pairs is conditioned on: rows of the pool, or drawn labels."""
+    if not set(spec_of(teacher)) - {LABEL}:
+        return checked_conditioning(None, n, teacher, seed).index
+    if pool is None:
+        raise UserError(
+            "pairs of noise and sample need the prompts that they are drawn from",
+            got="batches without them",
+            fix="pass them with each batch: Batch(x, conditioning, pool=Pool(size, conditioning_of_numbers))",
         )
-    return Pairs(initial_noise(n, teacher.shape, seed), samples, conditioning)
+    rows = torch.randint(pool.size, (n,), generator=generator(seed, "prompts"))
+    scales = torch.rand(n, generator=generator(seed, "guidance"))
+
+    def of(chosen: Tensor) -> Conditioning:
+        found = for_model(teacher, pool.conditioning(rows[chosen]))
+        if not guidance_range:
+            return found
+        low, high = guidance_range
+        return Conditioning({**found, GUIDANCE: low + (high - low) * scales[chosen]})
+
+    return of
 
 
 @dataclass
@@ -111,8 +156,8 @@ class PairRegression:
         """Remembers the seed of the run."""
         self._seed, self._made = stream_seed(seed, "pairs"), None
 
-    def pairs(self) -> Pairs:
-        """All pairs; made at the first call."""
+    def pairs(self, batch: Batch | None = None) -> Pairs:
+        """All pairs; made at the first call, as many at a time as in a part of the batch, if there is one."""
         if self._made is None:
             context = self.context
             self._made = make_pairs(
@@ -121,19 +166,26 @@ class PairRegression:
                 steps=self.config.pair_steps,
                 seed=self._seed,
                 device=context.device,
+                **self._like(batch),
             )
         return self._made
 
+    def _like(self, batch: Batch | None) -> dict[str, Any]:
+        if batch is None or not set(spec_of(self.context.teacher)) - {LABEL}:
+            return {}
+        size = max(part.stop - part.start for part in self.context.parts(len(batch.x)))
+        return {"batch": size, "pool": batch.pool, "guidance_range": self.config.guidance_range}
+
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient on as many pairs as the batch has samples, drawn anew at each step."""
-        recorded, context, student = self.pairs(), self.context, state.student
+        recorded, context, student = self.pairs(batch), self.context, state.student
         n = len(batch.x)
         chosen = torch.randint(
             len(recorded.noise), (n,), generator=generator(self._seed, f"step/{state.step}")
         )
         z = recorded.noise[chosen].to(context.device)
         target = recorded.samples[chosen].to(context.device)
-        cond = recorded.conditioning.index(chosen).to(context.device)
+        cond = recorded.conditioning(chosen).to(context.device)
         c, unit = self.config.pair_c * context.teacher.sigma_data, context.unit
         total = torch.zeros((), device=context.device)
         for part in context.parts(n):
