@@ -204,6 +204,7 @@ def compare(
     *,
     methods: str | Sequence[str],
     out: str | os.PathLike[str],
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     budget: str = "2000 steps",
     seeds: int = 3,
     resume: bool = False,
@@ -215,6 +216,7 @@ def compare(
     Args:
         teacher: As for :func:`distill`.
         data: As for :func:`distill`; students are measured against them too.
+        prompts: As for :func:`distill`. Without images students are measured against samples of the teacher.
         methods: Such as ``["dmd2", "f-distill:js", "strong=f-distill:js[gan_weight=0.03]"]``, or one text
             with commas.
         out: The folder of the comparison: a run folder for each method and seed, ``compare.json``,
@@ -233,28 +235,33 @@ def compare(
         UserError: Unknown settings, or a method that cannot be used here; nothing is trained then.
     """
     given = None if isinstance(teacher, (str, os.PathLike)) else teacher
-    data = name_of_data(given) if data is None and given is not None else data
+    if data is None and prompts is None and given is not None:
+        data = name_of_data(given)
+    texts = None if prompts is None or isinstance(prompts, (str, os.PathLike)) else list(prompts)
     shared = SharedOptions()
     text = methods if isinstance(methods, str) else ",".join(methods)
     first = CompareOptions(methods=text, budget=budget, seeds=seeds)
-    options, run, net, pipeline, chosen = settings_of(
-        settings, first, shared.run, shared.net, shared.pipeline, shared.settings
+    options, run, net, pipeline, encoding, chosen = settings_of(
+        settings, first, shared.run, shared.net, shared.pipeline, shared.encoding, shared.settings
     )
     shared = SharedOptions(
         teacher=os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else "",
         data=name_of(data) if data is not None else "",
         pipeline=pipeline,
+        prompts="" if prompts is None or texts is not None else os.fspath(prompts),  # type: ignore[arg-type]
+        encoding=encoding,
         run=run,
         net=net,
         settings=chosen,
     )
-    found = real_data(given, data, shared.run.seed)
+    captioned = isinstance(data, (str, os.PathLike)) and has_captions(Path(data))
+    found = None if captioned else real_data(given, data, shared.run.seed)
     inputs = [shared.teacher] if shared.teacher else []
     check_saveable(given)
     check_usable(out, resume=resume, inputs=inputs)
     with quietly(quiet):
         prepared = prepare_comparison(
-            replace(options, shared=shared), given, found, resumed=Path(out) if resume else None
+            replace(options, shared=shared), given, found, texts, resumed=Path(out) if resume else None
         )
         with create(out, resume=resume, inputs=inputs) as folder:
             record = carry_out_comparison(prepared, folder)

@@ -28,7 +28,7 @@ example: distmatch compare --methods dmd2,f-distill:js,f-distill:kl --budget 5m 
     hidden=frozenset({"steps", "grid"}),  # the budget decides; of single runs
 )
 
-_SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accuracy")
+_SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accuracy", "prompt_energy")
 
 
 def run(argv: list[str]) -> None:
@@ -57,6 +57,8 @@ def run(argv: list[str]) -> None:
     if place.json:
         print_json({"run": str(folder.path), "report": str(report), **record})
         return
+    if of := record["reference"].get("of"):
+        print(f"in place of real data: {of}")
     print(comparison_table(record))
     print(f"report: {report}")
 

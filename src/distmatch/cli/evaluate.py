@@ -18,6 +18,9 @@ from distmatch.training.pipeline_options import PipelineOptions
 
 if TYPE_CHECKING:
     from distmatch.metrics import Features
+    from distmatch.training.models import Model
+    from distmatch.training.prompt_reference import PromptReference
+    from distmatch.training.sampling import Sampling
 
 HELP = Help(
     """Evaluate samples, or the models of a run folder, against a reference, with metrics or divergences.
@@ -32,7 +35,7 @@ example: distmatch evaluate runs/js
     short="what against divergences features teacher n seed device json",
     groups={
         "How the teacher is sampled": "solver steps grid guidance",
-        "This command": "seed device json",
+        "This command": "seed batch device json",
     },
 )
 
@@ -50,6 +53,9 @@ class EvaluateOptions:
     (kl,gjs:0.3,renyi:2,mmd). The reference is p, WHAT is q."""
     data: str = ""
     """The reference; empty: the real data of the run."""
+    prompts: str = ""
+    """For a student of prompts: those to measure on, as for distill; empty: those of the run. Without
+    images the reference is samples of the teacher from other noise."""
     teacher: str = ""
     """For a student's run: the teacher to compare it with; empty: the one it was distilled from."""
     base: str = ""
@@ -60,8 +66,8 @@ class EvaluateOptions:
     features: str = "auto"
     """classifier, pixels, or auto: classifier where there are labels; pixels with --divergences."""
     n: int | None = None
-    """Samples per block, the same for all; unset: half the data, at most 5000. With --divergences the limit
-    per set, at most 20,000."""
+    """Samples per block, the same for all; unset: half the data, at most 5000; of runs on prompts 100. With
+    --divergences the limit per set, at most 20,000."""
     solver: str = "heun"
     """Solver for the teacher; docs/solvers.md lists the names."""
     steps: int = 18
@@ -69,7 +75,9 @@ class EvaluateOptions:
     grid: Literal["auto", "karras", "log", "uniform", "power", "log-snr", "time"] = "auto"
     """Grid of noise levels for the teacher; auto: that of its own sampler, karras for most."""
     guidance: float = 1.0
-    """Guidance scale of the teacher; 1 is none."""
+    """Guidance scale of the teacher; 1 is none, or that of the run where its samples are the reference."""
+    batch: int = 1024
+    """Samples per batch."""
     seed: int = 0
     """Seed of initial noise, labels and blocks."""
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
@@ -82,8 +90,8 @@ class EvaluateOptions:
 def run(argv: list[str]) -> None:
     """Parses, measures, prints the table."""
     o = parse(EvaluateOptions, argv, verb="evaluate", said=HELP)
-    if o.n is not None and o.n < 1:
-        raise UserError("--n must be at least 1", got=o.n)
+    if (o.n is not None and o.n < 1) or o.batch < 1:
+        raise UserError("--n and --batch must be at least 1", got=f"{o.n or 1} and {o.batch}")
     if o.against and o.data:
         raise UserError(
             "two references are given",
@@ -242,36 +250,100 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
     from distmatch.training.evaluation import evaluate_models
     from distmatch.training.models import open_model
     from distmatch.training.runfolder import RunFolder
-    from distmatch.training.sampling import Sampling
 
     model = open_model(o.what, o.base, imported(o.network))
     tell_conversion(o.what, model.conversion)
-    spec = o.data or model.data
-    if not spec:
-        raise UserError(f"{o.what} does not record its training data", fix="pass --data")
-    data = load_data(spec, labels=bool(model.conditioning_spec), columns=columns_of(model.trained_on))
-    models = {model.kind: model}
-    teacher = o.teacher or (str(model.student.info.get("teacher", "")) if model.student else "")
-    if model.student is not None and teacher:
-        try:
-            about = {} if o.teacher or model.student is None else model.student.info.get("teacher_options")
-            options = {**(about or {}), **o.pipeline.given()}
-            models = {"teacher": open_model(teacher, options=options), **models}
-            tell_conversion(teacher, models["teacher"].conversion)
-        except UserError as error:
-            if o.teacher:
-                raise
-            warnings.warn(f"measured without the teacher: {error}", stacklevel=2)
+    found = _on_prompts(o, model)
+    if found is None:
+        spec = o.data or model.data
+        if not spec:
+            raise UserError(f"{o.what} does not record its training data", fix="pass --data")
+        data = load_data(spec, labels=bool(model.conditioning_spec), columns=columns_of(model.trained_on))
+        teacher, sampling, of = _teacher_of(o, model, needed=False), _sampling(o), ""
+    else:
+        spec, (teacher, sampling, reference) = o.data, found
+        data, of = reference.data, reference.of
     space = resolve_features(o.features, data)
     metrics = evaluate_models(
         data,
-        models,
+        {**({"teacher": teacher} if teacher is not None else {}), model.kind: model},
         RunFolder(Path(o.what)),
         features=space,
         n=o.n,
-        sampling=Sampling(solver=o.solver, steps=o.steps, grid=o.grid, guidance=o.guidance),
+        sampling=sampling,
         seed=o.seed,
         device=o.device,
+        batch=o.batch,
         spec=spec,
+        of=of,
     )
-    return metrics, space, spec, notes_on(data, space, metrics["reference"]["fd"].n)
+    return metrics, space, of or spec or data.name, notes_on(data, space, metrics["reference"]["fd"].n)
+
+
+def _sampling(o: EvaluateOptions) -> Sampling:
+    from distmatch.training.sampling import Sampling
+
+    return Sampling(solver=o.solver, steps=o.steps, grid=o.grid, guidance=o.guidance)
+
+
+def _teacher_of(o: EvaluateOptions, model: Model, *, needed: bool) -> Model | None:
+    """The teacher of a student; None where it is not found, which is an error where it is needed or named."""
+    from distmatch.cli.output import tell_conversion
+    from distmatch.training.models import open_model
+
+    info = model.student.info if model.student is not None else {}
+    name = o.teacher or str(info.get("teacher", ""))
+    if model.student is None or not name:
+        return None
+    try:
+        about = {} if o.teacher else info.get("teacher_options") or {}
+        teacher = open_model(name, options={**about, **o.pipeline.given()})
+    except UserError as error:
+        if o.teacher or needed:
+            raise
+        warnings.warn(f"measured without the teacher: {error}", stacklevel=2)
+        return None
+    tell_conversion(name, teacher.conversion)
+    return teacher
+
+
+def _on_prompts(o: EvaluateOptions, model: Model) -> tuple[Model | None, Sampling, PromptReference] | None:
+    """Teacher, its sampling and the reference of a student on prompts; None for other models and data."""
+    from distmatch.training.prompt_reference import (
+        guided_as,
+        images_in,
+        prompts_of_run,
+        reference_on_prompts,
+    )
+
+    info = model.student.info if model.student is not None else {}
+    inner = model.student.denoiser if model.student is not None else model.teacher
+    folder = images_in("", o.data, inner) if inner is not None else ""
+    if not (folder or o.prompts or ("prompts" in info and not o.data)):
+        return None
+    if inner is None or model.prompt_encoder is None:
+        raise UserError(
+            f"{o.what} takes no prompts", got=f"--prompts {o.prompts}", fix="omit --prompts, and pass --data"
+        )
+    texts = [] if folder else prompts_of_run(info, o.prompts, o.what)
+    if not (folder or o.data or model.data):
+        folder = images_in(o.prompts or str(info["prompts"]["source"]), "", inner)
+    teacher = _teacher_of(o, model, needed=True)
+    sampling = _sampling(o)
+    if teacher is not None and teacher.teacher is not None and o.guidance == 1:
+        sampling = guided_as(sampling, info, teacher.teacher, o.device)
+    reference = reference_on_prompts(
+        teacher if model.student is not None else model,
+        texts,
+        folder=folder,
+        spec="" if folder else o.data or model.data,
+        n=o.n,
+        sampling=sampling,
+        seed=o.seed,
+        device=o.device,
+        batch=o.batch,
+    )
+    free = getattr(model.prompt_encoder, "free_text_encoders", None)
+    if free is not None:  # the conditions of all models are encoded
+        free()
+    return teacher, sampling, reference

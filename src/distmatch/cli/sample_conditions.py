@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -19,10 +18,10 @@ from distmatch.diffusion.conditioning import (
     check_conditioning,
     label_spec,
 )
-from distmatch.diffusion.prompts import encode_prompts, prompt_encoder_of
+from distmatch.diffusion.prompts import prompt_encoder_of
 from distmatch.methods.context import GUIDANCE
-from distmatch.training.devices import pick_device
 from distmatch.training.models import Model
+from distmatch.training.prompt_reference import encoded_for
 
 Options = Any
 """``SampleOptions``, in whose module these functions are called."""
@@ -62,7 +61,9 @@ def conditioning_of(
         return checked_conditioning(given, n, model, o.seed), ""
     if texts:
         rows = torch.arange(n) % len(texts)
-        return checked_conditioning(_encoded(o, model, texts).index(rows), n, model, o.seed), ""
+        return checked_conditioning(
+            encoded_for(denoiser_in(model), texts, o.device).index(rows), n, model, o.seed
+        ), ""
     if others := set(model.conditioning_spec) - {LABEL}:
         takes = prompt_encoder_of(denoiser_in(model)) is not None
         raise UserError(
@@ -106,7 +107,9 @@ def negative_of(o: Options, model: Model) -> Conditioning | None:
     Raises:
         UserError: The model takes no prompts.
     """
-    return _encoded(o, model, [o.negative_prompt], free=False) if o.negative_prompt else None
+    if not o.negative_prompt:
+        return None
+    return encoded_for(denoiser_in(model), [o.negative_prompt], o.device, free=False)
 
 
 def takes_scale(model: Model) -> bool:
@@ -122,17 +125,6 @@ def at_scale(conditioning: Conditioning, n: int, scale: float) -> Conditioning:
 def denoiser_in(model: Model) -> Any:
     """The denoiser of a model."""
     return model.student.denoiser if model.student is not None else model.teacher
-
-
-def _encoded(o: Options, model: Model, texts: Sequence[str], *, free: bool = True) -> Conditioning:
-    """Prompts as a model takes them; the text encoders of a pipeline are then freed."""
-    denoiser = denoiser_in(model)
-    encoder: Any = prompt_encoder_of(denoiser)
-    with encoder.on(pick_device(o.device)) if hasattr(encoder, "on") else nullcontext():
-        found = encode_prompts(denoiser, texts).to("cpu")
-    if free and hasattr(encoder, "free_text_encoders"):
-        encoder.free_text_encoders()
-    return found
 
 
 def refuse(o: Options, names: tuple[str, ...], why: str, fix: str = "leave them out") -> None:

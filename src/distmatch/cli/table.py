@@ -18,6 +18,9 @@ _BETTER = {
     "frame_fd": "lower",
     "motion": "floor",
     "label_accuracy": "higher",
+    "prompt_energy": "lower",
+    "prompt_diversity": "floor",
+    "prompt_vendi": "floor",
     "modes": "higher",
     "kl": "lower",
     "reverse_kl": "lower",
@@ -44,7 +47,8 @@ def metric_table(metrics: dict[str, dict[str, Any]], features: str = "", notes: 
         notes: Remarks on all of it.
     """
     models = list(metrics)
-    titles = ["floor (real)" if m == "reference" else m for m in models]
+    of = metrics.get("reference", {}).get("of")
+    titles = [f"floor ({'teacher' if of else 'real'})" if m == "reference" else m for m in models]
     rows = [["metric", *titles, "better"]]
     n = 0
     for key, better in _BETTER.items():
@@ -57,7 +61,8 @@ def metric_table(metrics: dict[str, dict[str, Any]], features: str = "", notes: 
         if any(c for c in cells):
             rows.append([title, *(f"{c:.3g}" if c else "-" for c in cells), "lower"])
     lines = in_columns(rows)
-    lines.append(f"blocks of {n} samples; the floor compares real data with real data at the same size")
+    whose = "samples of the teacher with others" if of else "real data with real data"
+    lines.append(f"blocks of {n} samples; the floor compares {whose} at the same size")
     if features:
         lines.append(f"features: {features}")
     lines += [f"note: {note}" for note in notes]

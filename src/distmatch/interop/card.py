@@ -22,10 +22,13 @@ LICENSE = "unknown: that of the teacher and the data"
 
 _BEGIN, _END = "<!-- metrics -->", "<!-- end of metrics -->"
 _UNMEASURED = "Not measured. `distmatch evaluate` on the run folder fills this in."
+OF = "of"
+"""Entry of the reference in ``metrics.json``: what it is where it is no real data."""
 _DIRECTIONS = (
-    "Lower is better for fd, kid, frame_fd, kl, reverse_kl and js; density, vendi and motion are best "
-    "at the floor; higher is better for the others. The floor compares real data with real data. Errors "
-    "are one standard error; that of a difference assumes independent sides."
+    "Lower is better for fd, kid, frame_fd, kl, reverse_kl, js and prompt_energy; density, vendi, motion, "
+    "prompt_diversity and prompt_vendi are best at the floor; higher is better for the others. The floor "
+    "compares real data with real data. Errors are one standard error; that of a difference assumes "
+    "independent sides."
 )
 
 GUIDANCE = {
@@ -128,14 +131,16 @@ def metrics_section(metrics: Mapping[str, Any] | None) -> str:
     compared = {"teacher", "student"} <= metrics.keys()
     titles = ["floor" if name == "reference" else name for name in names]
     titles += ["student - teacher"] if compared else []
-    keys = dict.fromkeys(key for name in names for key in metrics[name])
+    keys = dict.fromkeys(key for name in names for key in metrics[name] if key != OF)
     lines = [f"| metric | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for key in keys:
         cells = [_measured(metrics[name].get(key)) for name in names]
         if compared:
             cells.append(_difference(metrics["student"].get(key), metrics["teacher"].get(key)))
         lines.append(f"| {_cell(str(key))} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _DIRECTIONS])
+    of = (metrics.get("reference") or {}).get(OF)
+    instead = f" In place of real data: {_cell(str(of))}." if of else ""
+    return "\n".join([*lines, "", _DIRECTIONS + instead])
 
 
 def guidance_in_words(about: Mapping[str, Any]) -> str:

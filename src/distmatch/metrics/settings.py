@@ -72,7 +72,7 @@ def plan(
     limits = [(len(reference) // 2, "use a larger reference"), (MOST_IN_BLOCK if n is None else n, "raise n")]
     if samples is not None:
         limits.append((samples // 2, "generate more samples"))
-    least, fix = min(limits)
+    least, fix = min(limits, key=lambda limit: limit[0])
     if least < _LEAST:
         raise UserError(
             "too few samples to evaluate",

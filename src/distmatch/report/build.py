@@ -14,7 +14,7 @@ from distmatch.report.compare import build_comparison, is_comparison
 from distmatch.report.log import Event, scalar_keys, wall_seconds
 from distmatch.report.page import flat, page
 from distmatch.report.run import MODELS, ModelMetrics, Run, read_run
-from distmatch.report.samples import samples_section, side_by_side
+from distmatch.report.samples import TAUGHT, samples_section, side_by_side
 from distmatch.report.table import doubts, headline, speed_up, table
 from distmatch.report.training import curve_charts, noise_charts, watch_charts
 
@@ -72,6 +72,7 @@ def render(run: Run) -> str:
     """The page of a run as HTML text."""
     rows = table(run.metrics)
     sentence, tiles = headline(run.metrics, rows)
+    of = run.metrics["reference"].of if "reference" in run.metrics else ""
     teacher_events = run.teacher.events if run.teacher else []
     return page(
         "template.html.j2",
@@ -81,7 +82,9 @@ def render(run: Run) -> str:
         sentence=sentence,
         tiles=tiles,
         missing=missing(run),
-        samples=samples_section(run.samples),
+        samples=samples_section(run.samples, of),
+        of=of,
+        reference_title=TAUGHT if of else "Real",
         rows=rows,
         doubts=doubts(rows),
         protocol=protocol(run.events),

@@ -22,7 +22,7 @@ from distmatch.report.compare_words import (
 )
 from distmatch.report.page import flat, page
 from distmatch.report.run import Samples, read_samples
-from distmatch.report.samples import SamplesSection, side_by_side
+from distmatch.report.samples import TAUGHT, SamplesSection, side_by_side, titled
 from distmatch.report.table import METRICS, Metric
 
 _RECORD = "compare.json"
@@ -99,8 +99,10 @@ def render_comparison(path: Path) -> str:
 def table_lines(record: dict[str, Any]) -> list[Line]:
     """The rows of the metric table: real data, the teacher, then the methods with their numbers."""
     means = record["summary"]["means"]
+    of = record["reference"].get("of")
+    real = (TAUGHT, str(of)) if of else ("Real data", "against other real data")
     lines = [
-        Line(None, "Real data", "against other real data", estimates(record["reference"])),
+        Line(None, *real, estimates(record["reference"])),
         Line(
             None,
             "Teacher",
@@ -209,7 +211,7 @@ def _samples(path: Path, record: dict[str, Any]) -> SamplesSection:
         if run["status"] == "done":
             files.setdefault(run["name"], path / run["folder"] / "samples" / "student.npz")
     found: dict[str, Samples] = {name: read_samples(file) for name, file in files.items() if file.exists()}
-    return side_by_side(found)
+    return side_by_side(titled(found, str(record["reference"].get("of") or "")))
 
 
 def _best(lines: list[Line], metrics: list[Metric]) -> dict[str, str]:

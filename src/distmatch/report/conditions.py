@@ -18,7 +18,7 @@ class Groups:
     Attributes:
         of: For each model the groups of its samples, (N,); numbers in the order of labels and values.
         names: What a group is conditioned on, by its number.
-        what: What the groups differ in: ``label`` or ``condition``.
+        what: What the groups differ in: ``label``, ``prompt`` or ``condition``.
     """
 
     of: list[np.ndarray]
@@ -27,10 +27,16 @@ class Groups:
 
 
 def grouped(models: Sequence[Samples]) -> Groups | None:
-    """The groups of samples with the same label and the same further conditions.
+    """The groups of samples with the same prompt, else with the same label and the same further conditions.
 
     Fields that a model's samples do not have are left aside; None where nothing is left.
     """
+    ends = np.cumsum([len(s.x) for s in models])[:-1]
+    if all(s.prompts for s in models):
+        texts = [text for s in models for text in s.prompts]
+        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        group = np.array([number[text] for text in texts])
+        return Groups(np.split(group, ends), tuple(number), "prompt")
     labelled = all(s.labels is not None for s in models)
     fields = _shared_fields(models)
     columns = [np.concatenate([s.labels for s in models if s.labels is not None])] if labelled else []
@@ -47,10 +53,6 @@ def grouped(models: Sequence[Samples]) -> Groups | None:
         names.append(
             ", ".join([f"label {label[0]}" if label and values else word for word in label] + values)
         )
-    if fields and all(s.prompts for s in models):
-        texts = [text for s in models for text in s.prompts]
-        names = [texts[at] for at in first]
-    ends = np.cumsum([len(s.x) for s in models])[:-1]
     return Groups(np.split(group.ravel(), ends), tuple(names), "condition" if fields else "label")
 
 

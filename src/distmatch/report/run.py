@@ -56,11 +56,13 @@ class ModelMetrics:
         nfe: Network calls for one sample, NaN when not given.
         seconds_per_1000: Seconds for a thousand samples, NaN when not given.
         estimates: Metric key to estimate; NaN represents null.
+        of: What a reference is where it is no real data, else ''.
     """
 
     nfe: float
     seconds_per_1000: float
     estimates: dict[str, Estimate]
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def read_metrics(path: Path) -> dict[str, ModelMetrics]:
         nfe, seconds = (
             _optional_number(path, f"{model}.{k}", block.get(k)) for k in ("nfe", "seconds_per_1000")
         )
-        found[model] = ModelMetrics(nfe, seconds, estimates)
+        found[model] = ModelMetrics(nfe, seconds, estimates, str(block.get("of") or ""))
     return found
 
 

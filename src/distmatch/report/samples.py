@@ -16,6 +16,8 @@ from distmatch.report.sequences import CHANNELS, CURVES, curve_limits, sequence_
 
 _CLASSES = 10  # rows of a grid
 _COLUMNS = 8
+TAUGHT = "Teacher, other noise"
+"""The title of a reference that is samples of the teacher."""
 _NAMES = {"reference": "Real", "teacher": "Teacher", "student": "Student"}
 
 
@@ -42,9 +44,17 @@ class SamplesSection:
     note: str
 
 
-def samples_section(samples: dict[str, Samples]) -> SamplesSection:
-    """Builds the panels for the models that have samples; samples of different kinds are not mixed."""
-    return side_by_side({m: samples[m] for m in MODELS if m in samples})
+def samples_section(samples: dict[str, Samples], of: str = "") -> SamplesSection:
+    """Builds the panels for the models that have samples; samples of different kinds are not mixed.
+
+    ``of`` says what the reference is where it is no real data.
+    """
+    return side_by_side(titled({m: samples[m] for m in MODELS if m in samples}, of))
+
+
+def titled(samples: dict[str, Samples], of: str) -> dict[str, Samples]:
+    """The samples with another title for a reference that is no real data."""
+    return {TAUGHT if of and model == "reference" else model: s for model, s in samples.items()}
 
 
 def side_by_side(present: dict[str, Samples]) -> SamplesSection:
@@ -104,7 +114,7 @@ def _image_panels(images: dict[str, Samples]) -> SamplesSection:
         )
         text = f"one row for each {what}: {', '.join(rows) if what == 'label' else '; '.join(rows)}"
         columns = indices[0].shape[1]
-        if what == "condition":  # too long to stand beside a row
+        if what != "label":  # too long to stand beside a row
             note += "".join(f" Row {number}: {name}." for number, name in enumerate(rows, 1))
             rows = tuple(str(number) for number in range(1, len(rows) + 1))
     else:

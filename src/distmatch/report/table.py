@@ -54,6 +54,11 @@ METRICS = (
     Metric("frame_fd", "Fréchet distance, frames", "down", "between the pixels of single frames"),
     Metric("motion", "Motion", "floor", "mean change of a pixel between frames, as a share of its range"),
     Metric("label_accuracy", "Label accuracy", "up", "share of samples classified as the requested label"),
+    Metric("prompt_energy", "Energy distance by prompt", "down", "over the reference's mean distance"),
+    Metric(
+        "prompt_diversity", "Diversity by prompt", "floor", "distance between samples, over the reference's"
+    ),
+    Metric("prompt_vendi", "Vendi score by prompt", "floor", "over the reference's"),
     Metric("modes", "Modes found", "up", "modes of the mixture that were hit"),
     Metric("kl", "KL(p‖q) of modes", "down", "large when modes are missing"),
     Metric("reverse_kl", "KL(q‖p) of modes", "down", "large when samples fall on rare modes"),

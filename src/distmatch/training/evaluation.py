@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,12 @@ from distmatch.diffusion.conditioning import (
     ConditioningLike,
     ConditioningSpec,
     as_conditioning,
+    labels_of,
 )
 from distmatch.diffusion.mixture import GaussianMixture
-from distmatch.interop.card import refresh_card
+from distmatch.interop.card import OF, refresh_card
 from distmatch.metrics import evaluate, plan, reference_floor, reference_labels, resolve_features
+from distmatch.metrics.by_prompt import prompt_estimates, prompt_floor
 from distmatch.metrics.features import Features
 from distmatch.metrics.settings import MOST_IN_BLOCK, FeatureChoice
 from distmatch.training.distill_data import check_fit
@@ -48,7 +51,9 @@ def evaluate_models(
     sampling: Sampling = HEUN,
     seed: int = 0,
     device: str = "auto",
+    batch: int = 1024,
     spec: str = "",
+    of: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Measures each model at the same N on the same latents and labels, and writes what was found.
 
@@ -61,7 +66,9 @@ def evaluate_models(
         sampling: How a teacher is sampled.
         seed: Seed of latents, labels and blocks.
         device: Where to sample.
+        batch: Samples at a time.
         spec: Name of the data; an exact mixture's name adds the mode metrics.
+        of: What the data are where they are not real, such as samples of the teacher.
 
     Returns:
         What ``metrics.json`` holds, with :class:`Estimate` values.
@@ -102,7 +109,7 @@ def evaluate_models(
             # A model's first calls pay for memory and threads; they are not part of its speed.
             with quietly():
                 model.draw(min(count, 64), asked.index(slice(64)), seed, Sampling(steps=2), device=device)
-            return model.draw(count, asked, seed, sampling, device=device)
+            return model.draw(count, asked, seed, sampling, batch=batch, device=device)
 
         return draw
 
@@ -114,6 +121,7 @@ def evaluate_models(
         n=block,
         seed=seed,
         mixture=toy(spec) if spec in TOY_NAMES else None,
+        of=of,
     )
     settings = plan(data, features=space, n=n, seed=seed).to_dict()
     fingerprint = {"fingerprint": space.fingerprint} if space.fingerprint else {}
@@ -153,6 +161,7 @@ def measure_samples(
     n: int,
     seed: int = 0,
     mixture: GaussianMixture | None = None,
+    of: str = "",
 ) -> tuple[dict[str, dict[str, Any]], dict[str, SampleResult]]:
     """Draws from each model under the same conditions and from the same noise, and measures all at one N.
 
@@ -164,6 +173,7 @@ def measure_samples(
         n: Samples in a block; two blocks are drawn from each model.
         seed: Chooses blocks and labels.
         mixture: The exact mixture behind the data, for the mode metrics.
+        of: What the data are where they are not real.
 
     Returns:
         The content of ``metrics.json`` as estimates, and the samples by model, the reference's included.
@@ -171,20 +181,33 @@ def measure_samples(
     labels = asked.label
     common: dict[str, Any] = {"features": features, "n": n, "seed": seed, "mixture": mixture}
     floor = reference_floor(data, stratified=labels is not None, **common)
-    result: dict[str, dict[str, Any]] = {"reference": {"nfe": None, "seconds_per_1000": None, **floor}}
-    drawn: dict[str, SampleResult] = {"reference": _reference(data, labels, 2 * n, seed)}
+    about = {OF: of} if of else {}
+    real = reference_samples(data, labels, 2 * n, seed)
+    result: dict[str, dict[str, Any]] = {
+        "reference": {**about, "nfe": None, "seconds_per_1000": None, **floor, **prompt_floor(real.prompts)}
+    }
+    drawn: dict[str, SampleResult] = {"reference": real}
     for name, draw in models.items():
-        samples = draw(2 * n, asked)
+        samples = replace(draw(2 * n, asked), prompts=real.prompts)
         drawn[name] = samples
         measured = evaluate(samples.x, data, labels=labels, **common)
+        measured |= prompt_estimates(samples.x, real.x, real.prompts)
         result[name] = {"nfe": samples.nfe, "seconds_per_1000": samples.seconds_per_1000, **measured}
     return result, drawn
 
 
-def _reference(data: Dataset, labels: Tensor | None, n: int, seed: int) -> SampleResult:
-    """Real samples with the same labels in the same order, to stand beside the models' in pictures."""
+def reference_samples(data: Dataset, labels: Tensor | None, n: int, seed: int) -> SampleResult:
+    """Real samples in the order of :func:`asked_of`, with the same labels or conditions.
+
+    Args:
+        data: The real data.
+        labels: The labels that are asked for; None without.
+        n: Number of samples.
+        seed: Of the choice.
+    """
     rows = _rows(data, labels, n, seed)
-    return SampleResult(data.batch(rows)[0], data.conditioning(rows), 0, 0.0)
+    texts = tuple(data.captions[i] for i in rows.tolist()) if data.captions else ()
+    return SampleResult(data.batch(rows)[0], data.conditioning(rows), 0, 0.0, texts)
 
 
 def asked_of(data: Dataset, spec: ConditioningSpec, n: int, seed: int) -> Conditioning:
@@ -256,10 +279,18 @@ def write_evaluation(
     class_names: Sequence[str] = (),
 ) -> None:
     """Writes ``metrics.json``, the samples, an ``evaluate`` event and the model card of a run folder."""
-    for name, samples in drawn.items():
-        content = npz_bytes(scaling.export(samples.x), samples.conditioning, class_names)
-        atomic_write(folder.samples / f"{name}.npz", content)
+    write_samples(folder, drawn, scaling, class_names)
     atomic_json(folder.metrics, plain(metrics))
     refresh_card(folder.model, plain(metrics))
     with EventLog(folder.log) as log:
         log.write("evaluate", None, **settings)
+
+
+def write_samples(
+    folder: RunFolder, drawn: dict[str, SampleResult], scaling: Scaling, class_names: Sequence[str]
+) -> None:
+    """Writes samples by model to ``samples/``, with prompts, where they are known, in place of encodings."""
+    for name, samples in drawn.items():
+        told = labels_of(samples.conditioning) if samples.prompts else samples.conditioning
+        content = npz_bytes(scaling.export(samples.x), told, class_names, samples.prompts)
+        atomic_write(folder.samples / f"{name}.npz", content)

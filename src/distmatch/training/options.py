@@ -217,6 +217,10 @@ class DistillInputs:
     teacher: str = ""
     """A run or model folder, a folder of diffusers, a .pkl of EDM; or ring8, grid25, skewed2 (exact)."""
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    prompts: str = ""
+    """Prompts: a text file with one in each line, .jsonl, .csv or .parquet with a column text, prompt or
+    caption (or captions.csv:NAME), or a folder of images with metadata.jsonl (docs/prompts.md)."""
+    encoding: EncodingOptions = field(default_factory=EncodingOptions)
     run: RunOptions = field(default_factory=RunOptions)
     net: NetOptions = field(default_factory=NetOptions)
 
@@ -262,10 +266,6 @@ class WatchOptions:
 class DistillOptions(DistillInputs):
     """Options of `distmatch distill`."""
 
-    prompts: str = ""
-    """Prompts: a text file with one in each line, .jsonl, .csv or .parquet with a column text, prompt or
-    caption (or captions.csv:NAME), or a folder of images with metadata.jsonl (docs/prompts.md)."""
-    encoding: EncodingOptions = field(default_factory=EncodingOptions)
     method: str = "f-distill"
     """f-distill, dmd2, sid, uni-instruct, rcm, ... (docs/methods.md); it determines the options and defaults
     below."""

@@ -113,7 +113,7 @@ def given_prompts(
                 got=f"--prompts {source}, a folder of images, and other data",
                 fix="omit one of them",
             )
-        return _of_folder(path, column, source, teacher)
+        return of_folder(path, column, source, teacher)
     if texts is None:
         texts = read_prompts(source) if source else data.captions if data is not None else ()
     if data is not None:
@@ -146,8 +146,12 @@ def _is_conditioned(data: Dataset, teacher: Denoiser) -> bool:
     return ours and set(spec_of(teacher)) - {LABEL} <= set(data.conditions)
 
 
-def _of_folder(folder: Path, column: str, source: str, teacher: Denoiser) -> Prompts:
-    """Images of a folder with their captions, cropped and resized to the size of the teacher's images."""
+def of_folder(folder: Path, column: str, source: str, teacher: Denoiser) -> Prompts:
+    """Images of a folder with their captions, cropped and resized to the size of the teacher's images.
+
+    Raises:
+        UserError: The teacher's samples are no color images, or the folder cannot be used.
+    """
     decoder = decoder_of(teacher)
     shape = tuple(teacher.shape if decoder is None else decoder.shape)
     if len(shape) != 3 or shape[0] != 3:
@@ -195,5 +199,9 @@ def _of_data(data: Dataset, texts: Sequence[str], teacher: Denoiser, source: str
 
 def described_prompts(prompts: Prompts, source: str) -> dict[str, Any]:
     """What a student keeps of its prompts."""
-    digest = hashlib.sha256("\0".join(prompts.texts).encode()).hexdigest()
-    return {"source": source, "number": len(prompts.texts), "sha256": digest}
+    return {"source": source, "number": len(prompts.texts), "sha256": digest_of(prompts.texts)}
+
+
+def digest_of(texts: Sequence[str]) -> str:
+    """A sha256 (hex) of prompts in their order."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()

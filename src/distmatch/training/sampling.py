@@ -41,6 +41,7 @@ class Sampling:
         interval: Guide where low < sigma <= high only; None guides everywhere.
         reference: A weaker teacher to guide by, instead of the teacher without its class.
         negative: What to lead away from, one row; None is no condition.
+        rescale: As for :class:`~distmatch.diffusion.guidance.Guided`.
     """
 
     solver: str = "heun"
@@ -51,6 +52,7 @@ class Sampling:
     interval: tuple[float, float] | None = None
     reference: Denoiser | None = None
     negative: Conditioning | None = None
+    rescale: float = 0.0
 
     def path_for(self, teacher: Denoiser) -> NoisePath:
         """The path for what works in a path's time.
@@ -87,14 +89,20 @@ class Sampling:
             UserError: A guidance that the teacher cannot have.
         """
         return guided(
-            teacher, self.guidance, interval=self.interval, reference=self.reference, negative=self.negative
+            teacher,
+            self.guidance,
+            interval=self.interval,
+            reference=self.reference,
+            negative=self.negative,
+            rescale=self.rescale,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The requested options, as JSON, for logs."""
-        said = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("reference", "negative")
-        }
+        said = {f.name: getattr(self, f.name) for f in fields(self)}
+        del said["negative"]
+        if not self.rescale:
+            del said["rescale"]
         return {**said, "reference": self.reference is not None}
 
     def check(self, teacher: Denoiser) -> None:
@@ -139,12 +147,14 @@ class SampleResult:
         conditioning: What they were conditioned on.
         nfe: Network calls for each sample, counted.
         seconds_per_1000: Wall-clock seconds for 1000 samples.
+        prompts: The text of each sample's condition, or ().
     """
 
     x: Tensor
     conditioning: Conditioning
     nfe: int
     seconds_per_1000: float
+    prompts: tuple[str, ...] = ()
 
 
 class _CountingStudent:

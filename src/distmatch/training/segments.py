@@ -102,6 +102,15 @@ def check_prompts(digest: str | None, log: Path) -> None:
         with contextlib.suppress(ValueError):  # a line that a crash cut short
             event = json.loads(line) if b'"start"' in line else {}
             begun = event.get(PROMPTS, begun) if event.get("event") == "start" else begun
+    require_same_prompts(digest, begun)
+
+
+def require_same_prompts(digest: str, begun: str | None) -> None:
+    """Refuses prompts with another hash than those that a run began with, where it is known.
+
+    Raises:
+        UserError: They are others.
+    """
     if begun and begun != digest:
         raise UserError(
             "a resumed run keeps its prompts, and these are not those that it began with",

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
-from distmatch.base.files import atomic_write, load_tensors, save_tensors
+from distmatch.base.files import load_tensors, save_tensors
 from distmatch.base.progress import quietly
-from distmatch.data import TOY_NAMES, Dataset, load_data, toy
+from distmatch.data import TOY_NAMES, Dataset, Scaling, load_data, toy
 from distmatch.data.columns import columns_of
+from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
+from distmatch.interop import decoder_of
 from distmatch.methods.student import Student
 from distmatch.metrics import plan, resolve_features
+from distmatch.metrics.by_prompt import prompt_estimates
 from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.metrics.features import Features
 from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.comparison.stats import Measured
 from distmatch.training.distill_data import check_fit
-from distmatch.training.evaluation import asked_of, measure_samples, npz_bytes, plain, write_evaluation
+from distmatch.training.evaluation import (
+    asked_of,
+    measure_samples,
+    plain,
+    reference_samples,
+    write_evaluation,
+    write_samples,
+)
 from distmatch.training.known_data import known_data, with_encodings
 from distmatch.training.models import Model, open_model
+from distmatch.training.prompt_reference import guided_as, images_in, reference_on_prompts
+from distmatch.training.prompted import digest_of
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import SampleResult, Sampling
 
@@ -44,6 +57,9 @@ class Bench:
         sampling: How the teacher is sampled.
         device: Where to sample.
         mixture: The exact mixture behind the data, for the mode metrics.
+        of: What the data are where they are not real.
+        batch: Samples at a time.
+        prompts: The hash of the prompts; '' without.
     """
 
     data: Dataset
@@ -55,6 +71,9 @@ class Bench:
     sampling: Sampling
     device: str
     mixture: GaussianMixture | None
+    of: str = ""
+    batch: int = 1024
+    prompts: str = ""
 
     def settings(self) -> dict[str, Any]:
         """What the values depend on besides the samples, as JSON."""
@@ -64,11 +83,10 @@ class Bench:
     def draw(self, model: Model) -> SampleResult:
         """The samples of a model: always from the same latents, under the same conditions."""
         with quietly():
-            model.draw(
-                _WARM, self.asked.index(slice(_WARM)), self.seed, Sampling(steps=2), device=self.device
-            )
+            few = self.asked.index(slice(warm := min(_WARM, self.batch)))
+            model.draw(warm, few, self.seed, Sampling(steps=2), device=self.device)
         count = 2 * self.block
-        return model.draw(count, self.asked, self.seed, self.sampling, device=self.device)
+        return model.draw(count, self.asked, self.seed, self.sampling, batch=self.batch, device=self.device)
 
     def baseline(self, folder: RunFolder) -> dict[str, dict[str, Any]]:
         """Measures real data and the teacher, and writes their samples; the JSON form of both."""
@@ -80,12 +98,9 @@ class Bench:
             n=self.block,
             seed=self.seed,
             mixture=self.mixture,
+            of=self.of,
         )
-        for name, samples in drawn.items():
-            content = npz_bytes(
-                self.data.scaling.export(samples.x), samples.conditioning, self.data.class_names
-            )
-            atomic_write(folder.samples / f"{name}.npz", content)
+        write_samples(folder, drawn, self.data.scaling, self.data.class_names)
         return plain(found)
 
     def student(
@@ -101,7 +116,10 @@ class Bench:
         Returns:
             The JSON form of its metrics.
         """
-        drawn = self.draw(Model("student", student, None, self.data.scaling, ""))
+        real = reference_samples(self.data, self.asked.label, 2 * self.block, self.seed)
+        drawn = replace(
+            self.draw(Model("student", student, None, self.data.scaling, "")), prompts=real.prompts
+        )
         found = evaluate_replicates(
             drawn.x,
             self.data,
@@ -111,8 +129,12 @@ class Bench:
             seed=self.seed,
             mixture=self.mixture,
         )
+        by_prompt = prompt_estimates(drawn.x, real.x, real.prompts)
         speed = {"nfe": drawn.nfe, "seconds_per_1000": drawn.seconds_per_1000}
-        metrics: dict[str, dict[str, Any]] = {**others, "student": {**speed, **found.estimates}}
+        metrics: dict[str, dict[str, Any]] = {
+            **others,
+            "student": {**speed, **found.estimates, **by_prompt},
+        }
         save_tensors(folder.path / "replicates.safetensors", found.replicates)
         write_evaluation(
             folder, metrics, {"student": drawn}, self.data.scaling, self.settings(), self.data.class_names
@@ -121,7 +143,10 @@ class Bench:
 
 
 def open_bench(
-    options: CompareOptions, teacher: Denoiser | None = None, data: Dataset | None = None
+    options: CompareOptions,
+    teacher: Denoiser | None = None,
+    data: Dataset | None = None,
+    texts: Sequence[str] | None = None,
 ) -> Bench:
     """Makes the bench of a comparison; whatever cannot be measured is refused here.
 
@@ -129,33 +154,56 @@ def open_bench(
         options: The options.
         teacher: Used instead of the teacher that they name.
         data: Used instead of the data that they name.
+        texts: Prompts in place of those that they name.
 
     Raises:
         UserError: No data, or data that do not fit.
     """
     run = options.shared.run
+    prompts = options.shared.prompts
     if teacher is not None:
-        scaling = data.scaling if data is not None else None
-        model = None if scaling is None else Model("teacher", None, teacher, scaling, "", known_data(teacher))
+        known = known_data(teacher)
+        scaling = (
+            Scaling.known(known, (decoder_of(teacher) or teacher).shape) if data is None else data.scaling
+        )
+        model = Model("teacher", None, teacher, scaling, "", known)
     else:
         model = open_model(options.shared.teacher, options=options.shared.pipeline.given())
-    spec = options.shared.data or (model.data if model is not None else "")
+    given = options.shared.settings.guidance
+    guidance = 1.0 if given is None else given
+    sampling = Sampling(solver=options.eval_solver, steps=options.eval_steps, guidance=guidance)
+    spec = options.shared.data or ("" if prompts or texts is not None else model.data)
+    of, digest, batch = "", "", 1024
+    folder = "" if model.teacher is None else images_in(prompts, options.shared.data, model.teacher)
+    if model.teacher is not None and (prompts or texts is not None or folder):
+        asked = list(texts) if texts is not None else read_prompts(prompts or folder)
+        sampling = guided_as(sampling, vars(options.shared.settings), model.teacher, run.device)
+        batch = min(batch, run.batch)
+        found = reference_on_prompts(
+            model,
+            asked,
+            folder=folder,
+            spec=spec,
+            data=data,
+            n=options.n,
+            sampling=sampling,
+            seed=run.seed,
+            device=run.device,
+            batch=batch,
+        )
+        data, of, digest = found.data, found.of, digest_of(asked)
     if data is None and spec:
-        labeled = model is not None and bool(model.conditioning_spec)
-        columns = columns_of(model.trained_on) if model is not None else ()
+        labeled, columns = bool(model.conditioning_spec), columns_of(model.trained_on)
         data = load_data(spec, labels=labeled, columns=columns)
-    if data is None or model is None:
+    if data is None:
         raise UserError(
             "students can only be compared against real data",
             got="a teacher that does not say what it was trained on, and no --data",
-            fix="pass --data",
+            fix="pass --data, or --prompts for a teacher that takes them",
         )
     data = with_encodings(data, model)
     check_fit(model, data)
     data = model.seen(data)
-    given = options.shared.settings.guidance
-    guidance = 1.0 if given is None else given
-    sampling = Sampling(solver=options.eval_solver, steps=options.eval_steps, guidance=guidance)
     if model.teacher is not None:
         sampling.check(model.teacher)
     space = resolve_features(options.features, data)
@@ -170,6 +218,9 @@ def open_bench(
         sampling=sampling,
         device=run.device,
         mixture=toy(spec) if spec in TOY_NAMES else None,
+        of=of,
+        batch=batch,
+        prompts=digest,
     )
 
 

@@ -233,6 +233,8 @@ def entry_options(shared: SharedOptions, entry: Entry, *, seed: int, steps: int)
         teacher=shared.teacher,
         data=shared.data,
         pipeline=shared.pipeline,
+        prompts=shared.prompts,
+        encoding=shared.encoding,
         divergence=entry.divergence or options.divergence,
         run=RunOptions(**{**run, "seed": seed, "steps": steps}),
         net=shared.net,

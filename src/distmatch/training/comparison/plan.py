@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +79,7 @@ def plan_comparison(
     options: CompareOptions,
     teacher: Denoiser | None = None,
     data: Dataset | None = None,
+    texts: Sequence[str] | None = None,
 ) -> Plan:
     """Prepares and times every method; writes nothing and trains nothing that is kept.
 
@@ -85,6 +87,7 @@ def plan_comparison(
         options: The options.
         teacher: Used instead of the teacher that they name.
         data: Used instead of the data that they name.
+        texts: Prompts in place of those that they name.
 
     Raises:
         UserError: The options make no sense, or a method cannot be used with this teacher and these data,
@@ -98,12 +101,12 @@ def plan_comparison(
         try:
             steps = int(budget.amount) if budget.unit == "steps" else _GUESS
             chosen = entry_options(options.shared, entry, seed=options.shared.run.seed, steps=steps)
-            job = prepare_distillation(chosen, teacher, data, fresh=False)
+            job = prepare_distillation(chosen, teacher, data, texts=texts, fresh=False)
             cost = measure_cost(job, options.shared.run.batch)
             steps = budget.steps(cost.step, cost.once)
             if steps != chosen.run.steps:  # a method may need more of them than the budget pays for
                 run = replace(chosen.run, steps=steps)
-                prepare_distillation(replace(chosen, run=run), teacher, data, fresh=False)
+                prepare_distillation(replace(chosen, run=run), teacher, data, texts=texts, fresh=False)
         except Exception as error:  # whatever keeps one method from running is reported
             impossible.append((entry.name, reason(error)))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from distmatch.training.environment import environment
 from distmatch.training.prepare import prepare_distillation
 from distmatch.training.runfolder import RunFolder, create, holds_something
 from distmatch.training.runs import carry_out
+from distmatch.training.segments import PROMPTS, require_same_prompts
 from distmatch.training.toml import with_values
 
 RECORD = "compare.json"
@@ -40,6 +42,7 @@ class Prepared:
         entries: The methods by name.
         teacher: Used instead of the teacher that the options name.
         data: Used instead of the data that they name.
+        texts: Prompts in place of those that the options name.
         bench: What measures the students.
         plan: Methods, costs and steps; None where a record of them is taken up.
     """
@@ -48,6 +51,7 @@ class Prepared:
     entries: dict[str, Entry]
     teacher: Denoiser | None
     data: Dataset | None
+    texts: Sequence[str] | None
     bench: Bench
     plan: Plan | None
 
@@ -56,6 +60,7 @@ def prepare_comparison(
     options: CompareOptions,
     teacher: Denoiser | None = None,
     data: Dataset | None = None,
+    texts: Sequence[str] | None = None,
     *,
     resumed: Path | None = None,
 ) -> Prepared:
@@ -65,16 +70,17 @@ def prepare_comparison(
         options: The options.
         teacher: Used instead of the teacher that they name.
         data: Used instead of the data that they name.
+        texts: Prompts in place of those that they name.
         resumed: The folder of a comparison to continue. With a record in it nothing is tried again.
 
     Raises:
         UserError: The options make no sense, or a method cannot be used here.
     """
     entries = {entry.name: entry for entry in check_options(options)}
-    bench = open_bench(options, teacher, data)
+    bench = open_bench(options, teacher, data, texts)
     again = resumed is not None and (resumed / RECORD).exists()
-    plan = None if again else plan_comparison(options, teacher, data)
-    return Prepared(options, entries, teacher, data, bench, plan)
+    plan = None if again else plan_comparison(options, teacher, data, texts)
+    return Prepared(options, entries, teacher, data, texts, bench, plan)
 
 
 def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any]:
@@ -96,10 +102,13 @@ def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any
     """
     options = prepared.options
     check_same(options, folder)
+    digest = prepared.bench.prompts
     if prepared.plan is None:
         record = read_json(folder.path / RECORD)
+        require_same_prompts(digest, record.get(PROMPTS))
     else:
         record = new_record(options, prepared.plan)
+        record |= {PROMPTS: digest} if digest else {}
         record |= {"evaluation": prepared.bench.settings(), **prepared.bench.baseline(folder)}
     record["runs"] = all_runs(record, options)
     comparison = _Comparison(prepared, folder, record)
@@ -148,7 +157,8 @@ class _Comparison:
         place = self._place(run)
         started = bool(list_checkpoints(place.checkpoints))
         memory = PeakMemory(pick_device(options.run.device))
-        job = prepare_distillation(options, self.prepared.teacher, self.prepared.data, fresh=not started)
+        ready = self.prepared
+        job = prepare_distillation(options, ready.teacher, ready.data, texts=ready.texts, fresh=not started)
         with create(place.path, resume=holds_something(place)) as own:
             began = time.perf_counter()
             student, _ = carry_out(job, own, resume="latest" if started else None)

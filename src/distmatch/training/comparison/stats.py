@@ -20,7 +20,7 @@ LEVEL = 0.05
 SIGMAS = 2.0
 """A difference of fewer standard errors is not called a difference."""
 HIGHER = ("precision", "recall", "coverage", "label_accuracy", "modes")
-LOWER = ("fd", "kid", "kl", "reverse_kl", "js")
+LOWER = ("fd", "kid", "kl", "reverse_kl", "js", "prompt_energy")
 FRONTS = (("precision", "recall"), ("fd", "recall"))
 """Quality and diversity, the pairs that a Pareto front is drawn for."""
 
