@@ -1,6 +1,6 @@
 """The memory of a distillation, predicted from shapes alone: no weights are read, nothing is computed.
 
-A few steps of the method run on fake tensors, which have shapes, dtypes and lifetimes and no memory. All that
+A step of the method runs on fake tensors, which have shapes, dtypes and lifetimes and no memory. All that
 is alive is counted, so that whatever a method, an optimizer or a network does is in the prediction.
 """
 
@@ -137,11 +137,16 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
     if isinstance(own, DMDSettings):
         own = replace(own, pairs=run.batch, pair_steps=1)  # no more at a time, and thousands would take long
     method, name = resolve_method(options.method, options.divergence)
-    period = own.fake_score_steps if isinstance(own, FakeScoreSettings) else 1
+    period, turns = 1, {0}
+    if isinstance(own, FakeScoreSettings):
+        period = own.fake_score_steps
+        # A step on the same batch is one of the student and one of the fake score, which are not longer alone.
+        turns = {period - 1} if own.order == "same-batch" else {0, period - 1}
     middle = period * (run.steps // (2 * period))
     rows = _rows(teacher, run.batch)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     teacher, parts = _faked(teacher, fake), _parts(teacher)
+    fits = False
     with fake, LiveBytes() as live, _modules_of_fakes():
         try:
             base = frozen(teacher, _CPU, own if isinstance(own, RoleSettings) else None)
@@ -157,6 +162,7 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
                 net=None if copied else options.net.resolve(base.shape, "cpu"),
             )
             distiller = build_method(context)
+            fits = True
             state = distiller.init(run.seed)
             networks = {"teacher": base, **state.modules()}
             told = Conditioning(rows)
@@ -164,23 +170,34 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
             modules = {key: part for key, part in networks.items() if isinstance(part, nn.Module)}
             if isinstance(teacher, nn.Module):  # the one that is handed in, of which the run has a copy
                 live.leave_out((*teacher.parameters(), *teacher.buffers()))
-            for _ in range(2):  # the second time, all moments are there
-                live.leave_out(_kept(modules, state))
-                live.peak = live.now
-                for step in (0, period - 1):
-                    state.step = middle + step
-                    distiller.step(state, batch)
+            _make_moments(state.optimizers.values())
+            live.leave_out(_kept(modules, state))
+            live.peak = live.now
+            for step in turns:
+                state.step = middle + step
+                distiller.step(state, batch)
             sizes = role_sizes(modules, state.optimizers.values(), state.ema)
-        except RuntimeError as error:  # of the fake tensors
+        except (RuntimeError, UserError) as error:  # of fake tensors, or of numbers that they do not have
+            if isinstance(error, UserError) and not fits:
+                raise
             raise UserError(
                 f"the memory of {method.name} cannot be predicted from shapes",
-                got=cause(error),
+                got=cause(error.__cause__ or error),
                 fix="measure it: a run of a few steps shows the peak in its log",
             ) from error
     return Memory(sizes, live.peak, parts, offload)
 
 
 _CPU = torch.device("cpu")
+
+
+def _make_moments(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Lets optimizers make their moments, which costs less than steps of the method that do."""
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _kept(networks: Mapping[str, nn.Module], state: DistillState) -> Iterator[Tensor]:
