@@ -222,12 +222,17 @@ def _check_adapters(rank: Any, targets: Any, tensors: Mapping[str, Tensor], base
 
 
 def _file_names(denoiser: nn.Module) -> dict[str, str]:
-    """The names in the file, which are those of peft, by the names in the denoiser."""
+    """The names in the file, which are those of peft, by the names in the denoiser.
+
+    Among them are those of buffers of the base, which earlier versions saved.
+    """
+    adapted, weights = adapted_of(denoiser), {n for n, _ in denoiser.named_parameters(remove_duplicate=False)}
+    base = adapted.shared & weights if adapted is not None else frozenset()
     inner = network_in(denoiser)
     prefix = next(name for name, part in denoiser.named_modules() if part is inner)
     prefix += "." if prefix else ""
     found = {}
-    for name in own_state(denoiser):
+    for name in denoiser.state_dict().keys() - base:
         plain = re.sub(rf"\.(lora_\w+)\.{NAME}\.", r".\1.", name)
         found[name] = _PREFIX + plain.removeprefix(prefix) if name.startswith(prefix) else plain
     return found

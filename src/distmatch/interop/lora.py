@@ -26,7 +26,7 @@ from distmatch.interop.own_modules import copied_module, inner_module
 from distmatch.nets.blocks import repeated_blocks
 from distmatch.nets.dit import DiT
 from distmatch.nets.mlp import MLP
-from distmatch.nets.shared import Adapted, adapted_of, role_copy
+from distmatch.nets.shared import Adapted, adapted_of, constant_buffers, role_copy
 from distmatch.nets.unet import UNet
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -53,7 +53,7 @@ def shared_base(teacher: Module, device: torch.device, dtype: torch.dtype) -> Mo
     own, so that ``requires_grad`` of the given ones does not change. Buffers of a teacher that was loaded in
     this type, such as frequencies of positions, keep theirs.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in constant_buffers(teacher)}
     kinds = set()
     for parameter in teacher.parameters():
         kind = dtype if parameter.is_floating_point() else parameter.dtype
@@ -206,14 +206,14 @@ def on_base(
     shell = role_copy(base.requires_grad_(False))
     if extend is not None:
         extend(shell)
-    known = {id(parameter) for parameter in base.parameters()}
+    known = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
     settings = peft_config(config)
     settings._register_custom_module(dict.fromkeys(_BARE, LowRankWeight))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # which LowRankWeight is for
         torch.manual_seed(stream_seed(seed, "adapters"))
         peft.inject_adapter_in_model(settings, network_in(shell), NAME)
-    shared = set()
+    shared = {n for n, buffer in shell.named_buffers(remove_duplicate=False) if id(buffer) in known}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         if id(parameter) in known:
             shared.add(name)

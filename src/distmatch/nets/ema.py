@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
-from distmatch.nets.shared import role_copy, unshared
+from distmatch.nets.shared import copy_buffers, role_copy, unshared
 
 _PLAIN = 0.999  # the largest decay without compensation
 
@@ -59,8 +59,7 @@ class EMA:
             torch._foreach_sub_(average, moved)
             torch._foreach_add_(rest, average)
             torch._foreach_copy_(average, moved)
-        for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            own.copy_(buffer)
+        copy_buffers(model, self.module)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the average; ``model.load_state_dict`` takes it too."""
@@ -85,9 +84,9 @@ class EMA:
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copies parameters and buffers between two networks of one architecture, wrapped or not."""
-    buffers = zip(target.buffers(), source.buffers(), strict=True)
-    for own, other in (*zip(*unshared(target, source), strict=True), *buffers):
+    for own, other in zip(*unshared(target, source), strict=True):
         own.copy_(other)
+    copy_buffers(source, target)
 
 
 def ema_decay(

@@ -1,7 +1,8 @@
 """Networks with a common base: what a role copies, what it shares, and what it owns.
 
 A role (student, fake score, average, recorded teacher) starts as a copy of another network. What learns is
-copied; parameters that do not learn are the same objects in both, so that any number of roles has them once.
+copied; parameters that do not learn and buffers that no pass changes are the same objects in both, so that
+any number of roles has them once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from distmatch.base.files import load_into
 
 Module = TypeVar("Module", bound=nn.Module)
+_KNOWN = ("diffusers.", "distmatch.interop.", "distmatch.nets.")
 _WRAPPED = ".base_layer."  # what peft puts into the name of a layer to which it adds an adapter
 
 
@@ -26,7 +28,7 @@ class Adapted:
     """The description of a network with adapters on a frozen base, as its attribute ``adapted``.
 
     Attributes:
-        shared: Names of the parameters that are the base's, all of them where one has several.
+        shared: Names of the parameters and buffers that are the base's, all of them where one has several.
         config: Rank ``r``, ``lora_alpha``, and the names of the layers with adapters, ``targets``.
     """
 
@@ -40,12 +42,27 @@ def adapted_of(module: nn.Module) -> Adapted | None:
     return found if isinstance(found, Adapted) else None
 
 
-def role_copy(network: Module) -> Module:
-    """A copy for another role, which shares the parameters that do not learn.
+def constant_buffers(network: nn.Module) -> list[Tensor]:
+    """The buffers that no pass changes, such as tables of positions: those of diffusers' modules and of ours.
 
-    Buffers are copied: a pass may change them.
+    Modules of torch that have buffers, such as batch norms, keep statistics in them. What a module of the
+    user's does with its own is not known.
     """
-    return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
+    known = (part for part in network.modules() if type(part).__module__.startswith(_KNOWN))
+    return [buffer for part in known for buffer in part.buffers(recurse=False)]
+
+
+def role_copy(network: Module) -> Module:
+    """A copy for another role, which shares what does not change: see :func:`constant_buffers`."""
+    still = [p for p in network.parameters() if not p.requires_grad]
+    return copy.deepcopy(network, {id(t): t for t in (*still, *constant_buffers(network))})
+
+
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Copies the buffers that two networks of one architecture, wrapped or not, do not share."""
+    for own, other in zip(target.buffers(), source.buffers(), strict=True):
+        if own is not other:
+            own.copy_(other)
 
 
 def unshared(one: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -55,13 +72,13 @@ def unshared(one: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tenso
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a network without its base: adapters, new layers, buffers."""
+    """The state of a network without its base: adapters, new layers, buffers that are its own."""
     adapted, state = adapted_of(module), module.state_dict()
     return state if adapted is None else {k: v for k, v in state.items() if k not in adapted.shared}
 
 
 def load_own_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Restores what :func:`own_state` returned.
+    """Restores what :func:`own_state` returned; buffers that earlier versions copied are left out.
 
     Args:
         module: The network, on its base.
@@ -74,7 +91,7 @@ def load_own_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str
     adapted = adapted_of(module)
     if adapted is not None:
         state = module.state_dict()
-        tensors = {**tensors, **{name: state[name] for name in adapted.shared}}
+        tensors = {**tensors, **{name: state[name] for name in adapted.shared & state.keys()}}
     load_into(module, tensors, source)
 
 

@@ -140,7 +140,7 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
     period, turns = 1, {0}
     if isinstance(own, FakeScoreSettings):
         period = own.fake_score_steps
-        # A step on the same batch is one of the student and one of the fake score, which are not longer alone.
+        # A step on the same batch has a turn of either, and no other step takes more.
         turns = {period - 1} if own.order == "same-batch" else {0, period - 1}
     middle = period * (run.steps // (2 * period))
     rows = _rows(teacher, run.batch)
