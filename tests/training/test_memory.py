@@ -125,8 +125,8 @@ def test_a_method_that_looks_at_numbers_is_refused():
 
 
 def test_numbers_that_shapes_do_not_have_are_no_error_of_the_user():
-    """The sampler of dmd's pairs would refuse noise levels of 0, which stand for unknown ones."""
-    with pytest.raises(UserError, match="memory of dmd cannot be predicted from shapes"):
-        predict_memory(options_of("dmd"), teacher_of("meta"))
+    """Its noise distribution would refuse levels of 0, which stand for unknown ones."""
+    with pytest.raises(UserError, match="memory of mean-flow cannot be predicted from shapes"):
+        predict_memory(options_of("mean-flow"), teacher_of("meta"))
     with pytest.raises(UserError, match="student must start at a noise level"):
-        predict_memory(options_of("dmd", student_sigma=1e6), teacher_of("meta"))
+        predict_memory(options_of("dmd2", student_sigma=1e6), teacher_of("meta"))
