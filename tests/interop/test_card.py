@@ -232,3 +232,30 @@ def test_a_readme_of_somebody_is_not_replaced(tmp_path: Path) -> None:
 
 def test_no_measurements_is_said() -> None:
     assert "Not measured" in metrics_section(None)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("stabilityai/stable-diffusion-3.5-medium", None),
+        ("../models/sd3", ""),
+        ("/models/sd3", ""),
+        ("sd3", ""),
+    ],
+)
+def test_a_card_names_the_base_as_its_folder_does(said, name, tmp_path):
+    """A name on a hub, which diffusers keeps in model_index.json, but not a path of another machine."""
+    from distmatch.interop.card import card_of
+    from distmatch.interop.pipelines import load_pipeline
+    from distmatch.interop.pipelines.steps import with_schedule
+    from tests.helpers.pipelines import SIZE, save  # which needs diffusers
+
+    folder = save("stable-diffusion-3", tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_name_or_path": said}))
+    teacher = load_pipeline(folder, **SIZE["stable-diffusion-3"])
+    about = {"kind": "student", "levels": [1.0], "teacher": str(folder)}
+    card = card_of(teacher, with_schedule(teacher, about))
+    assert f'base_model: "{said if name is None else folder.name}"' in card
+    assert ("a local folder" in card) == (name is not None)
+    assert str(tmp_path) not in card

@@ -229,11 +229,13 @@ def test_the_contract_travels_with_the_files(folders, tmp_path):
         assert (found["sampler"], found["prediction"], found["num_steps"]) == ("ddim", "flow", 2)
         assert found["call"]["guidance_scale"] == 1
         assert found["encoder"] == teacher.pipeline.fingerprint
-        assert found["base"]["path"] == str(folder)
+        assert found["base"]["name"] == folder.name
         card = (tmp_path / place / "README.md").read_text()
         for words in ("num_inference_steps=2", "guidance_scale=1.0", found["base"]["sha256"], "0.75", "4.5"):
             assert words in card
         assert "text-to-image" in card
+        assert f'base_model: "{folder.name}"  # the name of a local folder' in card
+        assert str(folder.parent) not in card + json.dumps(found)
 
 
 def test_the_command_line_writes_both_forms(folders, tmp_path):

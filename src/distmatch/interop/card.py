@@ -171,10 +171,10 @@ def _facts(
         "network calls": calls if levels else "",
         "between calls": _between(about) if len(levels) > 1 else "",
         **_schedule(about.get("schedule") or {}),
-        "teacher": about.get("teacher", ""),
+        "teacher": _without_folders(str(about.get("teacher") or "")),
         "teacher against its original": about.get("teacher_conversion", "") or about.get("conversion", ""),
         "guidance of the teacher": guidance_in_words(about),
-        "data": source + (f", {samples:,} samples" if samples else ""),
+        "data": _without_folders(source) + (f", {samples:,} samples" if samples else ""),
         "hash of the data": f"sha256 {digest}" if digest else "",
         "classes": f"{num_classes}{named}" if num_classes else "none",
         "one sample": " x ".join(map(str, shape)),
@@ -186,12 +186,18 @@ def _facts(
     return {key: str(value) for key, value in rows.items() if value not in ("", None)}
 
 
+def base_name(schedule: Mapping[str, Any]) -> str:
+    """The base of a student of a pipeline: ``owner/name`` on a hub, or the name of a local folder."""
+    base = schedule.get("base") or {}
+    return str(base.get("name") or Path(str(base.get("path", ""))).name)  # older ones have a path
+
+
 def _schedule(schedule: Mapping[str, Any]) -> dict[str, Any]:
     """The rows of a student of a pipeline: its steps in the terms of the pipeline."""
     if not schedule:
         return {}
     shift, null, base = schedule.get("shift"), schedule.get("null"), schedule.get("base") or {}
-    start = schedule.get("start", 1.0)
+    start, name = schedule.get("start", 1.0), base_name(schedule)
     return {
         "times of the calls": ", ".join(f"{t:.6g}" for t in schedule["times"])
         + f" on the path {schedule['path']}",
@@ -201,7 +207,7 @@ def _schedule(schedule: Mapping[str, Any]) -> dict[str, Any]:
         "pipeline": schedule["pipeline"],
         "scheduler": schedule.get("scheduler", ""),
         "first noise": "" if start == 1 else f"{start:.4g} times the pipeline's",
-        "base": Path(str(base.get("path", ""))).name,
+        "base": f"{name} (a local folder)" if name and "/" not in name else name,
         "hash of the base": f"sha256 {base['sha256']}" if base.get("sha256") else "",
     }
 
@@ -217,7 +223,10 @@ def _front_matter(about: Mapping[str, Any], shape: tuple[int, ...], num_classes:
         lines.append(f"pipeline_tag: text-to-{'image' if len(decoded) == 3 else 'video'}")
     elif len(shape) == 3 and not num_classes:
         lines.append("pipeline_tag: unconditional-image-generation")
-    if base := _hub_name(str(about.get("teacher") or "")):
+    if base := base_name(about.get("schedule") or {}):
+        local = "" if "/" in base else "  # the name of a local folder"
+        lines.append(f"base_model: {json.dumps(_hub_name(base))}{local}")
+    elif base := _hub_name(str(about.get("teacher") or "")):
         lines.append(f"base_model: {json.dumps(base)}")
     data = about.get("data") or {}
     if source := _hub_name(str(data.get("spec") or data.get("name") or "")):
@@ -232,6 +241,11 @@ def _hub_name(source: str) -> str:
     """``owner/name`` or ``name`` as it is, of any other path its last part: what hubs accept as an id."""
     name = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else Path(source.rstrip("/\\")).name
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") if "/" not in name else name
+
+
+def _without_folders(source: str) -> str:
+    """A name or relative path as it is, of an absolute one its last part: a card is published."""
+    return Path(source).name if source.startswith(("/", "~")) else source
 
 
 def _licence(about: Mapping[str, Any]) -> str:

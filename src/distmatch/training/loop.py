@@ -208,7 +208,7 @@ def run_loop(
             warn(message)
         if watch.best_step == state.step:
             checkpoint()
-        return {"diversity": values["diversity"]}
+        return {"diversity": f"{values['diversity']:.3g} (step {state.step})"}
 
     def last_good() -> str:
         if folder is None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from distmatch.base.files import read_json
 from distmatch.base.stack import caller_level
 from distmatch.interop.card import GUIDANCE
+from distmatch.interop.diffusers_parts import INDEX
 from distmatch.nets.shared import adapted_of, fingerprint
 
 FILE = "distmatch.json"
@@ -32,7 +36,8 @@ def schedule_contract(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str
         ``sigmas``, and the same steps as ``times`` on the teacher's path; ``sampler``; ``prediction``,
         ``path`` and ``shift``; ``guidance``, the scale that the student was distilled with, and ``null``, the
         prompt that stands for "unconditional"; ``call``, the arguments of the pipeline's call, with guidance
-        off; ``base`` and ``encoder``, the sha256 of the base of adapters and of the prompt encoder.
+        off; ``base``, its name on a hub (owner/name) if its folder says one, else that of the folder, and the
+        sha256 of the base of adapters; ``encoder``, the sha256 of the prompt encoder.
     """
     found: Any = getattr(denoiser, "pipeline", None)
     if found is None or about.get("kind") != "student" or found.schedule.path is None:
@@ -58,9 +63,17 @@ def schedule_contract(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str
         **{name: about[name] for name in GUIDANCE if name in about},
         "null": found.null,
         "call": call_options(found),
-        "base": {"path": place, "sha256": base},
+        "base": {"name": _hub_id(found.folder) or Path(place).name, "sha256": base},
         "encoder": found.fingerprint,
     }
+
+
+def _hub_id(folder: Path | None) -> str:
+    """What the folder of a pipeline says that it was copied from, where that is no path; else ''."""
+    file = None if folder is None else Path(folder) / INDEX
+    index = read_json(file) if file is not None and file.is_file() else {}
+    name = str(index.get("_name_or_path", "")) if isinstance(index, dict) else ""
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else ""
 
 
 def with_schedule(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
