@@ -57,6 +57,7 @@ def batch(teacher: Any, step: int = 0) -> Batch:
 
 
 SD, SD3 = "stable-diffusion", "stable-diffusion-3"
+ALONE = {"diff-instruct", "dmd", "sid", "sim", "moment-matching"}
 MATCHING = ("f-distill", "dmd2", "diff-instruct", "sid", "sida", "sim", "uni-instruct")
 RUNS = [
     *[(SD3, method, "lora", steps) for method, steps in zip(MATCHING, (1, 2, 4) * 3, strict=False)],
@@ -230,9 +231,11 @@ def test_pairs_of_dmd_are_samples_of_the_pipeline_under_their_prompts(teacher_of
 
 def test_methods_that_do_not_run_on_pipelines_say_so(teacher_of):
     teacher = teacher_of(SD3)
-    for method in ("mmd", "imm", "dpm-ot"):
-        with pytest.raises(dm.UserError, match="class labels only"):
+    refused = {m: "class labels only" for m in ("mmd", "dpm-ot")}
+    refused |= dict.fromkeys(("imm", "ctm", "mean-flow"), "no input for a second noise level")
+    for method, reason in refused.items():
+        with pytest.raises(dm.UserError, match=reason) as error:
             dm.methods.build(teacher, method, total_steps=10)
-    for method in ("ctm", "mean-flow"):
-        with pytest.raises(dm.UserError, match="no input for a second noise level"):
-            dm.methods.build(teacher, method, total_steps=10)
+        alone, also = str(error.value).split("with prompts alone use ")[1].split("; with images")
+        assert set(alone.split(", ")) == ALONE
+        assert not any(name in also for name in refused)

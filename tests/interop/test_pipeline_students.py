@@ -51,6 +51,8 @@ def test_doctor_prints_the_contract(folder):
         ("sample ring8 --frames 3", "for folders of diffusers"),
         ("doctor --teacher {folder} --frames 3", "num_frames"),
         ("doctor --teacher {folder} --size 0", "--size is a height"),
+        ("doctor --teacher {folder} --size 33", "multiples of 4. Got: 33 33. Fix: --size 32 32"),
+        ("doctor --teacher {folder} --size 16 3", "Fix: --size 16 4"),
     ],
 )
 def test_sizes_are_for_pipelines(folder, line, said):
@@ -94,6 +96,18 @@ def test_adapters_find_their_pipeline_again(teacher, tmp_path):
     student.save_pretrained(tmp_path / "student")
     again = dm.Student.from_pretrained(tmp_path / "student")  # its base: the folder, at the same size
     assert torch.equal(again.sample(2, conditioning=told.index(slice(0, 2))), x)
+
+
+def test_a_student_keeps_options_with_several_values(tmp_path):
+    """Those of Flux2 choose layers of its text encoder."""
+    teacher = dm.load_teacher(save("flux2", tmp_path), **SIZE["flux2"])
+    dm.Student(teacher, (teacher.sigma_max,)).save_pretrained(tmp_path / "student")
+    again = dm.Student.from_pretrained(tmp_path / "student")
+    assert again.denoiser.prompt_encoder.fingerprint == teacher.prompt_encoder.fingerprint
+    teacher.loaded_from = None
+    dm.Student(teacher, (teacher.sigma_max,)).save_pretrained(tmp_path / "student")
+    with pytest.raises(UserError, match="--base FOLDER, in Python base=, which takes the loaded teacher"):
+        dm.Student.from_pretrained(tmp_path / "student")
 
 
 def test_a_student_is_a_graph_with_an_input_for_each_embedding(teacher, tmp_path):

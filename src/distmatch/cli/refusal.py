@@ -69,6 +69,9 @@ def refusal(
         flag, reason = match.groups()
         expected = next((text for start, text in _KINDS.items() if reason.startswith(start)), None)
         got = reason.split(":", 1)[-1].strip() if expected else reason
+        if match := re.search(r"Could not find valid parse for arguments: \[(.*?)\]", reason):
+            got = match[1]
+            expected = f"{'whole ' * ('tuple[int' in reason)}numbers, separated by spaces"
         return UserError(f"{flag} cannot have this value", got=got, expected=expected, fix=see)
     if match := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", message):
         value, flag, choices = match.groups()

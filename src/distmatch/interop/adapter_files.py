@@ -160,9 +160,9 @@ def _missing_base(folder: Path, config: Mapping[str, Any], why: list[str]) -> Us
             if adapters
             else "the network of a pipeline, without the pipeline"
         ),
-        got="; ".join(why) or "a base that was never saved",
+        got="; ".join(why) or "a base that was loaded from no folder, or with options that no file keeps",
         expected=f"a network whose weights have the sha256 {sha256}" if adapters else "the teacher's folder",
-        fix="pass its folder: --base FOLDER, in Python base=",
+        fix="pass its folder: --base FOLDER, in Python base=, which takes the loaded teacher too",
     )
 
 

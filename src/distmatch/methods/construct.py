@@ -25,12 +25,13 @@ from distmatch.methods.context import GUIDANCE, Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
 from distmatch.methods.settings import (
     DiscriminatorSettings,
+    GammaSettings,
     GuidedSettings,
     NetworkSettings,
     RoleSettings,
     Settings,
 )
-from distmatch.methods.table import resolve_method, unknown_setting
+from distmatch.methods.table import METHODS, resolve_method, unknown_setting
 from distmatch.nets.blocks import recompute_blocks
 from distmatch.nets.config import NetConfig
 
@@ -165,12 +166,17 @@ def _choose_features(teacher: Denoiser, own: DiscriminatorSettings) -> None:
 
 
 def _check_conditions(context: Context[Settings]) -> None:
-    others = set(spec_of(context.teacher)) - {LABEL}
-    if others and context.method.conditions == "labels":
+    others, method = set(spec_of(context.teacher)) - {LABEL}, context.method
+    reason = f"supports class labels only: {method.labels_only}" if method.labels_only else ""
+    if isinstance(context.settings, GammaSettings) and is_external(context.teacher):
+        reason = "jumps, and this network has no input for a second noise level"
+    if others and reason:
+        fits = [m for m in METHODS.values() if not (m.labels_only or issubclass(m.settings, GammaSettings))]
+        without, with_data = (", ".join(m.name for m in fits if m.data == data) for data in ("no", "needed"))
         raise UserError(
-            f"{context.method.name} supports class labels only, and this teacher takes another conditioning",
-            got=f"conditions {', '.join(sorted(others))}",
-            fix="use f-distill, dmd2, sid or another method of docs/methods.md",
+            f"{method.name} {reason}",
+            got=f"a teacher that takes {', '.join(sorted(others))}",
+            fix=f"with prompts alone use {without}; with images and captions also {with_data}",
         )
 
 

@@ -32,8 +32,7 @@ class Method:
         data: Whether it needs real data.
         teacher_gradient: Whether gradients flow through the teacher's input: more memory and time.
         forward_mode: Whether it needs forward-mode derivatives of the student.
-        conditions: What its samples may be conditioned on: ``any``, or class ``labels`` alone, which it
-            compares samples by or draws itself.
+        labels_only: Why its samples may be conditioned on class labels alone; '' for any conditioning.
         divergences: ``any``; a name; or '' for a method that minimizes no f-divergence.
         default_divergence: Of those with ``any``.
     """
@@ -48,7 +47,7 @@ class Method:
     data: Literal["no", "needed"] = "needed"
     teacher_gradient: bool = False
     forward_mode: bool = False
-    conditions: Literal["any", "labels"] = "any"
+    labels_only: str = ""
     divergences: str = ""
     default_divergence: str = "js"
 

@@ -73,8 +73,9 @@ def sigmas_at(teacher: Any, times: Sequence[float]) -> tuple[float, ...]:
         raise UserError(
             "--student-times are decreasing times on the noise path of the teacher",
             got=" ".join(f"{time:g}" for time in times),
-            expected=f"from {end:g} down, all above {low:g}"
+            expected=f"each below the one before, from {end:g} down, all above {low:g}"
             + ("; this teacher has no path, and they are its noise levels" if path is None else ""),
+            fix="--num-steps N takes those of the teacher's own sampler",
         )
     with no_dispatch():  # numbers, even where tensors are fake
         t = torch.as_tensor(list(times), dtype=torch.float64)

@@ -68,6 +68,8 @@ def load_pipeline(
             clean samples are others than those of the teacher.
     """
     kind = _dtype_of(dtype)
+    # JSON has lists alone, and the fingerprint tells a list from a tuple.
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     plain = kind == torch.float32
     seen, traces = _seen(folder, torch.float32 if plain else None, options)
     tracer = seen if plain else Tracer(*load_parts(Path(folder), kind), options)
@@ -83,10 +85,17 @@ def load_pipeline(
             conversion = compare_networks(teacher, real, TOLERANCES[kind])
         teacher.conversion = conversion  # type: ignore[assignment]
     kept = {"null": null, "tokens": tokens, "dtype": dtype, "check": check, **options}
-    if all(value is None or isinstance(value, (str, int, float, bool)) for value in kept.values()):
+    if all(map(_storable, kept.values())):
         # Students keep where it was, where all that it was loaded with can be kept.
         teacher.loaded_from = (os.path.abspath(folder), kept)  # type: ignore[assignment]
     return teacher
+
+
+def _storable(value: Any) -> bool:
+    """Whether JSON has the value, or a list in place of its tuple."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_storable, value))
+    return value is None or isinstance(value, (str, int, float, bool))
 
 
 def without_weights(

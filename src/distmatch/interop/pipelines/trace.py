@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -270,11 +271,22 @@ class Tracer:
         except (UserError, MemoryError):
             raise
         except Exception as error:  # code of another package, with the user's options
-            raise UserError(
-                f"this {type(self.pipeline).__name__} cannot be run",
-                got=cause(error),
-                fix="check the options of its call, such as height and width, with diffusers",
-            ) from error
+            raise _not_run(type(self.pipeline).__name__, error, self.options) from error
+
+
+def _not_run(name: str, error: Exception, options: dict[str, Any]) -> UserError:
+    """The error of a pipeline that does not run; where a size is the reason, with one that fits."""
+    sides = [options[side] for side in ("height", "width") if side in options]
+    if sides and (found := re.search(r"divisible by (\d+)", str(error))):
+        step = int(found[1])
+        near = " ".join(str(max(1, round(side / step)) * step) for side in sides)
+        return UserError(
+            f"this {name} takes images whose height and width are multiples of {step}",
+            got=" ".join(map(str, sides)),
+            fix=f"--size {near}, in Python height and width",
+        )
+    fix = "check the options of its call, such as height and width, with diffusers"
+    return UserError(f"this {name} cannot be run", got=cause(error), fix=fix)
 
 
 def states_x0(scheduler: Any) -> bool:

@@ -34,7 +34,7 @@ METHODS = (
         limits="improves metrics on its own features too much; noisy with small batches",
         settings=MMDSettings,
         build=_mmd,
-        conditions="labels",
+        labels_only="it compares samples of one condition with each other",
         teacher_gradient=True,
     ),
     Method(
@@ -46,6 +46,6 @@ METHODS = (
         limits="needs a built-in network; learns from the data alone, so it needs many steps",
         settings=IMMSettings,
         build=_imm,
-        conditions="labels",
+        labels_only="it compares samples of one condition with each other",
     ),
 )

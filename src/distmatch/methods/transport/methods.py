@@ -26,7 +26,7 @@ METHODS = (
         limits="a finite bank: no more different layouts than stored latents; several steps",
         settings=DPMOTSettings,
         build=_dpm_ot,
-        conditions="labels",
+        labels_only="it stores latents of the teacher for each class",
         data="no",
     ),
 )
