@@ -18,7 +18,7 @@ import torch
 from distmatch.base.errors import UserError
 from distmatch.base.memory import out_of_memory
 from distmatch.cli.main import VERBS
-from distmatch.cli.surroundings import Lossy
+from distmatch.cli.surroundings import TOGETHER, Lossy
 from distmatch.report.log import read_log
 from distmatch.training.checkpoint import load_checkpoint
 from distmatch.training.runfolder import create
@@ -96,7 +96,7 @@ def test_sigterm_outside_of_the_loop_ends_it_too(tmp_path: Path, monkeypatch: py
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "doctor"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("doctor", *TOGETHER)])
 def test_several_processes_are_refused_once(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,76 +1,114 @@
-"""Methods under DDP in processes that talk to each other."""
+"""Methods trained by several processes that share a batch, and by one that has it alone."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
+from distmatch.base.ranks import ALONE, Ranks
+from distmatch.data.batches import Batch
 from distmatch.methods.state import DistillState
 from tests.helpers.small import batch, distiller, network_teacher
 from tests.helpers.store_group import backend
-from tests.helpers.wrapping import DECLARED, Wrap, wrap
+
+CLASSES, ROWS = 2, 16
 
 
-def under_ddp(module: nn.Module) -> nn.Module:
-    """The module inside DDP, with the attributes that the contracts name."""
-    parallel = DistributedDataParallel(module)
-    for name in DECLARED:
-        if hasattr(module, name):
-            setattr(parallel, name, getattr(module, name))
-    return parallel
+@dataclass(frozen=True)
+class Case:
+    """A method and its settings.
 
-
-def _weights(state: DistillState, name: str) -> Tensor:
-    module = state.modules()[name]
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-
-
-def _trained(name: str, rank: int, around: Wrap | None) -> tuple[DistillState, list[str]]:
-    """Four steps of a method on data and noise of a rank, and the names of the networks that learn.
-
-    The method may be followed by a way to train: ``sida lora``.
+    Attributes:
+        name: What the results are called.
+        method: The method.
+        settings: Fields of its settings.
+        steps: Training steps.
     """
-    name, _, how = name.partition(" ")
-    options = {"gan_weight": 0.1, "gan_after": 0.0} if name == "ctm" else {}
-    method = distiller(network_teacher(2), method=name, train=how or "full", **options)
+
+    name: str
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: int = 20
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "f-distill": {"num_steps": 2, "gan_weight": 0.1, "warmup_steps": 2},
+    "dmd": {"pairs": 64, "pair_steps": 3},
+    "disback": {"backtrack": 2, "backtrack_degrade_steps": 1, "backtrack_interval": 1},
+    "ctm": {"gan_weight": 0.1, "gan_after": 0.0},
+    "rcm": {"dmd_after": 0.0},
+    "mmd": {"mmd_features": "teacher", "num_steps": 2},
+    "imm": {"imm_particles": 2},
+    "dpm-ot": {"bank": 8, "bank_steps": 3},
+}
+"""Settings under which every part of a method acts within a few steps."""
+
+
+def rows_of(whole: Batch, ranks: Ranks) -> Batch:
+    """The rows of a rank."""
+    rows = ranks.rows(len(whole.x))
+    return Batch(whole.x[rows], whole.conditioning.index(rows))
+
+
+def trained(case: Case, ranks: Ranks = ALONE) -> tuple[DistillState, list[dict[str, Tensor]]]:
+    """The state after the steps of a case, and what each step reported."""
+    method = distiller(
+        network_teacher(CLASSES), method=case.method, total_steps=case.steps, ranks=ranks, **case.settings
+    )
     state = method.init(0)
-    for generator in (state.generator, state.ratio_generator):
-        generator.set_state(torch.Generator().manual_seed(rank).get_state())
-    names = list(wrap(state, around) if around is not None else {})
-    for step in range(4):
-        method.step(state, batch(step + 50 * rank, 2))
-    return state, names
+    return state, [method.step(state, rows_of(batch(s, CLASSES, ROWS), ranks)) for s in range(case.steps)]
 
 
-def train(rank: int, folder: str, methods: tuple[str, ...]) -> None:
-    """One of two processes; the first writes what came out as JSON.
+def weights(state: DistillState) -> dict[str, Tensor]:
+    """All weights of each network as one vector, and the running means of the ratio."""
+    found = {
+        name: torch.cat([p.detach().flatten() for p in module.parameters()])
+        for name, module in state.modules().items()
+    }
+    if state.normalizer is not None:
+        found |= {f"ratio {name}": total for name, total in state.normalizer.state_dict().items()}
+    return found
 
-    For each method: whether two ranks on the same data do as one process without DDP does, to the bit; and
-    whether two on data of their own have the same networks in the end.
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """|one - other| / |other|."""
+    return float((one - other).norm() / other.norm().clamp_min(1e-12))
+
+
+def train(rank: int, size: int, folder: str, cases: list[Case]) -> None:
+    """One of several processes; the first writes ``found.json``.
+
+    For each case: by network, how far its weights are from those of a process that has the whole batch; and
+    by name, how far what the steps reported is, averaged over the ranks.
     """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group(backend(), init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found: dict[str, dict[str, bool]] = {}
-    for name in methods:
-        alone, _ = _trained(name, 0, None)
-        same, names = _trained(name, 0, under_ddp)
-        other, _ = _trained(name, rank, under_ddp)
-        own = [_weights(other, key) for key in names]
-        theirs = [[torch.empty_like(w) for _ in range(2)] for w in own]
-        for weights, gathered in zip(own, theirs, strict=True):
-            dist.all_gather(gathered, weights)
-        found[name] = {
-            "as without": all(torch.equal(_weights(alone, key), _weights(same, key)) for key in names),
-            "equal": all(torch.equal(a, b) for a, b in theirs),
-            "other data": not torch.equal(own[0], _weights(same, "student")),
-        }
+    dist.init_process_group(backend(), init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    ranks, found = Ranks(rank, size), {}
+    for case in cases:
+        state, infos = trained(case, ranks)
+        means = [{key: ranks.mean(value.double()) for key, value in info.items()} for info in infos]
+        if rank == 0:
+            alone, expected = trained(case)
+            theirs = weights(alone)
+            found[case.name] = {
+                **{name: distance(value, theirs[name]) for name, value in weights(state).items()},
+                **{
+                    f"info {key}": max(
+                        distance(mine[key].nan_to_num(), info[key].double().nan_to_num())
+                        for mine, info in zip(means, expected, strict=True)
+                        if key in info
+                    )
+                    for key in means[-1]
+                },
+            }
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distmatch.base.ranks import ALONE, Ranks
 from distmatch.data.batches import Batch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
@@ -45,6 +46,7 @@ def distiller(
     which: str | Divergence | None = None,
     method: str = "f-distill",
     total_steps: int = 40,
+    ranks: Ranks = ALONE,
     **settings: Any,
 ) -> Any:
     """A method with quick settings; keywords are fields of its settings."""
@@ -59,6 +61,7 @@ def distiller(
             total_steps=total_steps,
             device=torch.device("cpu"),
             net=None if has_network(teacher) else MLPConfig(width=16, depth=2),
+            ranks=ranks,
         )
     )
 

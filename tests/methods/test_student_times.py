@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import distmatch as dm
 from distmatch.base.errors import UserError
+from distmatch.base.ranks import ALONE
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.guidance import CallCounter
@@ -146,7 +148,8 @@ def test_levels_of_discrete_times_are_uniform_in_them():
 def test_consistency_learns_at_levels_that_are_uniform_before_the_shift(method):
     teacher = flow()
     context = dm.methods.build(teacher, method, total_steps=10, student_sigma=9.0).context
-    drawn = training_levels(context, context.settings)(20000, torch.Generator().manual_seed(1)).double()
+    drawing = SimpleNamespace(generator=torch.Generator().manual_seed(1), ranks=ALONE)
+    drawn = training_levels(context, context.settings)(20000, drawing).double()
     low, high = (level / (level + 3) for level in (teacher.sigma_min, 9.0))
     statistic = stats.kstest(((drawn / (drawn + 3) - low) / (high - low)).numpy(), "uniform").statistic
     assert statistic < 1.95 / 20000**0.5

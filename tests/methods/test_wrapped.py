@@ -1,10 +1,8 @@
-"""Networks inside a wrapper of ``forward``, as DDP, hooks and compilers see them."""
+"""Networks inside a wrapper of ``forward``, as hooks and compilers see them."""
 
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +13,6 @@ from distmatch.methods.consistency.ctm import record_of
 from distmatch.methods.table import METHODS
 from distmatch.nets.layers import ConditionEmbedding
 from distmatch.training.devices import compile_network
-from tests.helpers.processes import together
-from tests.helpers.ranks import train
 from tests.helpers.small import batch, distiller, network_teacher
 from tests.helpers.wrapping import wrap
 
@@ -77,14 +73,6 @@ def test_no_gradient_is_taken_with_respect_to_parameters(name: str, monkeypatch:
     for step in range(STEPS):
         method.step(state, batch(step, 2))
     assert not own & set(taken)
-
-
-def test_two_processes_under_ddp_train_one_network(tmp_path: Path) -> None:
-    """DDP sums gradients in the hooks of ``backward``: a pass or gradient beside it would part the ranks."""
-    methods = ("f-distill", "sid", "sida", "consistency", "ctm", "imm", "sida lora")
-    together(train, [(rank, str(tmp_path), methods) for rank in range(2)])
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found == {name: {"as without": True, "equal": True, "other data": True} for name in methods}
 
 
 def test_the_gradient_of_the_last_layer_is_that_of_autograd() -> None:

@@ -43,6 +43,10 @@ class DivergedError(UserError):
     """Training produced a value that is not finite; the last good checkpoint is kept."""
 
 
+class LostProcess(UserError):
+    """Another process of the run has died or does not answer; the command line exits with 1."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which schedulers send before they kill: handled as Ctrl-C is."""
 

@@ -10,12 +10,14 @@ import importlib
 import os
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 
 from distmatch.base.checks import check_name
-from distmatch.base.errors import Terminated, UserError
+from distmatch.base.errors import LostProcess, Terminated, UserError
 from distmatch.base.memory import out_of_memory
 from distmatch.cli.answer import print_json, printed_warnings
 from distmatch.cli.surroundings import (
+    TOGETHER,
     discard,
     prepare_streams,
     rank_of_several,
@@ -62,16 +64,13 @@ def main(argv: list[str]) -> int:
 
         print(f"distmatch {__version__}")
         return 0
-    debug = "--debug" in argv
     arguments = [a for a in argv[1:] if a != "--debug"]
     rank = None if argv[0] == "doctor" else rank_of_several(os.environ)
-    if rank:
+    if rank and argv[0] not in TOGETHER:
         return 2  # the first process says why
     with printed_warnings():
         try:
-            if rank == 0:
-                raise several_processes(argv[0])
-            with sigterm_as_interrupt():
+            with _launched(argv, rank), sigterm_as_interrupt():
                 return _carry_out(argv[0], arguments)
         except BrokenPipeError:
             # The reader of our output has gone (for example `| head`): nothing is left to say to it.
@@ -80,13 +79,34 @@ def main(argv: list[str]) -> int:
         except SystemExit as stop:  # after --help, or where a verb has said all
             return stop.code if isinstance(stop.code, int) else 2
         except (Exception, KeyboardInterrupt) as error:
-            if debug and isinstance(error, Exception):
-                traceback.print_exc()
-            text, parts, code = _failure(error, argv[0])
-            print(f"distmatch {argv[0]}: {text}", file=sys.stderr)
-            if "--json" in arguments:
-                print_json({"verb": argv[0], "error": parts, "exit_code": code})
-            return code
+            return _say(error, argv)
+
+
+def _say(error: BaseException, argv: list[str]) -> int:
+    """Tells the user what went wrong; returns the exit code."""
+    if "--debug" in argv and isinstance(error, Exception):
+        traceback.print_exception(error)
+    text, parts, code = _failure(error, argv[0])
+    rank = rank_of_several(os.environ)
+    print(f"distmatch {argv[0]}{f' (process {rank})' if rank else ''}: {text}", file=sys.stderr)
+    if "--json" in argv and not rank:
+        print_json({"verb": argv[0], "error": parts, "exit_code": code})
+    return code
+
+
+def _launched(argv: list[str], rank: int | None) -> AbstractContextManager[None]:
+    """The context of a command: one of the processes of a launch, where there is one.
+
+    Raises:
+        UserError: The verb is not for several processes.
+    """
+    if rank is None:
+        return nullcontext()
+    if argv[0] not in TOGETHER:
+        raise several_processes(argv[0])
+    from distmatch.cli.processes import together
+
+    return together(os.environ, lambda error: _say(error, argv), lambda error: _failure(error, argv[0])[2])
 
 
 def _carry_out(verb: str, arguments: list[str]) -> int:
@@ -100,7 +120,7 @@ def _failure(error: BaseException, verb: str) -> tuple[str, dict[str, str], int]
     """What to say of an error: the message, its parts, and the exit code."""
     theirs = error if isinstance(error, UserError) else _of_the_machine(error)
     if theirs is not None:
-        return str(theirs), theirs.parts, 2
+        return str(theirs), theirs.parts, 1 if isinstance(theirs, LostProcess) else 2
     if isinstance(error, KeyboardInterrupt):
         code = 143 if isinstance(error, Terminated) else 130
         if error.args:  # a run on disk: the command that continues it

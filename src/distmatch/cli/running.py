@@ -12,6 +12,7 @@ from typing import Any
 
 from distmatch.base.errors import UserError
 from distmatch.base.progress import in_words
+from distmatch.base.ranks import joined
 from distmatch.cli.answer import print_json
 from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
 from distmatch.cli.memory import as_dict, lines, predicted
@@ -37,12 +38,25 @@ def open_folder(place: Place, inputs: tuple[str, ...] = ()) -> RunFolder:
     Raises:
         UserError: No `--out`, or a folder that cannot be used.
     """
-    return create(
-        _out(place),
-        resume=place.resume is not None,
-        overwrite=place.overwrite,
-        inputs=[path for path in inputs if path],
-    )
+    ranks = joined()
+    ranks.wait()  # all have seen what is there before the first one changes it
+    if ranks.main:
+        folder = create(
+            _out(place),
+            resume=place.resume is not None,
+            overwrite=place.overwrite,
+            inputs=[path for path in inputs if path],
+        )
+    ranks.wait()
+    if not ranks.main:
+        folder = RunFolder(_out(place))
+        if not folder.path.is_dir():
+            raise UserError(
+                "all processes of a run read one folder",
+                got=f"{folder.path}, which process 0 has made and process {ranks.index} does not see",
+                fix="choose an --out on a file system that all machines share",
+            )
+    return folder
 
 
 def check_place(place: Place, inputs: tuple[str, ...] = ()) -> None:

@@ -14,6 +14,8 @@ from distmatch.base.errors import Terminated, UserError
 
 # Size and rank as torchrun and mpirun put them into the environment of every process that they start.
 _LAUNCHES = (("WORLD_SIZE", "RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+TOGETHER = ("train", "distill", "compare", "sample", "evaluate")
+"""Verbs that several processes carry out together."""
 
 
 def rank_of_several(environ: Mapping[str, str]) -> int | None:
@@ -28,9 +30,9 @@ def rank_of_several(environ: Mapping[str, str]) -> int | None:
 def several_processes(verb: str) -> UserError:
     """The refusal of a launch of several processes."""
     return UserError(
-        "one command runs in one process",
-        got="several processes (WORLD_SIZE or RANK is set, as by torchrun)",
-        expected=f"distmatch {verb} alone; it uses one device",
+        f"distmatch {verb} runs in one process",
+        got="several processes (WORLD_SIZE or RANK is set, as by torchrun or mpirun)",
+        expected=f"one of {', '.join(TOGETHER)} by torchrun; or distmatch {verb} alone",
         fix=f"run `distmatch {verb} ...` without a launcher, or unset WORLD_SIZE and RANK",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ class Pool:
 
     size: int
     conditioning: Callable[[Tensor], Conditioning]
+
+ALL = slice(None)
+"""All rows of a batch."""
+
+
+class BatchOf(Protocol):
+    """The batch of a step number, or some rows of it: those of one of several processes."""
+
+    def __call__(self, step: int, rows: slice = ALL, /) -> Batch:
+        """The batch, a function of the step alone."""
+        ...
 
 
 class Batch:
@@ -82,12 +93,12 @@ class Batches:
     def __post_init__(self) -> None:
         self._order = BatchOrder(len(self.data), self.size, self.seed)
 
-    def __call__(self, step: int) -> Batch:
-        """The batch of this step."""
+    def __call__(self, step: int, rows: slice = ALL) -> Batch:
+        """The batch of this step, or some rows of it."""
         mask = None
         if self.flip and self.data.scaling.kind == "image":
-            mask = torch.rand(self.size, generator=generator(self.seed, f"flip/{step}")) < 0.5
-        indices = self._order.indices(step)
+            mask = torch.rand(self.size, generator=generator(self.seed, f"flip/{step}"))[rows] < 0.5
+        indices = self._order.indices(step)[rows]
         x, _ = self.data.batch(indices, flip=mask)
         noise = None if self.noise is None else self.noise[indices].to(self.device)
         texts = [self.data.captions[i] for i in indices.tolist()] if self.data.captions else ()

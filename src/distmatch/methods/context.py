@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distmatch.base.checks import check_batch
 from distmatch.base.errors import UserError
+from distmatch.base.ranks import ALONE, Ranks
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import Conditioning, check_conditioning
@@ -65,6 +66,7 @@ class Context(Generic[S]):
         bf16: Whether networks run under bfloat16 autocast.
         net: Fresh network for student and fake score. None copies the teacher's; where it has none, the
             shape decides.
+        ranks: The processes that train together.
     """
 
     teacher: Denoiser
@@ -75,6 +77,7 @@ class Context(Generic[S]):
     device: torch.device
     bf16: bool = False
     net: NetConfig | None = None
+    ranks: Ranks = ALONE
 
     @property
     def unit(self) -> float:
@@ -148,7 +151,8 @@ class Context(Generic[S]):
             return batch
         low, high = own.guidance_range
         seed = stream_seed(state.generator.initial_seed(), f"guidance/{state.step}")
-        share = torch.rand(len(batch.x), generator=torch.Generator().manual_seed(seed))
+        gen = torch.Generator().manual_seed(seed)
+        share = state.ranks.draw(len(batch.x), lambda n: torch.rand(n, generator=gen))
         scale = (low + (high - low) * share).to(batch.x)
         conditioning = Conditioning({**batch.conditioning, GUIDANCE: scale})
         return Batch(batch.x, conditioning, batch.noise, batch.texts, batch.pool)
@@ -220,7 +224,7 @@ class Context(Generic[S]):
         offload = isinstance(self.settings, NetworkSettings) and self.settings.offload
         if offload:
             moments_to(optimizer, self.device)
-        norm = scheduled_step(optimizer, self.settings, state.step, self.total_steps, lr)
+        norm = scheduled_step(optimizer, self.settings, state.step, self.total_steps, lr, state.ranks)
         if offload:
             moments_to(optimizer, torch.device("cpu"))
         return norm
@@ -250,6 +254,7 @@ class Context(Generic[S]):
             ema=EMA(trained),
             generator=generator(seed, "distill", self.device),
             ratio_generator=generator(seed, "distill/ratio", self.device),
+            ranks=self.ranks,
             **others,
         )
 
@@ -307,11 +312,21 @@ def averaged(state: DistillState, info: dict[str, Any] | None) -> Student:
     return state.student.around(network, state.student.sigmas, info or {})
 
 
-def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise of the shape, dtype and device of ``like``."""
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+def standard_normal(like: Tensor, generator: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
+    """Noise of the shape, dtype and device of ``like``, the rows of this rank."""
+
+    def sample(n: int) -> Tensor:
+        shape = (n, *like.shape[1:])
+        return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+    return ranks.draw(len(like), sample)
 
 
-def noised(x: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+def uniform(n: int, generator: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
+    """Uniform numbers in [0, 1), (n,), on the generator's device, those of this rank."""
+    return ranks.draw(n, lambda m: torch.rand(m, generator=generator, device=generator.device))
+
+
+def noised(x: Tensor, sigma: Tensor, generator: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
     """``x + sigma eps`` for samples (B, ...) and levels (B,)."""
-    return x + expand(sigma, x) * standard_normal(x, generator)
+    return x + expand(sigma, x) * standard_normal(x, generator, ranks)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.ranks import ALONE, Ranks
 from distmatch.nets.optimizer import OptimizerSettings
 
 
@@ -40,6 +41,7 @@ def scheduled_step(
     step: int,
     total: int,
     lr: float | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """:func:`clipped_step` at the learning rate of ``step`` of ``total``.
 
@@ -49,12 +51,14 @@ def scheduled_step(
         step: Steps done before.
         total: Length of the run.
         lr: The learning rate that the schedule scales; None takes that of the settings.
+        ranks: The processes over which gradients are averaged first.
 
     Returns:
         The norm of the gradient before it is clipped.
     """
     for group in optimizer.param_groups:
         group["lr"] = (settings.lr if lr is None else lr) * rate(settings, step, total)
+    ranks.average_gradients(p for group in optimizer.param_groups for p in group["params"])
     return clipped_step(optimizer, settings.grad_clip)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.base.ranks import ALONE, Ranks
 from distmatch.nets.ema import EMA
 from distmatch.nets.shared import load_own_state, own_state
 
@@ -26,7 +28,8 @@ class TrainingState:
     Attributes:
         ema: Moving average of what is trained; what is used and saved.
         optimizers: By the name of what they optimize.
-        generator: The random stream of the steps.
+        generator: The random stream of the steps, in the same state on all ranks.
+        ranks: The processes that train together; no part of a checkpoint.
         memory: Tensors by name; what a step replaces is kept here.
         step: Steps done.
     """
@@ -34,12 +37,19 @@ class TrainingState:
     ema: EMA
     optimizers: dict[str, torch.optim.Optimizer]
     generator: torch.Generator
+    ranks: Ranks = ALONE
     memory: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks by name."""
         return {"average": self.ema.module}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All parameters and buffers of the networks."""
+        for module in self.modules().values():
+            yield from module.parameters()
+            yield from module.buffers()
 
     def state_dict(self) -> dict[str, Any]:
         """A tree of tensors, numbers and strings."""

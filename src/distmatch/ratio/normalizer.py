@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.checks import check_count, check_number
+from distmatch.base.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,24 +105,30 @@ class RatioNormalizer:
         """The bin (B,) of samples whose noise level is at ``quantile`` (B,) of its distribution."""
         return (quantile * self.config.bins).long().clamp(0, self.config.bins - 1)
 
-    def update(self, log_r: Tensor, quantile: Tensor, weigh: Callable[[Tensor], Tensor]) -> NormalizedRatio:
+    def update(
+        self,
+        log_r: Tensor,
+        quantile: Tensor,
+        weigh: Callable[[Tensor], Tensor],
+        ranks: Ranks = ALONE,
+    ) -> NormalizedRatio:
         """Normalizes a batch of student samples and takes it into the running means.
 
         Args:
             log_r: Raw log ratios of samples *of the student*, (B,).
             quantile: CDF of each sample's noise level under the sampling distribution, (B,).
             weigh: h as a function of log r, (B,) to (B,).
+            ranks: The processes whose rows make up the batch; the means are those of all.
         """
         cfg, index = self.config, self.bin_of(quantile)
         raw = log_r.detach().float().clamp(-self.RAW_LIMIT, self.RAW_LIMIT)
         for total in self._sums.values():
-            total.mul_(cfg.kept(len(raw)))
+            total.mul_(cfg.kept(len(raw) * ranks.size))
         # Whether the earlier batches have enough samples for their own mean.
         seen = self.count.sum()
         known = seen >= cfg.min_count
         before = self._log_means()
-        self._add("count", index, torch.ones_like(raw))
-        self._add("ratio", index, raw.exp())
+        self._add(index, ranks, count=torch.ones_like(raw), ratio=raw.exp())
         after = self._log_means()
         log_mean, pooled = (torch.where(known, b, a) for b, a in zip(before, after, strict=True))
         shifted = raw - log_mean[index].float()
@@ -129,7 +136,7 @@ class RatioNormalizer:
 
         weight = weigh(clipped)
         earlier = self._sums["weight"].sum() / seen.clamp_min(1e-12)
-        self._add("weight", index, weight)
+        self._add(index, ranks, weight=weight)
         scale = torch.where(known, earlier, self._sums["weight"].sum() / self.count.sum()).clamp_min(1e-12)
         return NormalizedRatio(
             clipped,
@@ -139,8 +146,16 @@ class RatioNormalizer:
             pooled,
         )
 
-    def _add(self, name: str, index: Tensor, values: Tensor) -> None:
-        self._sums[name].index_add_(0, index, values.double())
+    def _add(self, index: Tensor, ranks: Ranks, **values: Tensor) -> None:
+        """Takes values (B,) into the sums of their bins."""
+        if ranks.size == 1:
+            for name, value in values.items():
+                self._sums[name].index_add_(0, index, value.double())
+            return
+        stacked = torch.stack([value.double() for value in values.values()])
+        zeros = torch.zeros(len(values), self.config.bins, dtype=torch.float64, device=stacked.device)
+        for name, total in zip(values, ranks.sum(zeros.index_add_(1, index, stacked)), strict=True):
+            self._sums[name] += total
 
     def _log_means(self) -> tuple[Tensor, Tensor]:
         """Log mean ratio of each bin (bins,), and how many of these are pooled.
@@ -196,6 +211,7 @@ class RatioNormalizer:
             total.copy_(state[name])
 
 
-def effective_sample_size(weight: Tensor) -> Tensor:
+def effective_sample_size(weight: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """(sum h)^2 / (B sum h^2): the share of the batch that the weights leave in effect, in (0, 1]."""
-    return weight.sum().square() / (len(weight) * weight.square().sum()).clamp_min(1e-30)
+    total, squares = ranks.sum(torch.stack([weight.sum(), weight.square().sum()]))
+    return total.square() / (len(weight) * ranks.size * squares).clamp_min(1e-30)

@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 from distmatch.base.errors import UserError
+from distmatch.base.ranks import joined
 
 
 def pick_device(name: str) -> torch.device:
     """The device of a name; ``auto`` takes an accelerator when torch sees one.
+
+    Of several processes each has its own accelerator of the machine, where the name has no number.
 
     Raises:
         UserError: No such device here.
@@ -17,8 +20,11 @@ def pick_device(name: str) -> torch.device:
     try:
         if name == "auto":
             found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            return found or torch.device("cpu")
-        device = torch.device(name)
+            device = found or torch.device("cpu")
+        else:
+            device = torch.device(name)
+        if joined().size > 1 and device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, torch.accelerator.current_device_index())
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.data import Dataset
-from distmatch.data.batches import Batch, Pool
+from distmatch.data.batches import ALL, Batch, BatchOf, Pool
 from distmatch.data.classes import Classes, drawn_labels
 from distmatch.diffusion.conditioning import LABEL, Conditioning, check_conditioning, for_model, spec_of
 from distmatch.diffusion.denoiser import Denoiser
@@ -72,7 +71,7 @@ def drawer(data: Dataset | None, seed: int) -> Draw | None:
 
 def empty_batches(
     teacher: Denoiser, run: RunOptions, device: torch.device, prompts: Conditioning | None = None
-) -> Callable[[int], Batch]:
+) -> BatchOf:
     """Batches for methods that need no data: only their size and conditioning are used.
 
     Args:
@@ -90,9 +89,10 @@ def empty_batches(
         if not rows:
             raise UserError("a conditioning without rows conditions nothing", fix="leave it out")
 
-        def drawn(step: int) -> Batch:
-            chosen = torch.randint(rows, (run.batch,), generator=generator(run.seed, f"prompts/{step}"))
-            x = torch.zeros(run.batch, *teacher.shape, device=device)
+        def drawn(step: int, part: slice = ALL) -> Batch:
+            gen = generator(run.seed, f"prompts/{step}")
+            chosen = torch.randint(rows, (run.batch,), generator=gen)[part]
+            x = torch.zeros(len(chosen), *teacher.shape, device=device)
             return Batch(x, prompts.index(chosen).to(device), pool=Pool(rows, prompts.index))
 
         return drawn
@@ -104,12 +104,12 @@ def empty_batches(
         )
     counts = Classes.from_dict(known_data(teacher), teacher.num_classes).counts
 
-    def batch(step: int) -> Batch:
+    def batch(step: int, part: slice = ALL) -> Batch:
         labels = None
         if teacher.num_classes:
-            labels = drawn_labels(
-                run.batch, teacher.num_classes, run.seed, counts, stream=f"labels/{step}"
-            ).to(device)
-        return Batch(torch.zeros(run.batch, *teacher.shape, device=device), labels)
+            labels = drawn_labels(run.batch, teacher.num_classes, run.seed, counts, stream=f"labels/{step}")[
+                part
+            ].to(device)
+        return Batch(torch.zeros(len(range(run.batch)[part]), *teacher.shape, device=device), labels)
 
     return batch

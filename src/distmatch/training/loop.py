@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distmatch.base.errors import DivergedError, Terminated, UserError
 from distmatch.base.progress import progress
+from distmatch.base.ranks import ALONE, Ranks
 from distmatch.base.stack import caller_level
 from distmatch.nets.training_state import TrainingState
 from distmatch.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -39,13 +40,18 @@ class Averages:
             self.sums[key] = self.sums[key] + value if known else value
             self.counts[key] = self.counts.get(key, 0) + 1 if value.ndim == 0 else 1
 
-    def means(self, step: int, last: str) -> dict[str, Any]:
-        """Means since the last :meth:`clear`, as numbers and lists.
+    def means(self, step: int, last: str, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """Means since the last :meth:`clear`, over steps and processes, as numbers and lists.
 
         Raises:
             DivergedError: One of them is not finite.
         """
-        values = {key: (total / self.counts[key]).tolist() for key, total in self.sums.items()}
+        means = {key: total / self.counts[key] for key, total in self.sums.items()}
+        if means and ranks.size > 1:
+            flat = ranks.mean(torch.cat([value.double().reshape(-1) for value in means.values()]))
+            parts = flat.split([value.numel() for value in means.values()])
+            means = {k: part.reshape(v.shape) for (k, v), part in zip(means.items(), parts, strict=True)}
+        values = {key: value.tolist() for key, value in means.items()}
         bad = [key for key, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
         if bad:
             raise DivergedError(
@@ -104,12 +110,14 @@ def _not_finite(node: Any, path: str = "") -> str | None:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+def deferred_interrupt(ranks: Ranks = ALONE) -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
     """Holds back the first Ctrl-C or SIGTERM, so that a step is never cut in half; a second one interrupts.
 
-    What it gives is called between steps and returns the exception to raise, or None.
+    What it gives is called between steps and returns the exception to raise, or None: the same on all ranks,
+    whichever of them got the signal.
     """
     asked: type[KeyboardInterrupt] | None = None
+    kinds = (None, KeyboardInterrupt, Terminated)
 
     def on_signal(number: int, frame: Any) -> None:
         nonlocal asked
@@ -118,10 +126,10 @@ def deferred_interrupt() -> Iterator[Callable[[], type[KeyboardInterrupt] | None
             raise asked
 
     def pending() -> type[KeyboardInterrupt] | None:
-        return asked
+        return kinds[ranks.largest(kinds.index(asked))]
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield pending
         return
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -166,16 +174,17 @@ def run_loop(
     """
     history: list[dict[str, Any]] = []
     averages = Averages()
-    log = EventLog(folder.log) if folder else None
+    ranks = state.ranks
+    log = EventLog(folder.log) if folder and ranks.main else None
     saved = state.step
     warned: set[str] = set()
     shown: dict[str, Any] = {}
 
     def checkpoint() -> None:
         nonlocal saved
-        if folder is None or log is None or state.step == saved:
+        if folder is None or state.step == saved:
             return
-        averages.means(state.step, last_good())
+        averages.means(state.step, last_good(), ranks)
         tree = state.state_dict()
         # A finite loss does not vouch for the weights: it was taken before the step that changed them.
         if bad := _not_finite(tree):
@@ -186,12 +195,13 @@ def run_loop(
             )
         best = None if watch is None else watch.best_step
         tree |= {} if watch is None else {"watch": watch.state_dict()}
-        save_checkpoint(folder.checkpoints, state.step, tree, options.keep, best)
-        log.write("checkpoint", state.step)
+        if log is not None:
+            save_checkpoint(folder.checkpoints, state.step, tree, options.keep, best)
+            log.write("checkpoint", state.step)
         saved = state.step
 
     def warn(message: str) -> None:
-        if message not in warned:
+        if message not in warned and ranks.main:
             warned.add(message)
             warnings.warn(message, stacklevel=caller_level())
             if log:
@@ -206,7 +216,7 @@ def run_loop(
             log.write("watch", state.step, **values)
         for message in messages:
             warn(message)
-        if watch.best_step == state.step:
+        if ranks.from_main(watch.best_step == state.step):
             checkpoint()
         return {"diversity": f"{values['diversity']:.3g} (step {state.step})"}
 
@@ -217,7 +227,7 @@ def run_loop(
 
     with (
         log or nullcontext(),
-        deferred_interrupt() as interrupted,
+        deferred_interrupt(ranks) as interrupted,
         progress(options.steps, initial=state.step, desc=desc) as bar,
     ):
         seen = look() if state.step == 0 else {}
@@ -228,7 +238,7 @@ def run_loop(
                 watch.observe(info)
             done = state.step
             if done % options.log_every == 0 or done == options.steps:
-                means = averages.means(done, last_good())
+                means = averages.means(done, last_good(), ranks)
                 history.append({"step": done, **means})
                 if log:
                     log.write("train", done, **means)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, Dataset, load_data
-from distmatch.data.batches import Batch, Batches
+from distmatch.data.batches import Batches, BatchOf
 from distmatch.data.columns import columns_of
 from distmatch.diffusion.conditioning import Conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_denoiser
@@ -42,6 +42,7 @@ from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
 from distmatch.training.prepare_watch import check_watchable, watch_of
 from distmatch.training.presets import find_preset
+from distmatch.training.processes import start_together
 from distmatch.training.prompt_batches import prompt_batches, with_dropout
 from distmatch.training.prompted import described_prompts, given_prompts, is_captioned
 from distmatch.training.runs import Job
@@ -74,7 +75,8 @@ def prepare_distillation(
     Raises:
         UserError: Options, teacher and data do not go together.
     """
-    run = options.run
+    run, ranks = options.run, start_together("distill", options)
+    own_rows = ranks.rows(run.batch)
     encoded, data = (data, None) if isinstance(data, Conditioning) else (None, data)
     device = pick_device(run.device)
     name = measure.name if measure is not None else options.divergence
@@ -122,6 +124,7 @@ def prepare_distillation(
         device=device,
         bf16=run.precision == "bf16",
         net=None if copied else options.net.resolve(teacher.shape, device.type),
+        ranks=ranks,
     )
     distiller = build_method(context)
     spec = options.data
@@ -163,7 +166,7 @@ def prepare_distillation(
             expected=f"at least {distiller.least_steps} steps",
             fix="raise --steps",
         )
-    batches: Callable[[int], Batch]
+    batches: BatchOf
     if prompts is not None:  # before other networks are made, which the text encoders leave room for
         batches = prompt_batches(prompts, teacher, options, device, dry=dry)
     elif data is not None:
@@ -173,6 +176,7 @@ def prepare_distillation(
     batches = with_dropout(batches, teacher, options.encoding.prompt_dropout, run)
     draw = drawer(data, run.seed) if fresh and not copied else None
     state = distiller.init(run.seed, draw)
+    ranks.broadcast(state.tensors())
     if run.compile:
         for net in (teacher, state.student.denoiser, state.fake_score):
             if isinstance(net, nn.Module) and has_network(net):
@@ -203,7 +207,7 @@ def prepare_distillation(
         options=options,
         state=state,
         step=distiller.step,
-        batches=batches,
+        batches=lambda step: batches(step, own_rows),
         networks={"teacher": teacher, **state.modules()}
         if isinstance(teacher, nn.Module)
         else state.modules(),

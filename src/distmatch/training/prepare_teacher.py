@@ -24,6 +24,7 @@ from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.known_data import describe_data, few_samples, remember
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
+from distmatch.training.processes import start_together
 from distmatch.training.runs import Job
 from distmatch.training.teacher import TeacherTraining
 
@@ -47,7 +48,8 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
     Raises:
         UserError: The options or the data cannot be used.
     """
-    run = options.run
+    run, ranks = options.run, start_together("train", options)
+    own_rows = ranks.rows(run.batch)
     device = pick_device(run.device)
     data = load_data(options.data, labels=options.labels) if data is None else data
     chosen = options.net.settled(data.shape, device.type, text=bool(data.captions))
@@ -67,8 +69,10 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
         path=_fitted_path(options.teacher, noisy, run.seed),
         text=text,
         prompt_encoder=data.prompt_encoder,
+        ranks=ranks,
     )
     state = method.init(run.seed)
+    ranks.broadcast(state.tensors())
     if run.compile:
         compile_network(state.denoiser.net)
     extra: dict[str, Any] = {
@@ -83,12 +87,13 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
         remember(model, describe_data(data, options.data))
         return model
 
+    batches = Batches(noisy, run.batch, run.seed, flips(run, data), device, levels)
     return Job(
         verb="train",
         options=options,
         state=state,
         step=method.step,
-        batches=Batches(noisy, run.batch, run.seed, flips(run, data), device, levels),
+        batches=lambda step: batches(step, own_rows),
         networks={"teacher": state.denoiser},
         notes={
             "data": data.name,

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from distmatch.base.errors import UserError
-from distmatch.data.batches import Batch
+from distmatch.base.ranks import ALONE
+from distmatch.data.batches import ALL, Batch, BatchOf
 from distmatch.data.classes import Classes
 from distmatch.data.scaling import Scaling
 from distmatch.interop import decoder_of
@@ -41,7 +42,7 @@ def watch_of(
     *,
     student: Callable[[], Student],
     state: DistillState,
-    batches: Callable[[int], Batch],
+    batches: BatchOf,
     about: Mapping[str, Any],
 ) -> Watch | None:
     """The watch of a distillation; None where its options ask for none.
@@ -52,12 +53,17 @@ def watch_of(
         distiller: The method.
         student: Makes the student that the run would end with now.
         state: The state of the training.
-        batches: The batch of a step.
+        batches: The batch of a step, of all ranks together.
         about: What the student keeps of its data.
     """
     if not options.watch.watch_every:
         return None
     teacher, settings, run = context.teacher, context.settings, options.run
+
+    def taken(step: int, rows: slice = ALL) -> Batch:
+        whole = context.taken(replace(state, step=step, ranks=ALONE), batches(step))
+        return Batch(whole.x[rows], whole.conditioning.index(rows), texts=whole.texts[rows])
+
     accumulate = settings.accumulate if isinstance(settings, NetworkSettings) else 1
     watched = Watched(
         teacher=teacher,
@@ -66,13 +72,14 @@ def watch_of(
         state=state,
         method=context.method,
         settings=settings,
-        batches=lambda step: context.taken(replace(state, step=step), batches(step)),
+        batches=taken,
         fake_score=distiller if isinstance(distiller, Lagging) else None,
         scaling=Scaling.known(about, (decoder_of(teacher) or teacher).shape),
         class_names=Classes.from_dict(about, teacher.num_classes).names,
+        rows=context.ranks.rows(run.batch),
         steps=run.steps,
         seed=run.seed,
-        chunk=max(1, run.batch // accumulate),
+        chunk=max(1, run.batch // (accumulate * context.ranks.size)),
         device=context.device,
     )
     return Watch(options.watch, watched)

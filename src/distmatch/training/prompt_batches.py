@@ -16,7 +16,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.files import cache_folder
 from distmatch.base.seeds import generator
 from distmatch.base.stack import caller_level
-from distmatch.data.batches import Batch, Pool
+from distmatch.data.batches import ALL, Batch, BatchOf, Pool
 from distmatch.data.order import BatchOrder
 from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.conditioning import LABEL, Conditioning, null_conditioning, spec_of
@@ -37,7 +37,7 @@ Rows = Callable[[Tensor], Conditioning]
 
 def prompt_batches(
     prompts: Prompts, teacher: Denoiser, options: DistillOptions, device: torch.device, *, dry: bool = False
-) -> Callable[[int], Batch]:
+) -> BatchOf:
     """Batches of prompts, with clean samples where there are some; what is cached is encoded here.
 
     Args:
@@ -74,11 +74,12 @@ def prompt_batches(
 
     pool = Pool(len(texts), given)
 
-    def batch(step: int) -> Batch:
+    def batch(step: int, part: slice = ALL) -> Batch:
         if order is not None:
-            rows = order.indices(step)
+            rows = order.indices(step)[part]
         else:
-            rows = torch.randint(len(texts), (run.batch,), generator=generator(run.seed, f"prompts/{step}"))
+            gen = generator(run.seed, f"prompts/{step}")
+            rows = torch.randint(len(texts), (run.batch,), generator=gen)[part]
         own = [texts[i] for i in rows.tolist()]
         return Batch(samples(rows).to(device), given(rows).to(device), texts=own, pool=pool)
 
@@ -99,17 +100,16 @@ def size_of_encodings(options: DistillOptions, teacher: Denoiser) -> tuple[int, 
     return len(texts), row * len(set(texts))
 
 
-def with_dropout(
-    batches: Callable[[int], Batch], teacher: Denoiser, share: float, run: RunOptions
-) -> Callable[[int], Batch]:
+def with_dropout(batches: BatchOf, teacher: Denoiser, share: float, run: RunOptions) -> BatchOf:
     """Batches in which a share of the samples has the null conditioning, drawn for each step and place."""
     if not share:
         return batches
 
-    def batch(step: int) -> Batch:
-        found = batches(step)
+    def batch(step: int, part: slice = ALL) -> Batch:
+        found = batches(step, part)
         n, device = len(found.x), found.x.device
-        kept = torch.rand(n, generator=generator(run.seed, f"prompt dropout/{step}")) >= share
+        drawn = torch.rand(run.batch, generator=generator(run.seed, f"prompt dropout/{step}"))
+        kept = drawn[part] >= share
         null = null_conditioning(teacher, n, device)
         texts = [text if keep else "" for text, keep in zip(found.texts, kept.tolist(), strict=False)]
         return Batch(found.x, found.conditioning.where(kept.to(device), null), found.noise, texts, found.pool)

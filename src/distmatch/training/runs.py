@@ -94,7 +94,7 @@ def carry_out(
     Returns:
         The averaged teacher or the student, and the logged history.
     """
-    run, watch = job.options.run, job.watch
+    run, watch, ranks = job.options.run, job.watch, job.state.ranks
     if folder is not None:
         check_model_folder(folder.model, MODEL_PARTS)  # what stands in the way is found now, not at the end
         changes: Changes = {}
@@ -102,6 +102,8 @@ def carry_out(
             changes = changes_on_resume(job.options, folder.config)
             check_prompts(job.notes.get(PROMPTS), folder.log)
             restore(job.state, folder, resume, watch)
+        ranks.wait()  # all have read what is there before the first one writes
+    if folder is not None and ranks.main:
         again = folder.log.exists()
         if resume is None or not folder.config.exists():
             write_config(job.options, job.verb, folder.config)
@@ -117,13 +119,13 @@ def carry_out(
             )
             for message in job.warnings:
                 log.write("warning", job.state.step, message=message)
-    for message in job.warnings:
+    for message in job.warnings if ranks.main else ():
         warnings.warn(message, stacklevel=caller_level())
     for remark in job.remarks:
         tell(remark)
     began, first = time.perf_counter(), job.state.step
     if watch is not None:
-        watch.begin(folder.watch if folder is not None else None)
+        watch.begin(folder.watch if folder is not None and ranks.main else None)
     history = run_loop(
         job.step,
         job.state,
@@ -137,15 +139,17 @@ def carry_out(
     )
     done = job.state.step
     if folder is not None and watch is not None and watch.options.result == "best":
+        ranks.wait()
         _restore_best(job.state, folder, watch)
     model = job.result()
-    if folder is not None:
+    if folder is not None and ranks.main:
         if job.save is not None:
             job.save(folder.model, model)
         with EventLog(folder.log) as log:
             seconds = time.perf_counter() - began
             best = {} if job.state.step == done else {"result_of": job.state.step}
             log.write("end", done, seconds=seconds, steps=done - first, memory=peak_memory(), **best)
+    ranks.wait()  # the folder is complete for all
     return model, history
 
 
@@ -158,5 +162,6 @@ def _restore_best(state: TrainingState, folder: RunFolder, watch: Watch) -> None
     except UserError as error:
         message = f"the model is that of the last step, as there is no best checkpoint: {error}"
         warnings.warn(message, stacklevel=caller_level())
-        with EventLog(folder.log) as log:
-            log.write("warning", state.step, message=message)
+        if state.ranks.main:
+            with EventLog(folder.log) as log:
+                log.write("warning", state.step, message=message)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
+from distmatch.base.ranks import ALONE, Ranks
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import for_model, null_conditioning
@@ -66,6 +67,7 @@ class TeacherTraining:
         path: A noise path to use instead of the one that the config names.
         text: The text that the network takes; None without.
         prompt_encoder: What makes it of prompts; the teacher keeps it.
+        ranks: The processes that train together.
 
     Raises:
         UserError: The choices in the config do not go together.
@@ -82,6 +84,7 @@ class TeacherTraining:
     path: NoisePath | None = None
     text: TextInput | None = None
     prompt_encoder: PromptEncoder | None = None
+    ranks: Ranks = ALONE
     objective: Objective = field(init=False)
 
     def __post_init__(self) -> None:
@@ -134,6 +137,7 @@ class TeacherTraining:
             ema=EMA(denoiser),
             optimizers={"denoiser": optimizer},
             generator=generator(seed, "teacher", self.device),
+            ranks=self.ranks,
             uncertainty=uncertainty,
         )
 
@@ -141,20 +145,17 @@ class TeacherTraining:
         """One step on a batch of samples; changes ``state``, returns loss and gradient norm."""
         cfg = self.config
         x0 = batch.x
-        sigma = self.objective.levels.sample(len(x0), state.generator)
+        gen, ranks = state.generator, state.ranks
+        sigma = ranks.draw(len(x0), lambda n: self.objective.levels.sample(n, gen))
         if batch.noise is not None:
             sigma = torch.maximum(sigma, batch.noise)
         if cfg.instance_noise > 0:
-            x0 = x0 + cfg.instance_noise * torch.randn(
-                x0.shape, generator=state.generator, device=self.device
-            )
-        noise = torch.randn(x0.shape, generator=state.generator, device=self.device)
-        if cfg.pfgm_dims > 0:
-            noise = student_t(noise, cfg.pfgm_dims, state.generator)
+            x0 = x0 + cfg.instance_noise * ranks.draw(len(x0), lambda n: self._normal(n, gen))
+        noise = ranks.draw(len(x0), lambda n: self._noise(n, gen))
         weight = self.objective.weight(sigma)
         conditioning = for_model(state.denoiser, batch.conditioning)
         if conditioning and cfg.label_dropout > 0:
-            draw = torch.rand(len(x0), generator=state.generator, device=self.device)
+            draw = ranks.draw(len(x0), lambda n: torch.rand(n, generator=gen, device=self.device))
             null = null_conditioning(state.denoiser, len(x0), self.device)
             conditioning = null.where(draw < cfg.label_dropout, conditioning)
         with (
@@ -166,7 +167,9 @@ class TeacherTraining:
             )
         total = losses if state.uncertainty is None else uncertainty_loss(losses, state.uncertainty(sigma))
         total.mean().backward()
-        norm = scheduled_step(state.optimizers["denoiser"], cfg, state.step, self.total_steps)
+        norm = scheduled_step(
+            state.optimizers["denoiser"], cfg, state.step, self.total_steps, ranks=state.ranks
+        )
         state.step += 1
         state.ema.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
         return {"loss": losses.detach().mean(), "grad_norm": norm}
@@ -176,13 +179,24 @@ class TeacherTraining:
         averaged: Any = state.ema.module
         return averaged
 
+    def _normal(self, n: int, gen: torch.Generator) -> Tensor:
+        return torch.randn((n, *self.shape), generator=gen, device=self.device)
+
+    def _noise(self, n: int, gen: torch.Generator) -> Tensor:
+        noise = self._normal(n, gen)
+        return student_t(noise, self.config.pfgm_dims, gen) if self.config.pfgm_dims > 0 else noise
+
     @contextmanager
     def _dropout_stream(self, state: TeacherState) -> Iterator[None]:
-        """Layers draw from torch's global stream, which no checkpoint holds: here it is set by the step."""
+        """Layers draw from torch's global stream, which no checkpoint holds: here it is set by the step.
+
+        What a layer drops is drawn for the rows of a rank alone, so it depends on the number of ranks.
+        """
         if not (getattr(self.net, "dropout", 0.0) or self.config.condition_noise):
             yield
             return
         accelerators = [] if self.device.type == "cpu" else [self.device]
         with torch.random.fork_rng(devices=accelerators, device_type=self.device.type):
-            torch.manual_seed(stream_seed(state.generator.initial_seed(), f"dropout/{state.step}"))
+            name = f"dropout/{state.step}" + (f"/{state.ranks.index}" if state.ranks.index else "")
+            torch.manual_seed(stream_seed(state.generator.initial_seed(), name))
             yield

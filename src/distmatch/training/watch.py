@@ -15,7 +15,7 @@ from torch import Tensor
 from distmatch.base.errors import DivergedError, UserError
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator, stream_seed
-from distmatch.data.batches import Batch
+from distmatch.data.batches import BatchOf
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
@@ -75,6 +75,7 @@ class Watched:
         fake_score: Measures the fake score; None without one.
         scaling: Of the decoded samples, for pictures.
         class_names: Names of the classes, or ().
+        rows: Those of a batch that this process trains on.
         steps: Length of the run.
         seed: Seed of the run; the watch has streams of its own.
         chunk: Samples at a time: those of a training step's network passes.
@@ -87,10 +88,11 @@ class Watched:
     state: DistillState
     method: Method
     settings: Settings
-    batches: Callable[[int], Batch]
+    batches: BatchOf
     fake_score: Lagging | None
     scaling: Scaling
     class_names: tuple[str, ...]
+    rows: slice
     steps: int
     seed: int
     chunk: int
@@ -219,7 +221,10 @@ class Watch:
                     expected="finite numbers",
                     fix=f"lower the learning rate and continue with --resume; {last}",
                 )
-            means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+            ranks = w.state.ranks
+            means = {
+                name: float(ranks.mean(total)) / self._counts[name] for name, total in self._sums.items()
+            }
             values = against_teacher(samples, self._teacher)
             if w.fake_score is not None and means.get("loss_fake", 0.0) > 0:
                 values["fake_score_lag"] = self._fake_score_error(w.fake_score) / means["loss_fake"]
@@ -242,9 +247,10 @@ class Watch:
         errors: list[Tensor] = []
         gen = generator(w.seed, f"watch/{w.state.step}", w.device)
         while seen < LAG_SAMPLES and len(errors) < LAG_BATCHES:
-            batch = w.batches(w.state.step + len(errors))
-            errors.append(fake_score.fake_score_error(w.state, batch.conditioning, len(batch.x), gen))
-            seen += len(batch.x)
+            batch = w.batches(w.state.step + len(errors), w.rows)
+            error = fake_score.fake_score_error(w.state, batch.conditioning, len(batch.x), gen)
+            errors.append(w.state.ranks.mean(error))
+            seen += len(batch.x) * w.state.ranks.size
         return float(torch.stack(errors).mean())
 
     def _judge(self, step: int, values: dict[str, float]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_write, load_tensors, save_tensors
-from distmatch.data.batches import Batch
+from distmatch.data.batches import BatchOf
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import LABEL, UNCONDITIONAL, Conditioning, cat, null_conditioning
 from distmatch.diffusion.denoiser import Denoiser
@@ -69,7 +69,7 @@ class Grid:
         return hashlib.sha256(b"".join([*_digests(self.conditioning), str(self.seeds).encode()])).hexdigest()
 
 
-def grid_of(batches: Callable[[int], Batch], model: Denoiser, conditions: int, seeds: int) -> Grid:
+def grid_of(batches: BatchOf, model: Denoiser, conditions: int, seeds: int) -> Grid:
     """The first different conditions of a training, in the order of labels where there are labels alone.
 
     Args:

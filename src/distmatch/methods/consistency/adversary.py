@@ -14,7 +14,7 @@ from distmatch.diffusion.noise import Karras
 from distmatch.losses import adversarial_discriminator_loss, adversarial_generator_loss, approximate_r1
 from distmatch.methods.consistency.direct import Draws
 from distmatch.methods.consistency.settings import CTMSettings
-from distmatch.methods.context import Context, Info
+from distmatch.methods.context import Context, Info, standard_normal
 from distmatch.methods.state import DistillState
 from distmatch.ratio.discriminator import build_discriminator, choose_source, logits_of
 
@@ -53,11 +53,9 @@ class Adversary:
     def draw(self, state: DistillState, x: Tensor) -> dict[str, Tensor]:
         """Levels and noises of a batch like ``x`` (B, *shape): for student, real, and with R1 perturbed."""
         gen = state.ratio_generator
-        level = self._law.sample(len(x), gen).to(x.dtype)
-        noises = (
-            torch.randn(x.shape, generator=gen, device=x.device, dtype=x.dtype)
-            for _ in range(3 if self.context.settings.r1 > 0 else 2)
-        )
+        level = state.ranks.draw(len(x), lambda n: self._law.sample(n, gen)).to(x.dtype)
+        count = 3 if self.context.settings.r1 > 0 else 2
+        noises = (standard_normal(x, gen, state.ranks) for _ in range(count))
         names = ("noise_fake", "noise_real", "noise_r1")
         return {"level": level, **dict(zip(names, noises, strict=False))}
 

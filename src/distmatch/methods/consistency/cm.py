@@ -62,7 +62,7 @@ class PairTerm:
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
-        sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
+        sigma = self._levels(len(batch.x), state).to(batch.x.dtype)
         draws = noised_draws(self.context, state, batch, sigma)
         return mean_backward(self.context, draws, lambda part: self.loss(state, part))
 

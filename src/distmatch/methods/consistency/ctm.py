@@ -33,7 +33,7 @@ from distmatch.methods.consistency.direct import (
 )
 from distmatch.methods.consistency.pairs import teacher_path, where_needed
 from distmatch.methods.consistency.settings import CTMSettings
-from distmatch.methods.context import Context, Info
+from distmatch.methods.context import Context, Info, uniform
 from distmatch.methods.state import DistillState
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.ema import EMA
@@ -80,12 +80,12 @@ class TrajectoryTerm:
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters, and lets the target follow."""
-        n, gen, cfg = len(batch.x), state.generator, self.context.settings
+        n, cfg = len(batch.x), self.context.settings
         student, target = state.student.denoiser, state.extra["target"]
         with torch.no_grad():
             torch._foreach_lerp_(*unshared(target, student), 1 - cfg.target_decay)
-        sigma = self._levels(n, gen)
-        share = torch.rand(n, generator=gen, device=gen.device)
+        sigma = self._levels(n, state)
+        share = uniform(n, state.generator, state.ranks)
         to, via = ctm_levels(sigma, self._law, self.cells(state) * CTM_CELL, share)
         draws = noised_draws(self.context, state, batch, sigma.to(batch.x.dtype))
         draws = draws.extended(to=to.to(batch.x.dtype), via=via.to(batch.x.dtype))
@@ -167,6 +167,7 @@ class TrajectoryTerm:
                     del loss, value
         scales: dict[str, Tensor | float] = {}
         for name in pulls[0]:
+            at_last[name] = state.ranks.mean(at_last[name])
             scales[name] = 1.0
             if name != "loss":
                 scales[name] = weights[name] * adaptive_weight(at_last["loss"], at_last[name])
@@ -270,7 +271,9 @@ class LayerRecord:
         seen, output = self._seen
         (at_output,) = torch.autograd.grad(out, output, gradient, retain_graph=True)
         layer = getattr(self._layer, "base_layer", self._layer)  # peft's adapters wrap it
-        weight = layer.weight.detach().requires_grad_()  # type: ignore[operator]
+        # Its value is not read: the output is linear in it. Between passes it may be sharded.
+        shape: Any = layer.weight.shape
+        weight = seen.new_zeros(shape).requires_grad_()
         if isinstance(layer, nn.Conv2d):
             again = F.conv2d(seen.detach(), weight, None, layer.stride, layer.padding)
         else:

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
+from distmatch.diffusion.noise import NoiseLevels
+from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.methods.consistency.settings import LevelSettings
-from distmatch.methods.context import Context, Info, averaged
+from distmatch.methods.context import Context, Info, averaged, standard_normal
 from distmatch.methods.initialization import Draw
 from distmatch.methods.matching.scores import StudentTerm
 from distmatch.methods.settings import GammaSettings, NetworkSettings, Settings
@@ -130,18 +131,21 @@ class Direct:
         return info
 
 
-def training_levels(
-    context: Context[Settings], own: LevelSettings
-) -> Callable[[int, torch.Generator], Tensor]:
-    """The noise levels of training: a function of how many and of a generator.
+def training_levels(context: Context[Settings], own: LevelSettings) -> Callable[[int, DistillState], Tensor]:
+    """The noise levels of training: a function of how many and of a state, on the device of its generator.
 
     They lie between the teacher's sigma_min and the level at which the student starts, by the law of the
     settings; the tails of the log-normal that are cut off are shared out in proportion.
     """
     low, high = context.teacher.sigma_min, context.first_sigma
     if own.level_distribution == "log-normal":
-        return context.log_normal(own.level_mean, own.level_std, low, high).sample
-    return context.levels(own.level_distribution, low, high).sample
+        return drawn_from(context.log_normal(own.level_mean, own.level_std, low, high))
+    return drawn_from(context.levels(own.level_distribution, low, high))
+
+
+def drawn_from(levels: NoiseLevels | PathLevels) -> Callable[[int, DistillState], Tensor]:
+    """Draws from a distribution of levels: this rank's, from the stream of a state."""
+    return lambda n, state: state.ranks.draw(n, lambda m: levels.sample(m, state.generator))
 
 
 def mean_backward(
@@ -171,5 +175,5 @@ def mean_backward(
 
 def noised_draws(context: Context[Settings], state: DistillState, batch: Batch, sigma: Tensor) -> Draws:
     """Clean samples, their noise and levels, and their conditioning where there are any."""
-    noise = torch.randn(batch.x.shape, generator=state.generator, device=batch.x.device, dtype=batch.x.dtype)
+    noise = standard_normal(batch.x, state.generator, state.ranks)
     return Draws({"x0": batch.x, "noise": noise, "sigma": sigma}, batch.conditioning)

@@ -18,6 +18,7 @@ from distmatch.diffusion.denoiser import expand
 from distmatch.losses import flow_direction, flow_speed, mean_flow_error, mean_flow_loss
 from distmatch.methods.consistency.direct import (
     Draws,
+    drawn_from,
     mean_backward,
     noised_draws,
     training_levels,
@@ -25,7 +26,7 @@ from distmatch.methods.consistency.direct import (
 from distmatch.methods.consistency.pairs import teacher_says
 from distmatch.methods.consistency.settings import MeanFlowSettings
 from distmatch.methods.consistency.tangents import choose_derivative, derivative_along
-from distmatch.methods.context import Context, Info
+from distmatch.methods.context import Context, Info, uniform
 from distmatch.methods.state import DistillState
 
 
@@ -47,7 +48,8 @@ class AverageVelocityTerm:
         self._how = choose_derivative(cfg.tangent, None)  # networks with two noise levels are built-in
         self._levels = training_levels(self.context, self.context.settings)
         # Far below sigma_min there is no difference from the data.
-        self._lower = self.context.log_normal(cfg.to_mean, cfg.to_std, 0.0, self.context.first_sigma).sample
+        lower = self.context.log_normal(cfg.to_mean, cfg.to_std, 0.0, self.context.first_sigma)
+        self._lower = drawn_from(lower)
 
     def notes(self) -> dict[str, Any]:
         """How derivatives are taken."""
@@ -58,10 +60,10 @@ class AverageVelocityTerm:
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
-        n, gen = len(batch.x), state.generator
-        one, other = self._levels(n, gen), self._lower(n, gen)
+        n = len(batch.x)
+        one, other = self._levels(n, state), self._lower(n, state)
         sigma = torch.maximum(one, other).clamp_min(self.context.teacher.sigma_min)
-        goes = torch.rand(n, generator=gen, device=gen.device) < self.context.settings.jump_share
+        goes = uniform(n, state.generator, state.ranks) < self.context.settings.jump_share
         to = torch.where(goes, torch.minimum(one, other), sigma)
         draws = noised_draws(self.context, state, batch, sigma.to(batch.x.dtype))
         draws = draws.extended(to=to.to(batch.x.dtype))

@@ -71,7 +71,7 @@ class TangentTerm:
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters, and moves the learned weight."""
-        sigma = self._levels(len(batch.x), state.generator).to(batch.x.dtype)
+        sigma = self._levels(len(batch.x), state).to(batch.x.dtype)
         draws = noised_draws(self.context, state, batch, sigma)
         info = mean_backward(self.context, draws, lambda part: self.loss(state, part))
         if self.learned_weight:

@@ -63,9 +63,9 @@ class InductiveMatching:
         Raises:
             UserError: The batch is smaller than a group.
         """
-        context, own, gen = self.context, self.context.settings, state.generator
+        context, own, gen, ranks = self.context, self.context.settings, state.generator, state.ranks
         particles = own.imm_particles
-        count = len(batch.x) // particles
+        count = len(batch.x) * ranks.size // particles
         if count == 0:
             raise UserError(
                 "a batch must hold a group of imm",
@@ -73,8 +73,10 @@ class InductiveMatching:
                 expected=f"--imm-particles {particles} or more",
                 fix="raise --batch or lower --imm-particles",
             )
-        x0, labels = batch.x, batch.conditioning.label
+        # Groups are of the whole batch; each rank draws all of them and keeps its own.
+        x0, labels = ranks.gather(batch.x), batch.conditioning.label
         if labels is not None:
+            labels = ranks.gather(labels)
             if len(x0) > count * particles:
                 chance = torch.randperm(len(x0), generator=gen, device=gen.device)[: count * particles]
                 x0, labels = x0[chance], labels[chance]
@@ -94,7 +96,7 @@ class InductiveMatching:
         if labels is not None:
             conditioning = Conditioning({LABEL: labels.unflatten(0, (count, particles))})
         tensors = {"x0": x0, "noise": noise, "t": t, "s": s, "r": r, "time": time}
-        return Draws(tensors, conditioning)
+        return Draws(tensors, conditioning).index(ranks.rows(count, "groups of --imm-particles"))
 
     def loss(
         self, state: DistillState, draws: Draws, kernel: Literal["laplace", "quadratic"] = "laplace"

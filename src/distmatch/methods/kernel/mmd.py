@@ -23,7 +23,7 @@ from distmatch.diffusion.denoiser import Denoiser, has_features, pooled, require
 from distmatch.diffusion.paths import noise_path
 from distmatch.discrepancies.kernels import Kernel, energy, gaussian, polynomial
 from distmatch.losses.kernel import mmd_with_gradient
-from distmatch.methods.context import Context, Info
+from distmatch.methods.context import Context, Info, standard_normal
 from distmatch.methods.kernel.settings import MMDSettings
 from distmatch.methods.sampler import student_sigmas
 from distmatch.methods.state import DistillState
@@ -106,8 +106,8 @@ class ChainMMD:
 
     def backward(self, state: DistillState, batch: Batch) -> Info:
         """Adds the gradient to the student's parameters."""
-        context, n = self.context, len(batch.x)
-        if n < 2:
+        context, n, ranks = self.context, len(batch.x), state.ranks
+        if n * ranks.size < 2:
             raise UserError(
                 "mmd compares samples of one batch with each other",
                 got=f"a batch of {n}",
@@ -116,11 +116,9 @@ class ChainMMD:
             )
         slices = context.parts(n)
         whole = len(slices) == 1
-        noise = torch.randn(
-            batch.x.shape, generator=state.generator, device=batch.x.device, dtype=batch.x.dtype
-        )
+        noise = standard_normal(batch.x, state.generator, ranks)
         with torch.no_grad():
-            real = _joined([self._raw(batch.x[p], batch.conditioning.index(p)) for p in slices])
+            real = ranks.gather(_joined([self._raw(batch.x[p], batch.conditioning.index(p)) for p in slices]))
             if self.of_network and "feature_mean" not in state.memory:
                 spread = real.std(0)
                 state.memory["feature_mean"] = real.mean(0)
@@ -130,7 +128,11 @@ class ChainMMD:
         with torch.set_grad_enabled(whole):
             made = _joined([self.made(state, noise[p], batch.conditioning.index(p)) for p in slices])
         kernel = feature_kernel(context.settings, self.of_network, made.shape[1])
-        loss, gradient = mmd_with_gradient(made.detach(), real, kernel, batch.conditioning.label)
+        labels = batch.conditioning.label
+        labels = None if labels is None else ranks.gather(labels)
+        loss, gradient = mmd_with_gradient(ranks.gather(made), real, kernel, labels)
+        # Of one statistic of all samples, not of a mean: what the ranks add to it is summed.
+        gradient = ranks.size * gradient[ranks.rows(len(gradient))]
         if whole:
             made.backward(gradient)
         else:

@@ -38,9 +38,9 @@ def fake_score_backward(
     n, head, r1 = len(x0), state.discriminator, compared.r1
     kinds = [x0 + expand(sigma, x0) * noise]
     if head is not None:
-        kinds.append(noised(real, sigma, state.ratio_generator))
+        kinds.append(noised(real, sigma, state.ratio_generator, state.ranks))
         if r1 > 0:
-            kinds.append(noised(kinds[1], 0.1 * sigma, state.ratio_generator))
+            kinds.append(noised(kinds[1], 0.1 * sigma, state.ratio_generator, state.ranks))
     slices = compared.context.parts(n)
     total: Info = {}
     for part in slices:

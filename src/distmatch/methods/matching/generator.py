@@ -104,11 +104,11 @@ def generator_gradient(
         gradient, found = objective.gradient(_with_ratio(scores, ratio, slice(None)), state)
         info |= found
     gradient = gradient / gradient.numel()
-    info["grad_dm"] = gradient.norm()
+    info["grad_dm"] = state.ranks.norm(gradient)
     if adversarial:
         term = torch.cat(adversarial) if len(adversarial) > 1 else adversarial[0]
         info["loss_gan"] = torch.stack(losses).sum() / compared.gan_weight
-        info["grad_gan"] = term.norm()
+        info["grad_gan"] = state.ranks.norm(term)
         gradient = gradient + term
     return GeneratorGradient(gradient / compared.context.unit, info)
 
@@ -143,10 +143,10 @@ def _ratio(
     """The whole batch's normalized log ratios; the running means take them in."""
     if logit is None or state.normalizer is None:
         raise RuntimeError("this objective needs a discriminator")
-    ratio = state.normalizer.update(logit, quantile, compared.context.divergence.weight)
+    ratio = state.normalizer.update(logit, quantile, compared.context.divergence.weight, state.ranks)
     info["clip_fraction"] = ratio.clip_fraction
     info["pooled_bins"] = ratio.pooled
-    info["ess"] = effective_sample_size(ratio.weight)
+    info["ess"] = effective_sample_size(ratio.weight, state.ranks)
     info["ratio_mean"], info["weight_mean"] = state.normalizer.bin_means()
     return ratio
 

@@ -231,8 +231,8 @@ class Matching:
         Args:
             state: The state, which is not changed.
             conditioning: What the samples are conditioned on.
-            n: Number of samples.
-            generator: The stream of their noise.
+            n: Number of samples, of this rank.
+            generator: The stream of their noise, in the same state on all ranks.
         """
         probe = replace(state, generator=generator)
         x, call = self._simulate(probe, n, conditioning)
@@ -252,12 +252,11 @@ class Matching:
         last = 0
         if student.nfe > 1:
             last = stream_seed(state.generator.initial_seed(), f"call/{state.step}") % student.nfe
-        device = self.context.device
-        z = torch.randn(n, *student.shape, generator=state.generator, device=device)
-        x = student.start(z)
+        like = torch.empty(n, *student.shape, device=self.context.device)
+        x = student.start(standard_normal(like, state.generator, state.ranks))
         for index in range(last):
             x0 = self._call(state, x, index, conditioning, grad=False)
-            z = torch.randn(x0.shape, generator=state.generator, device=device)
+            z = standard_normal(like, state.generator, state.ranks)
             x = student.advance(x, x0, z, index + 1)
         return x, last
 
@@ -285,8 +284,8 @@ class Matching:
         """Noise levels (B,) and unit noise (B, *shape) for samples ``x0`` that a call made from ``x``."""
         posterior = self.sampler == "posterior"
         levels = levels_between(self.sigmas, call, self._range) if posterior else distribution
-        sigma = levels.sample(len(x0), state.generator)
-        noise = standard_normal(x0, state.generator)
+        sigma = state.ranks.draw(len(x0), lambda n: levels.sample(n, state.generator))
+        noise = standard_normal(x0, state.generator, state.ranks)
         if posterior and call:
             noise = posterior_noise(x0, x, self.sigmas[call], sigma, noise)
         return sigma, noise

@@ -180,9 +180,9 @@ class PairRegression:
         """Adds the gradient on as many pairs as the batch has samples, drawn anew at each step."""
         recorded, context, student = self.pairs(batch), self.context, state.student
         n = len(batch.x)
-        chosen = torch.randint(
-            len(recorded.noise), (n,), generator=generator(self._seed, f"step/{state.step}")
-        )
+        gen = generator(self._seed, f"step/{state.step}")
+        rows = len(recorded.noise)
+        chosen = state.ranks.draw(n, lambda m: torch.randint(rows, (m,), generator=gen))
         z = recorded.noise[chosen].to(context.device)
         target = recorded.samples[chosen].to(context.device)
         cond = recorded.conditioning(chosen).to(context.device)

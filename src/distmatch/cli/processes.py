@@ -1,0 +1,96 @@
+"""One command in several processes: the first one speaks, and an error is said once."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from datetime import timedelta
+
+from torch import distributed as dist
+
+from distmatch.base.errors import LostProcess
+from distmatch.base.progress import quietly
+from distmatch.base.ranks import Ranks, lost_process
+from distmatch.training.processes import process_group
+
+_PATIENCE = 5.0  # seconds for which a process that failed waits for the first one to say why
+_FAREWELL = 2.0  # and the first one for the others, before it ends: the launcher kills those that are left
+
+
+@contextmanager
+def together(
+    environ: Mapping[str, str],
+    say: Callable[[BaseException], int],
+    code_of: Callable[[BaseException], int],
+) -> Iterator[None]:
+    """A context for a command that several processes carry out.
+
+    All but the first one are silent. An error that the first one has too is left to it; another one is said
+    by the first process that meets it.
+
+    Args:
+        environ: The environment, with what torchrun puts there.
+        say: Tells the user of an error; returns its exit code.
+        code_of: The exit code of an error.
+
+    Raises:
+        UserError: The processes do not find each other.
+        SystemExit: After an error, on all processes.
+    """
+    with process_group(environ) as ranks:
+        if ranks.size == 1:
+            yield
+            return
+        try:
+            with ExitStack() as silence:
+                if not ranks.main:
+                    silence.enter_context(quietly())
+                    silence.enter_context(warnings.catch_warnings())
+                    warnings.simplefilter("ignore")
+                    silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
+                yield
+        except SystemExit:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            raise SystemExit(_ended(ranks, _explained(error), say, code_of)) from error
+
+
+def _explained(error: BaseException) -> BaseException:
+    """The error, or in its place that of a process that is gone."""
+    if not lost_process(error):
+        return error
+    return LostProcess(
+        "another process of this run has died or does not answer",
+        got=str(error).splitlines()[0][:200],
+        fix="look for its own message, or for what killed it; then continue with --resume",
+    )
+
+
+def _ended(
+    ranks: Ranks,
+    error: BaseException,
+    say: Callable[[BaseException], int],
+    code_of: Callable[[BaseException], int],
+) -> int:
+    """Says an error unless another process does; returns the exit code."""
+    store = None
+    with suppress(RuntimeError, ValueError):  # or it is lost with the process that had it
+        store = dist.distributed_c10d._get_default_store()
+        if not ranks.main:
+            store.wait(["failed"], timedelta(seconds=_PATIENCE))
+    first = True
+    with suppress(RuntimeError, ValueError):
+        first = store is None or store.add("said", 1) == 1
+    code = say(error) if first else code_of(error)
+    with suppress(RuntimeError, ValueError):
+        if store is not None and ranks.main:
+            store.set("failed", "")
+            until = time.monotonic() + _FAREWELL
+            while store.add("gone", 0) < ranks.size - 1 and time.monotonic() < until:
+                time.sleep(0.02)
+        elif store is not None:
+            store.add("gone", 1)
+    return code

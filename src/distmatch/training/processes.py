@@ -1,0 +1,118 @@
+"""The processes of one launch: how they find each other, and what they must have in common."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distmatch.base.errors import UserError
+from distmatch.base.ranks import ALONE, Ranks, joined
+from distmatch.base.version import __version__
+from distmatch.training.config_format import config_text
+
+TIMEOUT = "DISTMATCH_TIMEOUT"
+"""Environment variable: seconds after which processes give up a silent one."""
+_SECONDS = 600.0
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def process_group(environ: Mapping[str, str]) -> Iterator[Ranks]:
+    """A context in which the processes that torchrun started are one process group.
+
+    Args:
+        environ: The environment, with what torchrun puts there; without, the process is alone.
+
+    Raises:
+        UserError: The launcher does not say how the processes find each other, or they do not.
+    """
+    if dist.is_available() and dist.is_initialized():  # by the program that calls us
+        yield joined()
+        return
+    if environ.get("WORLD_SIZE", "1") in ("", "0", "1") and environ.get("RANK", "0") in ("", "0"):
+        yield ALONE
+        return
+    if missing := [name for name in _NEEDED if not environ.get(name)]:
+        raise UserError(
+            "several processes were started, and nothing says how they find each other",
+            got=f"no {', '.join(missing)} in the environment",
+            expected="what torchrun sets",
+            fix="start with: torchrun --nproc-per-node N $(which distmatch) VERB ...",
+        )
+    device, backend = None, "gloo"
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        if kind is not None:
+            device = local_device(kind.type, environ)
+            backend = f"cpu:gloo,{kind.type}:{dist.get_default_backend_for_device(kind)}"
+            torch.accelerator.set_device_index(device.index)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=_timeout(environ)))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            "the processes of this launch do not find each other",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            expected=f"{environ['WORLD_SIZE']} processes that reach {environ['MASTER_ADDR']} at port "
+            f"{environ['MASTER_PORT']}",
+            fix="start all of them with torchrun, and check the network between the machines",
+        ) from error
+    try:
+        yield joined()
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(kind: str, environ: Mapping[str, str]) -> torch.device:
+    """The accelerator of this process among those of its machine.
+
+    Raises:
+        UserError: There are fewer than processes.
+    """
+    index, count = int(environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if index >= count:
+        raise UserError(
+            "each process of a machine has a device of its own",
+            got=f"process {index} of this machine, which has {count} of {kind}",
+            expected=f"{count} processes or fewer",
+            fix=f"start torchrun with --nproc-per-node {count}, or pass --device cpu",
+        )
+    return torch.device(kind, index)
+
+
+def _timeout(environ: Mapping[str, str]) -> float:
+    try:
+        seconds = float(environ.get(TIMEOUT) or _SECONDS)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e6:
+        raise UserError(
+            f"{TIMEOUT} is no length of time",
+            got=environ[TIMEOUT][:80],
+            expected="seconds, for example 600",
+            fix="correct it, or unset it",
+        )
+    return seconds
+
+
+def start_together(verb: str, options: Any) -> Ranks:
+    """The processes of a run, which is refused unless all were started alike.
+
+    Args:
+        verb: The verb.
+        options: Its options, with :class:`~distmatch.training.options.RunOptions` as ``run``.
+
+    Raises:
+        UserError: Options or versions differ between them, or the batch cannot be shared out.
+    """
+    ranks = joined()
+    if ranks.size > 1:
+        versions = f"{__version__} {torch.__version__} {platform.python_version()}"
+        ranks.require_same("options and versions", config_text(verb, options) + versions)
+        ranks.share(options.run.batch)
+    return ranks
