@@ -27,6 +27,7 @@ class Pool:
     size: int
     conditioning: Callable[[Tensor], Conditioning]
 
+
 ALL = slice(None)
 """All rows of a batch."""
 
