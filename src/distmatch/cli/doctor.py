@@ -18,10 +18,11 @@ from distmatch.training.pipeline_options import PipelineOptions
 
 HELP = Help(
     """Check this machine and installation: versions, devices, data, places to write, speed. With --teacher,
-show what a teacher takes and predicts instead.
+show what a teacher takes and predicts instead; with --store, compare every byte of a store with its hashes.
 
 example: distmatch doctor --json
-         distmatch doctor --teacher stable-diffusion/ --size 512"""
+         distmatch doctor --teacher stable-diffusion/ --size 512
+         distmatch doctor --store photos-256"""
 )
 
 
@@ -35,6 +36,8 @@ class DoctorOptions:
     """Print one JSON object on stdout."""
     teacher: str = ""
     """A run, model or diffusers folder: print its samples, conditioning, prediction and noise path."""
+    store: str = ""
+    """A store of distmatch prepare: verify it."""
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
 
@@ -60,6 +63,9 @@ def run(argv: list[str]) -> None:
     options = parse(DoctorOptions, argv, verb="doctor", said=HELP)
     if options.teacher:
         _describe(options)
+        return
+    if options.store:
+        _verify(options)
         return
     from distmatch.training.environment import environment
 
@@ -94,6 +100,17 @@ def _describe(options: DoctorOptions) -> None:
         return
     for key, value in found.items():
         print(f"{key:12} {value}")
+
+
+def _verify(options: DoctorOptions) -> None:
+    """Prints that a store is whole."""
+    from distmatch.data.store.reading import verify_store
+
+    samples = verify_store(Path(options.store).expanduser())["samples"]
+    if options.json:
+        print_json({"store": options.store, "samples": samples, "ok": True})
+        return
+    print(f"{options.store} is whole: {samples:,} samples")
 
 
 def _words(value: Any) -> str:

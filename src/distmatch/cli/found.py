@@ -41,7 +41,7 @@ def describe_found(data: Dataset) -> dict[str, Any]:
         "samples": len(data),
         "shape": list(data.shape),
         "classes": dict(zip(names_of(data), counts, strict=True)) if counts else {},
-        "range": [float(data.raw.min()), float(data.raw.max())],
+        "range": [float(data.extremes[0].min()), float(data.extremes[1].max())],
         "scaling": data.scaling.rule,
         **({"constant": constant} if constant else {}),
         **({"columns": [column.to_dict() for column in data.columns]} if data.columns else {}),

@@ -28,6 +28,7 @@ from distmatch.cli.surroundings import (
 _RUNS = ("demo", "train", "distill", "compare")  # verbs that write nothing before they have a run folder
 VERBS = {
     "demo": ("distmatch.cli.demo", "train, distil, measure and report on digits, in minutes"),
+    "prepare": ("distmatch.cli.prepare", "read data of any size into a store to train on"),
     "train": ("distmatch.cli.train", "train a diffusion teacher"),
     "distill": ("distmatch.cli.distill", "distil a teacher into a one-step student"),
     "compare": ("distmatch.cli.compare", "distil with several methods at the same budget and compare them"),

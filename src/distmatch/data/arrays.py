@@ -55,9 +55,9 @@ def from_arrays(
         UserError: Something about the arrays is not as described; the message names it.
     """
     values = _numeric(x, name)
-    kind = _check_shape(values, kind, name)
+    kind = check_shape(values, kind, name)
     if kind in ("image", "video"):
-        raw = _pixel_tensor(values, kind, name)
+        raw = pixel_tensor(values, kind, name)
     else:
         values = values[..., None] if kind == "sequence" and values.ndim == 2 else values
         raw = _column_tensor(values, name)
@@ -101,7 +101,7 @@ def _numeric(x: np.ndarray | Tensor, name: str) -> np.ndarray:
     return values
 
 
-def _check_shape(values: np.ndarray, kind: Kind | None, name: str) -> Kind:
+def check_shape(values: np.ndarray, kind: Kind | None, name: str) -> Kind:
     """The kind of samples in an array.
 
     Raises:
@@ -188,7 +188,7 @@ def _check_resolution(values: np.ndarray, data: Dataset) -> None:
         )
 
 
-def _pixel_tensor(values: np.ndarray, kind: Kind, name: str) -> Tensor:
+def pixel_tensor(values: np.ndarray, kind: Kind, name: str) -> Tensor:
     """Images as (N, C, H, W), video as (N, C, T, H, W), uint8 or float32."""
     if values.ndim == min(_AXES[kind]):
         values = values[:, None]

@@ -1,10 +1,11 @@
-"""A data set in memory: raw values, labels, and the scaling that takes them to the range of the model."""
+"""A data set: raw values in memory or in mapped files, labels, and the scaling to the range of the model."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.data.columns import Column, columns_of, decoded, element_names, is_coded
 from distmatch.data.kinds import Kind, kind_of_shape
+from distmatch.data.recorded import Recorded
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import LABEL, UNCONDITIONAL, Conditioning, check_conditioning
 from distmatch.diffusion.prompts import PromptEncoder
@@ -36,6 +38,8 @@ class Dataset:
         conditions: What the samples are conditioned on besides their labels, N rows.
         captions: A text for each sample, or ().
         prompt_encoder: What ``conditions`` were made of the captions by; None where they come from elsewhere.
+        recorded: Statistics of the samples from when they were written, which replace passes over all of
+            them; None where the samples are in memory.
     """
 
     raw: Tensor
@@ -45,8 +49,9 @@ class Dataset:
     scaling: Scaling
     columns: tuple[Column, ...] = ()
     conditions: Conditioning = UNCONDITIONAL
-    captions: tuple[str, ...] = ()
+    captions: Sequence[str] = ()
     prompt_encoder: PromptEncoder | None = None
+    recorded: Recorded | None = None
 
     def __post_init__(self) -> None:
         pixels = self.raw.ndim in (4, 5) and self.raw.dtype in (torch.uint8, torch.float32)
@@ -103,6 +108,11 @@ class Dataset:
     def content_hash(self) -> str:
         """sha256 (hex) of types, shapes and bytes of samples, labels, conditions; and of captions."""
         digest = hashlib.sha256()
+        if self.recorded is not None:
+            digest.update(self.recorded.digest.encode())
+            if self.labels is not None:  # they may have been renumbered
+                digest.update(self.labels.numpy().data)
+            return digest.hexdigest()
         conditions = [self.conditions[name] for name in sorted(self.conditions)]
         for part in (self.raw, self.labels, *conditions):
             if part is None:
@@ -128,7 +138,7 @@ class Dataset:
             UserError: Vectors or sequences are to be mirrored.
         """
         where = indices.to(self.raw.device)
-        x = self.scaling.to_model(self.raw[where])
+        x = self.scaling.to_model(self.raw[where] if self.recorded is None else self.recorded.rows(where))
         if flip is not None:
             if self.scaling.kind != "image":
                 raise UserError(
@@ -148,13 +158,25 @@ class Dataset:
         fields = dict(self.conditions.index(where))
         return Conditioning(fields if self.labels is None else {LABEL: self.labels[where], **fields})
 
+    @cached_property
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest raw value: () of pixels, by column (D,) of vectors and sequences."""
+        if self.recorded is not None:
+            known = self.recorded.moments
+            low, high = (torch.from_numpy(v).to(self.raw.dtype) for v in (known.low, known.high))
+            return (low[0], high[0]) if self.scaling.kind == "image" else (low, high)
+        if self.scaling.kind == "image":
+            return self.raw.min(), self.raw.max()
+        rows = self.raw.flatten(0, -2)
+        return rows.amin(0), rows.amax(0)
+
     def constant_columns(self) -> list[str]:
         """Names of the columns of numbers that hold one value only, "column 3" where they have none."""
         if self.scaling.kind != "vector":
             return []
         names = element_names(self.columns or columns_of({}, self.shape[-1]))
-        rows = self.raw.flatten(0, -2)
-        same = (rows == rows[:1]).all(0).tolist()
+        low, high = self.extremes
+        same = (low == high).tolist()
         return [name for name, one in zip(names, same, strict=True) if one and name is not None]
 
     def as_rows(self, x: Tensor) -> Tensor:
@@ -175,6 +197,8 @@ class Dataset:
 
     def std(self) -> float:
         """Standard deviation of all scaled values about their common mean: ``sigma_data`` of EDM."""
+        if self.recorded is not None:
+            return self.recorded.std(self.scaling)
         total = torch.zeros(2, dtype=torch.float64)
         for raw in self.raw.split(_CHUNK):
             x = self.scaling.to_model(raw).cpu().double()
@@ -194,6 +218,7 @@ class Dataset:
             class_names=names,
             conditions=self.conditions.index(where),
             captions=tuple(self.captions[i] for i in where.tolist()) if self.captions else (),
+            recorded=None,
         )
 
     def encoded_by(self, encoder: PromptEncoder) -> Dataset:

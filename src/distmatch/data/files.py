@@ -26,6 +26,8 @@ from distmatch.data.dataset import Dataset
 from distmatch.data.folders import load_folder
 from distmatch.data.images import IMAGE_SUFFIXES
 from distmatch.data.kinds import KINDS, Kind
+from distmatch.data.store.layout import is_store
+from distmatch.data.store.reading import load_store
 from distmatch.data.tables import ONE_HOT, load_table
 from distmatch.diffusion.conditioning import LABEL, Conditioning
 
@@ -155,7 +157,8 @@ def load_file(
     under ``labels`` or ``y`` (``y_train`` for ``x_train``), names of the classes under ``class_names``,
     further conditions of the samples under ``condition_NAME``; a word under ``kind`` says what the samples
     are where their axes do not: ``"sequence"`` or ``"video"``.
-    ``.npy``: the samples. A folder: see :func:`distmatch.data.folders.load_folder`. ``.csv`` or ``.tsv``: see
+    ``.npy``: the samples. A folder: a store (:func:`distmatch.data.store.prepare.prepare`), or images, see
+    :func:`distmatch.data.folders.find_images`. ``.csv`` or ``.tsv``: see
     :func:`distmatch.data.tables.load_table`; ``table.csv:one-hot`` encodes columns of text.
 
     Args:
@@ -179,7 +182,7 @@ def load_file(
             fix="check the path",
         )
     if is_folder:
-        data = load_folder(file)
+        data = load_store(file) if is_store(file) else load_folder(file)
         return data if labels else data.without_labels()
     require_regular_file(file, "a file of data")
     suffix = file.suffix.lower()

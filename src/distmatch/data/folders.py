@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +21,61 @@ from distmatch.data.prompts import captioned_images, has_captions
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
+@dataclass(frozen=True)
+class FolderImages:
+    """The images of a folder, found and not read.
+
+    Attributes:
+        files: The images, class by class, in the order of their names.
+        labels: The class of each, or ().
+        class_names: The names of the classes, or ().
+        captions: A caption for each, or ().
+    """
+
+    files: Sequence[Path]
+    labels: Sequence[int] = ()
+    class_names: Sequence[str] = ()
+    captions: Sequence[str] = ()
+
+
 def load_folder(folder: Path) -> Dataset:
     """Reads all images of a folder, in the order of their names.
 
+    Images are grey when all of them are, else color; alpha is dropped, and the orientation that a camera
+    noted is applied.
+
+    Args:
+        folder: The folder, see :func:`find_images`.
+
+    Raises:
+        UserError: As of :func:`find_images`; or an image cannot be read, or differs in size (the message
+            names it).
+    """
+    found = find_images(folder)
+    data = from_arrays(
+        _read_all(found.files), found.labels or None, class_names=found.class_names, name=str(folder)
+    )
+    return dataclasses.replace(data, captions=tuple(found.captions))
+
+
+def find_images(folder: Path) -> FolderImages:
+    """The images of a folder, with their classes and captions.
+
     Where there are two or more sub-folders with images, each is a class named after it; numbers are in order
-    of their value. Other files and names that begin with a dot are passed over. Images are grey when all of
-    them are, else color; alpha is dropped, and the orientation that a camera noted is applied.
-    ``metadata.jsonl`` with a column ``text``, ``prompt`` or ``caption`` has the captions of all images.
+    of their value. Other files and names that begin with a dot are passed over. ``metadata.jsonl`` with a
+    column ``text``, ``prompt`` or ``caption`` has the captions of all images.
 
     Args:
         folder: The folder.
 
     Raises:
-        UserError: There is no image, one cannot be read, or one differs in size (the message names it); or
-            the sub-folders are parts of the data rather than classes, or hold folders themselves.
+        UserError: There is no image; or the sub-folders are parts of the data rather than classes, or hold
+            folders themselves; or an image has no caption and others have.
     """
     groups: dict[str, list[Path]] = {}
+    depth = len(folder.parts)
     for file in images_below(folder):
-        parts = file.relative_to(folder).parts
+        parts = file.parts[depth:]
         groups.setdefault(parts[0] if len(parts) > 1 else "", []).append(file)
     if not groups:
         raise UserError(
@@ -48,18 +87,14 @@ def load_folder(folder: Path) -> Dataset:
     own = {from_folder_name(name): name for name in groups}
     classes = in_order(list(own))
     files = [file for name in classes for file in groups[own[name]]]
-    labels = np.repeat(np.arange(len(classes)), [len(groups[own[name]]) for name in classes])
-    labeled = len(classes) > 1  # a single class says nothing
-    data = from_arrays(
-        _read_all(files),
-        labels if labeled else None,
-        class_names=classes if labeled else (),
-        name=str(folder),
-    )
-    if not has_captions(folder):
-        return data
-    captions = {file.resolve(): caption for file, caption in captioned_images(folder)}
-    return dataclasses.replace(data, captions=tuple(captions[file.resolve()] for file in files))
+    captions: list[str] = []
+    if has_captions(folder):
+        known = {file.resolve(): caption for file, caption in captioned_images(folder)}
+        captions = [known[file.resolve()] for file in files]
+    if len(classes) == 1:  # a single class says nothing
+        return FolderImages(files, captions=captions)
+    labels = [k for k, name in enumerate(classes) for _ in groups[own[name]]]
+    return FolderImages(files, labels, classes, captions)
 
 
 def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
@@ -82,7 +117,7 @@ def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
             fix=f"pass one of them: {folder / next((n for n in splits if 'train' in n.lower()), splits[0])}",
         )
     for name in parts:
-        deep = next((f for f in groups[name] if len(f.relative_to(folder).parts) > 2), None)
+        deep = next((f for f in groups[name] if len(f.parts) > len(folder.parts) + 2), None)
         if deep is not None:
             raise UserError(
                 f"{folder} contains nested folders, so the classes are ambiguous",
@@ -92,7 +127,7 @@ def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
             )
 
 
-def _read_all(files: list[Path]) -> np.ndarray:
+def _read_all(files: Sequence[Path]) -> np.ndarray:
     """All images as (N, H, W) when all are grey, else (N, H, W, 3)."""
     first = read_image(files[0])
     check_bytes(files[0].parent, len(files) * first.nbytes)

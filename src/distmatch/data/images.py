@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -15,21 +16,30 @@ from distmatch.data.bounds import MOST_PIXELS
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow goes by content, and starts other programs for some
 _GREY = ("1", "L", "LA")
+_ORIENTATION = 0x0112  # the tag of EXIF
 _DEEP = ("I", "F")  # 16 and 32 bits: Pillow would clip them to 255 without a word
 
 
-def read_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(
+    file: Path | str,
+    size: tuple[int, int] | None = None,
+    *,
+    color: bool = False,
+    content: bytes | None = None,
+) -> np.ndarray:
     """An image, (H, W) where it is grey, else (H, W, 3), uint8.
 
     Args:
-        file: The file.
-        size: Height and width to which the largest part around the center is resized, always in color.
+        file: The file, or a name for messages.
+        size: Height and width to which the largest part around the center is resized.
+        color: Whether grey images become color.
+        content: The content of the file, if it was read already.
 
     Raises:
         UserError: It cannot be read, is animated, too large, or has more than 8 bits a channel.
     """
     try:
-        with Image.open(file, formats=_FORMATS) as opened:
+        with Image.open(file if content is None else io.BytesIO(content), formats=_FORMATS) as opened:
             width, height = opened.size
             if width * height > MOST_PIXELS:
                 raise UserError(
@@ -49,10 +59,14 @@ def read_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
                     got=f"mode {opened.mode}",
                     fix="convert it to 8 bits",
                 )
-            image = ImageOps.exif_transpose(opened)
+            image: Image.Image = opened
+            if opened.getexif().get(_ORIENTATION, 1) != 1:  # each of these steps copies the image
+                image = ImageOps.exif_transpose(opened)
+            mode = "L" if image.mode in _GREY and not color else "RGB"
+            image = image if image.mode == mode else image.convert(mode)
             if size is not None:
-                return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
-            return np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
+                image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+            return np.asarray(image)
     except UserError:
         raise
     except MemoryError as error:

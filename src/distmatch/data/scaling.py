@@ -76,8 +76,21 @@ class Scaling:
         Raises:
             UserError: The range is none of these, or so dark that it may be another one.
         """
-        low, high = float(raw.min()), float(raw.max())
-        if raw.dtype == torch.uint8:
+        return cls.of_range(float(raw.min()), float(raw.max()), raw.dtype == torch.uint8)
+
+    @classmethod
+    def of_range(cls, low: float, high: float, whole: bool) -> Scaling:
+        """What :meth:`fit_images` finds by the smallest and the largest value.
+
+        Args:
+            low: The smallest value.
+            high: The largest value.
+            whole: Whether they are uint8.
+
+        Raises:
+            UserError: As :meth:`fit_images`.
+        """
+        if whole:
             if high < DARKEST_BYTES:
                 raise _dark(high, DARKEST_BYTES)
             return cls.for_images(0, 255, "uint8 images, 0..255")
@@ -94,9 +107,7 @@ class Scaling:
             got=f"values from {low:.6g} to {high:.6g}",
             expected="uint8, or floats in [0, 1], [-1, 1] or [0, 255]",
             fix="scale or clip them to one of these ranges; if they are sequences (N, L, D), say so: "
-            'np.savez(path, x=x, kind="sequence")'
-            if raw.ndim == 4 and raw.shape[1] == 1
-            else "scale or clip them to one of these ranges",
+            'np.savez(path, x=x, kind="sequence")',
         )
 
     @classmethod

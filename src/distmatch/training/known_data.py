@@ -32,8 +32,7 @@ def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
     """
     vectors: dict[str, Any] = {}
     if data.scaling.kind == "vector":
-        rows = data.raw.flatten(0, -2)
-        low, high = rows.amin(0), rows.amax(0)
+        low, high = data.extremes
         vectors = {"minimum": low.tolist(), "maximum": high.tolist()}
     if data.columns:
         vectors["columns"] = [column.to_dict() for column in data.columns]

@@ -45,4 +45,4 @@ def with_frozen_noise(data: Dataset, noise: float, clean_share: float, seed: int
         eps = torch.randn(x.shape, generator=gen)
         level = levels[rows].reshape(-1, *([1] * (x.ndim - 1)))
         raw[rows] = data.scaling.to_raw(x.cpu() + level * eps)
-    return dataclasses.replace(data, raw=raw.to(data.raw.device)), levels
+    return dataclasses.replace(data, raw=raw.to(data.raw.device), recorded=None), levels

@@ -165,7 +165,7 @@ def of_folder(folder: Path, column: str, source: str, teacher: Denoiser) -> Prom
     height, width = shape[1:]
 
     def pixels(rows: Sequence[int]) -> Tensor:
-        images = np.stack([read_image(files[i], (height, width)) for i in rows])
+        images = np.stack([read_image(files[i], (height, width), color=True) for i in rows])
         return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
 
     def content(i: int) -> str:

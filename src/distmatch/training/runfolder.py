@@ -13,8 +13,8 @@ from typing import Self
 from distmatch.base.errors import UserError
 from distmatch.base.files import guard
 from distmatch.base.inputs import checked_path, read_limited
+from distmatch.base.lock import LOCK, MARK, refuse_in_use, take_lock
 from distmatch.training.checkpoint import is_checkpoint, list_checkpoints
-from distmatch.training.lock import LOCK, MARK, refuse_in_use, take_lock
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The lock of a run folder, so that one process at a time writes in it.
+"""The lock of a folder, so that one process at a time writes in it.
 
 A lock of the operating system, not the mere presence of a file: it ends with the process, even killed.
 """
@@ -16,11 +16,15 @@ from distmatch.base.errors import UserError
 LOCK = ".lock"
 """Name of the lock file."""
 MARK = "distmatch run folder"
-"""What the lock file begins with: it marks the folder as ours."""
+"""What the lock file of a run folder begins with: it marks the folder as ours."""
 
 
-def take_lock(folder: Path) -> int:
+def take_lock(folder: Path, mark: str = MARK) -> int:
     """Locks a folder.
+
+    Args:
+        folder: The folder.
+        mark: What it is, which the lock file begins with.
 
     Returns:
         The open lock file; closing it gives the lock back.
@@ -47,7 +51,7 @@ def take_lock(folder: Path) -> int:
         warnings.warn(f"{folder} is on a file system without locks: run one process in it only", stacklevel=5)
     try:
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{MARK}, process {os.getpid()}\n".encode(), 0)
+        os.pwrite(fd, f"{mark}, process {os.getpid()}\n".encode(), 0)
     except OSError:
         os.close(fd)
         raise

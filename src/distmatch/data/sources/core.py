@@ -1,0 +1,221 @@
+"""Sources by parts: what threads read at the same time, and what all samples of a source have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from distmatch.base.errors import UserError
+from distmatch.data.columns import Column
+from distmatch.data.scaling import Scaling
+
+PART_ITEMS = 32
+"""Image files in a part: enough to make the cost of a part small, few enough to fit into memory."""
+
+
+class ColorFoundError(Exception):
+    """An image is in color, and those before were grey.
+
+    Args:
+        form: Theirs.
+    """
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    Attributes:
+        size: Height and width to which image files are cropped and resized; None keeps theirs.
+        labels: Whether classes are read.
+    """
+
+    size: tuple[int, int] | None = None
+    labels: bool = True
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item of a source.
+
+    Attributes:
+        pixels: (H, W) or (H, W, 3), uint8.
+        label: Its class, by number or name.
+        caption: Its caption.
+    """
+
+    pixels: np.ndarray
+    label: int | str | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What all samples of a store have, set by the first one.
+
+    Attributes:
+        shape: Shape of a sample as it is stored.
+        dtype: Its type.
+        label: ``""``, ``"number"`` or ``"name"``: how classes are named.
+        captioned: Whether there are captions.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    label: str = ""
+    captioned: bool = False
+
+    @classmethod
+    def of(cls, sample: Sample) -> Form:
+        """That of an image."""
+        height, width, *channels = sample.pixels.shape
+        shape = (channels[0] if channels else 1, height, width)
+        return cls(shape, str(sample.pixels.dtype), _label_kind(sample.label), sample.caption is not None)
+
+    def difference(self, sample: Sample) -> str:
+        """In words, how an image differs from this form; '' where it does not."""
+        height, width = sample.pixels.shape[:2]
+        if (height, width) != self.shape[1:]:
+            usual = f"{self.shape[2]}x{self.shape[1]}"
+            return f"{width}x{height} pixels (width x height), and the first image has {usual}: use --size"
+        kind, captioned = _label_kind(sample.label), sample.caption is not None
+        if kind != self.label:
+            forms = {"": "no class", "number": "a class number", "name": "the name of a class"}
+            return f"{forms[kind]}, and the first image has {forms[self.label]}"
+        if captioned != self.captioned:
+            return "a caption, and the first image has none" if captioned else "no caption"
+        return ""
+
+
+def _label_kind(label: int | str | None) -> str:
+    return "" if label is None else "number" if isinstance(label, int) else "name"
+
+
+@dataclass
+class Rows:
+    """What a part contains.
+
+    Attributes:
+        form: That of its samples; None where none could be read.
+        x: The samples (n, *shape).
+        labels: Their classes, or ().
+        captions: Their captions, or ().
+        conditions: Further conditions by name, n rows each.
+        bad: Items that cannot be read: name and reason.
+    """
+
+    form: Form | None
+    x: np.ndarray
+    labels: Sequence[int | str] = ()
+    captions: Sequence[str] = ()
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive items.
+
+    Attributes:
+        weight: Its share of the ``total`` of its source.
+        load: Reads them, in any thread, once the form of the samples is known or for the first time.
+    """
+
+    weight: int
+    load: Callable[[Form | None], Rows]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of samples.
+
+    Attributes:
+        name: What messages call it.
+        fingerprint: sha256 (hex) of names, sizes and times of its files, or of its content.
+        total: Sum of the weights of its parts, for the progress.
+        parts: The parts, in the order of the samples.
+        class_names: The names of its classes, where they are known; class numbers count in them.
+        scaling: The scaling of the samples, where it is known.
+        columns: Of a table.
+    """
+
+    name: str
+    fingerprint: str
+    total: int
+    parts: Callable[[], Iterator[Part]]
+    class_names: tuple[str, ...] = ()
+    scaling: Scaling | None = None
+    columns: tuple[Column, ...] = ()
+
+
+def read_samples(items: Sequence[tuple[str, Callable[[], Sample]]], form: Form | None) -> Rows:
+    """Reads images by name; those that cannot be read are listed.
+
+    Args:
+        items: Name and loader of each.
+        form: The form of the samples; None takes that of the first.
+
+    Raises:
+        ColorFoundError: One is in color, and the form is grey.
+    """
+    bad: list[tuple[str, str]] = []
+    labels: list[int | str] = []
+    captions: list[str] = []
+    x = np.empty(0, np.uint8) if form is None else np.empty((len(items), *form.shape), form.dtype)
+    kept = 0
+    for name, load in items:
+        try:
+            sample = load()
+        except UserError as error:
+            bad.append((name, reason(error, name)))
+            continue
+        if form is None:
+            form = Form.of(sample)
+            x = np.empty((len(items), *form.shape), form.dtype)
+        if wrong := form.difference(sample):
+            bad.append((name, wrong))
+            continue
+        if sample.pixels.ndim == 2:
+            x[kept] = sample.pixels
+        elif form.shape[0] == 1:
+            raise ColorFoundError(form)
+        else:
+            x[kept] = sample.pixels.transpose(2, 0, 1)
+        if sample.label is not None:
+            labels.append(sample.label)
+        if sample.caption is not None:
+            captions.append(sample.caption)
+        kept += 1
+    return Rows(form, x[:kept], labels, captions, bad=bad)
+
+
+def reason(error: UserError, name: str) -> str:
+    """What is wrong with an item, in one line, without its name."""
+    what, got = re.sub(rf"\S*{re.escape(name)}", "it", error.parts["what"]), error.parts.get("got", "")
+    return f"{what} ({got})" if got else what
+
+
+def fingerprint_of(files: Iterable[Path], *, below: Path) -> str:
+    """A hash of the names, sizes and times of change of files: another one means that they may differ.
+
+    Raises:
+        UserError: One is missing.
+    """
+    digest, depth = hashlib.sha256(), len(below.parts)
+    for file in files:
+        try:
+            about = os.stat(file)
+        except OSError as error:
+            raise UserError(f"cannot open {file}", got=error.strerror) from error
+        name = os.fsencode("/".join(file.parts[depth:]))
+        digest.update(b"%d %d %d " % (len(name), about.st_size, about.st_mtime_ns) + name)
+    return digest.hexdigest()

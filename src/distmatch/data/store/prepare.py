@@ -1,0 +1,204 @@
+"""From a source to a store: threads read, one writes, in the order of the source."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distmatch.base.checks import check_count
+from distmatch.base.errors import UserError
+from distmatch.base.files import guard, read_json
+from distmatch.base.inputs import checked_path
+from distmatch.base.lock import LOCK, refuse_in_use
+from distmatch.base.progress import Progress, progress, tell
+from distmatch.data.sources import Reading, open_source
+from distmatch.data.sources.core import ColorFoundError, Part, Rows, Source
+from distmatch.data.store.layout import INDEX, UNFINISHED, is_store
+from distmatch.data.store.writing import StoreWriter, remove_store
+
+_IN_FLIGHT = 2**29  # bytes of samples that were read and wait to be written
+_SHOWN = 10  # bad items in a message
+
+
+def prepare(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    size: tuple[int, int] | None = None,
+    labels: bool = True,
+    skip_bad: bool = False,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Reads a source into a store, which ``--data`` and :func:`distmatch.data.load_data` open.
+
+    What was written when the process ended is kept: the same call continues with the block where it stopped.
+    The store does not depend on the number of workers.
+
+    Args:
+        source: Name or path of the data.
+        out: The folder of the store.
+        size: Height and width to which image files are resized, after their largest part of this shape around
+            the center was cropped; None keeps their size.
+        labels: Whether classes are read.
+        skip_bad: Whether a store is made without the items that cannot be read.
+        workers: Threads that read; None takes the processors of this process.
+        overwrite: Replace a store in ``out``.
+
+    Returns:
+        The index of the store.
+
+    Raises:
+        UserError: Source or folder cannot be used; or items cannot be read and are not to be skipped.
+    """
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    check_count("--workers", workers, 1)
+    folder = checked_path(out).expanduser().resolve()
+    _check_out(folder, overwrite)
+    found = open_source(source, Reading(size, labels))
+    request = {
+        "source": found.name,
+        "fingerprint": found.fingerprint,
+        "size": list(size) if size else None,
+        "labels": labels,
+    }
+    if overwrite and is_store(folder):
+        refuse_in_use(folder)
+        remove_store(folder)
+    _check_request(folder, request)
+    made = not folder.exists()
+    guard(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
+    try:
+        columns = found.scaling is not None and found.scaling.kind == "vector"
+        with StoreWriter(folder, request, columns=columns) as writer:
+            return _write(found, writer, workers, skip_bad)
+    finally:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _check_out(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds a store already, or anything else.
+
+    Raises:
+        UserError: It does.
+    """
+    if not folder.exists() or (is_store(folder) and overwrite):
+        return
+    if (folder / INDEX).exists():
+        raise UserError(
+            f"{folder} holds a store already",
+            fix=f"use it: --data {folder}; or replace it with --overwrite",
+        )
+    held = [] if not folder.is_dir() else sorted({f.name for f in folder.iterdir()} - {LOCK})
+    if not folder.is_dir() or (held and not is_store(folder)):
+        raise UserError(
+            f"{folder} is not empty, and not a store",
+            got=", ".join(held[:5]) or "a file",
+            expected="a new folder",
+            fix="choose another folder with --out",
+        )
+
+
+def _check_request(folder: Path, request: dict[str, Any]) -> None:
+    """Refuses to continue a store of other data.
+
+    Raises:
+        UserError: They are.
+    """
+    if not (folder / UNFINISHED).exists():
+        return
+    before = read_json(folder / UNFINISHED).get("request", {})
+    if before != request:
+        names = [name for name in request if before.get(name) != request[name]]
+        raise UserError(
+            f"{folder} holds an unfinished store of other data or options",
+            got=", ".join(f"{name} {before.get(name)}" for name in names),
+            expected=", ".join(f"{name} {request[name]}" for name in names),
+            fix="begin anew with --overwrite, or choose another folder",
+        )
+
+
+def _write(source: Source, writer: StoreWriter, workers: int, skip_bad: bool) -> dict[str, Any]:
+    """All parts that are missing, and the index."""
+    if writer.samples:
+        tell(f"continuing after {writer.samples:,} samples")
+    try:
+        while True:
+            try:
+                _append_all(source, writer, workers)
+                break
+            except ColorFoundError as found:  # all images before were grey: they are written again, as color
+                writer.restart(replace(found.form, shape=(3, *found.form.shape[1:])))
+    except KeyboardInterrupt as stop:
+        writer.pause()
+        stop.args = ("the same command continues where it stopped",)
+        raise
+    writer.pause()
+    bad = writer.skipped
+    if bad and not skip_bad:
+        more = f"; and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
+        raise UserError(
+            f"{len(bad):,} of {len(bad) + writer.samples:,} items of {source.name} cannot be read",
+            got="; ".join(f"{item}: {why}" for item, why in bad[:_SHOWN]) + more,
+            fix=f"repair or remove them; or leave them out: the same command with --skip-bad, which need not "
+            f"read the others again. All are listed in {writer.folder / UNFINISHED}",
+        )
+    return _or_nothing(writer, lambda: writer.finish(source))
+
+
+def _or_nothing(writer: StoreWriter, action: Any) -> Any:
+    """Runs what a useless source makes fail; then nothing is left of the store."""
+    try:
+        return action()
+    except UserError:
+        writer.discard()
+        raise
+
+
+def _append_all(source: Source, writer: StoreWriter, workers: int) -> None:
+    parts = source.parts()
+    done = sum(part.weight for part in itertools.islice(parts, writer.parts))
+    began, before = time.monotonic(), writer.samples
+    with (
+        progress(source.total, initial=done, desc="prepare") as bar,
+        ThreadPoolExecutor(workers, "read") as pool,
+    ):
+        try:
+            for part, rows in _read(parts, writer, pool, workers):
+                _or_nothing(writer, partial(writer.append, rows))
+                _show(bar, part, writer.samples, (writer.samples - before) / (time.monotonic() - began))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _show(bar: Progress, part: Part, samples: int, rate: float) -> None:
+    bar.update(part.weight, samples=samples, rate=f"{rate:,.0f}/s")
+
+
+def _read(
+    parts: Iterator[Part], writer: StoreWriter, pool: ThreadPoolExecutor, workers: int
+) -> Iterator[tuple[Part, Rows]]:
+    """Parts in their order, read ahead as far as memory allows."""
+    waiting: deque[tuple[Part, Future[Rows]]] = deque()
+    size = 0
+    for part in parts:
+        form = writer.form
+        waiting.append((part, pool.submit(part.load, form)))
+        # The first part says what samples are; the others are read at the same time.
+        while waiting and (form is None or len(waiting) > workers + 1 or size * len(waiting) > _IN_FLIGHT):
+            first, future = waiting.popleft()
+            rows = _or_nothing(writer, future.result)
+            size = rows.x.nbytes
+            yield first, rows
+            form = writer.form
+    for part, future in waiting:
+        yield part, _or_nothing(writer, future.result)

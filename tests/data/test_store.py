@@ -1,0 +1,375 @@
+"""Stores: what is read from one is what was written, in part or as a whole, and damage is named."""
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distmatch.base.errors import UserError
+from distmatch.base.lock import take_lock
+from distmatch.data import from_arrays, load_data
+from distmatch.data.batches import Batches
+from distmatch.data.images import read_image
+from distmatch.data.order import BatchOrder
+from distmatch.data.store import blocks, writing
+from distmatch.data.store import prepare as preparation
+from distmatch.data.store.layout import HEADER, Field
+from distmatch.data.store.prepare import prepare
+from distmatch.data.store.reading import verify_store
+from tests.helpers.processes import together
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def write_images(folder: Path, n: int, *, color_from: int = 0, size: tuple[int, int] = (12, 10)) -> None:
+    """Images in two classes with captions, grey before number ``color_from``."""
+    gen = np.random.default_rng(0)
+    lines = []
+    for i in range(n):
+        shape = (*size, 3) if i >= color_from else size
+        file = folder / ("cat" if i % 3 else "dog") / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(gen.integers(0, 256, shape, dtype=np.uint8)).save(file)
+        lines.append(json.dumps({"file_name": f"{file.parent.name}/{file.name}", "text": f"número {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def assert_same(store, data):
+    assert torch.equal(store.raw, data.raw)
+    assert store.raw.dtype == data.raw.dtype
+    assert (store.labels is None) == (data.labels is None)
+    assert data.labels is None or torch.equal(store.labels, data.labels)
+    assert store.class_names == data.class_names
+    assert store.scaling == data.scaling
+    assert store.columns == data.columns
+    assert list(store.captions) == list(data.captions)
+    assert store.std() == pytest.approx(data.std(), rel=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(store.extremes, data.extremes, strict=True))
+    assert store.constant_columns() == data.constant_columns()
+    flip = data.scaling.kind == "image"
+    for one, other in zip(*([Batches(d, 7, 3, flip)(s) for s in (0, 5)] for d in (store, data)), strict=True):
+        assert torch.equal(one.x, other.x)
+        assert list(one.texts) == list(other.texts)
+
+
+def sources(place: Path) -> dict[str, str]:
+    gen = np.random.default_rng(1)
+    walk = gen.normal(size=(40, 5, 2)).cumsum(1) + 1e9
+    np.savez(place / "walks.npz", x=walk, kind="sequence", condition_angle=gen.normal(size=(40, 3)))
+    np.savez(place / "named.npz", x=gen.random((9, 4, 4)), y=np.arange(9) % 3, class_names=["b", "a", "c"])
+    np.save(place / "pixels.npy", gen.integers(0, 256, (50, 6, 7, 3)))  # int64, channels last
+    np.save(place / "clips.npy", gen.random((9, 3, 4, 5, 5), dtype=np.float32))
+    (place / "table.csv").write_text("size,kind,label\n1.5,a,x\n2,b,y\n-3,a,x\n")
+    files = ("walks.npz", "named.npz", "pixels.npy", "clips.npy", "table.csv:one-hot")
+    return {name: str(place / name) for name in files} | {n: n for n in ("digits", "moving-digits", "ring8")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "walks.npz",
+        "named.npz",
+        "pixels.npy",
+        "clips.npy",
+        "table.csv:one-hot",
+        "digits",
+        "moving-digits",
+        "ring8",
+    ],
+)
+def test_a_store_holds_what_its_source_does(tmp_path, name):
+    spec = sources(tmp_path)[name]
+    prepare(spec, tmp_path / "store")
+    store, data = load_data(tmp_path / "store"), load_data(spec)
+    assert_same(store, data)
+    assert store.conditions.keys() == data.conditions.keys()
+    assert all(torch.equal(store.conditions[key], data.conditions[key]) for key in data.conditions)
+    assert verify_store(tmp_path / "store")["samples"] == len(data)
+    np.testing.assert_array_equal(np.load(tmp_path / "store/x.npy", mmap_mode="r"), data.raw.numpy())
+
+
+def test_captions_are_encoded_in_training_as_those_in_memory(tmp_path):
+    prepare("captioned-digits:test", tmp_path / "store")
+    store, data = load_data(tmp_path / "store"), load_data("captioned-digits:test")
+    assert_same(store, data)
+    assert not store.conditions
+    assert store.captions[-1] == data.captions[-1]
+    assert store.captions[3:6] == list(data.captions[3:6])
+    part = store.subset(torch.tensor([5, 2]))
+    assert part.captions == (data.captions[5], data.captions[2])
+    assert part.std() == pytest.approx(data.subset(torch.tensor([5, 2])).std(), abs=0)
+
+
+@pytest.mark.parametrize("color_from", [0, 50, 100])
+def test_a_folder_of_images(tmp_path, color_from):
+    """Grey where all images are, color from the first image on where one of them is."""
+    write_images(tmp_path / "images", 100, color_from=color_from)
+    prepare(tmp_path / "images", tmp_path / "store")
+    store, data = load_data(tmp_path / "store"), load_data(tmp_path / "images")
+    assert store.shape[0] == (1 if color_from == 100 else 3)
+    assert_same(store, data)
+    assert load_data(tmp_path / "store", labels=False).labels is None
+
+
+def test_images_are_cropped_and_resized(tmp_path):
+    folder = tmp_path / "images"
+    write_images(folder, 5, size=(12, 30))
+    write_images(folder / "cat", 5, size=(20, 16))
+    files = sorted(folder.glob("cat/*.png"))
+    (folder / "metadata.jsonl").unlink()
+    for extra in [*folder.glob("cat/*/*.png"), folder / "cat/metadata.jsonl"]:
+        extra.rename(folder / "cat" / f"x{extra.name}")
+    prepare(folder / "cat", tmp_path / "store", size=(8, 9), workers=1)
+    store = load_data(tmp_path / "store")
+    files = sorted((folder / "cat").glob("*.png"))
+    assert store.shape == (3, 8, 9)
+    for row, file in zip(store.raw, files, strict=True):
+        np.testing.assert_array_equal(row.permute(1, 2, 0).numpy(), read_image(file, (8, 9)))
+
+
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    write_images(tmp_path / "images", 150, color_from=3)
+    (tmp_path / "images/cat/049.png").write_bytes(b"no image")
+    for workers in (1, 2, 7):
+        prepare(tmp_path / "images", tmp_path / f"{workers}", workers=workers, skip_bad=True)
+    first = contents(tmp_path / "1")
+    assert set(first) == {"store.json", "x.npy", "labels.npy", "captions.npy", "caption_ends.npy"}
+    assert first == contents(tmp_path / "2") == contents(tmp_path / "7")
+    assert len(json.loads(first["store.json"])["blocks"]) > 1
+
+
+def _killed(folder: str, parts: int) -> None:
+    """Prepares, and is killed once a number of parts was handed to the disk."""
+    blocks.BLOCK_BYTES = 20_000
+    append = writing.StoreWriter.append
+
+    def counted(self, rows):
+        append(self, rows)
+        if self.parts == parts:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    writing.StoreWriter.append = counted
+    if os.fork() == 0:
+        prepare(f"{folder}/images", f"{folder}/store")
+    _, status = os.wait()
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_killed_preparation_continues_where_it_stopped(tmp_path, parts, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    write_images(tmp_path / "images", 200)
+    together(_killed, [(str(tmp_path), parts)])
+    left = json.loads((tmp_path / "store/unfinished.json").read_text())
+    with pytest.raises(UserError, match="is not complete"):
+        load_data(tmp_path / "store")
+    read = []
+    monkeypatch.setattr(
+        "distmatch.data.sources.folders.read_image", lambda *a: read.append(a) or read_image(*a)
+    )
+    prepare(tmp_path / "images", tmp_path / "store")
+    assert len(read) == 200 - left["samples"]
+    assert left["samples"] >= 32 * (parts - 3)
+    prepare(tmp_path / "images", tmp_path / "whole")
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_what_cannot_be_read_is_listed_and_skipped_only_on_request(tmp_path, monkeypatch):
+    folder, out = tmp_path / "images", tmp_path / "store"
+    write_images(folder, 40)
+    (folder / "cat/001.png").write_bytes((folder / "cat/001.png").read_bytes()[:60])
+    Image.new("RGB", (5, 6)).save(folder / "dog/003.png")
+    with pytest.raises(UserError, match="2 of 40 items") as caught:
+        prepare(folder, out)
+    assert "cat/001.png: cannot read the image it" in str(caught.value)
+    assert "dog/003.png: 5x6 pixels (width x height), and the first image has 10x12" in str(caught.value)
+    with pytest.raises(UserError, match="is not complete"):
+        load_data(out)
+    monkeypatch.setattr("distmatch.data.sources.folders.read_image", lambda *a: pytest.fail("read again"))
+    index = prepare(folder, out, skip_bad=True)
+    assert [item for item, _ in index["skipped"]] == ["cat/001.png", "dog/003.png"]
+    assert len(load_data(out)) == 38
+    assert load_data(out).captions[0] == "número 2"
+
+
+def test_only_stores_are_continued_and_replaced(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(96, dtype=np.uint8).reshape(6, 4, 4))
+    np.save(tmp_path / "b.npy", np.arange(0, 192, 2, dtype=np.uint8).reshape(6, 4, 4))
+    out = tmp_path / "store"
+    prepare(tmp_path / "a.npy", out)
+    with pytest.raises(UserError, match="holds a store already"):
+        prepare(tmp_path / "a.npy", out)
+    with pytest.raises(UserError, match="does not exist"):
+        prepare(tmp_path / "none.npy", out, overwrite=True)
+    assert len(load_data(out)) == 6
+    prepare(tmp_path / "b.npy", out, overwrite=True)
+    assert int(load_data(out).raw.max()) == 190
+    (out / "store.json").rename(tmp_path / "store.json")
+    state = json.loads((tmp_path / "store.json").read_text()) | {"request": {"source": "elsewhere"}}
+    (out / "unfinished.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="unfinished store of other data"):
+        prepare(tmp_path / "b.npy", out)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is not empty, and not a store"):
+            prepare(tmp_path / "a.npy", tmp_path / "full", overwrite=overwrite)
+    assert contents(tmp_path / "full") == {"mine.txt": b"mine"}
+
+
+def test_a_store_that_another_process_writes_is_left_alone(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/unfinished.json").write_text(json.dumps({"format": "distmatch store", "version": 1}))
+    lock = take_lock(tmp_path / "store", "distmatch store")
+    for action in (
+        lambda: load_data(tmp_path / "store"),
+        lambda: prepare("digits", tmp_path / "store", overwrite=True),
+    ):
+        with pytest.raises(UserError, match="another process is writing"):
+            action()
+    os.close(lock)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((5, 4, 4), 200, np.uint8), "all samples are the same"),
+        (np.full((5, 4, 4), -7.0), "all samples are the same"),
+        (np.linspace(-7, 3, 80).reshape(5, 4, 4), "range of these images is not supported"),
+        (np.arange(80).reshape(5, 4, 4) * 9, "must lie in 0..255"),
+        (np.array([0.5, np.nan] * 40).reshape(5, 4, 4), "not finite"),
+        (np.arange(16, dtype=np.uint8).reshape(1, 4, 4), "too few samples"),
+    ],
+)
+def test_useless_arrays_leave_nothing(tmp_path, array, message):
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / "x.npy", tmp_path / "new/store")
+    assert not (tmp_path / "new/store").exists()
+
+
+def test_an_array_larger_than_memory(tmp_path, monkeypatch):
+    x = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    monkeypatch.setattr("distmatch.data.bounds.memory_bound", lambda: 1000)
+    with pytest.raises(UserError, match="does not fit into memory"):
+        load_data(tmp_path / "x.npy")
+    prepare(tmp_path / "x.npy", tmp_path / "store")
+    np.testing.assert_array_equal(load_data(tmp_path / "store").raw[:, 0].numpy(), x)
+
+
+@pytest.fixture
+def store(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (50, 6, 6), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(50) % 5)
+    prepare(tmp_path / "x.npz", tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_damage_is_named(store):
+    whole = (store / "x.npy").read_bytes()
+    (store / "x.npy").write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"damaged.*x.npy"):
+        load_data(store)
+    (store / "x.npy").write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    assert len(load_data(store)) == 50
+    with pytest.raises(UserError, match=r"damaged.*x.npy, block 0 of 1: another sha256"):
+        verify_store(store)
+    other = Field("x", "uint8", (1, 4, 9)).header(50)
+    (store / "x.npy").write_bytes(other + whole[HEADER:])
+    with pytest.raises(UserError, match=r"\(50, 1, 4, 9\).*\(1, 6, 6\)"):
+        load_data(store)
+    (store / "x.npy").write_bytes(whole)
+    labels = np.load(store / "labels.npy", mmap_mode="r+")
+    labels[3] = 5
+    labels.flush()
+    with pytest.raises(UserError, match=r"classes 0 to 5.*5 classes"):
+        load_data(store)
+    (store / "labels.npy").unlink()
+    with pytest.raises(UserError, match=r"damaged.*labels.npy"):
+        load_data(store)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({key: None} for key in ("samples", "fields", "moments", "scaling", "blocks", "class_names")),
+        {"samples": 51},
+        {"samples": -1},
+        {"samples": 10**30},
+        {"fields": []},
+        {"fields": [{"name": "../x", "dtype": "uint8", "shape": [1, 6, 6]}]},
+        {"fields": [{"name": "x", "dtype": "object", "shape": [1, 6, 6]}]},
+        {"fields": [{"name": "x", "dtype": "uint8", "shape": [1, 6, -6]}]},
+        {"moments": {"count": 1, "low": [0], "high": [], "mean": [0], "deviation": [0]}},
+        {"version": 2},
+        {"format": "other"},
+    ],
+)
+def test_a_wrong_index_is_refused(store, change):
+    values = json.loads((store / "store.json").read_text())
+    (store / "store.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError):
+        load_data(store)
+
+
+def _draw_within_limits(folder: str) -> None:
+    """Draws batches of a huge store with little memory of its own, and measures what it keeps."""
+    before = _memory()
+    resource.setrlimit(resource.RLIMIT_DATA, (before + 2**29, before + 2**29))
+    data = load_data(folder)
+    order = BatchOrder(len(data), 4, 0)
+    taken = []
+    for step in range(400):  # 300 MB of the file, and four times as much as floats
+        assert data.batch(order.indices(step))[0].shape == (4, 3, 256, 256)
+        taken.append(_memory())
+    assert max(taken[200:]) - max(taken[:200]) < 2**24, [n >> 20 for n in taken]
+    assert data.std() > 0
+
+
+def _memory() -> int:
+    """Bytes that this process has in memory, of mapped files too."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
+    """256 GiB that are not on the disk: a file of holes."""
+    gen = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", gen.integers(0, 256, (3, 256, 256, 3), dtype=np.uint8))
+    prepare(tmp_path / "x.npy", tmp_path / "store")
+    index = json.loads((tmp_path / "store/store.json").read_text())
+    field = Field.from_dict(index["fields"][0])
+    n = 2**38 // field.row
+    with open(tmp_path / "store/x.npy", "r+b") as handle:
+        handle.write(field.header(n))
+        try:
+            handle.truncate(HEADER + n * field.row)
+        except OSError:
+            pytest.skip("no files of 256 GiB here")
+    (tmp_path / "store/store.json").write_text(json.dumps(index | {"samples": n}))
+    together(_draw_within_limits, [(str(tmp_path / "store"),)])
+
+
+def test_other_labels_are_other_content(store):
+    data = load_data(store)
+    assert data.content_hash == load_data(store).content_hash
+    assert data.content_hash != data.without_labels().content_hash
+    memory = from_arrays(data.raw.clone(), data.labels.clone())
+    assert data.content_hash != data.subset(torch.arange(50)).content_hash == memory.content_hash
+
+
+def test_read_ahead_is_bounded(tmp_path, monkeypatch):
+    """Parts that wait for the disk take no more memory than is allowed."""
+    monkeypatch.setattr(preparation, "_IN_FLIGHT", 1)
+    write_images(tmp_path / "images", 100)
+    prepare(tmp_path / "images", tmp_path / "store", workers=4)
+    assert_same(load_data(tmp_path / "store"), load_data(tmp_path / "images"))
