@@ -205,6 +205,24 @@ def test_fresh_noise_in_each_step(folders, tmp_path):
         assert (x - ours).abs().max() < 1e-4 * ours.abs().max().clamp_min(1)
 
 
+def test_students_of_wan_with_fresh_noise_have_the_times_before_rounding(folders, tmp_path):
+    """Its own scheduler rounds times down, that of a student's steps does not: 923.08, 818.18, ..."""
+    _, teacher = folders("wan")
+    told = teacher.pipeline.encode([PROMPT, "a dog"])
+    options = {"train": "lora", "lora_rank": 2, "lr": 1e-3, "num_steps": 5, "steps": 5, "batch": 2}
+    student = dm.distill(teacher, told, method="diff-instruct", quiet=True, **options)
+    student.save_pretrained(tmp_path / "student")
+    again = dm.Student.from_pretrained(tmp_path / "student")
+    x = student.sample(2, conditioning=told, decode=False)
+    assert torch.equal(again.sample(2, conditioning=told, decode=False), x)
+    assert export_lora(again, tmp_path / "lora") < 1e-4
+    assert export_pipeline(again, tmp_path / "pipeline") < 1e-4
+    assert not teacher.time.exact
+    for method, exact in (("scm", True), ("sid", False)):  # a rounded time has no derivative
+        built = dm.methods.build(teacher, method, total_steps=60, train="lora", lora_rank=2)
+        assert built.init(0).student.denoiser.time.exact == exact
+
+
 def test_fitted_shift_gives_the_levels_of_a_pipeline_that_divides_evenly():
     for s in (0.5, 1.0, 3.0, 7.0):
         times = [s * u / (1 + (s - 1) * u) for u in (1, 0.75, 0.5, 0.25)]

@@ -36,7 +36,7 @@ from distmatch.methods.settings import (
     Settings,
 )
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student
+from distmatch.methods.student import Student, take_exact_times
 from distmatch.nets.blocks import recompute_blocks
 from distmatch.nets.config import NetConfig
 from distmatch.nets.ema import EMA, ema_decay
@@ -249,6 +249,8 @@ class Context(Generic[S]):
 
     def state(self, seed: int, student: Student, trained: nn.Module, **others: Any) -> DistillState:
         """The state before the first step, with an average of what is trained."""
+        if student.sampler == "stochastic" and (student.nfe > 1 or self.method.forward_mode):
+            take_exact_times(student.denoiser)
         return DistillState(
             student=student,
             ema=EMA(trained),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from distmatch.methods.sampler import Sampler, sampler_weights
 from distmatch.methods.transport.semi_discrete import BrenierMap
 from distmatch.nets.shared import adapted_of
 
+_EXACT = "exact_times"
 _IN_FILES: dict[str, str] = {"stochastic": "renoise", "gamma": "jump"}  # as saved models name them
 
 
@@ -291,6 +293,8 @@ class Student(nn.Module):
         sampler: dict[str, Any] = {} if self.sampler == "stochastic" else {"chain": name}
         if self.sampler == "gamma":
             sampler["gamma"] = self.gamma
+        if getattr(getattr(self.denoiser, "time", None), "exact", False):
+            sampler[_EXACT] = True
         return {"kind": "student", "levels": list(self.sigmas), **sampler, **self.info}
 
     @classmethod
@@ -327,12 +331,25 @@ def student_from(denoiser: Network, info: Mapping[str, Any]) -> Student:
     Its parameters do not learn, as those of a run's result do not: kernels may round in another way where
     gradients are wanted.
     """
-    own = {key: v for key, v in info.items() if key not in ("kind", "levels", "chain", "gamma", "tensors")}
+    known = ("kind", "levels", "chain", "gamma", "tensors", _EXACT)
+    own = {key: v for key, v in info.items() if key not in known}
+    if info.get(_EXACT):
+        take_exact_times(denoiser)
     sigmas = tuple(float(v) for v in info["levels"])
     transport = BrenierMap.restored(info["tensors"]) if "tensors" in info else None
     name, gamma = info.get("chain", "renoise"), float(info.get("gamma", 0.0))
     sampler: Any = {old: new for new, old in _IN_FILES.items()}.get(name, name)
     return Student(denoiser.requires_grad_(False), sigmas, own, sampler, gamma, transport)
+
+
+def take_exact_times(denoiser: Any) -> None:
+    """Lets the network of a flow have times that the scheduler of its pipeline rounds down (UniPC).
+
+    Euler's steps with fresh noise pass them as they are, and a rounded time has no derivative.
+    """
+    time = getattr(denoiser, "time", None)
+    if getattr(time, "whole", False):
+        denoiser.time = replace(time, exact=True)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -44,6 +44,7 @@ class TimeMap:
         factor: The scheduler's times a unit of the path's.
         whole: Whether the scheduler rounds its time down to an integer.
         shift: The shift s.
+        exact: Whether the time is passed before that rounding, as the schedulers of a student do.
     """
 
     scale: float
@@ -51,11 +52,15 @@ class TimeMap:
     factor: float = 1.0
     whole: bool = False
     shift: float = 1.0
+    exact: bool = False
 
     def __call__(self, t: Tensor) -> Tensor:
         """The network's time."""
         tau = self.factor * t / (self.shift - (self.shift - 1) * t)
-        return self.scale * ((tau + _NEAR_INTEGER).floor() if self.whole else tau) + self.offset
+        return (
+            self.scale * ((tau + _NEAR_INTEGER).floor() if self.whole and not self.exact else tau)
+            + self.offset
+        )
 
 
 @dataclass(frozen=True)
