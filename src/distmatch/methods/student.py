@@ -347,7 +347,7 @@ def take_exact_times(denoiser: Any) -> None:
 
     Euler's steps with fresh noise pass them as they are, and a rounded time has no derivative.
     """
-    time = getattr(denoiser, "time", None)
+    time: Any = getattr(denoiser, "time", None)
     if getattr(time, "whole", False):
         denoiser.time = replace(time, exact=True)
 
