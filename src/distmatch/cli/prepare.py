@@ -19,7 +19,7 @@ HELP = Help(
     """Read data into a store, from which any number of samples are trained on at constant memory.
 
 example: distmatch prepare photos/ --size 256 --out photos-256
-         distmatch prepare images.npy --out store
+         distmatch prepare shards/ --out store --workers 8
          distmatch train --data photos-256 --out runs/teacher"""
 )
 _Workers = Annotated[int | None, Rule("must be at least 1", lambda value: value is None or value >= 1)]
@@ -30,7 +30,8 @@ class PrepareOptions:
     """Options of `distmatch prepare`."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A folder of images, an array, a table, or the name of data: all that --data takes."""
+    """A folder of images, WebDataset tars (one, or a folder of them), Parquet (the same), a data set saved by
+    datasets, an array, a table, or the name of data."""
     out: Path
     """The folder of the store. Where a part of it is there already, it is continued."""
     size: tuple[int, ...] | None = None
@@ -38,6 +39,12 @@ class PrepareOptions:
     of each image is resized to it. Unset: images keep their size, which must be the same."""
     labels: bool = True
     """Whether classes are read."""
+    image: str = ""
+    """In tars and tables with several images of a sample: the extension or column of the one to read."""
+    label: str = ""
+    """In tars and tables: the field or column of the class; empty: label, labels or cls."""
+    caption: str = ""
+    """In tars and tables: the field or column of the caption; empty: text, prompt or caption."""
     skip_bad: bool = False
     """Leave out what cannot be read; else the command ends with a list of it."""
     workers: _Workers = None
@@ -72,6 +79,9 @@ def run(argv: list[str]) -> None:
         o.out,
         size=(o.size[0], o.size[-1]) if o.size else None,
         labels=o.labels,
+        image=o.image,
+        label=o.label,
+        caption=o.caption,
         skip_bad=o.skip_bad,
         workers=o.workers,
         overwrite=o.overwrite,

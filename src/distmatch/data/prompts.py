@@ -16,7 +16,8 @@ from distmatch.data.images import images_below
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Files that hold the captions of a folder of images, with the images' names in ``file_name``."""
-_COLUMNS = ("text", "prompt", "caption")
+COLUMNS = ("text", "prompt", "caption")
+"""What a column of captions is usually called."""
 _SHOWN = 3  # names in a message
 _SWELL = 20  # times its size in the file that text takes while it is read
 
@@ -76,7 +77,7 @@ def has_captions(folder: Path) -> bool:
     """Whether a folder of images has a file of metadata with a column of captions."""
     file = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     first: Mapping[str, Any] = next(iter(_records(file)), {}) if file is not None else {}
-    return any(name in first for name in _COLUMNS)
+    return any(name in first for name in COLUMNS)
 
 
 def captioned_images(folder: Path, column: str = "") -> list[tuple[Path, str]]:
@@ -167,7 +168,7 @@ def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
         raise UserError(
             f"{file} is a Parquet file, and reading it needs the package pyarrow, which is not installed",
             got=str(error),
-            fix="pip install pyarrow, or write the captions as .csv or .jsonl",
+            fix="pip install distmatch[arrow], or write the captions as .csv or .jsonl",
         ) from error
     try:
         table = parquet.ParquetFile(file)
@@ -182,12 +183,12 @@ def _column(file: Path, records: Sequence[Mapping[str, Any]], column: str) -> It
     if not records:
         raise UserError(f"{file} has no rows", expected="a prompt in each of them")
     names = list(dict.fromkeys(name for record in records for name in record))
-    usual = [name for name in _COLUMNS if name in names]
+    usual = [name for name in COLUMNS if name in names]
     if column not in names if column else len(usual) != 1:
         raise UserError(
             f"{file}: the column of prompts is unclear" if len(usual) > 1 else f"{file} has no such column",
             got=f"columns {', '.join(names)[:200]}",
-            expected=column or f"one of {', '.join(_COLUMNS)}",
+            expected=column or f"one of {', '.join(COLUMNS)}",
             fix=f"name the column: {file}:{(usual or names or ['text'])[0]}",
         )
     name = column or usual[0]

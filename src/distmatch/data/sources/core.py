@@ -8,13 +8,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from distmatch.base.errors import UserError
 from distmatch.data.columns import Column
+from distmatch.data.prompts import COLUMNS as CAPTIONS
 from distmatch.data.scaling import Scaling
 
+_LABELS = ("label", "labels", "cls")
 PART_ITEMS = 32
 """Image files in a part: enough to make the cost of a part small, few enough to fit into memory."""
 
@@ -37,10 +40,22 @@ class Reading:
     Attributes:
         size: Height and width to which image files are cropped and resized; None keeps theirs.
         labels: Whether classes are read.
+        image: Which field of a record is the image; '' takes the only one.
+        label: Which is the class; '' takes ``label``, ``labels`` or ``cls``.
+        caption: Which is the caption; '' takes ``text``, ``prompt`` or ``caption``.
     """
 
     size: tuple[int, int] | None = None
     labels: bool = True
+    image: str = ""
+    label: str = ""
+    caption: str = ""
+
+    @property
+    def fields(self) -> str:
+        """The options that choose fields of a record."""
+        named = {"--image": self.image, "--label": self.label, "--caption": self.caption}
+        return " ".join(f"{option} {name}" for option, name in named.items() if name)
 
 
 @dataclass(frozen=True)
@@ -196,6 +211,45 @@ def read_samples(items: Sequence[tuple[str, Callable[[], Sample]]], form: Form |
             captions.append(sample.caption)
         kept += 1
     return Rows(form, x[:kept], labels, captions, bad=bad)
+
+
+def caption_in(record: Mapping[str, Any], reading: Reading, name: str) -> str | None:
+    """The caption in a record; None where there is none.
+
+    Raises:
+        UserError: It is no text, or there are several.
+    """
+    found = _only(record, reading.caption, CAPTIONS, "caption", name)
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"the caption of {name} is no text", got=repr(found)[:80])
+    return found
+
+
+def label_in(record: Mapping[str, Any], reading: Reading, name: str) -> int | str | None:
+    """The class in a record, by number or name; None where there is none, which -1 stands for too.
+
+    Raises:
+        UserError: It is neither, or there are several.
+    """
+    if not reading.labels:
+        return None
+    found = _only(record, reading.label, _LABELS, "label", name)
+    if found is None or (found == -1 and type(found) is int):
+        return None
+    if not isinstance(found, (int, str)) or isinstance(found, bool):
+        raise UserError(f"the class of {name} is neither a number nor a name", got=repr(found)[:80])
+    return found
+
+
+def _only(record: Mapping[str, Any], chosen: str, usual: Sequence[str], what: str, name: str) -> Any:
+    names = [chosen] if chosen else [n for n in usual if record.get(n) is not None]
+    if len(names) > 1:
+        raise UserError(
+            f"{name} has several fields that may be its {what}: choose with --{what}", got=", ".join(names)
+        )
+    if chosen and record.get(chosen) is None:
+        raise UserError(f"{name} has no {chosen}", got=", ".join(record)[:200])
+    return record.get(names[0]) if names else None
 
 
 def reason(error: UserError, name: str) -> str:

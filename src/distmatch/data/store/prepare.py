@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ def prepare(
     *,
     size: tuple[int, int] | None = None,
     labels: bool = True,
+    image: str = "",
+    label: str = "",
+    caption: str = "",
     skip_bad: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
@@ -49,6 +52,9 @@ def prepare(
         size: Height and width to which image files are resized, after their largest part of this shape around
             the center was cropped; None keeps their size.
         labels: Whether classes are read.
+        image: Which column, or extension in tar files, is the image; '' takes the only one.
+        label: Which is the class; '' takes ``label``, ``labels`` or ``cls``.
+        caption: Which is the caption; '' takes ``text``, ``prompt`` or ``caption``.
         skip_bad: Whether a store is made without the items that cannot be read.
         workers: Threads that read; None takes the processors of this process.
         overwrite: Replace a store in ``out``.
@@ -63,13 +69,10 @@ def prepare(
     check_count("--workers", workers, 1)
     folder = checked_path(out).expanduser().resolve()
     _check_out(folder, overwrite)
-    found = open_source(source, Reading(size, labels))
-    request = {
-        "source": found.name,
-        "fingerprint": found.fingerprint,
-        "size": list(size) if size else None,
-        "labels": labels,
-    }
+    reading = Reading(size, labels, image, label, caption)
+    found = open_source(source, reading)
+    request = {"source": found.name, "fingerprint": found.fingerprint, **asdict(reading)}
+    request["size"] = list(size) if size else None
     if overwrite and is_store(folder):
         refuse_in_use(folder)
         remove_store(folder)
@@ -139,7 +142,6 @@ def _write(source: Source, writer: StoreWriter, workers: int, skip_bad: bool) ->
             except ColorFoundError as found:  # all images before were grey: they are written again, as color
                 writer.restart(replace(found.form, shape=(3, *found.form.shape[1:])))
     except KeyboardInterrupt as stop:
-        writer.pause()
         stop.args = ("the same command continues where it stopped",)
         raise
     writer.pause()
