@@ -15,7 +15,6 @@ import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.data.batches import Batch
 from distmatch.diffusion.paths import condot
-from distmatch.methods.matching.loop import Matching
 from distmatch.nets.build import build_net
 from distmatch.nets.config import DiTConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -125,12 +124,9 @@ def test_a_method_that_looks_at_numbers_is_refused():
         predict_memory(options_of("mmd"), teacher_of("meta"))
 
 
-def test_numbers_that_shapes_do_not_have_are_no_error_of_the_user(monkeypatch):
-    def step(*_: Any) -> None:
-        raise UserError("a noise level is 0")  # which stands for unknown ones
-
-    monkeypatch.setattr(Matching, "step", step)
-    with pytest.raises(UserError, match=r"memory of dmd2 cannot be predicted from shapes.*level is 0"):
-        predict_memory(options_of("dmd2"), teacher_of("meta"))
+def test_numbers_that_shapes_do_not_have_are_no_error_of_the_user():
+    """Its noise distribution would refuse levels of 0, which stand for unknown ones."""
+    with pytest.raises(UserError, match="memory of mean-flow cannot be predicted from shapes"):
+        predict_memory(options_of("mean-flow"), teacher_of("meta"))
     with pytest.raises(UserError, match="student must start at a noise level"):
         predict_memory(options_of("dmd2", student_sigma=1e6), teacher_of("meta"))

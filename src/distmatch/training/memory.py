@@ -80,16 +80,19 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: Bytes alive.
         peak: The most that was alive at a time.
+        guessed: Whether code asked for a number that is not known.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.guessed = False
         self._sizes: dict[int, int] = {}
         self._left_out: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ITEM:
+            self.guessed = True
             return False if args[0].dtype == torch.bool else args[0].dtype.is_floating_point * 0.0
         if func is _NONZERO:
             return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.int64)
@@ -146,7 +149,6 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
     rows = _rows(teacher, run.batch)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     teacher, parts = _faked(teacher, fake), _parts(teacher)
-    fits = False
     with fake, LiveBytes() as live, _modules_of_fakes():
         try:
             base = frozen(teacher, _CPU, own if isinstance(own, RoleSettings) else None)
@@ -162,7 +164,6 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
                 net=None if copied else options.net.resolve(base.shape, "cpu"),
             )
             distiller = build_method(context)
-            fits = True
             state = distiller.init(run.seed)
             networks = {"teacher": base, **state.modules()}
             told = Conditioning(rows)
@@ -178,7 +179,7 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
                 distiller.step(state, batch)
             sizes = role_sizes(modules, state.optimizers.values(), state.ema)
         except (RuntimeError, UserError) as error:  # of fake tensors, or of numbers that they do not have
-            if isinstance(error, UserError) and not fits:
+            if isinstance(error, UserError) and not live.guessed:
                 raise
             raise UserError(
                 f"the memory of {method.name} cannot be predicted from shapes",
