@@ -70,7 +70,7 @@ def test_what_is_there_is_not_encoded_again(tmp_path):
 
 def test_an_interrupted_encoding_continues(tmp_path):
     stopped = Encoder(TEXTS, stop=12)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="prompts that were encoded are kept, and the same command"):
         made(tmp_path, TEXTS, stopped)
     encoder = Encoder(TEXTS)
     rows = made(tmp_path, TEXTS, encoder)

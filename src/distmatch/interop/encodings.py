@@ -155,6 +155,10 @@ def _encode(
                 if late or len(waiting) >= _SHARD_ROWS or size * len(waiting) >= _SHARD_BYTES:
                     write()
                 bar.update(len(chosen))
+        except KeyboardInterrupt as stop:
+            kept = f"the {bar.step:,} {what} that were encoded are kept"
+            stop.args = (f"{kept}, and the same command continues",)
+            raise
         finally:
             write()
 
