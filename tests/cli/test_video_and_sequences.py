@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import distmatch as dm
+from distmatch.diffusion.trajectory import coarse
 from tests.helpers.command import command, done
 
 NET = "--net dit --width 12 --depth 1 --heads 1"
@@ -57,6 +59,13 @@ def test_video_is_measured_and_shown() -> None:
     assert "Motion" in page
 
 
+def test_the_layout_of_video_is_that_of_its_frames() -> None:
+    x = torch.randn(3, 2, 5, 8, 12, generator=torch.Generator().manual_seed(0))
+    frames = torch.stack([coarse(x[:, :, t]) for t in range(5)], 2)
+    assert coarse(x).shape == (3, 10, 4, 4)
+    torch.testing.assert_close(coarse(x).reshape(frames.shape), frames)
+
+
 def test_samples_of_video_go_to_every_form_and_come_back() -> None:
     done("sample v/student --n 9 --out clips.npz")
     with np.load("clips.npz") as file:
@@ -73,6 +82,10 @@ def test_samples_of_video_go_to_every_form_and_come_back() -> None:
             for t in range(8):
                 picture.seek(t)
                 np.testing.assert_array_equal(np.asarray(picture), x[int(file.stem), t, ..., 0])
+    told = done("sample v/t --n 9 --steps 3 --trajectory clips-way.png --json").json()["decided"]
+    assert 0 < told["0.9"] <= told["0.5"]
+    with Image.open("clips-way.png") as picture:
+        assert getattr(picture, "n_frames", 1) == 8
     answer = command("train --data folder --steps 1 --out no")
     assert answer.code == 2
     assert "is animated" in answer.err
@@ -100,6 +113,7 @@ def test_sequences_go_to_every_form_and_come_back() -> None:
         assert answer.code == 2
         assert "for sequences" in answer.err
         assert not Path(form).exists()
-    answer = command("sample s/t --n 9 --trajectory way.png")
-    assert answer.code == 2
-    assert "draws vectors and images" in answer.err
+    told = done("sample s/t --n 9 --trajectory way.png --json").json()["decided"]
+    assert 0 < told["0.9"] <= told["0.5"]
+    with Image.open("way.png") as picture:
+        assert picture.format == "PNG"

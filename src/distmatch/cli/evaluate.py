@@ -57,7 +57,7 @@ class EvaluateOptions:
     """For a student of prompts: those to measure on, as for distill; empty: those of the run. Without
     images the reference is samples of the teacher from other noise."""
     teacher: str = ""
-    """For a student's run: the teacher to compare it with; empty: the one it was distilled from."""
+    """For a student's run: the teacher to compare with; empty: --base, or the one it was distilled from."""
     base: str = ""
     """For a student of adapters (--train lora) or of a pipeline: its base, the teacher, if it was moved."""
     network: str = ""
@@ -292,7 +292,7 @@ def _teacher_of(o: EvaluateOptions, model: Model, *, needed: bool) -> Model | No
     from distmatch.training.models import open_model
 
     info = model.student.info if model.student is not None else {}
-    name = o.teacher or str(info.get("teacher", ""))
+    name = o.teacher or o.base or str(info.get("teacher", ""))
     if model.student is None or not name:
         return None
     try:

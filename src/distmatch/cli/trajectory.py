@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_write
-from distmatch.data.kinds import kind_of_shape
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.trajectory import x0_trajectory
 from distmatch.interop import decode_samples
@@ -31,8 +30,7 @@ def check_picture(path: Path, teacher: Model, n: int) -> None:
     """Refuses a picture that cannot be drawn.
 
     Raises:
-        UserError: No teacher, samples that are neither images nor vectors, too few of them, or another suffix
-            than .png.
+        UserError: No teacher, too few samples, or another suffix than .png.
     """
     if teacher.teacher is None:
         raise UserError(
@@ -42,12 +40,6 @@ def check_picture(path: Path, teacher: Model, n: int) -> None:
         )
     if path.suffix.lower() != ".png":
         raise UserError("a trajectory is drawn as a picture", got=f"--trajectory {path}", expected=".png")
-    if len(teacher.shape) not in (1, 3):
-        raise UserError(
-            "--trajectory draws vectors and images",
-            got=f"{kind_of_shape(teacher.shape)}s of shape {tuple(teacher.shape)}",
-            fix="distmatch.diffusion.trajectory.x0_trajectory gives the predictions as arrays",
-        )
     if n < 2:
         raise UserError("the curve needs several samples", got=f"--n {n}", fix="--n 64")
 

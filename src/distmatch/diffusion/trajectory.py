@@ -75,15 +75,18 @@ class Trajectory:
 
 
 def coarse(x: Tensor) -> Tensor:
-    """The layout of samples: means of images (B, C, H, W) over at most 4 x 4 tiles; others unchanged.
+    """The layout of samples: means over at most 4 x 4 tiles; samples that are no images or video unchanged.
+
+    Args:
+        x: Images (B, C, H, W), or video (B, C, T, H, W), frame by frame; or others.
 
     Returns:
         float64.
     """
-    if x.ndim != 4:
+    if x.ndim not in (4, 5):
         return x.double()
     height, width = (min(_COARSE, side) for side in x.shape[-2:])
-    return F.adaptive_avg_pool2d(x.double(), (height, width))
+    return F.adaptive_avg_pool2d(x.double().flatten(1, -3), (height, width))
 
 
 @torch.no_grad()

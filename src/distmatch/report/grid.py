@@ -16,7 +16,9 @@ from distmatch.base.files import atomic_write
 _GAP = 2  # pixels between tiles
 _CAPTION = 14  # pixels below a tile for its label
 FRAME = 125  # milliseconds that a frame of a clip is shown
-_MOST_FRAMES, _LARGEST_CLIP = 64, 96  # of a grid of clips, so that a page stays small
+MOST_FRAMES = 64
+"""Frames of a grid of clips, so that a page stays small."""
+_LARGEST_CLIP = 96
 _GREY = (128, 128, 128, 255)  # reads on white and on black
 
 
@@ -113,7 +115,7 @@ def grid_png(images: np.ndarray, columns: int, labels: Sequence[object] | np.nda
     if np.ndim(images) == 5:
         pictures = [
             image_grid(images[:, t], columns, labels, largest=_LARGEST_CLIP)
-            for t in range(min(images.shape[1], _MOST_FRAMES))
+            for t in range(min(images.shape[1], MOST_FRAMES))
         ]
         return animation(pictures)
     return animation([image_grid(images, columns, labels)])

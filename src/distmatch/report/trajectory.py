@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter
+from PIL import Image
 
 from distmatch.report.figures import frame, plane
-from distmatch.report.grid import image_grid
+from distmatch.report.grid import MOST_FRAMES, animation, image_grid
+from distmatch.report.sequences import curve_limits
 from distmatch.report.svg import to_png
 
 _COLUMNS = 10  # levels shown as images; more would be too small to see
@@ -26,11 +30,12 @@ class Way:
 
     Attributes:
         levels: Noise levels, decreasing, (S,).
-        x0: Predictions at each level: images (S, R, H, W[, C]) uint8 or vectors (S, R, D).
+        x0: Predictions at each level: images (S, R, H, W[, C]) or video (S, R, T, H, W, C), uint8; vectors
+            (S, R, D) or sequences (S, R, L, D), floats.
         detail: Share of the samples that is still open at each level, (S,).
         layout: The same of the coarse image, (S,).
         marks: Shares of the layout, such as 0.5, and the noise level at which that much is determined.
-        beside: Further samples from the same noise, by name: (R, H, W[, C]) or (R, D).
+        beside: Further samples from the same noise, by name, without the first axis.
     """
 
     levels: np.ndarray
@@ -44,13 +49,22 @@ class Way:
 def trajectory_png(way: Way) -> bytes:
     """The bytes of a PNG picture.
 
-    Images: a row a sample, a column a level, the curves below on the same axis. Vectors: the paths of the
-        predictions in the plane, and the curves next to it.
+    Images and sequences: a row a sample, a column a level, the curves below on the same axis; video is
+        animated. Vectors: the paths of the predictions in the plane, and the curves next to it.
 
     Args:
         way: What to draw.
     """
+    if way.x0.ndim == 6:
+        return animation([Image.open(io.BytesIO(trajectory_png(frame))) for frame in _frames(way)])
     return to_png(_of_images(way) if way.x0.ndim > 3 else _of_vectors(way))
+
+
+def _frames(way: Way) -> Iterator[Way]:
+    """The frames of video, each as a way of images."""
+    for t in range(min(way.x0.shape[2], MOST_FRAMES)):
+        beside = {name: samples[:, t] for name, samples in way.beside.items()}
+        yield replace(way, x0=way.x0[:, :, t], beside=beside)
 
 
 def _of_images(way: Way) -> Figure:
@@ -64,12 +78,13 @@ def _of_images(way: Way) -> Figure:
     top = figure.add_axes((left, 2.1 / height, across, _TILE * (rows + 0.35) / height))
     bottom = figure.add_axes((left, 0.45 / height, across, 1.5 / height))
     centers = np.arange(len(shown)) + 0.5
+    draw = _column if way.x0.dtype == np.uint8 else partial(_curve_column, limits=_limits(way.x0))
     for center, step in zip(centers, shown, strict=True):
-        _column(top, way.x0[step], center)
+        draw(top, way.x0[step], center)
         top.text(center, rows + 0.06, f"{way.levels[step]:.3g}", ha="center", va="bottom", fontsize=7.5)
     for number, (name, samples) in enumerate(way.beside.items()):
         center = len(shown) + 0.75 + 1.25 * number
-        _column(top, samples, center)
+        draw(top, samples, center)
         top.text(center, rows + 0.06, name, ha="center", va="bottom", fontsize=7.5, color=_COARSE)
     top.set(xlim=(0, columns), ylim=(0, rows + 0.35))
     top.set_axis_off()
@@ -96,6 +111,21 @@ def _column(axes: Axes, images: np.ndarray, center: float) -> None:
         height, width = (side / max(tile.shape[:2]) * 0.47 for side in tile.shape[:2])
         middle = bottom + 0.5
         axes.imshow(tile, extent=(center - width, center + width, middle - height, middle + height))
+
+
+def _limits(x0: np.ndarray) -> np.ndarray:
+    """Limits (channels, 2) of the curves of sequences (S, R, L, D)."""
+    return curve_limits([x0.reshape(-1, *x0.shape[2:])])
+
+
+def _curve_column(axes: Axes, sequences: np.ndarray, center: float, *, limits: np.ndarray) -> None:
+    """Sequences (R, L, D) as curves below each other, each in a unit square."""
+    across = center + np.linspace(-0.45, 0.45, sequences.shape[1])
+    for row, sequence in enumerate(sequences):
+        bottom = len(sequences) - 1 - row
+        for (low, high), values, color in zip(limits, sequence.T, (_COARSE, _DETAIL, _DARK), strict=False):
+            share = np.clip((values - low) / (high - low), 0, 1)
+            axes.plot(across, bottom + 0.06 + 0.88 * share, color=color, linewidth=0.8)
 
 
 def _of_vectors(way: Way) -> Figure:

@@ -70,7 +70,7 @@ def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
         teacher = load_folder(path, **options)
         compared = getattr(teacher, "conversion", None)
         return teacher, {"kind": "teacher", "conversion": str(compared) if compared else "not compared"}
-    if options:
+    if options and path.exists():
         raise takes_no_options(path, options)
     if is_network_pickle(path):
         teacher, info = read_edm(path)

@@ -203,7 +203,7 @@ class Pipeline:
                     "a prompt is longer than the fixed number of tokens",
                     got=f"{value.shape[1]} tokens in {name}",
                     expected=f"at most {self.tokens}",
-                    fix="shorten it, or load the teacher with more tokens",
+                    fix=f"allow for as many: --tokens {value.shape[1]}, in Python tokens=; or shorten it",
                 )
             fields[name] = torch.nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, missing))
         return Conditioning(fields)
