@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from functools import cache
 from typing import Any
 
@@ -13,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distmatch as dm
-from distmatch.data.batches import Batch, Pool
+from distmatch.data.batches import Pool
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.interop.pipelines import load_pipeline
 from distmatch.methods.matching.generator import generator_gradient
 from distmatch.methods.matching.pairs import make_pairs
+from tests.helpers.pipeline_training import NAMED, PIPELINES, PROMPTS, STEPS, batch, trained
 from tests.helpers.pipelines import SIZE, save
 
-PROMPTS = ["a red cat", "the dog sleeps"]
 ENCODED = "encoder_hidden_states"
 PHI = 3.0  # the guidance scale
 WEIGHTS = {
@@ -50,62 +49,79 @@ def teacher_of(tmp_path_factory):
     return made
 
 
-def batch(teacher: Any, step: int = 0) -> Batch:
-    gen = torch.Generator().manual_seed(step)
-    told = teacher.pipeline.encode(PROMPTS)
-    return Batch(torch.randn(2, *teacher.shape, generator=gen), told, pool=Pool(2, told.index))
-
-
 SD, SD3 = "stable-diffusion", "stable-diffusion-3"
 ALONE = {"diff-instruct", "dmd", "sid", "sim", "moment-matching"}
-MATCHING = ("f-distill", "dmd2", "diff-instruct", "sid", "sida", "sim", "uni-instruct")
-RUNS = [
-    *[(SD3, method, "lora", steps) for method, steps in zip(MATCHING, (1, 2, 4) * 3, strict=False)],
-    (SD3, "moment-matching", "lora", 2),
+OTHERS = [
+    *[
+        (SD3, method, "lora", 2)
+        for method in ("diff-instruct", "sim", "uni-instruct", "moment-matching", "scm")
+    ],
     (SD3, "dmd", "lora", 1),
-    (SD3, "consistency", "lora", 1),
+    (SD, "dmd", "full", 1),
     (SD3, "scm", "lora", 2),
-    (SD3, "rcm", "lora", 4),
-    (SD3, "f-distill", "full", 2),
-    (SD3, "rcm", "full", 1),
-    (SD, "f-distill", "lora", 4),
-    (SD, "consistency", "lora", 2),
-    ("wan", "f-distill", "lora", 2),
-    ("wan", "sid", "lora", 1),
     ("wan", "scm", "lora", 4),
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "train", "steps"), RUNS)
+def crossed() -> list[tuple[str, str, str, int]]:
+    """Each named method with 1, 2 and 4 steps, each time on another pipeline; benchmarks/ has all of them."""
+    return [
+        (PIPELINES[(i + j) % 3], method, ("lora", "full")[(i // 2 + j) % 2], steps)
+        for i, method in enumerate(NAMED)
+        for j, steps in enumerate(STEPS)
+    ]
+
+
+@pytest.mark.parametrize(("name", "method", "train", "steps"), [*crossed(), *OTHERS])
 def test_a_method_trains_a_student_of_a_pipeline(teacher_of, name, method, train, steps):
     pytest.importorskip("peft")
-    teacher = teacher_of(name)
-    options: Any = {"guidance": 2.0, "guidance_rescale": 0.5, "num_steps": steps, "train": train}
-    options |= {"fake_score_steps": 2} if method in (*MATCHING, "moment-matching") else {}
-    options |= {"lora_rank": 2} if train == "lora" else {}
-    options |= {"pairs": 4, "pair_steps": 2} if method == "dmd" else {}
-    built: Any = dm.methods.build(teacher, method, total_steps=60, **options)
-    state = built.init(0)
-    before = {name: p.detach().clone() for name, p in state.student.named_parameters()}
-    norms = []
-    for step in range(2):
-        info = built.step(state, batch(teacher, step))
-        numbers = [float(value) for value in info.values() if value.ndim == 0]
-        assert all(map(math.isfinite, numbers))
-        norms += [float(info["grad_norm_student"])] if "grad_norm_student" in info else []
-    assert norms
-    assert all(norm > 0 for norm in norms)
-    moved = {n for n, p in state.student.named_parameters() if not torch.equal(p, before[n])}
-    assert moved
-    if train == "lora":
-        assert all("lora" in name for name in moved)
+    built, _ = trained(teacher_of(name), method, train, steps)
     if method in ("f-distill", "dmd2", "uni-instruct"):
         assert built.compared.source == "teacher"
-    student = built.result(state)
-    assert len(student.sigmas) == steps
-    assert student.sigmas[0] == teacher.sigma_max
-    told = teacher.pipeline.encode(PROMPTS[:1])
-    assert bool(student.sample(1, conditioning=told, decode=False).isfinite().all())
+
+
+@pytest.mark.parametrize(("name", "train"), [(SD3, "full"), (SD3, "lora"), ("wan", "lora")])
+def test_disback_follows_recorded_copies_back_to_the_teacher(teacher_of, name, train):
+    """The copies predict what the fake score did when they were recorded; a checkpoint holds them."""
+    pytest.importorskip("peft")
+    teacher, n = teacher_of(name), 3
+    options: Any = {"train": train, **({"lora_rank": 2} if train == "lora" else {}), "guidance": PHI}
+    options |= {"backtrack": n, "backtrack_degrade_steps": 2, "backtrack_interval": 1, "fake_score_steps": 1}
+    built: Any = dm.methods.build(teacher, "disback", total_steps=20, num_steps=2, **options)
+    state, given = built.init(0), batch(teacher, 9)
+    sigma, told = torch.tensor([0.5, 2.0]), given.conditioning
+    recorded = {}
+
+    @torch.no_grad()
+    def predicted(network: Any) -> Tensor:
+        return network(given.x, sigma, told)
+
+    for step in range(1, 2 * n + 1):
+        info = built.step(state, batch(teacher, step))
+        assert "grad_norm_student" not in info
+        if step % 2 == 0:
+            recorded[step // 2] = predicted(state.fake_score)
+    restored = built.init(1)
+    restored.load_state_dict(copy.deepcopy(state.state_dict()))
+    for owner in (state, restored):
+        targets = []
+        for owner.updates in range(n):
+            targets.append(predicted(built.base.target(owner)))
+        owner.updates = 0
+        for k, target in zip((2, 1), targets, strict=False):
+            own = state.extra[f"target_{k}"]
+            assert (predicted(own) - recorded[k]).abs().max() < 1e-5
+            with torch.no_grad():
+                null = own(given.x, sigma)
+            guided = null + PHI * (recorded[k] - null)  # by the copy's own predictions
+            assert (target - guided).abs().max() < 1e-4
+        with torch.no_grad():
+            null, main = teacher(given.x, sigma), teacher(given.x, sigma, told)
+        assert (targets[2] - null - PHI * (main - null)).abs().max() < 1e-4
+    assert (recorded[1] - recorded[2]).abs().max() > 1e-4
+    for step in range(3):
+        assert float(built.step(state, batch(teacher, step))["grad_norm_student"]) > 0
+    assert state.updates == 3
 
 
 def raw(name: str, network: Any, x: Tensor, t: Tensor, told: Conditioning) -> Tensor:
