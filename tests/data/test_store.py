@@ -164,8 +164,8 @@ def _killed(folder: str, parts: int) -> None:
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_a_killed_preparation_continues_where_it_stopped(tmp_path, parts, monkeypatch):
+@pytest.mark.parametrize(("parts", "least"), [(1, 0), (6, 64)])
+def test_a_killed_preparation_continues_where_it_stopped(tmp_path, parts, least, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
     write_images(tmp_path / "images", 200)
     together(_killed, [(str(tmp_path), parts)])
@@ -178,7 +178,7 @@ def test_a_killed_preparation_continues_where_it_stopped(tmp_path, parts, monkey
     )
     prepare(tmp_path / "images", tmp_path / "store")
     assert len(read) == 200 - left["samples"]
-    assert left["samples"] >= 32 * (parts - 3)
+    assert left["samples"] >= least  # the disk is at most a few parts behind
     prepare(tmp_path / "images", tmp_path / "whole")
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
