@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from distmatch.base.mersenne import skip
+
 
 def stream_seed(seed: int, name: str) -> int:
     """A 63-bit seed for the stream ``name`` of the run seed ``seed``."""
@@ -19,13 +21,20 @@ def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch
     return torch.Generator(device=device).manual_seed(stream_seed(seed, name))
 
 
-def initial_noise(n: int, shape: tuple[int, ...], seed: int, name: str = "latents") -> torch.Tensor:
-    """Unit normal noise (n, *shape) float32 on the CPU; row i is the same whatever ``n`` is.
+def initial_noise(
+    n: int, shape: tuple[int, ...], seed: int, name: str = "latents", *, first: int = 0
+) -> torch.Tensor:
+    """Unit normal noise (n, *shape) float32 on the CPU; that of a sample depends on its number alone.
+
+    Rows ``first`` to ``first + n`` are drawn without the rows before them.
 
     torch fills normals in blocks of 16 and redoes the last block when the size is not a multiple of it, so
     whole blocks are drawn and the rest is cut off.
     """
     size = math.prod(shape)
-    blocks = -(-n * size // 16)
-    flat = torch.randn(16 * blocks, generator=generator(seed, name))
+    begin = first * size // 16
+    blocks = -(-(first + n) * size // 16) - begin
+    stream = generator(seed, name)
+    skip(stream, 16 * begin)
+    flat = torch.randn(16 * blocks, generator=stream)[first * size - 16 * begin :]
     return flat[: n * size].reshape(n, *shape)

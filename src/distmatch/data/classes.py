@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distmatch.base.checks import check_name
 from distmatch.base.errors import UserError
+from distmatch.base.mersenne import skip
 from distmatch.base.seeds import generator
 from distmatch.data.dataset import Dataset
 from distmatch.diffusion.conditioning import (
@@ -179,6 +180,7 @@ def drawn_labels(
     counts: Sequence[int] = (),
     balance: Balance = "data",
     stream: str = "labels",
+    first: int = 0,
 ) -> Tensor:
     """Draws the classes of ``n`` samples, independently.
 
@@ -190,6 +192,7 @@ def drawn_labels(
         balance: ``data`` draws by ``counts``, ``uniform`` evenly among the classes that occurred. Without
             counts all classes are drawn evenly.
         stream: Which draw of this seed.
+        first: Number of the first sample.
 
     Returns:
         Int64 (n,) on the CPU.
@@ -202,7 +205,9 @@ def drawn_labels(
     if balance == "uniform":
         weights = (weights > 0).double()
     edges = weights.cumsum(0)
-    u = torch.rand(n, generator=generator(seed, stream), dtype=torch.float64)
+    source = generator(seed, stream)
+    skip(source, 2 * first)
+    u = torch.rand(n, generator=source, dtype=torch.float64)
     return torch.searchsorted(edges, u * edges[-1], right=True).clamp(max=num_classes - 1)
 
 
@@ -213,6 +218,7 @@ def checked_conditioning(
     seed: int,
     counts: Sequence[int] = (),
     balance: Balance = "data",
+    first: int = 0,
 ) -> Conditioning:
     """What ``n`` samples are conditioned on: what is given, checked, or classes drawn for a model of classes.
 
@@ -223,6 +229,7 @@ def checked_conditioning(
         seed: Seed of the draw.
         counts: How often each class occurred in training; () when that is not known.
         balance: See :func:`drawn_labels`.
+        first: Number of the first sample.
 
     Raises:
         UserError: It does not fit the model, or is missing where it cannot be drawn.
@@ -237,7 +244,8 @@ def checked_conditioning(
                 fix="pass a distmatch.Conditioning, for samples without a condition "
                 "null_conditioning(model, n)",
             )
-        return as_conditioning(drawn_labels(n, model.num_classes, seed, counts, balance) if spec else None)
+        labels = drawn_labels(n, model.num_classes, seed, counts, balance, first=first) if spec else None
+        return as_conditioning(labels)
     conditioning = as_conditioning(given)
     if not spec and conditioning:
         raise UserError("this model is unconditional", got=", ".join(conditioning), fix="leave it out")

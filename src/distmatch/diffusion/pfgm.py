@@ -21,6 +21,8 @@ from distmatch.base.seeds import generator as make_generator
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, expand
 
+_SKIPPED = 2**20  # samples at a time whose chi2 are drawn for those after them
+
 
 def student_t(noise: Tensor, dims: float, generator: torch.Generator) -> Tensor:
     """Turns unit normal noise into the noise of PFGM++: ``noise sqrt(D / chi2_D)``, one chi2 a sample.
@@ -56,16 +58,22 @@ def check_dims(dims: float) -> None:
     )
 
 
-def start_noise(denoiser: Denoiser, latents: Tensor, seed: int) -> Tensor:
+def start_noise(denoiser: Denoiser, latents: Tensor, seed: int, *, first: int = 0) -> Tensor:
     """What a sampler scales by its first level: the latents, or Student-t noise made of them.
 
     Args:
         denoiser: The teacher, or a wrapper that has it as ``inner``.
         latents: Unit normals on the CPU, (n, *shape).
         seed: Seed of the chi2 of the samples; that of sample i does not depend on n.
+        first: Number of the first sample; the numbers of those before it are drawn too, one each.
     """
     dims = pfgm_dims(denoiser)
-    return latents if dims == 0 else student_t(latents, dims, make_generator(seed, "pfgm start"))
+    if dims == 0:
+        return latents
+    stream = make_generator(seed, "pfgm start")
+    for begin in range(0, first, _SKIPPED):
+        student_t(latents.new_empty(min(_SKIPPED, first - begin), 1), dims, stream)
+    return student_t(latents, dims, stream)
 
 
 def pfgm_dims(denoiser: Denoiser) -> float:

@@ -8,6 +8,7 @@ eps at a sigma of the student.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def hybrid_sample(
     batch: int = 1024,
     decode: bool = True,
     on_batch: Callable[[int], None] | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Draws samples that the teacher begins and the student ends.
 
@@ -64,6 +66,7 @@ def hybrid_sample(
         batch: Samples at a time.
         decode: Whether latents become images.
         on_batch: Called with the number of samples after each batch.
+        first: Number of the first sample: a part of a larger set is drawn alone.
 
     Returns:
         (n, *shape) float32 on the CPU, in model space.
@@ -75,12 +78,13 @@ def hybrid_sample(
     way = hybrid_schedule(teacher, student, levels, calls=calls, level=level)
     chosen = find_solver(solver)
     check_way(way, chosen, solver)
-    asked = checked_conditioning(conditioning, n, student, seed, student.classes.counts)
+    asked = checked_conditioning(conditioning, n, student, seed, student.classes.counts, first=first)
     device = device_of(student)
-    z = initial_noise(n, student.shape, seed)
     if not way.teacher_levels:
-        return student.sample(n, seed=seed, conditioning=asked, batch=batch, decode=decode, on_batch=on_batch)
-    later = student_noise(student, way, n, seed)
+        own: dict[str, Any] = {"decode": decode, "on_batch": on_batch, "first": first}
+        return student.sample(n, seed=seed, conditioning=asked, batch=batch, **own)
+    z = initial_noise(n, student.shape, seed, first=first)
+    later = student_noise(student, way, n, seed, first)
     follower = follower_of(student, way)
     training = student.training
     student.eval()
@@ -90,7 +94,9 @@ def hybrid_sample(
         c = asked.index(part).to(device)
         noise = None
         if chosen.stochastic:
-            noise = SampleNoise(seed, torch.arange(part.start, part.stop), tuple(student.shape), device)
+            noise = SampleNoise(
+                seed, first + torch.arange(part.start, part.stop), tuple(student.shape), device
+            )
         start = z[part].to(device) * way.teacher_levels[0]
         y = solve(teacher, start, way.teacher_levels, chosen, conditioning=c, noise=noise, path=path).y
         if way.student_sigmas:
@@ -103,7 +109,7 @@ def hybrid_sample(
     return decode_samples(student.denoiser, x, device=device) if decode else x
 
 
-def student_noise(student: Student, way: HybridSchedule, n: int, seed: int) -> list[Tensor]:
+def student_noise(student: Student, way: HybridSchedule, n: int, seed: int, first: int = 0) -> list[Tensor]:
     """The noise before each call of the student's part but the first: that of the student alone there.
 
     Args:
@@ -111,9 +117,11 @@ def student_noise(student: Student, way: HybridSchedule, n: int, seed: int) -> l
         way: Who goes which part.
         n: Number of samples.
         seed: Seed of the samples.
+        first: Number of the first one.
     """
     later = len(way.student_sigmas[1:])
-    return [initial_noise(n, student.shape, seed, f"latents/{student.nfe - later + i}") for i in range(later)]
+    names = [f"latents/{student.nfe - later + i}" for i in range(later)]
+    return [initial_noise(n, student.shape, seed, name, first=first) for name in names]
 
 
 def follower_of(student: Student, way: HybridSchedule) -> Student:

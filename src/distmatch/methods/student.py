@@ -194,6 +194,7 @@ class Student(nn.Module):
         batch: int = 1024,
         decode: bool = True,
         on_batch: Callable[[int], None] | None = None,
+        first: int = 0,
     ) -> Tensor:
         """Draws samples.
 
@@ -207,6 +208,7 @@ class Student(nn.Module):
             batch: Samples at a time.
             decode: Whether the latents of a student that works on them become images.
             on_batch: Called with the number of samples after each batch.
+            first: Number of the first sample: a part of a larger set is drawn alone.
 
         Returns:
             (n, *shape) float32 on the CPU, in model space (images in [-1, 1]).
@@ -219,9 +221,9 @@ class Student(nn.Module):
                 "there must be 0 samples or more, and at least 1 at a time", got=f"n={n}, batch={batch}"
             )
         device = device_of(self)
-        asked = checked_conditioning(conditioning, n, self, seed, self.classes.counts, class_balance)
+        asked = checked_conditioning(conditioning, n, self, seed, self.classes.counts, class_balance, first)
         noise = [
-            initial_noise(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}")
+            initial_noise(n, self.shape, seed, "latents" if i == 0 else f"latents/{i}", first=first)
             for i in range(self.draws)
         ]
         out = []

@@ -65,6 +65,7 @@ def draw_hybrid(
     level: float | None = None,
     batch: int = 1024,
     device: str = "auto",
+    first: int = 0,
 ) -> SampleResult:
     """Samples that the teacher begins and the student ends; a guided call of the teacher counts as two.
 
@@ -79,18 +80,19 @@ def draw_hybrid(
         level: The level at which the student takes over, in place of ``calls``.
         batch: Samples at a time.
         device: Where to compute.
+        first: Number of the first sample.
 
     Raises:
         UserError: As :func:`plan_hybrid`.
     """
     way = plan_hybrid(teacher, student, sampling, calls=calls, level=level)
-    first, last = _pair(teacher, student)
+    before, last = _pair(teacher, student)
     where = pick_device(device)
-    for module in (first, last, sampling.reference):
+    for module in (before, last, sampling.reference):
         if isinstance(module, nn.Module):
             module.to(where)
-    asked = checked_conditioning(conditioning, n, last, seed, student.classes.counts)
-    counter = CallCounter(sampling.around(first))
+    asked = checked_conditioning(conditioning, n, last, seed, student.classes.counts, first=first)
+    counter = CallCounter(sampling.around(before))
     with progress(n, desc="hybrid samples") as bar:
         began = time.perf_counter()
         x = hybrid_sample(
@@ -100,12 +102,13 @@ def draw_hybrid(
             calls=calls,
             level=level,
             solver=sampling.solver,
-            grid=sampling.levels(first),
-            path=sampling.path_for(first),
+            grid=sampling.levels(before),
+            path=sampling.path_for(before),
             conditioning=asked,
             seed=seed,
             batch=batch,
             on_batch=bar.update,
+            first=first,
         )
         seconds = time.perf_counter() - began
     of_teacher = round(counter.calls / math.ceil(n / batch))

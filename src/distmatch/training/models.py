@@ -99,20 +99,25 @@ class Model:
         *,
         batch: int = 1024,
         device: str = "auto",
+        first: int = 0,
     ) -> SampleResult:
-        """Draws ``n`` samples; ``sampling`` is for teachers. Constant columns of vectors are constant."""
+        """Draws ``n`` samples; ``sampling`` is for teachers. Constant columns of vectors are constant.
+
+        They are numbers ``first``, ``first + 1``, ... of the seed, the same as in a larger set.
+        """
         where = pick_device(device)
         model: Any = self.student if self.student is not None else self.teacher
-        asked = checked_conditioning(conditioning, n, model, seed, self.classes.counts)
+        asked = checked_conditioning(conditioning, n, model, seed, self.classes.counts, first=first)
         if self.student is not None:
-            drawn = draw_student(self.student.to(where), n, asked, seed, batch)
+            drawn = draw_student(self.student.to(where), n, asked, seed, batch, first)
             return replace(drawn, x=self.scaling.settled(drawn.x))
         if self.teacher is None:
             raise RuntimeError("a model is a student or a teacher")
         for model in (self.teacher, sampling.reference):
             if isinstance(model, nn.Module):
                 model.to(where)
-        drawn = draw_teacher(self.teacher, n, asked, seed, sampling, batch=batch, device=where)
+        how: dict[str, Any] = {"batch": batch, "device": where, "first": first}
+        drawn = draw_teacher(self.teacher, n, asked, seed, sampling, **how)
         return replace(drawn, x=self.scaling.settled(drawn.x))
 
 

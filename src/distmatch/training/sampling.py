@@ -173,13 +173,14 @@ class _CountingStudent:
 
 
 def draw_student(
-    student: Student, n: int, conditioning: ConditioningLike, seed: int, batch: int = 1024
+    student: Student, n: int, conditioning: ConditioningLike, seed: int, batch: int = 1024, first: int = 0
 ) -> SampleResult:
-    """Samples a student, counting calls and time."""
+    """Samples a student, counting calls and time; ``first`` is the number of the first sample."""
     counter = _CountingStudent(student)
     with progress(n, desc="student samples") as bar:
         began = time.perf_counter()
-        x = student.sample(n, seed=seed, conditioning=conditioning, batch=batch, on_batch=bar.update)
+        how: dict[str, Any] = {"batch": batch, "on_batch": bar.update, "first": first}
+        x = student.sample(n, seed=seed, conditioning=conditioning, **how)
         seconds = time.perf_counter() - began
     batches = math.ceil(n / batch)
     return SampleResult(x, as_conditioning(conditioning), counter.done() // batches, 1000 * seconds / n)
@@ -194,6 +195,7 @@ def draw_teacher(
     *,
     batch: int = 1024,
     device: torch.device | str = "cpu",
+    first: int = 0,
 ) -> SampleResult:
     """Samples a teacher, by default with Heun's method, counting calls and time.
 
@@ -205,6 +207,7 @@ def draw_teacher(
         sampling: Solver, grid and guidance.
         batch: Samples at a time.
         device: Where to compute.
+        first: Number of the first sample.
 
     Raises:
         UserError: Settings that do not go together, or not with this teacher.
@@ -224,6 +227,7 @@ def draw_teacher(
             batch=batch,
             device=device,
             on_batch=bar.update,
+            first=first,
         )
         with torch.no_grad():
             x = decode_samples(teacher, z, device=device)

@@ -176,10 +176,11 @@ def starts(
     seed: int,
     batch: int,
     device: torch.device | str,
+    first: int = 0,
 ) -> Iterator[tuple[Tensor, Conditioning, SampleNoise]]:
     """What ``n`` samples start from, batch by batch: unit noise, their conditioning, their further noise.
 
-    Those of sample i depend only on the seed and i, not on ``batch``.
+    Those of sample i depend only on the seed and i, not on ``batch``; the first one is number ``first``.
 
     Raises:
         UserError: A negative number of samples, an empty batch, or a conditioning that is not theirs.
@@ -187,11 +188,12 @@ def starts(
     check_count("n", n, 0)
     check_count("batch", batch)
     whole = conditioning_for(denoiser, conditioning, n)
-    latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed), seed)
-    for first in range(0, n, batch):
-        z = latent[first : first + batch].to(device)
-        noise = SampleNoise(seed, torch.arange(first, first + len(z)), tuple(denoiser.shape), device)
-        yield z, whole.index(slice(first, first + batch)).to(device), noise
+    latent = start_noise(denoiser, initial_noise(n, denoiser.shape, seed, first=first), seed, first=first)
+    for begin in range(0, n, batch):
+        z = latent[begin : begin + batch].to(device)
+        numbers = first + torch.arange(begin, begin + len(z))
+        noise = SampleNoise(seed, numbers, tuple(denoiser.shape), device)
+        yield z, whole.index(slice(begin, begin + batch)).to(device), noise
 
 
 def sample_teacher(
@@ -207,6 +209,7 @@ def sample_teacher(
     batch: int = 1024,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Draws samples from a teacher, by default with Heun's method on its own grid, EDM's for most.
 
@@ -224,6 +227,7 @@ def sample_teacher(
         batch: Samples per batch.
         device: Where to compute.
         on_batch: Called with the number of samples after each batch, for a progress bar.
+        first: Number of the first sample: a part of a larger set is drawn alone.
 
     Returns:
         (n, *shape) float32 on the CPU.
@@ -233,12 +237,13 @@ def sample_teacher(
     """
     chosen = find_solver(solver)
     levels = default_grid(denoiser, steps) if grid is None else grid
-    first = checked_levels(levels, stochastic=True)[0]
+    top = checked_levels(levels, stochastic=True)[0]
     out = [torch.zeros(0, *denoiser.shape)]
-    for z, part, noise in starts(denoiser, n, conditioning, seed=seed, batch=batch, device=device):
+    begins = starts(denoiser, n, conditioning, seed=seed, batch=batch, device=device, first=first)
+    for z, part, noise in begins:
         drawn = noise if chosen.stochastic else None
         out.append(
-            solve(denoiser, z * first, levels, chosen, conditioning=part, noise=drawn, path=path).y.cpu()
+            solve(denoiser, z * top, levels, chosen, conditioning=part, noise=drawn, path=path).y.cpu()
         )
         if on_batch is not None:
             on_batch(len(z))
