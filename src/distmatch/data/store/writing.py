@@ -219,8 +219,10 @@ class StoreWriter:
             "blocks": self._blocks.ended,
         }
         atomic_json(self.folder / INDEX, index)
-        for leftover in (UNFINISHED, f"{_NAMED}.npy"):
-            (self.folder / leftover).unlink(missing_ok=True)
+        # Writing unfinished.json may have been cut in the middle.
+        cut = self.folder.glob(f".{UNFINISHED}.*.tmp")
+        for leftover in (self.folder / UNFINISHED, self.folder / f"{_NAMED}.npy", *cut):
+            leftover.unlink(missing_ok=True)
         (self.folder / LOCK).unlink(missing_ok=True)
         return index
 
@@ -274,7 +276,7 @@ class StoreWriter:
 def remove_store(folder: Path) -> None:
     """Removes the files of a store, its index first, and nothing else."""
     (folder / INDEX).unlink(missing_ok=True)
-    for file in folder.glob("*.npy"):
+    for file in [*folder.glob("*.npy"), *folder.glob(f".{UNFINISHED}.*.tmp")]:
         file.unlink()
     for name in (UNFINISHED, LOCK):
         (folder / name).unlink(missing_ok=True)
