@@ -223,6 +223,25 @@ def test_students_of_wan_with_fresh_noise_have_the_times_before_rounding(folders
         assert built.init(0).student.denoiser.time.exact == exact
 
 
+def test_the_call_of_a_pipeline_that_divides_its_steps_otherwise_has_their_times(folders, tmp_path):
+    """CogView4 would take the times 1000, 667, 334, 1. Its call is given whole times before the shift."""
+    _, teacher = folders("cogview4")
+    student = student_of(teacher, 4)
+    assert export_pipeline(student, tmp_path / "pipeline") < 1e-4
+    call = json.loads((tmp_path / "pipeline/distmatch.json").read_text())["call"]
+    assert call["timesteps"] == [1000, 750, 500, 250]
+    assert "timesteps=[1000, 750, 500, 250]" in (tmp_path / "pipeline/README.md").read_text()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    z = torch.randn(1, *student.shape, generator=NOISE)
+    with torch.no_grad():
+        x = student([z] * 4, teacher.pipeline.encode([PROMPT]))
+        theirs = pipe(PROMPT, num_inference_steps=4, latents=z, output_type="latent", **call)[0]
+    assert (theirs - x).abs().max() < 1e-4 * x.abs().max().clamp_min(1)
+    assert export_lora(student_of(teacher, 2, sampler="stochastic", lora=True), tmp_path / "lora") < 1e-4
+    with pytest.raises(UserError, match="no scheduler of diffusers takes the steps"):
+        export_pipeline(student_of(teacher, 3), tmp_path / "pipeline")  # 667 and 333 are no thirds
+
+
 def test_fitted_shift_gives_the_levels_of_a_pipeline_that_divides_evenly():
     for s in (0.5, 1.0, 3.0, 7.0):
         times = [s * u / (1 + (s - 1) * u) for u in (1, 0.75, 0.5, 0.25)]

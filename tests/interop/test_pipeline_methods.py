@@ -124,6 +124,16 @@ def test_disback_follows_recorded_copies_back_to_the_teacher(teacher_of, name, t
     assert state.updates == 3
 
 
+def test_disback_says_how_many_steps_are_enough(teacher_of):
+    for every in (1, 2, 5):
+        with pytest.raises(dm.UserError, match="drawn to the teacher itself") as error:
+            dm.methods.build(teacher_of(SD3), "disback", total_steps=6, fake_score_steps=every)
+        steps = int(str(error.value).split("Expected: ")[1].split()[0])
+        dm.methods.build(teacher_of(SD3), "disback", total_steps=steps, fake_score_steps=every)
+        with pytest.raises(dm.UserError, match=f"Expected: {steps} steps"):
+            dm.methods.build(teacher_of(SD3), "disback", total_steps=steps - 1, fake_score_steps=every)
+
+
 def raw(name: str, network: Any, x: Tensor, t: Tensor, told: Conditioning) -> Tensor:
     """A call of the network of diffusers itself: the flow of SD3, eps of SD1.5."""
     if name == SD3:

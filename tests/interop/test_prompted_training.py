@@ -220,6 +220,16 @@ def test_images_with_captions_are_encoded_once(place, asked):
     assert torch.equal(same.batches(0).x, batch.x)
 
 
+@pytest.mark.parametrize("method", ["consistency", "rcm", "disback", "f-distill"])
+def test_methods_that_read_images_take_them_with_captions(place, teacher, method):
+    common = {"method": method, "steps": 30, "batch": 2, "num_steps": 2, "train": "lora", "lora_rank": 2}
+    with pytest.raises(UserError, match=rf"{method} needs real images, and these are prompts alone"):
+        dm.distill(teacher, prompts=PROMPTS, quiet=True, **common)
+    student = dm.distill(teacher, prompts=place / "images", quiet=True, **common)
+    told = teacher.pipeline.encode(PROMPTS)
+    assert student.sample(4, conditioning=told).shape == (4, 3, 16, 16)
+
+
 def test_arrays_with_a_caption_for_each(place, teacher, asked):
     raw = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     raw[0, 0, 0, :2] = torch.tensor([0, 255])

@@ -123,7 +123,7 @@ def given_prompts(
             f"{options.method} needs real images, and these are prompts alone",
             got=f"--prompts {source}" if source else f"{len(texts)} prompts",
             expected="a folder of images with metadata.jsonl, or --data with a sample for each prompt",
-            fix="use --method diff-instruct or sid, which need none",
+            fix="use --method diff-instruct, dmd, sid, sim or moment-matching, which need none",
         )
     return Prompts(texts)
 

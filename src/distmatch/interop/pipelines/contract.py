@@ -57,10 +57,9 @@ class TimeMap:
     def __call__(self, t: Tensor) -> Tensor:
         """The network's time."""
         tau = self.factor * t / (self.shift - (self.shift - 1) * t)
-        return (
-            self.scale * ((tau + _NEAR_INTEGER).floor() if self.whole and not self.exact else tau)
-            + self.offset
-        )
+        if self.whole and not self.exact:
+            tau = (tau + _NEAR_INTEGER).floor()
+        return self.scale * tau + self.offset
 
 
 @dataclass(frozen=True)

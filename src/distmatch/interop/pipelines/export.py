@@ -194,6 +194,7 @@ def _describe(
         "scheduler": type(match.scheduler).__name__,
         "start": match.start,
         "difference": match.difference,
+        "call": {**contract["call"], **match.call},
     }
     atomic_json(folder / FILE, contract)
     about = {**about, "schedule": contract}

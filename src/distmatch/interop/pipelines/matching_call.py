@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,11 +34,13 @@ class Match:
         scheduler: The scheduler.
         difference: The largest difference from the student's samples, from the same noise.
         start: Standard deviation of the noise that the student starts from, where the pipeline's is 1.
+        call: Further arguments of the pipeline's call: its times, where it has none of its own that fit.
     """
 
     scheduler: Any
     difference: float
     start: float
+    call: dict[str, Any] = field(default_factory=dict)
 
 
 def whole_student(student: Any) -> Any:
@@ -74,7 +77,7 @@ def matching_scheduler(student: Any, written: Any, network: str) -> Match:
     times = [times_of(path, sigma) for sigma in student.sigmas]
     own, family, prediction = written.scheduler, found.schedule.family, found.schedule.prediction
     stochastic = n > 1 and student.sampler != "ddim"
-    seen, near = [], []
+    seen, near, more = [], [], _given_times(student, written)
     for scheduler, start in candidates(own, family, prediction, times, stochastic):
         name = type(scheduler).__name__
         if abs(start - 1) > _MOST_SCALED:
@@ -82,14 +85,14 @@ def matching_scheduler(student: Any, written: Any, network: str) -> Match:
             continue
         written.scheduler = scheduler
         try:
-            theirs = _called(tracer, asked, n, noise[0] * start)
+            theirs = _called(tracer, asked, n, noise[0] * start, more)
         except UserError as error:
             seen.append(f"{name}: {cause(error)}")
             continue
         gap = (theirs - ours).abs().max().item() / max(1.0, ours.abs().max().item())
         if gap <= TOLERANCE:
-            return Match(scheduler, gap, start)
-        near.append(Match(scheduler, gap, start))
+            return Match(scheduler, gap, start, more)
+        near.append(Match(scheduler, gap, start, more))
         seen.append(f"{name} differs by {gap:.1e}")
     nearest = min(near, key=lambda match: match.difference, default=None)
     if stochastic and nearest is not None and nearest.difference <= STOCHASTIC_TOLERANCE:
@@ -115,11 +118,26 @@ def _samples(student: Any, contract: Contract, noise: list[Tensor], conditioning
     return samples
 
 
-def _called(tracer: Tracer, asked: Any, n: int, latents: Tensor) -> Tensor:
+def _given_times(student: Any, written: Any) -> dict[str, Any]:
+    """The times of a student as an argument of the call, for pipelines that divide [1, 0.001] (CogView4).
+
+    They receive whole times before their shift; their own for two steps are 1000 and 1.
+    """
+    time = student.denoiser.pipeline.times
+    takes = "timesteps" in inspect.signature(type(written).__call__).parameters
+    if len(student.sigmas) == 1 or time.shift == 1 or not takes:
+        return {}
+    t = torch.tensor([times_of(student.denoiser.path, sigma) for sigma in student.sigmas])
+    return {"timesteps": (replace(time, scale=1.0, offset=0.0)(t)).round().long().tolist()}
+
+
+def _called(tracer: Tracer, asked: Any, n: int, latents: Tensor, more: dict[str, Any]) -> Tensor:
     """The samples of a plain call in the space of the scheduler; its fresh noise is that of a known seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)  # some pipelines pass the generator to their scheduler, others do not
-        result = tracer.call(asked, num_inference_steps=n, output_type="latent", latents=latents.clone())
+        result = tracer.call(
+            asked, num_inference_steps=n, output_type="latent", latents=latents.clone(), **more
+        )
     samples: Tensor = result[0]
     if samples.shape != latents.shape:
         raise UserError(

@@ -76,7 +76,7 @@ def backtrack_path(context: Context[BacktrackSettings]) -> Path:
             "the run would end before the student is drawn to the teacher itself",
             got=f"{total} steps; {path.recorded_after} record {n} copies of the teacher, which serve for "
             f"{path.teacher_from} student updates, one every {every} steps",
-            expected=f"more than {path.recorded_after + every * path.teacher_from} steps",
+            expected=f"{path.recorded_after + every * (path.teacher_from + 1)} steps or more",
             fix="raise --steps, or lower --backtrack, --backtrack-degrade-steps or --backtrack-interval",
         )
     return path
