@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distmatch.cli import demo
 from distmatch.cli.main import VERBS
-from distmatch.methods.student import Student
 from distmatch.training.options import DistillOptions
-from tests.helpers.command import SHORT, TINY, checkpoints, command, contents, done, weights
+from tests.helpers.command import METRICS, SHORT, SPEED, TINY, checkpoints, command, contents, done, weights
 
-METRICS = {"fd", "kid", "precision", "recall", "density", "coverage", "vendi"}
 MODES = {"modes", "kl", "reverse_kl", "js"}
-SPEED = {"nfe", "seconds_per_1000"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -307,66 +302,3 @@ def test_a_dry_run_writes_nothing(line: str, place: Path) -> None:
 def test_json_is_all_there_is_on_stdout(tmp_path: Path) -> None:
     assert done(f"train {TINY} {SHORT} --out {tmp_path}/a --json").json()["steps"] == 6
     assert done(f"distill --teacher t {SHORT} --out {tmp_path}/b --json").json()["last"]["step"] == 6
-
-
-@pytest.fixture
-def tiny_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = demo.recipe
-
-    def recipe(options: demo.DemoOptions) -> tuple[demo.TrainOptions, demo.DistillOptions]:
-        train, distill = whole(options)
-        small = {"steps": 6, "batch": 32, "checkpoint_every": 3}
-        net = replace(train.net, net="mlp", width=40, depth=1)
-        return replace(train, run=replace(train.run, **small), net=net), replace(
-            distill, run=replace(distill.run, **small)
-        )
-
-    monkeypatch.setattr(demo, "recipe", recipe)
-
-
-@pytest.mark.usefixtures("tiny_demo")
-def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
-    answer = done(f"demo --fast --out {tmp_path}/demo --json").json()
-    run = tmp_path / "demo"
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert answer["metrics"] == metrics
-    assert list(metrics) == ["reference", "teacher", "student"]
-    for values in metrics.values():
-        assert set(values) == METRICS | SPEED | {"label_accuracy"}
-        for key in values.keys() - SPEED:
-            assert set(values[key]) - {"warning"} == {"value", "stderr", "n"}, values[key]
-    assert [metrics[name]["nfe"] for name in metrics] == [None, 35, 1]
-    files = {p.name for p in run.iterdir()} - {".lock"}
-    assert files == {
-        *("config.toml", "env.json", "log.jsonl", "metrics.json", "report.html"),
-        *("checkpoints", "samples", "model", "teacher"),
-    }
-    assert {p.name for p in (run / "samples").iterdir()} == {
-        f"{name}.{suffix}" for name in metrics for suffix in ("npz", "png")
-    }
-    assert (run / "teacher" / "model" / "model.safetensors").is_file()
-
-    before = contents(tmp_path)
-    assert command(f"demo --out {run}").code == 2
-    assert contents(tmp_path) == before
-    answer_text = done(f"demo --fast --out {run} --resume").out
-    assert f"report: {run.resolve()}/report.html" in answer_text
-    for name in ("model", "teacher/model"):
-        key = f"demo/{name}/model.safetensors"
-        assert contents(tmp_path)[key] == before[key]
-
-
-@pytest.mark.usefixtures("tiny_demo")
-def test_a_demo_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done(f"demo --fast --out {tmp_path}/whole")
-
-    def interrupted(*_: object) -> None:  # the student is trained and not yet saved
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Student, "save_pretrained", interrupted)
-        assert command(f"demo --fast --out {tmp_path}/cut").code == 130
-    assert not (tmp_path / "cut" / "model").exists()
-    done(f"demo --fast --out {tmp_path}/cut --resume")
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    assert weights(tmp_path / "cut/teacher") == weights(tmp_path / "whole/teacher")

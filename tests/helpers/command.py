@@ -15,6 +15,8 @@ from distmatch.cli.main import main
 
 TINY = "--net mlp --width 40 --depth 1"
 SHORT = "--steps 6 --batch 32"
+METRICS = {"fd", "kid", "precision", "recall", "density", "coverage", "vendi"}
+SPEED = {"nfe", "seconds_per_1000"}
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,7 @@ import torch
 
 import distmatch as dm
 from distmatch.base.errors import UserError
-from distmatch.data import Dataset, from_arrays
-from distmatch.diffusion.denoiser import Denoiser
 from distmatch.methods.table import METHODS, find_method
-from distmatch.nets.build import build_net
-from distmatch.nets.config import MLPConfig
-from distmatch.nets.edm import EDMDenoiser
 from distmatch.training import presets
 from distmatch.training.comparison.options import SharedOptions, entry_options, parse_methods
 from distmatch.training.options import DistillOptions, RunOptions
@@ -28,29 +23,11 @@ from distmatch.training.prepare import prepare_distillation
 from distmatch.training.presets import LAPTOP, PRESETS, find_preset, of_method
 from distmatch.training.published import units
 from tests.helpers.command import TINY, command, done
-from tests.helpers.edm_pickles import teacher_and_pickle
+from tests.helpers.presets import own_teacher, points, warned
 
 DOCS = Path(__file__).parents[2] / "docs"
 SID = "paper:sid-cifar10"
 SHORT = "--teacher ring8 --batch 8 --fit-steps 2"
-
-
-def own_teacher() -> EDMDenoiser:
-    """An untrained network with classes, as one that was trained here."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = build_net(MLPConfig(width=16, depth=1), (2,), 3)
-    return EDMDenoiser(net, shape=(2,), num_classes=3, sigma_data=0.5).eval().requires_grad_(False)
-
-
-def points() -> Dataset:
-    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)).numpy()
-    return from_arrays(x, np.arange(40) % 3)
-
-
-def warned(options: DistillOptions, teacher: Denoiser, data: Dataset) -> list[str]:
-    job = prepare_distillation(options, teacher, data)
-    return [message for message in job.warnings if "--preset" in message]
 
 
 # ------------------------------------------------------------------------- the data
@@ -302,77 +279,6 @@ def test_a_comparison_has_presets_behind_methods() -> None:
     answer = command(f"compare --teacher ring8 --methods dmd2[preset={SID}] --dry-run")
     assert answer.code == 2
     assert "has settings of sid" in answer.err
-
-
-# ------------------------------------------------------------------------- who is warned
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
-    """A small network pickle of EDM, and images for it."""
-    folder = tmp_path_factory.mktemp("edm")
-    teacher_and_pickle(folder, "edm")
-    shape = dm.load_teacher(folder / "edm.pkl").shape
-    images = np.random.default_rng(0).integers(0, 256, (30, *shape[1:], shape[0]), dtype=np.uint8)
-    np.savez(folder / "images.npz", x=images, y=np.arange(30) % 2)
-    return folder, from_arrays(images, np.arange(30) % 2)
-
-
-def test_a_teacher_from_elsewhere_is_not_given_laptop_rates_without_a_word(
-    foreign: tuple[Path, Dataset], tmp_path: Path
-) -> None:
-    folder, _ = foreign
-    line = f"distill --teacher {folder}/edm.pkl --data {folder}/images.npz --method sid --batch 4 --steps 5"
-    told = done(f"{line} --out {tmp_path}/run").err
-    assert "warning: --preset laptop is in force, --lr 0.0005, --lr-fake-score 0.001" in told
-    assert "comes from elsewhere" in told
-    assert f"--preset {SID}" in told
-    assert "--preset laptop is in force" in (tmp_path / "run/log.jsonl").read_text()
-    assert "# warning     --preset laptop is in force" in done(f"{line} --dry-run").out
-    assert "--preset laptop" not in done(f"{line} --preset {SID} --dry-run").err
-
-
-def test_the_warning_names_what_is_kept_and_the_closest_preset(foreign: tuple[Path, Dataset]) -> None:
-    folder, data = foreign
-    teacher = dm.load_teacher(folder / "edm.pkl")
-    run = RunOptions(batch=4, steps=10)
-    for name, method in METHODS.items():
-        if (method.family == "consistency" and name in ("ctm", "mean-flow")) or name == "imm":
-            continue  # they need a network of ours
-        options = DistillOptions.of(name, run=run)
-        if "backtrack" in method.options():
-            options = replace(options, settings=replace(options.settings, backtrack=0))
-        found = warned(options, teacher, data)
-        assert len(found) == (method.family != "transport"), name
-        for message in found:
-            assert ("--lr-fake-score" in message.split(":")[0]) == method.has_fake_score
-            near = of_method(name) or of_method(presets._LIKE[name])
-            assert near[0].name in message
-    rates = {"lr": 1e-5, "lr_fake_score": 2e-5, "lr_discriminator": 3e-5}
-    options = DistillOptions.of("dmd2", run=run)
-    assert "published for this method: --preset paper:dmd2-cifar10" in warned(options, teacher, data)[0]
-    kept = replace(options, settings=replace(options.settings, lr=1e-5, lr_discriminator=3e-5))
-    assert "in force, --lr-fake-score 0.001: for" in warned(kept, teacher, data)[0]
-    assert warned(replace(options, settings=replace(options.settings, **rates)), teacher, data) == []
-
-
-def test_a_network_of_ours_is_warned_of_from_a_size_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = DistillOptions.of("sid", run=RunOptions(batch=4, steps=10))
-    assert warned(options, own_teacher(), points()) == []
-    count = sum(p.numel() for p in own_teacher().parameters())
-    monkeypatch.setattr(presets, "LAPTOP_PARAMETERS", count + 1)
-    assert warned(options, own_teacher(), points()) == []
-    monkeypatch.setattr(presets, "LAPTOP_PARAMETERS", count)
-    (message,) = warned(options, own_teacher(), points())
-    assert f"This one has {count:,}, and" in message
-
-
-def test_the_size_is_above_what_train_builds_by_itself() -> None:
-    from distmatch.nets.config import default_config
-
-    for shape in ((2,), (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 128, 128)):
-        net = build_net(default_config("auto", shape, "cuda"), shape, 10)
-        assert sum(p.numel() for p in net.parameters()) < presets.LAPTOP_PARAMETERS
 
 
 def test_presets_name_options_that_a_run_has() -> None:

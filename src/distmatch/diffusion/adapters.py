@@ -18,7 +18,6 @@ from distmatch.diffusion.conditioning import (
     ConditioningSpec,
     as_conditioning,
     check_conditioning,
-    check_null,
     label_spec,
     labels_of,
     null_labels,
@@ -270,3 +269,21 @@ def _range(path: NoisePath, sigma_min: float | None, sigma_max: float | None) ->
             fix="omit them, or give the path another range",
         )
     return sigma_min, sigma_max
+
+
+def check_null(labels: Tensor | None, null_class: int, num_classes: int) -> None:
+    """Refuses the null class as a label.
+
+    On an accelerator the check would synchronize with the device, and is omitted.
+
+    Raises:
+        UserError: One of the labels is that class.
+    """
+    if labels is None or null_class >= num_classes or labels.device.type != "cpu":
+        return
+    if bool((labels == null_class).any()):
+        raise UserError(
+            f"class {null_class} of this teacher means unconditional, and cannot be requested",
+            got=f"labels with {null_class}",
+            fix="use -1 for samples without a condition",
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -67,14 +67,18 @@ class Conditioning(Mapping[str, Tensor]):
         made._fields = fields
         return made
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning._derived({name: change(value) for name, value in self._fields.items()})
+
     # Those of a mapping would compare tensors for truth.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         """Names, shapes and dtypes."""
-        said = [f"{name}={tuple(value.shape)} {value.dtype}" for name, value in self._fields.items()]
-        return f"Conditioning({', '.join(said)})"
+        return (
+            f"Conditioning({', '.join(f'{k}={tuple(v.shape)} {v.dtype}' for k, v in self._fields.items())})"
+        )
 
     @property
     def batch_size(self) -> int | None:
@@ -88,7 +92,7 @@ class Conditioning(Mapping[str, Tensor]):
 
     def index(self, rows: slice | Tensor) -> Conditioning:
         """The samples of a slice, a mask (B,) or indices (n,)."""
-        return Conditioning._derived({name: value[rows] for name, value in self._fields.items()})
+        return self._each(lambda value: value[rows])
 
     def expand(self, n: int) -> Conditioning:
         """One sample's conditioning for ``n`` samples.
@@ -97,24 +101,16 @@ class Conditioning(Mapping[str, Tensor]):
             UserError: It holds neither one row nor ``n``.
         """
         if self.batch_size not in (None, 1, n):
-            raise UserError(
-                "one condition, or one for each sample, is expected", got=self.batch_size, expected=n
-            )
-        return Conditioning._derived(
-            {name: value.expand(n, *value.shape[1:]) for name, value in self._fields.items()}
-        )
+            raise UserError("there must be one condition, or one a sample", got=self.batch_size, expected=n)
+        return self._each(lambda value: value.expand(n, *value.shape[1:]))
 
     def repeat(self, times: int) -> Conditioning:
         """All samples, ``times`` over: the batch, then the batch again."""
-        return Conditioning._derived(
-            {name: torch.cat([value] * times) for name, value in self._fields.items()}
-        )
+        return self._each(lambda value: torch.cat([value] * times))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Conditioning:
         """The same on another device."""
-        return Conditioning._derived(
-            {name: value.to(device, non_blocking=non_blocking) for name, value in self._fields.items()}
-        )
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
     def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
         """These samples where ``mask`` (B,) is true, those of ``other`` elsewhere.
@@ -249,28 +245,21 @@ def example_conditioning(denoiser: Any, n: int, device: torch.device | str = "cp
 
     Of one that takes more than labels its null conditioning, where it has one: not all zeros can be called.
     """
-    if any(not field.classes for field in spec_of(denoiser).values()):
+    spec = spec_of(denoiser)
+    if any(not field.classes for field in spec.values()):
         with suppress(UserError):  # it has none
             null = null_conditioning(denoiser, n, device)
-            if null.keys() == spec_of(denoiser).keys():
+            if null.keys() == spec.keys():
                 return null
-    return Conditioning(
-        {
-            name: torch.zeros(n, *(max(size, 1) for size in field.shape), dtype=field.dtype, device=device)
-            for name, field in spec_of(denoiser).items()
-        }
-    )
+    shapes = {name: (n, *(max(size, 1) for size in field.shape)) for name, field in spec.items()}
+    found = {name: torch.zeros(shapes[name], dtype=spec[name].dtype, device=device) for name in spec}
+    return Conditioning(found)
 
 
 def null_labels(spec: ConditioningSpec, n: int, device: torch.device | str = "cpu") -> Conditioning:
     """The null label in every field of labels, for ``n`` samples."""
-    return Conditioning(
-        {
-            name: torch.full((n,), NULL_LABEL, dtype=torch.int64, device=device)
-            for name, field in spec.items()
-            if field.classes
-        }
-    )
+    labels = torch.full((n,), NULL_LABEL, dtype=torch.int64, device=device)
+    return Conditioning({name: labels for name, field in spec.items() if field.classes})
 
 
 def conditioning_for(model: object, value: ConditioningLike, n: int) -> Conditioning:
@@ -342,22 +331,4 @@ def _require_same_fields(one: Conditioning, other: Conditioning) -> None:
             "conditionings can be combined only where they have the same fields",
             got=f"{', '.join(one) or 'none'} and {', '.join(other) or 'none'}",
             fix="use rows of null_conditioning(denoiser, n) for unconditional samples",
-        )
-
-
-def check_null(labels: Tensor | None, null_class: int, num_classes: int) -> None:
-    """Refuses the null class as a label.
-
-    On an accelerator the check would synchronize with the device, and is omitted.
-
-    Raises:
-        UserError: One of the labels is that class.
-    """
-    if labels is None or null_class >= num_classes or labels.device.type != "cpu":
-        return
-    if bool((labels == null_class).any()):
-        raise UserError(
-            f"class {null_class} of this teacher means unconditional, and cannot be requested",
-            got=f"labels with {null_class}",
-            fix="use -1 for samples without a condition",
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
-from distmatch.diffusion.conditioning import check_null
+from distmatch.diffusion.adapters import check_null
 from distmatch.diffusion.denoiser import Output, ReturnFeatures
 from distmatch.diffusion.hooked import named_part, pass_for_features, pass_with_features
 from distmatch.nets.layers import feature_blocks
