@@ -65,6 +65,18 @@ class Batch:
         self.texts = texts
         self.pool = pool
 
+    def on(self, device: torch.device | str) -> Batch:
+        """The same on a device. A GPU copies it from pinned memory, for which this thread does not wait."""
+        gpu = torch.device(device).type == "cuda"
+
+        def moved(values: Tensor) -> Tensor:
+            pinned = values.pin_memory() if gpu and values.device.type == "cpu" else values
+            return pinned.to(device, non_blocking=gpu)
+
+        noise = None if self.noise is None else moved(self.noise)
+        conditioning = Conditioning({name: moved(value) for name, value in self.conditioning.items()})
+        return Batch(moved(self.x), conditioning, noise, self.texts, self.pool)
+
     def taken_by(self, model: Any) -> Batch:
         """The same samples with the part of their conditioning that a denoiser takes."""
         return Batch(self.x, for_model(model, self.conditioning), self.noise, self.texts, self.pool)
@@ -101,7 +113,7 @@ class Batches:
             mask = torch.rand(self.size, generator=generator(self.seed, f"flip/{step}"))[rows] < 0.5
         indices = self._order.indices(step)[rows]
         x, _ = self.data.batch(indices, flip=mask)
-        noise = None if self.noise is None else self.noise[indices].to(self.device)
+        noise = None if self.noise is None else self.noise[indices]
         texts = [self.data.captions[i] for i in indices.tolist()] if self.data.captions else ()
         pool = Pool(len(self.data), self.data.conditioning)
-        return Batch(x.to(self.device), self.data.conditioning(indices).to(self.device), noise, texts, pool)
+        return Batch(x, self.data.conditioning(indices), noise, texts, pool).on(self.device)

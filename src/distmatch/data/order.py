@@ -57,6 +57,7 @@ class BatchOrder:
         first, last = int(epoch[0]), int(epoch[-1])
         kept = self._epochs
         # Only what this batch touches is kept: one permutation, two where it straddles epochs.
-        self._epochs = {e: kept[e] if e in kept else self._permutation(e) for e in range(first, last + 1)}
-        table = np.stack(list(self._epochs.values()))
+        epochs = {e: kept[e] if e in kept else self._permutation(e) for e in range(first, last + 1)}
+        self._epochs = epochs  # a name of our own, as several threads may draw
+        table = np.stack(list(epochs.values()))
         return torch.from_numpy(table[epoch - first, position % self.n])

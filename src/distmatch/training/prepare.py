@@ -11,7 +11,8 @@ from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, Dataset, load_data
-from distmatch.data.batches import Batches, BatchOf
+from distmatch.data.ahead import ahead
+from distmatch.data.batches import Batch, Batches, BatchOf
 from distmatch.data.columns import columns_of
 from distmatch.diffusion.conditioning import Conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_denoiser
@@ -199,6 +200,9 @@ def prepare_distillation(
     def result() -> Student:
         return distiller.result(state, info)
 
+    def mine(step: int) -> Batch:
+        return batches(step, own_rows)
+
     watch = watch_of(
         options, context, distiller, student=result, state=state, batches=batches, about=described
     )
@@ -207,7 +211,7 @@ def prepare_distillation(
         options=options,
         state=state,
         step=distiller.step,
-        batches=lambda step: batches(step, own_rows),
+        batches=mine if options.encoding.encode == "live" else ahead(mine, device, found),
         networks={"teacher": teacher, **state.modules()}
         if isinstance(teacher, nn.Module)
         else state.modules(),

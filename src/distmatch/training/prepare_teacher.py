@@ -11,6 +11,7 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.base.seeds import generator
 from distmatch.data import Dataset, load_data
+from distmatch.data.ahead import ahead
 from distmatch.data.batches import Batches
 from distmatch.diffusion.paths.core import NoisePath
 from distmatch.diffusion.paths.kinetic import kinetic_path_of
@@ -93,7 +94,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
         options=options,
         state=state,
         step=method.step,
-        batches=lambda step: batches(step, own_rows),
+        batches=ahead(lambda step: batches(step, own_rows), device, data),
         networks={"teacher": state.denoiser},
         notes={
             "data": data.name,

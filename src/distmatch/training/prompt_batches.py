@@ -81,7 +81,7 @@ def prompt_batches(
             gen = generator(run.seed, f"prompts/{step}")
             rows = torch.randint(len(texts), (run.batch,), generator=gen)[part]
         own = [texts[i] for i in rows.tolist()]
-        return Batch(samples(rows).to(device), given(rows).to(device), texts=own, pool=pool)
+        return Batch(samples(rows), given(rows), texts=own, pool=pool).on(device)
 
     return batch
 
