@@ -103,9 +103,11 @@ def test_prompts_alone_from_the_command_line(place, tmp_path, cache):
 
 def test_dmd_makes_its_pairs_under_the_prompts_and_again_on_resuming(place, teacher, tmp_path):
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {place}/prompts.txt --batch 2"
-    more = "--method dmd --pairs 6 --pair-steps 2 --guidance 2 --lr 1e-3"
-    done(f"{line} {more} --out {tmp_path}/whole --steps 6")
-    done(f"{line} {more} --out {tmp_path}/parts --steps 3")
+    more = "--method dmd --pair-steps 2 --guidance 2 --lr 1e-3"
+    found = done(f"{line} {more} --pairs 1000000 --dry-run --steps 6 --json").json()
+    assert any("without the 1,000,000 pairs" in text for text in found["warnings"])
+    done(f"{line} {more} --pairs 6 --out {tmp_path}/whole --steps 6")
+    done(f"{line} {more} --pairs 6 --out {tmp_path}/parts --steps 3")
     done(f"distill --resume --out {tmp_path}/parts --steps 6")
     parts, whole = (load_file(tmp_path / run / "model/model.safetensors") for run in ("parts", "whole"))
     assert all(torch.equal(parts[name], whole[name]) for name in whole)

@@ -14,7 +14,7 @@ from distmatch.data import TOY_NAMES, Dataset, load_data
 from distmatch.data.ahead import ahead
 from distmatch.data.batches import Batch, Batches, BatchOf
 from distmatch.data.columns import columns_of
-from distmatch.diffusion.conditioning import Conditioning, spec_of
+from distmatch.diffusion.conditioning import LABEL, Conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of, is_external
@@ -23,6 +23,7 @@ from distmatch.methods.construct import build_method
 from distmatch.methods.context import Context
 from distmatch.methods.initialization import frozen, has_network
 from distmatch.methods.matching.loop import Matching
+from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.method import Method
 from distmatch.methods.settings import GuidedSettings, RoleSettings
 from distmatch.methods.student import Student
@@ -116,11 +117,12 @@ def prepare_distillation(
         )
     if not copied:
         options = replace(options, net=options.net.settled(teacher.shape, device.type))
+    pairs = own.pairs if dry and isinstance(own, DMDSettings) and set(spec_of(teacher)) - {LABEL} else 0
     context = Context(
         teacher=teacher,
         method=method,
         divergence=chosen,
-        settings=own,
+        settings=replace(own, pairs=min(pairs, run.batch)) if pairs else own,
         total_steps=run.steps,
         device=device,
         bf16=run.precision == "bf16",
@@ -228,6 +230,11 @@ def prepare_distillation(
             *(few_samples(seen, run.batch) if seen is not None and method.family != "transport" else ()),
             *early_warnings(method, options, state),
             *untried_rates(method, options, teacher, state),
+            *(
+                [f"the time is without the {pairs:,} pairs of the teacher (--pairs), made first"]
+                if pairs
+                else ()
+            ),
         ],
         result=result,
         save=lambda folder, student: student.save_pretrained(folder),
