@@ -117,12 +117,14 @@ def prepare_distillation(
         )
     if not copied:
         options = replace(options, net=options.net.settled(teacher.shape, device.type))
-    pairs = own.pairs if dry and isinstance(own, DMDSettings) and set(spec_of(teacher)) - {LABEL} else 0
+    pairs, settings = 0, own
+    if dry and isinstance(own, DMDSettings) and set(spec_of(teacher)) - {LABEL}:
+        pairs, settings = own.pairs, replace(own, pairs=min(own.pairs, run.batch))
     context = Context(
         teacher=teacher,
         method=method,
         divergence=chosen,
-        settings=replace(own, pairs=min(pairs, run.batch)) if pairs else own,
+        settings=settings,
         total_steps=run.steps,
         device=device,
         bf16=run.precision == "bf16",
