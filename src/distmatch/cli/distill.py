@@ -68,7 +68,8 @@ def run(argv: list[str]) -> None:
     else:
         print(f"student in {result['model']} after {result['steps']} steps")
         if "prompts" in job.notes:
-            print(f'next: distmatch sample {place.out} --prompt "..." --n 16 --out samples.png')
+            print(f"next: distmatch evaluate {place.out}")
+            print(f'      distmatch sample {place.out} --prompt "..." --n 16 --out samples.png')
             return
         print(f"next: distmatch evaluate {place.out}")
         about = read_json(folder.model / "config.json")["extra"].get("data") or {}
