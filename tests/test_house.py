@@ -25,8 +25,8 @@ ROOMS = [
     "interop",
     "methods",
     "metrics",
-    "training",
     "report",
+    "training",
     "api",
     "cli",
 ]

@@ -39,6 +39,7 @@ from distmatch.training.log import EventLog
 from distmatch.training.models import Model
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import HEUN, SampleResult, Sampling
+from distmatch.training.trackers import track_evaluation
 
 
 def evaluate_models(
@@ -284,6 +285,7 @@ def write_evaluation(
     refresh_card(folder.model, plain(metrics))
     with EventLog(folder.log) as log:
         log.write("evaluate", None, **settings)
+    track_evaluation(folder)
 
 
 def write_samples(

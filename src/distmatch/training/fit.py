@@ -16,6 +16,7 @@ from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.options import LoopOptions, OwnOptions
 from distmatch.training.runfolder import create
 from distmatch.training.runs import Job, carry_out
+from distmatch.training.trackers import check_trackers
 
 
 class Training(Protocol):
@@ -48,6 +49,7 @@ def fit(
     keep: int = LoopOptions.keep,
     checkpoint_every: int = LoopOptions.checkpoint_every,
     log_every: int = LoopOptions.log_every,
+    track: str = "",
 ) -> Any:
     """Runs a training and returns its result.
 
@@ -70,14 +72,21 @@ def fit(
         keep: Checkpoints kept.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between log lines.
+        track: Trackers that follow the run in ``out``, as ``--track`` names them (docs/trackers.md).
 
     Raises:
         UserError: ``out`` cannot be used, or holds a run that is not this one.
         DivergedError: A logged value or a weight is not finite.
     """
     run = LoopOptions(
-        steps=steps, seed=seed, keep=keep, checkpoint_every=checkpoint_every, log_every=log_every
+        steps=steps,
+        seed=seed,
+        keep=keep,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        track=track,
     )
+    check_trackers(track)
     with quietly(quiet), nullcontext() if out is None else create(out, resume=resume) as folder:
         begun: TrainingState = training.init(seed) if state is None else state
         job = Job(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,13 +25,17 @@ class EventLog:
 
     Args:
         path: The file; it and its folder are made if they are missing.
+        follow: Gets each event, as JSON values, once it is in the file.
 
     Raises:
         UserError: The file cannot be opened or written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], follow: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
         self.path = Path(path)
+        self._follow = follow
         self._fd: int | None = guard(self._open, self.path)
 
     def _open(self) -> int:
@@ -55,9 +60,12 @@ class EventLog:
         if self._fd is None:
             raise ValueError(f"the log {self.path} is closed")
         record = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        line = json.dumps({key: _plain(value, key) for key, value in record.items()}, allow_nan=False) + "\n"
+        plain = {key: _plain(value, key) for key, value in record.items()}
+        line = json.dumps(plain, allow_nan=False) + "\n"
         fd = self._fd
         guard(lambda: self._append(fd, line.encode()), self.path)
+        if self._follow is not None:
+            self._follow(plain)
 
     def _append(self, fd: int, data: bytes) -> None:
         if self._torn:

@@ -150,6 +150,7 @@ def run_loop(
     show: tuple[str, ...] = ("loss",),
     advise: Callable[[dict[str, Any]], list[str]] = lambda means: [],
     watch: Watch | None = None,
+    follow: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs ``step`` until ``state.step`` reaches ``options.steps``.
 
@@ -163,6 +164,7 @@ def run_loop(
         show: Logged values that the progress bar shows.
         advise: Checks the logged means and returns warnings; each message is given once.
         watch: Measures a student in training, once it has begun.
+        follow: Gets the events that the log gets.
 
     Returns:
         The logged events, ``{"step": ..., **means}``.
@@ -175,7 +177,7 @@ def run_loop(
     history: list[dict[str, Any]] = []
     averages = Averages()
     ranks = state.ranks
-    log = EventLog(folder.log) if folder and ranks.main else None
+    log = EventLog(folder.log, follow) if folder and ranks.main else None
     saved = state.step
     warned: set[str] = set()
     shown: dict[str, Any] = {}

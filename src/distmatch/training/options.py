@@ -5,16 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from distmatch.base.errors import UserError
-from distmatch.base.rules import Count, CountOrNone, Decay, Finite, NotNegative, Positive, Share, check_rules
+from distmatch.base.rules import (
+    Count,
+    CountOrNone,
+    Decay,
+    Finite,
+    NotNegative,
+    Positive,
+    Rule,
+    Share,
+    check_rules,
+)
 from distmatch.methods.settings import Settings
 from distmatch.methods.table import find_method, own_divergence
 from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
 from distmatch.nets.optimizer import OptimizerSettings
 from distmatch.training.pipeline_options import EncodingOptions, PipelineOptions
 from distmatch.training.presets import LAPTOP, find_preset
+
+_TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def tracker_names(text: str) -> list[str]:
+    """The trackers in a list with commas, each once."""
+    return list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+
+
+Trackers = Annotated[
+    str,
+    Rule(
+        f"must name {', '.join(_TRACKERS)}, with commas between them",
+        lambda text: set(tracker_names(text)) <= set(_TRACKERS),
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +120,9 @@ class LoopOptions:
     """Steps between checkpoints."""
     log_every: Count = 50
     """Steps between log lines."""
+    track: Trackers = ""
+    """Trackers that get the logged values and sample grids as well, with commas: tensorboard, wandb, trackio
+    (docs/trackers.md)."""
 
     def __post_init__(self) -> None:
         check_rules(self)

@@ -50,6 +50,7 @@ from distmatch.training.prompted import described_prompts, given_prompts, is_cap
 from distmatch.training.runs import Job
 from distmatch.training.segments import PROMPTS
 from distmatch.training.teachers import dtype_of_base, open_teacher
+from distmatch.training.trackers import check_trackers
 
 
 def prepare_distillation(
@@ -78,6 +79,7 @@ def prepare_distillation(
         UserError: Options, teacher and data do not go together.
     """
     run, ranks = options.run, start_together("distill", options)
+    check_trackers(run.track)
     own_rows = ranks.rows(run.batch)
     encoded, data = (data, None) if isinstance(data, Conditioning) else (None, data)
     device = pick_device(run.device)

@@ -28,6 +28,7 @@ from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, Tr
 from distmatch.training.processes import start_together
 from distmatch.training.runs import Job
 from distmatch.training.teacher import TeacherTraining
+from distmatch.training.trackers import check_trackers
 
 
 def flips(run: RunOptions, data: Dataset) -> bool:
@@ -50,6 +51,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
         UserError: The options or the data cannot be used.
     """
     run, ranks = options.run, start_together("train", options)
+    check_trackers(run.track)
     own_rows = ranks.rows(run.batch)
     device = pick_device(run.device)
     data = load_data(options.data, labels=options.labels) if data is None else data

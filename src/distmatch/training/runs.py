@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from distmatch.training.segments import (
     write_config,
     write_segment,
 )
+from distmatch.training.trackers import tracking
 from distmatch.training.watch import Watch
 
 
@@ -126,17 +128,19 @@ def carry_out(
     began, first = time.perf_counter(), job.state.step
     if watch is not None:
         watch.begin(folder.watch if folder is not None and ranks.main else None)
-    history = run_loop(
-        job.step,
-        job.state,
-        job.batches,
-        run,
-        folder=folder,
-        desc=job.verb,
-        show=job.show,
-        advise=job.advise,
-        watch=watch,
-    )
+    with tracking(folder, run.track) if folder is not None and ranks.main else nullcontext() as follow:
+        history = run_loop(
+            job.step,
+            job.state,
+            job.batches,
+            run,
+            folder=folder,
+            desc=job.verb,
+            show=job.show,
+            advise=job.advise,
+            watch=watch,
+            follow=follow,
+        )
     done = job.state.step
     if folder is not None and watch is not None and watch.options.result == "best":
         ranks.wait()

@@ -24,7 +24,7 @@ _FREE = (
     *("watch.watch_every", "watch.watch_grid", "watch.keep_best", "watch.result"),
 )
 # Changed in the middle by those who know why; each stretch of the run is written down with its own.
-_RATES = ("lr", "lr_fake_score", "lr_discriminator", "grad_clip")
+_RATES = ("lr", "lr_fake_score", "lr_discriminator", "grad_clip", "track")
 _PATHS = ("data", "teacher")
 _HEAD = "# until step "
 PROMPTS = "prompts_sha256"

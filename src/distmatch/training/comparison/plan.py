@@ -24,6 +24,7 @@ from distmatch.training.comparison.options import (
     parse_methods,
 )
 from distmatch.training.prepare import prepare_distillation
+from distmatch.training.trackers import check_trackers
 
 _GUESS = 1000  # steps of a run whose cost is not known yet; schedules do not change the cost
 
@@ -70,6 +71,7 @@ def check_options(options: CompareOptions) -> tuple[Entry, ...]:
     parse_budget(options.budget)
     entries = parse_methods(options.methods)
     check_shared(options.shared, entries)
+    check_trackers(options.shared.run.track)
     if options.baseline:
         check_name("baseline", options.baseline, [entry.name for entry in entries])
     return entries
