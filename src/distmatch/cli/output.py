@@ -108,12 +108,14 @@ def check_form(path: Path, kind: Kind, *, overwrite: bool) -> None:
         UserError: A suffix that is not for such samples, or a folder that is not ours to replace.
     """
     suffix = path.suffix.lower()
+    if suffix == ".store":
+        return
     own = {"vector": ".csv", "sequence": ".npz"}.get(kind, "")  # beside what every kind has
     if suffix not in (".npz", ".png", own):
         raise UserError(
             "samples cannot be written in this form",
             got=f"--out {path} for {kind}s",
-            expected=".npz, .png, for vectors .csv, or for images and video a folder name without a suffix",
+            expected=".npz, .png, .store, for vectors .csv, or a folder of images or video without a suffix",
             fix="choose another --out",
         )
     if path.is_dir() and (suffix != "" or not (overwrite and _holds_only_images(path))):

@@ -31,14 +31,15 @@ example: distmatch sample runs/demo --n 64 --out samples.png
          distmatch sample runs/demo --hybrid-teacher runs/demo/teacher --out hybrid.png
          distmatch sample runs/student --prompt "a red cat" --prompt "a blue dog" --out images
          distmatch sample runs/student --conditions prompts.npz --out images.npz
-         distmatch sample runs/teacher --trajectory decided.png""",
+         distmatch sample runs/teacher --trajectory decided.png
+         distmatch sample runs/student --n 1000000 --out million.store""",
     short="model n out prompt prompts classes class_balance conditions clip solver steps guidance seed "
     "device overwrite json",
     groups={
         "How a teacher is sampled": "solver steps grid path guidance guidance_interval guidance_reference",
         "Student and teacher together": "hybrid_teacher hybrid_calls hybrid_level",
         "The picture of a teacher's trajectory": "trajectory",
-        "This command": "seed batch device overwrite json",
+        "This command": "seed batch device resume overwrite json",
     },
 )
 
@@ -57,8 +58,8 @@ class SampleOptions:
     n: int | None = None
     """Number of samples; unset: 64, or one for each prompt or row of --conditions."""
     out: Path | None = None
-    """.npz (x, labels, conditions), .csv (vectors), .png (a picture), or a folder (a file per image or clip);
-    unset: samples.npz, or no samples with --trajectory."""
+    """.npz (x, labels, conditions), .csv (vectors), .png (a picture), a folder (a file per image or clip), or
+    NAME.store for any number (docs/scale.md); unset: samples.npz, or no samples with --trajectory."""
     classes: tuple[str, ...] = ()
     """Classes to draw, in turn, by name or number; unset: drawn according to --class-balance."""
     class_balance: Literal["data", "uniform"] = "data"
@@ -99,10 +100,12 @@ class SampleOptions:
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     seed: int = 0
     """Seed of the initial noise and labels."""
-    batch: int = 1024
-    """Samples per batch."""
+    batch: int | None = None
+    """Samples per batch; unset: 1024, or for a .store measured."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
+    resume: bool = False
+    """Continue a .store, with the options it was begun with."""
     overwrite: bool = False
     """Replace --out if it exists."""
     json: bool = False
@@ -112,7 +115,7 @@ class SampleOptions:
 def run(argv: list[str]) -> None:
     """Parses, samples, writes."""
     o = parse(SampleOptions, argv, verb="sample", said=HELP)
-    if (o.n is not None and o.n < 1) or o.batch < 1:
+    if min(o.n or 1, o.batch or 1) < 1 or 0 in (o.n, o.batch):
         raise UserError("--n and --batch must be at least 1", got=f"{o.n} and {o.batch}")
     if not math.isfinite(o.guidance):
         raise UserError("--guidance must be finite", got=o.guidance)
@@ -125,6 +128,7 @@ def run(argv: list[str]) -> None:
         prompts_of,
         takes_scale,
     )
+    from distmatch.cli.sample_store import SUFFIX, draw_store
     from distmatch.cli.trajectory import check_picture
     from distmatch.data.classes import names_for
     from distmatch.data.columns import columns_of, decoded
@@ -133,14 +137,20 @@ def run(argv: list[str]) -> None:
     from distmatch.diffusion.conditioning import labels_of
     from distmatch.training.models import open_model, refuse_existing
     from distmatch.training.ranges import Range, require_range
+    from distmatch.training.sample_store import check_store
 
     out = o.out if o.out is not None or o.trajectory is not None else Path("samples.npz")
-    for path in (out, o.trajectory):
+    to_store = out is not None and out.suffix.lower() == SUFFIX
+    for path in (None if to_store else out, o.trajectory):
         if path is not None:
             refuse_existing(path, o.overwrite)
+    if o.resume and not to_store:
+        raise UserError("--resume continues a store", got=f"--out {out}", expected="--out NAME.store")
     conditions = None if o.conditions is None else load_conditioning(o.conditions)
     texts = prompts_of(o)
     n = o.n or (conditions.batch_size if conditions is not None else None) or len(texts) or 64
+    if out is not None and to_store:
+        check_store(out, n, resume=o.resume, overwrite=o.overwrite)
     options = o.pipeline.given()
     model = open_model(o.model, o.base, imported(o.network), {} if o.hybrid_teacher else options)
     tell_conversion(o.model, model.conversion)
@@ -151,15 +161,20 @@ def run(argv: list[str]) -> None:
         check_form(out, kind_of_shape(model.shape), overwrite=o.overwrite)
     if o.trajectory is not None:
         check_picture(o.trajectory, ask.teacher or model, n)
-    conditioning, how = conditioning_of(o, model, n, conditions, texts)
-    if o.guidance != 1 and takes_scale(model):
-        conditioning = at_scale(conditioning, n, o.guidance)
+    chosen, how = conditioning_of(o, model, n, conditions, texts)
+    scaled = o.guidance != 1 and takes_scale(model)
+
+    def rows(first: int, count: int) -> Conditioning:
+        return at_scale(chosen(first, count), count, o.guidance) if scaled else chosen(first, count)
+
     result: dict[str, Any] = {"n": n, **ask.described, **({"class_balance": how} if how else {})}
     result |= {} if conditions is None else {"conditions": str(o.conditions)}
     result |= {"prompts": len(texts)} if texts else {}
     bounds = require_range(model.trained_on) if o.clip else Range.of(model.trained_on)
-    if out is not None:
-        drawn = ask.draw(n, conditioning)
+    if out is not None and to_store:
+        result |= draw_store(o, out, model, n, ask.draw, rows, texts, bounds if o.clip else None)
+    elif out is not None:
+        drawn = ask.draw(n, rows(0, n))
         x = model.scaling.export(drawn.x)
         columns = columns_of(model.trained_on, x.shape[1]) if x.ndim == 2 else ()
         if out.suffix.lower() == ".csv":
@@ -174,13 +189,15 @@ def run(argv: list[str]) -> None:
         seconds = round(drawn.seconds_per_1000, 5)
         result |= {"out": str(out), "nfe": drawn.nfe, "seconds_per_1000": seconds}
     if o.trajectory is not None:
-        result |= {"trajectory": str(o.trajectory), "decided": _picture(o, ask, n, conditioning)}
+        result |= {"trajectory": str(o.trajectory), "decided": _picture(o, ask, n, rows(0, n))}
     if o.json:
         print_json(result)
         return
     if out is not None:
         calls = "1 network call" if result["nfe"] == 1 else f"{result['nfe']} network calls"
         print(f"{n} samples in {out} ({result['model']}, {calls} each)")
+        if to_store:
+            print(f"batch {result['batch']}, {result['samples_per_second']:,.4g} samples/s")
         if how:
             print(f"classes: {HOW[how]}")
         if conditions is not None:
@@ -189,6 +206,10 @@ def run(argv: list[str]) -> None:
             print(_range_line(result, o.clip))
     for share, level in result.get("decided", {}).items():
         print(f"{float(share):.0%} of the layout is determined at sigma {level:.3g}")
+
+
+BATCH = 1024
+"""Samples per batch where none is given and none is measured."""
 
 
 def _range_line(result: dict[str, Any], clipped: bool) -> str:
@@ -207,14 +228,14 @@ class _Asked:
         model: The model named.
         teacher: The teacher that goes the first part of the way, or None.
         sampling: The settings of the one or the other.
-        draw: Draws samples, given their number and conditioning.
+        draw: Draws samples, given their number and conditioning; from ``first`` on, in batches of ``batch``.
         described: What the result says of it.
     """
 
     model: Model
     teacher: Model | None
     sampling: Sampling
-    draw: Callable[[int, Conditioning], SampleResult]
+    draw: Callable[..., SampleResult]
     described: dict[str, Any]
 
 
@@ -224,7 +245,7 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None, away: Conditio
     from distmatch.training.hybrid import draw_hybrid, plan_hybrid
     from distmatch.training.sampling import HEUN
 
-    common: dict[str, Any] = {"batch": o.batch, "device": o.device}
+    size = o.batch or BATCH
     if teacher is not None:
         if o.hybrid_level is not None:
             refuse(o, ("hybrid_calls",), "--hybrid-level already determines where the student takes over")
@@ -232,8 +253,9 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None, away: Conditio
         part: dict[str, Any] = {"calls": o.hybrid_calls, "level": o.hybrid_level}
         way = plan_hybrid(teacher, model, sampling, **part)
 
-        def draw(n: int, conditioning: Conditioning) -> SampleResult:
-            return draw_hybrid(teacher, model, n, conditioning, o.seed, sampling, **part, **common)
+        def draw(n: int, conditioning: Conditioning, first: int = 0, batch: int = size) -> SampleResult:
+            how: dict[str, Any] = {"batch": batch, "device": o.device, "first": first}
+            return draw_hybrid(teacher, model, n, conditioning, o.seed, sampling, **part, **how)
 
         level = way.student_sigmas[0] if way.student_sigmas else 0.0
         return _Asked(
@@ -247,8 +269,9 @@ def _asked(o: SampleOptions, model: Model, teacher: Model | None, away: Conditio
         sampling = _sampling(o, away)
         sampling.check(model.teacher)
 
-    def alone(n: int, conditioning: Conditioning) -> SampleResult:
-        return model.draw(n, conditioning, o.seed, sampling, **common)
+    def alone(n: int, conditioning: Conditioning, first: int = 0, batch: int = size) -> SampleResult:
+        how: dict[str, Any] = {"batch": batch, "device": o.device, "first": first}
+        return model.draw(n, conditioning, o.seed, sampling, **how)
 
     solver = None if model.kind == "student" else o.solver
     return _Asked(model, None, sampling, alone, {"model": model.kind, "solver": solver})
@@ -260,7 +283,7 @@ def _picture(o: SampleOptions, ask: _Asked, n: int, conditioning: Conditioning) 
 
     if o.trajectory is None:
         raise RuntimeError("no picture was requested")
-    common: dict[str, Any] = {"batch": o.batch, "device": o.device}
+    common: dict[str, Any] = {"batch": o.batch or BATCH, "device": o.device}
     beside = {}
     if ask.teacher is not None:
         rows = shown(ask.model, n)

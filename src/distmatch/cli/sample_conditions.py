@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -23,6 +23,7 @@ from distmatch.methods.context import GUIDANCE
 from distmatch.training.models import Model
 from distmatch.training.prompt_reference import encoded_for
 
+Rows = Callable[[int, int], Conditioning]
 Options = Any
 """``SampleOptions``, in whose module these functions are called."""
 
@@ -36,8 +37,10 @@ HOW = {
 
 def conditioning_of(
     o: Options, model: Model, n: int, given: Conditioning | None, texts: Sequence[str]
-) -> tuple[Conditioning, str]:
+) -> tuple[Rows, str]:
     """What to draw under, and how its classes were chosen: a key of HOW, '' where the command chose none.
+
+    The first is a function of (first, count), so that it need not be in memory for all samples.
 
     Args:
         o: The options.
@@ -58,12 +61,13 @@ def conditioning_of(
                 got=f"{given.batch_size} rows and --n {n}",
                 fix="omit --n, or give a file with as many rows",
             )
-        return checked_conditioning(given, n, model, o.seed), ""
+        whole = checked_conditioning(given, n, model, o.seed)
+        return lambda first, count: whole.index(slice(first, first + count)), ""
     if texts:
-        rows = torch.arange(n) % len(texts)
-        return checked_conditioning(
-            encoded_for(denoiser_in(model), texts, o.device).index(rows), n, model, o.seed
-        ), ""
+        encoded = checked_conditioning(
+            encoded_for(denoiser_in(model), texts, o.device), len(texts), model, o.seed
+        )
+        return lambda first, count: encoded.index(_in_turn(first, count, len(texts))), ""
     if others := set(model.conditioning_spec) - {LABEL}:
         takes = prompt_encoder_of(denoiser_in(model)) is not None
         raise UserError(
@@ -79,14 +83,21 @@ def conditioning_of(
         if not model.num_classes:
             raise UserError("this model is unconditional", got="--classes", fix="leave it out")
         turn = torch.tensor([class_named(c, names, model.num_classes) for c in o.classes])
-        labels = turn.repeat(-(-n // len(turn)))[:n]
-        check_conditioning(as_conditioning(labels), n, label_spec(model.num_classes))
-        return as_conditioning(labels), "given"
+        check_conditioning(as_conditioning(turn), len(turn), label_spec(model.num_classes))
+        return lambda first, count: as_conditioning(turn[_in_turn(first, count, len(turn))]), "given"
     if not model.num_classes:
         refuse(o, ("class_balance",), "this model is unconditional")
-        return as_conditioning(None), ""
-    drawn = drawn_labels(n, model.num_classes, o.seed, counts, o.class_balance)
-    return as_conditioning(drawn), o.class_balance if counts or o.class_balance == "uniform" else "unknown"
+        return lambda first, count: as_conditioning(None), ""
+
+    def drawn(first: int, count: int) -> Conditioning:
+        how = (model.num_classes, o.seed, counts, o.class_balance)
+        return as_conditioning(drawn_labels(count, *how, first=first))
+
+    return drawn, o.class_balance if counts or o.class_balance == "uniform" else "unknown"
+
+
+def _in_turn(first: int, count: int, n: int) -> torch.Tensor:
+    return (first + torch.arange(count)) % n
 
 
 def prompts_of(o: Options) -> list[str]:

@@ -21,6 +21,8 @@ from distmatch.base.inputs import read_array_header
 
 INDEX = "store.json"
 UNFINISHED = "unfinished.json"
+RECORDS = "blocks"
+"""Folder of the records of blocks, of a store that several processes write."""
 MARK = "distmatch store"
 """What the lock file of a store begins with."""
 VERSION = 1
@@ -132,5 +134,5 @@ def damaged(folder: Path, got: str, expected: str) -> UserError:
         f"the store {folder} is damaged",
         got=got,
         expected=expected,
-        fix="copy it again, or prepare the data again with --overwrite",
+        fix="copy it again, or write it anew with --overwrite",
     )

@@ -140,7 +140,7 @@ def _finished(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"the store {folder} is not complete",
             got=f"{values.get('samples', 0):,} samples of {source}",
-            fix="run the same distmatch prepare again: it continues where it stopped",
+            fix=values.get("continue", "run the same distmatch prepare again: it continues where it stopped"),
         )
     return values
 

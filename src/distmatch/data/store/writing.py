@@ -32,6 +32,7 @@ from distmatch.data.store.layout import (
     read_index,
 )
 from distmatch.data.store.reading import CONDITION
+from distmatch.data.store.rows import remove_records
 
 _NAMED = "named_labels"
 """The field of classes in the order in which their names were met; a finished store numbers them in order."""
@@ -278,5 +279,6 @@ def remove_store(folder: Path) -> None:
     (folder / INDEX).unlink(missing_ok=True)
     for file in [*folder.glob("*.npy"), *folder.glob(f".{UNFINISHED}.*.tmp")]:
         file.unlink()
+    remove_records(folder)
     for name in (UNFINISHED, LOCK):
         (folder / name).unlink(missing_ok=True)
