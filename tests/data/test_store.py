@@ -1,5 +1,6 @@
 """Stores: what is read from one is what was written, in part or as a whole, and damage is named."""
 
+import errno
 import json
 import os
 import resource
@@ -174,7 +175,7 @@ def test_a_killed_preparation_continues_where_it_stopped(tmp_path, parts, least,
         load_data(tmp_path / "store")
     read = []
     monkeypatch.setattr(
-        "distmatch.data.sources.folders.read_image", lambda *a: read.append(a) or read_image(*a)
+        "distmatch.data.sources.core.read_image", lambda *a, **k: read.append(a) or read_image(*a, **k)
     )
     prepare(tmp_path / "images", tmp_path / "store")
     assert len(read) == 200 - left["samples"]
@@ -194,11 +195,31 @@ def test_what_cannot_be_read_is_listed_and_skipped_only_on_request(tmp_path, mon
     assert "dog/003.png: 5x6 pixels (width x height), and the first image has 10x12" in str(caught.value)
     with pytest.raises(UserError, match="is not complete"):
         load_data(out)
-    monkeypatch.setattr("distmatch.data.sources.folders.read_image", lambda *a: pytest.fail("read again"))
+    monkeypatch.setattr("distmatch.data.sources.core.read_image", lambda *a, **k: pytest.fail("read again"))
     index = prepare(folder, out, skip_bad=True)
     assert [item for item, _ in index["skipped"]] == ["cat/001.png", "dog/003.png"]
     assert len(load_data(out)) == 38
     assert load_data(out).captions[0] == "número 2"
+
+
+def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    write_images(tmp_path / "images", 200)
+    sync, calls = os.fdatasync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 12:  # four files, in the fourth block
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(UserError, match=r"cannot write.*No space left"):
+        prepare(tmp_path / "images", tmp_path / "store")
+    assert json.loads((tmp_path / "store/unfinished.json").read_text())["samples"] == 192
+    monkeypatch.setattr(os, "fdatasync", sync)
+    prepare(tmp_path / "images", tmp_path / "store")
+    assert_same(load_data(tmp_path / "store"), load_data(tmp_path / "images"))
 
 
 def test_only_stores_are_continued_and_replaced(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,19 +14,23 @@ from distmatch.base.rules import Rule, check_rules
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
 from distmatch.cli.parse import parse
+from distmatch.training.pipeline_options import PipelineOptions
 
 HELP = Help(
     """Read data into a store, from which any number of samples are trained on at constant memory.
 
 example: distmatch prepare photos/ --size 256 --out photos-256
          distmatch prepare shards/ --out store --workers 8
-         distmatch train --data photos-256 --out runs/teacher"""
+         distmatch prepare shards/ --teacher pipeline/ --size 512 --out latents
+         distmatch train --data photos-256 --out runs/teacher""",
+    short="source out size labels teacher skip_bad workers overwrite seed json",
 )
+_PASSED = ("labels", "image", "label", "caption", "skip_bad", "workers", "overwrite")
 _Workers = Annotated[int | None, Rule("must be at least 1", lambda value: value is None or value >= 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
+class PrepareOptions(PipelineOptions):
     """Options of `distmatch prepare`."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -36,7 +40,8 @@ class PrepareOptions:
     """The folder of the store. Where a part of it is there already, it is continued."""
     size: tuple[int, ...] | None = None
     """Height and width in pixels, or one number for both: the largest part of this shape around the center
-    of each image is resized to it. Unset: images keep their size, which must be the same."""
+    of each image is resized to it. Unset: images keep their size, which must be the same; with --teacher, the
+    size of its images."""
     labels: bool = True
     """Whether classes are read."""
     image: str = ""
@@ -45,6 +50,10 @@ class PrepareOptions:
     """In tars and tables: the field or column of the class; empty: label, labels or cls."""
     caption: str = ""
     """In tars and tables: the field or column of the caption; empty: text, prompt or caption."""
+    teacher: str = ""
+    """A pipeline or diffusers folder: store the latents of its autoencoder, and its encodings of captions."""
+    device: str = "auto"
+    """Where --teacher encodes: auto, cpu, cuda, cuda:1, mps."""
     skip_bad: bool = False
     """Leave out what cannot be read; else the command ends with a list of it."""
     workers: _Workers = None
@@ -57,12 +66,15 @@ class PrepareOptions:
     """Print one JSON object on stdout."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_rules(self)
-        if self.size is not None and (not 1 <= len(self.size) <= 2 or min(self.size) < 1):
+        alone = [name for name in ("frames", "max_tokens", "tokens", "null_prompt") if getattr(self, name)]
+        alone += ["device"] if self.device != "auto" else []
+        if alone and not self.teacher:
             raise UserError(
-                "--size is a height and a width in pixels, or one number for both",
-                got=" ".join(map(str, self.size)),
-                fix="for example --size 256",
+                f"--{alone[0].replace('_', '-')} does nothing without --teacher",
+                got=getattr(self, alone[0]),
+                fix="omit it, or encode images and captions with --teacher FOLDER",
             )
 
 
@@ -71,21 +83,21 @@ def run(argv: list[str]) -> None:
     o = parse(PrepareOptions, argv, verb="prepare", said=HELP)
     from distmatch.base.memory import binary_size
     from distmatch.data.classes import listed
-    from distmatch.data.store.prepare import prepare
 
     began = time.perf_counter()
-    index = prepare(
-        o.source,
-        o.out,
-        size=(o.size[0], o.size[-1]) if o.size else None,
-        labels=o.labels,
-        image=o.image,
-        label=o.label,
-        caption=o.caption,
-        skip_bad=o.skip_bad,
-        workers=o.workers,
-        overwrite=o.overwrite,
-    )
+    options: dict[str, Any] = {name: getattr(o, name) for name in _PASSED}
+    if o.teacher:
+        from distmatch.training.devices import pick_device
+        from distmatch.training.prepare_latents import prepare_latents
+        from distmatch.training.teachers import open_teacher
+
+        teacher = open_teacher(o.teacher, **o.given())[0]
+        index = prepare_latents(o.source, o.out, teacher, pick_device(o.device), **options)
+    else:
+        from distmatch.data.store.prepare import prepare
+
+        size = (o.size[0], o.size[-1]) if o.size else None
+        index = prepare(o.source, o.out, size=size, **options)
     fields = {field["name"]: field for field in index["fields"]}
     found = {
         "store": str(o.out),
@@ -112,4 +124,5 @@ def run(argv: list[str]) -> None:
         print(f"skipped {len(found['skipped']):,} of {total:,} items, which {o.out / 'store.json'} lists:")
         for item, why in found["skipped"][:5]:
             print(f"  {item}: {why}")
-    print(f"next: distmatch train --data {o.out} --out runs/teacher")
+    verb = f"distill --teacher {o.teacher}" if o.teacher else "train"
+    print(f"next: distmatch {verb} --data {o.out} --out runs/{'student' if o.teacher else 'teacher'}")

@@ -90,11 +90,13 @@ class Recorded:
         digest: A sha256 (hex) that changes with the samples and all that belongs to them.
         moments: Their raw moments, of all pixels together or of each column.
         rows: Reads the raw samples of these numbers (B,).
+        decoder: Of latents, the fingerprint of their autoencoder.
     """
 
     digest: str
     moments: Moments
     rows: Callable[[Tensor], Tensor]
+    decoder: str = ""
 
     def std(self, scaling: Scaling) -> float:
         """Standard deviation of all scaled values about their common mean."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.progress import progress
 from distmatch.base.seeds import generator
 from distmatch.data import Dataset, Scaling
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.interop import decoder_of
+from distmatch.interop import Decoder, decoder_of
 
 _BATCH = 32
 
@@ -46,6 +49,24 @@ def as_latents(data: Dataset, teacher: Denoiser, seed: int, device: torch.device
     return Dataset(latents, data.labels, data.class_names, name, scaling, conditions=data.conditions)
 
 
+@torch.no_grad()
+def drawn_latents(decoder: Decoder, x: Tensor, keys: Sequence[str], shape: Sequence[int]) -> Tensor:
+    """Latents from the encoder's Gaussian, always the same of an image.
+
+    Args:
+        decoder: The autoencoder.
+        x: Images (B, ...) in [-1, 1], where it is to run.
+        keys: The key of each image, by its content.
+        shape: Shape of a latent.
+
+    Returns:
+        (B, *shape) on the CPU.
+    """
+    gens = [generator(0, f"encode/{key}") for key in keys]
+    noise = torch.stack([torch.randn(tuple(shape), generator=gen) for gen in gens])
+    return decoder.encode(x, noise.to(x.device)).cpu()
+
+
 def check_encodable(data: Dataset, teacher: Denoiser) -> None:
     """Refuses data that are neither images of the size of a teacher's autoencoder nor its latents.
 
@@ -53,6 +74,14 @@ def check_encodable(data: Dataset, teacher: Denoiser) -> None:
         UserError: They are not. Data for a teacher without autoencoder are not looked at.
     """
     decoder = decoder_of(teacher)
+    made = data.recorded.decoder if data.recorded is not None else ""
+    if made and decoder is not None and made != getattr(decoder, "fingerprint", made):
+        raise UserError(
+            f"{data.name} holds latents of another autoencoder than the teacher's",
+            got=f"fingerprint {made[:12]}",
+            expected=f"{getattr(decoder, 'fingerprint', '')[:12]}",
+            fix="prepare the images again with --teacher and this teacher",
+        )
     if decoder is None or tuple(data.shape) in (tuple(teacher.shape), tuple(decoder.shape)):
         return
     raise UserError(

@@ -25,9 +25,12 @@ from distmatch.diffusion.prompts import PromptEncoder, prompt_encoder_of
 from distmatch.interop import decoder_of
 from distmatch.interop.encodings import encoded, key_of
 from distmatch.interop.pipelines.text_parts import Truncated, truncation_warnings
+from distmatch.training.latent_data import drawn_latents
 from distmatch.training.options import DistillOptions, RunOptions
 from distmatch.training.prompted import Prompts
 
+ENCODINGS = "encodings"
+"""Name of the folder of encodings, in the cache or in a store."""
 _LATENT = "z"
 _IMAGES_AT_A_TIME = 8
 
@@ -55,11 +58,12 @@ def prompt_batches(
         raise RuntimeError("a teacher without prompts")
     live = dry or options.encoding.encode == "live"
     folder = Path(options.encoding.cache).expanduser() if options.encoding.cache else None
-    folder = folder or cache_folder() / "encodings"
+    own = Path(options.data).expanduser() / ENCODINGS  # of a store
+    folder = folder or (own if options.data and own.is_dir() else cache_folder() / ENCODINGS)
     on = getattr(encoder, "on", None)
     with contextlib.nullcontext() if on is None or live else on(device):
         texts = prompts.texts
-        conditioning = _live(encoder, texts) if live else _cached(encoder, texts, teacher, folder)
+        conditioning = _live(encoder, texts) if live else cached(encoder, texts, teacher, folder)
         samples = _samples(prompts, teacher, None if live else folder, device)
     if not live:
         _free(encoder)
@@ -152,8 +156,18 @@ def _require_one_length(teacher: Denoiser) -> None:
         )
 
 
-def _cached(encoder: PromptEncoder, texts: Sequence[str], teacher: Denoiser, folder: Path) -> Rows:
-    """The prompts of numbers, encoded once."""
+def cached(encoder: PromptEncoder, texts: Sequence[str], teacher: Denoiser, folder: Path) -> Rows:
+    """The prompts of numbers, encoded once.
+
+    Args:
+        encoder: The teacher's encoder.
+        texts: The prompts.
+        teacher: The teacher.
+        folder: Where encodings are kept.
+
+    Raises:
+        UserError: Prompts that are encoded to different lengths, or a folder that cannot be written.
+    """
     _require_one_length(teacher)
     cut: Truncated = {}
 
@@ -181,13 +195,10 @@ def _samples(
             return lambda rows: data.batch(rows)[0]
         return lambda rows: torch.zeros(len(rows), *teacher.shape)
 
-    @torch.no_grad()
     def encode(rows: Sequence[int]) -> dict[str, Tensor]:
-        # A draw from the encoder's Gaussian, as when such teachers were trained; always the same of an image.
         keys = [images.content(i) for i in rows]
-        gens = [generator(0, f"encode/{key}") for key in keys]
-        noise = torch.stack([torch.randn(teacher.shape, generator=gen) for gen in gens])
-        return {_LATENT: decoder.encode(images.pixels(rows).to(device), noise.to(device)).cpu()}
+        x = images.pixels(rows).to(device)
+        return {_LATENT: drawn_latents(decoder, x, keys, teacher.shape)}
 
     made = getattr(decoder, "fingerprint", None)
     if folder is None or made is None:

@@ -192,9 +192,14 @@ def _of_data(data: Dataset, texts: Sequence[str], teacher: Denoiser, source: str
         return data.batch(torch.tensor(rows))[0]
 
     def content(i: int) -> str:
-        return key_of(pixels([i]).numpy().tobytes(), str(data.shape))
+        return key_of_pixels(pixels([i])[0])
 
     return Prompts(texts, Images(content, pixels), data)
+
+
+def key_of_pixels(x: Tensor) -> str:
+    """The key of an image or video in [-1, 1], by its content."""
+    return key_of(x.numpy().tobytes(), str(tuple(x.shape)))
 
 
 def described_prompts(prompts: Prompts, source: str) -> dict[str, Any]:

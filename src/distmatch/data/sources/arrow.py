@@ -14,7 +14,6 @@ from distmatch.base.errors import UserError, cause
 from distmatch.base.files import read_json
 from distmatch.base.inputs import require_regular_file
 from distmatch.data.bounds import check_bytes
-from distmatch.data.images import read_image
 from distmatch.data.sources.core import (
     PART_ITEMS,
     Form,
@@ -196,7 +195,7 @@ def _sample(row: Mapping[str, Any], name: str, columns: _Columns, reading: Readi
         raise UserError(
             f"{name} has no image", got="a path alone" if isinstance(image, dict) else repr(image)[:80]
         )
-    pixels = read_image(name, reading.size, content=content)
+    pixels = reading.image_of(name, content)
     others = {key: value for key, value in row.items() if key != columns.image}
     return Sample(pixels, label_in(others, reading, name), caption_in(others, reading, name))
 

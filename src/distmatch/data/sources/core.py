@@ -14,6 +14,7 @@ import numpy as np
 
 from distmatch.base.errors import UserError
 from distmatch.data.columns import Column
+from distmatch.data.images import read_image
 from distmatch.data.prompts import COLUMNS as CAPTIONS
 from distmatch.data.scaling import Scaling
 
@@ -43,6 +44,7 @@ class Reading:
         image: Which field of a record is the image; '' takes the only one.
         label: Which is the class; '' takes ``label``, ``labels`` or ``cls``.
         caption: Which is the caption; '' takes ``text``, ``prompt`` or ``caption``.
+        shape: The shape that all samples are to have, (3, H, W): image files are made so.
     """
 
     size: tuple[int, int] | None = None
@@ -50,6 +52,13 @@ class Reading:
     image: str = ""
     label: str = ""
     caption: str = ""
+    shape: tuple[int, ...] | None = None
+
+    def image_of(self, file: Path | str, content: bytes | None = None) -> np.ndarray:
+        """An image file, cropped and resized as requested."""
+        if self.shape is not None:
+            return read_image(file, (self.shape[1], self.shape[2]), color=True, content=content)
+        return read_image(file, self.size, content=content)
 
     @property
     def fields(self) -> str:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from distmatch.data.folders import FolderImages, find_images
-from distmatch.data.images import read_image
 from distmatch.data.prompts import METADATA
 from distmatch.data.sources.core import (
     PART_ITEMS,
@@ -42,7 +41,7 @@ def _parts(folder: Path, found: FolderImages, reading: Reading) -> Iterator[Part
 
     def sample(i: int) -> Sample:
         return Sample(
-            read_image(found.files[i], reading.size),
+            reading.image_of(found.files[i]),
             found.labels[i] if labeled else None,
             found.captions[i] if found.captions else None,
         )

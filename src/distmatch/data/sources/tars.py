@@ -16,7 +16,7 @@ from typing import Any
 
 from distmatch.base.errors import UserError, cause
 from distmatch.base.inputs import LARGEST_TEXT, parse_json, require_regular_file
-from distmatch.data.images import IMAGE_SUFFIXES, read_image
+from distmatch.data.images import IMAGE_SUFFIXES
 from distmatch.data.sources.core import (
     PART_ITEMS,
     Form,
@@ -147,7 +147,7 @@ def _sample(descriptor: int, name: str, members: _Members, reading: Reading) -> 
     if len(images) != 1:
         what = "several images: choose with --image" if images else "no image"
         raise UserError(f"{name} has {what}", got=", ".join(images or members)[:200])
-    pixels = read_image(name, reading.size, content=_content(descriptor, name, members[images[0]]))
+    pixels = reading.image_of(name, _content(descriptor, name, members[images[0]]))
     about = _about(descriptor, name, members)
     return Sample(pixels, label_in(about, reading, name), caption_in(about, reading, name))
 

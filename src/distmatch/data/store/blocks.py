@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import deque
@@ -137,7 +138,8 @@ class Blocks:
         for pool in (self._hasher, self._disk):
             pool.shutdown(cancel_futures=True)
         for handle in self.files.values():
-            handle.close()
+            with contextlib.suppress(OSError):  # of a full disk, which was raised already
+                handle.close()
 
 
 def _bytes(values: np.ndarray) -> memoryview | bytes:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
@@ -19,6 +24,7 @@ from distmatch.base.files import guard, read_json
 from distmatch.base.inputs import checked_path
 from distmatch.base.lock import LOCK, refuse_in_use
 from distmatch.base.progress import Progress, progress, tell
+from distmatch.data.scaling import Scaling
 from distmatch.data.sources import Reading, open_source
 from distmatch.data.sources.core import ColorFoundError, Part, Rows, Source
 from distmatch.data.store.layout import INDEX, UNFINISHED, is_store
@@ -26,6 +32,39 @@ from distmatch.data.store.writing import StoreWriter, remove_store
 
 _IN_FLIGHT = 2**29  # bytes of samples that were read and wait to be written
 _SHOWN = 10  # bad items in a message
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What images are encoded by before they are written.
+
+    Attributes:
+        shape: Shape of the images that the autoencoder takes.
+        fingerprint: Equal ones make equal latents; '' where it is not known.
+        encode: Images (n, *shape) in [-1, 1] to latents.
+    """
+
+    shape: tuple[int, ...]
+    fingerprint: str
+    encode: Callable[[Tensor], Tensor]
+
+    def of(self, rows: Rows, source: Source) -> Rows:
+        """The latents of rows of a source.
+
+        Raises:
+            UserError: They are not of the shape of the images, or of a range that is not known yet.
+        """
+        if not len(rows.x):
+            return rows
+        if rows.x.shape[1:] != self.shape or (rows.x.dtype != np.uint8 and source.scaling is None):
+            raise UserError(
+                f"{source.name} cannot be encoded by the teacher's autoencoder",
+                got=f"{rows.x.dtype} of shape {rows.x.shape[1:]}",
+                expected=f"uint8 of shape {self.shape}",
+                fix="resize the images and save them as uint8",
+            )
+        scaling = source.scaling or Scaling.for_images(0, 255, "uint8")
+        return replace(rows, x=self.encode(scaling.to_model(torch.from_numpy(rows.x))).numpy())
 
 
 def prepare(
@@ -37,6 +76,7 @@ def prepare(
     image: str = "",
     label: str = "",
     caption: str = "",
+    latents: Latents | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
@@ -55,6 +95,7 @@ def prepare(
         image: Which column, or extension in tar files, is the image; '' takes the only one.
         label: Which is the class; '' takes ``label``, ``labels`` or ``cls``.
         caption: Which is the caption; '' takes ``text``, ``prompt`` or ``caption``.
+        latents: Encodes the images; None writes them as they are.
         skip_bad: Whether a store is made without the items that cannot be read.
         workers: Threads that read; None takes the processors of this process.
         overwrite: Replace a store in ``out``.
@@ -69,10 +110,12 @@ def prepare(
     check_count("--workers", workers, 1)
     folder = checked_path(out).expanduser().resolve()
     _check_out(folder, overwrite)
-    reading = Reading(size, labels, image, label, caption)
+    reading = Reading(size, labels, image, label, caption, latents.shape if latents else None)
     found = open_source(source, reading)
     request = {"source": found.name, "fingerprint": found.fingerprint, **asdict(reading)}
-    request["size"] = list(size) if size else None
+    if latents is not None:
+        request["latents"] = latents.fingerprint
+    request = json.loads(json.dumps(request))  # as it will be read again
     if overwrite and is_store(folder):
         refuse_in_use(folder)
         remove_store(folder)
@@ -82,7 +125,7 @@ def prepare(
     try:
         columns = found.scaling is not None and found.scaling.kind == "vector"
         with StoreWriter(folder, request, columns=columns) as writer:
-            return _write(found, writer, workers, skip_bad)
+            return _write(found, writer, workers, skip_bad, latents)
     finally:
         if made and not any(folder.iterdir()):
             folder.rmdir()
@@ -130,14 +173,16 @@ def _check_request(folder: Path, request: dict[str, Any]) -> None:
         )
 
 
-def _write(source: Source, writer: StoreWriter, workers: int, skip_bad: bool) -> dict[str, Any]:
+def _write(
+    source: Source, writer: StoreWriter, workers: int, skip_bad: bool, latents: Latents | None
+) -> dict[str, Any]:
     """All parts that are missing, and the index."""
     if writer.samples:
         tell(f"continuing after {writer.samples:,} samples")
     try:
         while True:
             try:
-                _append_all(source, writer, workers)
+                _append_all(source, writer, workers, latents)
                 break
             except ColorFoundError as found:  # all images before were grey: they are written again, as color
                 writer.restart(replace(found.form, shape=(3, *found.form.shape[1:])))
@@ -154,19 +199,22 @@ def _write(source: Source, writer: StoreWriter, workers: int, skip_bad: bool) ->
             fix=f"repair or remove them; or leave them out: the same command with --skip-bad, which need not "
             f"read the others again. All are listed in {writer.folder / UNFINISHED}",
         )
+    if latents is not None:
+        source = replace(source, scaling=Scaling.for_images(-1.0, 1.0, "latents, as they are"))
     return _or_nothing(writer, lambda: writer.finish(source))
 
 
 def _or_nothing(writer: StoreWriter, action: Any) -> Any:
-    """Runs what a useless source makes fail; then nothing is left of the store."""
+    """Runs what a useless source makes fail; then nothing is left of the store. A full disk leaves it."""
     try:
         return action()
-    except UserError:
-        writer.discard()
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):
+            writer.discard()
         raise
 
 
-def _append_all(source: Source, writer: StoreWriter, workers: int) -> None:
+def _append_all(source: Source, writer: StoreWriter, workers: int, latents: Latents | None) -> None:
     parts = source.parts()
     done = sum(part.weight for part in itertools.islice(parts, writer.parts))
     began, before = time.monotonic(), writer.samples
@@ -176,6 +224,8 @@ def _append_all(source: Source, writer: StoreWriter, workers: int) -> None:
     ):
         try:
             for part, rows in _read(parts, writer, pool, workers):
+                if latents is not None:
+                    rows = _or_nothing(writer, partial(latents.of, rows, source))
                 _or_nothing(writer, partial(writer.append, rows))
                 _show(bar, part, writer.samples, (writer.samples - before) / (time.monotonic() - began))
         finally:

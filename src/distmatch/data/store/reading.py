@@ -102,6 +102,7 @@ def load_store(folder: Path) -> Dataset:
     try:
         samples, fields = values["samples"], [Field.from_dict(field) for field in values["fields"]]
         moments, scaling = Moments.from_dict(values["moments"]), Scaling.from_dict(values["scaling"])
+        decoder = str(values["request"].get("latents", ""))
         digest, names = str(values["digest"]), tuple(map(str, values["class_names"]))
         if type(samples) is not int or samples < 2 or not any(field.name == "x" for field in fields):
             raise ValueError(f"{samples} samples of {len(fields)} fields")
@@ -127,7 +128,7 @@ def load_store(folder: Path) -> Dataset:
         columns_of(values),
         Conditioning(conditions),
         captions,
-        recorded=Recorded(digest, moments, RowFile(folder / "x.npy", arrays["x"])),
+        recorded=Recorded(digest, moments, RowFile(folder / "x.npy", arrays["x"]), decoder),
     )
 
 
