@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import distmatch as dm
 from distmatch.base.errors import UserError
@@ -21,9 +22,13 @@ SHORT = "--steps 5 --batch 16 --fake-score-steps 1"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A teacher of captions, hardly trained, a file of prompts, and a student of them with guidance."""
+    """A teacher of captions that hears them, a file of prompts, and a student of them with guidance."""
     made = tmp_path_factory.mktemp("reference")
     teacher = dm.train("captioned-digits", steps=2, batch=4, width=16, depth=1, heads=2, quiet=True)
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # layers that begin at zero would hide the captions
+        for parameter in teacher.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=gen)
     save_denoiser(made / "teacher", teacher, {"kind": "teacher"})
     (made / "prompts.txt").write_text("\n".join(TEXTS))
     line = f"distill --teacher {made}/teacher --prompts {made}/prompts.txt --method sid {SHORT}"
