@@ -138,6 +138,29 @@ def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypat
     assert missing.code == 2
 
 
+def test_a_dry_run_of_a_large_pipeline_looks_at_the_data(place, cache, monkeypatch, tmp_path):
+    from distmatch.cli import memory
+
+    monkeypatch.setattr(memory, "_LEAST", 0)
+    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} {SHORT} --dry-run"
+    images = line.replace("--method sid", "--method dmd2")
+    assert done(f"{images} --json --data {place}/images").json()["prompts"] == 4
+    assert "--prompts" in done(f"{line} --json").json()["missing"]
+    assert "# missing     dmd2 needs real data" in done(images).out
+    np.savez(tmp_path / "small.npz", x=np.random.default_rng(0).random((6, 3, 5, 5)).astype("float32"))
+    for wrong, said in (
+        (f"{images} --prompts {place}/prompts.txt", "prompts alone"),
+        (f"{images} --data {tmp_path}/none.npz", "none.npz"),
+        (f"{images} --data {tmp_path}/small.npz --prompts {place}/prompts.txt", "one prompt for each sample"),
+        (f"{line} --data {tmp_path}/small.npz", "do not have the same shape"),
+        (f"{line} --prompts {place}/prompts.txt --steps 2 --fake-score-steps 3", "never be updated"),
+    ):
+        answer = command(wrong)
+        assert answer.code == 2, wrong
+        assert said in answer.err
+    assert not cache.exists()
+
+
 def test_the_cache_and_live_encoding_train_the_same_student(teacher, asked):
     common = {"method": "sid", "steps": 10, "batch": 2, "train": "lora", "lora_rank": 2, "quiet": True}
     once = dm.distill(teacher, prompts=PROMPTS, **common)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distmatch.base.errors import UserError
 from distmatch.cli.answer import print_json
+from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop.pipelines import needs_tracing
 from distmatch.interop.pipelines.teacher import without_weights
+from distmatch.methods.table import resolve_method
 from distmatch.nets.sizes import as_json
 from distmatch.training.config_format import config_text
+from distmatch.training.distill_data import empty_batches
+from distmatch.training.given_data import given_data
 from distmatch.training.memory import Memory, predict_memory
 from distmatch.training.options import DistillOptions
 from distmatch.training.prompt_batches import size_of_encodings
@@ -41,7 +48,7 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
         json: As one JSON object.
 
     Raises:
-        UserError: Options and pipeline do not go together.
+        UserError: Options, pipeline and data do not go together.
     """
     weights = sum(file.stat().st_size for file in Path(options.teacher).glob("*/*.safetensors"))
     if not needs_tracing(options.teacher) or weights < _LEAST:
@@ -53,22 +60,39 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
         if "meta" not in str(error):
             raise
         return False  # a network that needs numbers to know its shapes is loaded
-    number, size = size_of_encodings(options, teacher) if options.prompts else (0, 0)
     memory = predict_memory(options, teacher)
+    shown: dict[str, Any] = {"verb": "distill", "options": dataclass_to_dict(options)}
+    shown["predicted"] = as_dict(memory)
+    below = lines(memory)
+    try:
+        texts = _prompts_of(options, teacher, memory.needs_data)
+    except UserError as error:
+        if options.data or options.prompts:
+            raise
+        shown["missing"] = str(error)
+        below.append(f"missing     {error}")
+    else:
+        if texts is not None:
+            size = size_of_encodings(options, teacher, texts)
+            shown |= {"prompts": len(texts), "encodings": size}
+            below.append(f"prompts     {len(texts):,}, whose encodings take {_mib(size)} on the disk")
     if json:
-        shown: dict[str, Any] = {"verb": "distill", "options": dataclass_to_dict(options)}
-        shown["predicted"] = as_dict(memory)
-        if options.prompts:
-            shown |= {"prompts": number, "encodings": size}
         print_json(shown)
         return True
     print(config_text("distill", options, without=["net"]))
     print("# not written: this is a dry run, which read no weights")
-    for line in lines(memory):
+    for line in below:
         print(f"# {line}")
-    if options.prompts:
-        print(f"# prompts     {number:,}, whose encodings take {_mib(size)} on the disk")
     return True
+
+
+def _prompts_of(options: DistillOptions, teacher: Denoiser, needs_data: bool) -> Sequence[str] | None:
+    """The prompts of a run, or None, after a look at its data."""
+    method, _ = resolve_method(options.method, options.divergence)
+    data, prompts = given_data(options, teacher, method, options.data, needs_data=needs_data)
+    if data is None and prompts is None:
+        empty_batches(teacher, options.run, torch.device("cpu"))  # refuses a conditioning that it cannot draw
+    return None if prompts is None else prompts.texts
 
 
 def lines(memory: Memory) -> list[str]:

@@ -32,6 +32,7 @@ from distmatch.methods.state import DistillState
 from distmatch.methods.table import resolve_method
 from distmatch.nets.sizes import RoleSize, role_sizes
 from distmatch.training.options import DistillOptions
+from distmatch.training.prepare import check_steps
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _NONZERO = torch.ops.aten.nonzero.default
@@ -46,12 +47,14 @@ class Memory:
         passes: Gradients, activations and all else that is alive at the peak.
         parts: Parts of a pipeline beside its network, by name; they are on the CPU and count apart.
         offload: Whether moments are on the device for the step of their network alone.
+        needs_data: Whether the method compares with real samples, with its settings.
     """
 
     sizes: dict[str, RoleSize]
     passes: int
     parts: dict[str, int]
     offload: bool = False
+    needs_data: bool = False
 
     @property
     def weights(self) -> int:
@@ -164,6 +167,7 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
                 net=None if copied else options.net.resolve(base.shape, "cpu"),
             )
             distiller = build_method(context)
+            check_steps(distiller, run.steps)
             state = distiller.init(run.seed)
             networks = {"teacher": base, **state.modules()}
             told = Conditioning(rows)
@@ -186,7 +190,7 @@ def predict_memory(options: DistillOptions, teacher: Any) -> Memory:
                 got=cause(error.__cause__ or error),
                 fix="measure it: a run of a few steps shows the peak in its log",
             ) from error
-    return Memory(sizes, live.peak, parts, offload)
+    return Memory(sizes, live.peak, parts, offload, distiller.needs_data)
 
 
 _CPU = torch.device("cpu")

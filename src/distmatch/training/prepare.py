@@ -10,43 +10,40 @@ import torch
 from torch import nn
 
 from distmatch.base.errors import UserError
-from distmatch.data import TOY_NAMES, Dataset, load_data
+from distmatch.data import TOY_NAMES, Dataset
 from distmatch.data.ahead import ahead
 from distmatch.data.batches import Batch, Batches, BatchOf
-from distmatch.data.columns import columns_of
 from distmatch.diffusion.conditioning import LABEL, Conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of, is_external
 from distmatch.interop.card import GUIDANCE
 from distmatch.methods.construct import build_method
-from distmatch.methods.context import Context
+from distmatch.methods.context import Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
 from distmatch.methods.matching.loop import Matching
 from distmatch.methods.matching.settings import DMDSettings
-from distmatch.methods.method import Method
 from distmatch.methods.settings import GuidedSettings, RoleSettings
 from distmatch.methods.student import Student
 from distmatch.methods.table import resolve_method
 from distmatch.training.devices import compile_network, pick_device
 from distmatch.training.distill_data import check_fit, drawer, empty_batches
 from distmatch.training.distill_warnings import advice, early_warnings, untried_rates
+from distmatch.training.given_data import given_data
 from distmatch.training.known_data import (
     describe_data,
     few_samples,
     known_data,
-    seen_by,
-    with_encodings,
     without_data,
 )
-from distmatch.training.latent_data import as_latents, check_encodable
+from distmatch.training.latent_data import as_latents
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare_teacher import flips
 from distmatch.training.prepare_watch import check_watchable, watch_of
 from distmatch.training.presets import find_preset
 from distmatch.training.processes import start_together
 from distmatch.training.prompt_batches import prompt_batches, with_dropout
-from distmatch.training.prompted import described_prompts, given_prompts, is_captioned
+from distmatch.training.prompted import described_prompts
 from distmatch.training.runs import Job
 from distmatch.training.segments import PROMPTS
 from distmatch.training.teachers import dtype_of_base, open_teacher
@@ -137,25 +134,16 @@ def prepare_distillation(
     spec = options.data
     if not spec and not options.prompts and texts is None:
         spec = str((known.get("data") or {}).get("spec", ""))
-    if data is None and spec and not is_captioned(spec, teacher):
-        columns = columns_of(known_data(teacher))
-        data = load_data(spec, labels=bool(spec_of(teacher)), columns=columns)
-    prompts = None
-    if encoded is None:
-        prompts = given_prompts(options, teacher, data, texts, needs_data=distiller.needs_data)
-    if data is None and prompts is None and distiller.needs_data:
-        raise UserError(
-            f"{method.name} needs real data{_for_what(method)}",
-            got="a teacher that does not say what it was trained on, and no --data",
-            fix="pass --data, or use --method diff-instruct, which needs none",
-        )
-    if data is not None:
-        data = with_encodings(data, teacher) if prompts is None else data
-        # What does not fit is refused before anything is encoded: first the shape, which says the most.
-        check_encodable(data, teacher)
-        if decoder_of(teacher) is None:
-            check_fit(teacher, data, prompts=prompts is not None)
-        data = seen_by(data, known_data(teacher), teacher.num_classes, "the teacher")
+    data, prompts = given_data(
+        options,
+        teacher,
+        method,
+        spec,
+        needs_data=distiller.needs_data,
+        data=data,
+        texts=texts,
+        conditioned=encoded is not None,
+    )
     described = without_data(known_data(teacher)) if data is None else describe_data(data, spec)
     if prompts is not None:
         prompts = replace(prompts, data=data)
@@ -165,14 +153,7 @@ def prepare_distillation(
     seen: Sized | None = data if prompts is None or prompts.images is None else prompts.texts
     if data is not None and prompts is None:
         data = _fitting(teacher, data, run, device)
-    if isinstance(distiller, Matching) and run.steps < distiller.least_steps:
-        raise UserError(
-            "the student would never be updated",
-            got=f"--steps {run.steps} with --fake-score-steps {distiller.config.fake_score_steps} and "
-            f"--warmup-steps {distiller.config.warmup_steps}",
-            expected=f"at least {distiller.least_steps} steps",
-            fix="raise --steps",
-        )
+    check_steps(distiller, run.steps)
     batches: BatchOf
     if prompts is not None:  # before other networks are made, which the text encoders leave room for
         batches = prompt_batches(prompts, teacher, options, device, dry=dry)
@@ -249,14 +230,26 @@ def prepare_distillation(
     )
 
 
+def check_steps(distiller: Distiller, steps: int) -> None:
+    """Refuses a run that is too short.
+
+    Raises:
+        UserError: It is.
+    """
+    if isinstance(distiller, Matching) and steps < distiller.least_steps:
+        raise UserError(
+            "the student would never be updated",
+            got=f"--steps {steps} with --fake-score-steps {distiller.config.fake_score_steps} and "
+            f"--warmup-steps {distiller.config.warmup_steps}",
+            expected=f"at least {distiller.least_steps} steps",
+            fix="raise --steps",
+        )
+
+
 def _given(net: NetOptions) -> dict[str, Any]:
     plain = NetOptions()
     found = {field.name: getattr(net, field.name) for field in fields(net)}
     return {name: value for name, value in found.items() if value != getattr(plain, name)}
-
-
-def _for_what(method: Method) -> str:
-    return ", for the density ratio or the adversarial term" if method.family == "matching" else ""
 
 
 def _conversion(teacher: Denoiser, known: dict[str, Any]) -> dict[str, str]:

@@ -18,7 +18,6 @@ from distmatch.base.seeds import generator
 from distmatch.base.stack import caller_level
 from distmatch.data.batches import ALL, Batch, BatchOf, Pool
 from distmatch.data.order import BatchOrder
-from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.conditioning import LABEL, Conditioning, null_conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.prompts import PromptEncoder, prompt_encoder_of
@@ -90,18 +89,17 @@ def prompt_batches(
     return batch
 
 
-def size_of_encodings(options: DistillOptions, teacher: Denoiser) -> tuple[int, int]:
-    """The number of prompts of a run, and the bytes that their encodings take in the cache.
+def size_of_encodings(options: DistillOptions, teacher: Denoiser, texts: Sequence[str]) -> int:
+    """The bytes that the encodings of prompts take in the cache.
 
     Raises:
-        UserError: A file of prompts that cannot be used, or prompts that are encoded to different lengths.
+        UserError: Prompts that are encoded to different lengths.
     """
-    texts = read_prompts(options.prompts)
     if options.encoding.encode == "live":
-        return len(texts), 0
+        return 0
     _require_one_length(teacher)
     row = sum(math.prod(field.shape) * field.dtype.itemsize for field in spec_of(teacher).values())
-    return len(texts), row * len(set(texts))
+    return row * len(set(texts))
 
 
 def with_dropout(batches: BatchOf, teacher: Denoiser, share: float, run: RunOptions) -> BatchOf:
