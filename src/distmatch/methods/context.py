@@ -221,11 +221,10 @@ class Context(Generic[S]):
     def move(self, state: DistillState, name: str, lr: float) -> Tensor:
         """Steps an optimizer, whose ``lr`` the schedule scales; returns the norm of the gradient."""
         optimizer = state.optimizers[name]
-        offload = isinstance(self.settings, NetworkSettings) and self.settings.offload
-        if offload:
+        if state.offload:
             moments_to(optimizer, self.device)
         norm = scheduled_step(optimizer, self.settings, state.step, self.total_steps, lr, state.ranks)
-        if offload:
+        if state.offload:
             moments_to(optimizer, torch.device("cpu"))
         return norm
 
@@ -257,6 +256,7 @@ class Context(Generic[S]):
             generator=generator(seed, "distill", self.device),
             ratio_generator=generator(seed, "distill/ratio", self.device),
             ranks=self.ranks,
+            offload=isinstance(self.settings, NetworkSettings) and self.settings.offload,
             **others,
         )
 

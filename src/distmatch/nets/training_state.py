@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError
 from distmatch.base.ranks import ALONE, Ranks
 from distmatch.nets.ema import EMA
+from distmatch.nets.optim import moments_to
 from distmatch.nets.shared import load_own_state, own_state
 
 _FLAT = ("denoiser", "model", "average", "uncertainty")
@@ -30,6 +31,7 @@ class TrainingState:
         optimizers: By the name of what they optimize.
         generator: The random stream of the steps, in the same state on all ranks.
         ranks: The processes that train together; no part of a checkpoint.
+        offload: Whether moments are in the memory of the CPU between steps; no part of a checkpoint.
         memory: Tensors by name; what a step replaces is kept here.
         step: Steps done.
     """
@@ -38,6 +40,7 @@ class TrainingState:
     optimizers: dict[str, torch.optim.Optimizer]
     generator: torch.Generator
     ranks: Ranks = ALONE
+    offload: bool = False
     memory: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
 
@@ -82,6 +85,8 @@ class TrainingState:
         self.ema.load_rest(tree.get("average_rest", {}))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(tree["optimizers"][name])
+            if self.offload:  # before those of the next one are loaded, on the device of its network
+                moments_to(optimizer, torch.device("cpu"))
         device = self.generator.device
         self.memory = {name: tensor.to(device) for name, tensor in tree.get("memory", {}).items()}
         self.generator.set_state(tree["generator"].cpu())
