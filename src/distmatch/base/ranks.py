@@ -188,6 +188,15 @@ def lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
+def may_branch_on(values: Tensor) -> bool:
+    """Whether the number of network calls may depend on values: they are on a CPU, of the only process.
+
+    Reading them elsewhere would synchronize with the device, and processes that share out their weights gather
+    them in each call: they must make the same ones.
+    """
+    return values.device.type == "cpu" and joined().size == 1
+
+
 def joined() -> Ranks:
     """This process among those of its default process group; alone without one."""
     if not (dist.is_available() and dist.is_initialized()):

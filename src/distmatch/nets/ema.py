@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
-from distmatch.nets.shared import copy_buffers, role_copy, unshared
+from distmatch.nets.shared import copy_buffers, local, role_copy, unshared
 
 _PLAIN = 0.999  # the largest decay without compensation
 
@@ -37,6 +37,11 @@ class EMA:
         pairs = zip(self.module.named_parameters(), model.parameters(), strict=True)
         self.rest = {name: torch.zeros_like(p) for (name, p), of in pairs if p is not of}
 
+    def restart_rest(self) -> None:
+        """Sets :attr:`rest` to 0, in the layout that the parameters have now."""
+        now = dict(self.module.named_parameters())
+        self.rest = {name: torch.zeros_like(now[name]) for name in self.rest}
+
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
         """Sets ``average = decay * average + (1 - decay) * model``; buffers are copied.
@@ -46,7 +51,7 @@ class EMA:
             decay: In [0, 1]; 0 copies the model.
         """
         average, new = unshared(self.module, model)
-        rest = list(self.rest.values())
+        rest = [local(tensor) for tensor in self.rest.values()]
         if decay == 0:
             torch._foreach_copy_(average, new)
             torch._foreach_zero_(rest)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distmatch.base.ranks import ALONE, Ranks
 from distmatch.nets.optimizer import OptimizerSettings
+from distmatch.nets.shared import local
 
 
 def adam(
@@ -70,11 +73,21 @@ def moments_to(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
 
 def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Clips the gradient (``max_norm`` 0: leaves it alone), steps, clears it; returns the norm before."""
-    parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = _norm(gradients)
     # On a CPU reading the norm is free; elsewhere it would synchronize with the device.
     if max_norm > 0 and (norm.device.type != "cpu" or norm > max_norm):
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch._foreach_mul_([local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.detach()
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together; those of shared-out parameters have it over all processes."""
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
+    shared: Any = [g for g in gradients if isinstance(g, DTensor)]
+    norm = nn.utils.get_total_norm(whole)
+    if shared:
+        norm = torch.hypot(norm, nn.utils.get_total_norm(shared).full_tensor())
+    return norm

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distmatch.base.files import load_into
 
@@ -66,9 +67,18 @@ def copy_buffers(source: nn.Module, target: nn.Module) -> None:
 
 
 def unshared(one: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters of two networks of one architecture, wrapped or not, that are not the same objects."""
+    """The parameters of two networks of one architecture, wrapped or not, that are not the same objects.
+
+    Of parameters that are shared out among processes these are the shares of this one.
+    """
     pairs = [(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True) if a is not b]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    return [local(a) for a, _ in pairs], [local(b) for _, b in pairs]
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """The share that this process holds of a tensor, in the same memory; all of it where it is not shared."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:

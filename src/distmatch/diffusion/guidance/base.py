@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distmatch.base.checks import check_number
 from distmatch.base.errors import UserError
+from distmatch.base.ranks import may_branch_on
 from distmatch.diffusion.conditioning import Conditioning, ConditioningLike, as_conditioning, for_model
 from distmatch.diffusion.denoiser import (
     Denoiser,
@@ -134,7 +135,7 @@ class Guidance(SamplingMixin, Wrapper):
         if guidable is False or self.interval is None:
             return guidable
         inside = (sigma > self.interval[0]) & (sigma <= self.interval[1])
-        if inside.device.type == "cpu":  # elsewhere reading the values would synchronize with the device
+        if may_branch_on(inside):
             if not bool(inside.any()):
                 return False
             if bool(inside.all()):

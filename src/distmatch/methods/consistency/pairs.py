@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distmatch.base.ranks import may_branch_on
 from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from distmatch.diffusion.denoiser import Denoiser, expand
 from distmatch.methods.consistency.direct import Draws
@@ -26,10 +27,10 @@ def where_needed(
 ) -> Tensor:
     """A function of each sample in the ``rows`` of a mask (b,), and ``otherwise`` (b, ...) in the others.
 
-    On a CPU the function is called with those rows alone. On an accelerator, reading their number would
-    synchronize; there it sees all rows, whose values must be such as it can take.
+    On a CPU the function is called with those rows alone. On an accelerator, and in one of several processes, it
+    sees all rows (:func:`~distmatch.base.ranks.may_branch_on`), whose values must be such as it can take.
     """
-    if rows.device.type != "cpu":
+    if not may_branch_on(rows):
         return torch.where(expand(rows, otherwise), function(*arguments), otherwise)
     chosen = rows.nonzero().squeeze(1)
     if len(chosen) == len(rows):
