@@ -191,8 +191,8 @@ def lost_process(error: BaseException) -> bool:
 def may_branch_on(values: Tensor) -> bool:
     """Whether the number of network calls may depend on values: they are on a CPU, of the only process.
 
-    Reading them elsewhere would synchronize with the device, and processes that share out their weights gather
-    them in each call: they must make the same ones.
+    Reading them elsewhere would synchronize with the device, and processes that share out their weights
+    gather them in each call: they must make the same ones.
     """
     return values.device.type == "cpu" and joined().size == 1
 

@@ -27,11 +27,11 @@ example: distmatch train --data digits --steps 3000 --out runs/teacher
 def run(argv: list[str]) -> None:
     """Parses, trains, prints where the teacher is."""
     options, place = parse_run(TrainOptions, argv, verb="train", said=HELP)
-    from distmatch.cli.running import check_place, dry_run, execute, going_on, open_folder
+    from distmatch.cli.running import check_place, dry_run, execute, going_on, open_folder, starts_afresh
     from distmatch.training.prepare_teacher import prepare_training
 
     check_place(place, (options.data,))
-    job = prepare_training(options)
+    job = prepare_training(options, fresh=starts_afresh(place))
     if place.dry_run:
         dry_run(job, place)
         return

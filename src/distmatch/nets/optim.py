@@ -89,5 +89,6 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     shared: Any = [g for g in gradients if isinstance(g, DTensor)]
     norm = nn.utils.get_total_norm(whole)
     if shared:
-        norm = torch.hypot(norm, nn.utils.get_total_norm(shared).full_tensor())
+        of_shared: Any = nn.utils.get_total_norm(shared)
+        norm = torch.hypot(norm, of_shared.full_tensor())
     return norm

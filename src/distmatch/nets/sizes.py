@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.nets.ema import EMA
+from distmatch.nets.shared import local
 
 _MOMENTS = 2  # of Adam, for each parameter
 
@@ -19,7 +20,7 @@ class RoleSize:
     """What a network has that no network before it has. All but the first are bytes.
 
     Attributes:
-        parameters: Number of parameters.
+        parameters: Number of parameters, also where this process holds a share of them.
         weights: Parameters and buffers; of an average also what it keeps against rounding.
         gradients: Those of the parameters that learn.
         optimizer: Adam's two moments.
@@ -56,7 +57,13 @@ def role_sizes(
     def new(tensors: Iterable[Tensor]) -> list[Tensor]:
         found = []
         for tensor in tensors:
-            place = tensor.untyped_storage()._cdata, tensor.storage_offset()  # fake tensors have no address
+            share = local(tensor)
+            place: tuple[Any, ...] = (
+                share.untyped_storage()._cdata,
+                share.storage_offset(),
+            )  # fake tensors have no address
+            if not share.numel():  # of a tensor with fewer rows than processes
+                place = (id(tensor),)
             if tensor.numel() and place not in seen:
                 seen.add(place)
                 found.append(tensor)
@@ -68,9 +75,9 @@ def role_sizes(
         rest = list(ema.rest.values()) if ema is not None and ema.module is network else []
         sizes[name] = RoleSize(
             parameters=sum(p.numel() for p in own),
-            weights=sum(t.nbytes for t in (*own, *buffers, *rest)),
-            gradients=sum(p.nbytes for p in own if p.requires_grad),
-            optimizer=_MOMENTS * sum(p.nbytes for p in own if id(p) in moved),
+            weights=sum(local(t).nbytes for t in (*own, *buffers, *rest)),
+            gradients=sum(local(p).nbytes for p in own if p.requires_grad),
+            optimizer=_MOMENTS * sum(local(p).nbytes for p in own if id(p) in moved),
         )
     return sizes
 

@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_folder, atomic_json, load_tensors, read_json, save_tensors
+from distmatch.training.shards import Layout, laid_out, read_shards
 
 FORMAT = "distmatch-checkpoint"
 VERSION = 1
 
+SHARDS = "shards"
+"""The folder of a checkpoint with the tensors that processes share out."""
 _STEP = re.compile(r"step-(\d{6,})")
 # A folder being replaced is set aside under such a name; it is the only copy if the machine stops just then.
 _SET_ASIDE = re.compile(r"\.step-(\d{6,})\..*\.old")
@@ -57,6 +61,10 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
     storages: set[int] = set()
 
     def add(t: Tensor, path: str) -> dict[str, Any]:
+        if isinstance(t, DTensor):
+            # Never one for two: the shares of a process may be empty, and then are all in the same place.
+            tensors[path] = t.detach()
+            return {"tensor": path}
         if t.layout != torch.strided or t.is_quantized or t.is_meta:
             raise TypeError(f"{path or 'the tree'} is a tensor that is sparse, quantized or without data")
         place = (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg())
@@ -165,15 +173,40 @@ def save_checkpoint(
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step must be >= 0 and keep >= 1, got step={step} and keep={keep}")
-    tensors, structure = pack(tree)
-    parent = Path(folder)
-    target = parent / f"step-{step:06d}"
+    return write_checkpoint(Path(folder), step, *pack(tree), keep, best)
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    structure: Any,
+    keep: int,
+    best: int | None,
+    *,
+    shards: Path | None = None,
+) -> Path:
+    """:func:`save_checkpoint` for a tree that is packed already.
+
+    Args:
+        folder: The ``checkpoints/`` folder.
+        step: Number of finished steps.
+        tensors: From :func:`pack`, without those that processes share out.
+        structure: From :func:`pack`.
+        keep: How many checkpoints stay.
+        best: The step of one that stays besides them.
+        shards: A folder beside with the others, which becomes part of the checkpoint.
+    """
+    target = folder / f"step-{step:06d}"
     state: dict[str, Any] = {"format": FORMAT, "version": VERSION, "step": step}
     with atomic_folder(target) as temporary:
         save_tensors(temporary / "state.safetensors", tensors)
         state |= _sums(temporary / "state.safetensors", step, structure)
+        if shards is not None:
+            shards.rename(temporary / SHARDS)
+            state["shards"] = _sums_of_shards(temporary / SHARDS)
         atomic_json(temporary / "state.json", {**state, "structure": structure})
-    _prune(parent, step, keep, best)
+    _prune(folder, step, keep, best)
     return target
 
 
@@ -189,7 +222,9 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str], which: str | int | os.PathLike[str] = "latest"
+    folder: str | os.PathLike[str],
+    which: str | int | os.PathLike[str] = "latest",
+    layout: Layout = lambda name, shape: None,
 ) -> tuple[int, Any]:
     """Reads a checkpoint, on the CPU, after checking that it is whole.
 
@@ -197,6 +232,7 @@ def load_checkpoint(
         folder: The ``checkpoints/`` folder, or the folder of one checkpoint.
         which: ``"latest"`` (the newest whole one; damaged ones are skipped with a warning), a step, or the
             folder of one checkpoint. Ignored when ``folder`` is itself one checkpoint.
+        layout: The layout of tensors that processes share out.
 
     Returns:
         The step and the tree.
@@ -206,9 +242,9 @@ def load_checkpoint(
     """
     parent = Path(folder)
     if (parent / "state.json").exists() or _STEP.fullmatch(parent.name):
-        return _read(parent)
+        return _read(parent, layout)
     if which != "latest" and not isinstance(which, int):
-        return _read(Path(which))
+        return _read(Path(which), layout)
     found = list_checkpoints(parent)
     if isinstance(which, int):
         if which not in found:
@@ -216,7 +252,7 @@ def load_checkpoint(
             raise UserError(
                 f"no checkpoint of step {which} in {parent}", expected=f"one of the steps {steps}"
             )
-        return _read(found[which])
+        return _read(found[which], layout)
     if not found:
         raise UserError(
             f"no checkpoint in {parent}",
@@ -226,7 +262,7 @@ def load_checkpoint(
     reasons = []
     for path in reversed(found.values()):
         try:
-            loaded = _read(path)
+            loaded = _read(path, layout)
         except UserError as error:
             reasons.append(str(error))
             continue
@@ -251,7 +287,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     return isinstance(state, dict) and state.get("format") == FORMAT
 
 
-def _read(path: Path) -> tuple[Any, Any]:
+def _read(path: Path, layout: Layout) -> tuple[Any, Any]:
     """Reads the folder of one checkpoint; UserError if anything about it is wrong."""
     state = read_json(path / "state.json")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -266,7 +302,10 @@ def _read(path: Path) -> tuple[Any, Any]:
     tensor_file = path / "state.safetensors"
     tensors = load_tensors(tensor_file)  # first, because it names a pickle and a cut file for what they are
     step, structure = state.get("step"), state.get("structure")
-    if any(state.get(name) != value for name, value in _sums(tensor_file, step, structure).items()):
+    sums: dict[str, Any] = _sums(tensor_file, step, structure)
+    if "shards" in state:
+        sums["shards"] = _sums_of_shards(path / SHARDS)
+    if any(state.get(name) != value for name, value in sums.items()):
         raise UserError(
             f"{path} is damaged",
             got="contents that do not match the checksum in state.json",
@@ -275,6 +314,9 @@ def _read(path: Path) -> tuple[Any, Any]:
         )
     if type(step) is not int or step < 0:
         raise UserError(f"{path} is no checkpoint", got=f"step {step!r:.80}", expected="a number of steps")
+    tensors = {name: laid_out(tensor, layout(name, tensor.shape)) for name, tensor in tensors.items()}
+    if "shards" in state:
+        tensors |= read_shards(path / SHARDS, layout)
     try:
         return step, unpack(tensors, structure)
     except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
@@ -291,6 +333,15 @@ def _sums(tensor_file: Path, step: Any, structure: Any) -> dict[str, str]:
         tensors = hashlib.file_digest(file, "sha256").hexdigest()
     rest = hashlib.sha256(json.dumps([step, structure]).encode()).hexdigest()
     return {"sha256": tensors, "structure_sha256": rest}
+
+
+def _sums_of_shards(folder: Path) -> dict[str, str]:
+    """Checksums of the files of shares, by name."""
+    found = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with open(file, "rb") as handle:
+            found[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return found
 
 
 def _prune(folder: Path, step: int, keep: int, best: int | None) -> None:

@@ -18,11 +18,14 @@ from distmatch.base.errors import DivergedError, Terminated, UserError
 from distmatch.base.progress import progress
 from distmatch.base.ranks import ALONE, Ranks
 from distmatch.base.stack import caller_level
+from distmatch.nets.shared import local
 from distmatch.nets.training_state import TrainingState
-from distmatch.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from distmatch.training.checkpoint import list_checkpoints, load_checkpoint
 from distmatch.training.log import EventLog
 from distmatch.training.options import LoopOptions
+from distmatch.training.parallel import layout_of
 from distmatch.training.runfolder import RunFolder
+from distmatch.training.saving import Saver
 from distmatch.training.watch import Watch
 
 
@@ -82,7 +85,7 @@ def restore(state: TrainingState, folder: RunFolder, which: str | int, watch: Wa
     Raises:
         UserError: There is no such checkpoint, it is damaged, or it is of another run.
     """
-    step, tree = load_checkpoint(folder.checkpoints, which)
+    step, tree = load_checkpoint(folder.checkpoints, which, layout_of(state))
     try:
         state.load_state_dict(tree)
         if watch is not None:
@@ -99,14 +102,17 @@ def restore(state: TrainingState, folder: RunFolder, which: str | int, watch: Wa
     return int(step)
 
 
-def _not_finite(node: Any, path: str = "") -> str | None:
-    """Path of the first tensor in a tree that holds NaN or infinity, or None."""
-    if isinstance(node, Tensor):
-        return None if bool(torch.isfinite(node).all()) else path
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return next(
-        (bad for key, value in items if (bad := _not_finite(value, f"{path}/{key}".lstrip("/")))), None
-    )
+def _not_finite(tree: Any, ranks: Ranks) -> str | None:
+    """Path of the first tensor in a tree that holds NaN or infinity on any of the ranks, or None."""
+
+    def first(node: Any, path: str) -> str | None:
+        if isinstance(node, Tensor):
+            return None if bool(torch.isfinite(local(node)).all()) else path
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        return next((bad for key, value in items if (bad := first(value, f"{path}/{key}".lstrip("/")))), None)
+
+    found = first(tree, "")
+    return (found or "a weight") if ranks.largest(int(found is not None)) else None
 
 
 @contextmanager
@@ -178,18 +184,20 @@ def run_loop(
     averages = Averages()
     ranks = state.ranks
     log = EventLog(folder.log, follow) if folder and ranks.main else None
-    saved = state.step
+    saver = Saver(folder.checkpoints, ranks, options.keep) if folder else None
+    saved, writing = state.step, None
     warned: set[str] = set()
     shown: dict[str, Any] = {}
 
     def checkpoint() -> None:
-        nonlocal saved
-        if folder is None or state.step == saved:
+        nonlocal writing
+        if saver is None or state.step in (saved, writing):
             return
+        wait()
         averages.means(state.step, last_good(), ranks)
         tree = state.state_dict()
         # A finite loss does not vouch for the weights: it was taken before the step that changed them.
-        if bad := _not_finite(tree):
+        if bad := _not_finite(tree, ranks):
             raise DivergedError(
                 f"training went wrong: {bad} is not finite after step {state.step}",
                 expected="finite numbers",
@@ -197,10 +205,18 @@ def run_loop(
             )
         best = None if watch is None else watch.best_step
         tree |= {} if watch is None else {"watch": watch.state_dict()}
+        saver.save(state.step, tree, best)
+        writing = state.step
+
+    def wait() -> None:
+        """For the checkpoint that is being written."""
+        nonlocal saved, writing
+        if saver is None or writing is None:
+            return
+        saver.finish()
+        saved, writing = writing, None
         if log is not None:
-            save_checkpoint(folder.checkpoints, state.step, tree, options.keep, best)
-            log.write("checkpoint", state.step)
-        saved = state.step
+            log.write("checkpoint", saved)
 
     def warn(message: str) -> None:
         if message not in warned and ranks.main:
@@ -229,6 +245,7 @@ def run_loop(
 
     with (
         log or nullcontext(),
+        saver or nullcontext(),
         deferred_interrupt(ranks) as interrupted,
         progress(options.steps, initial=state.step, desc=desc) as bar,
     ):
@@ -254,5 +271,7 @@ def run_loop(
             bar.update(1, **shown, **seen)
             if stop := interrupted():
                 checkpoint()
+                wait()
                 raise stop
+        wait()
     return history

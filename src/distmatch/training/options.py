@@ -138,6 +138,11 @@ class RunOptions(LoopOptions):
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the networks under bfloat16 autocast; weights and statistics stay in fp32."""
+    parallel: Literal["auto", "ddp", "fsdp2", "hybrid"] = "auto"
+    """How several processes, started by torchrun, share the work. ddp (auto): each holds whole networks.
+    fsdp2: each holds a share of all weights. hybrid: those of a machine do, and machines hold the same."""
+    shard_size: CountOrNone = 0
+    """Processes that share out the weights with --parallel hybrid; 0: those of a machine."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     flip: bool = False

@@ -1,50 +1,126 @@
 """Networks whose weights are shared out among processes: FSDP2, torch's ``fully_shard``.
 
-Every process holds a share of the weights, gradients and moments of each network, and gathers the weights of a
-block of layers for as long as it computes with it. What the processes compute is what one does that has all of it.
-Small parts (discriminators, learned weights of a loss) stay whole on each.
+Every process holds a share of the weights, gradients and moments of each network, and gathers the weights of
+a block of layers for as long as it computes with it. What the processes compute is what one does that has all
+of it. Small parts (discriminators, learned weights of a loss) stay whole on each.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.ranks import Ranks
 from distmatch.nets.blocks import repeated_blocks
 from distmatch.nets.training_state import TrainingState
+from distmatch.training.options import RunOptions
+from distmatch.training.shards import Layout
+
+SHARED = ("fsdp2", "hybrid")
+"""Values of ``--parallel`` under which a process holds a share of the weights."""
+_LARGE = 2**20  # parameters
 
 
-def mesh_of(kind: str, ranks: Ranks, device: torch.device, shard_size: int = 0) -> DeviceMesh:
-    """How the processes share out weights: among all, or among groups that hold the same.
+def check_parallel(run: RunOptions, ranks: Ranks, *, fresh: bool) -> None:
+    """Refuses choices that cannot work with these processes, before anything is made.
 
     Args:
-        kind: ``fsdp2``: among all; ``hybrid``: among the processes of a group.
+        run: The options.
         ranks: The processes.
-        device: Where networks are.
-        shard_size: Processes of a group; 0: those of a machine.
+        fresh: Whether the run begins; one that is resumed may do so in a single process.
 
     Raises:
-        UserError: The groups are not of one size, or there is nothing to share out.
+        UserError: One of them does not.
     """
-    if kind == "fsdp2":
-        return init_device_mesh(device.type, (ranks.size,), mesh_dim_names=("shard",))
-    size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    if ranks.size % size or size == 1:
+    if run.parallel not in SHARED:
+        return
+    if ranks.size == 1 and fresh:
         raise UserError(
-            "the processes of --parallel hybrid form groups of one size, each of which shares out the weights",
+            f"--parallel {run.parallel} shares out the weights among processes",
+            got="one process",
+            fix="start with: torchrun --nproc-per-node N $(which distmatch) ..., or leave --parallel out",
+        )
+    if ranks.size > 1 and run.compile:
+        raise UserError(
+            f"--compile makes one graph of a network, which --parallel {run.parallel} gathers by blocks",
+            fix="leave --compile out, or use --parallel ddp",
+        )
+    size = _group_size(run, ranks)
+    if ranks.size > 1 and (ranks.size % size or size == 1):
+        raise UserError(
+            "--parallel hybrid shares out the weights among the processes of a group",
             got=f"{ranks.size} processes in groups of {size}",
             expected="2 or more in a group, and a whole number of groups",
             fix="set --shard-size to a divisor of the number of processes, or use --parallel ddp",
         )
-    return init_device_mesh(device.type, (ranks.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _group_size(run: RunOptions, ranks: Ranks) -> int:
+    if run.parallel == "fsdp2":
+        return ranks.size
+    return run.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+
+
+def share_out(
+    networks: Iterable[nn.Module], state: TrainingState, run: RunOptions, device: torch.device
+) -> Callable[[], None]:
+    """Shares out the weights of a run among its processes, where its options ask for it.
+
+    Args:
+        networks: Those of the run that are no part of its state.
+        state: Its networks and optimizers, which have taken no step yet, are changed in place.
+        run: The options.
+        device: Where networks are.
+
+    Returns:
+        What puts the whole average into the state again, on all processes, for the end of the run.
+    """
+    ranks = state.ranks
+    if run.parallel not in SHARED or ranks.size == 1:
+        return lambda: None
+    average, frame = state.ema, _without_weights(state.ema.module)
+    every = {id(network): network for network in (*networks, *state.modules().values())}
+    size = _group_size(run, ranks)
+    groups = (ranks.size // size, size)
+    if groups[0] == 1:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device.type, groups, mesh_dim_names=("replicate", "shard"))
+    shard_networks([network for network in every.values() if _large(network)], state, mesh)
+
+    def gather() -> None:
+        whole = {name: _whole(tensor).cpu() for name, tensor in average.module.state_dict().items()}
+        average.module = copy.deepcopy(frame)
+        average.module.load_state_dict(whole, assign=True)
+
+    return gather
+
+
+def _large(network: nn.Module) -> bool:
+    """Whether it pays to share out a network."""
+    return bool(repeated_blocks(network)) or sum(p.numel() for p in network.parameters()) >= _LARGE
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """A copy whose parameters have no memory."""
+    hollow = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in network.parameters()
+    }
+    return copy.deepcopy(network, dict(hollow))
 
 
 def shard_networks(networks: Iterable[nn.Module], state: TrainingState, mesh: DeviceMesh) -> None:
@@ -55,7 +131,7 @@ def shard_networks(networks: Iterable[nn.Module], state: TrainingState, mesh: De
     Args:
         networks: Each once; the optimizers have taken no step yet.
         state: Its optimizers and the remainders of its average follow.
-        mesh: From :func:`mesh_of`.
+        mesh: The processes; of two dimensions, the first one's hold the same.
     """
     replaced: dict[int, nn.Parameter] = {}
     kept: list[nn.Parameter] = []  # while their places in memory are keys
@@ -83,3 +159,29 @@ def _assign(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
     path, _, last = name.rpartition(".")
     owner: Any = network.get_submodule(path)
     owner._parameters[last] = parameter
+
+
+def layout_of(state: TrainingState) -> Layout:
+    """The layout of the tensors of a state, by their names in a checkpoint; for restoring one."""
+    like: dict[str, Tensor] = {}
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, DTensor):
+            like[path] = node
+        elif isinstance(node, dict | list):
+            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+                walk(value, f"{path}/{key}".lstrip("/"))
+
+    walk(state.state_dict(), "")
+    for name, optimizer in state.optimizers.items():  # before the first step they have no moments
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, parameter in enumerate(own):
+            if isinstance(parameter, DTensor):
+                for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                    like[f"optimizers/{name}/state/{number}/{moment}"] = parameter
+
+    def layout(name: str, shape: torch.Size) -> Tensor | None:
+        found = like.get(name)
+        return torch.zeros_like(found) if found is not None and found.shape == shape else None
+
+    return layout

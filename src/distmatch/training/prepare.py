@@ -75,7 +75,7 @@ def prepare_distillation(
     Raises:
         UserError: Options, teacher and data do not go together.
     """
-    run, ranks = options.run, start_together("distill", options)
+    run, ranks = options.run, start_together("distill", options, fresh=fresh)
     check_trackers(run.track)
     own_rows = ranks.rows(run.batch)
     encoded, data = (data, None) if isinstance(data, Conditioning) else (None, data)

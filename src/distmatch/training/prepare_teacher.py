@@ -44,13 +44,18 @@ def flips(run: RunOptions, data: Dataset) -> bool:
     return run.flip
 
 
-def prepare_training(options: TrainOptions, data: Dataset | None = None) -> Job:
+def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fresh: bool = True) -> Job:
     """Builds everything a teacher's training needs; writes nothing.
+
+    Args:
+        options: The options.
+        data: Used instead of ``options.data``.
+        fresh: Whether the training begins, and is not resumed.
 
     Raises:
         UserError: The options or the data cannot be used.
     """
-    run, ranks = options.run, start_together("train", options)
+    run, ranks = options.run, start_together("train", options, fresh=fresh)
     check_trackers(run.track)
     own_rows = ranks.rows(run.batch)
     device = pick_device(run.device)

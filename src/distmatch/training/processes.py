@@ -15,6 +15,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.ranks import ALONE, Ranks, joined
 from distmatch.base.version import __version__
 from distmatch.training.config_format import config_text
+from distmatch.training.parallel import check_parallel
 
 TIMEOUT = "DISTMATCH_TIMEOUT"
 """Environment variable: seconds after which processes give up a silent one."""
@@ -100,12 +101,13 @@ def _timeout(environ: Mapping[str, str]) -> float:
     return seconds
 
 
-def start_together(verb: str, options: Any) -> Ranks:
+def start_together(verb: str, options: Any, *, fresh: bool = True) -> Ranks:
     """The processes of a run, which is refused unless all were started alike.
 
     Args:
         verb: The verb.
         options: Its options, with :class:`~distmatch.training.options.RunOptions` as ``run``.
+        fresh: Whether it begins, and is not resumed.
 
     Raises:
         UserError: Options or versions differ between them, or the batch cannot be shared out.
@@ -115,4 +117,5 @@ def start_together(verb: str, options: Any) -> Ranks:
         versions = f"{__version__} {torch.__version__} {platform.python_version()}"
         ranks.require_same("options and versions", config_text(verb, options) + versions)
         ranks.share(options.run.batch)
+    check_parallel(options.run, ranks, fresh=fresh)
     return ranks

@@ -23,6 +23,8 @@ from distmatch.nets.training_state import TrainingState
 from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
 from distmatch.training.loop import restore, run_loop
+from distmatch.training.options import RunOptions
+from distmatch.training.parallel import SHARED, share_out
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.segments import (
     PROMPTS,
@@ -82,6 +84,19 @@ class Job:
         """What each network owns, what is shared being the first one's."""
         return role_sizes(self.networks, self.state.optimizers.values(), self.state.ema)
 
+    def share_out(self) -> Callable[[], None]:
+        """Shares out the weights among the processes of the run; see :func:`~.parallel.share_out`."""
+        run = self.options.run
+        if not isinstance(run, RunOptions):
+            return lambda: None
+        if run.parallel in SHARED and self.state.ranks.size > 1 and self.notes.get("tangent") == "difference":
+            raise UserError(
+                "derivatives by differences need all weights at once",
+                got=f"--tangent difference with --parallel {run.parallel}",
+                fix="use --parallel ddp",
+            )
+        return share_out(self.networks.values(), self.state, run, self.state.generator.device)
+
 
 def carry_out(
     job: Job, folder: RunFolder | None = None, *, resume: str | int | None = None
@@ -97,6 +112,7 @@ def carry_out(
         The averaged teacher or the student, and the logged history.
     """
     run, watch, ranks = job.options.run, job.watch, job.state.ranks
+    gather = job.share_out()
     if folder is not None:
         check_model_folder(folder.model, MODEL_PARTS)  # what stands in the way is found now, not at the end
         changes: Changes = {}
@@ -145,6 +161,7 @@ def carry_out(
     if folder is not None and watch is not None and watch.options.result == "best":
         ranks.wait()
         _restore_best(job.state, folder, watch)
+    gather()
     model = job.result()
     if folder is not None and ranks.main:
         if job.save is not None:

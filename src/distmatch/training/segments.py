@@ -20,7 +20,15 @@ from distmatch.training.toml import dataclass_to_dict
 
 # They change how a run is carried out, not what it computes.
 _FREE = (
-    *("run.device", "run.compile", "run.keep", "run.checkpoint_every", "run.log_every"),
+    *(
+        "run.parallel",
+        "run.shard_size",
+        "run.device",
+        "run.compile",
+        "run.keep",
+        "run.checkpoint_every",
+        "run.log_every",
+    ),
     *("watch.watch_every", "watch.watch_grid", "watch.keep_best", "watch.result"),
 )
 # Changed in the middle by those who know why; each stretch of the run is written down with its own.

@@ -27,8 +27,8 @@ def where_needed(
 ) -> Tensor:
     """A function of each sample in the ``rows`` of a mask (b,), and ``otherwise`` (b, ...) in the others.
 
-    On a CPU the function is called with those rows alone. On an accelerator, and in one of several processes, it
-    sees all rows (:func:`~distmatch.base.ranks.may_branch_on`), whose values must be such as it can take.
+    On a CPU the function is called with those rows alone. On an accelerator, and in one of several processes,
+    it sees all rows (:func:`~distmatch.base.ranks.may_branch_on`), whose values must be such as it can take.
     """
     if not may_branch_on(rows):
         return torch.where(expand(rows, otherwise), function(*arguments), otherwise)
