@@ -143,7 +143,7 @@ def carry_out(
         tell(remark)
     began, first = time.perf_counter(), job.state.step
     if watch is not None:
-        watch.begin(folder.watch if folder is not None and ranks.main else None)
+        watch.begin(folder.watch if folder is not None else None)
     with tracking(folder, run.track) if folder is not None and ranks.main else nullcontext() as follow:
         history = run_loop(
             job.step,

@@ -134,14 +134,15 @@ class Watch:
             UserError: Samples of the teacher are not finite.
         """
         self._began = time.perf_counter()
-        self._folder = folder
         w, size = self.watched, self.options.watch_grid
         self._grid = grid_of(w.batches, w.teacher, *size)
         guidance = {k: v for k, v in vars(w.settings).items() if k.startswith(("guidance", "negative"))}
         about = {"grid": self._grid.digest(), "seed": w.seed, "shape": list(w.teacher.shape), **guidance}
         path = None if folder is None else folder / "teacher.safetensors"
-        self._teacher = kept_samples(path, about, self._of_teacher)
-        if folder is not None:
+        ranks = w.state.ranks
+        self._teacher = kept_samples(path, about, self._of_teacher, ranks)
+        self._folder = folder if ranks.main else None
+        if folder is not None and ranks.main:
             write_picture(folder / "teacher.npz", self._grid, self._teacher, w.scaling, w.class_names)
         self._seconds = time.perf_counter() - self._began
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_write, load_tensors, save_tensors
+from distmatch.base.ranks import ALONE, Ranks
 from distmatch.data.batches import BatchOf
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import LABEL, UNCONDITIONAL, Conditioning, cat, null_conditioning
@@ -193,16 +194,18 @@ def _ratio(ours: float, theirs: float) -> float:
 
 
 def kept_samples(
-    path: Path | None, about: dict[str, object], draw: Callable[[], WatchedSamples]
+    path: Path | None, about: dict[str, object], draw: Callable[[], WatchedSamples], ranks: Ranks = ALONE
 ) -> WatchedSamples:
     """Samples from a file, where they are those that are wanted; else they are drawn and written.
 
     Args:
         path: The file; None keeps none.
         about: Everything that the samples depend on, as JSON.
-        draw: Draws them.
+        draw: Draws them, on all processes together.
+        ranks: The processes; the first one writes.
     """
     key = torch.tensor(list(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).digest())).byte()
+    kept: WatchedSamples | None = None
     if path is not None and path.exists():
         try:
             tensors = load_tensors(path)
@@ -210,9 +213,13 @@ def kept_samples(
             tensors = {}
         if "x" in tensors and torch.equal(tensors.pop("key", torch.empty(0)), key):
             x = tensors.pop("x")
-            return WatchedSamples(x, {name: float(value) for name, value in tensors.items()})
+            kept = WatchedSamples(x, {name: float(value) for name, value in tensors.items()})
+    if kept is not None and not ranks.largest(0):
+        return kept
+    if kept is None:
+        ranks.largest(1)  # those that have them draw them, too: weights may be shared out
     found = draw()
-    if path is not None:
+    if path is not None and ranks.main:
         shares = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.shares.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, {"x": found.x, "key": key, **shares})
