@@ -77,6 +77,25 @@ def test_a_student_too_and_one_process_goes_on_where_two_stopped(teachers: Path)
     assert distance(teachers / "both", teachers / "alone") < 1e-5
 
 
+def test_one_process_goes_on_with_a_student_whose_weights_two_had_shared_out(teachers: Path) -> None:
+    line = f"distill --teacher {teachers}/one --batch 32 --steps 6 --fake-score-steps 2 --train lora "
+    line += "--checkpoint-every 2"
+    assert main([*line.split(), "--out", str(teachers / "whole")]) == 0
+    shorter = f"{line.replace('--steps 6', '--steps 4')} --parallel fsdp2 --out {teachers}/shared"
+    first, second = launch(teachers / "launch3", shorter)
+    assert (first["code"], second["code"]) == (0, 0), first["err"] + second["err"]
+    newest = teachers / "shared" / "checkpoints" / "step-000004"
+    assert len(list((newest / "shards").iterdir())) == 2
+    with open(newest / "shards" / "shard-00002-model-00001-of-00001.safetensors", "ab") as file:
+        file.write(b" ")  # damaged: the one before is used
+    assert main(["distill", "--resume", "--out", str(teachers / "shared"), "--steps", "6"]) == 0
+    mine, theirs = (
+        load_file(teachers / run / "model" / "adapter_model.safetensors") for run in ("shared", "whole")
+    )
+    difference = torch.cat([(mine[k] - theirs[k]).flatten() for k in theirs]).norm()
+    assert float(difference / torch.cat([t.flatten() for t in theirs.values()]).norm()) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -84,6 +103,8 @@ def test_a_student_too_and_one_process_goes_on_where_two_stopped(teachers: Path)
         ("train --dta digits", "did you mean --data"),
         ("distill --teacher nowhere", "nowhere"),
         ("report somewhere", "in one process"),
+        (f"{TRAIN} --parallel hybrid --shard-size 3", "groups of 3"),
+        (f"{TRAIN} --parallel fsdp2 --compile", "--parallel ddp"),
     ],
 )
 def test_a_mistake_is_said_once(tmp_path: Path, line: str, message: str) -> None:
@@ -110,3 +131,9 @@ def test_a_mistake_of_one_process_is_said_by_it(tmp_path: Path) -> None:
     first, second = launch(tmp_path / "launch", "train --help", f"{line} --no-such-option")
     assert (first["code"], second["code"]) == (0, 2)
     assert "(process 1)" in second["err"]
+
+
+def test_sharing_out_needs_several_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN.split(), "--parallel", "fsdp2", "--out", str(tmp_path / "new")]) == 2
+    assert "torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

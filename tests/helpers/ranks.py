@@ -11,10 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distmatch.base.ranks import ALONE, Ranks
 from distmatch.data.batches import Batch
 from distmatch.methods.state import DistillState
+from distmatch.training.options import RunOptions
+from distmatch.training.parallel import share_out
 from tests.helpers.small import batch, distiller, network_teacher
 from tests.helpers.store_group import backend
 
@@ -30,12 +33,16 @@ class Case:
         method: The method.
         settings: Fields of its settings.
         steps: Training steps.
+        parallel: How the processes share the work.
+        shard_size: Processes of a group.
     """
 
     name: str
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     steps: int = 20
+    parallel: Any = "ddp"
+    shard_size: int = 0
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -59,22 +66,28 @@ def rows_of(whole: Batch, ranks: Ranks) -> Batch:
 
 def trained(case: Case, ranks: Ranks = ALONE) -> tuple[DistillState, list[dict[str, Tensor]]]:
     """The state after the steps of a case, and what each step reported."""
-    method = distiller(
-        network_teacher(CLASSES), method=case.method, total_steps=case.steps, ranks=ranks, **case.settings
-    )
+    teacher = network_teacher(CLASSES)
+    method = distiller(teacher, method=case.method, total_steps=case.steps, ranks=ranks, **case.settings)
     state = method.init(0)
+    run = RunOptions(parallel=case.parallel, shard_size=case.shard_size)
+    share_out([getattr(method, "base", method).context.teacher], state, run, torch.device("cpu"))
     return state, [method.step(state, rows_of(batch(s, CLASSES, ROWS), ranks)) for s in range(case.steps)]
 
 
 def weights(state: DistillState) -> dict[str, Tensor]:
     """All weights of each network as one vector, and the running means of the ratio."""
     found = {
-        name: torch.cat([p.detach().flatten() for p in module.parameters()])
+        name: torch.cat([whole(p.detach()).flatten() for p in module.parameters()])
         for name, module in state.modules().items()
     }
     if state.normalizer is not None:
         found |= {f"ratio {name}": total for name, total in state.normalizer.state_dict().items()}
     return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that processes share out."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -95,15 +108,16 @@ def train(rank: int, size: int, folder: str, cases: list[Case]) -> None:
     for case in cases:
         state, infos = trained(case, ranks)
         means = [{key: ranks.mean(value.double()) for key, value in info.items()} for info in infos]
+        mine = weights(state)
         if rank == 0:
             alone, expected = trained(case)
             theirs = weights(alone)
             found[case.name] = {
-                **{name: distance(value, theirs[name]) for name, value in weights(state).items()},
+                **{name: distance(value, theirs[name]) for name, value in mine.items()},
                 **{
                     f"info {key}": max(
-                        distance(mine[key].nan_to_num(), info[key].double().nan_to_num())
-                        for mine, info in zip(means, expected, strict=True)
+                        distance(own[key].nan_to_num(), info[key].double().nan_to_num())
+                        for own, info in zip(means, expected, strict=True)
                         if key in info
                     )
                     for key in means[-1]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future
 
@@ -19,7 +20,65 @@ def backend() -> str:
     """The name of the group, which is registered."""
     if not hasattr(dist.Backend, "FILES"):
         dist.Backend.register_backend("files", _StoreGroup, devices=["cpu"])
+        # A group in Python has no place for these: they are made of those that it has.
+        module: Any = dist
+        module.all_gather_single = module.all_gather_into_tensor = _all_gather_single
+        module.reduce_scatter_single = module.reduce_scatter_tensor = _reduce_scatter_single
+        module.gather_object, module.scatter_object_list = _gather_object, _scatter_object_list
+        functional: Any = funcol
+        functional.all_gather_single = functional.all_gather_tensor = _gathered_along
+        functional.all_reduce = _all_reduced
     return "files"
+
+
+def _all_gather_single(output: Tensor, input: Tensor, group: Any = None, async_op: bool = False) -> Any:
+    parts = [torch.empty_like(input) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, input.contiguous(), group=group)
+    output.copy_(torch.cat(parts).view_as(output))
+    return _done([output]) if async_op else None
+
+
+def _reduce_scatter_single(
+    output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+) -> Any:
+    total = input.clone()
+    dist.all_reduce(total, op, group=group)
+    output.copy_(total.view(dist.get_world_size(group), -1)[dist.get_rank(group)].view_as(output))
+    return _done([output]) if async_op else None
+
+
+def _gathered_along(own: Tensor, gather_dim: int, group: Any, tag: str = "") -> Tensor:
+    mesh, dim = group
+    parts = [torch.empty_like(own) for _ in range(mesh.size(dim))]
+    dist.all_gather(parts, own.contiguous(), group=mesh.get_group(dim))
+    return torch.cat(parts, gather_dim)
+
+
+def _all_reduced(own: Tensor, reduceOp: str, group: Any, tag: str = "") -> Tensor:
+    mesh, dim = group
+    total = own.detach().clone()
+    dist.all_reduce(total, getattr(dist.ReduceOp, reduceOp.upper()), group=mesh.get_group(dim))
+    return total
+
+
+def _gather_object(
+    obj: Any, object_gather_list: list[Any] | None = None, group: Any = None, **_: Any
+) -> None:
+    every = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, obj, group=group)
+    if object_gather_list is not None:
+        object_gather_list[:] = every
+
+
+def _scatter_object_list(
+    scatter_object_output_list: list[Any],
+    scatter_object_input_list: list[Any] | None = None,
+    group: Any = None,
+    **_: Any,
+) -> None:
+    whole: list[Any] = [scatter_object_input_list]
+    dist.broadcast_object_list(whole, src=0, group=group)
+    scatter_object_output_list[0] = whole[0][dist.get_rank(group)]
 
 
 class _StoreGroup(dist.ProcessGroup):
@@ -28,9 +87,16 @@ class _StoreGroup(dist.ProcessGroup):
     def __init__(self, store: dist.Store, rank: int, size: int, _timeout: timedelta) -> None:
         super().__init__(rank, size)
         self._store, self._rank, self._size, self._count = store, rank, size, 0
+        self._name = ""
 
     def getBackendName(self) -> str:
         return "files"
+
+    def setGroupName(self, name: str) -> None:
+        self._name = name
+
+    def getGroupName(self) -> str:
+        return self._name
 
     def _gathered(self, tensor: Tensor) -> list[Tensor]:
         buffer = io.BytesIO()
@@ -62,7 +128,7 @@ class _StoreGroup(dist.ProcessGroup):
                 output.copy_(value)
         return _done(outputs)
 
-    def barrier(self, _options: Any = None) -> dist.Work:
+    def barrier(self, opts: Any = None) -> dist.Work:
         """Waits for all ranks."""
         return _done(self._gathered(torch.zeros(1)))
 

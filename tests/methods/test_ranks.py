@@ -34,6 +34,22 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return _found(tmp_path_factory.mktemp("four"), 4, [Case(n, n, further[n], 8) for n in names])
 
 
+SHARED = ("f-distill", "disback", "consistency", "ctm", "rcm")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    cases = [Case(n, n, CASES.get(n, {}), 6, "fsdp2") for n in SHARED]
+    return _found(tmp_path_factory.mktemp("shared"), 2, cases)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    settings = {"train": "lora", "accumulate": 2}
+    cases = [Case(n, n, {**CASES.get(n, {}), **settings}, 3, "hybrid", 2) for n in ("f-distill",)]
+    return _found(tmp_path_factory.mktemp("hybrid"), 4, cases)
+
+
 def _found(folder: Path, size: int, cases: list[Case]) -> dict[str, dict[str, float]]:
     together(train, [(rank, size, str(folder), cases) for rank in range(size)])
     found: dict[str, dict[str, float]] = json.loads((folder / "found.json").read_text())
@@ -48,6 +64,15 @@ def test_two_processes_train_what_one_does(two: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["f-distill", "sida", "dmd", "consistency", "ctm", "mmd"])
 def test_four_processes_with_adapters_and_parts_do_too(four: Any, name: str) -> None:
     _check(four[name])
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_processes_that_share_out_the_weights_do_too(shared: Any, name: str) -> None:
+    _check(shared[name])
+
+
+def test_groups_that_share_out_adapters_and_base_do_too(hybrid: Any) -> None:
+    _check(hybrid["f-distill"])
 
 
 def _check(found: dict[str, float]) -> None:

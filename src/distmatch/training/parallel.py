@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.ranks import Ranks
+from distmatch.methods.state import DistillState
 from distmatch.nets.blocks import repeated_blocks
 from distmatch.nets.training_state import TrainingState
 from distmatch.training.options import RunOptions
@@ -87,6 +88,8 @@ def share_out(
     ranks = state.ranks
     if run.parallel not in SHARED or ranks.size == 1:
         return lambda: None
+    if isinstance(state, DistillState):
+        _ = state.base  # is computed while the weights are whole, and kept
     average, frame = state.ema, _without_weights(state.ema.module)
     every = {id(network): network for network in (*networks, *state.modules().values())}
     size = _group_size(run, ranks)

@@ -86,9 +86,11 @@ class Saver:
                 write_checkpoint(self._folder, step, whole, structure, self._keep, best, shards=place)
         except BaseException as error:
             self._error = error
-        finally:
-            if self._group is not None:
+        if self._group is not None:
+            try:
                 dist.barrier(self._group)  # nobody goes on to what is not there yet
+            except RuntimeError as error:
+                self._error = self._error or error
 
 
 def _copied(tensor: Tensor) -> Tensor:
