@@ -19,7 +19,7 @@ from distmatch.metrics import (
 from distmatch.metrics.classifier import Classifier
 from distmatch.metrics.evaluate import _replicates, _summary, _unstable
 from distmatch.metrics.features import _fingerprint
-from distmatch.metrics.reference import draw_reference
+from distmatch.metrics.reference import reference_rows
 
 KEYS = {"fd", "kid", "precision", "recall", "density", "coverage", "vendi"}
 
@@ -52,7 +52,7 @@ def test_the_values_are_those_of_the_blocks():
     result = evaluate(x, reference, seed=5)
     assert set(result) == KEYS
     assert all(e.n == 65 and e.stderr > 0 for e in result.values())
-    a, b = draw_reference(reference, 130, 5, stratified=False).split(65)
+    a, b = reference[reference_rows(reference, 130, 5, stratified=False)].split(65)
     assert not (a[:, None] == b[None]).all(-1).any()  # disjoint
     floor = reference_floor(reference, n=65, seed=5)
     assert floor["fd"].value == pytest.approx(frechet_distance(a, b), rel=1e-9)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import distmatch as dm
+from distmatch.base.seeds import generator
 from distmatch.data import from_arrays, load_data
 from distmatch.metrics import evaluate, frechet_distance, reference_floor
+from distmatch.metrics.reference import stratified_order
 from distmatch.metrics.video import motion, single_frames, video_estimates
 
 
@@ -25,9 +27,12 @@ def test_frames_are_taken_in_turn():
 def test_estimates_are_those_of_the_parts():
     g = torch.Generator().manual_seed(0)
     x, real = torch.randn(80, 1, 3, 2, 2, generator=g), torch.randn(80, 1, 3, 2, 2, generator=g) + 0.5
-    blocks = list(zip(x.split(40), real.split(40), strict=True))
-    found = video_estimates(x, blocks)
-    frames = [[single_frames(side).flatten(1) for side in pair] for pair in blocks]
+    found = evaluate(x, real, n=40, seed=1, features=lambda clips: clips.flatten(1)[:, :3])
+    order = [
+        stratified_order(None, 80, generator(1, f"evaluate/{who}")) for who in ("generated", "reference")
+    ]
+    sides = [side[rows].split(40) for side, rows in zip((x, real), order, strict=True)]
+    frames = [[single_frames(side).flatten(1) for side in pair] for pair in zip(*sides, strict=True)]
     assert found["frame_fd"].value == pytest.approx(sum(frechet_distance(*pair) for pair in frames) / 2)
     assert found["frame_fd"].n == 40
     shown = x.clip(-1, 1)  # nothing beyond white and black is seen
@@ -35,11 +40,16 @@ def test_estimates_are_those_of_the_parts():
         float((shown[:, :, 1:] - shown[:, :, :-1]).abs().mean() / 2)
     )
     assert found["motion"].n == 80
-    assert video_estimates(x[:, :, 0], []) == {}
     # The errors are those over repetitions: 0.5 to 2 times them, of 60 draws with one seed.
     draws = torch.randn(60, 80, 1, 3, 2, 2, generator=g)
-    again = [video_estimates(d, zip(d.split(40), real.split(40), strict=True)) for d in draws]
-    for key in found:
+    theirs = [single_frames(side).flatten(1) for side in real.split(40)]
+
+    def estimates(d):
+        own = [single_frames(side).flatten(1) for side in d.split(40)]
+        return video_estimates(motion(d), zip(own, theirs, strict=True))
+
+    again = [estimates(d) for d in draws]
+    for key in ("frame_fd", "motion"):
         spread = float(torch.tensor([e[key].value for e in again]).std())
         error = sum(e[key].stderr for e in again) / 60
         assert 0.5 < error / spread < 2, key

@@ -17,10 +17,13 @@ from distmatch.cli.parse import parse
 from distmatch.training.pipeline_options import PipelineOptions
 
 if TYPE_CHECKING:
+    from distmatch.base.ranks import Ranks
     from distmatch.metrics import Features
     from distmatch.training.models import Model
     from distmatch.training.prompt_reference import PromptReference
     from distmatch.training.sampling import Sampling
+
+    Found = tuple[dict[str, dict[str, Any]], Features, str, list[str]]
 
 HELP = Help(
     """Evaluate samples, or the models of a run folder, against a reference, with metrics or divergences.
@@ -102,8 +105,10 @@ def run(argv: list[str]) -> None:
     if o.divergences:
         _two_sets(o)
         return
+    from distmatch.base.ranks import joined
     from distmatch.data.files import data_path
 
+    (ranks := joined()).require_same("options", repr(o))
     folder, _ = data_path(o.what)
     if not folder.exists():
         _refuse_name(o)
@@ -119,7 +124,7 @@ def run(argv: list[str]) -> None:
             fix=f"draw samples first: distmatch sample {o.what} --n 5000 --out samples.npz",
         )
     _refuse_reference(o, folder)
-    metrics, space, reference, notes = _run_folder(o) if _is_run(folder) else _sample_file(o)
+    metrics, space, reference, notes = _run_folder(o, ranks) if _is_run(folder) else _sample_file(o, ranks)
     from distmatch.cli.table import metric_table
     from distmatch.training.evaluation import plain
 
@@ -201,15 +206,14 @@ def _two_sets(o: EvaluateOptions) -> None:
         print(divergence_table(o.data, o.what, found))
 
 
-def _sample_file(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features, str, list[str]]:
+def _sample_file(o: EvaluateOptions, ranks: Ranks) -> Found:
     """Metrics of a sample file, with the floor; the feature space, the reference, remarks."""
-    import torch
-
     from distmatch.cli.output import warn_of_shares
     from distmatch.data import TOY_NAMES, load_data, toy
     from distmatch.data.classes import matched, names_of
-    from distmatch.metrics import evaluate, plan, reference_floor, resolve_features
+    from distmatch.metrics import evaluate, plan, reference_floor
     from distmatch.metrics.notes import notes_on
+    from distmatch.training.shared_draw import shared_features
 
     if not o.data:
         raise UserError(
@@ -224,32 +228,30 @@ def _sample_file(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Feature
             expected=f"{real.kind}s {real.shape}",
         )
     if real.scaling.kind == "vector":  # vectors are measured in the units of the real data, not in their own
-        x = real.scaling.to_model(given.raw)
-    else:
-        x, _ = given.batch(torch.arange(len(given)))
+        given = replace(given, scaling=real.scaling)
     given = matched(given, names_of(real), real.num_classes, "the real data")
     labels = given.labels if real.labels is not None else None
     if labels is not None and real.labels is not None:
         warn_of_shares(labels, real.labels, names_of(real))
     mixture = toy(o.data) if o.data in TOY_NAMES else None
-    space = resolve_features(o.features, real)
+    space = shared_features(o.features, real, ranks)
     settings = plan(real, len(given), features=space, n=o.n, seed=o.seed)
     common: dict[str, Any] = {"features": space, "n": settings.n, "seed": o.seed, "mixture": mixture}
-    floor = reference_floor(real, stratified=labels is not None, **common)
-    metrics = {"reference": floor, "samples": evaluate(x, real, labels=labels, **common)}
+    floor = reference_floor(real, stratified=labels is not None, ranks=ranks, **common)
+    metrics = {"reference": floor, "samples": evaluate(given, real, labels=labels, ranks=ranks, **common)}
     return metrics, space, o.data, notes_on(real, space, settings.n)
 
 
-def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features, str, list[str]]:
+def _run_folder(o: EvaluateOptions, ranks: Ranks) -> Found:
     """Metrics of a run's models, written to the run folder too; the feature space, the reference, remarks."""
     from distmatch.cli.output import tell_conversion
     from distmatch.data import load_data
     from distmatch.data.columns import columns_of
-    from distmatch.metrics import resolve_features
     from distmatch.metrics.notes import notes_on
     from distmatch.training.evaluation import evaluate_models
     from distmatch.training.models import open_model
     from distmatch.training.runfolder import RunFolder
+    from distmatch.training.shared_draw import shared_features
 
     model = open_model(o.what, o.base, imported(o.network))
     tell_conversion(o.what, model.conversion)
@@ -263,7 +265,7 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
     else:
         spec, (teacher, sampling, reference) = o.data, found
         data, of = reference.data, reference.of
-    space = resolve_features(o.features, data)
+    space = shared_features(o.features, data, ranks)
     metrics = evaluate_models(
         data,
         {**({"teacher": teacher} if teacher is not None else {}), model.kind: model},
@@ -276,6 +278,7 @@ def _run_folder(o: EvaluateOptions) -> tuple[dict[str, dict[str, Any]], Features
         batch=o.batch,
         spec=spec,
         of=of,
+        ranks=ranks,
     )
     return metrics, space, of or spec or data.name, notes_on(data, space, metrics["reference"]["fd"].n)
 

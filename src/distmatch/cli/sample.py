@@ -119,6 +119,7 @@ def run(argv: list[str]) -> None:
         raise UserError("--n and --batch must be at least 1", got=f"{o.n} and {o.batch}")
     if not math.isfinite(o.guidance):
         raise UserError("--guidance must be finite", got=o.guidance)
+    from distmatch.base.ranks import joined
     from distmatch.cli.output import check_form, tell_conversion, write_samples
     from distmatch.cli.sample_conditions import (
         HOW,
@@ -138,12 +139,15 @@ def run(argv: list[str]) -> None:
     from distmatch.training.models import open_model, refuse_existing
     from distmatch.training.ranges import Range, require_range
     from distmatch.training.sample_store import check_store
+    from distmatch.training.shared_draw import draw_shared
 
     out = o.out if o.out is not None or o.trajectory is not None else Path("samples.npz")
     to_store = out is not None and out.suffix.lower() == SUFFIX
     for path in (None if to_store else out, o.trajectory):
         if path is not None:
             refuse_existing(path, o.overwrite)
+    ranks = joined()
+    ranks.require_same("options", repr(o))  # and all have looked before the first one writes
     if o.resume and not to_store:
         raise UserError("--resume continues a store", got=f"--out {out}", expected="--out NAME.store")
     conditions = None if o.conditions is None else load_conditioning(o.conditions)
@@ -174,7 +178,11 @@ def run(argv: list[str]) -> None:
     if out is not None and to_store:
         result |= draw_store(o, out, model, n, ask.draw, rows, texts, bounds if o.clip else None)
     elif out is not None:
-        drawn = ask.draw(n, rows(0, n))
+        where: dict[str, Any] = {"batch": o.batch or BATCH, "ranks": ranks, "place": out.absolute().parent}
+        drawn = draw_shared(ask.draw, n, rows(0, n), model.shape, **where)
+    if not ranks.main:
+        return
+    if out is not None and not to_store:
         x = model.scaling.export(drawn.x)
         columns = columns_of(model.trained_on, x.shape[1]) if x.ndim == 2 else ()
         if out.suffix.lower() == ".csv":

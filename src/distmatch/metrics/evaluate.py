@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,17 +19,18 @@ from distmatch.base import seeds
 from distmatch.base.checks import batch_of, check_finite, check_one_each
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
-from distmatch.data.dataset import Dataset
-from distmatch.metrics.features import resolve_features
+from distmatch.base.ranks import ALONE, Ranks
+from distmatch.metrics.chosen import Chosen
+from distmatch.metrics.features import Features, resolve_features
 from distmatch.metrics.frechet import frechet_replicates
 from distmatch.metrics.kid import kid_replicates
 from distmatch.metrics.modes import Mixture, mode_counts, smoothed_share
 from distmatch.metrics.prdc import prdc_replicates
-from distmatch.metrics.reference import Reference, draw_reference, stratified_order
+from distmatch.metrics.reference import Reference, reference_rows, stratified_order
 from distmatch.metrics.resampling import COPIES, half_sample_stderr, jackknife_stderr, repeats
 from distmatch.metrics.settings import GROUPS, K_COVERAGE, K_PRECISION, FeatureChoice, plan
 from distmatch.metrics.vendi import vendi_replicates
-from distmatch.metrics.video import video_estimates
+from distmatch.metrics.video import frames_of, motion, video_estimates
 
 _NAMES = ("fd", "kid", "precision", "recall", "density", "coverage", "vendi")
 _HALVED = ("precision", "recall", "density", "coverage")
@@ -62,7 +64,7 @@ def replicate_stderr(name: str, replicates: Tensor) -> float:
 
 
 def evaluate(
-    x: Tensor,
+    x: Reference | Tensor,
     reference: Reference | Tensor,
     *,
     labels: Tensor | None = None,
@@ -70,6 +72,7 @@ def evaluate(
     n: int | None = None,
     seed: int = 0,
     mixture: Mixture | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Estimate]:
     """Measures generated samples against a reference.
 
@@ -83,7 +86,8 @@ def evaluate(
     (:meth:`~distmatch.data.Dataset.as_rows`): no value between two words would ever be written.
 
     Args:
-        x: Generated samples (M, *shape), floating, in model space ([-1, 1] for images).
+        x: Generated samples (M, *shape), floating, in model space ([-1, 1] for images); or a data set of
+            them, of which a part at a time is in memory.
         reference: The reference set, or a tensor like ``x``.
         labels: The requested labels (M,), -1 for none. With them all blocks are stratified, and
             ``label_accuracy`` is the share that the classifier predicts. Ask for labels in the shares of the
@@ -92,6 +96,7 @@ def evaluate(
         n: Upper bound for the block size; 5000 by default. Values at different block sizes do not compare.
         seed: Chooses the blocks.
         mixture: The exact mixture behind the reference; adds ``modes``, ``kl``, ``reverse_kl``, ``js``.
+        ranks: Processes that call this together, with the same samples, and share the work.
 
     Returns:
         Estimates under ``fd``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage``, ``vendi`` with
@@ -103,11 +108,11 @@ def evaluate(
         UserError: Too few samples, another shape than the reference, or values that are not finite.
     """
     chosen = {"labels": labels, "features": features, "n": n, "seed": seed, "mixture": mixture}
-    return evaluate_replicates(x, reference, **chosen).estimates  # type: ignore[arg-type]
+    return evaluate_replicates(x, reference, **chosen, ranks=ranks).estimates  # type: ignore[arg-type]
 
 
 def evaluate_replicates(
-    x: Tensor,
+    x: Reference | Tensor,
     reference: Reference | Tensor,
     *,
     labels: Tensor | None = None,
@@ -115,30 +120,31 @@ def evaluate_replicates(
     n: int | None = None,
     seed: int = 0,
     mixture: Mixture | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """:func:`evaluate` with the replicates, for models that are to be compared with each other."""
     _check(x, reference, labels)
-    if isinstance(reference, Dataset):
-        x = reference.as_rows(x)
     space = resolve_features(features, None if isinstance(reference, Tensor) else reference)
     size = plan(reference, len(x), features=space, n=n, seed=seed).n
     if labels is not None:
         labels = labels.to("cpu", torch.int64)
     order = stratified_order(labels, len(x), seeds.generator(seed, "evaluate/generated"))[: 2 * size]
-    chosen = x[order.to(x.device)]
-    generated = space(chosen).to(_device(x)).split(size)
-    samples = _reference_samples(reference, size, seed, stratified=labels is not None).to(x.device)
-    pairs = zip(chosen.split(size), samples.split(size), strict=True)
-    real = space(samples).to(_device(x)).split(size)
+    chosen = Chosen(x, order, partial(_check_finite, name="x"), reference, ranks)
+    samples = _real(reference, size, seed, stratified=labels is not None, ranks=ranks)
+    where = _device(chosen.device)
+    generated, real = (_features(space, side, where, chosen.device).split(size) for side in (chosen, samples))
     blocks = [_replicates(g, r) for g, r in zip(generated, real, strict=True)]
     result = _doubtful(_combine([_summary(block) for block in blocks], size), blocks, real)
     if labels is not None and space.classify is not None:
         asked = labels[order]
-        right = (space.predict(chosen).cpu() == asked)[asked >= 0]
+        right = (chosen.map(lambda part, _: space.predict(part)).cpu() == asked)[asked >= 0]
         if len(right):
             result["label_accuracy"] = smoothed_share(float(right.sum()), len(right))
     replicates = {name: torch.stack([block[name] for block in blocks]).cpu() for name in _NAMES}
-    extra = _mode_estimates(chosen, mixture) | video_estimates(chosen, pairs)
+    extra = _mode_estimates(chosen, mixture)
+    if len(_shape(x)) == 4:
+        frames = [frames_of(side, size).to(where).split(size) for side in (chosen, samples)]
+        extra |= video_estimates(_motion(chosen), zip(*frames, strict=True))
     return Evaluation(result | extra, replicates)
 
 
@@ -150,6 +156,7 @@ def reference_floor(
     seed: int = 0,
     mixture: Mixture | None = None,
     stratified: bool = True,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Estimate]:
     """What fresh data would score: the metrics between the two blocks of the reference.
 
@@ -166,6 +173,7 @@ def reference_floor(
         stratified: Whether both blocks get the same share of every label, as for models evaluated with
             ``labels``. Set it to False to compare with models evaluated without: their shares vary by chance,
             and so must those of the blocks.
+        ranks: As in :func:`evaluate`.
 
     Returns:
         Estimates under the keys of :func:`evaluate`.
@@ -175,19 +183,36 @@ def reference_floor(
     """
     space = resolve_features(features, None if isinstance(reference, Tensor) else reference)
     size = plan(reference, features=space, n=n, seed=seed).n
-    samples = _reference_samples(reference, size, seed, stratified=stratified)
-    first, second = space(samples).to(_device(samples)).split(size)
+    samples = _real(reference, size, seed, stratified=stratified, ranks=ranks)
+    where = _device(samples.device)
+    first, second = _features(space, samples, where, samples.device).split(size)
     block = _replicates(first, second, both_ways=True)
     result = _doubtful(_combine([_summary(block)], size), [block], (first, second))
     if space.heldout_accuracy is not None:
         result["label_accuracy"] = space.heldout_accuracy
-    extra = video_estimates(samples, [(samples[:size], samples[size:])])
-    return result | _mode_estimates(samples, mixture) | extra
+    result |= _mode_estimates(samples, mixture)
+    if len(_shape(reference)) == 4:
+        frames = frames_of(samples, size).to(where).split(size)
+        result |= video_estimates(_motion(samples), [(frames[0], frames[1])])
+    return result
 
 
-def _device(x: Tensor) -> torch.device:
+def _device(device: torch.device) -> torch.device:
     """Where the statistics run: on the device of the samples, except where float64 does not exist."""
-    return x.device if x.device.type in ("cpu", "cuda") else torch.device("cpu")
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def _features(space: Features, samples: Chosen, to: torch.device, computed: torch.device) -> Tensor:
+    return samples.map(lambda part, _: space(part.to(computed)).to(to))
+
+
+def _motion(clips: Chosen) -> Tensor:
+    return clips.map(lambda part, _: motion(part))
+
+
+def _shape(x: Reference | Tensor) -> tuple[int, ...]:
+    """Shape of one sample."""
+    return tuple(x.shape[1:]) if isinstance(x, Tensor) else tuple(x.shape)
 
 
 def _replicates(generated: Tensor, real: Tensor, *, both_ways: bool = False) -> dict[str, Tensor]:
@@ -254,18 +279,17 @@ def _unstable(name: str, found: Estimate, halves: Tensor) -> str | None:
     )
 
 
-def _mode_estimates(x: Tensor, mixture: Mixture | None) -> dict[str, Estimate]:
+def _mode_estimates(samples: Chosen, mixture: Mixture | None) -> dict[str, Estimate]:
     if mixture is None:
         return {}
-    report = mode_counts(x.to(_device(x)), mixture)
+    report = mode_counts(samples.all().to(_device(samples.device)), mixture)
     return {"modes": report.modes, "kl": report.kl, "reverse_kl": report.reverse_kl, "js": report.js}
 
 
-def _reference_samples(reference: Reference | Tensor, size: int, seed: int, *, stratified: bool) -> Tensor:
+def _real(reference: Reference | Tensor, size: int, seed: int, *, stratified: bool, ranks: Ranks) -> Chosen:
     """Blocks A and B, one after the other."""
-    samples = draw_reference(reference, 2 * size, seed, stratified=stratified)
-    _check_finite(samples, "the reference")
-    return samples
+    rows = reference_rows(reference, 2 * size, seed, stratified=stratified)
+    return Chosen(reference, rows, partial(_check_finite, name="the reference"), ranks=ranks)
 
 
 def _check_finite(x: Tensor, name: str) -> None:
@@ -280,15 +304,16 @@ def _check_finite(x: Tensor, name: str) -> None:
     check_finite(f"the samples of {name}", x, fix=fix)
 
 
-def _check(x: Tensor, reference: Reference | Tensor, labels: Tensor | None) -> None:
-    shape = tuple(reference.shape[1:]) if isinstance(reference, Tensor) else tuple(reference.shape)
-    if tuple(x.shape[1:]) != shape:
+def _check(x: Reference | Tensor, reference: Reference | Tensor, labels: Tensor | None) -> None:
+    shape = _shape(reference)
+    if _shape(x) != shape:
         raise UserError(
             "the samples have another shape than the reference",
-            got=tuple(x.shape),
+            got=(len(x), *_shape(x)),
             expected=batch_of(shape, "M"),
             fix="evaluate against the data the model was trained on",
         )
-    _check_finite(x, "x")
+    if isinstance(x, Tensor):
+        _check_finite(x, "x")
     if labels is not None:
         check_one_each("label", labels, len(x))

@@ -20,7 +20,8 @@ from distmatch.metrics.modes import smoothed_share
 from distmatch.metrics.reference import Reference
 from distmatch.nets.layers import channels_first
 
-_BATCH = 1024
+BATCH = 1024
+"""Samples at a time."""
 _MOST_PIXELS = 1024
 _FEW = 32
 
@@ -68,9 +69,7 @@ class Features:
             UserError: The function gives another shape, or values that are not finite.
         """
         with torch.no_grad():
-            values = (
-                torch.cat([self.function(part) for part in x.split(_BATCH)]).detach().to(x.device).float()
-            )
+            values = torch.cat([self.function(part) for part in x.split(BATCH)]).detach().to(x.device).float()
         if values.ndim != 2 or values.shape[0] != x.shape[0]:
             raise UserError(
                 f"the features {self.name} have the wrong shape",
@@ -90,7 +89,7 @@ class Features:
         if self.classify is None:
             raise UserError(f"the features {self.name} have no classifier", fix="use features='classifier'")
         with torch.no_grad():
-            return torch.cat([self.classify(part).argmax(1) for part in x.split(_BATCH)]).to(x.device)
+            return torch.cat([self.classify(part).argmax(1) for part in x.split(BATCH)]).to(x.device)
 
 
 def flattened(x: Tensor) -> Tensor:

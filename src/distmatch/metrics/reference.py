@@ -70,8 +70,8 @@ def stratified_order(labels: Tensor | None, n: int, generator: torch.Generator) 
     return shuffled[torch.argsort(place)]
 
 
-def draw_reference(reference: Reference | Tensor, count: int, seed: int, *, stratified: bool) -> Tensor:
-    """Samples (count, *shape) of the reference without repetition, in the order of the evaluation.
+def reference_rows(reference: Reference | Tensor, count: int, seed: int, *, stratified: bool) -> Tensor:
+    """Rows of the reference without repetition, int64 (count,), in the order of the evaluation.
 
     Args:
         reference: The reference set, or its samples.
@@ -80,10 +80,8 @@ def draw_reference(reference: Reference | Tensor, count: int, seed: int, *, stra
         stratified: Whether every slice holds the labels in the shares of the reference.
     """
     stream = seeds.generator(seed, "evaluate/reference")
-    if isinstance(reference, Tensor):
-        return reference[stratified_order(None, len(reference), stream)[:count].to(reference.device)]
-    labels = reference.labels.cpu() if stratified and reference.labels is not None else None
-    return reference.batch(stratified_order(labels, len(reference), stream)[:count])[0]
+    labels = None if isinstance(reference, Tensor) or not stratified else reference.labels
+    return stratified_order(None if labels is None else labels.cpu(), len(reference), stream)[:count]
 
 
 def reference_labels(reference: Reference, count: int, *, seed: int = 0) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import atomic_json, atomic_write
 from distmatch.base.progress import quietly
+from distmatch.base.ranks import ALONE, Ranks
 from distmatch.base.seeds import generator
 from distmatch.data import TOY_NAMES, Dataset, toy
 from distmatch.data.classes import listed, names_of
@@ -30,15 +32,16 @@ from distmatch.diffusion.conditioning import (
 )
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.interop.card import OF, refresh_card
-from distmatch.metrics import evaluate, plan, reference_floor, reference_labels, resolve_features
+from distmatch.metrics import evaluate, plan, reference_floor, reference_labels
 from distmatch.metrics.by_prompt import prompt_estimates, prompt_floor
-from distmatch.metrics.features import Features
+from distmatch.metrics.features import BATCH, Features
 from distmatch.metrics.settings import MOST_IN_BLOCK, FeatureChoice
 from distmatch.training.distill_data import check_fit
 from distmatch.training.log import EventLog
 from distmatch.training.models import Model
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import HEUN, SampleResult, Sampling
+from distmatch.training.shared_draw import draw_shared, filled, shared_features
 from distmatch.training.trackers import track_evaluation
 
 
@@ -55,6 +58,7 @@ def evaluate_models(
     batch: int = 1024,
     spec: str = "",
     of: str = "",
+    ranks: Ranks = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """Measures each model at the same N on the same latents and labels, and writes what was found.
 
@@ -70,6 +74,7 @@ def evaluate_models(
         batch: Samples at a time.
         spec: Name of the data; an exact mixture's name adds the mode metrics.
         of: What the data are where they are not real, such as samples of the teacher.
+        ranks: The processes that do this together; the first one writes.
 
     Returns:
         What ``metrics.json`` holds, with :class:`Estimate` values.
@@ -103,14 +108,20 @@ def evaluate_models(
         )
     block = min(len(data) // 2, n or MOST_IN_BLOCK)
     asked = asked_of(data, next(iter(specs.values()), {}), 2 * block, seed)
-    space = resolve_features(features, data)  # once: teacher, student and floor share one feature network
+    space = shared_features(features, data, ranks)  # teacher, student and floor have one feature network
 
     def drawer(model: Model) -> Any:
         def draw(count: int, asked: Conditioning) -> SampleResult:
             # A model's first calls pay for memory and threads; they are not part of its speed.
             with quietly():
                 model.draw(min(count, 64), asked.index(slice(64)), seed, Sampling(steps=2), device=device)
-            return model.draw(count, asked, seed, sampling, batch=batch, device=device)
+
+            def part(count: int, asked: Conditioning, first: int) -> SampleResult:
+                how: dict[str, Any] = {"batch": batch, "device": device, "first": first}
+                return model.draw(count, asked, seed, sampling, **how)
+
+            where: dict[str, Any] = {"batch": batch, "ranks": ranks, "place": folder.samples}
+            return draw_shared(part, count, asked, model.shape, **where)
 
         return draw
 
@@ -123,11 +134,15 @@ def evaluate_models(
         seed=seed,
         mixture=toy(spec) if spec in TOY_NAMES else None,
         of=of,
+        ranks=ranks,
+        place=folder.samples,
     )
     settings = plan(data, features=space, n=n, seed=seed).to_dict()
     fingerprint = {"fingerprint": space.fingerprint} if space.fingerprint else {}
     said = {**settings, **fingerprint, **sampling.to_dict()}
-    write_evaluation(folder, metrics, drawn, data.scaling, said, data.class_names)
+    if ranks.main:
+        write_evaluation(folder, metrics, drawn, data.scaling, said, data.class_names)
+    ranks.wait()
     return metrics
 
 
@@ -163,6 +178,8 @@ def measure_samples(
     seed: int = 0,
     mixture: GaussianMixture | None = None,
     of: str = "",
+    ranks: Ranks = ALONE,
+    place: Path | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, SampleResult]]:
     """Draws from each model under the same conditions and from the same noise, and measures all at one N.
 
@@ -175,15 +192,17 @@ def measure_samples(
         seed: Chooses blocks and labels.
         mixture: The exact mixture behind the data, for the mode metrics.
         of: What the data are where they are not real.
+        ranks: The processes that measure together.
+        place: A folder that all of them see.
 
     Returns:
         The content of ``metrics.json`` as estimates, and the samples by model, the reference's included.
     """
     labels = asked.label
-    common: dict[str, Any] = {"features": features, "n": n, "seed": seed, "mixture": mixture}
+    common: dict[str, Any] = {"features": features, "n": n, "seed": seed, "mixture": mixture, "ranks": ranks}
     floor = reference_floor(data, stratified=labels is not None, **common)
     about = {OF: of} if of else {}
-    real = reference_samples(data, labels, 2 * n, seed)
+    real = reference_samples(data, labels, 2 * n, seed, ranks, place)
     result: dict[str, dict[str, Any]] = {
         "reference": {**about, "nfe": None, "seconds_per_1000": None, **floor, **prompt_floor(real.prompts)}
     }
@@ -197,7 +216,14 @@ def measure_samples(
     return result, drawn
 
 
-def reference_samples(data: Dataset, labels: Tensor | None, n: int, seed: int) -> SampleResult:
+def reference_samples(
+    data: Dataset,
+    labels: Tensor | None,
+    n: int,
+    seed: int,
+    ranks: Ranks = ALONE,
+    place: Path | None = None,
+) -> SampleResult:
     """Real samples in the order of :func:`asked_of`, with the same labels or conditions.
 
     Args:
@@ -205,10 +231,17 @@ def reference_samples(data: Dataset, labels: Tensor | None, n: int, seed: int) -
         labels: The labels that are asked for; None without.
         n: Number of samples.
         seed: Of the choice.
+        ranks: The processes that all need them.
+        place: A folder that all of them see.
     """
     rows = _rows(data, labels, n, seed)
+
+    def part(first: int, count: int) -> Tensor:
+        return data.batch(rows[first : first + count])[0]
+
+    x = filled(len(rows), data.shape, part, batch=BATCH, ranks=ranks, place=place)
     texts = tuple(data.captions[i] for i in rows.tolist()) if data.captions else ()
-    return SampleResult(data.batch(rows)[0], data.conditioning(rows), 0, 0.0, texts)
+    return SampleResult(x, data.conditioning(rows), 0, 0.0, texts)
 
 
 def asked_of(data: Dataset, spec: ConditioningSpec, n: int, seed: int) -> Conditioning:
@@ -294,5 +327,6 @@ def write_samples(
     """Writes samples by model to ``samples/``, with prompts, where they are known, in place of encodings."""
     for name, samples in drawn.items():
         told = labels_of(samples.conditioning) if samples.prompts else samples.conditioning
-        content = npz_bytes(scaling.export(samples.x), told, class_names, samples.prompts)
+        x = np.concatenate([scaling.export(part) for part in samples.x.split(BATCH)])
+        content = npz_bytes(x, told, class_names, samples.prompts)
         atomic_write(folder.samples / f"{name}.npz", content)
