@@ -231,6 +231,8 @@ def test_only_stores_are_continued_and_replaced(tmp_path):
         prepare(tmp_path / "a.npy", out)
     with pytest.raises(UserError, match="does not exist"):
         prepare(tmp_path / "none.npy", out, overwrite=True)
+    with pytest.raises(UserError, match="made of itself"):
+        prepare(out, out, overwrite=True)
     assert len(load_data(out)) == 6
     prepare(tmp_path / "b.npy", out, overwrite=True)
     assert int(load_data(out).raw.max()) == 190
@@ -239,6 +241,11 @@ def test_only_stores_are_continued_and_replaced(tmp_path):
     (out / "unfinished.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="unfinished store of other data"):
         prepare(tmp_path / "b.npy", out)
+    request = json.loads((tmp_path / "store.json").read_text())["request"]
+    for change in ({"fields": None}, {"form": [1]}, {"moments": {"count": 2}}, {"blocks": [3]}):
+        (out / "unfinished.json").write_text(json.dumps(state | {"request": request} | change))
+        with pytest.raises(UserError, match="cannot continue"):
+            prepare(tmp_path / "b.npy", out)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     for overwrite in (False, True):
@@ -332,6 +339,13 @@ def test_damage_is_named(store):
         {"fields": [{"name": "x", "dtype": "object", "shape": [1, 6, 6]}]},
         {"fields": [{"name": "x", "dtype": "uint8", "shape": [1, 6, -6]}]},
         {"moments": {"count": 1, "low": [0], "high": [], "mean": [0], "deviation": [0]}},
+        {"moments": {"count": 1, "low": [0, 0], "high": [1, 1], "mean": [0, 0], "deviation": [1, 1]}},
+        {"blocks": [{"samples": 50}]},
+        {"blocks": [{"samples": 49, "sha256": {"x": "", "labels": ""}}]},
+        {"blocks": [{"samples": "50", "sha256": {"x": "", "labels": ""}}]},
+        {"blocks": {"samples": 50}},
+        {"fields": [{"name": "x", "dtype": "uint8", "shape": [36]}]},
+        {"class_names": ["a"]},
         {"version": 2},
         {"format": "other"},
     ],

@@ -52,7 +52,7 @@ def array_source(file: Path) -> Source | None:
 
 def _pixels(values: np.ndarray, kind: Kind, name: str, rows: slice, form: Form | None) -> Rows:
     """Rows of an array of images or video."""
-    x = pixel_tensor(np.array(values[rows]), kind, f"{name}, rows {rows.start} to {rows.stop}").numpy()
+    x = pixel_tensor(values[rows], kind, f"{name}, rows {rows.start} to {rows.stop}").numpy()
     return Rows(Form(x.shape[1:], str(x.dtype)), x)
 
 

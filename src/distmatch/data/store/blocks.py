@@ -18,8 +18,9 @@ from distmatch.base.files import guard
 from distmatch.data.recorded import Moments
 from distmatch.data.store.layout import HEADER, TEXT, UNFINISHED, Field
 
-BLOCK_BYTES = 2**26
+BLOCK_BYTES = 2**28
 """A block ends with the part of the source that reaches this size."""
+_DIRTY_BYTES = 2**25  # that wait in memory for the disk: it is busy while the next samples are read
 _TASKS_WAITING = 4  # two for each part
 
 
@@ -49,6 +50,7 @@ class Blocks:
         self.fields: list[Field] = []
         self.bytes = 0
         """Bytes since the last block ended."""
+        self._dirty = 0
         self._columns, self._hashes = columns, dict[str, Any]()
         self._hasher, self._disk = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "disk")
         self._running: deque[Future[None]] = deque()
@@ -97,6 +99,16 @@ class Blocks:
     def _write(self, arrays: Mapping[str, np.ndarray]) -> None:
         for name, value in arrays.items():
             self.files[name].write(_bytes(value))
+            self._dirty += value.nbytes
+        if self._dirty >= _DIRTY_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        """Brings what was written to the disk."""
+        self._dirty = 0
+        for handle in self.files.values():
+            handle.flush()
+            os.fdatasync(handle.fileno())
 
     def end(self, rows: Mapping[str, int], commit: Callable[[Moments | None], None]) -> None:
         """Ends a block, in which the rows so far are brought to the disk.
@@ -120,9 +132,7 @@ class Blocks:
         sealed: Future[tuple[dict[str, str], Moments | None]],
         commit: Callable[[Moments | None], None],
     ) -> None:
-        for handle in self.files.values():
-            handle.flush()
-            os.fdatasync(handle.fileno())
+        self._sync()
         digests, moments = sealed.result()
         if rows:
             self.ended.append({**rows, "sha256": digests})

@@ -110,6 +110,8 @@ def prepare(
     check_count("--workers", workers, 1)
     folder = checked_path(out).expanduser().resolve()
     _check_out(folder, overwrite)
+    if Path(source).expanduser().resolve() == folder and folder.exists():
+        raise UserError("a store cannot be made of itself", got=str(folder), fix="choose another --out")
     reading = Reading(size, labels, image, label, caption, latents.shape if latents else None)
     found = open_source(source, reading)
     request = {"source": found.name, "fingerprint": found.fingerprint, **asdict(reading)}
@@ -124,7 +126,7 @@ def prepare(
     guard(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
     try:
         columns = found.scaling is not None and found.scaling.kind == "vector"
-        with StoreWriter(folder, request, columns=columns) as writer:
+        with StoreWriter(folder, request, columns=columns, slow=latents is not None) as writer:
             return _write(found, writer, workers, skip_bad, latents)
     finally:
         if made and not any(folder.iterdir()):

@@ -50,7 +50,7 @@ class Texts(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]
         begin = int(self._ends[i - 1]) if i else 0
-        return self._content[begin : int(self._ends[i])].tobytes().decode()
+        return self._content[begin : int(self._ends[i])].tobytes().decode(errors="replace")
 
 
 class RowFile:
@@ -106,7 +106,10 @@ def load_store(folder: Path) -> Dataset:
         digest, names = str(values["digest"]), tuple(map(str, values["class_names"]))
         if type(samples) is not int or samples < 2 or not any(field.name == "x" for field in fields):
             raise ValueError(f"{samples} samples of {len(fields)} fields")
+        _check_blocks(values["blocks"], fields, samples)
         rows = {field.name: samples for field in fields} | {TEXT: values["blocks"][-1].get("text", 0)}
+        if len(moments.low) != (1 if scaling.kind == "image" else len(scaling.center)):
+            raise ValueError("moments of other columns than the scaling")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -130,6 +133,17 @@ def load_store(folder: Path) -> Dataset:
         captions,
         recorded=Recorded(digest, moments, RowFile(folder / "x.npy", arrays["x"]), decoder),
     )
+
+
+def _check_blocks(blocks: list[dict[str, Any]], fields: Sequence[Field], samples: int) -> None:
+    """Raises what :func:`load_store` turns into an error, where blocks do not cover all rows."""
+    for name, last in (("samples", samples), ("text", None)):
+        ends = [block[name] for block in blocks if name == "samples" or name in block]
+        rising = all(type(end) is int and end > 0 for end in ends) and sorted(ends) == ends
+        if not rising or (last is not None and ends[-1] != last):
+            raise ValueError(f"blocks that end at other {name}")
+    if not all(type(block["sha256"][field.name]) is str for block in blocks for field in fields):
+        raise ValueError("blocks without sha256")
 
 
 def _finished(folder: Path) -> dict[str, Any]:

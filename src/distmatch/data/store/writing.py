@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from distmatch.base.errors import UserError
+from distmatch.base.errors import UserError, cause
 from distmatch.base.files import atomic_json, guard
 from distmatch.base.lock import LOCK, take_lock
 from distmatch.data.classes import in_order
@@ -46,13 +46,25 @@ class StoreWriter:
         folder: The folder; it exists.
         request: Names the source and how it is read: what is continued must have the same.
         columns: Whether statistics are taken of each column.
+        slow: Whether samples take long to make, so that blocks are to be small.
     """
 
-    def __init__(self, folder: Path, request: Mapping[str, Any], *, columns: bool) -> None:
-        self.folder, self.request, self._columns = folder, dict(request), columns
+    def __init__(
+        self, folder: Path, request: Mapping[str, Any], *, columns: bool, slow: bool = False
+    ) -> None:
+        self.folder, self.request, self._columns, self._slow = folder, dict(request), columns, slow
         self._lock: int = guard(lambda: take_lock(folder, MARK), folder)
         try:
             self._take_up(read_index(folder) if (folder / UNFINISHED).exists() else {})
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            os.close(self._lock)
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"cannot continue from {folder / UNFINISHED}",
+                got=cause(error),
+                fix="prepare the data again with --overwrite",
+            ) from error
         except BaseException:
             os.close(self._lock)
             raise
@@ -110,7 +122,7 @@ class StoreWriter:
             self._differ = bool((rows.x != self._first_row()).any())
         self.samples += len(rows.x)
         self._blocks.append(arrays)
-        if self._blocks.bytes >= blocks.BLOCK_BYTES:
+        if self._blocks.bytes >= blocks.BLOCK_BYTES // (8 if self._slow else 1):
             self._end_block()
 
     def _first_row(self) -> np.ndarray:
