@@ -67,6 +67,8 @@ class Context(Generic[S]):
         net: Fresh network for student and fake score. None copies the teacher's; where it has none, the
             shape decides.
         ranks: The processes that train together.
+        hollow: Whether copies of the teacher's network have no memory until the weights are shared out, and
+            then those of the teacher.
     """
 
     teacher: Denoiser
@@ -78,6 +80,7 @@ class Context(Generic[S]):
     bf16: bool = False
     net: NetConfig | None = None
     ranks: Ranks = ALONE
+    hollow: bool = False
 
     @property
     def unit(self) -> float:
@@ -238,7 +241,9 @@ class Context(Generic[S]):
     ) -> Network:
         """What the student starts from; a fresh network is fitted at the levels that are ``seen`` first."""
         roles = self.settings if isinstance(self.settings, RoleSettings) else None
-        network = starting_network(self.teacher, self.net, seed, self.device, roles=roles, jumps=jumps)
+        network = starting_network(
+            self.teacher, self.net, seed, self.device, roles=roles, jumps=jumps, hollow=self.hollow
+        )
         if self.recomputes and self.copied is None:
             recompute_blocks(network)
         if draw is not None and self.copied is None:

@@ -25,6 +25,7 @@ from distmatch.nets.edm import EDMDenoiser
 from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.optim import adam, scheduled_step
 from distmatch.nets.optimizer import OptimizerSettings
+from distmatch.nets.shared import without_memory
 
 Draw = Callable[[int], tuple[Tensor, ConditioningLike]]
 
@@ -70,6 +71,7 @@ def starting_network(
     *,
     roles: RoleSettings | None = None,
     jumps: bool = False,
+    hollow: bool = False,
 ) -> Network:
     """A trainable copy of the teacher, adapters on it, or a fresh network of its shape.
 
@@ -83,6 +85,7 @@ def starting_network(
         device: Where it goes.
         roles: How it is made of the teacher's network; None copies it.
         jumps: Whether the network with adapters takes a second noise level, which the base does not.
+        hollow: Whether a copy has no memory for its parameters, nor a device.
     """
     if net is None and has_network(teacher):
         if roles is not None and roles.train == "lora":
@@ -91,7 +94,9 @@ def starting_network(
             return with_adapters(
                 teacher, rank=roles.lora_rank, alpha=alpha, targets=targets, seed=seed, extend=extend
             )
-        network: Network = copied_module(teacher)
+        network: Network = copied_module(teacher, without_memory(teacher) if hollow else None)
+        if hollow:
+            return network.float().eval().requires_grad_(True)
     else:
         if others := set(spec_of(teacher)) - {LABEL}:
             raise UserError(

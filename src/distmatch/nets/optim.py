@@ -19,13 +19,14 @@ def adam(
     parameters: Iterable[nn.Parameter], settings: OptimizerSettings, lr: float | None = None
 ) -> torch.optim.AdamW:
     """AdamW in its fused form, which is one pass over the parameters on CPUs and GPUs alike."""
+    learn = list(parameters)
     return torch.optim.AdamW(
-        list(parameters),
+        learn,
         lr=settings.lr if lr is None else lr,
         betas=(settings.beta1, settings.beta2),
         eps=1e-8,
         weight_decay=settings.weight_decay,
-        fused=True,
+        fused=not any(p.is_meta for p in learn),  # these get their memory later
     )
 
 

@@ -66,6 +66,14 @@ def copy_buffers(source: nn.Module, target: nn.Module) -> None:
             own.copy_(other)
 
 
+def without_memory(network: nn.Module) -> dict[int, Any]:
+    """For a deep copy: parameters on the meta device in the place of a network's, by id."""
+    return {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in network.parameters()
+    }
+
+
 def unshared(one: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters of two networks of one architecture, wrapped or not, that are not the same objects.
 

@@ -22,6 +22,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.ranks import Ranks
 from distmatch.methods.state import DistillState
 from distmatch.nets.blocks import repeated_blocks
+from distmatch.nets.shared import local, without_memory
 from distmatch.nets.training_state import TrainingState
 from distmatch.training.options import RunOptions
 from distmatch.training.shards import Layout
@@ -65,6 +66,11 @@ def check_parallel(run: RunOptions, ranks: Ranks, *, fresh: bool) -> None:
         )
 
 
+def shares_out(run: RunOptions, ranks: Ranks) -> bool:
+    """Whether each process is to hold a share of the weights."""
+    return run.parallel in SHARED and ranks.size > 1
+
+
 def _group_size(run: RunOptions, ranks: Ranks) -> int:
     if run.parallel == "fsdp2":
         return ranks.size
@@ -86,11 +92,12 @@ def share_out(
         What puts the whole average into the state again, on all processes, for the end of the run.
     """
     ranks = state.ranks
-    if run.parallel not in SHARED or ranks.size == 1:
+    if not shares_out(run, ranks):
         return lambda: None
     if isinstance(state, DistillState):
         _ = state.base  # is computed while the weights are whole, and kept
-    average, frame = state.ema, _without_weights(state.ema.module)
+    average = state.ema
+    frame = copy.deepcopy(average.module, without_memory(average.module))
     every = {id(network): network for network in (*networks, *state.modules().values())}
     size = _group_size(run, ranks)
     groups = (ranks.size // size, size)
@@ -117,26 +124,19 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _without_weights(network: nn.Module) -> nn.Module:
-    """A copy whose parameters have no memory."""
-    hollow = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in network.parameters()
-    }
-    return copy.deepcopy(network, dict(hollow))
-
-
 def shard_networks(networks: Iterable[nn.Module], state: TrainingState, mesh: DeviceMesh) -> None:
     """Shares out the weights of networks in place, and makes the optimizers of a state learn the shares.
 
-    Parameters that several networks have in common, as the base of adapters, are shared out once.
+    Parameters that several networks have in common, as the base of adapters, are shared out once. Those
+    without memory get it here, and the values of the first network's of that name.
 
     Args:
-        networks: Each once; the optimizers have taken no step yet.
+        networks: Each once, the teacher first; the optimizers have taken no step yet.
         state: Its optimizers and the remainders of its average follow.
         mesh: The processes; of two dimensions, the first one's hold the same.
     """
     replaced: dict[int, nn.Parameter] = {}
+    first: dict[str, nn.Parameter] = {}
     kept: list[nn.Parameter] = []  # while their places in memory are keys
     for network in networks:
         before = dict(network.named_parameters(remove_duplicate=False))
@@ -147,14 +147,24 @@ def shard_networks(networks: Iterable[nn.Module], state: TrainingState, mesh: De
         fully_shard(network, mesh=mesh, reshard_after_forward=True)
         for name, parameter in network.named_parameters(remove_duplicate=False):
             old = before[name]
-            if id(old) in replaced:
+            if id(old) not in replaced:
+                replaced[id(old)] = _filled(parameter, first[name]) if parameter.is_meta else parameter
+            if replaced[id(old)] is not parameter:
                 _assign(network, name, replaced[id(old)])
-            else:
-                replaced[id(old)] = parameter
+        first = first or dict(network.named_parameters())
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
             group["params"] = [replaced.get(id(p), p) for p in group["params"]]
+            group["fused"] = True
     state.ema.restart_rest()
+
+
+@torch.no_grad()
+def _filled(parameter: nn.Parameter, source: nn.Parameter) -> nn.Parameter:
+    """A share with memory, and the values of another network's share."""
+    made = torch.empty_like(source, dtype=parameter.dtype)
+    local(made).copy_(local(source))
+    return nn.Parameter(made, requires_grad=parameter.requires_grad)
 
 
 def _assign(network: nn.Module, name: str, parameter: nn.Parameter) -> None:

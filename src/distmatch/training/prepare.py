@@ -38,6 +38,7 @@ from distmatch.training.known_data import (
 )
 from distmatch.training.latent_data import as_latents
 from distmatch.training.options import DistillOptions, NetOptions, RunOptions
+from distmatch.training.parallel import shares_out
 from distmatch.training.prepare_teacher import flips
 from distmatch.training.prepare_watch import check_watchable, watch_of
 from distmatch.training.presets import find_preset
@@ -104,7 +105,10 @@ def prepare_distillation(
             fix="pass these options to dm.load_teacher, or the folder as the teacher",
         )
     require_denoiser(teacher)
-    teacher = frozen(teacher, device, own if isinstance(own, RoleSettings) else None)
+    # Weights that are shared out wait for it on the CPU: whole they may be too large for a device.
+    hollow = shares_out(run, ranks)
+    home = torch.device("cpu") if hollow else device
+    teacher = frozen(teacher, home, own if isinstance(own, RoleSettings) else None)
     chosen_net = options.net != NetOptions()
     copied = has_network(teacher) and not (chosen_net and is_external(teacher))
     if copied and chosen_net:
@@ -129,6 +133,7 @@ def prepare_distillation(
         bf16=run.precision == "bf16",
         net=None if copied else options.net.resolve(teacher.shape, device.type),
         ranks=ranks,
+        hollow=hollow,
     )
     distiller = build_method(context)
     spec = options.data
@@ -164,7 +169,7 @@ def prepare_distillation(
     batches = with_dropout(batches, teacher, options.encoding.prompt_dropout, run)
     draw = drawer(data, run.seed) if fresh and not copied else None
     state = distiller.init(run.seed, draw)
-    ranks.broadcast(state.tensors())
+    ranks.broadcast(t for t in state.tensors() if not t.is_meta)
     if run.compile:
         for net in (teacher, state.student.denoiser, state.fake_score):
             if isinstance(net, nn.Module) and has_network(net):

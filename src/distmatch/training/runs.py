@@ -24,7 +24,7 @@ from distmatch.training.environment import environment, peak_memory
 from distmatch.training.log import EventLog
 from distmatch.training.loop import restore, run_loop
 from distmatch.training.options import RunOptions
-from distmatch.training.parallel import SHARED, share_out
+from distmatch.training.parallel import share_out, shares_out
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.segments import (
     PROMPTS,
@@ -89,7 +89,7 @@ class Job:
         run = self.options.run
         if not isinstance(run, RunOptions):
             return lambda: None
-        if run.parallel in SHARED and self.state.ranks.size > 1 and self.notes.get("tangent") == "difference":
+        if shares_out(run, self.state.ranks) and self.notes.get("tangent") == "difference":
             raise UserError(
                 "derivatives by differences need all weights at once",
                 got=f"--tangent difference with --parallel {run.parallel}",
