@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 benchmarks/ranks.py
     torchrun --nproc-per-node 4 benchmarks/ranks.py
 
-Each run is repeated by the first process alone with the whole batch. Printed is the distance of the weights of
-each network after 20 steps relative to their norm: the largest over the networks, and which it was. Freeze phases
-are among the settings: warm-up of the fake score, its steps without the student, recording of DisBack's copies.
+Each run is repeated by the first process alone with the whole batch. Printed is the distance of the weights
+of each network after 20 steps relative to their norm: the largest over the networks, and which it was. Freeze
+phases are among the settings: warm-up of the fake score, its steps without the student, DisBack's recording.
 """
 
 from __future__ import annotations
