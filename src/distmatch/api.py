@@ -51,7 +51,7 @@ from distmatch.training.options import (
 )
 from distmatch.training.pipeline_options import EncodingOptions, PipelineOptions
 from distmatch.training.presets import LAPTOP
-from distmatch.training.runfolder import check_usable, create
+from distmatch.training.runfolder import check_usable, create, create_together
 
 
 def load_teacher(source: str | os.PathLike[str], **options: Any) -> Denoiser:
@@ -317,7 +317,7 @@ def evaluate(
 
 def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str]) -> Any:
     """The model of a job, with a run folder where one is wanted, which must not overwrite the inputs."""
-    with_folder = create(out, inputs=inputs) if out is not None else None
+    with_folder = create_together(out, inputs=inputs) if out is not None else None
     try:
         model, _ = runs.carry_out(job, with_folder)
     finally:

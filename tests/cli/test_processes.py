@@ -96,6 +96,15 @@ def test_one_process_goes_on_with_a_student_whose_weights_two_had_shared_out(tea
     assert float(difference / torch.cat([t.flatten() for t in theirs.values()]).norm()) < 1e-4
 
 
+def test_a_dry_run_is_shown_once(teachers: Path, tmp_path: Path) -> None:
+    line = f"distill --teacher {teachers}/one --batch 32 --steps 6 --fake-score-steps 2 --parallel fsdp2"
+    first, second = launch(tmp_path / "launch", f"{line} --dry-run --json")
+    assert (first["code"], second["code"]) == (0, 0), first["err"] + second["err"]
+    shown = json.loads(first["out"])
+    assert shown["sizes"]["student"]["weights"] < 4 * shown["parameters"]["student"]
+    assert second["out"] == ""
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

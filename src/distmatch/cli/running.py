@@ -12,7 +12,6 @@ from typing import Any
 
 from distmatch.base.errors import UserError
 from distmatch.base.progress import in_words
-from distmatch.base.ranks import joined
 from distmatch.cli.answer import print_json
 from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
 from distmatch.cli.memory import as_dict, lines, predicted
@@ -25,7 +24,7 @@ from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
 from distmatch.training.options import DistillOptions, NetOptions, TrainOptions
 from distmatch.training.presets import describe
-from distmatch.training.runfolder import RunFolder, check_usable, create, holds_something
+from distmatch.training.runfolder import RunFolder, check_usable, create_together, holds_something
 from distmatch.training.runs import Job, carry_out
 from distmatch.training.toml import dataclass_to_dict
 
@@ -38,25 +37,12 @@ def open_folder(place: Place, inputs: tuple[str, ...] = ()) -> RunFolder:
     Raises:
         UserError: No `--out`, or a folder that cannot be used.
     """
-    ranks = joined()
-    ranks.wait()  # all have seen what is there before the first one changes it
-    if ranks.main:
-        folder = create(
-            _out(place),
-            resume=place.resume is not None,
-            overwrite=place.overwrite,
-            inputs=[path for path in inputs if path],
-        )
-    ranks.wait()
-    if not ranks.main:
-        folder = RunFolder(_out(place))
-        if not folder.path.is_dir():
-            raise UserError(
-                "all processes of a run read one folder",
-                got=f"{folder.path}, which process 0 has made and process {ranks.index} does not see",
-                fix="choose an --out on a file system that all machines share",
-            )
-    return folder
+    return create_together(
+        _out(place),
+        resume=place.resume is not None,
+        overwrite=place.overwrite,
+        inputs=[path for path in inputs if path],
+    )
 
 
 def check_place(place: Place, inputs: tuple[str, ...] = ()) -> None:
@@ -127,6 +113,7 @@ def dry_run(job: Job, place: Place) -> None:
     parameters = job.parameters()
     run = job.options.run
     device = pick_device(run.device)
+    job.share_out()
     peak = PeakMemory(device)
     once, seconds = step_times(job, device)
     used = peak.bytes()

@@ -14,7 +14,7 @@ from distmatch.base.progress import quietly
 from distmatch.nets.training_state import TrainingState
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.options import LoopOptions, OwnOptions
-from distmatch.training.runfolder import create
+from distmatch.training.runfolder import create_together
 from distmatch.training.runs import Job, carry_out
 from distmatch.training.trackers import check_trackers
 
@@ -87,7 +87,7 @@ def fit(
         track=track,
     )
     check_trackers(track)
-    with quietly(quiet), nullcontext() if out is None else create(out, resume=resume) as folder:
+    with quietly(quiet), nullcontext() if out is None else create_together(out, resume=resume) as folder:
         begun: TrainingState = training.init(seed) if state is None else state
         job = Job(
             verb="fit",

@@ -14,6 +14,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.files import guard
 from distmatch.base.inputs import checked_path, read_limited
 from distmatch.base.lock import LOCK, MARK, refuse_in_use, take_lock
+from distmatch.base.ranks import joined
 from distmatch.training.checkpoint import is_checkpoint, list_checkpoints
 
 
@@ -122,6 +123,39 @@ def create(
         run.release()
         raise
     return run
+
+
+def create_together(
+    path: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> RunFolder:
+    """:func:`create` for all processes of a launch: the first one makes and locks the folder.
+
+    Args:
+        path: As of :func:`create`.
+        resume: As of :func:`create`.
+        overwrite: As of :func:`create`.
+        inputs: As of :func:`create`.
+
+    Raises:
+        UserError: As :func:`create`; or a process does not see the folder that the first one made.
+    """
+    ranks = joined()
+    ranks.wait()  # all have seen what is there before the first one changes it
+    folder = RunFolder(checked_path(path).resolve())
+    if ranks.main:
+        folder = create(path, resume=resume, overwrite=overwrite, inputs=inputs)
+    ranks.wait()
+    if not folder.path.is_dir():
+        raise UserError(
+            "all processes of a run read one folder",
+            got=f"{folder.path}, which process 0 has made and process {ranks.index} does not see",
+            fix="choose an --out on a file system that all machines share",
+        )
+    return folder
 
 
 def check_usable(

@@ -141,13 +141,14 @@ def _made_once(seconds: float, step: float) -> bool:
 
 
 def _advance(job: Job, steps: int, device: torch.device) -> float:
-    """Makes some steps; the seconds that they took."""
+    """Makes some steps; the seconds that they took, the same on all processes."""
     began = time.perf_counter()
     for _ in range(steps):
         job.step(job.state, job.batches(job.state.step))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    # How many steps are timed depends on it, and all processes have to make the same ones.
+    return job.state.ranks.largest(round(1e9 * (time.perf_counter() - began))) / 1e9
 
 
 @dataclass
