@@ -71,7 +71,19 @@ def trained(case: Case, ranks: Ranks = ALONE) -> tuple[DistillState, list[dict[s
     state = method.init(0)
     run = RunOptions(parallel=case.parallel, shard_size=case.shard_size)
     share_out([getattr(method, "base", method).context.teacher], state, run, torch.device("cpu"))
+    averaged(state)  # a pass before the steps, whose weights must not be those of passes after them
     return state, [method.step(state, rows_of(batch(s, CLASSES, ROWS), ranks)) for s in range(case.steps)]
+
+
+@torch.no_grad()
+def averaged(state: DistillState) -> Tensor:
+    """What the average makes of a batch."""
+    network: Any = state.ema.module
+    if not hasattr(network, "sigma_data"):  # a map
+        return torch.ones(1)
+    some = batch(0, CLASSES, ROWS)
+    out: Tensor = network(some.x, torch.ones(ROWS), some.conditioning)
+    return out
 
 
 def weights(state: DistillState) -> dict[str, Tensor]:
@@ -80,6 +92,7 @@ def weights(state: DistillState) -> dict[str, Tensor]:
         name: torch.cat([whole(p.detach()).flatten() for p in module.parameters()])
         for name, module in state.modules().items()
     }
+    found["output of the average"] = averaged(state)
     if state.normalizer is not None:
         found |= {f"ratio {name}": total for name, total in state.normalizer.state_dict().items()}
     return found
