@@ -93,8 +93,9 @@ class EvaluateOptions:
 def run(argv: list[str]) -> None:
     """Parses, measures, prints the table."""
     o = parse(EvaluateOptions, argv, verb="evaluate", said=HELP)
-    if (o.n is not None and o.n < 1) or o.batch < 1:
-        raise UserError("--n and --batch must be at least 1", got=f"{o.n or 1} and {o.batch}")
+    for flag, value in (("--n", o.n), ("--batch", o.batch)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1", got=value)
     if o.against and o.data:
         raise UserError(
             "two references are given",

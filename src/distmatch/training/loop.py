@@ -43,7 +43,7 @@ class Averages:
             self.sums[key] = self.sums[key] + value if known else value
             self.counts[key] = self.counts.get(key, 0) + 1 if value.ndim == 0 else 1
 
-    def means(self, step: int, last: str, ranks: Ranks = ALONE) -> dict[str, Any]:
+    def means(self, step: int, last: Callable[[], str], ranks: Ranks = ALONE) -> dict[str, Any]:
         """Means since the last :meth:`clear`, over steps and processes, as numbers and lists.
 
         Raises:
@@ -60,7 +60,7 @@ class Averages:
             raise DivergedError(
                 f"training went wrong: {', '.join(bad)} became {values[bad[0]]} by step {step}",
                 expected="finite numbers",
-                fix=f"lower the learning rate and continue with --resume; {last}",
+                fix=f"lower the learning rate and continue with --resume; {last()}",
             )
         return values
 
@@ -194,7 +194,7 @@ def run_loop(
         if saver is None or state.step in (saved, writing):
             return
         wait()
-        averages.means(state.step, last_good(), ranks)
+        averages.means(state.step, last_good, ranks)
         tree = state.state_dict()
         # A finite loss does not vouch for the weights: it was taken before the step that changed them.
         if bad := _not_finite(tree, ranks):
@@ -207,6 +207,8 @@ def run_loop(
         tree |= {} if watch is None else {"watch": watch.state_dict()}
         saver.save(state.step, tree, best)
         writing = state.step
+        if log is not None:
+            log.write("checkpoint", state.step)
 
     def wait() -> None:
         """For the checkpoint that is being written."""
@@ -215,8 +217,6 @@ def run_loop(
             return
         saver.finish()
         saved, writing = writing, None
-        if log is not None:
-            log.write("checkpoint", saved)
 
     def warn(message: str) -> None:
         if message not in warned and ranks.main:
@@ -239,6 +239,7 @@ def run_loop(
         return {"diversity": f"{values['diversity']:.3g} (step {state.step})"}
 
     def last_good() -> str:
+        wait()
         if folder is None:
             return "no run folder was given, so nothing was saved"
         return f"the last good checkpoint is step {saved}" if saved else "no checkpoint was written yet"
@@ -257,7 +258,7 @@ def run_loop(
                 watch.observe(info)
             done = state.step
             if done % options.log_every == 0 or done == options.steps:
-                means = averages.means(done, last_good(), ranks)
+                means = averages.means(done, last_good, ranks)
                 history.append({"step": done, **means})
                 if log:
                     log.write("train", done, **means)

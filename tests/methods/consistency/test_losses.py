@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.ranks import ALONE
 from distmatch.diffusion.denoiser import jump
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.diffusion.noise import Karras
@@ -258,7 +259,8 @@ def test_times_of_mean_flow_are_the_paper_s_in_the_paper_s_unit() -> None:
     teacher = GaussianMixture([1.0], [[0.0]], [0.25], sigma_min=1e-6, sigma_max=1e6)  # cuts no tails off
     term = distiller(teacher, method="mean-flow", student_sigma=0.0).term
     for levels, mean in ((term._levels, -0.6), (term._lower, -4.0)):
-        sigma = levels(20_000, torch.Generator().manual_seed(0)).double()
+        stream = SimpleNamespace(generator=torch.Generator().manual_seed(0), ranks=ALONE)
+        sigma = levels(20_000, stream).double()
         t = sigma / (1 + sigma)  # sigma = t / (1 - t) in that unit
         # 4 standard errors of 20,000 draws, seed 0.
         assert float(torch.logit(t).mean()) == pytest.approx(mean, abs=4 * 1.6 / 20_000**0.5)
