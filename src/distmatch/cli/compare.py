@@ -39,6 +39,7 @@ def run(argv: list[str]) -> None:
             "no teacher was named", expected="--teacher with a run folder, or ring8, grid25, skewed2"
         )
     _check_place(place)
+    from distmatch.base.ranks import joined
     from distmatch.cli.running import check_place, going_on, open_folder
     from distmatch.report import build_report
     from distmatch.training.comparison.plan import check_options
@@ -53,6 +54,8 @@ def run(argv: list[str]) -> None:
     prepared = prepare_comparison(options, resumed=place.out if place.resume is not None else None)
     with open_folder(place, inputs) as folder, going_on("compare", place):
         record = carry_out_comparison(prepared, folder)
+        if not joined().main:
+            return
         report = build_report(folder.path)
     if place.json:
         print_json({"run": str(folder.path), "report": str(report), **record})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.files import load_tensors, save_tensors
 from distmatch.base.progress import quietly
+from distmatch.base.ranks import ALONE, Ranks, joined
 from distmatch.data import TOY_NAMES, Dataset, Scaling, load_data, toy
 from distmatch.data.columns import columns_of
 from distmatch.data.prompts import read_prompts
@@ -18,7 +20,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.interop import decoder_of
 from distmatch.methods.student import Student
-from distmatch.metrics import plan, resolve_features
+from distmatch.metrics import plan
 from distmatch.metrics.by_prompt import prompt_estimates
 from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.metrics.features import Features
@@ -39,6 +41,7 @@ from distmatch.training.prompt_reference import guided_as, images_in, reference_
 from distmatch.training.prompted import digest_of
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.sampling import SampleResult, Sampling
+from distmatch.training.shared_draw import draw_shared, shared_features
 
 _WARM = 64  # samples of a first call, which pays for memory and threads and is not part of a model's speed
 
@@ -60,6 +63,7 @@ class Bench:
         of: What the data are where they are not real.
         batch: Samples at a time.
         prompts: The hash of the prompts; '' without.
+        ranks: The processes that measure together; the first one writes.
     """
 
     data: Dataset
@@ -74,33 +78,42 @@ class Bench:
     of: str = ""
     batch: int = 1024
     prompts: str = ""
+    ranks: Ranks = ALONE
 
     def settings(self) -> dict[str, Any]:
         """What the values depend on besides the samples, as JSON."""
         found = plan(self.data, features=self.space, n=self.block, seed=self.seed)
         return {**found.to_dict(), **self.sampling.to_dict()}
 
-    def draw(self, model: Model) -> SampleResult:
+    def draw(self, model: Model, place: Path) -> SampleResult:
         """The samples of a model: always from the same latents, under the same conditions."""
         with quietly():
             few = self.asked.index(slice(warm := min(_WARM, self.batch)))
             model.draw(warm, few, self.seed, Sampling(steps=2), device=self.device)
-        count = 2 * self.block
-        return model.draw(count, self.asked, self.seed, self.sampling, batch=self.batch, device=self.device)
+
+        def part(count: int, asked: Conditioning, first: int) -> SampleResult:
+            how: dict[str, Any] = {"batch": self.batch, "device": self.device, "first": first}
+            return model.draw(count, asked, self.seed, self.sampling, **how)
+
+        where: dict[str, Any] = {"batch": self.batch, "ranks": self.ranks, "place": place}
+        return draw_shared(part, 2 * self.block, self.asked, model.shape, **where)
 
     def baseline(self, folder: RunFolder) -> dict[str, dict[str, Any]]:
         """Measures real data and the teacher, and writes their samples; the JSON form of both."""
         found, drawn = measure_samples(
             self.data,
-            {"teacher": lambda count, asked: self.draw(self.teacher)},
+            {"teacher": lambda count, asked: self.draw(self.teacher, folder.samples)},
             asked=self.asked,
             features=self.space,
             n=self.block,
             seed=self.seed,
             mixture=self.mixture,
             of=self.of,
+            ranks=self.ranks,
+            place=folder.samples,
         )
-        write_samples(folder, drawn, self.data.scaling, self.data.class_names)
+        if self.ranks.main:
+            write_samples(folder, drawn, self.data.scaling, self.data.class_names)
         return plain(found)
 
     def student(
@@ -116,10 +129,10 @@ class Bench:
         Returns:
             The JSON form of its metrics.
         """
-        real = reference_samples(self.data, self.asked.label, 2 * self.block, self.seed)
-        drawn = replace(
-            self.draw(Model("student", student, None, self.data.scaling, "")), prompts=real.prompts
-        )
+        together: dict[str, Any] = {"ranks": self.ranks, "place": folder.samples}
+        real = reference_samples(self.data, self.asked.label, 2 * self.block, self.seed, **together)
+        model = Model("student", student, None, self.data.scaling, "")
+        drawn = replace(self.draw(model, folder.samples), prompts=real.prompts)
         found = evaluate_replicates(
             drawn.x,
             self.data,
@@ -128,6 +141,7 @@ class Bench:
             n=self.block,
             seed=self.seed,
             mixture=self.mixture,
+            ranks=self.ranks,
         )
         by_prompt = prompt_estimates(drawn.x, real.x, real.prompts)
         speed = {"nfe": drawn.nfe, "seconds_per_1000": drawn.seconds_per_1000}
@@ -135,10 +149,10 @@ class Bench:
             **others,
             "student": {**speed, **found.estimates, **by_prompt},
         }
-        save_tensors(folder.path / "replicates.safetensors", found.replicates)
-        write_evaluation(
-            folder, metrics, {"student": drawn}, self.data.scaling, self.settings(), self.data.class_names
-        )
+        settings, names = self.settings(), self.data.class_names
+        if self.ranks.main:
+            save_tensors(folder.path / "replicates.safetensors", found.replicates)
+            write_evaluation(folder, metrics, {"student": drawn}, self.data.scaling, settings, names)
         return plain(metrics)["student"]
 
 
@@ -206,7 +220,7 @@ def open_bench(
     data = model.seen(data)
     if model.teacher is not None:
         sampling.check(model.teacher)
-    space = resolve_features(options.features, data)
+    space = shared_features(options.features, data, ranks := joined())
     block = plan(data, features=space, n=options.n, seed=run.seed).n
     return Bench(
         data=data,
@@ -221,6 +235,7 @@ def open_bench(
         of=of,
         batch=batch,
         prompts=digest,
+        ranks=ranks,
     )
 
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmatch.base.ranks import Ranks
 from distmatch.methods.settings import FakeScoreSettings
 from distmatch.training.comparison.options import Price
 from distmatch.training.devices import pick_device
@@ -56,6 +57,13 @@ class Cost:
         """Wall-clock seconds of a run."""
         return self.once.seconds + steps * self.step.seconds
 
+    def of_main(self, ranks: Ranks) -> Cost:
+        """What the first process measured, on all of them."""
+        prices = [self.step.seconds, self.step.calls, self.once.seconds, self.once.calls]
+        ranks.broadcast([values := torch.tensor(prices, dtype=torch.float64)])
+        found = values.tolist()
+        return replace(self, step=Price(*found[:2]), once=Price(*found[2:]))
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {
@@ -70,7 +78,7 @@ class Cost:
         }
 
 
-def measure_cost(job: Job, batch: int) -> Cost:
+def measure_cost(job: Job, batch: float) -> Cost:
     """Times the steps of a job and counts the passes of its networks; the job is of no use afterwards.
 
     Args:
@@ -92,6 +100,7 @@ def measure_cost(job: Job, batch: int) -> Cost:
             _advance(job, block, device)
         seconds += _advance(job, block, device)
     steps = block * len(_MOMENTS)
+    batch = batch / job.state.ranks.size  # that of a process, which counts its own passes
     step = Price(seconds / steps, others.calls(parameters) / (batch * steps))
     once = Price(first_seconds - step.seconds, first.calls(parameters) / batch - step.calls)
     more = _made_once(once.seconds, step.seconds) or once.calls > _ONCE_CALLS * step.calls

@@ -10,6 +10,7 @@ from distmatch.base.checks import check_name
 from distmatch.base.errors import UserError
 from distmatch.base.memory import out_of_memory
 from distmatch.base.progress import tell
+from distmatch.base.ranks import joined
 from distmatch.data import Dataset
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.methods.table import resolve_method
@@ -104,12 +105,14 @@ def plan_comparison(
             steps = int(budget.amount) if budget.unit == "steps" else _GUESS
             chosen = entry_options(options.shared, entry, seed=options.shared.run.seed, steps=steps)
             job = prepare_distillation(chosen, teacher, data, texts=texts, fresh=False)
-            cost = measure_cost(job, options.shared.run.batch)
+            cost = measure_cost(job, options.shared.run.batch).of_main(job.state.ranks)
             steps = budget.steps(cost.step, cost.once)
             if steps != chosen.run.steps:  # a method may need more of them than the budget pays for
                 run = replace(chosen.run, steps=steps)
                 prepare_distillation(replace(chosen, run=run), teacher, data, texts=texts, fresh=False)
         except Exception as error:  # whatever keeps one method from running is reported
+            if not same_for_all(error):
+                raise
             impossible.append((entry.name, reason(error)))
             continue
         methods.append(Planned(entry, cost, steps))
@@ -128,6 +131,14 @@ def plan_comparison(
             fix="choose another one",
         )
     return Plan(budget, methods, impossible)
+
+
+def same_for_all(error: Exception) -> bool:
+    """Whether all processes have this error, so that they can go on with the next method together.
+
+    Options and numbers that all of them share are refused by all; memory may end in one of them alone.
+    """
+    return joined().size == 1 or isinstance(error, UserError)
 
 
 def reason(error: Exception) -> str:

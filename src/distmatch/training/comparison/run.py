@@ -11,19 +11,20 @@ from typing import Any
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_json, atomic_write, read_json
 from distmatch.base.progress import in_words, tell
+from distmatch.base.ranks import joined
 from distmatch.data import Dataset
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.comparison.bench import Bench, measured, open_bench
 from distmatch.training.comparison.cost import PeakMemory
 from distmatch.training.comparison.options import CompareOptions, Entry, SharedOptions, entry_options
-from distmatch.training.comparison.plan import Plan, check_options, plan_comparison, reason
+from distmatch.training.comparison.plan import Plan, check_options, plan_comparison, reason, same_for_all
 from distmatch.training.comparison.stats import Measured, summarize
 from distmatch.training.config_format import config_text, read_config
 from distmatch.training.devices import pick_device
 from distmatch.training.environment import environment
 from distmatch.training.prepare import prepare_distillation
-from distmatch.training.runfolder import RunFolder, create, holds_something
+from distmatch.training.runfolder import RunFolder, create_together, holds_something
 from distmatch.training.runs import carry_out
 from distmatch.training.segments import PROMPTS, require_same_prompts
 from distmatch.training.toml import with_values
@@ -77,6 +78,9 @@ def prepare_comparison(
         UserError: The options make no sense, or a method cannot be used here.
     """
     entries = {entry.name: entry for entry in check_options(options)}
+    ranks = joined()
+    ranks.require_same("options", config_text("compare", options))
+    ranks.share(options.shared.run.batch)
     bench = open_bench(options, teacher, data, texts)
     again = resumed is not None and (resumed / RECORD).exists()
     plan = None if again else plan_comparison(options, teacher, data, texts)
@@ -112,8 +116,10 @@ def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any
         record |= {"evaluation": prepared.bench.settings(), **prepared.bench.baseline(folder)}
     record["runs"] = all_runs(record, options)
     comparison = _Comparison(prepared, folder, record)
-    atomic_write(folder.config, config_text("compare", options))
-    atomic_json(folder.env, environment())
+    joined().wait()  # all have read what is there before the first one writes
+    if joined().main:
+        atomic_write(folder.config, config_text("compare", options))
+        atomic_json(folder.env, environment())
     comparison.write()
     for run in record["runs"]:
         if run["status"] == "pending":
@@ -131,7 +137,9 @@ class _Comparison:
     record: dict[str, Any]
 
     def write(self) -> None:
-        """Brings the summary up to date and writes the record."""
+        """Brings the summary up to date and writes the record; the first process does."""
+        if not joined().main:
+            return
         finished: dict[str, dict[int, Measured]] = {}
         for run in self.record["runs"]:
             if run["status"] == "done":
@@ -145,6 +153,8 @@ class _Comparison:
         try:
             found = self._train_and_measure(run)
         except Exception as error:  # one failed run does not stop the others
+            if not same_for_all(error):
+                raise
             run |= {"status": "failed", "message": reason(error)}
             tell(f"compare: {run['name']} with seed {run['seed']} failed. {run['message']}")
         else:
@@ -159,7 +169,7 @@ class _Comparison:
         memory = PeakMemory(pick_device(options.run.device))
         ready = self.prepared
         job = prepare_distillation(options, ready.teacher, ready.data, texts=ready.texts, fresh=not started)
-        with create(place.path, resume=holds_something(place)) as own:
+        with create_together(place.path, resume=holds_something(place)) as own:
             began = time.perf_counter()
             student, _ = carry_out(job, own, resume="latest" if started else None)
             seconds, taken = time.perf_counter() - began, memory.bytes()
