@@ -390,7 +390,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
             handle.truncate(HEADER + n * field.row)
         except OSError:
             pytest.skip("no files of 256 GiB here")
-    (tmp_path / "store/store.json").write_text(json.dumps(index | {"samples": n}))
+    index |= {"samples": n, "blocks": [index["blocks"][0] | {"samples": n}]}
+    (tmp_path / "store/store.json").write_text(json.dumps(index))
     together(_draw_within_limits, [(str(tmp_path / "store"),)])
 
 
