@@ -148,6 +148,9 @@ def _of_the_machine(error: BaseException) -> UserError | None:
 def entry() -> None:
     """The console script."""
     prepare_streams()
+    if rank_of_several(os.environ) is not None:
+        # Read by torch when it is imported; otherwise it prints pages about every lost connection.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     code = main(sys.argv[1:])
     try:
         sys.stdout.flush()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distmatch.base.errors import UserError
+from distmatch.base.memory import out_of_memory
 from distmatch.cli.answer import print_json
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop.pipelines import needs_tracing
 from distmatch.interop.pipelines.teacher import without_weights
+from distmatch.methods.settings import NetworkSettings
 from distmatch.methods.table import resolve_method
 from distmatch.nets.sizes import as_json
 from distmatch.training.config_format import config_text
@@ -38,6 +42,53 @@ def predicted(options: Any, networks: dict[str, Any]) -> Memory | None:
         return predict_memory(options, teacher)
     except UserError:
         return None
+
+
+def memory_error(error: Exception, options: Any, networks: dict[str, Any]) -> UserError | None:
+    """The message for a run whose memory is exhausted, with the options that help; None for another error.
+
+    Args:
+        error: What was raised.
+        options: Those of the run.
+        networks: Its networks by name.
+    """
+    full = out_of_memory(error)
+    if full is None or not hasattr(options, "run"):
+        return full
+    run = options.run
+    helps = {"--precision bf16": replace(options, run=replace(run, precision="bf16"))}
+    if run.precision == "bf16":
+        helps.clear()
+    if run.batch > 1:
+        half = run.batch // 2
+        helps[f"--batch {half}"] = replace(options, run=replace(run, batch=half))
+    own = getattr(options, "settings", None)
+    if isinstance(own, NetworkSettings):
+        twice = 2 * own.accumulate
+        changes: dict[str, dict[str, Any]] = {f"--accumulate {twice}": {"accumulate": twice}}
+        changes |= {} if own.checkpointing else {"--checkpointing": {"checkpointing": True}}
+        changes |= {} if own.train == "lora" else {"--train lora": {"train": "lora"}}
+        for name, change in changes.items():
+            with suppress(UserError, ValueError):  # of settings that do not go together
+                helps[name] = replace(options, settings=replace(own, **change))
+    found = [f"{name}{effect}" for name, effect in _effects(options, helps, networks.get("teacher"))]
+    fix = f"start again with one or more of: {'; '.join([*found, 'a smaller network'])}"
+    return UserError(full.parts["what"], got=full.parts.get("got"), fix=fix)
+
+
+def _effects(options: Any, helps: dict[str, Any], teacher: Any) -> list[tuple[str, str]]:
+    """What changes of the options are predicted to save, the most first; without numbers for other verbs."""
+    if not isinstance(options, DistillOptions) or teacher is None:
+        return [(name, "") for name in helps]
+    found: dict[str, int] = {}
+    with suppress(Exception):  # the memory that is full may not suffice for a prediction either
+        now = predict_memory(options, teacher).peak
+        for name, changed in helps.items():
+            with suppress(UserError):
+                found[name] = now - predict_memory(changed, teacher).peak
+        best = sorted((name for name in found if found[name] > 0.01 * now), key=lambda name: -found[name])
+        return [(name, f" saves {_mib(found[name])} of {_mib(now)}, as predicted") for name in best]
+    return [(name, "") for name in helps]
 
 
 def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,10 +13,11 @@ from datetime import timedelta
 
 from torch import distributed as dist
 
-from distmatch.base.errors import LostProcess
+from distmatch.base.errors import LostProcess, UserError
 from distmatch.base.progress import quietly
 from distmatch.base.ranks import Ranks, lost_process
-from distmatch.training.processes import process_group
+from distmatch.cli.surroundings import rank_of_several
+from distmatch.training.processes import check_launch, process_group
 
 _PATIENCE = 5.0  # seconds for which a process that failed waits for the first one to say why
 _FAREWELL = 2.0  # and the first one for the others, before it ends: the launcher kills those that are left
@@ -40,6 +43,12 @@ def together(
         UserError: The processes do not find each other.
         SystemExit: After an error, on all processes.
     """
+    try:
+        check_launch(environ)
+    except UserError:
+        if rank_of_several(environ):
+            raise SystemExit(2) from None  # the first process has the same environment, and says it
+        raise
     with process_group(environ) as ranks:
         if ranks.size == 1:
             yield
@@ -79,12 +88,15 @@ def _ended(
     store = None
     with suppress(RuntimeError, ValueError):  # or it is lost with the process that had it
         store = dist.distributed_c10d._get_default_store()
-        if not ranks.main:
-            store.wait(["failed"], timedelta(seconds=_PATIENCE))
-    first = True
-    with suppress(RuntimeError, ValueError):
-        first = store is None or store.add("said", 1) == 1
-    code = say(error) if first else code_of(error)
+    speaks: list[bool] = []
+    asking = threading.Thread(target=lambda: speaks.append(_speaks(store, ranks)), daemon=True)
+    asking.start()
+    asking.join(_PATIENCE + 1)
+    code = say(error) if not speaks or speaks[0] else code_of(error)
+    if not speaks:
+        # The store is behind a network that is cut; all that would have to be closed waits for many minutes.
+        sys.stderr.flush()
+        os._exit(code)
     with suppress(RuntimeError, ValueError):
         if store is not None and ranks.main:
             store.set("failed", "")
@@ -94,3 +106,13 @@ def _ended(
         elif store is not None:
             store.add("gone", 1)
     return code
+
+
+def _speaks(store: dist.Store | None, ranks: Ranks) -> bool:
+    """Whether this process is the one that says what is wrong."""
+    with suppress(RuntimeError, ValueError):
+        if store is not None and not ranks.main:
+            store.wait(["failed"], timedelta(seconds=_PATIENCE))
+    with suppress(RuntimeError, ValueError):
+        return store is None or store.add("said", 1) == 1
+    return True

@@ -14,7 +14,7 @@ from distmatch.base.errors import UserError
 from distmatch.base.progress import in_words
 from distmatch.cli.answer import print_json
 from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
-from distmatch.cli.memory import as_dict, lines, predicted
+from distmatch.cli.memory import as_dict, lines, memory_error, predicted
 from distmatch.cli.parse import Place, checkpoint_choice
 from distmatch.methods.table import find_method
 from distmatch.nets.sizes import as_json
@@ -195,7 +195,12 @@ def execute(job: Job, folder: RunFolder, place: Place) -> dict[str, Any]:
     """Runs a job in its folder and prints where the result is."""
     began = time.perf_counter()
     resume = None if starts_afresh(place) else checkpoint_choice(place.resume)
-    _, history = carry_out(job, folder, resume=resume)
+    try:
+        _, history = carry_out(job, folder, resume=resume)
+    except Exception as error:
+        if memory := memory_error(error, job.options, job.networks):
+            raise memory from error
+        raise
     last = history[-1] if history else {}
     return {
         "run": str(folder.path),

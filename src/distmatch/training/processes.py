@@ -21,6 +21,11 @@ TIMEOUT = "DISTMATCH_TIMEOUT"
 """Environment variable: seconds after which processes give up a silent one."""
 _SECONDS = 600.0
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_MPIRUN = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+}
 
 
 @contextmanager
@@ -28,24 +33,18 @@ def process_group(environ: Mapping[str, str]) -> Iterator[Ranks]:
     """A context in which the processes that torchrun started are one process group.
 
     Args:
-        environ: The environment, with what torchrun puts there; without, the process is alone.
+        environ: The environment, with what torchrun or mpirun puts there; without, the process is alone.
 
     Raises:
-        UserError: The launcher does not say how the processes find each other, or they do not.
+        UserError: See :func:`check_launch`; or the processes do not find each other.
     """
     if dist.is_available() and dist.is_initialized():  # by the program that calls us
         yield joined()
         return
-    if environ.get("WORLD_SIZE", "1") in ("", "0", "1") and environ.get("RANK", "0") in ("", "0"):
+    if not check_launch(environ):
         yield ALONE
         return
-    if missing := [name for name in _NEEDED if not environ.get(name)]:
-        raise UserError(
-            "several processes were started, and nothing says how they find each other",
-            got=f"no {', '.join(missing)} in the environment",
-            expected="what torchrun sets",
-            fix="start with: torchrun --nproc-per-node N $(which distmatch) VERB ...",
-        )
+    environ = _as_torchrun(environ)
     device, backend = None, "gloo"
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
@@ -54,7 +53,12 @@ def process_group(environ: Mapping[str, str]) -> Iterator[Ranks]:
             backend = f"cpu:gloo,{kind.type}:{dist.get_default_backend_for_device(kind)}"
             torch.accelerator.set_device_index(device.index)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=_timeout(environ)))
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=patience(environ)),
+            rank=int(environ["RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             "the processes of this launch do not find each other",
@@ -67,6 +71,41 @@ def process_group(environ: Mapping[str, str]) -> Iterator[Ranks]:
         yield joined()
     finally:
         dist.destroy_process_group()
+
+
+def check_launch(environ: Mapping[str, str]) -> bool:
+    """Whether several processes were started, by what a launcher puts into the environment.
+
+    Raises:
+        UserError: They were, and it is not known how they find each other.
+    """
+    environ = _as_torchrun(environ)
+    if environ.get("WORLD_SIZE", "1") in ("", "0", "1") and environ.get("RANK", "0") in ("", "0"):
+        return False
+    if missing := [name for name in _NEEDED if not environ.get(name)]:
+        raise UserError(
+            "several processes were started, and nothing says how they find each other",
+            got=f"no {', '.join(missing)} in the environment",
+            expected="what torchrun sets",
+            fix="start with: torchrun --nproc-per-node N $(which distmatch) VERB ...; with mpirun, name the "
+            "host of process 0 by -x MASTER_ADDR=HOST -x MASTER_PORT=29500",
+        )
+    rank, size, port = (environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    whole = all(number.isdecimal() and len(number) < 10 for number in (rank, size, port))
+    if not (whole and int(rank) < int(size) and 0 < int(port) < 65536):
+        raise UserError(
+            "the environment of this launch contradicts itself",
+            got=f"RANK={rank:.40}, WORLD_SIZE={size:.40}, MASTER_PORT={port:.40}",
+            expected="a RANK from 0 to WORLD_SIZE - 1, and a port from 1 to 65535",
+            fix="start all processes with torchrun, or unset these variables to run in one process",
+        )
+    return True
+
+
+def _as_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment with the variables of mpirun under the names that torchrun uses."""
+    own = {name: value for name, value in environ.items() if value}
+    return {name: own[theirs] for name, theirs in _OF_MPIRUN.items() if theirs in own} | own
 
 
 def local_device(kind: str, environ: Mapping[str, str]) -> torch.device:
@@ -86,7 +125,12 @@ def local_device(kind: str, environ: Mapping[str, str]) -> torch.device:
     return torch.device(kind, index)
 
 
-def _timeout(environ: Mapping[str, str]) -> float:
+def patience(environ: Mapping[str, str]) -> float:
+    """Seconds after which a process gives up one that does not answer.
+
+    Raises:
+        UserError: The environment variable is no length of time.
+    """
     try:
         seconds = float(environ.get(TIMEOUT) or _SECONDS)
     except ValueError:

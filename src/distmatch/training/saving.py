@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from distmatch.base.ranks import Ranks
 from distmatch.training.checkpoint import pack, write_checkpoint
+from distmatch.training.processes import patience
 from distmatch.training.shards import write_shards
 
 
@@ -33,7 +36,12 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         # Its messages must not mix with those of the steps that go on meanwhile.
-        self._group = dist.new_group(backend=_cpu_backend()) if ranks.size > 1 else None
+        self._group = None
+        if ranks.size > 1:
+            limit = timedelta(
+                seconds=patience(os.environ)
+            )  # a new group does not take over that of the default one
+            self._group = dist.new_group(backend=_cpu_backend(), timeout=limit)
 
     def save(self, step: int, tree: Any, best: int | None) -> None:
         """Begins to write a checkpoint, once the one before is written.
