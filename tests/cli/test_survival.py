@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from distmatch.base.errors import UserError
+from distmatch.cli import processes
+from distmatch.cli.main import main
 from distmatch.cli.memory import memory_error
 from distmatch.nets.build import build_net
 from distmatch.nets.config import DiTConfig
@@ -16,7 +23,11 @@ from distmatch.nets.edm import EDMDenoiser
 from distmatch.training.memory import predict_memory
 from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.processes import check_launch
+from distmatch.training.teacher import TeacherTraining
+from tests.cli.test_processes import TRAIN, distance
 from tests.helpers.command import command
+from tests.helpers.processes import together
+from tests.helpers.store_group import backend
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -77,3 +88,38 @@ def test_processes_of_mpirun_are_several(monkeypatch: pytest.MonkeyPatch) -> Non
             monkeypatch.setitem(os.environ, name, value)
         answer = command("train --data ring8 --out nowhere")
         assert (answer.code, answer.err.count("\n")) == (2, lines)
+
+
+def without_memory(rank: int, size: int, folder: str, line: str) -> None:
+    """One of several processes; the last one has no memory for the fifth step."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    processes._PATIENCE = 0.5
+    limit, store = timedelta(seconds=8), f"file://{folder}/store"
+    dist.init_process_group(backend(), init_method=store, rank=rank, world_size=size, timeout=limit)
+    step = TeacherTraining.step
+
+    def with_fault(self: Any, state: Any, batch: Any) -> Any:
+        if rank == size - 1 and state.step == 4:
+            raise FULL
+        return step(self, state, batch)
+
+    TeacherTraining.step = with_fault  # type: ignore[method-assign]
+    errors = Path(folder, f"errors-{rank}")
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    code = main(line.split())
+    Path(folder, f"answer-{rank}.json").write_text(json.dumps([code, errors.read_text()]))
+
+
+def test_one_of_two_has_no_memory(tmp_path: Path) -> None:
+    """It says so, and which one it is; the other one ends without a message of its own; the run continues."""
+    line = f"{TRAIN} --out {tmp_path}/run"
+    together(without_memory, [(rank, 2, str(tmp_path), line) for rank in range(2)])
+    (code, _), (its, text) = (json.loads((tmp_path / f"answer-{r}.json").read_text()) for r in range(2))
+    assert (code, its) == (1, 2)
+    said = "".join((tmp_path / f"errors-{rank}").read_text() for rank in range(2))
+    assert said.count("distmatch train") == 1
+    assert "distmatch train (process 1): this does not fit into memory" in text
+    assert main(["train", "--resume", "--out", f"{tmp_path}/run"]) == 0
+    assert main([*TRAIN.split(), "--out", f"{tmp_path}/whole"]) == 0
+    assert distance(tmp_path / "run", tmp_path / "whole") < 1e-5
