@@ -44,7 +44,8 @@ def together(
         SystemExit: After an error, on all processes.
     """
     try:
-        check_launch(environ)
+        if not dist.is_initialized():
+            check_launch(environ)
     except UserError:
         if rank_of_several(environ):
             raise SystemExit(2) from None  # the first process has the same environment, and says it
