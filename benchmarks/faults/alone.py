@@ -269,7 +269,7 @@ def damaged(place: Place, scale: float) -> Iterator[Case]:
 
     def case(verb: str, line: Sequence[str], name: str, damage: str, where: float) -> Outcome:
         out = fresh(place.folder / "disturbed")
-        Launch([*line, "--out", str(out)], place.folder, [("signal_at_step", 8, signal.SIGKILL)]).wait()
+        Launch([*line, "--out", str(out)], place.folder, [("signal_at_step", 11, signal.SIGKILL)]).wait()
         damage_file(list(list_checkpoints(out / "checkpoints").values())[-1] / name, damage, where)
         lost, _ = place.continued(line, out)
         return Outcome("damaged checkpoint", f"{verb}, {name} {damage}", "none", lost)

@@ -136,7 +136,7 @@ def damaged_shards(place: Place, scale: float) -> Iterator[Case]:
 
     def case(damage: str, where: float) -> Outcome:
         line, out = lines(place)["train, fsdp2"], fresh(place.folder / "disturbed")
-        faults: list[Fault] = [(), ("signal_at_step", 8, signal.SIGKILL)]
+        faults: list[Fault] = [(), ("signal_at_step", 11, signal.SIGKILL)]
         launch = Launch([*line, "--out", str(out)], place.folder, faults, timeout=TIMEOUT)
         launch.wait(60)
         launch.end()

@@ -20,7 +20,8 @@ from distmatch.cli.surroundings import rank_of_several
 from distmatch.training.processes import check_launch, process_group
 
 _PATIENCE = 5.0  # seconds for which a process that failed waits for the first one to say why
-_FAREWELL = 2.0  # and the first one for the others, before it ends: the launcher kills those that are left
+_CUT = 20.0  # after which it takes the network to the first one for cut
+_FAREWELL = 10.0  # for which the first one waits for the others before it ends: the launcher kills those left
 
 
 @contextmanager
@@ -90,15 +91,15 @@ def _ended(
     with suppress(RuntimeError, ValueError):  # or it is lost with the process that had it
         store = dist.distributed_c10d._get_default_store()
     speaks: list[bool] = []
-    asking = threading.Thread(target=lambda: speaks.append(_speaks(store, ranks)), daemon=True)
+    asking = threading.Thread(target=lambda: speaks.append(_speaks(store, ranks, error)), daemon=True)
     asking.start()
-    asking.join(_PATIENCE + 1)
+    asking.join(_CUT)
     code = say(error) if not speaks or speaks[0] else code_of(error)
     if not speaks:
         # The store is behind a network that is cut; all that would have to be closed waits for many minutes.
         sys.stderr.flush()
         os._exit(code)
-    with suppress(RuntimeError, ValueError):
+    with suppress(RuntimeError, ValueError, KeyboardInterrupt):
         if store is not None and ranks.main:
             store.set("failed", "")
             until = time.monotonic() + _FAREWELL
@@ -109,11 +110,13 @@ def _ended(
     return code
 
 
-def _speaks(store: dist.Store | None, ranks: Ranks) -> bool:
+def _speaks(store: dist.Store | None, ranks: Ranks, error: BaseException) -> bool:
     """Whether this process is the one that says what is wrong."""
     with suppress(RuntimeError, ValueError):
         if store is not None and not ranks.main:
             store.wait(["failed"], timedelta(seconds=_PATIENCE))
     with suppress(RuntimeError, ValueError):
         return store is None or store.add("said", 1) == 1
-    return True
+    # The first process is gone, and has said so or was killed: one of each machine says it.
+    one = ranks.index == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    return one or not isinstance(error, LostProcess)
