@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distmatch.base.errors import UserError, unknown_name
 from distmatch.diffusion.conditioning import LABEL
 from distmatch.diffusion.denoiser import Output, ReturnFeatures
-from distmatch.diffusion.hooked import named_part, pass_for_features, pass_with_features
+from distmatch.diffusion.hooked import Listener, features_of_pass, named_part
 
 Conditions = Mapping[str, Tensor]
 """What samples are conditioned on, by name; class labels (B,) are ``label``, -1 for none."""
@@ -48,8 +48,10 @@ def _edm(module: Any, x: Tensor, sigma: Tensor, conditions: Conditions) -> Any:
 
 def _diffusers(module: Any, x: Tensor, t: Tensor, conditions: Conditions) -> Any:
     label = conditions.get(LABEL)
-    # On an accelerator the check would wait for the device; there the embedding itself refuses -1.
-    if label is not None and label.device.type == "cpu" and bool((label < 0).any()):
+    # On an accelerator the check would wait for the device; there the embedding itself refuses -1. A graph
+    # cannot branch on it at all.
+    seen = None if label is None or label.device.type != "cpu" or torch.compiler.is_compiling() else label
+    if seen is not None and bool((seen < 0).any()):
         raise UserError(
             "this network has no null class",
             got="samples without a condition",
@@ -142,7 +144,7 @@ class CalledNet(nn.Module):
         UserError: An unknown name.
     """
 
-    uncompiled = ("_only_features",)
+    listener: Listener | None = None
 
     def __init__(self, module: nn.Module, call: str | Call, features: Sequence[str] = ()) -> None:
         super().__init__()
@@ -175,14 +177,17 @@ class CalledNet(nn.Module):
         """
         if labels is not None:
             conditions[LABEL] = labels
-        if return_features == "only":
-            return self._only_features(x, t, conditions)
         if not return_features:
             return self._prediction(x, t, conditions)
-        return pass_with_features(self.module, self.features, lambda: self._prediction(x, t, conditions))
 
-    def _only_features(self, x: Tensor, t: Tensor, conditions: Conditions) -> list[Tensor]:
-        return pass_for_features(self.module, self.features, lambda: self._prediction(x, t, conditions), x)
+        def call() -> Tensor:
+            return self._prediction(x, t, conditions)
+
+        return features_of_pass(self.module, self.features, call, x, return_features, self.listener)
+
+    def listen(self) -> None:
+        """Prepares it for a compiler."""
+        self.listener = Listener(self.module, self.features)
 
     def _prediction(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         call = CALLS[self.call] if isinstance(self.call, str) else self.call

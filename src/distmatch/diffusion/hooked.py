@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -42,14 +43,69 @@ def pass_with_features(
 def pass_for_features(
     model: nn.Module, names: Sequence[str], call: Callable[[], Tensor], x: Tensor
 ) -> list[Tensor]:
-    """The outputs of the named parts alone: the call stops when the last of them is computed.
-
-    No graph of a compiler can be left by an exception; there it must run as it is.
-    """
+    """The outputs of the named parts alone: the call stops when the last of them is computed."""
     kept: dict[str, Any] = {}
     with suppress(_Enough), _listening(model, names, kept, leave=True):
         call()
     return [as_map(of_samples(kept[name], x), x) for name in names]
+
+
+class Listener:
+    """Hooks that stay on the named parts of a network, for a compiler.
+
+    Its graphs can neither add hooks nor be left by an exception. In a pass for features alone it removes what
+    follows the last of them, as dead code.
+
+    Args:
+        model: The network.
+        names: The parts.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.kept: dict[str, Any] | None = None
+        for name in self.names:
+            named_part(model, name).register_forward_hook(partial(self._keep, name))
+
+    def _keep(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self.kept is not None:
+            self.kept[name] = output
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """As :func:`pass_with_features`."""
+        kept: dict[str, Any] = {}
+        self.kept = kept
+        try:
+            out = call()
+        finally:
+            self.kept = None
+        return out, [as_map(of_samples(kept[name], out), out) for name in self.names]
+
+
+def features_of_pass(
+    model: nn.Module,
+    names: Sequence[str],
+    call: Callable[[], Tensor],
+    x: Tensor,
+    wanted: bool | Literal["only"],
+    listener: Listener | None,
+) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+    """Prediction and features of a call, or ``"only"`` the features.
+
+    Args:
+        model: The network.
+        names: Parts of it.
+        call: The call.
+        x: The samples it is made with.
+        wanted: Whether only the features are.
+        listener: The hooks of a network that is compiled.
+    """
+    if listener is None:
+        if wanted == "only":
+            return pass_for_features(model, names, call, x)
+        return pass_with_features(model, names, call)
+    out, features = listener(call)
+    return features if wanted == "only" else (out, features)
 
 
 def blocks_of(model: nn.Module, call: Callable[[], Any]) -> list[str]:

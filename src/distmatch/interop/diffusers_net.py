@@ -12,7 +12,7 @@ from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.diffusion.adapters import check_null
 from distmatch.diffusion.denoiser import Output, ReturnFeatures
-from distmatch.diffusion.hooked import named_part, pass_for_features, pass_with_features
+from distmatch.diffusion.hooked import Listener, features_of_pass, named_part
 from distmatch.nets.layers import feature_blocks
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
@@ -34,8 +34,7 @@ class DiffusersNet(nn.Module):
     """
 
     has_features = True
-    uncompiled = ("_only_features",)
-    """What ``training/devices.py`` leaves as it is: no graph can be left by an exception."""
+    listener: Listener | None = None
 
     def __init__(
         self,
@@ -85,14 +84,17 @@ class DiffusersNet(nn.Module):
         Features are the outputs of the named modules, tokens as maps (B, C, H, W); with ``"only"`` the pass
         stops when the last of them is computed.
         """
-        if return_features == "only":
-            return self._only_features(x, t, labels)
         if not return_features:
             return self._prediction(x, t, labels)
-        return pass_with_features(self.model, self.features, lambda: self._prediction(x, t, labels))
 
-    def _only_features(self, x: Tensor, t: Tensor, labels: Tensor | None) -> list[Tensor]:
-        return pass_for_features(self.model, self.features, lambda: self._prediction(x, t, labels), x)
+        def call() -> Tensor:
+            return self._prediction(x, t, labels)
+
+        return features_of_pass(self.model, self.features, call, x, return_features, self.listener)
+
+    def listen(self) -> None:
+        """Prepares it for a compiler."""
+        self.listener = Listener(self.model, self.features)
 
     def _prediction(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         arguments = {"class_labels": self._labels(labels, x)} if self.takes_labels else {}
@@ -107,7 +109,9 @@ class DiffusersNet(nn.Module):
                 return torch.full((len(x),), self.null_class, device=x.device)
             return torch.where(labels < 0, self.null_class, labels)
         # On an accelerator the check would wait for the device; there the embedding itself refuses -1.
-        if labels is None or (labels.device.type == "cpu" and bool((labels < 0).any())):
+        # No graph can branch on it.
+        looked = labels is None or (labels.device.type == "cpu" and not torch.compiler.is_compiling())
+        if labels is None or (looked and bool((labels < 0).any())):
             raise UserError(
                 "this teacher has no null class",
                 got="samples without a condition",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.ranks import joined
+from distmatch.diffusion.calls import CalledNet
+from distmatch.interop.diffusers_net import DiffusersNet
+
+_GRAPHS = 64
+"""Graphs that are made at most of one function."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -38,6 +45,12 @@ def pick_device(name: str) -> torch.device:
 
 def compile_network(net: nn.Module) -> None:
     """Compiles the forward pass of a network in place; names in its state stay as they are."""
-    for name in getattr(net, "uncompiled", ()):
-        setattr(net, name, torch.compiler.disable(getattr(net, name)))
+    import torch._dynamo
+
+    # Teacher, student and fake score of one class share the graphs of its code: with and without gradients
+    # and features, for one and any number of samples. Beyond 8 of them torch would go on without compiling.
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+    if isinstance(net, (CalledNet, DiffusersNet)):
+        net.listen()
     net.forward = torch.compile(net.forward)
