@@ -80,7 +80,7 @@ def draw_store(
 
     options = {f.name: getattr(o, f.name) for f in fields(o) if f.name not in _ELSEWHERE}
     request = {
-        "source": f"samples of {o.model}",
+        "source": o.model,
         "samples": n,
         "seed": o.seed,
         "model": fingerprint(model),

@@ -152,9 +152,10 @@ def _finished(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).exists():
         refuse_in_use(folder)
         source = values.get("request", {}).get("source", "its source")
+        number = f"{values['samples']:,}" if "samples" in values else "a part of the"
         raise UserError(
             f"the store {folder} is not complete",
-            got=f"{values.get('samples', 0):,} samples of {source}",
+            got=f"{number} samples of {source}",
             fix=values.get("continue", "run the same distmatch prepare again: it continues where it stopped"),
         )
     return values
