@@ -27,15 +27,16 @@ def read_wandb(run: Path) -> tuple[Scalars, set[str]]:
     """From the one transaction log of an offline run."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     scalars: Scalars = {}
     pictures: set[str] = set()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     records: list[Any] = []
-    while not (records and records[-1].WhichOneof("record_type") == "exit"):  # another process writes it
+    while all(record.WhichOneof("record_type") != "exit" for record in records):  # another process writes it
         assert time.monotonic() < until
         time.sleep(0.02)
-        records = [Record.FromString(content) for content in _records(file.read_bytes())]
+        files = list((run / "wandb").glob("offline-run-*/*.wandb"))
+        records = [Record.FromString(content) for f in files for content in _records(f.read_bytes())]
+    (file,) = files
     for record in records:
         if record.WhichOneof("record_type") == "history":
             row = {tuple(item.nested_key): json.loads(item.value_json) for item in record.history.item}
