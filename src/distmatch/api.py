@@ -38,6 +38,7 @@ from distmatch.training.arguments import (
     real_data,
     settings_of,
 )
+from distmatch.training.auto import choose, note
 from distmatch.training.comparison.options import CompareOptions, SharedOptions
 from distmatch.training.comparison.run import carry_out_comparison, prepare_comparison
 from distmatch.training.known_data import name_of_data
@@ -77,6 +78,7 @@ def train(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     quiet: bool = False,
+    auto: bool = False,
     **settings: Any,
 ) -> Network:
     """Trains a diffusion teacher.
@@ -87,6 +89,7 @@ def train(
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch train` does; None keeps everything in memory.
         quiet: Whether to hide the progress.
+        auto: Whether to choose settings that are not given for this machine, as ``--auto`` does.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions` or :class:`TeacherConfig`.
 
     Returns:
@@ -100,7 +103,14 @@ def train(
     )
     options = TrainOptions(data=name_of(data), run=run, net=net, teacher=teacher)
     with quietly(quiet):
-        job = prepare_teacher.prepare_training(options, as_dataset(data))
+        found = as_dataset(data)
+
+        def build(options: TrainOptions, fresh: bool = False) -> runs.Job:
+            return prepare_teacher.prepare_training(options, found, fresh=fresh)
+
+        options, choices = choose(options, build, fixed=settings) if auto else (options, [])
+        job = build(options, True)
+        note(job, choices)
         model = _carried_out(job, out, [])
     if out is not None:
         model.loaded_from = (os.path.abspath(out), {})
@@ -119,6 +129,7 @@ def distill(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     quiet: bool = False,
+    auto: bool = False,
     **settings: Any,
 ) -> Student:
     """Distils a teacher into a one-step (or few-step) student.
@@ -141,6 +152,7 @@ def distill(
         seed: Seed of everything random.
         out: A run folder to write, as `distmatch distill` does; None keeps everything in memory.
         quiet: Whether to hide the progress.
+        auto: Whether to choose settings that are not given for this machine, as ``--auto`` does.
         **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, :class:`WatchOptions`, of the
             method's own settings (``METHODS[method].settings``), :class:`PipelineOptions` or
             :class:`EncodingOptions`; omitted settings are those of the preset or have their default.
@@ -194,7 +206,15 @@ def distill(
     elif not (isinstance(data, (str, os.PathLike)) and has_captions(Path(data))):
         found = real_data(given, data, seed)  # how images with captions are read depends on the teacher
     with quietly(quiet):
-        job = prepare.prepare_distillation(options, given, found, measure, texts=texts)
+
+        def build(options: DistillOptions, probe: bool = True) -> runs.Job:
+            return prepare.prepare_distillation(
+                options, given, found, measure, texts=texts, fresh=not probe, dry=probe
+            )
+
+        options, choices = choose(options, build, fixed=settings) if auto else (options, [])
+        job = build(options, probe=False)
+        note(job, choices)
         return _carried_out(job, out, [source] if source else [])
 
 

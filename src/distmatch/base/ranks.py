@@ -9,7 +9,9 @@ ranks. A mean over the rows of a rank is a share of the mean over all: gradients
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -197,8 +199,21 @@ def may_branch_on(values: Tensor) -> bool:
     return values.device.type == "cpu" and joined().size == 1
 
 
+_APART: ContextVar[bool] = ContextVar("apart", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A context in which :func:`joined` leaves out the other processes, for what each does on its own."""
+    token = _APART.set(True)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
 def joined() -> Ranks:
     """This process among those of its default process group; alone without one."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if _APART.get() or not (dist.is_available() and dist.is_initialized()):
         return ALONE
     return Ranks(dist.get_rank(), dist.get_world_size())

@@ -33,7 +33,7 @@ _SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accurac
 
 def run(argv: list[str]) -> None:
     """Parses, trains and measures every method, prints the table and the path of the report."""
-    options, place = parse_run(CompareOptions, argv, verb="compare", said=HELP)
+    options, place = parse_run(CompareOptions, argv, verb="compare", said=HELP, place=Place)
     if not options.shared.teacher:
         raise UserError(
             "no teacher was named", expected="--teacher with a run folder, or ring8, grid25, skewed2"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import parse_run
+from distmatch.cli.parse import TrainingPlace, parse_run
 from distmatch.methods.table import find_method
 from distmatch.training.options import DistillOptions
 from distmatch.training.presets import LAPTOP
@@ -27,7 +27,7 @@ Options and defaults are those of {method}.""",
         "The student and its training": "lr lr_decay lr_rampup beta1 beta2 weight_decay grad_clip",
     },
     short="data teacher method preset divergence steps batch seed device num_steps guidance lr out config "
-    "resume overwrite dry_run json",
+    "resume overwrite auto dry_run json",
 )
 
 
@@ -44,19 +44,42 @@ def _options_of(method: str | None, preset: str | None, begun: str | None = None
 def run(argv: list[str]) -> None:
     """Parses, distils, prints where the student is."""
     options, place = parse_run(
-        DistillOptions, argv, verb="distill", said=HELP, defaults=_options_of, hidden=_hidden
+        DistillOptions,
+        argv,
+        verb="distill",
+        said=HELP,
+        defaults=_options_of,
+        hidden=_hidden,
+        place=TrainingPlace,
     )
     from distmatch.base.files import read_json
     from distmatch.cli.memory import dry_run_without_weights
     from distmatch.cli.output import tell_conversion
-    from distmatch.cli.running import check_place, dry_run, execute, going_on, open_folder, starts_afresh
+    from distmatch.cli.running import (
+        check_place,
+        dry_run,
+        execute,
+        going_on,
+        open_folder,
+        starts_afresh,
+        tuned,
+    )
     from distmatch.data.columns import columns_of
+    from distmatch.training.auto import note
     from distmatch.training.prepare import prepare_distillation
 
     check_place(place, (options.data, options.teacher))
-    if place.dry_run and dry_run_without_weights(options, json=place.json):
+    if (
+        place.dry_run
+        and not (place.auto or place.auto_batch)
+        and dry_run_without_weights(options, json=place.json)
+    ):
         return
+    options, choices = tuned(
+        options, place, argv, lambda other: prepare_distillation(other, fresh=False, dry=True)
+    )
     job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run, dry=place.dry_run)
+    note(job, choices)
     tell_conversion(options.teacher, str(job.notes.get("conversion", "")))
     if place.dry_run:
         dry_run(job, place)

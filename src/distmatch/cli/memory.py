@@ -22,26 +22,11 @@ from distmatch.nets.sizes import as_json
 from distmatch.training.config_format import config_text
 from distmatch.training.distill_data import empty_batches
 from distmatch.training.given_data import given_data
-from distmatch.training.memory import Memory, predict_memory
+from distmatch.training.memory import LARGE, Memory, predict_memory
 from distmatch.training.options import DistillOptions
 from distmatch.training.prompt_batches import size_of_encodings
 from distmatch.training.teachers import dtype_of_base
 from distmatch.training.toml import dataclass_to_dict
-
-_LEAST = 5_000_000  # parameters of a teacher, or bytes of a pipeline: smaller ones are run instead
-
-
-def predicted(options: Any, networks: dict[str, Any]) -> Memory | None:
-    """The prediction for a job; None for a small network, another verb, or a method without one."""
-    teacher = networks.get("teacher")
-    if not isinstance(options, DistillOptions) or teacher is None:
-        return None
-    if sum(p.numel() for p in teacher.parameters()) < _LEAST:
-        return None
-    try:
-        return predict_memory(options, teacher)
-    except UserError:
-        return None
 
 
 def memory_error(error: Exception, options: Any, networks: dict[str, Any]) -> UserError | None:
@@ -102,7 +87,7 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
         UserError: Options, pipeline and data do not go together.
     """
     weights = sum(file.stat().st_size for file in Path(options.teacher).glob("*/*.safetensors"))
-    if not needs_tracing(options.teacher) or weights < _LEAST:
+    if not needs_tracing(options.teacher) or weights < LARGE:
         return False
     given = {**options.pipeline.given(), **dtype_of_base(options.teacher, options.settings)}
     try:

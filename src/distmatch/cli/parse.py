@@ -44,6 +44,37 @@ class Place:
     """Print one JSON object on stdout."""
 
 
+P = TypeVar("P", bound=Place)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingPlace(Place):
+    """The run folder, and what to do if it exists."""
+
+    auto: bool = False
+    """Measure a few steps, and choose for this machine what is not given: --accumulate, --checkpointing,
+    --precision, --compile. They are printed and written to the run's config.toml (docs/scale.md)."""
+    auto_batch: bool = False
+    """As --auto, and choose --batch by samples a second, which changes what is trained."""
+
+
+def given(argv: Sequence[str], config: Path | None, names: Iterable[str]) -> set[str]:
+    """Which options `--auto` leaves alone: those on the command line, and the precision of a config file.
+
+    The other ones in a config file are about the machine that wrote it.
+
+    Args:
+        argv: The arguments after the verb.
+        config: The config file, or None.
+        names: Options of one word.
+    """
+    flags = {argument.partition("=")[0] for argument in _in_full(argv)}
+    found = {name for name in names if flags & {f"--{name}", f"--no-{name}"}}
+    if config is not None and "precision" in read_config(config).get("run", {}):
+        found.add("precision")
+    return found
+
+
 def parse(kind: type[T], argv: Sequence[str], *, verb: str, said: Help, default: T | None = None) -> T:
     """Parses the options of a verb into a dataclass.
 
@@ -86,7 +117,8 @@ def parse_run(
     said: Help,
     defaults: Callable[..., T] | None = None,
     hidden: Callable[[T], Iterable[str]] = lambda options: (),
-) -> tuple[T, Place]:
+    place: type[P],
+) -> tuple[T, P]:
     """Parses a verb that starts a run; `--config` and `--resume` supply defaults.
 
     Args:
@@ -97,6 +129,7 @@ def parse_run(
         defaults: The options of a method and a preset (None: none was named), for a verb whose defaults
             depend on them; and, as ``begun``, of the method of a config file where neither decides it.
         hidden: Names of options without effect for a method, which its help omits.
+        place: The options of the place.
 
     Raises:
         UserError: A config file that does not fit.
@@ -110,12 +143,12 @@ def parse_run(
         options = options_from(kind, file, verb, named=named, defaults=defaults)
     both = dataclasses.make_dataclass(
         kind.__name__,
-        [("options", tyro.conf.OmitArgPrefixes[kind]), ("place", tyro.conf.OmitArgPrefixes[Place])],  # type: ignore[valid-type,misc]
+        [("options", tyro.conf.OmitArgPrefixes[kind]), ("place", tyro.conf.OmitArgPrefixes[place])],  # type: ignore[valid-type,misc]
     )
     said = replace(said, hidden=said.hidden.union(hidden(options)))
     if named[0] is not None and said.named:
         said = replace(said, about=said.named.format(method=named[0]))
-    parsed: Any = parse(both, arguments, verb=verb, said=said, default=both(options, Place()))
+    parsed: Any = parse(both, arguments, verb=verb, said=said, default=both(options, place()))
     return parsed.options, parsed.place
 
 

@@ -14,14 +14,16 @@ from distmatch.base.errors import UserError
 from distmatch.base.progress import in_words
 from distmatch.cli.answer import print_json
 from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
-from distmatch.cli.memory import as_dict, lines, memory_error, predicted
-from distmatch.cli.parse import Place, checkpoint_choice
+from distmatch.cli.memory import as_dict, lines, memory_error
+from distmatch.cli.parse import Place, TrainingPlace, checkpoint_choice, given
 from distmatch.methods.table import find_method
 from distmatch.nets.sizes import as_json
+from distmatch.training.auto import CHOICES, Choice, O, choose
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.comparison.cost import PeakMemory, step_times
 from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
+from distmatch.training.memory import predicted
 from distmatch.training.options import DistillOptions, NetOptions, TrainOptions
 from distmatch.training.presets import describe
 from distmatch.training.runfolder import RunFolder, check_usable, create_together, holds_something
@@ -97,6 +99,23 @@ def starts_afresh(place: Place) -> bool:
     return place.resume == "latest" and not list_checkpoints(place.out / "checkpoints")
 
 
+def tuned(
+    options: O, place: TrainingPlace, argv: Sequence[str], build: Callable[[O], Job]
+) -> tuple[O, list[Choice]]:
+    """The options with what `--auto` chooses; as they are without it, and for a run that has its choices.
+
+    Args:
+        options: The options.
+        place: Where the run goes.
+        argv: The arguments after the verb.
+        build: Prepares a run that is measured and thrown away.
+    """
+    if not (place.auto or place.auto_batch) or place.resume is not None:
+        return options, []
+    fixed = given(argv, place.config, CHOICES)
+    return choose(options, build, fixed=fixed, batch=place.auto_batch)
+
+
 def dry_run(job: Job, place: Place) -> None:
     """Shows what a run would do, from a few real steps of it; writes nothing except the requested grid.
 
@@ -158,6 +177,8 @@ def dry_run(job: Job, place: Place) -> None:
         print(f"# preset      {describe(job.options.preset)}")
     for line in found_lines(found) if found else ():
         print(f"# {line}")
+    for choice in job.notes.get("auto", ()):
+        print(f"# auto        {Choice(**choice).line}")
     if place.grid is not None:
         print(f"# grid        {place.grid}")
     print(f"# device      {shown['device']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distmatch.cli.answer import print_json
 from distmatch.cli.help import Help
-from distmatch.cli.parse import parse_run
+from distmatch.cli.parse import TrainingPlace, parse_run
 from distmatch.training.options import TrainOptions
 
 HELP = Help(
@@ -13,7 +13,7 @@ HELP = Help(
 example: distmatch train --data digits --steps 3000 --out runs/teacher
          distmatch train --data my_images/ --net unet --out runs/mine --dry-run""",
     short="data labels steps batch seed device flip net width lr path out config resume overwrite "
-    "dry_run json",
+    "auto dry_run json",
     groups={
         "Path, noise distribution and "
         "weighting": "noise_mean noise_std sigma_data sigma_min sigma_max path prediction "
@@ -26,12 +26,23 @@ example: distmatch train --data digits --steps 3000 --out runs/teacher
 
 def run(argv: list[str]) -> None:
     """Parses, trains, prints where the teacher is."""
-    options, place = parse_run(TrainOptions, argv, verb="train", said=HELP)
-    from distmatch.cli.running import check_place, dry_run, execute, going_on, open_folder, starts_afresh
+    options, place = parse_run(TrainOptions, argv, verb="train", said=HELP, place=TrainingPlace)
+    from distmatch.cli.running import (
+        check_place,
+        dry_run,
+        execute,
+        going_on,
+        open_folder,
+        starts_afresh,
+        tuned,
+    )
+    from distmatch.training.auto import note
     from distmatch.training.prepare_teacher import prepare_training
 
     check_place(place, (options.data,))
+    options, choices = tuned(options, place, argv, lambda other: prepare_training(other, fresh=False))
     job = prepare_training(options, fresh=starts_afresh(place))
+    note(job, choices)
     if place.dry_run:
         dry_run(job, place)
         return

@@ -34,6 +34,8 @@ from distmatch.nets.sizes import RoleSize, role_sizes
 from distmatch.training.options import DistillOptions
 from distmatch.training.prepare import check_steps
 
+LARGE = 5_000_000
+"""Parameters of a teacher, or bytes of a pipeline, from which on memory is predicted; others are run."""
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _NONZERO = torch.ops.aten.nonzero.default
 
@@ -73,6 +75,19 @@ class Memory:
             steps = (size.optimizer + size.gradients for size in self.sizes.values())
             return self.weights + max(self.passes, *steps)
         return self.weights + self.optimizer + self.passes
+
+
+def predicted(options: Any, networks: Mapping[str, nn.Module]) -> Memory | None:
+    """The prediction for a run; None for a small network, a teacher's training, or a method without one."""
+    teacher = networks.get("teacher")
+    if not isinstance(options, DistillOptions) or teacher is None:
+        return None
+    if sum(p.numel() for p in teacher.parameters()) < LARGE:
+        return None
+    try:
+        return predict_memory(options, teacher)
+    except UserError:
+        return None
 
 
 class LiveBytes(TorchDispatchMode):
