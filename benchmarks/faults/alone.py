@@ -8,11 +8,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from disks import damage_file, file_system
 from launches import Fault, Launch, begun, fresh, result_of
 
 from distmatch.training.checkpoint import list_checkpoints
@@ -153,7 +153,7 @@ def faulty(
 
 
 def killed(place: Place, scale: float) -> Iterator[Case]:
-    """Kill -9: in training, in saving, in sampling, in preparing."""
+    """Kill -9: in training, in saving."""
     step = place.moments.randrange
     for verb, line in (("train", TRAIN), ("distill", place.distill)):
         for _ in range(round(8 * scale)):
@@ -166,6 +166,11 @@ def killed(place: Place, scale: float) -> Iterator[Case]:
             yield lambda line=line, n=n, verb=verb: faulty(
                 place, "kill -9", f"{verb}, write {n}", line, ("kill_at_sync", n), [-9, 0]
             )
+
+
+def killed_stores(place: Place, scale: float) -> Iterator[Case]:
+    """Kill -9: in sampling, in preparing."""
+    step = place.moments.randrange
     for _ in range(round(10 * scale)):
         n = step(1, 30)
         yield lambda n=n: faulty(
@@ -226,7 +231,7 @@ def full(place: Place, scale: float) -> Iterator[Case]:
     """A full disk: a limit of the size of files, and a small file system; one that becomes read-only."""
     for verb, line in (("train", TRAIN), ("distill", place.distill)):
         for _ in range(round(3 * scale)):
-            n, size = place.moments.randrange(STEPS), place.moments.choice((0, 1000, 20000))
+            n, size = place.moments.randrange(STEPS), place.moments.choice((6000, 20000))
             yield lambda verb=verb, line=line, n=n, size=size: faulty(
                 place, "full disk", f"{verb}, files of {size} bytes, step {n}", line,
                 ("file_limit", n, size), [2],
@@ -250,20 +255,6 @@ def full(place: Place, scale: float) -> Iterator[Case]:
                     )  # fmt: skip
 
 
-@contextmanager
-def file_system(mount: Path) -> Iterator[Path | None]:
-    """A file system of 16 MiB in memory; None where it cannot be mounted."""
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "distmatch-faults", str(mount)]
-    if subprocess.run(command, capture_output=True).returncode:
-        yield None
-        return
-    try:
-        yield mount
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
-
-
 def damaged(place: Place, scale: float) -> Iterator[Case]:
     """The newest checkpoint is damaged: cut, emptied, removed or flipped; the run continues before it."""
 
@@ -282,25 +273,6 @@ def damaged(place: Place, scale: float) -> Iterator[Case]:
                     yield lambda verb=verb, line=line, name=name, damage=damage, where=where: case(
                         verb, line, name, damage, where
                     )
-
-
-def damage_file(file: Path, damage: str, where: float) -> None:
-    """Damages a file at a place from 0, its beginning, to 1."""
-    content = bytearray(file.read_bytes())
-    at = int(where * (len(content) - 1))
-    match damage:
-        case "cut":
-            del content[at:]
-        case "emptied":
-            content.clear()
-        case "removed":
-            file.unlink()
-            return
-        case "flipped":
-            content[at] ^= 1 << int(8 * where)
-        case _:
-            content[at:] = bytes(len(content) - at)
-    file.write_bytes(content)
 
 
 def jumped(place: Place, scale: float) -> Iterator[Case]:
@@ -353,4 +325,4 @@ def elsewhere(place: Place, scale: float) -> Iterator[Case]:
         yield lambda verb=verb, line=line, n=n: moved(verb, line, n)
 
 
-KINDS = (killed, terminated, starved, full, damaged, jumped, elsewhere)
+KINDS = (killed, killed_stores, terminated, starved, full, damaged, jumped, elsewhere)

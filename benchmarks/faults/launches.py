@@ -126,8 +126,9 @@ def distance(one: Path, other: Path) -> float:
 
 
 def begun(folder: Path) -> bool:
-    """Whether there is something in a folder besides the lock."""
-    return folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir())
+    """Whether there is something in a folder besides the lock and temporary files."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return any(name != ".lock" and not (name[0] == "." and name.endswith(".tmp")) for name in names)
 
 
 def fresh(folder: Path) -> Path:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from alone import STEPS, TRAIN, Case, Outcome, Place, damage_file
+from alone import STEPS, TRAIN, Case, Outcome, Place
+from disks import damage_file
 from launches import Fault, Launch, begun, distance, fresh, result_of
 
 from distmatch.training.checkpoint import list_checkpoints

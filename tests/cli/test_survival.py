@@ -123,3 +123,19 @@ def test_one_of_two_has_no_memory(tmp_path: Path) -> None:
     assert main(["train", "--resume", "--out", f"{tmp_path}/run"]) == 0
     assert main([*TRAIN.split(), "--out", f"{tmp_path}/whole"]) == 0
     assert distance(tmp_path / "run", tmp_path / "whole") < 1e-5
+
+
+def test_killed_before_it_had_options(tmp_path: Path) -> None:
+    """There is nothing to resume: without its options the run would be another one, that of the defaults."""
+    (tmp_path / ".lock").write_text("distmatch run folder, process 1")
+    (tmp_path / ".config.toml.x1.tmp").touch()
+    answer = command(f"train --resume --out {tmp_path}")
+    assert answer.code == 2
+    assert "nothing to resume" in answer.err
+    assert command(f"{TRAIN} --steps 1 --out {tmp_path}").code == 0
+
+
+def test_a_store_killed_before_it_had_anything(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".unfinished.json.x1.tmp").touch()
+    assert command(f"prepare digits --out {tmp_path}/store").code == 0

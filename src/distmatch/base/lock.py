@@ -58,6 +58,15 @@ def take_lock(folder: Path, mark: str = MARK) -> int:
     return fd
 
 
+def contents(folder: Path) -> list[str]:
+    """Names in a folder, sorted; none if there is no folder.
+
+    Left out are the lock and what killed processes have left of single files, which is nothing to continue.
+    """
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name for name in names if name != LOCK and not (name[0] == "." and name.endswith(".tmp")))
+
+
 def refuse_in_use(folder: Path) -> None:
     """Refuses a folder that another process holds, and leaves it as it is.
 

@@ -51,7 +51,14 @@ def together(
         if rank_of_several(environ):
             raise SystemExit(2) from None  # the first process has the same environment, and says it
         raise
-    with process_group(environ) as ranks:
+    started = ExitStack()
+    try:
+        ranks = started.enter_context(process_group(environ))
+    except UserError as error:
+        if rank_of_several(environ) and isinstance(error.__cause__, dist.DistStoreError):
+            raise SystemExit(2) from None  # the first process, which was reached, waits for the same others
+        raise
+    with started:
         if ranks.size == 1:
             yield
             return

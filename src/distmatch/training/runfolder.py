@@ -13,7 +13,7 @@ from typing import Self
 from distmatch.base.errors import UserError
 from distmatch.base.files import guard
 from distmatch.base.inputs import checked_path, read_limited
-from distmatch.base.lock import LOCK, MARK, refuse_in_use, take_lock
+from distmatch.base.lock import LOCK, MARK, contents, refuse_in_use, take_lock
 from distmatch.base.ranks import joined
 from distmatch.training.checkpoint import is_checkpoint, list_checkpoints
 
@@ -116,7 +116,7 @@ def create(
         return guard(lambda: _replace(folder), folder)
     run: RunFolder = guard(lambda: _open(folder), folder)
     try:
-        if not resume and (found := _content(folder)):  # another process was faster, and has finished already
+        if not resume and (found := contents(folder)):  # another process was faster, and has finished already
             raise _occupied(folder, found)
         _check_kinds(run)
     except BaseException:
@@ -180,7 +180,7 @@ def check_usable(
         raise UserError("--resume and --overwrite contradict each other", fix="choose one of them")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", expected="a folder", fix="choose another folder with --out")
-    used = guard(lambda: _content(folder), folder)
+    used = guard(lambda: contents(folder), folder)
     if used and not resume and not overwrite:
         guard(lambda: refuse_in_use(folder), folder)
         raise _occupied(folder, used)
@@ -226,12 +226,7 @@ def _in_the_way(path: Path, expected: str) -> UserError:
 
 def holds_something(run: RunFolder) -> bool:
     """Whether a run was started in a folder; the lock alone is no beginning."""
-    return bool(_content(run.path))
-
-
-def _content(folder: Path) -> list[str]:
-    """Names in the folder but for the lock file, sorted; none if there is no folder."""
-    return sorted(e.name for e in folder.iterdir() if e.name != LOCK) if folder.is_dir() else []
+    return bool(contents(run.path))
 
 
 def _is_ours(folder: Path) -> bool:

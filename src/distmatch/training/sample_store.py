@@ -18,7 +18,7 @@ from torch import nn
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import guard
-from distmatch.base.lock import LOCK, refuse_in_use, take_lock
+from distmatch.base.lock import contents, refuse_in_use, take_lock
 from distmatch.base.memory import free_memory, out_of_memory
 from distmatch.base.progress import progress, quietly, tell
 from distmatch.base.ranks import Ranks
@@ -87,7 +87,7 @@ def check_store(folder: Path, samples: int, *, resume: bool, overwrite: bool) ->
                 "--overwrite",
             )
         refuse_in_use(folder)
-    elif folder.exists() and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK}):
+    elif folder.exists() and (not folder.is_dir() or contents(folder)):
         raise UserError(
             f"{folder} holds something else and was left alone",
             expected="a new folder",

@@ -22,7 +22,7 @@ from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
 from distmatch.base.files import guard, read_json
 from distmatch.base.inputs import checked_path
-from distmatch.base.lock import LOCK, refuse_in_use
+from distmatch.base.lock import contents, refuse_in_use
 from distmatch.base.progress import Progress, progress, tell
 from distmatch.data.scaling import Scaling
 from distmatch.data.sources import Reading, open_source
@@ -146,7 +146,7 @@ def _check_out(folder: Path, overwrite: bool) -> None:
             f"{folder} holds a store already",
             fix=f"use it: --data {folder}; or replace it with --overwrite",
         )
-    held = [] if not folder.is_dir() else sorted({f.name for f in folder.iterdir()} - {LOCK})
+    held = contents(folder)
     if not folder.is_dir() or (held and not is_store(folder)):
         raise UserError(
             f"{folder} is not empty, and not a store",
