@@ -1,7 +1,7 @@
 """Whether several processes train what one does: every method, whole and shared-out weights, full and lora.
 
     torchrun --nproc-per-node 2 benchmarks/ranks.py
-    torchrun --nproc-per-node 4 benchmarks/ranks.py
+    torchrun --nproc-per-node 4 benchmarks/ranks.py [METHOD ...]
 
 Each run is repeated by the first process alone with the whole batch. Printed is the distance of the weights
 of each network after 20 steps relative to their norm: the largest over the networks, and which it was. Freeze
@@ -38,7 +38,7 @@ def main() -> int:
     if ranks.main:
         print(f"{ranks.size} processes, {STEPS} steps, bound {BOUND:g}")
     for mode, train, accumulate in itertools.product(modes, ("full", "lora"), (1, 2)):
-        for name in METHODS:
+        for name in sys.argv[1:] or METHODS:
             own = read_by(name, train=train, accumulate=accumulate)
             if (train == "lora" and "train" not in own) or (accumulate > 1 and "accumulate" not in own):
                 continue
@@ -47,7 +47,7 @@ def main() -> int:
             if not ranks.main:
                 continue
             alone = weights(trained(Case(name, name, case.settings, STEPS))[0])
-            found = {key: distance(value, alone[key]) for key, value in mine.items()}
+            found = {key: distance(mine[key], alone[key]) for key in mine if not key.startswith("output")}
             most = max(found, key=lambda key: found[key])
             worst = max(worst, found[most])
             print(f"{mode:7} {train:5} x{accumulate} {name:16} {found[most]:.1e}  {most}", flush=True)
