@@ -229,7 +229,7 @@ def test_what_would_run_code_or_is_not_complete_is_refused(folder, change, said)
 def test_options_are_those_of_the_pipelines_call(folder):
     with pytest.raises(UserError, match="num_frames"):
         load_pipeline(folder, num_frames=3)
-    with pytest.raises(UserError, match="divisible"):
+    with pytest.raises(UserError, match="multiples of"):
         load_pipeline(folder, height=17, width=16)
 
 

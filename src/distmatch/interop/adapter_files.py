@@ -30,7 +30,7 @@ from distmatch.interop.pipelines import needs_tracing
 from distmatch.interop.pipelines.steps import metadata_of
 from distmatch.nets.jump import taught_to_jump
 from distmatch.nets.saved import ADAPTERS, CARD, MODEL_PARTS
-from distmatch.nets.shared import adapted_of, fingerprint, load_own_state, own_state
+from distmatch.nets.shared import adapted_of, dtype_of_base, fingerprint, load_own_state, own_state
 
 FORMAT = "distmatch-adapters"
 VERSION = 1
@@ -70,7 +70,7 @@ def save_adapters(
         "base": {
             **place,
             "sha256": fingerprint(denoiser),
-            "dtype": _dtype_of(denoiser, adapted.shared),
+            "dtype": dtype_of_base(denoiser),
             "use": _use(denoiser),
         },
         "adapters": adapted.config,
@@ -242,11 +242,6 @@ def _use(denoiser: Any) -> dict[str, Any]:
     """How a denoiser uses its network, as far as numbers and names say it."""
     said = {name: getattr(denoiser, name, None) for name in _USES}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in said.items() if v is not None}
-
-
-def _dtype_of(denoiser: nn.Module, shared: frozenset[str]) -> str:
-    kinds = {p.dtype for name, p in denoiser.named_parameters() if name in shared and p.is_floating_point()}
-    return str(kinds.pop()).removeprefix("torch.")
 
 
 def _damaged(folder: Path, what: str) -> UserError:

@@ -209,6 +209,7 @@ def _schedule(schedule: Mapping[str, Any]) -> dict[str, Any]:
         "first noise": "" if start == 1 else f"{start:.4g} times the pipeline's",
         "base": f"{name} (a local folder)" if name and "/" not in name else name,
         "hash of the base": f"sha256 {base['sha256']}" if base.get("sha256") else "",
+        "dtype of the base": base.get("dtype") or "",
     }
 
 

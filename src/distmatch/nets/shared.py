@@ -43,6 +43,16 @@ def adapted_of(module: nn.Module) -> Adapted | None:
     return found if isinstance(found, Adapted) else None
 
 
+def dtype_of_base(network: nn.Module) -> str | None:
+    """The dtype of the base of a network with adapters, such as "bfloat16"; None for one without a base."""
+    adapted = adapted_of(network)
+    if adapted is None:
+        return None
+    parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    kinds = {p.dtype for name, p in parameters.items() if name in adapted.shared}
+    return str(kinds.pop()).removeprefix("torch.")
+
+
 def constant_buffers(network: nn.Module) -> list[Tensor]:
     """The buffers that no pass changes, such as tables of positions: those of diffusers' modules and of ours.
 

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distmatch.base.errors import UserError
 from distmatch.base.files import (
     atomic_folder,
@@ -21,7 +23,7 @@ from distmatch.base.files import (
 )
 from distmatch.interop.card import card_of
 from distmatch.interop.diffusers_parts import INDEX
-from distmatch.interop.lora import merged, network_in
+from distmatch.interop.lora import network_in
 from distmatch.interop.pipelines.loading import load_parts, quiet
 from distmatch.interop.pipelines.lora_files import (
     COMFYUI_FILE,
@@ -32,9 +34,14 @@ from distmatch.interop.pipelines.lora_files import (
 from distmatch.interop.pipelines.matching_call import Match, matching_scheduler, whole_student
 from distmatch.interop.pipelines.steps import FILE, metadata_of, with_schedule
 from distmatch.nets.saved import CARD
-from distmatch.nets.shared import adapted_of
+from distmatch.nets.shared import adapted_of, dtype_of_base
 
 _SCHEDULER = "scheduler"
+_SEED = """
+import torch
+
+torch.manual_seed(0)  # repeats the samples: the fresh noise of the steps may ignore generator=
+"""
 _INSTEAD = "export it with --to onnx, or --to safetensors"
 
 
@@ -126,12 +133,13 @@ def export_lora(
         comfyui = comfyui_tensors(network)
         if comfyui is not None:
             save_tensors(temporary / COMFYUI_FILE, comfyui, metadata)
-        written, _ = load_parts(source)
-        setattr(written, name, network_in(merged(student.denoiser, adapters=False)).cpu())
+        # As in the card: all parts in the base's dtype, as in training, and then in float32.
+        written, _ = load_parts(source, getattr(torch, str(dtype_of_base(student.denoiser))))
+        written = written.to(torch.float32)
         written.load_lora_weights(temporary, weight_name=DIFFUSERS_FILE)
         match = matching_scheduler(whole, written, name)
         match.scheduler.save_pretrained(temporary / _SCHEDULER)
-        _describe(temporary, student, match, metrics, _lora_usage)
+        _describe(temporary, student, match, metrics, partial(_lora_usage, name, network))
     return match.difference
 
 
@@ -194,6 +202,7 @@ def _describe(
         "scheduler": type(match.scheduler).__name__,
         "start": match.start,
         "difference": match.difference,
+        "dtype": "float32",
         "call": {**contract["call"], **match.call},
     }
     atomic_json(folder / FILE, contract)
@@ -207,23 +216,40 @@ def _describe(
 def _pipeline_usage(contract: Mapping[str, Any], match: Match) -> str:
     return f"""import diffusers
 
-pipeline = diffusers.DiffusionPipeline.from_pretrained("this/folder")
+pipeline = diffusers.DiffusionPipeline.from_pretrained("this/folder")  # its network is in float32
 {_call(contract)}"""
 
 
-def _lora_usage(contract: Mapping[str, Any], match: Match) -> str:
-    scheduler = type(match.scheduler).__name__
+def _lora_usage(name: str, network: Any, contract: Mapping[str, Any], match: Match) -> str:
+    scheduler, dtype = type(match.scheduler).__name__, contract["base"]["dtype"]
     return f"""import diffusers
-
+{_loaded(name, network, dtype)}
 # For ComfyUI put {COMFYUI_FILE}, where there is one, into models/loras, and sample with cfg 1.
-pipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base")
 pipeline.load_lora_weights("this/folder", weight_name="{DIFFUSERS_FILE}")
 pipeline.scheduler = diffusers.{scheduler}.from_pretrained("this/folder", subfolder="{_SCHEDULER}")
 {_call(contract)}"""
+
+
+def _loaded(name: str, network: Any, dtype: str) -> str:
+    """Code that loads the base as the adapters were trained on it."""
+    if dtype == "float32":
+        return '\npipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base")'
+    kept = f"""for weight in pipeline.{name}.parameters():  # also those that diffusers keeps in float32
+    weight.data = weight.data.to(torch.{dtype})
+"""
+    return f"""import torch
+
+# The adapters were trained on the base in {dtype}: its weights are rounded, and then used in float32.
+# Without the last of these lines the pipeline samples in {dtype}, the same but for rounding.
+pipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base", torch_dtype=torch.{dtype})
+{kept if getattr(network, "_keep_in_fp32_modules", None) else ""}pipeline.to(torch.float32)"""
 
 
 def _call(contract: Mapping[str, Any]) -> str:
     """The call with the student's steps, and with guidance off."""
     options = {"num_inference_steps": contract["num_steps"], **contract["call"]}
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    return f'images = pipeline("a prompt", {arguments})[0]'
+    seed = ""
+    if contract["num_steps"] > 1 and contract["sampler"] == "stochastic":
+        seed = _SEED
+    return f'{seed}images = pipeline("a prompt", {arguments})[0]'

@@ -18,7 +18,7 @@ from distmatch.base.files import read_json
 from distmatch.base.stack import caller_level
 from distmatch.interop.card import GUIDANCE
 from distmatch.interop.diffusers_parts import INDEX
-from distmatch.nets.shared import adapted_of, fingerprint
+from distmatch.nets.shared import adapted_of, dtype_of_base, fingerprint
 
 FILE = "distmatch.json"
 FORMAT = "distmatch-schedule"
@@ -37,7 +37,7 @@ def schedule_contract(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str
         ``path`` and ``shift``; ``guidance``, the scale that the student was distilled with, and ``null``, the
         prompt that stands for "unconditional"; ``call``, the arguments of the pipeline's call, with guidance
         off; ``base``, its name on a hub (owner/name) if its folder says one, else that of the folder, and the
-        sha256 of the base of adapters; ``encoder``, the sha256 of the prompt encoder.
+        sha256 and the dtype of the base of adapters; ``encoder``, the sha256 of the prompt encoder.
     """
     found: Any = getattr(denoiser, "pipeline", None)
     if found is None or about.get("kind") != "student" or found.schedule.path is None:
@@ -63,7 +63,11 @@ def schedule_contract(denoiser: nn.Module, about: Mapping[str, Any]) -> dict[str
         **{name: about[name] for name in GUIDANCE if name in about},
         "null": found.null,
         "call": call_options(found),
-        "base": {"name": _hub_id(found.folder) or Path(place).name, "sha256": base},
+        "base": {
+            "name": _hub_id(found.folder) or Path(place).name,
+            "sha256": base,
+            "dtype": dtype_of_base(denoiser),
+        },
         "encoder": found.fingerprint,
     }
 
