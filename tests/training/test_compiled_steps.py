@@ -17,10 +17,15 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import distmatch as dm
+from distmatch.base.errors import UserError
+from distmatch.data import load_data
 from distmatch.methods.construct import build
 from distmatch.methods.context import Distiller
 from distmatch.methods.state import DistillState
-from distmatch.training.devices import compile_network
+from distmatch.training.devices import check_compile_mode, compile_network, with_marked_steps
+from distmatch.training.options import DistillOptions, RunOptions, TrainOptions
+from distmatch.training.prepare import prepare_distillation
+from distmatch.training.prepare_teacher import prepare_training
 from tests.helpers.image_teachers import image_teacher, images
 from tests.helpers.own_networks import Conv
 from tests.helpers.small import network_teacher
@@ -110,3 +115,39 @@ def test_passes_of_each_kind_are_whole_graphs_equal_to_eager_ones(
                 again(*inputs, return_features=kind), teacher(*inputs, return_features=kind)
             )
     assert graphs.frame_count == 3
+
+
+@pytest.mark.parametrize(
+    ("compiled", "mode", "device", "fix"),
+    [
+        (False, "reduce-overhead", "cuda", "add --compile"),
+        (True, "max-autotune", "cpu", "use --compile alone"),
+        (True, "reduce-overhead", "mps", "use --compile alone"),
+    ],
+)
+def test_modes_that_would_do_nothing_are_refused(compiled: bool, mode: str, device: str, fix: str) -> None:
+    with pytest.raises(UserError, match=fix):
+        check_compile_mode(compiled, mode, torch.device(device))
+    check_compile_mode(True, mode, torch.device("cuda"))
+    check_compile_mode(compiled, "default", torch.device(device))
+
+
+@pytest.mark.parametrize(("mode", "marks"), [("default", 0), ("reduce-overhead", 3), ("max-autotune", 3)])
+def test_the_mode_reaches_the_compiler_and_its_steps_are_announced(
+    mode: str, marks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda f, **given: seen.append(given["mode"]) or f)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append("step"))
+    compile_network(network_teacher().net, mode)
+    step = with_marked_steps(lambda state, number: state + number, mode)
+    assert [step(1, number) for number in range(3)] == [1, 2, 3]
+    assert seen == [mode, *["step"] * marks]
+
+
+def test_a_run_on_a_cpu_is_refused_before_it_begins() -> None:
+    run = RunOptions(device="cpu", compile=True, compile_mode="reduce-overhead")
+    with pytest.raises(UserError, match="CUDA graphs"):
+        prepare_training(TrainOptions(run=run), load_data("ring8"))
+    with pytest.raises(UserError, match="CUDA graphs"):
+        prepare_distillation(DistillOptions(teacher="ring8", run=run))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from distmatch.base.ranks import joined
 from distmatch.diffusion.calls import CalledNet
 from distmatch.interop.diffusers_net import DiffusersNet
 
+Result = TypeVar("Result")
 _GRAPHS = 64
 """Graphs that are made at most of one function."""
 
@@ -43,7 +45,45 @@ def pick_device(name: str) -> torch.device:
         ) from error
 
 
-def compile_network(net: nn.Module) -> None:
+def check_compile_mode(compiled: bool, mode: str, device: torch.device) -> None:
+    """Refuses a mode of the compiler that would do nothing.
+
+    Args:
+        compiled: Whether networks are compiled.
+        mode: ``default``, ``reduce-overhead`` or ``max-autotune``.
+        device: Where they run.
+
+    Raises:
+        UserError: Nothing is compiled, or the device has no CUDA graphs.
+    """
+    if mode == "default":
+        return
+    if not compiled:
+        raise UserError(
+            f"--compile-mode {mode} is a mode of --compile", got="no --compile", fix="add --compile"
+        )
+    if device.type != "cuda":
+        raise UserError(
+            f"--compile-mode {mode} is for accelerators with CUDA graphs",
+            got=f"device {device}",
+            expected="a device such as cuda or cuda:0",
+            fix="use --compile alone, or another --device",
+        )
+
+
+def with_marked_steps(step: Callable[..., Result], mode: str) -> Callable[..., Result]:
+    """A training step, announced to CUDA graphs: what networks return in it is kept until the next begins."""
+    if mode == "default":
+        return step
+
+    def marked(*arguments: Any) -> Result:
+        torch.compiler.cudagraph_mark_step_begin()
+        return step(*arguments)
+
+    return marked
+
+
+def compile_network(net: nn.Module, mode: str = "default") -> None:
     """Compiles the forward pass of a network in place; names in its state stay as they are."""
     import torch._dynamo
 
@@ -53,4 +93,4 @@ def compile_network(net: nn.Module) -> None:
     config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     if isinstance(net, (CalledNet, DiffusersNet)):
         net.listen()
-    net.forward = torch.compile(net.forward)
+    net.forward = torch.compile(net.forward, mode=mode)

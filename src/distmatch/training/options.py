@@ -145,6 +145,8 @@ class RunOptions(LoopOptions):
     """Processes that share out the weights with --parallel hybrid; 0: those of a machine."""
     compile: bool = False
     """Compile the networks with torch.compile."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """Mode of --compile; all but the default use CUDA graphs, on accelerators that have them."""
     flip: bool = False
     """Mirror images left-right at random."""
 

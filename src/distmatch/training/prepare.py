@@ -26,7 +26,7 @@ from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.settings import GuidedSettings, RoleSettings
 from distmatch.methods.student import Student
 from distmatch.methods.table import resolve_method
-from distmatch.training.devices import compile_network, pick_device
+from distmatch.training.devices import check_compile_mode, compile_network, pick_device, with_marked_steps
 from distmatch.training.distill_data import check_fit, drawer, empty_batches
 from distmatch.training.distill_warnings import advice, early_warnings, untried_rates
 from distmatch.training.given_data import given_data
@@ -81,6 +81,7 @@ def prepare_distillation(
     own_rows = ranks.rows(run.batch)
     encoded, data = (data, None) if isinstance(data, Conditioning) else (None, data)
     device = pick_device(run.device)
+    check_compile_mode(run.compile, run.compile_mode, device)
     name = measure.name if measure is not None else options.divergence
     method, name = resolve_method(options.method, name)
     own = options.settings
@@ -173,7 +174,7 @@ def prepare_distillation(
     if run.compile:
         for net in (teacher, state.student.denoiser, state.fake_score):
             if isinstance(net, nn.Module) and has_network(net):
-                compile_network(getattr(net, "net", net))
+                compile_network(getattr(net, "net", net), run.compile_mode)
     takes = bool(method.divergences)
     texts_used = described_prompts(prompts, options.prompts) if prompts is not None else {}
     info = {
@@ -202,7 +203,7 @@ def prepare_distillation(
         verb="distill",
         options=options,
         state=state,
-        step=distiller.step,
+        step=with_marked_steps(distiller.step, run.compile_mode),
         batches=mine if options.encoding.encode == "live" else ahead(mine, device, found),
         networks={"teacher": teacher, **state.modules()}
         if isinstance(teacher, nn.Module)

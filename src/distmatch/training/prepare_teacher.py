@@ -21,7 +21,7 @@ from distmatch.interop.text_encoder import TextEncoder
 from distmatch.nets.text import TextInput
 from distmatch.nets.words import WordEncoder
 from distmatch.nets.work import network_work
-from distmatch.training.devices import compile_network, pick_device
+from distmatch.training.devices import check_compile_mode, compile_network, pick_device, with_marked_steps
 from distmatch.training.known_data import describe_data, few_samples, remember
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
@@ -59,6 +59,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
     check_trackers(run.track)
     own_rows = ranks.rows(run.batch)
     device = pick_device(run.device)
+    check_compile_mode(run.compile, run.compile_mode, device)
     data = load_data(options.data, labels=options.labels) if data is None else data
     chosen = options.net.settled(data.shape, device.type, text=bool(data.captions))
     data, text = _with_text(data, chosen, options.teacher.text_encoder)
@@ -82,7 +83,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
     state = method.init(run.seed)
     ranks.broadcast(state.tensors())
     if run.compile:
-        compile_network(state.denoiser.net)
+        compile_network(state.denoiser.net, run.compile_mode)
     extra: dict[str, Any] = {
         "kind": "teacher",
         "data": describe_data(data, options.data),
@@ -100,7 +101,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
         verb="train",
         options=options,
         state=state,
-        step=method.step,
+        step=with_marked_steps(method.step, run.compile_mode),
         batches=ahead(lambda step: batches(step, own_rows), device, data),
         networks={"teacher": state.denoiser},
         notes={

@@ -25,6 +25,7 @@ _FREE = (
         "run.shard_size",
         "run.device",
         "run.compile",
+        "run.compile_mode",
         "run.keep",
         "run.checkpoint_every",
         "run.log_every",
