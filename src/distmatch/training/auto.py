@@ -115,6 +115,8 @@ def _chosen(tuner: _Tuner, options: O, fixed: Collection[str], batch: bool) -> t
     choices: list[Choice] = []
     parts = isinstance(options, DistillOptions) and isinstance(options.settings, NetworkSettings)
     free = {name for name in CHOICES if name not in fixed and (parts or name in ("precision", "compile"))}
+    if options.run.compile_mode != "default":  # a mode of what must then stay as it is
+        free -= {"compile"}
     plain = {"accumulate": 1, "checkpointing": False, "compile": False}
     options = _with(options, **{name: value for name, value in plain.items() if name in free})
     if batch:
