@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distmatch.cli.main import VERBS
-from distmatch.cli.parse import Place
+from distmatch.cli.parse import Place, TrainingPlace
 from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.options import DistillOptions, TrainOptions
 from tests.helpers.command import command, done
@@ -41,7 +41,8 @@ def options_of(verb: str) -> list[str]:
     module = importlib.import_module(VERBS[verb][0])
     if verb in RUNS:
         hidden = module.HELP.hidden
-        return [name for name in fields_of(RUNS[verb]()) + fields_of(Place()) if name not in hidden]
+        place = Place() if verb == "compare" else TrainingPlace()
+        return [name for name in fields_of(RUNS[verb]()) + fields_of(place) if name not in hidden]
     own = getattr(module, f"{verb.capitalize()}Options")
     return fields_of(own)
 

@@ -138,7 +138,7 @@ def test_a_dry_run_of_a_pipeline_reads_no_weights(made, tmp_path, monkeypatch):
     folder, _ = made("stable-diffusion-3")
     place = tmp_path / "sd3"
     shutil.copytree(folder, place)
-    monkeypatch.setattr(memory, "_LEAST", 0)
+    monkeypatch.setattr(memory, "LARGE", 0)
     for weights in place.glob("*/*.safetensors"):
         weights.write_bytes(b"")
     line = f"distill --teacher {place} --size 16 --max-tokens 12 --method diff-instruct --batch 2 --dry-run"

@@ -127,7 +127,7 @@ def test_a_dry_run_writes_nothing(place, tmp_path, cache):
 def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypatch):
     from distmatch.cli import memory
 
-    monkeypatch.setattr(memory, "_LEAST", 0)
+    monkeypatch.setattr(memory, "LARGE", 0)
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} {SHORT} --dry-run --json"
     told = done(f"{line} --prompts {place}/prompts.txt").json()
     teacher = dm.load_teacher(place / "stable-diffusion-3", height=16, width=16, max_sequence_length=12)
@@ -141,7 +141,7 @@ def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypat
 def test_a_dry_run_of_a_large_pipeline_looks_at_the_data(place, cache, monkeypatch, tmp_path):
     from distmatch.cli import memory
 
-    monkeypatch.setattr(memory, "_LEAST", 0)
+    monkeypatch.setattr(memory, "LARGE", 0)
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} {SHORT} --dry-run"
     images = line.replace("--method sid", "--method dmd2")
     assert done(f"{images} --json --data {place}/images").json()["prompts"] == 4

@@ -27,7 +27,7 @@ Options and defaults are those of {method}.""",
         "The student and its training": "lr lr_decay lr_rampup beta1 beta2 weight_decay grad_clip",
     },
     short="data teacher method preset divergence steps batch seed device num_steps guidance lr out config "
-    "resume overwrite auto dry_run json",
+    "resume overwrite dry_run json",
 )
 
 

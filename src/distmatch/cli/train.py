@@ -13,7 +13,7 @@ HELP = Help(
 example: distmatch train --data digits --steps 3000 --out runs/teacher
          distmatch train --data my_images/ --net unet --out runs/mine --dry-run""",
     short="data labels steps batch seed device flip net width lr path out config resume overwrite "
-    "auto dry_run json",
+    "dry_run json",
     groups={
         "Path, noise distribution and "
         "weighting": "noise_mean noise_std sigma_data sigma_min sigma_max path prediction "
