@@ -32,6 +32,7 @@ import tyro
 from network_calls import counted, recorded, replay
 from torch import Tensor, nn
 
+from distmatch.base.ranks import ALONE, Ranks
 from distmatch.data.batches import Batch
 from distmatch.divergences import divergence
 from distmatch.methods.construct import build_method
@@ -100,7 +101,9 @@ def chosen_methods(names: str) -> list[str]:
     return list(METHODS) if names == "all" else [name.strip() for name in names.split(",")]
 
 
-def build(name: str, teacher: EDMDenoiser, options: Options, device: torch.device) -> tuple[Distiller, int]:
+def build(
+    name: str, teacher: EDMDenoiser, options: Options, device: torch.device, ranks: Ranks = ALONE
+) -> tuple[Distiller, int]:
     """A method with its own settings and the number of steps in a cycle of it."""
     method, measure = resolve_method(name, None)
     # ctm draws the number of its solver's steps anew each time; with one, all steps do the same work.
@@ -120,6 +123,7 @@ def build(name: str, teacher: EDMDenoiser, options: Options, device: torch.devic
         total_steps=TOTAL,
         device=device,
         bf16=options.precision == "bf16",
+        ranks=ranks,
     )
     return build_method(context), getattr(settings, "fake_score_steps", 1)
 
