@@ -111,4 +111,4 @@ def test_memory_of_an_evaluation_does_not_grow_with_the_samples(tmp_path: Path) 
     np.save(tmp_path / "images.npy", images)
     assert main(f"prepare {tmp_path}/images.npy --out {tmp_path}/images.store".split()) == 0
     together(_measured, [(str(tmp_path), "store")])
-    assert int((tmp_path / "store.txt").read_text()) < 40  # MiB, where generated and real samples have 127
+    assert int((tmp_path / "store.txt").read_text()) < 90  # MiB, where generated and real samples have 127
