@@ -63,7 +63,7 @@ def check_rule(kind: type, name: str, value: Any) -> None:
     if rule is not None and not _holds(rule, value):
         flag = f"--{name.replace('_', '-')}" if getattr(kind, "flags", True) else name
         default = getattr(kind, name, None)
-        fix = None if default is None else f"omit it for the default, {default}"
+        fix = "omit it" if default == "" else None if default is None else f"omit it for the default, {default}"
         raise UserError(f"{flag} {rule.words}", got=value, fix=fix)
 
 
