@@ -63,7 +63,8 @@ def check_rule(kind: type, name: str, value: Any) -> None:
     if rule is not None and not _holds(rule, value):
         flag = f"--{name.replace('_', '-')}" if getattr(kind, "flags", True) else name
         default = getattr(kind, name, None)
-        fix = "omit it" if default == "" else None if default is None else f"omit it for the default, {default}"
+        named = "" if default == "" else f" for the default, {default}"
+        fix = None if default is None else f"omit it{named}"
         raise UserError(f"{flag} {rule.words}", got=value, fix=fix)
 
 
