@@ -174,7 +174,12 @@ PLACES = {
     "demo --out t": ("t is not empty", "--resume", "--overwrite"),
     f"train {TINY} --out notes --overwrite": ("not a run folder of distmatch and was left alone",),
     f"train {TINY} --out notes --resume": ("not a run folder of distmatch",),
-    f"train {TINY} --out new --resume": ("nothing to resume",),
+    **{
+        f"{verb} --out new --resume{dry}": ("nothing to resume", "no such folder", "check the path")
+        for verb in ("train", "distill", "compare")
+        for dry in ("", " --dry-run")
+    },
+    "distill --resume --dry-run": ("no folder was given", "--out"),
     f"train {TINY} --out t --resume --overwrite": ("--resume and --overwrite",),
     f"train {TINY} --out images.npz": ("images.npz is a file",),
     f"train {TINY} --out images.npz/below/it": ("cannot write", "Not a directory"),

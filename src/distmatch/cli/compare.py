@@ -34,10 +34,6 @@ _SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accurac
 def run(argv: list[str]) -> None:
     """Parses, trains and measures every method, prints the table and the path of the report."""
     options, place = parse_run(CompareOptions, argv, verb="compare", said=HELP, place=Place)
-    if not options.shared.teacher:
-        raise UserError(
-            "no teacher was named", expected="--teacher with a run folder, or ring8, grid25, skewed2"
-        )
     _check_place(place)
     from distmatch.base.ranks import joined
     from distmatch.cli.running import check_place, going_on, open_folder
@@ -45,12 +41,16 @@ def run(argv: list[str]) -> None:
     from distmatch.training.comparison.plan import check_options
     from distmatch.training.comparison.run import carry_out_comparison, prepare_comparison
 
-    entries = check_options(options)
     inputs = (options.shared.data, options.shared.teacher)
+    check_place(place, inputs)
+    if not options.shared.teacher:
+        raise UserError(
+            "no teacher was named", expected="--teacher with a run folder, or ring8, grid25, skewed2"
+        )
+    entries = check_options(options)
     if place.dry_run:
         _dry_run(options, entries, place)
         return
-    check_place(place, inputs)
     prepared = prepare_comparison(options, resumed=place.out if place.resume is not None else None)
     with open_folder(place, inputs) as folder, going_on("compare", place):
         record = carry_out_comparison(prepared, folder)

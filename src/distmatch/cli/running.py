@@ -48,13 +48,13 @@ def open_folder(place: Place, inputs: tuple[str, ...] = ()) -> RunFolder:
 
 
 def check_place(place: Place, inputs: tuple[str, ...] = ()) -> None:
-    """Raises immediately the errors of :func:`open_folder`; a dry run needs no place.
+    """Raises immediately the errors of :func:`open_folder`; a dry run needs a place to resume in alone.
 
     Raises:
         UserError: No `--out`, a folder that cannot be used, or a `--grid` that cannot be written.
     """
     check_grid(place.grid, dry_run=place.dry_run, overwrite=place.overwrite)
-    if not place.dry_run:
+    if not place.dry_run or place.resume is not None:
         check_usable(
             _out(place),
             resume=place.resume is not None,
