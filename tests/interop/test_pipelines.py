@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distmatch.base.errors import UserError
@@ -224,6 +225,21 @@ def test_what_would_run_code_or_is_not_complete_is_refused(folder, change, said)
     with pytest.raises(UserError) as raised:
         load_pipeline(folder, **SIZE["stable-diffusion-3"])
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_weights_that_are_not_finite_are_refused_with_their_tensors(folder, part, dtype):
+    """A pipeline that computes NaN would be one that no contract explains."""
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(key for key, value in tensors.items() if value.ndim == 2)
+    tensors[name][0, 0], tensors[name][1, :2] = float("nan"), float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match="not finite") as raised:
+        load_pipeline(folder, dtype=dtype, **SIZE["stable-diffusion-3"])
+    assert f"{part} has weights" in str(raised.value)
+    assert f"3 NaN or infinite: 3 in {name}" in raised.value.parts["got"]
 
 
 def test_options_are_those_of_the_pipelines_call(folder):

@@ -19,6 +19,7 @@ from distmatch.base.errors import UserError, cause
 from distmatch.base.files import read_json
 from distmatch.interop.diffusers_net import MODELS
 from distmatch.interop.diffusers_schedule import check_scheduler_name
+from distmatch.interop.finite import check_finite
 from distmatch.interop.optional import import_diffusers
 
 CONFIG, SCHEDULER, INDEX = "config.json", "scheduler_config.json", "model_index.json"
@@ -295,6 +296,7 @@ def load_component(folder: Path, name: str, dtype: torch.dtype = torch.float32) 
         tensor.data = tensor.data.to(dtype, copy=True)
     for tensor in model.buffers():
         tensor.data = tensor.data.clone()
+    check_finite(model, folder)
     return model
 
 

@@ -21,6 +21,7 @@ from distmatch.interop.diffusers_parts import (
     load_component,
     parts_of,
 )
+from distmatch.interop.finite import check_finite
 from distmatch.interop.optional import OptionalPackage, import_diffusers
 from distmatch.interop.pipelines.skeleton import without_weights
 from distmatch.nets.saved import missing_model
@@ -182,6 +183,7 @@ def _text_encoder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             got=f"{len(missing)} missing, such as {missing[0]}",
             fix="copy the folder again, with the config that was saved beside the weights",
         )
+    check_finite(model, folder)
     return model
 
 
