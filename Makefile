@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types unit wheel install clean
+.PHONY: demo test lint types unit docs wheel install clean
 install: $(STAMP)
 
 # `constraints.txt` pins every direct dependency, so that two machines install the same thing.
@@ -27,6 +27,15 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/pytest -n 2
+
+# The site of the documentation, build/docs/index.html. Warnings are errors; names that do not exist are warnings.
+DOCS_STAMP := $(VENV)/.installed-docs
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -j 2 -c docs . build/docs
 
 # A source archive and a wheel, by the pinned hatchling of the environment: nothing is fetched.
 wheel: $(STAMP)

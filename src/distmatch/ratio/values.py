@@ -31,7 +31,7 @@ def divergence_from_ratio(
 
     which for *any* r is at most D_f (Nguyen, Wainwright and Jordan, arXiv 0809.0853), with an error of second
     order in the error of the ratio: use it when you can. The standard error is that of the given samples; the
-        ratio's own error only lowers the value.
+    ratio's own error only lowers the value.
 
     ``warning`` holds what is known to be wrong with the ratio, and whether the samples miss the region that
     dominates the divergence: an unbounded divergence that is larger than the log of the sample size cannot be

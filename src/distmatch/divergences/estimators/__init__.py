@@ -7,7 +7,7 @@ estimator                         needs                                  gives
 :func:`monte_carlo_two_sided`     both, at samples of q and of p         any f-divergence, singular parts too
 :func:`renyi_monte_carlo`         log p and log q at samples of q        Renyi
 :func:`kl_estimate`               log p and log q at samples of q        KL(q || p) by k1, k2 or k3
-:func:`kl_neighbors`             samples of p and q, few dimensions     KL(p || q)
+:func:`kl_neighbors`              samples of p and q, few dimensions     KL(p || q)
 :class:`VariationalEstimator`     samples of p and q                     a lower bound of any f-divergence
 :func:`classifier_estimates`      samples of p and q                     lower bounds of many at once
 ================================  =====================================  =====================================
