@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import tomllib
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 
@@ -64,6 +67,40 @@ def test_sizes_are_for_pipelines(folder, line, said):
 def test_doctor_describes_other_teachers_too():
     found = done("doctor --teacher ring8 --json").json()
     assert found["sample"] == "(2,)"
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("name", "factor"), [("stable-diffusion-3", 1000), ("stable-diffusion", 1)])
+def test_a_dry_run_shows_the_times_that_the_network_of_the_student_receives(name, factor, steps, tmp_path):
+    """A flow with shift 3, and noise prediction at timesteps; options of other levels are left out."""
+    place = save(name, tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    seen = []
+    line = f"distill --teacher {place} --size 16 --prompts {tmp_path}/prompts.txt --method sid --batch 2"
+    line += f" --steps 10 --num-steps {steps} --dry-run"
+    found = done(f"{line} --json").json()
+    teacher = dm.load_teacher(place, **SIZE[name])
+    told = teacher.pipeline.encode(PROMPTS[:2])
+    student = dm.distill(teacher, told, method="sid", num_steps=steps, steps=10, batch=2, quiet=True)
+    network = next(m for m in student.denoiser.modules() if isinstance(m, diffusers.ModelMixin))
+
+    def record(module, given, named):
+        seen.append(
+            float(inspect.signature(module.forward).bind(*given, **named).arguments["timestep"].max())
+        )
+
+    network.register_forward_pre_hook(record, with_kwargs=True)
+    student.sample(2, conditioning=told, decode=False)
+    assert found["times"] == pytest.approx([time / factor for time in seen], rel=1e-6)
+    assert found["levels"] == list(student.sigmas)
+    text = done(line).out
+    plain = {(1000, 1): "1", (1000, 4): "1, 0.9, 0.75, 0.5", (1, 1): "999", (1, 4): "999, 749, 499, 249"}
+    count = f"{steps} steps, at times" if steps > 1 else "1 step, at time"
+    shift = ", shift 3" if factor == 1000 else ""
+    assert f"# student     {count} {plain[factor, steps]}{shift}, noise " in text
+    assert (
+        not {"student_sigma", "noise_mean", "noise_std", "noise_rho"} & tomllib.loads(text)["distill"].keys()
+    )
 
 
 @pytest.mark.parametrize("method", ["diff-instruct", "sid"])

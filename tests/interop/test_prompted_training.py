@@ -133,6 +133,8 @@ def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypat
     teacher = dm.load_teacher(place / "stable-diffusion-3", height=16, width=16, max_sequence_length=12)
     size = sum(value.nbytes for value in teacher.pipeline.encode(PROMPTS).values())
     assert (told["prompts"], told["encodings"]) == (4, size)
+    assert told["levels"] == [teacher.sigma_max]
+    assert told["times"] == pytest.approx([1.0])
     assert not cache.exists()
     missing = command(f"{line} --prompts {place}/none.txt")
     assert missing.code == 2

@@ -13,9 +13,12 @@ import torch
 from distmatch.base.errors import UserError
 from distmatch.base.memory import out_of_memory
 from distmatch.cli.answer import print_json
+from distmatch.cli.student_steps import steps_line, steps_of, without_effect
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.divergences import divergence
 from distmatch.interop.pipelines import needs_tracing
 from distmatch.interop.pipelines.teacher import without_weights
+from distmatch.methods.context import Context
 from distmatch.methods.settings import NetworkSettings
 from distmatch.methods.table import resolve_method
 from distmatch.nets.sizes import as_json
@@ -99,7 +102,9 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
     memory = predict_memory(options, teacher)
     shown: dict[str, Any] = {"verb": "distill", "options": dataclass_to_dict(options)}
     shown["predicted"] = as_dict(memory)
-    below = lines(memory)
+    steps = steps_of(teacher, _levels(options, teacher))
+    shown |= steps
+    below = [steps_line(steps), *lines(memory)]
     try:
         texts = _prompts_of(options, teacher, memory.needs_data)
     except UserError as error:
@@ -115,11 +120,25 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
     if json:
         print_json(shown)
         return True
-    print(config_text("distill", options, without=["net"]))
+    print(config_text("distill", options, without=without_effect(options.settings, teacher) | {"net"}))
     print("# not written: this is a dry run, which read no weights")
     for line in below:
         print(f"# {line}")
     return True
+
+
+def _levels(options: DistillOptions, teacher: Denoiser) -> tuple[float, ...]:
+    """The noise levels of the student's calls."""
+    method, name = resolve_method(options.method, options.divergence)
+    context = Context(
+        teacher=teacher,
+        method=method,
+        divergence=divergence(name),
+        settings=options.settings,
+        total_steps=options.run.steps,
+        device=torch.device("cpu"),
+    )
+    return context.sigmas
 
 
 def _prompts_of(options: DistillOptions, teacher: Denoiser, needs_data: bool) -> Sequence[str] | None:

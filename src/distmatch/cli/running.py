@@ -16,6 +16,7 @@ from distmatch.cli.answer import print_json
 from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
 from distmatch.cli.memory import as_dict, lines, memory_error
 from distmatch.cli.parse import Place, TrainingPlace, checkpoint_choice, given
+from distmatch.cli.student_steps import steps_line, steps_of, without_effect
 from distmatch.methods.table import find_method
 from distmatch.nets.sizes import as_json
 from distmatch.training.auto import CHOICES, Choice, O, choose
@@ -145,6 +146,8 @@ def dry_run(job: Job, place: Place) -> None:
     if place.grid is not None and job.data is not None:
         write_grid(place.grid, job.data, run.seed, place.overwrite)
     timing = f"{in_words(whole)} ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
+    options, teacher = job.options, job.networks.get("teacher")
+    steps = steps_of(teacher, job.notes["levels"]) if isinstance(options, DistillOptions) else {}
     larger = job.notes.get("larger_net")
     if larger:
         larger = {**larger, "estimated_seconds": round(larger["times_the_work"] * whole, 1)}
@@ -161,6 +164,7 @@ def dry_run(job: Job, place: Place) -> None:
         "seconds_once": round(once, 4),
         "estimated_seconds": round(whole, 1),
         **job.notes,
+        **steps,
         **({"larger_net": larger} if larger else {}),
         **({"found": found} if found else {}),
         **({"warnings": job.warnings} if job.warnings else {}),
@@ -168,13 +172,15 @@ def dry_run(job: Job, place: Place) -> None:
     if place.json:
         print_json(shown)
         return
-    copied = isinstance(job.options, DistillOptions) and job.options.net == NetOptions()
-    print(config_text(job.verb, job.options, without=["net"] if copied else []))
+    copied = isinstance(options, DistillOptions) and options.net == NetOptions()
+    idle = without_effect(options.settings, teacher) if isinstance(options, DistillOptions) else set()
+    print(config_text(job.verb, options, without=idle | ({"net"} if copied else set())))
     print("# not written: this is a dry run")
-    if isinstance(job.options, DistillOptions):
+    if isinstance(options, DistillOptions):
         divergence = job.notes.get("divergence")
         print(f"# method      {job.notes['method']}{f', divergence {divergence}' if divergence else ''}")
-        print(f"# preset      {describe(job.options.preset)}")
+        print(f"# preset      {describe(options.preset)}")
+        print(f"# {steps_line(steps)}")
     for line in found_lines(found) if found else ():
         print(f"# {line}")
     for choice in job.notes.get("auto", ()):
@@ -183,7 +189,7 @@ def dry_run(job: Job, place: Place) -> None:
         print(f"# grid        {place.grid}")
     print(f"# device      {shown['device']}")
     if copied:
-        adapted = getattr(job.options.settings, "train", "full") == "lora"
+        adapted = getattr(options.settings, "train", "full") == "lora"
         print(f"# network     {'adapters on the network of' if adapted else 'copied from'} the teacher")
     for name, size in sizes.items():
         shared = parameters[name] - size.parameters

@@ -253,14 +253,21 @@ def _check_offload(context: Context[Settings]) -> None:
         )
 
 
-def _refuse_idle(own: Settings) -> None:
-    """Refuses settings that other settings leave without effect."""
+def idle_settings(own: Settings) -> dict[str, str]:
+    """The settings that others leave without effect, each with those as the reason."""
+    found: dict[str, str] = {}
     for kind in type(own).__mro__:
         idle: dict[str, str] = vars(kind)["idle"](own) if "idle" in vars(kind) else {}
-        for name, reason in idle.items():
-            if (value := getattr(own, name)) != getattr(type(own), name):
-                raise UserError(
-                    f"--{name.replace('_', '-')} does nothing with {reason}",
-                    got=value,
-                    fix="omit it, or change the other",
-                )
+        found = {**idle, **found}
+    return found
+
+
+def _refuse_idle(own: Settings) -> None:
+    """Refuses settings that other settings leave without effect."""
+    for name, reason in idle_settings(own).items():
+        if (value := getattr(own, name)) != getattr(type(own), name):
+            raise UserError(
+                f"--{name.replace('_', '-')} does nothing with {reason}",
+                got=value,
+                fix="omit it, or change the other",
+            )
