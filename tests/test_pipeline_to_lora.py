@@ -12,7 +12,8 @@ import torch
 from tests.helpers.command import command
 from tests.helpers.pipelines import SIDE, diffusers, save
 
-PAGE = Path(__file__).parents[1] / "docs" / "pipeline-to-lora.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "pipeline-to-lora.md"
 SMALLER = {"--size": str(SIDE), "--batch": "2", "--watch-every": "2"}
 
 
@@ -20,6 +21,13 @@ def commands() -> list[list[str]]:
     """The command lines of the page, without ``distmatch``."""
     blocks = re.findall(r"```\ndistmatch (.*?)```", PAGE.read_text(), re.DOTALL)
     return [shlex.split(block.replace("\\\n", " ")) for block in blocks]
+
+
+def test_the_commands_of_the_readme_are_among_them():
+    (block,) = re.findall(r"```\n(distmatch doctor .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [shlex.split(line)[1:] for line in block.replace("\\\n", " ").splitlines()]
+    assert [line[0] for line in lines] == ["doctor", "distill", "report", "sample", "export"]
+    assert all(line in commands() for line in lines)
 
 
 @pytest.mark.cli
