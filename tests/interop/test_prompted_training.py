@@ -247,6 +247,18 @@ def test_images_with_captions_are_encoded_once(place, asked):
     assert torch.equal(same.batches(0).x, batch.x)
 
 
+def test_an_image_replaced_under_its_caption_is_noticed_on_resume(place, tmp_path):
+    shutil.copytree(place / "images", tmp_path / "images")
+    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {tmp_path}/images --method dmd2"
+    done(f"{line} --batch 2 --steps 5 --out {tmp_path}/run")
+    shutil.copy(place / "images" / "3.png", tmp_path / "images" / "0.png")
+    answer = command(f"distill --resume --out {tmp_path}/run --steps 6")
+    assert answer.code == 2
+    assert "keeps its data" in answer.err
+    shutil.copy(place / "images" / "0.png", tmp_path / "images" / "0.png")
+    done(f"distill --resume --out {tmp_path}/run --steps 6")
+
+
 @pytest.mark.parametrize("method", ["consistency", "rcm", "disback", "f-distill"])
 def test_methods_that_read_images_take_them_with_captions(place, teacher, method):
     common = {"method": method, "steps": 30, "batch": 2, "num_steps": 2, "train": "lora", "lora_rank": 2}

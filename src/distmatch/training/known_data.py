@@ -10,7 +10,7 @@ from distmatch.base.errors import UserError
 from distmatch.data import Dataset, Scaling, load_data
 from distmatch.data.classes import Classes, listed, matched
 from distmatch.data.columns import columns_of
-from distmatch.diffusion.conditioning import spec_of
+from distmatch.diffusion.conditioning import UNCONDITIONAL, spec_of
 from distmatch.diffusion.prompts import prompt_encoder_of
 
 _KEPT = (
@@ -45,6 +45,16 @@ def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
         "samples": len(data),
         "content_hash": data.content_hash,
     }
+
+
+def digest_of_data(data: Dataset) -> str:
+    """A sha256 (hex) of samples, labels, captions and conditions, the same on all machines.
+
+    What encoders made of captions is not part of it, as it depends on a machine's rounding.
+    """
+    if data.prompt_encoder is not None:
+        data = dataclasses.replace(data, conditions=UNCONDITIONAL, prompt_encoder=None)
+    return data.content_hash
 
 
 def remember(denoiser: Any, about: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ from distmatch.training.distill_warnings import advice, early_warnings, untried_
 from distmatch.training.given_data import given_data
 from distmatch.training.known_data import (
     describe_data,
+    digest_of_data,
     few_samples,
     known_data,
     without_data,
@@ -44,9 +45,9 @@ from distmatch.training.prepare_watch import check_watchable, watch_of
 from distmatch.training.presets import find_preset
 from distmatch.training.processes import start_together
 from distmatch.training.prompt_batches import prompt_batches, with_dropout
-from distmatch.training.prompted import described_prompts
+from distmatch.training.prompted import described_prompts, digest_of
 from distmatch.training.runs import Job
-from distmatch.training.segments import PROMPTS
+from distmatch.training.segments import DATA, PROMPTS
 from distmatch.training.teachers import dtype_of_base, open_teacher
 from distmatch.training.trackers import check_trackers
 
@@ -160,6 +161,11 @@ def prepare_distillation(
     if data is not None and prompts is None:
         data = _fitting(teacher, data, run, device)
     check_steps(distiller, run.steps)
+    digest = ""
+    if not dry and prompts is not None and prompts.images is not None and data is None:
+        digest = digest_of([prompts.images.content(i) for i in range(len(prompts.texts))])
+    elif found is not None:
+        digest = digest_of_data(found)
     batches: BatchOf
     if prompts is not None:  # before other networks are made, which the text encoders leave room for
         batches = prompt_batches(prompts, teacher, options, device, dry=dry)
@@ -215,6 +221,7 @@ def prepare_distillation(
             "levels": list(state.student.sigmas),
             **distiller.notes(),
             **({"prompts": texts_used["number"], PROMPTS: texts_used["sha256"]} if texts_used else {}),
+            **({DATA: digest} if digest else {}),
             **conversion,
         },
         warnings=[

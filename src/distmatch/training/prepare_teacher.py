@@ -22,11 +22,12 @@ from distmatch.nets.text import TextInput
 from distmatch.nets.words import WordEncoder
 from distmatch.nets.work import network_work
 from distmatch.training.devices import check_compile_mode, compile_network, pick_device, with_marked_steps
-from distmatch.training.known_data import describe_data, few_samples, remember
+from distmatch.training.known_data import describe_data, digest_of_data, few_samples, remember
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.processes import start_together
 from distmatch.training.runs import Job
+from distmatch.training.segments import DATA
 from distmatch.training.teacher import TeacherTraining
 from distmatch.training.trackers import check_trackers
 
@@ -61,6 +62,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
     device = pick_device(run.device)
     check_compile_mode(run.compile, run.compile_mode, device)
     data = load_data(options.data, labels=options.labels) if data is None else data
+    digest = digest_of_data(data)
     chosen = options.net.settled(data.shape, device.type, text=bool(data.captions))
     data, text = _with_text(data, chosen, options.teacher.text_encoder)
     larger = _larger(chosen, data, text) if options.net.net == "auto" else None
@@ -107,6 +109,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
         notes={
             "data": data.name,
             "samples": len(data),
+            DATA: digest,
             "sigma_data": state.denoiser.sigma_data,
             "path": method.objective.path.name,
             "prediction": method.objective.prediction,

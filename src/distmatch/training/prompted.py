@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -168,6 +169,7 @@ def of_folder(folder: Path, column: str, source: str, teacher: Denoiser) -> Prom
         images = np.stack([read_image(files[i], (height, width), color=True) for i in rows])
         return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
 
+    @functools.cache  # each file is read once for it
     def content(i: int) -> str:
         return key_of(read_limited(files[i], 2**30, "an image"), f"{height}x{width}")
 
@@ -208,5 +210,5 @@ def described_prompts(prompts: Prompts, source: str) -> dict[str, Any]:
 
 
 def digest_of(texts: Sequence[str]) -> str:
-    """A sha256 (hex) of prompts in their order."""
+    """A sha256 (hex) of prompts, or of the keys of images, in their order."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()

@@ -27,10 +27,9 @@ from distmatch.training.options import RunOptions
 from distmatch.training.parallel import share_out, shares_out
 from distmatch.training.runfolder import RunFolder
 from distmatch.training.segments import (
-    PROMPTS,
     Changes,
     changes_on_resume,
-    check_prompts,
+    check_inputs,
     write_config,
     write_segment,
 )
@@ -118,7 +117,7 @@ def carry_out(
         changes: Changes = {}
         if resume is not None:  # before anything is written: a checkpoint that does not fit changes nothing
             changes = changes_on_resume(job.options, folder.config)
-            check_prompts(job.notes.get(PROMPTS), folder.log)
+            check_inputs(job.notes, folder.log)
             restore(job.state, folder, resume, watch)
         ranks.wait()  # all have read what is there before the first one writes
     if folder is not None and ranks.main:

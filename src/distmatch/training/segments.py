@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ _FREE = (
 _RATES = ("lr", "lr_fake_score", "lr_discriminator", "grad_clip", "track")
 _PATHS = ("data", "teacher")
 _HEAD = "# until step "
-PROMPTS = "prompts_sha256"
-"""Name of the prompts' hash in the ``start`` events of a log."""
+PROMPTS, DATA = "prompts_sha256", "data_sha256"
+"""Names of the hashes of prompts and data in the ``start`` events of a log."""
 
 AnyOptions = TrainOptions | DistillOptions | OwnOptions
 Changes = dict[str, tuple[Any, Any]]
@@ -94,39 +94,42 @@ def changes_on_resume(options: AnyOptions, config: Path) -> Changes:
     return changes
 
 
-def check_prompts(digest: str | None, log: Path) -> None:
-    """Refuses to continue a run on prompts that have changed, which the name of their file does not show.
+def check_inputs(notes: Mapping[str, Any], log: Path) -> None:
+    """Refuses to continue a run on prompts or data that have changed, which the names of files do not show.
 
     Args:
-        digest: That of the prompts now; None for a run without.
-        log: The ``log.jsonl`` of the run; older ones do not record their prompts.
+        notes: The hashes of now by name; without one that a run does not have.
+        log: The ``log.jsonl`` of the run; older ones do not record them.
 
     Raises:
         UserError: The run began with others.
     """
-    if digest is None or not log.exists():
-        return
-    begun = None  # of the last start: one without a checkpoint may have been on others
-    for line in read_limited(log, 2**28, "a log.jsonl").splitlines():
+    begun: dict[str, Any] = {}  # of the last start: one without a checkpoint may have been on others
+    for line in read_limited(log, 2**28, "a log.jsonl").splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError):  # a line that a crash cut short
             event = json.loads(line) if b'"start"' in line else {}
-            begun = event.get(PROMPTS, begun) if event.get("event") == "start" else begun
-    require_same_prompts(digest, begun)
+            begun |= event if event.get("event") == "start" else {}
+    require_same_inputs(notes, begun)
 
 
-def require_same_prompts(digest: str, begun: str | None) -> None:
-    """Refuses prompts with another hash than those that a run began with, where it is known.
+def require_same_inputs(notes: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
+    """Refuses prompts and data with other hashes than those that a run began with, where these are known.
 
     Raises:
         UserError: They are others.
     """
-    if begun and begun != digest:
-        raise UserError(
-            "a resumed run keeps its prompts, and these are not those that it began with",
-            got=f"prompts with the sha256 {digest[:12]}..., in a run on {str(begun)[:12]}...",
-            expected="the same prompts in the same order: what a step sees depends on them",
-            fix="restore the file of prompts, or start another run: another --out",
-        )
+    for name, what, which in (
+        (PROMPTS, "prompts", "prompts"),
+        (DATA, "data", "samples, labels and captions"),
+    ):
+        now, before = notes.get(name), begun.get(name)
+        if now and before and now != before:
+            raise UserError(
+                f"a resumed run keeps its {what}, and these are not those that it began with",
+                got=f"{what} with the sha256 {now[:12]}..., in a run on {str(before)[:12]}...",
+                expected=f"the same {which} in the same order: what a step sees depends on them",
+                fix=f"restore the files of the {what}, or start another run: another --out",
+            )
 
 
 def write_config(options: AnyOptions, verb: str, config: Path) -> None:

@@ -26,7 +26,7 @@ from distmatch.training.environment import environment
 from distmatch.training.prepare import prepare_distillation
 from distmatch.training.runfolder import RunFolder, create_together, holds_something
 from distmatch.training.runs import carry_out
-from distmatch.training.segments import PROMPTS, require_same_prompts
+from distmatch.training.segments import PROMPTS, require_same_inputs
 from distmatch.training.toml import with_values
 
 RECORD = "compare.json"
@@ -109,7 +109,7 @@ def carry_out_comparison(prepared: Prepared, folder: RunFolder) -> dict[str, Any
     digest = prepared.bench.prompts
     if prepared.plan is None:
         record = read_json(folder.path / RECORD)
-        require_same_prompts(digest, record.get(PROMPTS))
+        require_same_inputs({PROMPTS: digest}, record)
     else:
         record = new_record(options, prepared.plan)
         record |= {PROMPTS: digest} if digest else {}
