@@ -247,6 +247,8 @@ def test_options_are_those_of_the_pipelines_call(folder):
         load_pipeline(folder, num_frames=3)
     with pytest.raises(UserError, match="multiples of"):
         load_pipeline(folder, height=17, width=16)
+    with pytest.raises(UserError, match=r"up to 32 x 32 alone.*256 16.*--size 32 or less"):
+        load_pipeline(folder, height=256, width=16)
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "z-image"])
@@ -313,10 +315,10 @@ def test_guidance_that_stays_on_is_refused(folder):
 def test_a_scheduler_that_does_not_show_clean_samples_is_refused(tmp_path):
     place = save("pixart-sigma", tmp_path)
     pipe = diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True)
-    diffusers.DEISMultistepScheduler.from_config(
-        pipe.scheduler.config, algorithm_type="deis", prediction_type="v_prediction"
-    ).save_pretrained(place / "scheduler")
-    edited(place / "model_index.json", scheduler=["diffusers", "DEISMultistepScheduler"])
+    options = {"prediction_type": "v_prediction", "skip_prk_steps": True}
+    scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config, **options)
+    scheduler.save_pretrained(place / "scheduler")
+    edited(place / "model_index.json", scheduler=["diffusers", "PNDMScheduler"])
     with pytest.raises(UserError, match="does not show its clean samples"):
         load_pipeline(place, **SIZE["pixart-sigma"])
     assert load_pipeline(place, check=False, **SIZE["pixart-sigma"]).shape == (4, 8, 8)

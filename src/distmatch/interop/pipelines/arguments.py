@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
-from distmatch.interop.pipelines.trace import stacked
+from distmatch.interop.pipelines.containers import stacked
 
 LENGTH = ".length"  # the field of the numbers of rows of one that the network receives as a list
 EXACT = 1e-5  # relative, for tensors that are copies of each other but for a factor

@@ -25,8 +25,9 @@ from distmatch.interop.pipelines.arguments import (
     same,
     unexplained,
 )
+from distmatch.interop.pipelines.containers import stacked
 from distmatch.interop.pipelines.kinds import Kinds
-from distmatch.interop.pipelines.trace import Call, Trace, stacked
+from distmatch.interop.pipelines.trace import Call, Trace
 
 _NEAR_INTEGER = 1e-3  # float32 at 1000 is coarser than this by a factor of 10
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import enum
+import inspect
 import math
+import typing
 from typing import Any
 
 import torch
@@ -11,23 +14,40 @@ from torch import Tensor
 from distmatch.base.errors import UserError
 from distmatch.diffusion.paths import condot
 from distmatch.interop.diffusers_schedule import FLOW, SCHEDULERS, Schedule, discrete_schedule, read_schedule
+from distmatch.interop.optional import import_diffusers
 from distmatch.interop.pipelines.contract import TimeMap
 from distmatch.interop.pipelines.trace import Call, Trace
 
 # How near to pure noise a flow is followed. Its own schedulers begin at t = 1, which is this in float32;
 # others begin at 1 - 1e-6, and round the time that belongs to it down.
 _END, _OTHER_END = 1e-8, 1e-6
+_FLOW, _RATES = "flow matching", "noise rates of DDPM"  # the two kinds of schedulers
 _EXACT = 1e-4  # relative, of a step that is fitted
 
 
-def schedule_of(scheduler: Any) -> Schedule:
+def schedule_of(pipeline: Any) -> Schedule:
     """What the scheduler of a pipeline says about its network; the check tells whether it is true.
 
     Raises:
-        UserError: A scheduler that is not understood.
+        UserError: A scheduler that is not understood, or one of another kind than the pipeline's class takes.
     """
+    scheduler, kinds = pipeline.scheduler, _kinds_taken(type(pipeline))
+    found = _said_by(scheduler)
+    seen = _FLOW if found.family == "flow" else _RATES
+    if kinds and seen not in kinds:
+        flows = "FlowMatchEulerDiscreteScheduler, or use_flow_sigmas with prediction_type flow_prediction"
+        raise UserError(
+            f"the scheduler in this folder is not one for the network of a {type(pipeline).__name__}",
+            got=f"{type(scheduler).__name__}, which is for {seen} and predicts {found.prediction}",
+            expected=f"{_FLOW}: {flows}" if _FLOW in kinds else f"{_RATES}: for example DDIMScheduler",
+            fix="copy scheduler/ again from where the weights were published",
+        )
+    return found
+
+
+def _said_by(scheduler: Any) -> Schedule:
     config, name = scheduler.config, type(scheduler).__name__
-    if name in FLOW or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+    if name in FLOW or _is_flow(name, config):
         if config.get("invert_sigmas"):
             raise UserError("schedulers with invert_sigmas are not read", fix="use dm.as_denoiser")
         steps = float(config.num_train_timesteps)
@@ -42,6 +62,36 @@ def schedule_of(scheduler: Any) -> Schedule:
             fix="load the network with load_diffusers, or wrap it with dm.as_denoiser",
         )
     return found
+
+
+def _is_flow(name: str, config: Any) -> bool:
+    """Whether a scheduler of several kinds is one of flow matching."""
+    levels, kind = bool(config.get("use_flow_sigmas")), config.get("prediction_type")
+    if levels != (kind == "flow_prediction"):
+        raise UserError(
+            f"the options of this {name} contradict each other",
+            got=f"use_flow_sigmas {levels} with prediction_type {kind}",
+            expected="use_flow_sigmas with prediction_type flow_prediction, or neither",
+            fix="check scheduler_config.json against that of the published weights",
+        )
+    return levels
+
+
+def _kinds_taken(pipeline: type) -> set[str]:
+    """The kinds of schedulers that the constructor of a pipeline names; none where it names another thing."""
+    parameter = inspect.signature(pipeline).parameters.get("scheduler")
+    named = () if parameter is None else typing.get_args(parameter.annotation) or (parameter.annotation,)
+    kinds: set[str] = set()
+    for kind in named:
+        # KarrasDiffusionSchedulers lists classes by name.
+        names = list(kind.__members__) if isinstance(kind, enum.EnumMeta) else [getattr(kind, "__name__", "")]
+        for name in names:
+            found = getattr(import_diffusers(), name, None)
+            if found is None or found is import_diffusers().SchedulerMixin:
+                return set()
+            kinds |= {_FLOW} if name in FLOW else {_RATES}
+            kinds |= {_FLOW} if "use_flow_sigmas" in inspect.signature(found).parameters else set()
+    return kinds
 
 
 def shift_of(scheduler: Any, trace: Trace) -> float | None:

@@ -20,6 +20,7 @@ from distmatch.base.stack import caller_level
 from distmatch.diffusion.conditioning import Conditioning, cat
 from distmatch.interop.diffusers_schedule import Schedule
 from distmatch.interop.optional import import_diffusers
+from distmatch.interop.pipelines.containers import replaced
 from distmatch.interop.pipelines.contract import Contract, TimeMap, fit_contract
 from distmatch.interop.pipelines.levels import schedule_of, shift_of, time_map
 from distmatch.interop.pipelines.loading import quiet
@@ -32,7 +33,7 @@ from distmatch.interop.pipelines.text_parts import (
     truncation,
     truncation_warnings,
 )
-from distmatch.interop.pipelines.trace import Prompts, Reached, Trace, Tracer, replaced
+from distmatch.interop.pipelines.trace import Prompts, Reached, Trace, Tracer
 
 _MOST = 64  # prompts that are encoded at a time
 
@@ -62,7 +63,7 @@ class Pipeline:
     ) -> None:
         self.tracer, self.tokens = tracer, tokens
         scheduler = tracer.pipeline.scheduler
-        self.schedule: Schedule = schedule_of(scheduler)
+        self.schedule: Schedule = schedule_of(tracer.pipeline)
         classes = class_count(tracer)
         self.contract: Contract = self._of_one_length(fit_contract(traces, classes))
         if received is not None:

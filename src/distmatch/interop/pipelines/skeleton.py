@@ -18,7 +18,7 @@ from distmatch.base.errors import UserError, cause
 from distmatch.base.files import read_json
 from distmatch.base.seeds import generator
 from distmatch.interop.optional import import_diffusers
-from distmatch.interop.pipelines.trace import mapped
+from distmatch.interop.pipelines.containers import mapped
 
 _ENTRIES = ("forward", "encode", "decode")
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distmatch.base.errors import UserError
 from distmatch.interop.pipelines.arguments import said
-from distmatch.interop.pipelines.trace import Reached, replaced
+from distmatch.interop.pipelines.containers import replaced
+from distmatch.interop.pipelines.trace import Reached
 
 _PROBES = 2  # random samples that the form must explain
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -22,6 +22,7 @@ from distmatch.interop.pipelines.comparison import (
     levels_of,
 )
 from distmatch.interop.pipelines.decoder import PipelineDecoder
+from distmatch.interop.pipelines.levels import schedule_of
 from distmatch.interop.pipelines.loading import load_parts
 from distmatch.interop.pipelines.pipeline import Pipeline, class_count
 from distmatch.interop.pipelines.skeleton import plain_network
@@ -130,6 +131,7 @@ def _traced(
 ) -> tuple[Tracer, list[Trace]]:
     """Runs of two and of three samples; without weights if ``dtype`` is None."""
     tracer = Tracer(*load_parts(Path(folder), dtype), options)
+    schedule_of(tracer.pipeline)  # of the right kind, before it runs for nothing
     return tracer, [tracer.run(prompts, STEPS) for prompts in _asked(tracer)]
 
 

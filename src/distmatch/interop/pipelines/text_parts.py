@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError
 from distmatch.interop.diffusers_parts import is_text_part
-from distmatch.interop.pipelines.trace import replaced
+from distmatch.interop.pipelines.containers import replaced
 
 _ENCODE = "encode_prompt"  # what pipelines of diffusers call their method
 _LIMIT, _TEMPLATE = "max_sequence_length", "prompt_template_encode_start_idx"  # as in QwenImage

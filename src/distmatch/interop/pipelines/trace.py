@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, cause
 from distmatch.interop.optional import import_diffusers
+from distmatch.interop.pipelines.containers import bound, copied, count, replaced
 
 Prompts = Sequence[str] | Sequence[int]
 """What a pipeline is asked for: texts, or class labels."""
@@ -24,6 +25,7 @@ _FLAGS = {
     "height": "height (--size)",
     "width": "width (--size)",
 }
+_CLEAN = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")  # algorithms that predict x0, the others noise
 _OFF = (1.0, 0.0)  # where classifier-free guidance is off, by the pipelines' different conventions
 
 
@@ -146,7 +148,7 @@ class Tracer:
             if scale is not None:
                 self.guidance = {"guidance_scale": scale}
             trace, passes = self._recorded(prompts, steps, calls)
-            rows = {_rows(call.sample) for call in trace.calls}
+            rows = {len(call.sample) if call.sample.ndim else 1 for call in trace.calls}
             if passes == len(trace.calls) and rows == {len(prompts)} and self._one_pass(trace):
                 self._settled = True
                 return trace
@@ -161,7 +163,7 @@ class Tracer:
     def _one_pass(self, trace: Trace) -> bool:
         """Whether the network received as many samples as the scheduler."""
         return all(
-            any(_size(value) == call.sample.numel() for value in call.arguments.values())
+            any(count(value) == call.sample.numel() for value in call.arguments.values())
             for call in trace.calls
         )
 
@@ -171,7 +173,7 @@ class Tracer:
         received: list[dict[str, Any]] = []
         returned: list[Any] = []
         step = type(scheduler).step.__get__(scheduler)
-        converted: list[Tensor] = []
+        converted: list[Tensor | None] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             received.append(copied(bound(module, args, kwargs)))
@@ -203,7 +205,7 @@ class Tracer:
 
         def convert(*args: Any, **kwargs: Any) -> Any:
             result = type(scheduler).convert_model_output(scheduler, *args, **kwargs)
-            converted.append(result.clone())
+            converted.append(_x0_of(scheduler, result, kwargs.get("sample")))
             return result
 
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
@@ -211,7 +213,7 @@ class Tracer:
             return type(scheduler).set_timesteps(scheduler, *args, **kwargs)
 
         changes: dict[str, Any] = {"step": stepped}
-        if states_x0(scheduler):
+        if hasattr(scheduler, "convert_model_output"):
             changes["convert_model_output"] = convert
         if "mu" in inspect.signature(type(scheduler).set_timesteps).parameters:
             # Pipelines look for its arguments.
@@ -271,11 +273,12 @@ class Tracer:
         except (UserError, MemoryError):
             raise
         except Exception as error:  # code of another package, with the user's options
-            raise _not_run(type(self.pipeline).__name__, error, self.options) from error
+            raise _not_run(self.pipeline, error, self.options) from error
 
 
-def _not_run(name: str, error: Exception, options: dict[str, Any]) -> UserError:
+def _not_run(pipeline: Any, error: Exception, options: dict[str, Any]) -> UserError:
     """The error of a pipeline that does not run; where a size is the reason, with one that fits."""
+    name, scheduler = type(pipeline).__name__, type(pipeline.scheduler).__name__
     sides = [options[side] for side in ("height", "width") if side in options]
     if sides and (found := re.search(r"divisible by (\d+)", str(error))):
         step = int(found[1])
@@ -285,70 +288,24 @@ def _not_run(name: str, error: Exception, options: dict[str, Any]) -> UserError:
             got=" ".join(map(str, sides)),
             fix=f"--size {near}, in Python height and width",
         )
-    fix = "check the options of its call, such as height and width, with diffusers"
+    if found := re.search(r"(Height|Width) \((\d+)\) .*pos_embed_max_size`: (\d+)", str(error)):
+        side, positions, most = options[found[1].lower()], int(found[2]), int(found[3])
+        largest = side // positions * most
+        return UserError(
+            f"the network of this {name} has positions for images up to {largest} x {largest} alone",
+            got=" ".join(map(str, sides)),
+            fix=f"--size {largest} or less, in Python height and width",
+        )
+    fix = f"check the options of its call, such as height and width, and its {scheduler} with diffusers"
     return UserError(f"this {name} cannot be run", got=cause(error), fix=fix)
 
 
-def states_x0(scheduler: Any) -> bool:
-    """Whether ``convert_model_output`` of a multistep scheduler returns clean samples."""
+def _x0_of(scheduler: Any, converted: Tensor, sample: Tensor | None) -> Tensor | None:
+    """The clean sample by what a multistep scheduler makes of a prediction: that itself, or the noise."""
     config = scheduler.config
-    if not hasattr(scheduler, "convert_model_output"):
-        return False
-    return config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++") or bool(
-        config.get("predict_x0")
-    )
-
-
-@contextmanager
-def replaced(owner: Any, changes: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Methods of one object replaced, for a while."""
-    for name, value in changes.items():
-        object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        for name in changes:
-            object.__delattr__(owner, name)
-
-
-def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by their names."""
-    given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-    for parameter in inspect.signature(module.forward).parameters.values():
-        if parameter.kind == parameter.VAR_KEYWORD:
-            given.update(given.pop(parameter.name, {}))
-    return given
-
-
-def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same containers with their tensors changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: mapped(item, change) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(mapped(item, change) for item in value) if type(value) in (list, tuple) else value
-    return value
-
-
-def copied(value: Any) -> Any:
-    """A copy that later changes in place do not reach. Outputs of diffusers become dictionaries."""
-    return mapped(value, lambda tensor: tensor.detach().clone())
-
-
-def stacked(value: Any) -> Tensor | None:
-    """A tensor, or a list of tensors of one shape as one; None for anything else."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
-        return torch.stack(list(value)) if len({item.shape for item in value}) == 1 else None
-    return None
-
-
-def _size(value: Any) -> int:
-    whole = stacked(value)
-    return 0 if whole is None else whole.numel()
-
-
-def _rows(value: Tensor) -> int:
-    return len(value) if value.ndim else 1
+    if config.get("predict_x0") or config.get("algorithm_type") in _CLEAN:
+        return converted.clone()
+    if sample is None or config.get("use_flow_sigmas"):
+        return None  # a flow begins where nothing of x0 is left in x and noise
+    sigma = scheduler.sigmas[scheduler.step_index]
+    return sample * (1 + sigma**2).sqrt() - sigma * converted
