@@ -19,7 +19,7 @@ from distmatch.cli.main import entry
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["torch._dynamo", "sklearn.datasets", "matplotlib.figure"]
+    ["torch._dynamo", "sklearn.datasets", "matplotlib.figure", "peft"]
     + [f"distmatch.{name}" for name in ("cli.train", "cli.distill", "training.prepare", "methods.construct")]
     + ["distmatch.report.build", "distmatch.training.evaluation"]
 )

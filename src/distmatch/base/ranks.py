@@ -9,10 +9,11 @@ ranks. A mean over the rows of a rank is a share of the mean over all: gradients
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from distmatch.base.errors import UserError
 
+TIMEOUT = "DISTMATCH_TIMEOUT"
+"""Environment variable: seconds after which processes give up a silent one."""
+_SECONDS = 600.0
 _BUCKET = 32 << 20  # bytes of gradients that are sent at a time
 
 
@@ -188,6 +192,26 @@ def lost_process(error: BaseException) -> bool:
         return True
     words = ("gloo", "connection closed by peer", "nccl", "connection reset by peer", "broken pipe")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def patience(environ: Mapping[str, str]) -> timedelta:
+    """The time after which a process gives up one that does not answer; every group has to be made with it.
+
+    Raises:
+        UserError: The environment variable is no length of time.
+    """
+    try:
+        seconds = float(environ.get(TIMEOUT) or _SECONDS)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e6:
+        raise UserError(
+            f"{TIMEOUT} is no length of time",
+            got=environ[TIMEOUT][:80],
+            expected="seconds, for example 600",
+            fix="correct it, or unset it",
+        )
+    return timedelta(seconds=seconds)
 
 
 def may_branch_on(values: Tensor) -> bool:

@@ -109,6 +109,11 @@ def _ended(
     with suppress(RuntimeError, ValueError, KeyboardInterrupt):
         if store is not None and ranks.main:
             store.set("failed", "")
+            # Those that wait for this one notice now, and can still ask its store. (Not where weights are
+            # shared out: the networks hold the connections until the end.)
+            closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            closing.start()
+            closing.join(_FAREWELL)
             until = time.monotonic() + _FAREWELL
             while store.add("gone", 0) < ranks.size - 1 and time.monotonic() < until:
                 time.sleep(0.02)

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from distmatch.base.errors import UserError
-from distmatch.base.ranks import Ranks
+from distmatch.base.ranks import Ranks, patience
 from distmatch.methods.state import DistillState
 from distmatch.nets.blocks import repeated_blocks
 from distmatch.nets.shared import local, without_memory
@@ -100,11 +101,7 @@ def share_out(
     frame = copy.deepcopy(average.module, without_memory(average.module))
     every = {id(network): network for network in (*networks, *state.modules().values())}
     size = _group_size(run, ranks)
-    groups = (ranks.size // size, size)
-    if groups[0] == 1:
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device.type, groups, mesh_dim_names=("replicate", "shard"))
+    mesh = _mesh(device.type, ranks.size, size)
     shard_networks([network for network in every.values() if _large(network)], state, mesh)
 
     def gather() -> None:
@@ -113,6 +110,18 @@ def share_out(
         average.module.load_state_dict(whole, assign=True)
 
     return gather
+
+
+def _mesh(kind: str, processes: int, size: int) -> DeviceMesh:
+    """The processes, in groups of ``size`` that share out the weights."""
+    if size == processes:
+        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    table = torch.arange(processes).view(-1, size)
+    groups = [
+        dist.new_subgroups_by_enumeration(rows.tolist(), timeout=patience(os.environ))[0]
+        for rows in (table.T, table)
+    ]
+    return DeviceMesh.from_group(groups, kind, mesh=table, mesh_dim_names=("replicate", "shard"))
 
 
 def _large(network: nn.Module) -> bool:

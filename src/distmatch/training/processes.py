@@ -5,21 +5,17 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from distmatch.base.errors import UserError
-from distmatch.base.ranks import ALONE, Ranks, joined
+from distmatch.base.ranks import ALONE, Ranks, joined, patience
 from distmatch.base.version import __version__
 from distmatch.training.config_format import config_text
 from distmatch.training.parallel import check_parallel
 
-TIMEOUT = "DISTMATCH_TIMEOUT"
-"""Environment variable: seconds after which processes give up a silent one."""
-_SECONDS = 600.0
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_MPIRUN = {
     "RANK": "OMPI_COMM_WORLD_RANK",
@@ -55,7 +51,7 @@ def process_group(environ: Mapping[str, str]) -> Iterator[Ranks]:
     try:
         dist.init_process_group(
             backend,
-            timeout=timedelta(seconds=patience(environ)),
+            timeout=patience(environ),
             rank=int(environ["RANK"]),
             world_size=int(environ["WORLD_SIZE"]),
         )
@@ -70,7 +66,8 @@ def process_group(environ: Mapping[str, str]) -> Iterator[Ranks]:
     try:
         yield joined()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a command that failed may have left it already
+            dist.destroy_process_group()
 
 
 def check_launch(environ: Mapping[str, str]) -> bool:
@@ -123,26 +120,6 @@ def local_device(kind: str, environ: Mapping[str, str]) -> torch.device:
             fix=f"start torchrun with --nproc-per-node {count}, or pass --device cpu",
         )
     return torch.device(kind, index)
-
-
-def patience(environ: Mapping[str, str]) -> float:
-    """Seconds after which a process gives up one that does not answer.
-
-    Raises:
-        UserError: The environment variable is no length of time.
-    """
-    try:
-        seconds = float(environ.get(TIMEOUT) or _SECONDS)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 1e6:
-        raise UserError(
-            f"{TIMEOUT} is no length of time",
-            got=environ[TIMEOUT][:80],
-            expected="seconds, for example 600",
-            fix="correct it, or unset it",
-        )
-    return seconds
 
 
 def start_together(verb: str, options: Any, *, fresh: bool = True) -> Ranks:

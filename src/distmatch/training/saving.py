@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distmatch.base.ranks import Ranks
+from distmatch.base.ranks import Ranks, patience
 from distmatch.training.checkpoint import pack, write_checkpoint
-from distmatch.training.processes import patience
 from distmatch.training.shards import write_shards
 
 
@@ -38,10 +36,7 @@ class Saver:
         # Its messages must not mix with those of the steps that go on meanwhile.
         self._group = None
         if ranks.size > 1:
-            limit = timedelta(
-                seconds=patience(os.environ)
-            )  # a new group does not take over that of the default one
-            self._group = dist.new_group(backend=_cpu_backend(), timeout=limit)
+            self._group = dist.new_group(backend=_cpu_backend(), timeout=patience(os.environ))
 
     def save(self, step: int, tree: Any, best: int | None) -> None:
         """Begins to write a checkpoint, once the one before is written.
