@@ -19,6 +19,8 @@ from distmatch.divergences import divergence
 from distmatch.interop.pipelines import needs_tracing
 from distmatch.interop.pipelines.teacher import without_weights
 from distmatch.methods.context import Context
+from distmatch.methods.matching.pairs import about_pairs
+from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.settings import NetworkSettings
 from distmatch.methods.table import resolve_method
 from distmatch.nets.sizes import as_json
@@ -105,6 +107,9 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
     steps = steps_of(teacher, _levels(options, teacher))
     shown |= steps
     below = [steps_line(steps), *lines(memory)]
+    if isinstance(options.settings, DMDSettings):
+        shown["pair_calls"] = options.settings.pair_calls
+        below.append(f"pairs       {about_pairs(options.settings)}")
     try:
         texts = _prompts_of(options, teacher, memory.needs_data)
     except UserError as error:

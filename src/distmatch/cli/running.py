@@ -17,6 +17,8 @@ from distmatch.cli.found import check_grid, describe_found, found_lines, write_g
 from distmatch.cli.memory import as_dict, lines, memory_error
 from distmatch.cli.parse import Place, TrainingPlace, checkpoint_choice, given
 from distmatch.cli.student_steps import steps_line, steps_of, without_effect
+from distmatch.methods.matching.pairs import about_pairs
+from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.table import find_method
 from distmatch.nets.sizes import as_json
 from distmatch.training.auto import CHOICES, Choice, O, choose
@@ -136,6 +138,7 @@ def dry_run(job: Job, place: Place) -> None:
     job.share_out()
     peak = PeakMemory(device)
     once, seconds = step_times(job, device)
+    once += job.left_out()
     used = peak.bytes()
     memory_ahead = predicted(job.options, job.networks)
     sizes = job.sizes()
@@ -199,6 +202,8 @@ def dry_run(job: Job, place: Place) -> None:
     for line in lines(memory_ahead) if memory_ahead else ():
         print(f"# {line}")
     print(f"# time        about {timing}")
+    if isinstance(options, DistillOptions) and isinstance(options.settings, DMDSettings):
+        print(f"# pairs       {about_pairs(options.settings)}")
     if once >= 1:
         print(f"# of these    about {in_words(once)} for what is made once, before the first step")
     if larger:

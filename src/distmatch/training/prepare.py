@@ -22,6 +22,7 @@ from distmatch.methods.construct import build_method
 from distmatch.methods.context import Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
 from distmatch.methods.matching.loop import Matching
+from distmatch.methods.matching.pairs import PairRegression, about_pairs
 from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.settings import GuidedSettings, RoleSettings
 from distmatch.methods.student import Student
@@ -122,9 +123,9 @@ def prepare_distillation(
         )
     if not copied:
         options = replace(options, net=options.net.settled(teacher.shape, device.type))
-    pairs, settings = 0, own
-    if dry and isinstance(own, DMDSettings) and set(spec_of(teacher)) - {LABEL}:
-        pairs, settings = own.pairs, replace(own, pairs=min(own.pairs, run.batch))
+    settings, heavy = own, is_external(teacher) or bool(set(spec_of(teacher)) - {LABEL})
+    if dry and heavy and isinstance(own, DMDSettings):
+        settings = replace(own, pairs=min(own.pairs, run.batch))  # the time of all follows from theirs
     context = Context(
         teacher=teacher,
         method=method,
@@ -202,6 +203,14 @@ def prepare_distillation(
     def mine(step: int) -> Batch:
         return batches(step, own_rows)
 
+    def left_out() -> float:
+        terms = distiller.terms if isinstance(distiller, Matching) else ()
+        return sum(
+            term.seconds_of(own.pairs - term.config.pairs)
+            for term in terms
+            if isinstance(own, DMDSettings) and isinstance(term, PairRegression)
+        )
+
     watch = watch_of(
         options, context, distiller, student=result, state=state, batches=batches, about=described
     )
@@ -222,17 +231,13 @@ def prepare_distillation(
             **distiller.notes(),
             **({"prompts": texts_used["number"], PROMPTS: texts_used["sha256"]} if texts_used else {}),
             **({DATA: digest} if digest else {}),
+            **({"pair_calls": own.pair_calls} if isinstance(own, DMDSettings) else {}),
             **conversion,
         },
         warnings=[
             *(few_samples(seen, run.batch) if seen is not None and method.family != "transport" else ()),
             *early_warnings(method, options, state),
             *untried_rates(method, options, teacher, state),
-            *(
-                [f"the time is without the {pairs:,} pairs of the teacher (--pairs), made first"]
-                if pairs
-                else ()
-            ),
         ],
         result=result,
         save=lambda folder, student: student.save_pretrained(folder),
@@ -240,6 +245,8 @@ def prepare_distillation(
         advise=advice,
         data=found,
         watch=watch,
+        remarks=[about_pairs(own)] if heavy and isinstance(own, DMDSettings) else (),
+        left_out=left_out,
     )
 
 

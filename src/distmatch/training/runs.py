@@ -57,6 +57,7 @@ class Job:
         remarks: Automatic choices, printed as the run starts.
         data: The real data, before any encoding; None where there are none.
         watch: Measures the student during training; None measures nothing.
+        left_out: Seconds of what a dry run makes a part of, before the first step; after its steps.
     """
 
     verb: str
@@ -74,6 +75,7 @@ class Job:
     remarks: Sequence[str] = ()
     data: Dataset | None = None
     watch: Watch | None = None
+    left_out: Callable[[], float] = lambda: 0.0
 
     def parameters(self) -> dict[str, int]:
         """Parameter count of each network as it runs, with what it shares with others."""

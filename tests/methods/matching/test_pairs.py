@@ -16,8 +16,9 @@ from distmatch.data.batches import Pool
 from distmatch.diffusion.conditioning import Conditioning, FieldSpec
 from distmatch.diffusion.guidance import Guided
 from distmatch.diffusion.mixture import GaussianMixture
-from distmatch.diffusion.solvers import sample_teacher
+from distmatch.diffusion.solvers import Solution, sample_teacher, solve
 from distmatch.losses import pair_regression_loss
+from distmatch.methods.matching import pairs
 from distmatch.methods.matching.pairs import PairRegression, make_pairs
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
@@ -164,7 +165,15 @@ def test_dmd_is_diff_instruct_at_one_critic_step_where_the_weight_vanishes() -> 
         assert torch.equal(a, b)
 
 
-def test_pairs_are_those_of_the_guided_teacher() -> None:
+def test_pairs_are_those_of_the_guided_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(teacher: Any, start: torch.Tensor, levels: Any, **more: Any) -> Solution:
+        found = solve(teacher, start, levels, **more)
+        calls.append(found.calls * len(start))
+        return found
+
+    monkeypatch.setattr(pairs, "solve", counted)
     method = distiller(PAIR, method="dmd", guidance=2.0, pairs=40, pair_steps=6, fit_steps=1)
     term = regression(method)
     term.prepare(method.init(0), 0)
@@ -172,6 +181,7 @@ def test_pairs_are_those_of_the_guided_teacher() -> None:
     told = made.conditioning(torch.arange(40))
     guided = sample_teacher(Guided(PAIR, 2.0), 40, steps=6, conditioning=told, seed=term._seed)
     torch.testing.assert_close(made.samples, guided)
+    assert term.config.pair_calls == sum(calls)
 
 
 @pytest.mark.statistical

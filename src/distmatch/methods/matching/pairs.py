@@ -8,6 +8,7 @@ punishes detail that is only displaced.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,14 @@ def make_pairs(
     return Pairs(noise, torch.cat(samples), conditioning)
 
 
+def about_pairs(own: DMDSettings) -> str:
+    """What pairs cost, for people."""
+    return (
+        f"{own.pairs:,} pairs of noise and teacher sample are made before the first step, in "
+        f"{own.pair_calls:,} network calls; --pairs and --pair-steps make them fewer"
+    )
+
+
 def _levels(teacher: Denoiser, steps: int) -> list[float]:
     """The levels of the teacher's own sampler."""
     model = teacher.inner if isinstance(teacher, Guided) else teacher
@@ -137,6 +146,7 @@ class PairRegression:
     needs_data: bool = False
     _seed: int = field(default=0, init=False, repr=False)
     _made: Pairs | None = field(default=None, init=False, repr=False)
+    _seconds: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if (steps := len(self.context.sigmas)) != 1:
@@ -159,7 +169,7 @@ class PairRegression:
     def pairs(self, batch: Batch | None = None) -> Pairs:
         """All pairs; made at the first call, as many at a time as in a part of the batch, if there is one."""
         if self._made is None:
-            context = self.context
+            context, began = self.context, time.perf_counter()
             self._made = make_pairs(
                 context.guided(),
                 self.config.pairs,
@@ -168,7 +178,12 @@ class PairRegression:
                 device=context.device,
                 **self._like(batch),
             )
+            self._seconds = time.perf_counter() - began
         return self._made
+
+    def seconds_of(self, pairs: int) -> float:
+        """What so many pairs take, by those that were made; 0 before."""
+        return self._seconds * pairs / self.config.pairs
 
     def _like(self, batch: Batch | None) -> dict[str, Any]:
         if batch is None or not set(spec_of(self.context.teacher)) - {LABEL}:

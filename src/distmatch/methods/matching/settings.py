@@ -55,7 +55,8 @@ class DMDSettings(BacktrackSettings):
 
     fake_score_steps: Count = 1
     pairs: Count = 4096
-    """Pairs of noise and teacher sample for DMD's regression, 35 network calls each."""
+    """Pairs of noise and teacher sample for DMD's regression, 35 network calls each, 70 with guidance: the
+    default is for small teachers. They are made before the first step."""
     pair_steps: Count = 18
     """Steps of Heun's method per pair."""
     pair_weight: Positive = 0.25
@@ -64,6 +65,14 @@ class DMDSettings(BacktrackSettings):
     """Distance to a pair's sample: mean square, or pseudo-Huber, in pixels (DMD uses LPIPS, a download)."""
     pair_c: Positive = 0.1
     """Where the pseudo-Huber loss of a pair changes from quadratic to linear, relative to sigma_data."""
+
+    @property
+    def pair_calls(self) -> int:
+        """Network calls for all pairs: two for each step of Heun's but the last, each twice with guidance.
+
+        With an interval of guidance they are fewer.
+        """
+        return self.pairs * (2 * self.pair_steps - 1) * (1 if self.guidance == 1 else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
