@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -33,3 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("cli")
         if not any(item.get_closest_marker(name) for name in ("cli", "statistical", "gpu")):
             item.add_marker("unit")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves modules and tests out of later garbage collections, which would each go through all of them."""
+    gc.collect()
+    gc.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ def started(rank: int, size: int, folder: str, line: str, others: str = "") -> N
     Path(folder, f"answer-{rank}.json").write_text(json.dumps({"code": code, **answer}))
 
 
-def launch(folder: Path, line: str, others: str = "", size: int = 2) -> list[dict[str, Any]]:
+def launch(
+    folder: Path, line: str, others: str = "", size: int = 2, start: Callable[..., None] = started
+) -> list[dict[str, Any]]:
     """What each of the processes answers: its exit code and streams."""
     folder.mkdir()
-    together(started, [(rank, size, str(folder), line, others) for rank in range(size)])
+    together(start, [(rank, size, str(folder), line, others) for rank in range(size)])
     return [json.loads((folder / f"answer-{rank}.json").read_text()) for rank in range(size)]
 
 

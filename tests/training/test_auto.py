@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from distmatch.base.errors import UserError
 from distmatch.cli.main import main
 from distmatch.training import auto
 from distmatch.training.options import DistillOptions, RunOptions
-from tests.cli.test_processes import distance, launch
+from tests.cli.test_processes import distance, launch, started
 from tests.helpers.command import command, done
 
 TRAIN = "train --data digits --net mlp --width 16 --depth 1 --batch 16 --steps 4"
@@ -187,21 +186,21 @@ def test_the_batch_grows_while_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (refused.code, "omit --batch" in refused.err) == (2, True)
 
 
-@pytest.mark.skipif(
-    "DISTMATCH_SLOW" not in os.environ, reason="probes in two processes take a minute and more"
-)
-def test_all_processes_choose_what_suits_the_slowest(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def seconds(options: Any) -> float:
-        if options.run.precision == "bf16":
-            return 0.01 if os.environ["RANK"] == "0" else 0.2
-        assert options.run.batch == RunOptions().batch // 2  # its own rows, without the other process
-        return 0.1
+def with_times(rank: int, *rest: Any) -> None:
+    """One of several processes, in which bf16 is faster for the first one and slower for the others."""
 
-    timed(monkeypatch, seconds)
+    def step_times(job: Any, device: Any, repeats: int) -> tuple[float, float]:
+        run = job.options.run
+        assert run.batch == RunOptions().batch // 2  # its own rows, without the other process
+        return 0.0, (0.01 if rank == 0 else 0.2) if run.precision == "bf16" else 0.1
+
+    auto.step_times = step_times  # type: ignore[attr-defined]
+    started(rank, *rest)
+
+
+def test_all_processes_choose_what_suits_the_slowest(tmp_path: Path) -> None:
     line = TRAIN.replace("--batch 16", "")
-    answers = launch(tmp_path / "launch", f"{line} --auto --out {tmp_path}/two")
+    answers = launch(tmp_path / "launch", f"{line} --auto --out {tmp_path}/two", start=with_times)
     assert [answer["code"] for answer in answers] == [0, 0], answers
     assert config(tmp_path / "two")["run"]["precision"] == "fp32"
     assert main([*f"{line} --out {tmp_path}/one".split()]) == 0
