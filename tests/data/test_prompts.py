@@ -62,8 +62,8 @@ def test_lines_of_windows_and_a_byte_order_mark(tmp_path):
 
 BAD = {
     "p.txt": [
-        (b"", "contains no prompts"),
-        (b" \n\n", "contains no prompts"),
+        (b"", "contains no prompts. Got: an empty file"),
+        (b" \n\n", "contains no prompts. Got: nothing but blank lines"),
         (b"a\n\nb\n\nc\n", "2 of 5 prompts are blank.*line 2"),
         ("a cat\nein Bär".encode("latin1"), "not text in UTF-8.*0xe4 in line 2.*iconv"),
         ("a cat".encode("utf-16"), "not text in UTF-8"),

@@ -39,11 +39,25 @@ def test_a_folder_of_a_pipeline_with_prompts_is_traced(teacher):
 
 def test_doctor_prints_the_contract(folder):
     text = done(f"doctor --teacher {folder} --size 16").out
-    for words in ("(4, 8, 8) as hidden_states", "pooled_projections (16) float32", "flow", "condot", "shift"):
+    for words in (
+        "(4, 8, 8) as hidden_states",
+        "pooled_projections (16) float32",
+        "flow matching (condot)",
+        "shift",
+    ):
         assert words in text
     found = done(f"doctor --teacher {folder} --size 16 --json").json()
     assert found["shift"] == "3"
+    assert "prompts" not in found
     assert found["null"] == "the prompt ''"
+
+
+def test_doctor_says_where_prompts_have_no_one_length(tmp_path):
+    line = f"doctor --teacher {save('qwen-image', tmp_path)} --size 16"
+    text = done(line).out
+    assert "--tokens N" in text
+    assert "--encode live" in text
+    assert "--encode live" not in done(f"{line} --tokens 40").out
 
 
 @pytest.mark.parametrize(

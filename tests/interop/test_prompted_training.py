@@ -101,6 +101,20 @@ def test_prompts_alone_from_the_command_line(place, tmp_path, cache):
     assert "prompt-dropout" in changed.err
 
 
+@pytest.mark.parametrize("encode", ["cache", "live"])
+def test_prompts_that_are_cut_off_are_counted_in_the_log_of_the_run(encode, place, tmp_path, cache):
+    (tmp_path / "long.txt").write_text("a red cat in the house and so on " * 20 + "\na dog\n")
+    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {tmp_path}/long.txt {SHORT}"
+    found = done(f"{line} --encode {encode} --out {tmp_path}/run")
+    events = [json.loads(text) for text in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    raised = [event["message"] for event in events if event["event"] == "warning"]
+    cut = [message for message in raised if "prompts are longer than the 12 tokens of tokenizer_3" in message]
+    assert len(cut) == 1
+    assert cut[0].startswith("1 of 2 ") or encode == "live"  # which counts those of a batch
+    assert cut[0] in found.err
+    assert "tracing how it calls its network" in found.err
+
+
 def test_dmd_makes_its_pairs_under_the_prompts_and_again_on_resuming(place, teacher, tmp_path):
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {place}/prompts.txt --batch 2"
     more = "--method dmd --pair-steps 2 --guidance 2 --lr 1e-3"
@@ -213,10 +227,9 @@ def test_rows_of_a_batch_are_encoded_prompts_or_the_null_prompt(teacher, place):
 def test_prompts_that_are_cut_off_are_counted_each_time(teacher, place, asked):
     texts = [*PROMPTS, "a small red cat runs under the large blue tree in the green house by the river"]
     for count in (5, 5):
-        with pytest.warns(
-            UserWarning, match="1 of 5 prompts are longer than the 12 tokens of tokenizer_2 and"
-        ):
-            prepare_distillation(options(place), teacher, texts=texts)
+        job = prepare_distillation(options(place), teacher, texts=texts)
+        said = "1 of 5 prompts are longer than the 12 tokens of tokenizer_2 and"
+        assert any(message.startswith(said) for message in job.warnings)
         assert asked["prompts"] == count
 
 

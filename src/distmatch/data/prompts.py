@@ -224,7 +224,7 @@ def _refuse_blank(file: Path, prompts: Sequence[str]) -> None:
     if len(blank) == len(prompts):
         raise UserError(
             f"{file} contains no prompts",
-            got=f"{len(prompts)} blank lines" if prompts else "an empty file",
+            got="nothing but blank lines" if file.stat().st_size else "an empty file",
             expected="a prompt in each line",
             fix="write at least one: a red cat",
         )

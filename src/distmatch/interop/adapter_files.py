@@ -25,6 +25,7 @@ from distmatch.base.files import (
     save_tensors,
 )
 from distmatch.interop.card import card_of
+from distmatch.interop.diffusers_parts import parts_of
 from distmatch.interop.lora import NAME, adaptable, network_in, on_base, peft_config, shared_base
 from distmatch.interop.pipelines import needs_tracing
 from distmatch.interop.pipelines.steps import metadata_of
@@ -135,6 +136,7 @@ def on_its_base(
         )
     places, options = _places_of_base(folder, config)
     if base is not None:
+        _check_family(folder, config, Path(base))
         options = options if needs_tracing(base) else {}  # a pipeline needs its size
         return build(load(Path(base), options, network))
     why: list[str] = []
@@ -148,6 +150,19 @@ def on_its_base(
                 raise
             why.append(str(error))
     raise _missing_base(folder, config, why)
+
+
+def _check_family(folder: Path, config: Mapping[str, Any], base: Path) -> None:
+    """Refuses a pipeline of another class before it is loaded, with options that it may not take."""
+    expected = ((config.get("extra") or {}).get("schedule") or {}).get("pipeline")
+    found = parts_of(base)[0].get("_class_name")
+    if expected and found and found != expected:
+        raise UserError(
+            f"{base} is not the base of {folder}: it is a pipeline of another family",
+            got=f"a {str(found)[:80]}",
+            expected=f"a {expected}, the teacher that the student was distilled from",
+            fix="pass its folder: --base FOLDER, in Python base=",
+        )
 
 
 def _missing_base(folder: Path, config: Mapping[str, Any], why: list[str]) -> UserError:

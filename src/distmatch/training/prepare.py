@@ -168,12 +168,14 @@ def prepare_distillation(
     elif found is not None:
         digest = digest_of_data(found)
     batches: BatchOf
+    cut: list[str] = []  # of prompts; a dry run has no log, and warns of them itself
     if prompts is not None:  # before other networks are made, which the text encoders leave room for
-        batches = prompt_batches(prompts, teacher, options, device, dry=dry)
+        batches = prompt_batches(prompts, teacher, options, device, dry=dry, remarks=None if dry else cut)
     elif data is not None:
         batches = Batches(data, run.batch, run.seed, flips(run, data), device)
     else:
         batches = empty_batches(teacher, run, device, encoded)
+    early = len(cut)  # those are warnings at the start; --encode live finds others in its steps
     batches = with_dropout(batches, teacher, options.encoding.prompt_dropout, run)
     draw = drawer(data, run.seed) if fresh and not copied else None
     state = distiller.init(run.seed, draw)
@@ -235,6 +237,7 @@ def prepare_distillation(
             **conversion,
         },
         warnings=[
+            *cut,
             *(few_samples(seen, run.batch) if seen is not None and method.family != "transport" else ()),
             *early_warnings(method, options, state),
             *untried_rates(method, options, teacher, state),
@@ -242,7 +245,7 @@ def prepare_distillation(
         result=result,
         save=lambda folder, student: student.save_pretrained(folder),
         show=("loss_fake", "ess", "clip_fraction") if method.has_fake_score else ("loss",),
-        advise=advice,
+        advise=lambda means: [*advice(means), *cut[early:]],
         data=found,
         watch=watch,
         remarks=[about_pairs(own)] if heavy and isinstance(own, DMDSettings) else (),

@@ -38,7 +38,13 @@ Rows = Callable[[Tensor], Conditioning]
 
 
 def prompt_batches(
-    prompts: Prompts, teacher: Denoiser, options: DistillOptions, device: torch.device, *, dry: bool = False
+    prompts: Prompts,
+    teacher: Denoiser,
+    options: DistillOptions,
+    device: torch.device,
+    *,
+    dry: bool = False,
+    remarks: list[str] | None = None,
 ) -> BatchOf:
     """Batches of prompts, with clean samples where there are some; what is cached is encoded here.
 
@@ -48,6 +54,8 @@ def prompt_batches(
         options: The options.
         device: Where the batches go.
         dry: Whether nothing may be written: batches are then encoded as they are drawn.
+        remarks: Receives a sentence for each limit at which prompts are cut off, with ``--encode live`` as
+            such prompts are drawn; None warns of them.
 
     Raises:
         UserError: Prompts that are encoded to different lengths, or a cache that cannot be written.
@@ -62,7 +70,9 @@ def prompt_batches(
     on = getattr(encoder, "on", None)
     with contextlib.nullcontext() if on is None or live else on(device):
         texts = prompts.texts
-        conditioning = _live(encoder, texts) if live else cached(encoder, texts, teacher, folder)
+        conditioning = (
+            _live(encoder, texts, remarks) if live else cached(encoder, texts, teacher, folder, remarks)
+        )
         samples = _samples(prompts, teacher, None if live else folder, device)
     if not live:
         _free(encoder)
@@ -126,18 +136,22 @@ def _encoded(encoder: PromptEncoder, texts: Sequence[str]) -> tuple[Conditioning
     return encoder.encode(texts, **counts), cut
 
 
-def _warn_of(cut: Truncated, total: int) -> None:
-    for message in truncation_warnings(cut, total):
+def _remark(cut: Truncated, total: int, remarks: list[str] | None) -> None:
+    found = truncation_warnings(cut, total)
+    if remarks is not None:
+        remarks += found
+        return
+    for message in found:
         warnings.warn(message, stacklevel=caller_level())
 
 
-def _live(encoder: PromptEncoder, texts: Sequence[str]) -> Rows:
+def _live(encoder: PromptEncoder, texts: Sequence[str], remarks: list[str] | None) -> Rows:
     """The prompts of numbers, encoded each time."""
     warned: set[str] = set()
 
     def encode(rows: Tensor) -> Conditioning:
         found, cut = _encoded(encoder, [texts[i] for i in rows.tolist()])
-        _warn_of({limit: places for limit, places in cut.items() if limit not in warned}, len(rows))
+        _remark({limit: places for limit, places in cut.items() if limit not in warned}, len(rows), remarks)
         warned.update(cut)
         return found
 
@@ -154,7 +168,13 @@ def _require_one_length(teacher: Denoiser) -> None:
         )
 
 
-def cached(encoder: PromptEncoder, texts: Sequence[str], teacher: Denoiser, folder: Path) -> Rows:
+def cached(
+    encoder: PromptEncoder,
+    texts: Sequence[str],
+    teacher: Denoiser,
+    folder: Path,
+    remarks: list[str] | None = None,
+) -> Rows:
     """The prompts of numbers, encoded once.
 
     Args:
@@ -162,6 +182,7 @@ def cached(encoder: PromptEncoder, texts: Sequence[str], teacher: Denoiser, fold
         texts: The prompts.
         teacher: The teacher.
         folder: Where encodings are kept.
+        remarks: As for :func:`prompt_batches`.
 
     Raises:
         UserError: Prompts that are encoded to different lengths, or a folder that cannot be written.
@@ -177,7 +198,7 @@ def cached(encoder: PromptEncoder, texts: Sequence[str], teacher: Denoiser, fold
 
     keys = [key_of(text) for text in texts]
     rows = encoded(folder, encoder.fingerprint, keys, compute, what="prompts", remarks=cut)
-    _warn_of(cut, len(texts))
+    _remark(cut, len(texts), remarks)
     return rows.index
 
 

@@ -151,6 +151,11 @@ def describe_teacher(source: str | os.PathLike[str], **options: Any) -> dict[str
     pipeline = getattr(teacher, "pipeline", None)
     if pipeline is not None:
         found: dict[str, str] = pipeline.describe()
+        if open_ended := [name for name, field in spec_of(teacher).items() if -1 in field.shape]:
+            found["prompts"] = (
+                f"any number of tokens in {', '.join(open_ended)}: distill with --tokens N, which pads all "
+                "prompts to one length, or --encode live"
+            )
     else:
         path = getattr(teacher, "path", None)
         fields = {name: f"{field.shape} {field.dtype}" for name, field in spec_of(teacher).items()}

@@ -35,6 +35,7 @@ from distmatch.interop.pipelines.text_parts import (
 )
 from distmatch.interop.pipelines.trace import Prompts, Reached, Trace, Tracer
 
+_PATHS = {"condot": "flow matching (condot): (1 - t) x0 + t eps"}
 _MOST = 64  # prompts that are encoded at a time
 
 
@@ -304,7 +305,7 @@ class Pipeline:
             "output": contract.output,
             "conditioning": "; ".join(f"{name} {said}" for name, said in fields.items()) or "none",
             "prediction": self.schedule.prediction,
-            "path": "none" if path is None else path.name,
+            "path": "none" if path is None else _PATHS.get(path.name, path.name),
             "shift": "none" if self.shift is None else f"{self.shift:.4g}",
             "null": "none" if self.null is None else f"the prompt {self.null!r}",
             "decoded": f"{self.shape}",

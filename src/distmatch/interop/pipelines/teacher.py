@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from distmatch.base.errors import UserError, unknown_name
+from distmatch.base.progress import tell
+from distmatch.base.ranks import joined
 from distmatch.diffusion.adapters import PredictionDenoiser
 from distmatch.diffusion.conditioning import LABEL
 from distmatch.interop.pipelines.comparison import (
@@ -69,6 +71,8 @@ def load_pipeline(
             clean samples are others than those of the teacher.
     """
     kind = _dtype_of(dtype)
+    if joined().main:
+        tell(f"{folder}: loading the pipeline and tracing how it calls its network")
     # JSON has lists alone, and the fingerprint tells a list from a tuple.
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     plain = kind == torch.float32
