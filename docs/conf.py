@@ -6,8 +6,10 @@ lead to the same places in the repository and on the site.
 
 from __future__ import annotations
 
+import base64
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import sys
@@ -26,7 +28,7 @@ from distmatch.base import rules
 from distmatch.training import options, pipeline_options
 
 DOCS = Path(__file__).parent
-API = DOCS / "api"
+API, NOTEBOOKS = DOCS / "api", DOCS / "notebooks"
 
 project = "distmatch"
 author = "distmatch contributors"
@@ -69,7 +71,10 @@ html_title = f"distmatch {release}"
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}
-html_extra_path = ["site"]
+html_extra_path = ["site/index.html"]
+html_static_path = ["site/site.css"]
+html_css_files = ["site.css"]
+highlight_language = "text"  # of fences without a language: commands and what they print
 pygments_style = "tango"
 pygments_dark_style = "monokai"
 
@@ -159,6 +164,26 @@ def write(path: Path, lines: list[str]) -> None:
         path.write_text(text)
 
 
+def write_notebooks(app: Sphinx) -> None:
+    """Write a page for each notebook, with what its cells showed when it was run: nothing is run here."""
+    for file in NOTEBOOKS.glob("*.ipynb"):
+        lines: list[str] = []
+        for cell in json.loads(file.read_text())["cells"]:
+            source = "".join(cell["source"])
+            lines += ["```python", source, "```", ""] if cell["cell_type"] == "code" else [source, ""]
+            for output in cell.get("outputs", []):
+                shown = output.get("data", {})
+                if "image/png" in shown:
+                    picture = NOTEBOOKS / f"{file.stem}-{len(lines)}.png"
+                    picture.write_bytes(base64.b64decode(shown["image/png"]))
+                    lines += [f"![Output of the cell above]({picture.name})", ""]
+                else:
+                    text = "".join(output.get("text", shown.get("text/plain", "")))
+                    lines += ["```{code-block} text", ":caption: Output", "", text.rstrip(), "```", ""]
+        lines.insert(1, f"[This page as a notebook]({file.name}), run by `python docs/make_notebooks.py`.\n")
+        write(file.with_suffix(".md"), lines)
+
+
 def plain(text: str) -> str:
     """A line of a docstring in which ``*`` and ``|`` of formulas are no markup; code and *words* stay."""
     parts = re.split(r"(``.*?``|`[^`]*`|\*\w[^*]*\*(?!\w))", text)
@@ -223,6 +248,7 @@ def _mathml(visitor: object, node: nodes.Element) -> None:
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("builder-inited", write_api)
+    app.connect("builder-inited", write_notebooks)
     app.connect("missing-reference", link)
     app.connect("autodoc-process-docstring", escape, priority=0)  # before napoleon
     app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))
