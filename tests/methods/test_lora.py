@@ -18,7 +18,7 @@ from distmatch.methods import initialization
 from distmatch.methods.state import DistillState
 from distmatch.methods.table import METHODS
 from distmatch.nets.shared import fingerprint, own_state
-from distmatch.training.checkpoint import pack
+from distmatch.training.packing import pack
 from tests.helpers.image_teachers import EDM, SMALL_NETS, image_teacher, images
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import PAIR, distiller, network_teacher

@@ -16,7 +16,8 @@ from distmatch.methods.matching.loop import Matching
 from distmatch.methods.sampler import student_sigmas
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
-from distmatch.training.checkpoint import load_checkpoint, pack, save_checkpoint
+from distmatch.training.checkpoint import load_checkpoint, save_checkpoint
+from distmatch.training.packing import pack
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distmatch.base.errors import UserError
-from distmatch.training.checkpoint import list_checkpoints, load_checkpoint, pack, save_checkpoint, unpack
+from distmatch.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from distmatch.training.packing import pack, unpack
 
 
 def same(a, b):

@@ -21,9 +21,9 @@ from distmatch.losses import edm_weight
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.path_denoiser import PathDenoiser, target_scale
 from distmatch.nets.saved import load_model, save_model
-from distmatch.training.checkpoint import pack, unpack
 from distmatch.training.objective import build_objective
 from distmatch.training.options import TeacherConfig
+from distmatch.training.packing import pack, unpack
 from distmatch.training.teacher import TeacherState, TeacherTraining
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import batch as small_batch

@@ -25,6 +25,7 @@ from distmatch.diffusion.paths.levels import PathLevels
 from distmatch.diffusion.paths.steps import even_sigmas
 from distmatch.diffusion.prompts import encode_prompts
 from distmatch.divergences import Divergence
+from distmatch.interop.pipelines.contract import take_exact_times
 from distmatch.methods.initialization import Draw, Network, fit_to_teacher, has_network, starting_network
 from distmatch.methods.method import Method
 from distmatch.methods.sampler import sigmas_at, student_sigmas
@@ -36,7 +37,7 @@ from distmatch.methods.settings import (
     Settings,
 )
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student, take_exact_times
+from distmatch.methods.student import Student
 from distmatch.nets.blocks import recompute_blocks
 from distmatch.nets.config import NetConfig
 from distmatch.nets.ema import EMA, ema_decay

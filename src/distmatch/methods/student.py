@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import ConditioningLike, ConditioningSpec, labels_of, spec_of
 from distmatch.interop import HandedIn, decode_samples, load_denoiser, save_denoiser
 from distmatch.interop.lora import merged
+from distmatch.interop.pipelines.contract import take_exact_times
 from distmatch.interop.saved import Base
 from distmatch.methods.initialization import Network
 from distmatch.methods.sampler import Sampler, sampler_weights
@@ -342,16 +342,6 @@ def student_from(denoiser: Network, info: Mapping[str, Any]) -> Student:
     name, gamma = info.get("chain", "renoise"), float(info.get("gamma", 0.0))
     sampler: Any = {old: new for new, old in _IN_FILES.items()}.get(name, name)
     return Student(denoiser.requires_grad_(False), sigmas, own, sampler, gamma, transport)
-
-
-def take_exact_times(denoiser: Any) -> None:
-    """Lets the network of a flow have times that the scheduler of its pipeline rounds down (UniPC).
-
-    Euler's steps with fresh noise pass them as they are, and a rounded time has no derivative.
-    """
-    time: Any = getattr(denoiser, "time", None)
-    if getattr(time, "whole", False):
-        denoiser.time = replace(time, exact=True)
 
 
 def device_of(module: nn.Module) -> torch.device:

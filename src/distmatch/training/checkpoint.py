@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -14,12 +13,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import atomic_folder, atomic_json, load_tensors, read_json, save_tensors
+from distmatch.training.packing import pack, unpack
 from distmatch.training.shards import Layout, laid_out, read_shards
 
 FORMAT = "distmatch-checkpoint"
@@ -31,123 +29,6 @@ _STEP = re.compile(r"step-(\d{6,})")
 # A folder being replaced is set aside under such a name; it is the only copy if the machine stops just then.
 _SET_ASIDE = re.compile(r"\.step-(\d{6,})\..*\.old")
 _LEFTOVER = re.compile(r"\.step-\d{6,}\..*\.(tmp|old)")
-
-# What safetensors stores under its own name; tensors of other types are stored as their bytes.
-_NATIVE = {
-    torch.bool,
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-}
-
-
-def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """Splits a tree into its tensors and a description that JSON can hold.
-
-    The tensors returned share no memory with each other, as safetensors demands, but may share it with the
-    tree. A tensor that occurs twice is stored once. Devices and ``requires_grad`` are not kept.
-
-    Args:
-        tree: Nested dict (keys str or int), list, tuple, Tensor, int, float, bool, None and str.
-
-    Returns:
-        The tensors by name (their path in the tree) and the structure for :func:`unpack`.
-
-    Raises:
-        TypeError: Something else is in the tree; the message says where.
-    """
-    tensors: dict[str, Tensor] = {}
-    nodes: dict[Any, dict[str, Any]] = {}  # what has been stored already, by place in memory
-    storages: set[int] = set()
-
-    def add(t: Tensor, path: str) -> dict[str, Any]:
-        if isinstance(t, DTensor):
-            # Never one for two: the shares of a process may be empty, and then are all in the same place.
-            tensors[path] = t.detach()
-            return {"tensor": path}
-        if t.layout != torch.strided or t.is_quantized or t.is_meta:
-            raise TypeError(f"{path or 'the tree'} is a tensor that is sparse, quantized or without data")
-        place = (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg())
-        if t.numel() and place in nodes:
-            return nodes[place]
-        flat = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        if flat.untyped_storage().data_ptr() in storages:
-            flat = flat.clone()
-        if flat.numel():
-            storages.add(flat.untyped_storage().data_ptr())
-        name = path.encode("ascii", "backslashreplace").decode() or "tensor"
-        while name in tensors or name == "__metadata__":
-            name += "'"
-        node: dict[str, Any] = {"tensor": name}
-        if flat.dtype not in _NATIVE:
-            node |= {"dtype": str(flat.dtype).removeprefix("torch."), "shape": list(flat.shape)}
-            flat = flat.reshape(-1).view(torch.uint8)
-        tensors[name] = flat
-        nodes[place] = node
-        return node
-
-    def walk(node: Any, path: str) -> Any:
-        if isinstance(node, Tensor):
-            return add(node, path)
-        if node is None or type(node) in (bool, int, str):
-            return node
-        if type(node) is float:
-            # Python writes a finite float as the shortest text that reads back to the same bits.
-            return node if math.isfinite(node) else {"float": struct.pack(">d", node).hex()}
-        if isinstance(node, dict):
-            for key in node:
-                if type(key) not in (int, str):
-                    raise TypeError(f"the key {key!r} in {path or 'the tree'} is neither str nor int")
-            return {"dict": [[key, walk(value, f"{path}/{key}".lstrip("/"))] for key, value in node.items()]}
-        if type(node) in (list, tuple):
-            items = [walk(value, f"{path}/{i}".lstrip("/")) for i, value in enumerate(node)]
-            return {"list" if type(node) is list else "tuple": items}
-        raise TypeError(
-            f"{path or 'the tree'} is a {type(node).__module__}.{type(node).__qualname__}; "
-            "a checkpoint contains dict, list, tuple, Tensor, int, float, bool, None and str"
-        )
-
-    return tensors, walk(tree, "")
-
-
-def unpack(tensors: dict[str, Tensor], structure: Any) -> Any:
-    """Rebuilds the tree that :func:`pack` split; tensors that were one object are one object again.
-
-    Raises:
-        ValueError: The structure is not one that :func:`pack` makes.
-        KeyError: A tensor is missing.
-    """
-    restored: dict[str, Tensor] = {}
-
-    def tensor(node: dict[str, Any]) -> Tensor:
-        name = node["tensor"]
-        if name not in restored:
-            value = tensors[name]
-            if "dtype" in node:  # cloned, because a view as a wider type needs aligned memory
-                dtype = getattr(torch, node["dtype"], None)
-                if not isinstance(dtype, torch.dtype):
-                    raise ValueError(f"not a type of tensors: {node['dtype']!r:.80}")
-                value = value.clone().view(dtype).reshape(node["shape"])
-            restored[name] = value
-        return restored[name]
-
-    def walk(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        if "tensor" in node:
-            return tensor(node)
-        match list(node.items()):
-            case [("dict", items)]:
-                return {key: walk(value) for key, value in items}
-            case [("list", items)]:
-                return [walk(value) for value in items]
-            case [("tuple", items)]:
-                return tuple(walk(value) for value in items)
-            case [("float", bits)]:
-                return struct.unpack(">d", bytes.fromhex(bits))[0]
-        raise ValueError(f"not part of a checkpoint: {str(node)[:80]}")
-
-    return walk(structure)
 
 
 def save_checkpoint(

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distmatch.base.ranks import Ranks, patience
-from distmatch.training.checkpoint import pack, write_checkpoint
+from distmatch.training.checkpoint import write_checkpoint
+from distmatch.training.packing import pack
 from distmatch.training.shards import write_shards
 
 

@@ -19,7 +19,7 @@ from distmatch.losses import imm_lower_level, imm_weight
 from distmatch.losses.kernel import group_mmd, imm_output_scale, laplace_profile, quadratic_profile
 from distmatch.methods.consistency.direct import Draws
 from distmatch.methods.state import DistillState
-from distmatch.training.checkpoint import pack
+from distmatch.training.packing import pack
 from tests.helpers.draws import normal
 from tests.helpers.small import batch, distiller, network_teacher
 

@@ -25,7 +25,7 @@ from distmatch.methods.student import Student
 from distmatch.nets.build import build_net
 from distmatch.nets.config import UNetConfig
 from distmatch.nets.edm import EDMDenoiser
-from distmatch.training.checkpoint import pack
+from distmatch.training.packing import pack
 from tests.helpers.draws import normal
 from tests.helpers.small import batch, distiller, network_teacher
 

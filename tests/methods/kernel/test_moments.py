@@ -17,7 +17,7 @@ from distmatch.discrepancies.mmd import mmd
 from distmatch.losses import edm_weight, moment_matching_loss, posterior_noise
 from distmatch.methods.matching.moments import levels_between
 from distmatch.methods.student import Student
-from distmatch.training.checkpoint import pack
+from distmatch.training.packing import pack
 from tests.helpers.draws import normal
 from tests.helpers.small import batch, distiller, network_teacher
 

@@ -18,7 +18,8 @@ from distmatch.losses import score_difference
 from distmatch.methods.matching.backtrack import Path as CopyPath
 from distmatch.methods.state import DistillState
 from distmatch.nets.edm import EDMDenoiser
-from distmatch.training.checkpoint import load_checkpoint, pack, save_checkpoint
+from distmatch.training.checkpoint import load_checkpoint, save_checkpoint
+from distmatch.training.packing import pack
 from tests.helpers.small import batch, distiller, network_teacher
 
 SHORT = {"backtrack": 3, "backtrack_degrade_steps": 4, "backtrack_interval": 2}

@@ -25,8 +25,8 @@ from distmatch.methods.transport.semi_discrete import (
     cell_values,
     nearest_seams,
 )
-from distmatch.training.checkpoint import pack
 from distmatch.training.options import DistillOptions, RunOptions
+from distmatch.training.packing import pack
 from distmatch.training.prepare import prepare_distillation
 from distmatch.training.sampling import draw_student
 from tests.helpers.rounding import assert_same_but_for_rounding

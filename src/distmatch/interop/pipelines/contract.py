@@ -303,3 +303,13 @@ def _tensor(value: Any) -> Tensor:
 def _names(names: set[frozenset[str]]) -> str:
     common = frozenset.intersection(*names)
     return "; ".join(sorted(", ".join(sorted(n - common)) or "the others alone" for n in names))
+
+
+def take_exact_times(denoiser: Any) -> None:
+    """Lets the network of a flow have times that the scheduler of its pipeline rounds down (UniPC).
+
+    Euler's steps with fresh noise pass them as they are, and a rounded time has no derivative.
+    """
+    time: Any = getattr(denoiser, "time", None)
+    if getattr(time, "whole", False):
+        denoiser.time = replace(time, exact=True)
