@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from distmatch.cli.doctor import DoctorOptions
-from distmatch.cli.evaluate import EvaluateOptions
+from distmatch.cli.evaluate_options import EvaluateOptions
 from distmatch.cli.export import ExportOptions
 from distmatch.cli.help import flags_of
 from distmatch.cli.parse import Place

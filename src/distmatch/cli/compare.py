@@ -28,7 +28,17 @@ example: distmatch compare --methods dmd2,f-distill:js,f-distill:kl --budget 5m 
     hidden=frozenset({"steps", "grid"}),  # the budget decides; of single runs
 )
 
-_SHOWN = ("fd", "kl", "modes", "precision", "recall", "coverage", "label_accuracy", "prompt_energy", "prompt_diversity")
+_SHOWN = (
+    "fd",
+    "kl",
+    "modes",
+    "precision",
+    "recall",
+    "coverage",
+    "label_accuracy",
+    "prompt_energy",
+    "prompt_diversity",
+)
 
 
 def run(argv: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from distmatch.base.errors import UserError
 from distmatch.base.ranks import Ranks
+from distmatch.cli.evaluate_options import EvaluateOptions
 from distmatch.cli.imported import imported
 from distmatch.cli.output import tell_conversion
 from distmatch.data import load_data
@@ -27,7 +28,7 @@ from distmatch.training.sampling import Sampling
 from distmatch.training.shared_draw import shared_features
 
 if TYPE_CHECKING:
-    from distmatch.cli.evaluate import EvaluateOptions, Found
+    from distmatch.cli.evaluate_options import Found
 
 
 def evaluate_run(o: EvaluateOptions, ranks: Ranks) -> Found:
