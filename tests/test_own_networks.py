@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,10 @@ from distmatch.nets.build import build_net
 from distmatch.nets.config import MLPConfig
 from distmatch.nets.edm import EDMDenoiser
 from distmatch.ratio.discriminator import build_discriminator, choose_source
+from tests.helpers import own_networks
 from tests.helpers.command import command, done
 from tests.helpers.own_networks import Conv, OfEDM, OfKDiffusion, Velocity, Whole
+from tests.helpers.processes import together
 from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import network_teacher
 
@@ -69,16 +69,14 @@ CASES = [
 CLASSES = {"conv": "Conv", "k-diffusion": "OfKDiffusion", "edm": "OfEDM", "flow": "Velocity"}
 CLASSES |= {"preconditioned": "Conv", "whole": "Whole"}
 
-LOAD = """
-import json, sys, torch
-import distmatch as dm
-from tests.helpers import own_networks
-torch.set_num_threads(1)
-for folder, name in json.loads(sys.argv[1]).items():
-    handed = {"network": getattr(own_networks, name)} if name else {}
-    student = dm.Student.from_pretrained(folder, **handed)
-    torch.save(student.sample(5, seed=3), folder + "/samples.pt")
-"""
+
+def load(folders: dict[str, str]) -> None:
+    """Samples of saved students, in a process that did not make them."""
+    torch.set_num_threads(1)
+    for folder, name in folders.items():
+        handed = {"network": getattr(own_networks, name)} if name else {}
+        student = dm.Student.from_pretrained(folder, **handed)
+        torch.save(student.sample(5, seed=3), folder + "/samples.pt")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +91,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
         student.save_pretrained(folder)
         made[network, method] = student
         folders[folder] = CLASSES.get(network, "")
-    subprocess.run([sys.executable, "-c", LOAD, json.dumps(folders)], check=True, timeout=120)
+    together(load, [(folders,)], timeout=120)
     return {
         key: (student, torch.load(f"{root}/{key[0]}-{key[1]}/samples.pt", weights_only=True))
         for key, student in made.items()

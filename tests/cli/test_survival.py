@@ -33,7 +33,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_full_memory_names_what_helps_and_how_much() -> None:
-    net = build_net(DiTConfig(width=64, depth=3, heads=4), (1, 8, 8), 10)
+    net = build_net(DiTConfig(width=64, depth=1, heads=4), (1, 8, 8), 10)
     teacher = EDMDenoiser(net, shape=(1, 8, 8), num_classes=10, sigma_data=0.5).eval()
     options = DistillOptions.of("f-distill")
     options = replace(options, run=replace(options.run, batch=16, steps=20, device="cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -160,6 +161,16 @@ def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypat
 def test_a_dry_run_of_a_large_pipeline_looks_at_the_data(place, cache, monkeypatch, tmp_path):
     from distmatch.cli import memory
 
+    predicted, predict = {}, memory.predict_memory
+
+    def once(options, teacher):  # the data, which are looked at afterwards, do not change it
+        key = options.method, options.run.steps
+        if key not in predicted:
+            predicted[key] = predict(options, teacher)
+        return predicted[key]
+
+    monkeypatch.setattr(memory, "predict_memory", once)
+    monkeypatch.setattr(memory, "without_weights", functools.cache(memory.without_weights))
     monkeypatch.setattr(memory, "LARGE", 0)
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} {SHORT} --dry-run"
     images = line.replace("--method sid", "--method dmd2")
