@@ -245,8 +245,9 @@ def full(place: Place, scale: float) -> Iterator[Case]:
                         yield lambda kind=kind: Outcome(kind, "skipped: mounting needs root", "", "")
                         continue
 
-                    def mend(disk: Path = disk) -> None:
-                        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+                    def mend(disk: Path = disk, fault: str = fault) -> None:
+                        if fault == "read_only":
+                            subprocess.run(["umount", str(disk)], check=True)
                         (disk / "filling").unlink(missing_ok=True)
 
                     yield lambda kind=kind, verb=verb, line=line, n=n, fault=fault, mend=mend: faulty(

@@ -137,12 +137,13 @@ def full_disk(number: int, folder: str) -> None:
 
 
 def read_only(number: int, mount: str) -> None:
-    """At a step the file system becomes read-only, as one with errors does."""
+    """At a step a folder becomes read-only: it is mounted over itself, as a file system in use stays writable."""
 
-    def remount() -> None:
-        subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+    def mount_over() -> None:
+        subprocess.run(["mount", "--bind", mount, mount], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", mount], check=True)
 
-    _at_step(number, remount)
+    _at_step(number, mount_over)
 
 
 def clock(number: int, years: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -183,18 +183,18 @@ def _assign(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner._parameters[last] = parameter
 
 
+def _shares(node: Any, path: str) -> Iterator[tuple[str, DTensor]]:
+    """The tensors of a tree that are shared out, by path."""
+    if isinstance(node, DTensor):
+        yield path, node
+    elif isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _shares(value, f"{path}/{key}".lstrip("/"))
+
+
 def layout_of(state: TrainingState) -> Layout:
     """The layout of the tensors of a state, by their names in a checkpoint; for restoring one."""
-    like: dict[str, Tensor] = {}
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, DTensor):
-            like[path] = node
-        elif isinstance(node, dict | list):
-            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-                walk(value, f"{path}/{key}".lstrip("/"))
-
-    walk(state.state_dict(), "")
+    like: dict[str, Tensor] = dict(_shares(state.state_dict(), ""))
     for name, optimizer in state.optimizers.items():  # before the first step they have no moments
         own = [p for group in optimizer.param_groups for p in group["params"]]
         for number, parameter in enumerate(own):
