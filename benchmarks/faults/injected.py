@@ -137,7 +137,7 @@ def full_disk(number: int, folder: str) -> None:
 
 
 def read_only(number: int, mount: str) -> None:
-    """At a step a folder becomes read-only: it is mounted over itself, as a file system in use stays writable."""
+    """At a step a folder becomes read-only: mounted over itself, as a file system in use stays writable."""
 
     def mount_over() -> None:
         subprocess.run(["mount", "--bind", mount, mount], check=True)
