@@ -80,6 +80,8 @@ pygments_dark_style = "monokai"
 
 # Types in signatures are those of torch and of modules without a page; what a text names has to exist.
 nitpick_ignore_regex = [("py:class", ".*"), ("py:obj", r"typing\..*")]
+if not NOTEBOOKS.is_dir():  # a source archive, which leaves them out
+    suppress_warnings = ["toc.not_readable", "myst.xref_missing"]
 
 
 def modules_of_pages() -> set[str]:
@@ -241,7 +243,9 @@ def link(
 def _mathml(visitor: object, node: nodes.Element) -> None:
     """Formulas as MathML, which browsers show without a script."""
     block = isinstance(node, nodes.math_block)
-    visitor.body.append(str(tex2mathml(node.astext(), as_block=block)))  # type: ignore[attr-defined]
+    formula = str(tex2mathml(node.astext(), as_block=block))
+    shown = f'<div class="formula">{formula}</div>' if block else formula
+    visitor.body.append(shown)  # type: ignore[attr-defined]
     raise nodes.SkipNode
 
 

@@ -34,6 +34,8 @@ def test_snippets_run(page, tmp_path, monkeypatch):
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+            if target.startswith("notebooks/") and not (ROOT / "docs/notebooks").exists():
+                continue  # a source archive leaves them out
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is missing"
 
 
