@@ -14,6 +14,7 @@ import pkgutil
 import re
 import sys
 import typing
+from functools import cache
 from pathlib import Path
 
 from docutils import nodes
@@ -209,6 +210,21 @@ def escape(app: Sphinx, what: str, name: str, value: object, options: object, li
             lines[i] = plain(line)
 
 
+ROLES = ("func", "data", "meth", "attr", "exc", "mod", "obj")
+
+
+@cache
+def known_names() -> set[str]:
+    """The names that our modules and torch define, and those of the members of our classes."""
+    names = {"deepcopy", *vars(sys.modules["torch"])}
+    for module in [module for key, module in sys.modules.items() if key.split(".")[0] == "distmatch"]:
+        names |= set(vars(module))
+        names |= {
+            member for value in vars(module).values() if inspect.isclass(value) for member in dir(value)
+        }
+    return names
+
+
 def link(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, shown: nodes.TextElement
 ) -> nodes.Element | None:
@@ -217,15 +233,7 @@ def link(
     A name of the module that defines a function is looked up where the function is documented. One that is
     on no page, but exists, is shown without a link; only one that does not exist is a warning.
     """
-    if node["refdomain"] != "py" or node["reftype"] not in (
-        "func",
-        "data",
-        "meth",
-        "attr",
-        "exc",
-        "mod",
-        "obj",
-    ):
+    if node["refdomain"] != "py" or node["reftype"] not in ROLES:
         return None
     name = node["reftarget"].rpartition(".")[2]
     objects = env.domains["py"].objects
@@ -233,11 +241,7 @@ def link(
     if len(found) == 1:
         entry = objects[found[0]]
         return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, shown, found[0])
-    modules = [
-        module for key, module in sys.modules.items() if key.split(".")[0] in ("distmatch", "torch", "copy")
-    ]
-    exists = any(hasattr(module, name) for module in modules)
-    return shown if found or exists else None
+    return shown if found or name in known_names() else None
 
 
 def _mathml(visitor: object, node: nodes.Element) -> None:
