@@ -39,6 +39,9 @@ def test_the_cards_code_loads_the_base_as_the_adapters_were_trained_on_it(name, 
     export_lora(student, tmp_path / "out")
     contract = json.loads((tmp_path / "out/distmatch.json").read_text())
     assert (contract["base"]["dtype"], contract["dtype"]) == ("bfloat16", "float32")
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.count("import torch\n") == 1
+    assert "for the same encodings of the prompts" in card
     found = {}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch_dtype has another name in later releases of diffusers
@@ -67,6 +70,7 @@ def test_the_card_seeds_the_fresh_noise_of_the_steps(folders, tmp_path):
     _, teacher = folders("stable-diffusion-3")
     export_pipeline(student_of(teacher, 3, sampler="stochastic"), tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text()
+    assert text.count("import torch\n") == 1
     assert "torch.manual_seed(0)" in text
     assert "float32" in text
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")

@@ -247,7 +247,7 @@ def test_options_are_those_of_the_pipelines_call(folder):
         load_pipeline(folder, num_frames=3)
     with pytest.raises(UserError, match="multiples of"):
         load_pipeline(folder, height=17, width=16)
-    with pytest.raises(UserError, match=r"up to 32 x 32 alone.*256 16.*--size 32 or less"):
+    with pytest.raises(UserError, match=r"images larger than 32 x 32.*256 16.*--size 32 or less"):
         load_pipeline(folder, height=256, width=16)
 
 

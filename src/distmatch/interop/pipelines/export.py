@@ -38,8 +38,6 @@ from distmatch.nets.shared import adapted_of, dtype_of_base
 
 _SCHEDULER = "scheduler"
 _SEED = """
-import torch
-
 torch.manual_seed(0)  # repeats the samples: the fresh noise of the steps may ignore generator=
 """
 _INSTEAD = "export it with --to onnx, or --to safetensors"
@@ -214,33 +212,36 @@ def _describe(
 
 
 def _pipeline_usage(contract: Mapping[str, Any], match: Match) -> str:
-    return f"""import diffusers
-
-pipeline = diffusers.DiffusionPipeline.from_pretrained("this/folder")  # its network is in float32
-{_call(contract)}"""
+    return _with_imports(f"""# The network is in float32.
+pipeline = diffusers.DiffusionPipeline.from_pretrained("this/folder")
+{_call(contract)}""")
 
 
 def _lora_usage(name: str, network: Any, contract: Mapping[str, Any], match: Match) -> str:
     scheduler, dtype = type(match.scheduler).__name__, contract["base"]["dtype"]
-    return f"""import diffusers
-{_loaded(name, network, dtype)}
+    return _with_imports(f"""{_loaded(name, network, dtype)}
 # For ComfyUI put {COMFYUI_FILE}, where there is one, into models/loras, and sample with cfg 1.
 pipeline.load_lora_weights("this/folder", weight_name="{DIFFUSERS_FILE}")
 pipeline.scheduler = diffusers.{scheduler}.from_pretrained("this/folder", subfolder="{_SCHEDULER}")
-{_call(contract)}"""
+{_call(contract)}""")
+
+
+def _with_imports(code: str) -> str:
+    torch_too = "import torch\n" if "torch." in code else ""
+    return f"import diffusers\n{torch_too}\n{code}"
 
 
 def _loaded(name: str, network: Any, dtype: str) -> str:
     """Code that loads the base as the adapters were trained on it."""
     if dtype == "float32":
-        return '\npipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base")'
+        return 'pipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base")'
     kept = f"""for weight in pipeline.{name}.parameters():  # also those that diffusers keeps in float32
     weight.data = weight.data.to(torch.{dtype})
 """
-    return f"""import torch
-
-# The adapters were trained on the base in {dtype}: its weights are rounded, and then used in float32.
+    return f"""# The adapters were trained on the base in {dtype}: its weights are rounded,
+# and then used in float32.
 # Without the last of these lines the pipeline samples in {dtype}, the same but for rounding.
+# The stated difference from the student is for the same encodings of the prompts.
 pipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base", torch_dtype=torch.{dtype})
 {kept if getattr(network, "_keep_in_fp32_modules", None) else ""}pipeline.to(torch.float32)"""
 

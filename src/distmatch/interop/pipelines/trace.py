@@ -292,7 +292,7 @@ def _not_run(pipeline: Any, error: Exception, options: dict[str, Any]) -> UserEr
         side, positions, most = options[found[1].lower()], int(found[2]), int(found[3])
         largest = side // positions * most
         return UserError(
-            f"the network of this {name} has positions for images up to {largest} x {largest} alone",
+            f"the network of this {name} has no positions for images larger than {largest} x {largest}",
             got=" ".join(map(str, sides)),
             fix=f"--size {largest} or less, in Python height and width",
         )
