@@ -109,9 +109,9 @@ def test_prompts_that_are_cut_off_are_counted_in_the_log_of_the_run(encode, plac
     found = done(f"{line} --encode {encode} --out {tmp_path}/run")
     events = [json.loads(text) for text in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     raised = [event["message"] for event in events if event["event"] == "warning"]
-    cut = [message for message in raised if "prompts are longer than the 12 tokens of tokenizer_3" in message]
+    cut = [message for message in raised if "12 tokens of tokenizer_3" in message]
     assert len(cut) == 1
-    assert cut[0].startswith("1 of 2 ") or encode == "live"  # which counts those of a batch
+    assert cut[0].startswith("1 of 2 prompts is ") or (encode == "live" and "prompts of a step" in cut[0])
     assert cut[0] in found.err
     assert "tracing how it calls its network" in found.err
 
@@ -239,8 +239,9 @@ def test_prompts_that_are_cut_off_are_counted_each_time(teacher, place, asked):
     texts = [*PROMPTS, "a small red cat runs under the large blue tree in the green house by the river"]
     for count in (5, 5):
         job = prepare_distillation(options(place), teacher, texts=texts)
-        said = "1 of 5 prompts are longer than the 12 tokens of tokenizer_2 and"
-        assert any(message.startswith(said) for message in job.warnings)
+        limits = " and the ".join(f"12 tokens of tokenizer{part}" for part in ("", "_2", "_3"))
+        said = f"1 of 5 prompts is longer than the {limits}, and is truncated there"
+        assert sum(message.startswith(said) for message in job.warnings) == 1
         assert asked["prompts"] == count
 
 
@@ -278,10 +279,17 @@ def test_an_image_replaced_under_its_caption_is_noticed_on_resume(place, tmp_pat
     shutil.copytree(place / "images", tmp_path / "images")
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {tmp_path}/images --method dmd2"
     done(f"{line} --batch 2 --steps 5 --out {tmp_path}/run")
+    again = f"distill --resume --out {tmp_path}/run --steps 7"
+    ahead = json.loads(done(f"{again} --dry-run --json").out)
+    assert ahead["continues_from"] == 5
+    assert ahead["estimated_seconds"] == pytest.approx(
+        ahead["seconds_once"] + 2 * ahead["seconds_per_step"], abs=0.06
+    )
     shutil.copy(place / "images" / "3.png", tmp_path / "images" / "0.png")
-    answer = command(f"distill --resume --out {tmp_path}/run --steps 6")
-    assert answer.code == 2
-    assert "keeps its data" in answer.err
+    for more in ("", " --dry-run"):
+        answer = command(again + more)
+        assert answer.code == 2
+        assert "keeps its data" in answer.err
     shutil.copy(place / "images" / "0.png", tmp_path / "images" / "0.png")
     done(f"distill --resume --out {tmp_path}/run --steps 6")
 

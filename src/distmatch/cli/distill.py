@@ -71,6 +71,7 @@ def run(argv: list[str]) -> None:
     check_place(place, (options.data, options.teacher))
     if (
         place.dry_run
+        and place.resume is None
         and not (place.auto or place.auto_batch)
         and dry_run_without_weights(options, json=place.json)
     ):
@@ -78,7 +79,7 @@ def run(argv: list[str]) -> None:
     options, choices = tuned(
         options, place, argv, lambda other: prepare_distillation(other, fresh=False, dry=True)
     )
-    job = prepare_distillation(options, fresh=starts_afresh(place) and not place.dry_run, dry=place.dry_run)
+    job = prepare_distillation(options, fresh=starts_afresh(place), dry=place.dry_run)
     note(job, choices)
     tell_conversion(options.teacher, str(job.notes.get("conversion", "")))
     if place.dry_run:

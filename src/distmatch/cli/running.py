@@ -31,6 +31,7 @@ from distmatch.training.options import DistillOptions, NetOptions, TrainOptions
 from distmatch.training.presets import describe
 from distmatch.training.runfolder import RunFolder, check_usable, create_together, holds_something
 from distmatch.training.runs import Job, carry_out
+from distmatch.training.segments import changes_on_resume, check_inputs
 from distmatch.training.toml import dataclass_to_dict
 
 _LONG, _SMALL_BATCH = 7200.0, 64  # seconds from which on a dry run proposes a batch that makes a run shorter
@@ -127,8 +128,9 @@ def dry_run(job: Job, place: Place) -> None:
         place: Where it would go.
 
     Raises:
-        UserError: A grid is requested, and there are no data.
+        UserError: A grid is requested, and there are no data; or the run to resume began with others.
     """
+    done = _steps_done(job, place)
     if place.grid is not None and job.data is None:
         raise UserError("there are no data to show", got=f"--grid {place.grid}", fix="leave it out")
     found = describe_found(job.data) if job.data is not None else None
@@ -145,10 +147,10 @@ def dry_run(job: Job, place: Place) -> None:
     weights = sum(size.weights for size in sizes.values())
     memory = round(sum(size.bytes for size in sizes.values()) / 2**20, 1)
     most = None if used is None else round((weights + used) / 2**20, 1)
-    whole = once + seconds * run.steps
+    whole = once + seconds * (run.steps - done)
     if place.grid is not None and job.data is not None:
         write_grid(place.grid, job.data, run.seed, place.overwrite)
-    timing = f"{in_words(whole)} ({1000 * seconds:.1f} ms a step, {run.steps} steps)"
+    timing = f"{in_words(whole)} ({1000 * seconds:.1f} ms a step, {run.steps - done} steps)"
     options, teacher = job.options, job.networks.get("teacher")
     steps = steps_of(teacher, job.notes["levels"]) if isinstance(options, DistillOptions) else {}
     larger = job.notes.get("larger_net")
@@ -158,6 +160,7 @@ def dry_run(job: Job, place: Place) -> None:
         "verb": job.verb,
         "options": dataclass_to_dict(replace(job.options)),
         "device": str(device),
+        **({"continues_from": done} if done else {}),
         "parameters": parameters,
         "sizes": as_json(sizes),
         "memory_mib": memory,
@@ -179,6 +182,8 @@ def dry_run(job: Job, place: Place) -> None:
     idle = without_effect(options.settings, teacher) if isinstance(options, DistillOptions) else set()
     print(config_text(job.verb, options, without=idle | ({"net"} if copied else set())))
     print("# not written: this is a dry run")
+    if done:
+        print(f"# continues   from step {done} of {run.steps}, on the data that the run began with")
     if isinstance(options, DistillOptions):
         divergence = job.notes.get("divergence")
         print(f"# method      {job.notes['method']}{f', divergence {divergence}' if divergence else ''}")
@@ -216,6 +221,18 @@ def dry_run(job: Job, place: Place) -> None:
         print(f"# shorter     with --batch {_SMALL_BATCH} about {shorter}, and noisier steps")
     for message in job.warnings:
         print(f"# warning     {message}")
+
+
+def _steps_done(job: Job, place: Place) -> int:
+    """The step from which a dry run's run would continue, once it is certain that it may; 0 for a new one."""
+    if starts_afresh(place):
+        return 0
+    folder = RunFolder(_out(place))
+    changes_on_resume(job.options, folder.config)
+    check_inputs(job.notes, folder.log)
+    chosen, steps = checkpoint_choice(place.resume), list_checkpoints(folder.checkpoints)
+    named = {str(step): step for step in steps} | {path.name: step for step, path in steps.items()}
+    return named.get(Path(str(chosen)).name, max(steps, default=0))
 
 
 def _steps_grow_with_batch(job: Job) -> bool:

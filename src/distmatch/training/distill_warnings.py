@@ -6,6 +6,7 @@ from typing import Any
 
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.interop import is_external
+from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.method import Method
 from distmatch.methods.settings import FakeScoreSettings, RatioSettings
 from distmatch.methods.state import DistillState
@@ -22,6 +23,10 @@ def early_warnings(method: Method, options: DistillOptions, state: DistillState)
     found = [thin] if thin else []
     if method.family == "transport" and batch != RunOptions().batch:
         found.append("--batch does nothing here: a step draws --cell-draws samples for each latent of --bank")
+    if isinstance(own, DMDSettings) and own.pairs < batch:
+        found.append(
+            f"--pairs {own.pairs} is less than --batch {batch}: each step repeats pairs; raise --pairs"
+        )
     return found
 
 

@@ -73,12 +73,13 @@ def prepare_distillation(
         texts: Prompts in place of ``options.prompts``.
         fresh: Whether the state will be trained from its start. A resumed run skips fitting the first
             networks, as a checkpoint replaces them.
-        dry: Whether nothing at all is written: prompts are then encoded as they are drawn.
+        dry: Whether nothing at all is written: prompts are then encoded as they are drawn, no network is
+            fitted, and images are hashed only for a run that is resumed.
 
     Raises:
         UserError: Options, teacher and data do not go together.
     """
-    run, ranks = options.run, start_together("distill", options, fresh=fresh)
+    run, ranks = options.run, start_together("distill", options, fresh=fresh and not dry)
     check_trackers(run.track)
     own_rows = ranks.rows(run.batch)
     encoded, data = (data, None) if isinstance(data, Conditioning) else (None, data)
@@ -163,7 +164,7 @@ def prepare_distillation(
         data = _fitting(teacher, data, run, device)
     check_steps(distiller, run.steps)
     digest = ""
-    if not dry and prompts is not None and prompts.images is not None and data is None:
+    if not (dry and fresh) and prompts is not None and prompts.images is not None and data is None:
         digest = digest_of([prompts.images.content(i) for i in range(len(prompts.texts))])
     elif found is not None:
         digest = digest_of_data(found)
@@ -177,7 +178,7 @@ def prepare_distillation(
         batches = empty_batches(teacher, run, device, encoded)
     early = len(cut)  # those are warnings at the start; --encode live finds others in its steps
     batches = with_dropout(batches, teacher, options.encoding.prompt_dropout, run)
-    draw = drawer(data, run.seed) if fresh and not copied else None
+    draw = drawer(data, run.seed) if fresh and not dry and not copied else None
     state = distiller.init(run.seed, draw)
     ranks.broadcast(t for t in state.tensors() if not t.is_meta)
     if run.compile:

@@ -136,8 +136,8 @@ def _encoded(encoder: PromptEncoder, texts: Sequence[str]) -> tuple[Conditioning
     return encoder.encode(texts, **counts), cut
 
 
-def _remark(cut: Truncated, total: int, remarks: list[str] | None) -> None:
-    found = truncation_warnings(cut, total)
+def _remark(cut: Truncated, total: int, remarks: list[str] | None, what: str = "prompts") -> None:
+    found = truncation_warnings(cut, total, what)
     if remarks is not None:
         remarks += found
         return
@@ -151,7 +151,8 @@ def _live(encoder: PromptEncoder, texts: Sequence[str], remarks: list[str] | Non
 
     def encode(rows: Tensor) -> Conditioning:
         found, cut = _encoded(encoder, [texts[i] for i in rows.tolist()])
-        _remark({limit: places for limit, places in cut.items() if limit not in warned}, len(rows), remarks)
+        new = {limit: places for limit, places in cut.items() if limit not in warned}
+        _remark(new, len(rows), remarks, "prompts of a step")
         warned.update(cut)
         return found
 

@@ -168,10 +168,20 @@ def truncation(pipeline: Any, options: Mapping[str, Any]) -> Iterator[Truncated]
             object.__setattr__(pipeline, name, part)
 
 
-def truncation_warnings(found: Mapping[str, set[int]], total: int) -> list[str]:
-    """One sentence for each limit at which prompts are cut off."""
+def truncation_warnings(found: Mapping[str, set[int]], total: int, what: str = "prompts") -> list[str]:
+    """One sentence for the prompts that are cut off, at whichever limits these are.
+
+    Args:
+        found: Their numbers by limit.
+        total: How many prompts there are.
+        what: What these are.
+    """
+    limits: dict[frozenset[int], list[str]] = {}
+    for limit, rows in sorted(found.items()):
+        limits.setdefault(frozenset(rows), []).append(limit)
     return [
-        f"{len(rows)} of {total} prompts are longer than the {limit} and are truncated there, as the "
+        f"{len(rows)} of {total} {what} {'is' if len(rows) == 1 else 'are'} longer than the "
+        f"{' and the '.join(names)}, and {'is' if len(rows) == 1 else 'are'} truncated there, as the "
         "pipeline does"
-        for limit, rows in sorted(found.items())
+        for rows, names in limits.items()
     ]
