@@ -63,9 +63,9 @@ def test_doctor_says_where_prompts_have_no_one_length(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("doctor --teacher ring8 --size 16", "height, width for ring8"),
+        ("doctor --teacher ring8 --size 16", "height (--size), width for ring8"),
         ("distill --teacher ring8 --tokens 5 --out o", "tokens for ring8"),
-        ("sample ring8 --frames 3", "for folders of diffusers"),
+        ("sample ring8 --frames 3", "num_frames (--frames)"),
         ("doctor --teacher {folder} --frames 3", "num_frames"),
         ("doctor --teacher {folder} --size 0", "--size is a height"),
         ("doctor --teacher {folder} --size 33", "multiples of 4. Got: 33 33. Fix: --size 32 32"),

@@ -156,6 +156,7 @@ def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypat
     assert not cache.exists()
     missing = command(f"{line} --prompts {place}/none.txt")
     assert missing.code == 2
+    assert "tracing" not in missing.err  # said before the pipeline is read
 
 
 def test_a_dry_run_of_a_large_pipeline_looks_at_the_data(place, cache, monkeypatch, tmp_path):

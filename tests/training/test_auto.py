@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import distmatch as dm
 from distmatch.base.errors import UserError
+from distmatch.base.ranks import Ranks
 from distmatch.cli.main import main
 from distmatch.training import auto
 from distmatch.training.options import DistillOptions, RunOptions
@@ -205,3 +206,20 @@ def test_all_processes_choose_what_suits_the_slowest(tmp_path: Path) -> None:
     assert config(tmp_path / "two")["run"]["precision"] == "fp32"
     assert main([*f"{line} --out {tmp_path}/one".split()]) == 0
     assert distance(tmp_path / "two", tmp_path / "one") < 1e-5
+
+
+@pytest.mark.parametrize(("own", "least"), [(8_000, 4_000), (40_000, 10_000), (None, None)])
+def test_all_processes_take_part_in_finding_the_least_free_memory(
+    own: int | None, least: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def largest(self: Ranks, value: int) -> int:
+        asked.append(value)
+        return max(value, -10_000)  # the other process has this much
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(Ranks, "largest", largest)
+    monkeypatch.setattr(auto, "free_memory", lambda: own)
+    tuner = auto._Tuner(build, Ranks(0, 2), torch.device("cpu"))
+    assert (tuner.available, len(asked)) == (least, 1)

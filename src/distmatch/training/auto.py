@@ -288,14 +288,14 @@ class _Tuner:
         return _Trial(seconds, once, peak.bytes())
 
     def _available(self) -> int | None:
-        """The least free memory of a process, in bytes."""
+        """The least free memory of a process, in bytes; None where one does not know it."""
         if self.device.type == "cuda":
             free: int | None = torch.cuda.mem_get_info(self.device)[0]
         elif self.device.type == "cpu" and (found := free_memory()) is not None:
             free = found // int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.size))
         else:
             free = None
-        return free if free is None else -self.ranks.largest(-free)
+        return -self.ranks.largest(-(free or 0)) or None  # all take part, also one that does not know its own
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from distmatch.base.errors import UserError
 from distmatch.data import TOY_NAMES, Dataset
 from distmatch.data.ahead import ahead
 from distmatch.data.batches import Batch, Batches, BatchOf
+from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.conditioning import LABEL, Conditioning, spec_of
 from distmatch.diffusion.denoiser import Denoiser, require_denoiser
 from distmatch.divergences import Divergence, divergence
@@ -100,6 +101,8 @@ def prepare_distillation(
                 expected=f"--teacher with a run folder, or one of {', '.join(TOY_NAMES)}",
                 fix="train one first: distmatch train --data digits --out runs/teacher",
             )
+        if texts is None and options.prompts:
+            read_prompts(options.prompts)  # what cannot be read is said before a pipeline is loaded
         given = {**options.pipeline.given(), **dtype_of_base(options.teacher, own)}
         teacher, known = open_teacher(options.teacher, **given)
     elif options.pipeline.given():

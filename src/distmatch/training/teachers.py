@@ -101,11 +101,15 @@ def _refuse_unfinished(path: Path) -> None:
         )
 
 
+_FLAGS = {"height": " (--size)", "num_frames": " (--frames)", "max_sequence_length": " (--max-tokens)"}
+"""Where an option of the command line has another name than the argument."""
+
+
 def takes_no_options(source: str | os.PathLike[str], options: Mapping[str, Any]) -> UserError:
     """The error for options of a folder of diffusers with a model that is none."""
     return UserError(
         "these options are for folders of diffusers",
-        got=f"{', '.join(options)} for {source}",
+        got=f"{', '.join(name + _FLAGS.get(name, '') for name in options)} for {source}",
         fix="omit them: other models do not need them",
     )
 

@@ -128,7 +128,7 @@ def _factor(left: Tensor, right: Tensor) -> float:
     if not gap <= _EXACT:
         raise UserError(
             "the steps of this pipeline's scheduler are not those of a straight flow",
-            got=f"a step that is no multiple of the velocity: {gap:.1e} of it is not",
+            got=f"a step that is not proportional to the velocity (relative distance {gap:.1e})",
             expected="a scheduler whose steps are Euler's, or one that states clean samples",
             fix="save the pipeline with FlowMatchEulerDiscreteScheduler, without stochastic sampling",
         )

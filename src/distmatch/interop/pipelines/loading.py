@@ -29,7 +29,9 @@ from distmatch.nets.saved import missing_model
 _TRANSFORMERS = OptionalPackage("transformers", "pipelines with text encoders need", "diffusers")
 _DROPPED = ("safety_checker", "feature_extractor", "watermark")  # they do not change what is denoised
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_WRAP = "if the network can do without, wrap it yourself: dm.as_denoiser(net, ..., call=...)"
+_WRAP = (
+    "use a pipeline without it; or load the network in Python, and pass dm.as_denoiser(net, ..., call=...)"
+)
 # Networks beside the one that denoises, which a pipeline would call as well.
 _SECOND = ("transformer_2", "prior", "controlnet", "image_encoder", "connectors", "refiner")
 
