@@ -278,10 +278,14 @@ def test_the_contract_travels_with_the_files(folders, tmp_path):
 def test_the_command_line_writes_both_forms(folders, tmp_path):
     _, teacher = folders("stable-diffusion-3")
     student = tmp_path / "student"
-    student_of(teacher, 1, lora=True).save_pretrained(student)
+    adapted = student_of(teacher, 1, lora=True)
+    adapted.save_pretrained(student)
+    base = sum(p.numel() for p in teacher.parameters())
+    adapters = sum(p.numel() for n, p in adapted.denoiser.named_parameters() if "lora_" in n)
     for form in ("lora", "pipeline"):
         found = done(f"export {student} --to {form} --out {tmp_path / form} --json").json()
         assert found["difference"] < 1e-4
+        assert (found["parameters"], found["adapters"]) == (base, adapters)
     assert (tmp_path / "lora/comfyui.safetensors").is_file()
     assert (tmp_path / "pipeline/model_index.json").is_file()
     assert "--overwrite" in command(f"export {student} --to lora --out {tmp_path / 'lora'}").err

@@ -44,6 +44,8 @@ def test_an_image_that_was_replaced_is_noticed_on_resume(images: Path, tmp_path:
         for words in ("keeps its data", "Got: data with the sha256", "Expected: the same samples", "Fix: "):
             assert words in answer.err
         assert contents(out) == held
+        ahead = command(f"{line.split()[0]} --resume --out {out} --steps 6 --dry-run")
+        assert (ahead.code, ahead.err) == (2, answer.err)
         (images / "3.bmp").write_bytes(before)
         done(f"{line.split()[0]} --resume --out {out} --steps 6")
 
@@ -54,3 +56,19 @@ def test_runs_of_before_their_data_were_recorded_are_resumed(images: Path, tmp_p
     log.write_text(log.read_text().replace('"data_sha256"', '"other"'))
     replace_quietly(images / "3.bmp")
     done(f"train --resume --out {tmp_path}/run --steps 3")
+
+
+def test_a_dry_run_continues_from_the_checkpoint_that_the_run_would(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done(f"train --data ring8 {TINY} --batch 4 --steps 4 --checkpoint-every 2 --out {out}")
+    held = contents(out)
+    for which, step in (("", 4), ("2", 2), (f"{out}/checkpoints/step-000002", 2)):
+        ahead = done(f"train --resume {which} --out {out} --steps 9 --dry-run --json").json()
+        assert ahead["continues_from"] == step
+    cut = out / "checkpoints/step-000004/state.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-8])
+    for which in ("9", "nowhere", "4"):
+        line = f"train --resume {which} --out {out} --steps 9"
+        ahead, answer = command(f"{line} --dry-run"), command(line)
+        assert (ahead.code, ahead.err) == (2, answer.err)
+    assert contents(out).keys() == held.keys()

@@ -82,6 +82,9 @@ def test_a_run_is_not_resumed_on_other_prompts(folder, tmp_path):
         answer = command(f"distill --resume --out {tmp_path}/run --steps 20")
         assert answer.code == 2
         assert "keeps its prompts" in answer.err
+        ahead = command(f"distill --resume --out {tmp_path}/run --steps 20 --dry-run")
+        assert ahead.code == 2
+        assert answer.err.endswith(ahead.err)  # which encodes nothing before it refuses
         assert contents(tmp_path / "run") == before
     file.write_text("\r\n".join(TEXTS) + "\n")  # the same prompts
     done(f"distill --resume --out {tmp_path}/run --steps 20")

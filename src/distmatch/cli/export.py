@@ -78,7 +78,8 @@ def run(argv: list[str]) -> None:
     else:
         difference = about.get("difference")
         checked = "" if difference is None else f", difference from the student at most {difference:.1e}"
-        print(f"{about['kind']} with {about['parameters']:,} parameters in {o.out}{checked}")
+        adapters = f" and {about['adapters']:,} in adapters" if "adapters" in about else ""
+        print(f"{about['kind']} with {about['parameters']:,} parameters{adapters} in {o.out}{checked}")
 
 
 def _teacher_from_pickle(o: ExportOptions) -> dict[str, Any] | None:
@@ -160,4 +161,7 @@ def _metrics(o: ExportOptions) -> dict[str, Any] | None:
 
 
 def _described(kind: str, denoiser: Any) -> dict[str, Any]:
-    return {"kind": kind, "parameters": sum(p.numel() for p in denoiser.parameters())}
+    from distmatch.nets.shared import parameter_counts
+
+    parameters, adapters = parameter_counts(denoiser)
+    return {"kind": kind, "parameters": parameters, **({"adapters": adapters} if adapters else {})}

@@ -26,6 +26,7 @@ from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.comparison.cost import PeakMemory, step_times
 from distmatch.training.config_format import config_text
 from distmatch.training.devices import pick_device
+from distmatch.training.loop import restore
 from distmatch.training.memory import predicted
 from distmatch.training.options import DistillOptions, NetOptions, TrainOptions
 from distmatch.training.presets import describe
@@ -130,7 +131,6 @@ def dry_run(job: Job, place: Place) -> None:
     Raises:
         UserError: A grid is requested, and there are no data; or the run to resume began with others.
     """
-    done = _steps_done(job, place)
     if place.grid is not None and job.data is None:
         raise UserError("there are no data to show", got=f"--grid {place.grid}", fix="leave it out")
     found = describe_found(job.data) if job.data is not None else None
@@ -138,6 +138,7 @@ def dry_run(job: Job, place: Place) -> None:
     run = job.options.run
     device = pick_device(run.device)
     job.share_out()
+    done = _steps_done(job, place)
     peak = PeakMemory(device)
     once, seconds = step_times(job, device)
     once += job.left_out()
@@ -230,9 +231,7 @@ def _steps_done(job: Job, place: Place) -> int:
     folder = RunFolder(_out(place))
     changes_on_resume(job.options, folder.config)
     check_inputs(job.notes, folder.log)
-    chosen, steps = checkpoint_choice(place.resume), list_checkpoints(folder.checkpoints)
-    named = {str(step): step for step in steps} | {path.name: step for step, path in steps.items()}
-    return named.get(Path(str(chosen)).name, max(steps, default=0))
+    return restore(job.state, folder, checkpoint_choice(place.resume) or "latest", job.watch)
 
 
 def _steps_grow_with_batch(job: Job) -> bool:

@@ -53,6 +53,15 @@ def dtype_of_base(network: nn.Module) -> str | None:
     return str(kinds.pop()).removeprefix("torch.")
 
 
+def parameter_counts(network: nn.Module) -> tuple[int, int]:
+    """Parameters of a network, and of the adapters and new layers that it has on a base; 0 without one."""
+    adapted, sizes = adapted_of(network), {name: p.numel() for name, p in network.named_parameters()}
+    if adapted is None:
+        return sum(sizes.values()), 0
+    base = sum(size for name, size in sizes.items() if name in adapted.shared)
+    return base, sum(sizes.values()) - base
+
+
 def constant_buffers(network: nn.Module) -> list[Tensor]:
     """The buffers that no pass changes, such as tables of positions: those of diffusers' modules and of ours.
 

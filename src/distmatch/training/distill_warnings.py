@@ -10,6 +10,7 @@ from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.method import Method
 from distmatch.methods.settings import FakeScoreSettings, RatioSettings
 from distmatch.methods.state import DistillState
+from distmatch.nets.shared import parameter_counts
 from distmatch.training.options import DistillOptions, RunOptions
 from distmatch.training.presets import find_preset, laptop_warning, paper_warning
 
@@ -40,7 +41,7 @@ def untried_rates(
     names = {"lr": "student", "lr_fake_score": "fake", "lr_discriminator": "ratio"}
     rates = {n: getattr(options.settings, n) for n, of in names.items() if of in state.optimizers}
     theirs = {name: getattr(usual.settings, name) for name in rates}
-    parameters = sum(p.numel() for p in state.student.denoiser.parameters())
+    parameters, _ = parameter_counts(state.student.denoiser)
     if preset := find_preset(options.preset):
         if is_external(teacher):
             return []
