@@ -54,9 +54,16 @@ def reading(teacher: Any) -> dict[str, Any]:
 def test_a_pipeline_in_bfloat16_is_the_one_in_float32_but_for_rounding(made, name):
     plain, low = made(name)[1], made(name, "bfloat16")[1]
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
-    parts = low.pipeline.tracer.pipeline.components.values()
-    weights = [p for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()]
-    assert {p.dtype for p in weights if p.is_floating_point()} == {torch.bfloat16}
+    own, network = low.pipeline.tracer.pipeline, low.pipeline.tracer.network
+    others = [p for p in own.components.values() if isinstance(p, torch.nn.Module) and p is not network]
+    assert {p.dtype for part in others for p in part.parameters()} == {torch.float32}
+    told, same = (t.pipeline.encode(["a red cat"]) for t in (low, plain))
+    assert all(torch.equal(value, same[name]) for name, value in told.items())
+    assert low.pipeline.fingerprint == plain.pipeline.fingerprint
+    z = torch.randn(2, *plain.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(low.decoder.decode(z), plain.decoder.decode(z))
+    x = torch.rand(2, *plain.decoder.shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(low.decoder.encode(x), plain.decoder.encode(x))
     assert low.conversion.relative < 1e-2
     assert low.conversion.points >= 10
     assert reading(low) == reading(plain)

@@ -23,6 +23,19 @@ def replaced(owner: Any, changes: Mapping[str, Callable[..., Any]]) -> Iterator[
             object.__delattr__(owner, name)
 
 
+@contextmanager
+def stating(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """A model whose attribute ``dtype`` is this one, for a while; None: as it is."""
+    kind = type(module)
+    if dtype is not None:
+        stated = {"__module__": kind.__module__, "dtype": property(lambda self: dtype)}
+        module.__class__ = type(kind.__name__, (kind,), stated)
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+
+
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call by their names."""
     given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)

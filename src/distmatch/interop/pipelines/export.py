@@ -131,13 +131,14 @@ def export_lora(
         comfyui = comfyui_tensors(network)
         if comfyui is not None:
             save_tensors(temporary / COMFYUI_FILE, comfyui, metadata)
-        # As in the card: all parts in the base's dtype, as in training, and then in float32.
-        written, _ = load_parts(source, getattr(torch, str(dtype_of_base(student.denoiser))))
-        written = written.to(torch.float32)
+        written, _ = load_parts(source)
+        rounded = getattr(torch, str(dtype_of_base(student.denoiser)))
+        for weight in getattr(written, name).state_dict().values():  # as in the card
+            weight.copy_(weight.to(rounded))
         written.load_lora_weights(temporary, weight_name=DIFFUSERS_FILE)
         match = matching_scheduler(whole, written, name)
         match.scheduler.save_pretrained(temporary / _SCHEDULER)
-        _describe(temporary, student, match, metrics, partial(_lora_usage, name, network))
+        _describe(temporary, student, match, metrics, partial(_lora_usage, name))
     return match.difference
 
 
@@ -217,9 +218,9 @@ pipeline = diffusers.DiffusionPipeline.from_pretrained("this/folder")
 {_call(contract)}""")
 
 
-def _lora_usage(name: str, network: Any, contract: Mapping[str, Any], match: Match) -> str:
+def _lora_usage(name: str, contract: Mapping[str, Any], match: Match) -> str:
     scheduler, dtype = type(match.scheduler).__name__, contract["base"]["dtype"]
-    return _with_imports(f"""{_loaded(name, network, dtype)}
+    return _with_imports(f"""{_loaded(name, dtype)}
 # For ComfyUI put {COMFYUI_FILE}, where there is one, into models/loras, and sample with cfg 1.
 pipeline.load_lora_weights("this/folder", weight_name="{DIFFUSERS_FILE}")
 pipeline.scheduler = diffusers.{scheduler}.from_pretrained("this/folder", subfolder="{_SCHEDULER}")
@@ -231,19 +232,16 @@ def _with_imports(code: str) -> str:
     return f"import diffusers\n{torch_too}\n{code}"
 
 
-def _loaded(name: str, network: Any, dtype: str) -> str:
+def _loaded(name: str, dtype: str) -> str:
     """Code that loads the base as the adapters were trained on it."""
     if dtype == "float32":
         return 'pipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base")'
-    kept = f"""for weight in pipeline.{name}.parameters():  # also those that diffusers keeps in float32
-    weight.data = weight.data.to(torch.{dtype})
-"""
-    return f"""# The adapters were trained on the base in {dtype}: its weights are rounded,
-# and then used in float32.
-# Without the last of these lines the pipeline samples in {dtype}, the same but for rounding.
-# The stated difference from the student is for the same encodings of the prompts.
-pipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base", torch_dtype=torch.{dtype})
-{kept if getattr(network, "_keep_in_fp32_modules", None) else ""}pipeline.to(torch.float32)"""
+    return f"""# The adapters were trained on the network in {dtype}: its weights are rounded,
+# and then used in float32. In place of these lines torch_dtype=torch.{dtype} samples in {dtype},
+# the same but for rounding.
+pipeline = diffusers.DiffusionPipeline.from_pretrained("folder/of/the/base")
+for weight in pipeline.{name}.state_dict().values():
+    weight.copy_(weight.to(torch.{dtype}))"""
 
 
 def _call(contract: Mapping[str, Any]) -> str:

@@ -76,12 +76,7 @@ def load_parts(root: Path, dtype: torch.dtype | None = torch.float32) -> tuple[A
         for name, part in kinds.items():
             if part is not None:
                 place = root / name
-                if dtype is None:
-                    parts[name] = without_weights(part, place)
-                elif issubclass(part, diffusers.ModelMixin):
-                    parts[name] = load_component(place, part.__name__, dtype)
-                else:
-                    parts[name] = _text_encoder(part, place, dtype)
+                parts[name] = without_weights(part, place) if dtype is None else _loaded(part, place, dtype)
         try:
             pipeline = kind.from_pretrained(root, local_files_only=True, use_safetensors=True, **parts)
         except MemoryError:
@@ -97,16 +92,21 @@ def load_parts(root: Path, dtype: torch.dtype | None = torch.float32) -> tuple[A
     return pipeline, networks[0]
 
 
-def load_text_encoder(root: Path, name: str, dtype: torch.dtype) -> torch.nn.Module:
-    """One text encoder of a pipeline, frozen, on the CPU.
+def load_part(root: Path, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """One part of a pipeline that has weights, frozen, on the CPU.
 
     Raises:
         UserError: As for :func:`load_parts`.
     """
     with quiet():
         kind = _checked(root, name, parts_of(root)[0][name])
-        found: torch.nn.Module = _text_encoder(kind, root / name, dtype).eval().requires_grad_(False)
+        found: torch.nn.Module = _loaded(kind, root / name, dtype).eval().requires_grad_(False)
     return found
+
+
+def _loaded(kind: Any, place: Path, dtype: torch.dtype) -> Any:
+    ours = issubclass(kind, import_diffusers().ModelMixin)
+    return load_component(place, kind.__name__, dtype) if ours else _text_encoder(kind, place, dtype)
 
 
 def _checked(root: Path, name: str, entry: Any) -> Any:

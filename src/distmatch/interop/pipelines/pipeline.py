@@ -266,8 +266,7 @@ class Pipeline:
         Raises:
             UserError: It is of another form than a scaling of permuted elements.
         """
-        dtype = next(self.tracer.network.parameters()).dtype
-        return trace_tail(self.tracer.pipeline, self.decode, self.contract.shape, dtype)
+        return trace_tail(self.tracer.pipeline, self.decode, self.contract.shape, self.tracer.dtype)
 
     def grid(self, steps: int) -> Tensor:
         """The decreasing noise levels of the pipeline's own sampler, (steps + 1,), the last of them 0.

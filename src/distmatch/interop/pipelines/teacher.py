@@ -55,9 +55,10 @@ def load_pipeline(
             pipeline of classes the class that does, by default the one behind the last. None: there is none.
         tokens: A fixed number of tokens for pipelines that encode prompts to the length of the longest, with
             a mask or as a list. Guidance and concatenation need equal lengths.
-        dtype: "float32" or "bfloat16", in which all weights are read. In bfloat16 rounding would hide how the
-            network is called: that is read from the pipeline without its weights, in float32, and compared
-            there to 1e-3; with the weights x0 is compared to 3e-2.
+        dtype: "float32" or "bfloat16", in which the weights of the network are read; prompts are encoded and
+            samples decoded in float32 in any case. In bfloat16 rounding would hide how the network is called:
+            that is read from the pipeline without its weights, in float32, and compared there to 1e-3; with
+            the weights x0 is compared to 3e-2.
         check: Whether predictions are compared with what the pipeline itself computes; ``teacher.conversion``
             is the result.
         options: Options of the pipeline's call that belong to the model: ``height``, ``width``,
@@ -79,14 +80,18 @@ def load_pipeline(
     seen, traces = _seen(folder, torch.float32 if plain else None, options)
     tracer = seen if plain else Tracer(*load_parts(Path(folder), kind), options)
     tracer.guide_as(seen)
-    received = None if plain else tracer.arguments(_asked(tracer)[0])
+    received, runs = None, []
+    if not plain:  # first the whole pipeline in this dtype, and then its network alone
+        received = tracer.arguments(_asked(tracer)[0])
+        runs = [tracer.run(trace.prompts, STEPS) for trace in traces] if check else []
+        tracer.read_others_in(Path(folder), torch.float32)
     found, teacher = _teacher(tracer, traces, null, tokens, received)
     found.folder = Path(folder).absolute()
     if check:
         first = [seen.run(_asked(tracer)[0], steps, calls=1) for steps in (2, 3, 6)]
         conversion = compare(teacher, [*traces, *first], recorded=not plain)
         if not plain:
-            real = [(tracer.run(trace.prompts, STEPS), levels_of(trace, found)) for trace in traces]
+            real = [(run, levels_of(trace, found)) for run, trace in zip(runs, traces, strict=True)]
             conversion = compare_networks(teacher, real, TOLERANCES[kind])
         teacher.conversion = conversion  # type: ignore[assignment]
     kept = {"null": null, "tokens": tokens, "dtype": dtype, "check": check, **options}

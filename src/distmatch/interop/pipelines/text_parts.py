@@ -102,7 +102,7 @@ def loaded_again(root: Path, dtypes: dict[str, torch.dtype]) -> dict[str, nn.Mod
     Raises:
         UserError: They are not there any more.
     """
-    from distmatch.interop.pipelines.loading import load_text_encoder
+    from distmatch.interop.pipelines.loading import load_part
 
     if not root.is_dir():
         raise UserError(
@@ -110,7 +110,7 @@ def loaded_again(root: Path, dtypes: dict[str, torch.dtype]) -> dict[str, nn.Mod
             got=f"no folder {root}",
             fix="restore it, or keep the text encoders: --encode live",
         )
-    return {name: load_text_encoder(root, name, dtype) for name, dtype in dtypes.items()}
+    return {name: load_part(root, name, dtype) for name, dtype in dtypes.items()}
 
 
 class _Watched:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from distmatch.base.errors import UserError, cause
 from distmatch.interop.optional import import_diffusers
-from distmatch.interop.pipelines.containers import bound, copied, count, replaced
+from distmatch.interop.pipelines.containers import bound, copied, count, replaced, stating
+from distmatch.interop.pipelines.loading import load_part
 
 Prompts = Sequence[str] | Sequence[int]
 """What a pipeline is asked for: texts, or class labels."""
@@ -116,6 +118,7 @@ class Tracer:
             self.guidance = {"guidance_scale": _OFF[0]}
         self._settled = not self.guidance
         self.recorded: Any = None  # stands in for text encoders that were freed
+        self._stated: torch.dtype | None = None  # the dtype that the network states, where its own is another
         # Clipping belongs to a sampler, and would hide what the network predicts.
         config = self.pipeline.scheduler.config
         plain = {name: False for name in ("clip_sample", "thresholding") if config.get(name)}
@@ -127,6 +130,23 @@ class Tracer:
         """The denoising network of the pipeline."""
         found: nn.Module = getattr(self.pipeline, self.network_name)
         return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the pipeline encodes and decodes."""
+        found: Any = self.network.dtype
+        return self._stated or found
+
+    def read_others_in(self, root: Path, dtype: torch.dtype) -> None:
+        """Reads all parts but the network again, in a dtype of their own; the network is not run any more.
+
+        Pipelines convert encodings and samples to the dtype of their network, so that it states this one too.
+        """
+        others = [n for n, part in self.pipeline.components.items() if isinstance(part, nn.Module)]
+        for name in set(others) - {self.network_name}:
+            object.__setattr__(self.pipeline, name, None)  # one part at a time is in memory twice
+            object.__setattr__(self.pipeline, name, load_part(root, name, dtype))
+        self._stated = dtype
 
     def guide_as(self, other: Tracer) -> None:
         """Turns guidance off as a run of another tracer of this pipeline found it to be off."""
@@ -266,7 +286,7 @@ class Tracer:
             raise RuntimeError("the text encoders were freed")
         without: Any = nullcontext() if self.recorded is None else self.recorded.instead(self, len(prompts))
         try:
-            with without:
+            with without, stating(self.network, self._stated):
                 return self.pipeline(**asked, generator=noise, **self.options, **self.guidance, **more)
         except Reached:
             return None
