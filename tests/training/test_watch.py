@@ -14,7 +14,7 @@ from torch import Tensor
 import distmatch as dm
 from distmatch.base.errors import DivergedError, UserError
 from distmatch.data import Dataset
-from distmatch.data.batches import Batch
+from distmatch.data.batches import Batch, Pool
 from distmatch.data.scaling import Scaling
 from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from distmatch.methods.matching.loop import Matching
@@ -186,6 +186,15 @@ def test_prompts_are_told_apart_by_all_of_their_values():
     assert torch.equal(grid.conditioning["text"][:, 0], torch.tensor([1.0, 1, 2]))
     assert grid.conditioning["mask"].tolist() == [[True, True], [True, False], [True, True]]
     assert grid.described()["prompt"].tolist() == [1, 1, 2, 2, 3, 3]
+
+
+def test_prompts_of_a_file_are_watched_in_their_order():
+    rows = Conditioning({"text": torch.arange(6.0)[:, None]})
+    pool = Pool(6, rows.index, ("a cat", "", "a cat", "a dog", "a tree", "a house"))
+    drawn = Batch(torch.zeros(2, 2), rows.index(torch.tensor([5, 3])), texts=["a house", "a dog"], pool=pool)
+    grid = grid_of(lambda step: drawn, network_teacher(), 3, 2)
+    assert grid.texts == ("a cat", "a dog", "a tree")
+    assert grid.conditioning["text"][:, 0].tolist() == [0, 3, 4]
 
 
 # ------------------------------------------------------------------ measurements

@@ -22,10 +22,12 @@ class Pool:
     Attributes:
         size: How many there are.
         conditioning: Those of numbers (B,) from 0 to ``size - 1``.
+        texts: The prompt or caption of each, in the order of their file, where known.
     """
 
     size: int
     conditioning: Callable[[Tensor], Conditioning]
+    texts: Sequence[str] = ()
 
 
 ALL = slice(None)
@@ -115,5 +117,5 @@ class Batches:
         x, _ = self.data.batch(indices, flip=mask)
         noise = None if self.noise is None else self.noise[indices]
         texts = [self.data.captions[i] for i in indices.tolist()] if self.data.captions else ()
-        pool = Pool(len(self.data), self.data.conditioning)
+        pool = Pool(len(self.data), self.data.conditioning, self.data.captions)
         return Batch(x, self.data.conditioning(indices), noise, texts, pool).on(self.device)

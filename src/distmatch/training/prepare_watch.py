@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from distmatch.base.errors import UserError
 from distmatch.base.ranks import ALONE
 from distmatch.data.batches import ALL, Batch, BatchOf
 from distmatch.data.classes import Classes
 from distmatch.data.scaling import Scaling
+from distmatch.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from distmatch.interop import decoder_of
 from distmatch.methods.context import Context
 from distmatch.methods.method import Method
@@ -61,8 +65,17 @@ def watch_of(
     teacher, settings, run = context.teacher, context.settings, options.run
 
     def taken(step: int, rows: slice = ALL) -> Batch:
-        whole = context.taken(replace(state, step=step, ranks=ALONE), batches(step))
-        return Batch(whole.x[rows], whole.conditioning.index(rows), texts=whole.texts[rows])
+        alone = replace(state, step=step, ranks=ALONE)
+        whole = context.taken(alone, batches(step))
+        given = whole.pool
+
+        def conditioning(numbers: Tensor) -> Conditioning:
+            found = given.conditioning(numbers) if given is not None else UNCONDITIONAL
+            asked = Batch(torch.zeros(len(numbers), *teacher.shape), found).on(context.device)
+            return context.taken(alone, asked).conditioning
+
+        pool = None if given is None else replace(given, conditioning=conditioning)
+        return Batch(whole.x[rows], whole.conditioning.index(rows), texts=whole.texts[rows], pool=pool)
 
     accumulate = settings.accumulate if isinstance(settings, NetworkSettings) else 1
     watched = Watched(

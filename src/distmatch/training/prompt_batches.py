@@ -85,7 +85,7 @@ def prompt_batches(
             return found
         return Conditioning({LABEL: prompts.data.labels[rows], **found})
 
-    pool = Pool(len(texts), given)
+    pool = Pool(len(texts), given, texts)
 
     def batch(step: int, part: slice = ALL) -> Batch:
         if order is not None:

@@ -71,7 +71,9 @@ class Grid:
 
 
 def grid_of(batches: BatchOf, model: Denoiser, conditions: int, seeds: int) -> Grid:
-    """The first different conditions of a training, in the order of labels where there are labels alone.
+    """The first different prompts of a file; without such, other conditions as a training draws them.
+
+    Where there are labels alone, they are in their order.
 
     Args:
         batches: The batch of a step as the model takes it; a function of the step alone.
@@ -79,6 +81,10 @@ def grid_of(batches: BatchOf, model: Denoiser, conditions: int, seeds: int) -> G
         conditions: Largest number of conditions.
         seeds: Samples of each; without conditions one has ``conditions * seeds``.
     """
+    beginning = batches(0)
+    pool, by_text = beginning.pool, bool(set(beginning.conditioning) - {LABEL})
+    if pool is not None and by_text and (first := _first_prompts(pool.texts, conditions)):
+        return Grid(pool.conditioning(torch.tensor(list(first.values()))), seeds, tuple(first))
     found: dict[bytes, tuple[Conditioning, str]] = {}
     ignored = _null(model)
     for step in range(_MOST_BATCHES):
@@ -98,6 +104,15 @@ def grid_of(batches: BatchOf, model: Denoiser, conditions: int, seeds: int) -> G
         rows = [rows[i * len(rows) // count] for i in range(count)]
     texts = tuple(text for _, text in rows[:count])
     return Grid(cat([row for row, _ in rows[:count]]), seeds, texts if all(texts) else ())
+
+
+def _first_prompts(texts: Sequence[str], most: int) -> dict[str, int]:
+    """The first different prompts, in their order, with their numbers."""
+    found: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        if len(found) < most and text.strip():
+            found.setdefault(text, i)
+    return found
 
 
 def _digests(conditioning: Conditioning) -> list[bytes]:
