@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distmatch.base.errors import UserError
-from distmatch.interop.pipelines import load_pipeline
+from distmatch.interop.pipelines import load_pipeline, truncated
 from distmatch.interop.pipelines.tail import trace_tail
 from distmatch.interop.pipelines.text_parts import Recorded, text_modules
 from tests.helpers.pipelines import SIZE, diffusers, save
@@ -72,14 +72,37 @@ def test_encoders_that_cannot_be_recorded_stay(teacher_of):
 
 @pytest.mark.parametrize("name", ["stable-diffusion-3", "wan"])
 def test_prompts_that_are_cut_off_are_counted(teacher_of, name):
-    pipeline = teacher_of(name).pipeline
-    limit = {"lumina2": 48}.get(name, 12)
+    pipeline, limit = teacher_of(name).pipeline, 12
     with pytest.warns(UserWarning, match=rf"1 of 3 prompts is longer than the {limit} tokens of tokenizer"):
         pipeline.encode([PROMPTS[0], LONG, PROMPTS[1]])
     found = {}
     pipeline.encode([*PROMPTS, LONG], truncated=found)
     assert found[f"{limit} tokens of tokenizer"] == {2}
     assert len(found) == (3 if name == "stable-diffusion-3" else 1)
+
+
+@pytest.mark.parametrize("name", [*WITH_TEXT, "qwen-image"])
+def test_tokens_are_counted_without_encoding(teacher_of, name, monkeypatch):
+    """As while the prompts are encoded, also of several tokenizers and in several parts."""
+    pipeline, encoded = teacher_of(name).pipeline, {}
+    prompts = [PROMPTS[0], 4 * LONG, PROMPTS[1], " ".join(LONG.split()[:14]), LONG]
+    for i, prompt in enumerate(prompts):  # one by one, as some pad to the longest
+        here = {}
+        pipeline.encode([prompt], truncated=here)
+        for limit in here:
+            encoded.setdefault(limit, set()).add(i)
+    rows = []
+    for kind in {type(part) for part in text_modules(pipeline.tracer.pipeline).values()}:
+
+        def forward(self, *args, own=kind.forward, **named):
+            rows.append(len((*args, *named.values())[0]))
+            return own(self, *args, **named)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    monkeypatch.setattr(truncated, "_MOST", 2)
+    assert pipeline.truncated(prompts) == encoded
+    assert encoded
+    assert set(rows) == {1}  # the empty prompt
 
 
 def test_prompts_that_a_pipeline_itself_cuts_off_are_counted(teacher_of):

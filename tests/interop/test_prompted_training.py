@@ -111,7 +111,7 @@ def test_prompts_that_are_cut_off_are_counted_in_the_log_of_the_run(encode, plac
     raised = [event["message"] for event in events if event["event"] == "warning"]
     cut = [message for message in raised if "12 tokens of tokenizer_3" in message]
     assert len(cut) == 1
-    assert cut[0].startswith("1 of 2 prompts is ") or (encode == "live" and "prompts of a step" in cut[0])
+    assert cut[0].startswith("1 of 2 prompts is ")
     assert cut[0] in found.err
     assert "tracing how it calls its network" in found.err
 
@@ -142,12 +142,15 @@ def test_a_dry_run_writes_nothing(place, tmp_path, cache):
     assert not cache.exists()
 
 
-def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypatch):
+def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypatch, tmp_path):
     from distmatch.cli import memory
 
     monkeypatch.setattr(memory, "LARGE", 0)
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} {SHORT} --dry-run --json"
-    told = done(f"{line} --prompts {place}/prompts.txt").json()
+    (tmp_path / "long.txt").write_text("\n".join([*PROMPTS[:-1], "a red cat in the house and so on " * 20]))
+    told = done(f"{line} --prompts {tmp_path}/long.txt").json()
+    cut = told["warnings"]
+    assert cut[0].startswith("1 of 4 prompts is longer than the 12 tokens of tokenizer and the 12 tokens of")
     teacher = dm.load_teacher(place / "stable-diffusion-3", height=16, width=16, max_sequence_length=12)
     size = sum(value.nbytes for value in teacher.pipeline.encode(PROMPTS).values())
     assert (told["prompts"], told["encodings"]) == (4, size)

@@ -15,6 +15,7 @@ from distmatch.base.memory import out_of_memory
 from distmatch.cli.answer import print_json
 from distmatch.cli.student_steps import steps_line, steps_of, without_effect
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.prompts import prompt_encoder_of
 from distmatch.divergences import divergence
 from distmatch.interop.pipelines import needs_tracing
 from distmatch.interop.pipelines.teacher import without_weights
@@ -29,7 +30,7 @@ from distmatch.training.distill_data import empty_batches
 from distmatch.training.given_data import given_data
 from distmatch.training.memory import LARGE, Memory, predict_memory
 from distmatch.training.options import DistillOptions
-from distmatch.training.prompt_batches import size_of_encodings
+from distmatch.training.prompt_batches import remark_truncated, size_of_encodings
 from distmatch.training.teachers import dtype_of_base
 from distmatch.training.toml import dataclass_to_dict
 
@@ -106,6 +107,7 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
     shown["predicted"] = as_dict(memory)
     steps = steps_of(teacher, _levels(options, teacher))
     shown |= steps
+    cut: list[str] = []
     below = [steps_line(steps), *lines(memory)]
     if isinstance(options.settings, DMDSettings):
         shown["pair_calls"] = options.settings.pair_calls
@@ -122,6 +124,9 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
             size = size_of_encodings(options, teacher, texts)
             shown |= {"prompts": len(texts), "encodings": size}
             below.append(f"prompts     {len(texts):,}, whose encodings take {_mib(size)} on the disk")
+            remark_truncated(prompt_encoder_of(teacher), texts, cut)
+            below += [f"warning     {message}" for message in cut]
+            shown |= {"warnings": cut} if cut else {}
     if json:
         print_json(shown)
         return True

@@ -179,7 +179,6 @@ def prepare_distillation(
         batches = Batches(data, run.batch, run.seed, flips(run, data), device)
     else:
         batches = empty_batches(teacher, run, device, encoded)
-    early = len(cut)  # those are warnings at the start; --encode live finds others in its steps
     batches = with_dropout(batches, teacher, options.encoding.prompt_dropout, run)
     draw = drawer(data, run.seed) if fresh and not dry and not copied else None
     state = distiller.init(run.seed, draw)
@@ -249,7 +248,7 @@ def prepare_distillation(
         result=result,
         save=lambda folder, student: student.save_pretrained(folder),
         show=("loss_fake", "ess", "clip_fraction") if method.has_fake_score else ("loss",),
-        advise=lambda means: [*advice(means), *cut[early:]],
+        advise=advice,
         data=found,
         watch=watch,
         remarks=[about_pairs(own)] if heavy and isinstance(own, DMDSettings) else (),

@@ -23,7 +23,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.prompts import PromptEncoder, prompt_encoder_of
 from distmatch.interop import decoder_of
 from distmatch.interop.encodings import encoded, key_of
-from distmatch.interop.pipelines.text_parts import Truncated, truncation_warnings
+from distmatch.interop.pipelines.truncated import Truncated, truncation_warnings
 from distmatch.training.latent_data import drawn_latents
 from distmatch.training.options import DistillOptions, RunOptions
 from distmatch.training.prompted import Prompts
@@ -54,8 +54,7 @@ def prompt_batches(
         options: The options.
         device: Where the batches go.
         dry: Whether nothing may be written: batches are then encoded as they are drawn.
-        remarks: Receives a sentence for each limit at which prompts are cut off, with ``--encode live`` as
-            such prompts are drawn; None warns of them.
+        remarks: Receives a sentence for each limit at which prompts are cut off; None warns of them.
 
     Raises:
         UserError: Prompts that are encoded to different lengths, or a cache that cannot be written.
@@ -136,8 +135,20 @@ def _encoded(encoder: PromptEncoder, texts: Sequence[str]) -> tuple[Conditioning
     return encoder.encode(texts, **counts), cut
 
 
-def _remark(cut: Truncated, total: int, remarks: list[str] | None, what: str = "prompts") -> None:
-    found = truncation_warnings(cut, total, what)
+def remark_truncated(encoder: Any, texts: Sequence[str], remarks: list[str] | None = None) -> None:
+    """Says how many prompts a pipeline cuts off, which are not encoded for it; nothing for other encoders.
+
+    Args:
+        encoder: The teacher's encoder.
+        texts: The prompts.
+        remarks: Receives the sentences; None warns.
+    """
+    if hasattr(encoder, "truncated"):
+        _remark(encoder.truncated(texts), len(texts), remarks)
+
+
+def _remark(cut: Truncated, total: int, remarks: list[str] | None) -> None:
+    found = truncation_warnings(cut, total)
     if remarks is not None:
         remarks += found
         return
@@ -147,16 +158,8 @@ def _remark(cut: Truncated, total: int, remarks: list[str] | None, what: str = "
 
 def _live(encoder: PromptEncoder, texts: Sequence[str], remarks: list[str] | None) -> Rows:
     """The prompts of numbers, encoded each time."""
-    warned: set[str] = set()
-
-    def encode(rows: Tensor) -> Conditioning:
-        found, cut = _encoded(encoder, [texts[i] for i in rows.tolist()])
-        new = {limit: places for limit, places in cut.items() if limit not in warned}
-        _remark(new, len(rows), remarks, "prompts of a step")
-        warned.update(cut)
-        return found
-
-    return encode
+    remark_truncated(encoder, texts, remarks)
+    return lambda rows: _encoded(encoder, [texts[i] for i in rows.tolist()])[0]
 
 
 def _require_one_length(teacher: Denoiser) -> None:

@@ -25,15 +25,14 @@ from distmatch.interop.pipelines.contract import Contract, TimeMap, fit_contract
 from distmatch.interop.pipelines.levels import schedule_of, shift_of, time_map
 from distmatch.interop.pipelines.loading import quiet
 from distmatch.interop.pipelines.tail import Tail, trace_tail
-from distmatch.interop.pipelines.text_parts import (
-    Recorded,
+from distmatch.interop.pipelines.text_parts import Recorded, loaded_again, text_modules
+from distmatch.interop.pipelines.trace import Prompts, Reached, Trace, Tracer
+from distmatch.interop.pipelines.truncated import (
     Truncated,
-    loaded_again,
-    text_modules,
+    count_truncated,
     truncation,
     truncation_warnings,
 )
-from distmatch.interop.pipelines.trace import Prompts, Reached, Trace, Tracer
 
 _PATHS = {"condot": "flow matching (condot): (1 - t) x0 + t eps"}
 _MOST = 64  # prompts that are encoded at a time
@@ -190,6 +189,12 @@ class Pipeline:
                 fix="load the teacher with a fixed number of tokens: dm.load_teacher(folder, tokens=...)",
             )
         return cat(parts)
+
+    def truncated(self, prompts: Sequence[str]) -> Truncated:
+        """Which prompts are cut off, by limit; they are not encoded."""
+        self._with_text_encoders()
+        with quiet():
+            return count_truncated(self.tracer, prompts)
 
     def fitted(self, conditioning: Conditioning) -> Conditioning:
         """Fields of tokens with zeros behind them, up to the fixed number where there is one.

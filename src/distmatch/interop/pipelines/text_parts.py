@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,6 @@ from distmatch.interop.diffusers_parts import is_text_part
 from distmatch.interop.pipelines.containers import replaced
 
 _ENCODE = "encode_prompt"  # what pipelines of diffusers call their method
-_LIMIT, _TEMPLATE = "max_sequence_length", "prompt_template_encode_start_idx"  # as in QwenImage
-Truncated = dict[str, set[int]]
-"""The numbers of prompts that are cut off, by limit: "77 tokens of tokenizer"."""
 
 
 def text_modules(pipeline: Any) -> dict[str, nn.Module]:
@@ -111,77 +107,3 @@ def loaded_again(root: Path, dtypes: dict[str, torch.dtype]) -> dict[str, nn.Mod
             fix="restore it, or keep the text encoders: --encode live",
         )
     return {name: load_part(root, name, dtype) for name, dtype in dtypes.items()}
-
-
-class _Watched:
-    """A tokenizer that notes which texts it cuts off, and those whose encodings the pipeline cuts off.
-
-    Args:
-        inner: The tokenizer.
-        name: Its name in the pipeline.
-        found: Receives the numbers of the texts.
-        kept: Tokens of an encoding that the pipeline keeps; None for all.
-        template: Tokens of the pipeline's template before a prompt, which its encoding does not have.
-    """
-
-    def __init__(self, inner: Any, name: str, found: Truncated, kept: int | None, template: int) -> None:
-        self._inner, self._name, self._found = inner, name, found
-        self._kept, self._template = kept, template
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        result = self._inner(text, *args, **kwargs)
-        if kwargs.get("truncation") and isinstance(text, (str, list, tuple)):
-            limit = int(kwargs.get("max_length") or self._inner.model_max_length)
-            special = kwargs.get("add_special_tokens", True)
-            texts = [text] if isinstance(text, str) else list(text)
-            whole = self._inner(texts, add_special_tokens=special, verbose=False)
-            lengths = [len(ids) for ids in whole["input_ids"]]
-            self._note(f"{limit} tokens of {self._name}", {i for i, n in enumerate(lengths) if n > limit})
-            if (most := self._kept) is not None:
-                rows = {i for i, n in enumerate(lengths) if min(n, limit) - self._template > most}
-                self._note(f"{most} tokens of max_sequence_length", rows)
-        return result
-
-    def _note(self, limit: str, rows: set[int]) -> None:
-        if rows:
-            self._found.setdefault(limit, set()).update(rows)
-
-
-@contextmanager
-def truncation(pipeline: Any, options: Mapping[str, Any]) -> Iterator[Truncated]:
-    """Notes which prompts of one run with these options of its call a pipeline cuts off."""
-    found: Truncated = {}
-    kept, template = None, int(getattr(pipeline, _TEMPLATE, 0))
-    if template:  # such pipelines keep so many tokens of the encoding, and let the tokenizer make more
-        default = inspect.signature(type(pipeline).__call__).parameters.get(_LIMIT)
-        kept = options.get(_LIMIT, None if default is None else default.default)
-    own = {n: p for n, p in pipeline.components.items() if hasattr(p, "get_vocab") and callable(p)}
-    try:
-        for name, part in own.items():
-            object.__setattr__(pipeline, name, _Watched(part, name, found, kept, template))
-        yield found
-    finally:
-        for name, part in own.items():
-            object.__setattr__(pipeline, name, part)
-
-
-def truncation_warnings(found: Mapping[str, set[int]], total: int, what: str = "prompts") -> list[str]:
-    """One sentence for the prompts that are cut off, at whichever limits these are.
-
-    Args:
-        found: Their numbers by limit.
-        total: How many prompts there are.
-        what: What these are.
-    """
-    limits: dict[frozenset[int], list[str]] = {}
-    for limit, rows in sorted(found.items()):
-        limits.setdefault(frozenset(rows), []).append(limit)
-    return [
-        f"{len(rows)} of {total} {what} {'is' if len(rows) == 1 else 'are'} longer than the "
-        f"{' and the '.join(names)}, and {'is' if len(rows) == 1 else 'are'} truncated there, as the "
-        "pipeline does"
-        for rows, names in limits.items()
-    ]
