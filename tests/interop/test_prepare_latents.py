@@ -56,7 +56,7 @@ def test_latents_are_those_of_the_autoencoder(place, teacher):
     vae = teacher.pipeline.tail
     for i in range(4):
         pixels = read_image(place / f"images/{i}.png", (16, 16), color=True)
-        x = (torch.from_numpy(pixels).movedim(-1, 0).float() - 127.5) / 127.5
+        x = (torch.from_numpy(pixels).float() - 127.5) / 127.5
         gen = generator(0, f"encode/{key_of(x.numpy().tobytes(), str((3, 16, 16)))}")
         latent = vae.encode(x[None], torch.randn(teacher.shape, generator=gen)[None])
         torch.testing.assert_close(store.batch(torch.tensor([i]))[0], latent, rtol=1e-4, atol=1e-5)

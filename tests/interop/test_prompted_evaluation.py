@@ -40,10 +40,9 @@ def test_images_with_captions_are_the_reference(place):
     assert answer["evaluation"]["reference"] == f"{place}/images"
     assert answer["student"]["fd"]["n"] == 15
     found = np.load(place / "run" / "samples" / "reference.npz")
-    for image, text in zip(found["x"], found["prompts"].tolist(), strict=True):
-        same = [
-            i for i in range(30) if np.array_equal(read_image(place / f"images/{i}.png", (16, 16)), image)
-        ]
+    images = [read_image(place / f"images/{i}.png", (16, 16)).transpose(1, 2, 0) for i in range(30)]
+    for pixels, text in zip(found["x"], found["prompts"].tolist(), strict=True):
+        same = [i for i, image in enumerate(images) if np.array_equal(image, pixels)]
         assert [WORDS[i % 4] for i in same] == [text]
     assert np.load(place / "run" / "samples" / "student.npz")["prompts"].tolist() == found["prompts"].tolist()
     assert done(f"evaluate {place}/run --data {place}/images --steps 2 --json").json()["student"] == {

@@ -261,7 +261,7 @@ def test_images_with_captions_are_encoded_once(place, asked):
     order = (batch.conditioning["pooled_projections"][:, None] - pooled[None]).abs().sum(2).argmin(1)
     assert sorted(order.tolist()) == [0, 1, 2, 3]
     images = [torch.from_numpy(read_image(place / "images" / f"{i}.png", (16, 16)).copy()) for i in order]
-    x = torch.stack(images).movedim(-1, 1).float() / 127.5 - 1
+    x = torch.stack(images).float() / 127.5 - 1
     mean, spread = teacher.decoder.encode(x), 0.0
     tail = teacher.pipeline.tail
     with torch.no_grad():

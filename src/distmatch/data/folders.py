@@ -128,21 +128,21 @@ def _check_layout(folder: Path, groups: dict[str, list[Path]]) -> None:
 
 
 def _read_all(files: Sequence[Path]) -> np.ndarray:
-    """All images as (N, H, W) when all are grey, else (N, H, W, 3)."""
+    """All images as (N, H, W, 1) when all are grey, else (N, H, W, 3)."""
     first = read_image(files[0])
     check_bytes(files[0].parent, len(files) * first.nbytes)
     pixels = np.empty((len(files), *first.shape), np.uint8)
     for k, file in enumerate(files):
         image = first if k == 0 else read_image(file)
-        if image.shape[:2] != first.shape[:2]:
+        if image.shape[1:] != first.shape[1:]:
             raise UserError(
                 "images differ in size",
-                got=f"{file} is {image.shape[1]}x{image.shape[0]} (width x height)",
-                expected=f"{first.shape[1]}x{first.shape[0]}, as {files[0]}",
+                got=f"{file} is {image.shape[2]}x{image.shape[1]} (width x height)",
+                expected=f"{first.shape[2]}x{first.shape[1]}, as {files[0]}",
                 fix="crop or resize them first",
             )
-        if image.ndim > pixels.ndim - 1:  # the first image in color
+        if len(image) > pixels.shape[1]:  # the first image in color
             check_bytes(file.parent, 4 * pixels.nbytes)
-            pixels = np.repeat(pixels[..., None], 3, -1)
-        pixels[k] = image if image.ndim == pixels.ndim - 1 else image[..., None]
-    return pixels
+            pixels = np.repeat(pixels, 3, 1)
+        pixels[k] = image
+    return np.moveaxis(pixels, 1, -1)

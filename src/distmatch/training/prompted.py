@@ -167,7 +167,7 @@ def of_folder(folder: Path, column: str, source: str, teacher: Denoiser) -> Prom
 
     def pixels(rows: Sequence[int]) -> Tensor:
         images = np.stack([read_image(files[i], (height, width), color=True) for i in rows])
-        return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
+        return torch.from_numpy(images).float() / 127.5 - 1
 
     @functools.cache  # each file is read once for it
     def content(i: int) -> str:

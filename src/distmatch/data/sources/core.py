@@ -72,7 +72,7 @@ class Sample:
     """One item of a source.
 
     Attributes:
-        pixels: (H, W) or (H, W, 3), uint8.
+        pixels: (1, H, W) or (3, H, W), uint8.
         label: Its class, by number or name.
         caption: Its caption.
     """
@@ -101,13 +101,12 @@ class Form:
     @classmethod
     def of(cls, sample: Sample) -> Form:
         """That of an image."""
-        height, width, *channels = sample.pixels.shape
-        shape = (channels[0] if channels else 1, height, width)
-        return cls(shape, str(sample.pixels.dtype), _label_kind(sample.label), sample.caption is not None)
+        pixels, captioned = sample.pixels, sample.caption is not None
+        return cls(pixels.shape, str(pixels.dtype), _label_kind(sample.label), captioned)
 
     def difference(self, sample: Sample) -> str:
         """In words, how an image differs from this form; '' where it does not."""
-        height, width = sample.pixels.shape[:2]
+        height, width = sample.pixels.shape[1:]
         if (height, width) != self.shape[1:]:
             usual = f"{self.shape[2]}x{self.shape[1]}"
             return f"{width}x{height} pixels (width x height), and the first image has {usual}: use --size"
@@ -208,12 +207,9 @@ def read_samples(items: Sequence[tuple[str, Callable[[], Sample]]], form: Form |
         if wrong := form.difference(sample):
             bad.append((name, wrong))
             continue
-        if sample.pixels.ndim == 2:
-            x[kept] = sample.pixels
-        elif form.shape[0] == 1:
+        if len(sample.pixels) > form.shape[0]:
             raise ColorFoundError(form)
-        else:
-            x[kept] = sample.pixels.transpose(2, 0, 1)
+        x[kept] = sample.pixels
         if sample.label is not None:
             labels.append(sample.label)
         if sample.caption is not None:
