@@ -1,11 +1,12 @@
 """`distmatch prepare` against the bare decoder, and against bare writes to the same disk.
 
-    python benchmarks/prepare.py             # all rows, some minutes, 2 GB of disk
+    python benchmarks/prepare.py             # all rows, ten minutes, 2 GB of disk
     python benchmarks/prepare.py --write     # and puts the table into docs/prepare.md
 
 The decoder is Pillow alone: every image opened, converted to RGB, cropped and resized where the row says so,
 and made an array, which is thrown away. The disk is a loop that reads a source in pieces of 8 MiB, writes
-them to a file, and synchronizes it. Runs of both kinds alternate; a row is the median of the rounds. As a
+them to a file, and synchronizes it. Runs of both kinds alternate; a row is the median of the rounds. What a
+run wrote is removed before the next one, outside of the time that is taken. As a
 busy machine slows them in different ways, the processor time of both is compared as well.
 """
 
@@ -32,6 +33,7 @@ from distmatch.data.store.prepare import prepare
 
 PAGE = Path(__file__).parents[1] / "docs/prepare.md"
 PIECE = 2**23
+Action = Callable[[], None]
 
 
 def photographs(folder: Path, n: int, side: int, suffix: str) -> list[Path]:
@@ -71,22 +73,26 @@ def copy(source: Path, target: Path) -> None:
             new.write(piece)
         new.flush()
         os.fsync(new.fileno())
-    target.unlink()
 
 
-def timed(action: Callable[[], None]) -> tuple[float, float]:
+def timed(action: Action) -> tuple[float, float]:
     """Seconds that pass, and seconds of processors."""
     began, used = time.perf_counter(), time.process_time()
     action()
     return time.perf_counter() - began, time.process_time() - used
 
 
-def row(
-    name: str, amount: float, unit: str, bare: Callable[[], None], ours: Callable[[], None], rounds: int
-) -> str:
+def row(name: str, amount: float, unit: str, bare: Action, ours: Action, rounds: int, out: Path) -> str:
     """A row of the table: both rates, and their ratio."""
-    bare(), ours()  # the files are in memory afterwards, and nothing is imported any more
-    pairs = [(timed(bare), timed(ours)) for _ in range(rounds)]
+
+    def anew(action: Action) -> tuple[float, float]:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        os.sync()
+        return timed(action)
+
+    anew(bare), anew(ours)  # the files are in memory afterwards, and nothing is imported any more
+    pairs = [(anew(bare), anew(ours)) for _ in range(rounds)]
     wall = [statistics.median(pair[k][0] for pair in pairs) for k in (0, 1)]
     ratios = sorted(one[0] / other[0] for one, other in pairs)
     work = statistics.median(one[1] / other[1] for one, other in pairs)
@@ -117,17 +123,16 @@ def main() -> None:
         with quietly():
             prepare(
                 source,
-                place / "store",
+                place / "out/store",
                 size=(size, size) if size else None,
                 workers=workers,
-                overwrite=True,
             )
 
     kinds = (
-        ("JPEG 512x512, resized to 256x256", 512, ".jpg", 256, 240),
-        ("JPEG 256x256", 256, ".jpg", None, 600),
-        ("PNG 256x256", 256, ".png", None, 300),
-        ("PNG 32x32", 32, ".png", None, 4000),
+        ("JPEG 512x512, resized to 256x256", 512, ".jpg", 256, 360),
+        ("JPEG 256x256", 256, ".jpg", None, 2400),
+        ("PNG 256x256", 256, ".png", None, 800),
+        ("PNG 32x32", 32, ".png", None, 12000),
     )
     try:
         for name, side, suffix, size, n in kinds:
@@ -138,7 +143,7 @@ def main() -> None:
                     partial(decode_all, files, size, threads),
                     partial(ours, place / "images", threads, size),
                 )
-                lines.append(row(words, len(files), "images/s", bare, made, arguments.rounds))
+                lines.append(row(words, len(files), "images/s", bare, made, arguments.rounds, place / "out"))
             if side == 512:
                 with tarfile.open(place / "images.tar", "w") as tar:
                     for file in files:
@@ -155,14 +160,17 @@ def main() -> None:
                         bare,
                         made,
                         arguments.rounds,
+                        place / "out",
                     )
                 )
             shutil.rmtree(place / "images")
         n = int(2600 * arguments.scale)
         np.save(place / "x.npy", np.random.default_rng(0).integers(0, 256, (n, 256, 256, 3), dtype=np.uint8))
         size = (place / "x.npy").stat().st_size / 1e6
-        bare, made = partial(copy, place / "x.npy", place / "copy"), partial(ours, place / "x.npy", cores)
-        lines.append(row(f"array of {size:,.0f} MB", size, "MB/s", bare, made, arguments.rounds))
+        bare, made = partial(copy, place / "x.npy", place / "out/copy"), partial(ours, place / "x.npy", cores)
+        lines.append(
+            row(f"array of {size:,.0f} MB", size, "MB/s", bare, made, arguments.rounds, place / "out")
+        )
     finally:
         shutil.rmtree(place)
     if arguments.write:
