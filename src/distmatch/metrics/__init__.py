@@ -3,13 +3,14 @@
 from distmatch.metrics.between import Comparison, compare_datasets, compare_samples
 from distmatch.metrics.distances import Measured
 from distmatch.metrics.evaluate import evaluate, reference_floor
-from distmatch.metrics.features import Features, classifier_features, pixels, resolve_features
+from distmatch.metrics.features import Features, classifier_features, pixels
 from distmatch.metrics.frechet import frechet_distance
 from distmatch.metrics.kid import kernel_distance
 from distmatch.metrics.modes import ModeReport, mode_counts
 from distmatch.metrics.prdc import PRDC, prdc
 from distmatch.metrics.reference import reference_labels
 from distmatch.metrics.settings import EvaluationSettings, plan
+from distmatch.metrics.spaces import resolve_features
 from distmatch.metrics.vendi import vendi_score
 
 __all__ = [

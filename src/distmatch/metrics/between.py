@@ -24,10 +24,9 @@ from distmatch.discrepancies import KERNELS
 from distmatch.divergences import Divergence, Renyi, divergence, measure
 from distmatch.divergences.estimators import LowerBound, classifier_estimates, consistent
 from distmatch.metrics.distances import DISTANCES, NEIGHBORS, Measured, Score, impossible, mmd_of, stein
-from distmatch.metrics.features import resolve_features
 from distmatch.metrics.names import ALL, EVERYTHING, STEIN, checked_names, in_nats, why_not
 from distmatch.metrics.resampling import COPIES
-from distmatch.metrics.settings import FeatureChoice
+from distmatch.metrics.spaces import FeatureChoice, resolve_features
 
 MOST = 20_000
 """The most samples taken of a set; what costs more than n log n takes fewer, as its ``n`` says."""

@@ -21,14 +21,15 @@ from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.base.ranks import ALONE, Ranks
 from distmatch.metrics.chosen import Chosen
-from distmatch.metrics.features import Features, resolve_features
+from distmatch.metrics.features import Features
 from distmatch.metrics.frechet import frechet_replicates
 from distmatch.metrics.kid import kid_replicates
 from distmatch.metrics.modes import Mixture, mode_counts, smoothed_share
 from distmatch.metrics.prdc import prdc_replicates
 from distmatch.metrics.reference import Reference, reference_rows, stratified_order
 from distmatch.metrics.resampling import COPIES, half_sample_stderr, jackknife_stderr, repeats
-from distmatch.metrics.settings import GROUPS, K_COVERAGE, K_PRECISION, FeatureChoice, plan
+from distmatch.metrics.settings import GROUPS, K_COVERAGE, K_PRECISION, plan
+from distmatch.metrics.spaces import FeatureChoice, resolve_features
 from distmatch.metrics.vendi import vendi_replicates
 from distmatch.metrics.video import frames_of, motion, video_estimates
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distmatch.base.checks import check_finite, check_name
+from distmatch.base.checks import check_finite
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
 from distmatch.metrics.classifier import Classifier, load_or_train
@@ -23,7 +23,6 @@ from distmatch.nets.layers import channels_first
 BATCH = 1024
 """Samples at a time."""
 _MOST_PIXELS = 1024
-_FEW = 32
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,10 @@ class Features:
         function: Maps samples (B, *shape) in model space to float32 features (B, D).
         classify: Maps samples to logits (B, num_classes), where there is a classifier.
         heldout_accuracy: Of that classifier, on reference samples it was not trained on.
-        fingerprint: Of the weights of a trained network, '' without one. Values compare only where it is the
-            same: the same training on another machine rounds otherwise and ends in other weights.
+        fingerprint: Of the weights of a network, '' without one. Values compare only where it is the same: a
+            training that is repeated on another machine rounds otherwise and ends in other weights.
+        about: What it is and what the errors leave out, for the reader of a table; '' for no more than the
+            name.
     """
 
     name: str
@@ -44,17 +45,12 @@ class Features:
     classify: Callable[[Tensor], Tensor] | None = None
     heldout_accuracy: Estimate | None = None
     fingerprint: str = ""
+    about: str = ""
 
     @property
     def description(self) -> str:
         """A descriptive name, with the limits of the errors in this space."""
-        if not self.fingerprint:
-            return "pixels, the samples themselves" if self.name == "pixels" else self.name
-        return (
-            f"classifier {self.fingerprint}, trained on the labels of the real data. The errors do not "
-            f"include its training: another one, as on another machine, gives other values, so compare "
-            f"only values with the same fingerprint"
-        )
+        return self.about or self.name
 
     def __call__(self, x: Tensor) -> Tensor:
         """Features of all samples, in batches and without gradients.
@@ -114,7 +110,7 @@ def _halving(sides: Sequence[int]) -> tuple[int, ...]:
 
 def pixels() -> Features:
     """The samples themselves, as :func:`flattened` makes vectors of them."""
-    return Features("pixels", flattened)
+    return Features("pixels", flattened, about="pixels, the samples themselves")
 
 
 def _on_device_of(x: Tensor, nets: dict[torch.device, Classifier]) -> Classifier:
@@ -143,13 +139,16 @@ def classifier_features(dataset: Reference, cache: Path | None = None) -> Featur
         UserError: The reference has no labels or too few samples.
     """
     net, right, held = load_or_train(dataset, cache)
-    nets = {torch.device("cpu"): net}
+    nets, fingerprint = {torch.device("cpu"): net}, _fingerprint(net)
     return Features(
         "classifier",
         lambda x: _on_device_of(x, nets).features(x.float()),
         lambda x: _on_device_of(x, nets)(x.float()),
         smoothed_share(right, held),
-        _fingerprint(net),
+        fingerprint,
+        f"classifier {fingerprint}, trained on the labels of the real data. The errors do not include its "
+        f"training: another one, as on another machine, gives other values, so compare only values with the "
+        f"same fingerprint",
     )
 
 
@@ -159,41 +158,3 @@ def _fingerprint(net: Classifier) -> str:
     for value in net.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:8]
-
-
-def _few_numbers(dataset: Reference | None) -> bool:
-    return dataset is not None and len(dataset.shape) == 1 and dataset.shape[0] <= _FEW
-
-
-def resolve_features(
-    features: str | Features | Callable[[Tensor], Tensor], dataset: Reference | None
-) -> Features:
-    """The features for a user's option.
-
-    Args:
-        features: ``"classifier"``, ``"pixels"``, ``"auto"``, ready features, or a function from samples to
-            (N, D). Automatic is the classifier where the reference has labels of at least two classes, and
-            pixels without labels and for vectors of up to 32 numbers, where plain distances mean something.
-        dataset: The reference; None for plain tensors, which have no labels.
-
-    Raises:
-        UserError: An unknown name, or a classifier without labels.
-    """
-    if isinstance(features, Features):
-        return features
-    if callable(features):
-        return Features(getattr(features, "__name__", type(features).__name__), features)
-    check_name("feature space", features, ("auto", "classifier", "pixels"))
-    if features == "auto":
-        labeled = dataset is not None and dataset.num_classes > 1
-        features = "classifier" if labeled and not _few_numbers(dataset) else "pixels"
-    if features == "pixels":
-        return pixels()
-    if dataset is None:
-        raise UserError(
-            "classifier features need a labeled reference",
-            got="a plain tensor",
-            expected="a data set with labels",
-            fix="use features='pixels', or make one with distmatch.data.from_arrays(x, labels)",
-        )
-    return classifier_features(dataset)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
 from distmatch.base.errors import UserError
-from distmatch.metrics.features import Features, resolve_features
 from distmatch.metrics.reference import Reference
+from distmatch.metrics.spaces import FeatureChoice, resolve_features
 
 GROUPS = 10
 K_PRECISION = 3
 K_COVERAGE = 5
 MOST_IN_BLOCK = 5000
 _LEAST = 2 * (K_COVERAGE + 1)
-
-FeatureChoice = str | Features | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from distmatch.interop.card import OF, refresh_card
 from distmatch.metrics import evaluate, plan, reference_floor, reference_labels
 from distmatch.metrics.by_prompt import prompt_estimates, prompt_floor
 from distmatch.metrics.features import BATCH, Features
-from distmatch.metrics.settings import MOST_IN_BLOCK, FeatureChoice
+from distmatch.metrics.settings import MOST_IN_BLOCK
+from distmatch.metrics.spaces import FeatureChoice
 from distmatch.training.distill_data import check_fit
 from distmatch.training.log import EventLog
 from distmatch.training.models import Model

@@ -17,7 +17,7 @@ from distmatch.data import Dataset
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.metrics import resolve_features
 from distmatch.metrics.features import Features
-from distmatch.metrics.settings import FeatureChoice
+from distmatch.metrics.spaces import FeatureChoice
 from distmatch.training.sampling import SampleResult
 
 _IN_MEMORY = 2**28  # bytes of samples from which on they are in a file
