@@ -105,7 +105,7 @@ def test_the_oldest_features_make_room(encoder, digits, tmp_path, monkeypatch):
 
 
 def test_unlabeled_images_are_measured_with_the_thread_count_in_the_stated_error(encoder, digits, tmp_path):
-    x = digits.batch(torch.arange(80))[0]
+    x = digits.batch(torch.arange(48))[0]
     before, spaces = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -114,7 +114,7 @@ def test_unlabeled_images_are_measured_with_the_thread_count_in_the_stated_error
             spaces[-1](x)  # what follows reads these
         finally:
             torch.set_num_threads(before)
-    found = [(reference_floor(x[:48], features=s), evaluate(x[48:], x[:48], features=s)) for s in spaces]
+    found = [(reference_floor(x[:24], features=s), evaluate(x[24:], x[:24], features=s)) for s in spaces]
     for one, two in zip(*found, strict=True):
         for name, value in one.items():  # docs/metrics.md: a hundredth of the error
             assert abs(value.value - two[name].value) <= 0.01 * value.stderr + 1e-9, name
