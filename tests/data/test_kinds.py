@@ -124,3 +124,27 @@ def test_moving_digits_move_by_one_pixel_a_frame() -> None:
             before = still.raw[sample, 0, (row + down * t) % 8, (column + right * t) % 8]
             assert data.raw[sample, 0, t, row, column] == before
     assert not moves  # all four were seen
+
+
+def test_stacked_digits_are_digits_in_every_channel() -> None:
+    data, single = load_data("stacked-digits"), load_data("digits")
+    assert (len(data), data.shape, data.num_classes) == (20_000, (3, 8, 8), 0)
+    known = {image.numpy().tobytes() for image in single.raw[:, 0]}
+    assert all(channel.numpy().tobytes() in known for channel in data.raw[:200].flatten(0, 1))
+    first = torch.tensor(
+        [image.numpy().tobytes() == single.raw[0].numpy().tobytes() for image in data.raw[:, 0]]
+    )
+    # 20,000 draws of 1,797: 11.1 of each, 6 standard deviations of a Poisson number
+    assert abs(int(first.sum()) - 11.1) < 20
+
+
+def test_a_long_tail_falls_geometrically_and_shows_images_of_its_class() -> None:
+    data, whole = load_data("digits:long-tail"), load_data("digits")
+    assert data.labels is not None
+    assert whole.labels is not None
+    counts = torch.bincount(data.labels).double()
+    assert abs(len(data) - len(whole)) <= 5  # the counts are rounded
+    assert torch.allclose(counts[:-1] / counts[1:], torch.tensor(100.0 ** (1 / 9)).double(), rtol=0.05)
+    classes = {image.numpy().tobytes(): int(k) for image, k in zip(whole.raw, whole.labels, strict=True)}
+    found = [classes[image.numpy().tobytes()] for image in data.raw]
+    assert found == data.labels.tolist()

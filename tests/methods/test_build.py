@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import distmatch as dm
 from distmatch.base.errors import UserError
@@ -87,7 +88,6 @@ def test_a_method_without_data_reads_the_size_and_the_labels_of_a_batch() -> Non
         ({"method": "sid", "divergence": "js"}, ["js"]),
         ({"method": "dmd2", "lr": -1.0}, ["--lr", "-1"]),
         ({"method": "dmd2", "guidance": 2.0}, []),
-        ({"method": "dmd2", "net": MLPConfig(width=8, depth=1)}, ["copies", "net"]),
         ({"method": "dmd2", "total_steps": 0}, ["total_steps must be", "0"]),
         ({"method": "dmd2", "student_sigma": 1e6}, ["--student-sigma"]),
     ],
@@ -98,6 +98,27 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(
     with pytest.raises(UserError) as caught:
         dm.methods.build(network_teacher(), **{"total_steps": 10, **arguments})
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["f-distill", "sid", "consistency"])
+def test_a_student_smaller_than_its_teacher_is_fitted_and_leaves_the_fake_score_a_copy(method: str) -> None:
+    teacher, small = network_teacher(), MLPConfig(width=8, depth=1)
+    own = dm.methods.build(teacher, method, total_steps=4, net=small, fit_steps=200)
+
+    def draw(n: int) -> tuple[Tensor, None]:
+        return torch.randn(n, 2), None
+
+    state, untrained = own.init(seed=0, draw=draw), own.init(seed=0)
+    x, sigma = torch.randn(512, 2, generator=torch.Generator().manual_seed(1)), torch.ones(512)
+    wanted = teacher(x, sigma)
+    far, near = ((s.student.denoiser(x, sigma) - wanted).square().mean() for s in (untrained, state))
+    assert sum(p.numel() for p in state.student.parameters()) < sum(p.numel() for p in teacher.parameters())
+    assert near < far / 10, (near, far)
+    if method != "consistency":
+        fake: Any = state.fake_score
+        assert torch.equal(fake(x, sigma), wanted)
+        assert all(p.requires_grad for p in fake.parameters())
+    own.step(state, batch(0))
 
 
 def test_a_function_that_is_no_denoiser_is_refused() -> None:

@@ -11,16 +11,19 @@ from distmatch.data.arrays import from_arrays
 from distmatch.data.captions import captioned_digits
 from distmatch.data.columns import Column
 from distmatch.data.dataset import Dataset
-from distmatch.data.digits import digits, moving_digits
+from distmatch.data.digits import digits, moving_digits, stacked_digits
 from distmatch.data.encoded import cifar10, fashion_mnist
 from distmatch.data.files import load_file
 from distmatch.data.order import BatchOrder
 from distmatch.data.scaling import Scaling
+from distmatch.data.tails import long_tailed
 from distmatch.data.toys import TOY_NAMES, toy, toy_dataset
 
 _NAMED: dict[str, Callable[[], Dataset]] = {
     "digits": digits,
+    "digits:long-tail": lambda: long_tailed(digits()),
     "moving-digits": moving_digits,
+    "stacked-digits": stacked_digits,
     "captioned-digits": captioned_digits,
     "captioned-digits:test": lambda: captioned_digits(split="test"),
     "captioned-digits:three": lambda: captioned_digits("three"),
@@ -29,6 +32,7 @@ _NAMED: dict[str, Callable[[], Dataset]] = {
     "captioned-digits:relations:test": lambda: captioned_digits("relations", "test"),
     "fashion_mnist": fashion_mnist,
     "fashion_mnist:test": lambda: fashion_mnist("test"),
+    "fashion_mnist:long-tail": lambda: long_tailed(fashion_mnist()),
     "cifar10": cifar10,
     "cifar10:test": lambda: cifar10("test"),
 }

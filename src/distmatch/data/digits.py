@@ -1,4 +1,4 @@
-"""The 8x8 digits that come with scikit-learn, as images and as clips in which they move; no download."""
+"""The 8x8 digits that come with scikit-learn: still, moving, and three to an image; no download."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from distmatch.data.dataset import Dataset
 from distmatch.data.scaling import Scaling
 
 _DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}  # rows, columns a frame
+_STACKS = 20_000
 _FRAMES = 8  # as many as rows and columns: the frame after the last would be the first again
 
 
@@ -47,4 +48,22 @@ def moving_digits() -> Dataset:
         class_names=tuple(f"{name} {word}" for name in still.class_names for word in _DIRECTIONS),
         name="moving-digits",
         scaling=still.scaling,
+    )
+
+
+def stacked_digits() -> Dataset:
+    """Three digits in the channels of one image: 20,000 images (3, 8, 8) of 1,000 modes, without labels.
+
+    The classic count of modes (stacked MNIST; Metz et al. 2017, arXiv 1611.02163) at the size of a laptop.
+    The digits of the channels are drawn with replacement, with a fixed seed: a classifier of single digits
+    says which of the modes a sample is of.
+    """
+    single = digits()
+    rows = torch.randint(len(single), (_STACKS, 3), generator=generator(0, "stacked-digits"))
+    return Dataset(
+        raw=single.raw[rows, 0],
+        labels=None,
+        class_names=(),
+        name="stacked-digits",
+        scaling=Scaling.for_images(0, 16, "stacked digits, 0..16"),
     )

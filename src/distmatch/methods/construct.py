@@ -67,9 +67,9 @@ def build(
         divergence: As for :func:`distmatch.distill`.
         device: Device of the networks; the batches must be there.
         precision: ``bf16`` runs networks under autocast.
-        net: A fresh network for the student of a teacher that is a formula, or whose network is of other
-            code; it is fitted to the teacher by ``init``, on samples of its argument ``draw``. None copies
-            the teacher's network, or chooses one by shape.
+        net: A fresh network for the student, smaller than the teacher's or of another kind; it is fitted to
+            the teacher by ``init``, on samples of its argument ``draw``. None copies the teacher's network;
+            where it has none, the shape decides.
         **settings: The method's own, as fields of its settings class; ``docs/methods.md`` lists the methods.
 
     Raises:
@@ -87,8 +87,6 @@ def build(
     except TypeError as error:
         raise UserError("a setting has the wrong type", got=str(error)) from error
     check_count("total_steps", total_steps)
-    if net is not None and has_network(teacher) and not is_external(teacher):
-        raise UserError("the student copies the teacher's network", got=f"net={net}", fix="omit net")
     device = torch.device(device)
     return build_method(
         Context(

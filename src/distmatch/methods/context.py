@@ -43,6 +43,7 @@ from distmatch.nets.config import NetConfig
 from distmatch.nets.ema import EMA, ema_decay
 from distmatch.nets.jump import require_jump, taught_to_jump
 from distmatch.nets.optim import adam, moments_to, scheduled_step
+from distmatch.nets.shared import role_copy
 
 S = TypeVar("S", bound=Settings, covariant=True)
 
@@ -65,8 +66,7 @@ class Context(Generic[S]):
         total_steps: Length of the run, for schedules.
         device: Device of the networks.
         bf16: Whether networks run under bfloat16 autocast.
-        net: Fresh network for student and fake score. None copies the teacher's; where it has none, the
-            shape decides.
+        net: Fresh network for the student. None copies the teacher's; where it has none, the shape decides.
         ranks: The processes that train together.
         hollow: Whether copies of the teacher's network have no memory until the weights are shared out, and
             then those of the teacher.
@@ -163,7 +163,7 @@ class Context(Generic[S]):
 
     @property
     def copied(self) -> Denoiser | None:
-        """The teacher, where student and fake score start as copies of it; None for fresh networks."""
+        """The teacher, where the student starts as a copy of it; None for a fresh network."""
         return self.teacher if self.net is None and has_network(self.teacher) else None
 
     @property
@@ -251,6 +251,17 @@ class Context(Generic[S]):
             seen = seen or Karras(self.teacher.sigma_min, self.first_sigma)
             fit_to_teacher(network, self.teacher, draw, seen, self.settings.fit_steps, seed)
         return taught_to_jump(require_jump(network)) if jumps else network
+
+    def fake_score(self, student: Network) -> Network:
+        """A copy of the teacher's network, which a smaller student leaves as it is; else of the student's."""
+        if self.copied is not None or not has_network(self.teacher):
+            copied: Network = role_copy(student)
+            return copied
+        roles = self.settings if isinstance(self.settings, RoleSettings) else None
+        fake = starting_network(self.teacher, None, 0, self.device, roles=roles, hollow=self.hollow)
+        if self.recomputes:
+            recompute_blocks(fake)
+        return fake
 
     def state(self, seed: int, student: Student, trained: nn.Module, **others: Any) -> DistillState:
         """The state before the first step, with an average of what is trained."""

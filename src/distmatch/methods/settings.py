@@ -34,7 +34,8 @@ class Settings(OptimizerSettings):
     ema_half_life: NotNegative = 200.0
     """Half-life of the student's EMA, in student updates; 0: no EMA."""
     fit_steps: CountOrNone = 2000
-    """Regression steps that start student and fake score off a teacher without a network (exact teachers)."""
+    """Regression steps in which a new network (--net, or that of any student of an exact teacher) learns the
+    teacher's predictions at first; 0: it starts from random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

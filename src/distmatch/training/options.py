@@ -228,8 +228,8 @@ class TrainOptions:
     """Options of `distmatch train`."""
 
     data: str = "digits"
-    """digits, moving-digits, captioned-digits, fashion_mnist, cifar10, ring8, grid25, skewed2, a folder of
-    images, a .npz, .npy or .csv file (x.csv:one-hot where it has words)."""
+    """digits, stacked-digits, moving-digits, captioned-digits, fashion_mnist, cifar10, ring8, grid25,
+    skewed2, a folder of images, a .npz, .npy or .csv file (x.csv:one-hot where it has words)."""
     labels: bool = True
     """Use the labels, when there are any."""
     run: RunOptions = field(default_factory=RunOptions)

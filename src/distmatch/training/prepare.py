@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,15 +116,7 @@ def prepare_distillation(
     hollow = shares_out(run, ranks)
     home = torch.device("cpu") if hollow else device
     teacher = frozen(teacher, home, own if isinstance(own, RoleSettings) else None)
-    chosen_net = options.net != NetOptions()
-    copied = has_network(teacher) and not (chosen_net and is_external(teacher))
-    if copied and chosen_net:
-        raise UserError(
-            "the student copies the teacher's network",
-            got=", ".join(f"--{name} {value}" for name, value in _given(options.net).items()),
-            fix="omit these options (--net auto, if a config file has one); they are for students of "
-            "exact teachers and for new networks",
-        )
+    copied = has_network(teacher) and options.net == NetOptions()
     if not copied:
         options = replace(options, net=options.net.settled(teacher.shape, device.type))
     settings, heavy = own, is_external(teacher) or bool(set(spec_of(teacher)) - {LABEL})
@@ -270,12 +262,6 @@ def check_steps(distiller: Distiller, steps: int) -> None:
             expected=f"at least {distiller.least_steps} steps",
             fix="raise --steps",
         )
-
-
-def _given(net: NetOptions) -> dict[str, Any]:
-    plain = NetOptions()
-    found = {field.name: getattr(net, field.name) for field in fields(net)}
-    return {name: value for name, value in found.items() if value != getattr(plain, name)}
 
 
 def _conversion(teacher: Denoiser, known: dict[str, Any]) -> dict[str, str]:

@@ -41,7 +41,6 @@ from distmatch.methods.settings import (
 )
 from distmatch.methods.state import DistillState
 from distmatch.methods.student import Student
-from distmatch.nets.shared import role_copy
 from distmatch.ratio.discriminator import build_discriminator, choose_source
 from distmatch.ratio.normalizer import NormalizerConfig, RatioNormalizer
 
@@ -154,14 +153,14 @@ class Matching:
         return averaged(state, info)
 
     def init(self, seed: int, draw: Draw | None = None) -> DistillState:
-        """The state before the first step: student and fake score start as copies of the teacher."""
+        """The state before the first step: copies of the teacher, but for a student of its own size."""
         cfg, context = self.config, self.context
         ends = (self.noise, self.fake_score_noise)
         high = max(context.first_sigma, *(distribution.high for distribution in ends))
         seen = Karras(min(distribution.low for distribution in ends), high, cfg.noise_rho)
         start = context.network(seed, draw, seen)
         student = Student(start, self.sigmas, sampler=self.sampler)
-        fake = role_copy(start)
+        fake = context.fake_score(start)
         discriminator = self._discriminator(fake, seed) if self.needs_ratio else None
         optimizers = {
             "student": context.adam(student.denoiser, cfg.lr),
