@@ -46,13 +46,14 @@ class Speed:
     share: float
 
 
-def build_report(run_folder: str | os.PathLike[str]) -> Path:
+def build_report(run_folder: str | os.PathLike[str], *, refresh: float = 0) -> Path:
     """Writes ``report.html`` into a run folder, or the folder of a comparison, replacing an earlier one.
 
     Whatever the folder does not hold yet (metrics, samples, a log) is named on the page as missing.
 
     Args:
         run_folder: A folder as described in `docs/architecture.md`.
+        refresh: Seconds after which a browser loads the page again; 0: it does not.
 
     Returns:
         The path of the page.
@@ -62,20 +63,21 @@ def build_report(run_folder: str | os.PathLike[str]) -> Path:
     """
     path = Path(run_folder)
     if is_comparison(path):
-        return build_comparison(path)
+        return build_comparison(path, refresh)
     target = path / "report.html"
-    atomic_write(target, render(read_run(path)))
+    atomic_write(target, render(read_run(path), refresh))
     return target
 
 
-def render(run: Run) -> str:
-    """The page of a run as HTML text."""
+def render(run: Run, refresh: float = 0) -> str:
+    """The page of a run as HTML text, which is loaded again after ``refresh`` seconds."""
     rows = table(run.metrics)
     sentence, tiles = headline(run.metrics, rows)
     of = run.metrics["reference"].of if "reference" in run.metrics else ""
     teacher_events = run.teacher.events if run.teacher else []
     return page(
         "template.html.j2",
+        refresh,
         name=run.path.resolve().name,
         lead=lead_options(run.config, run.events),
         status=status(run.events),

@@ -35,14 +35,18 @@ def is_comparison(path: Path) -> bool:
     return (path / _RECORD).is_file()
 
 
-def build_comparison(path: Path) -> Path:
+def build_comparison(path: Path, refresh: float = 0) -> Path:
     """Writes ``report.html`` into the folder of a comparison, replacing an earlier one.
+
+    Args:
+        path: The folder.
+        refresh: Seconds after which a browser loads the page again; 0: it does not.
 
     Raises:
         UserError: `compare.json` or the samples are broken, or the page cannot be written.
     """
     target = path / "report.html"
-    atomic_write(target, render_comparison(path))
+    atomic_write(target, render_comparison(path, refresh))
     return target
 
 
@@ -56,8 +60,8 @@ class Line:
     cells: dict[str, Estimate]
 
 
-def render_comparison(path: Path) -> str:
-    """The page as HTML text."""
+def render_comparison(path: Path, refresh: float = 0) -> str:
+    """The page as HTML text, which is loaded again after ``refresh`` seconds."""
     record = read_json(path / _RECORD)
     if not isinstance(record, dict) or any(key not in record for key in _NEEDED):
         raise UserError(
@@ -72,6 +76,7 @@ def render_comparison(path: Path) -> str:
     config = path / "config.toml"
     return page(
         "compare.html.j2",
+        refresh,
         name=path.resolve().name,
         lead=lead(record),
         status=status(record),

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from distmatch.report.table import digits, error_digits, show_sigmas
 
 
-def page(template: str, **values: Any) -> str:
+def page(template: str, refresh: float, **values: Any) -> str:
     """A page as HTML text.
 
     Names of files that are not UTF-8, and what others wrote into a log, may hold half a surrogate pair, which
@@ -20,6 +20,7 @@ def page(template: str, **values: Any) -> str:
 
     Args:
         template: Name of a file in the same folder.
+        refresh: Seconds after which a browser loads it again, in whole ones; 0: it does not.
         values: What it is filled in with.
     """
     environment = Environment(
@@ -37,7 +38,11 @@ def page(template: str, **values: Any) -> str:
         "duration": duration,
         "base64": lambda data: base64.b64encode(data).decode("ascii"),
     }
-    return re.sub("[\ud800-\udfff]", "\ufffd", environment.get_template(template).render(**values))
+    return re.sub(
+        "[\ud800-\udfff]",
+        "\ufffd",
+        environment.get_template(template).render(refresh=math.ceil(refresh), **values),
+    )
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
