@@ -286,9 +286,21 @@ def test_the_command_line_writes_both_forms(folders, tmp_path):
         found = done(f"export {student} --to {form} --out {tmp_path / form} --json").json()
         assert found["difference"] < 1e-4
         assert (found["parameters"], found["adapters"]) == (base, adapters)
+        counted = f"{base:,} and {adapters:,} in adapters" if form == "lora" else f"{base:,}"  # merged
+        assert f"| parameters | {counted} |" in (tmp_path / form / "README.md").read_text()
     assert (tmp_path / "lora/comfyui.safetensors").is_file()
     assert (tmp_path / "pipeline/model_index.json").is_file()
     assert "--overwrite" in command(f"export {student} --to lora --out {tmp_path / 'lora'}").err
+    for line, said in (
+        (f"{tmp_path / 'lora'}", "contains adapters for diffusers or peft alone"),
+        (
+            f"{student} --base nothere",
+            "nothere does not exist. Expected: --base",
+        ),
+    ):
+        answer = command(f"sample {line} --prompt cat --out {tmp_path}/x.png")
+        assert answer.code == 2
+        assert said in answer.err
 
 
 def test_adapters_of_another_base_are_refused(folders, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +19,9 @@ from distmatch.diffusion.conditioning import Conditioning
 from distmatch.interop.pipelines import load_pipeline
 from distmatch.methods.matching.generator import generator_gradient
 from distmatch.methods.matching.pairs import make_pairs
+from distmatch.methods.table import METHODS
+from distmatch.training.given_data import check_pipeline_data
+from distmatch.training.options import DistillOptions
 from tests.helpers.pipeline_training import NAMED, PIPELINES, PROMPTS, STEPS, batch, trained
 from tests.helpers.pipelines import SIZE, save
 
@@ -253,6 +258,18 @@ def test_pairs_of_dmd_are_samples_of_the_pipeline_under_their_prompts(teacher_of
     gap = (made.samples - theirs).square().mean()
     assert gap < 1e-3 * theirs.square().mean()
     assert gap < 0.1 * (others - theirs).square().mean()
+
+
+def test_the_methods_that_are_refused_early_are_those_that_need_images(teacher_of):
+    for method in METHODS.keys() - {"mmd", "dpm-ot", "imm", "ctm", "mean-flow"}:
+        for change in ({}, {"gan_weight": 0.0}):
+            if change.keys() - METHODS[method].options():
+                continue
+            built = dm.methods.build(teacher_of(SD3), method, total_steps=1000, **change)
+            options = DistillOptions.of(method)
+            options = replace(options, settings=replace(options.settings, **change))
+            with pytest.raises(dm.UserError) if built.needs_data else nullcontext():
+                check_pipeline_data(options, METHODS[method], METHODS[method].default_divergence)
 
 
 def test_methods_that_do_not_run_on_pipelines_say_so(teacher_of):

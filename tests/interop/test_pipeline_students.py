@@ -60,6 +60,16 @@ def test_doctor_says_where_prompts_have_no_one_length(tmp_path):
     assert "--encode live" not in done(f"{line} --tokens 40").out
 
 
+@pytest.mark.parametrize(("name", "least"), [("flux", 4), ("qwen-image", 8)])
+def test_sizes_that_a_pipeline_would_round_down_are_refused(name, least, tmp_path):
+    folder = save(name, tmp_path)
+    for size, near in ((1, least), (9, 8)):
+        answer = command(f"doctor --teacher {folder} --size {size}")
+        assert answer.code == 2
+        assert f"multiples of {least}. Got: {size} {size}. Fix: --size {near} {near}" in answer.err
+    done(f"doctor --teacher {folder} --size {2 * least}")
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -47,6 +47,8 @@ def test_rows_are_those_of_their_texts(tmp_path, capsys):
     rows = made(tmp_path, texts, encoder)
     assert encoder.done == [TEXTS[3], TEXTS[0], TEXTS[7]]  # equal ones once, in their order
     assert f"encoding 3 prompts: 0.0 MiB in {tmp_path}" in capsys.readouterr().err
+    made(tmp_path, TEXTS[8:9], Encoder(TEXTS[8:9]))
+    assert "encoding 1 prompt: " in capsys.readouterr().err
     assert len(rows) == 4
     found = rows.index(torch.tensor([3, 0, 2, 1, 3]))
     wanted = torch.stack([row(texts[i]) for i in (3, 0, 2, 1, 3)])

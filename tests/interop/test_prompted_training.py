@@ -138,7 +138,7 @@ def test_dmd_makes_its_pairs_under_the_prompts_and_again_on_resuming(place, teac
 
 def test_a_dry_run_writes_nothing(place, tmp_path, cache):
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {place}/prompts.txt {SHORT}"
-    assert done(f"{line} --dry-run --json").json()["prompts"] == 4
+    assert "# prompts     4\n" in done(f"{line} --dry-run").out
     assert not cache.exists()
 
 
@@ -353,6 +353,26 @@ def test_what_is_refused(place, tmp_path, line, said):
     )
     assert answer.code == 2, answer.err
     assert said in answer.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_method_needs_is_said_before_a_pipeline_is_loaded(place, tmp_path, monkeypatch):
+    from distmatch.cli import memory
+
+    monkeypatch.setattr(memory, "LARGE", 0)
+    for line, said in (
+        ("--method dmd2", "needs real data"),
+        ("--method dmd2 --prompts {place}/prompts.txt", "these are prompts alone"),
+        ("--method dmd2 --prompts {place}/prompts.txt --dry-run", "these are prompts alone"),
+        ("--method dmd --num-steps 4 --prompts {place}/prompts.txt", "Got: 4 steps with --method dmd"),
+        ("--method ctm --prompts {place}/images", "no input for a second noise level"),
+        ("--method mmd --prompts {place}/images --dry-run", "class labels only"),
+    ):
+        given = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --out {tmp_path}/run"
+        answer = command(f"{given} {line.format(place=place)}")
+        assert answer.code == 2, answer.err
+        assert said in answer.err
+        assert "tracing" not in answer.err
     assert not (tmp_path / "run").exists()
 
 

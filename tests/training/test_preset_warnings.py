@@ -69,6 +69,19 @@ def test_the_warning_names_what_is_kept_and_the_closest_preset(foreign: tuple[Pa
     assert warned(replace(options, settings=replace(options.settings, **rates)), teacher, data) == []
 
 
+def test_presets_of_other_models_are_not_named_for_prompts() -> None:
+    rates = {"lr": 1e-3}
+    told = {"usual": rates, "parameters": 10, "elsewhere": True, "shape": (4, 64, 64), "text": True}
+    for name, said in (
+        ("dmd2", "published for this method: --preset paper:dmd2-sd15, --preset paper:dmd2-sdxl"),
+        ("diff-instruct", "none is published for diff-instruct on prompts (docs/presets.md)"),
+        ("dmd", "(docs/presets.md); paper:dmd2-sd15 has --lr 1e-05"),
+    ):
+        found = presets.laptop_warning(METHODS[name], rates, **told)
+        assert found is not None
+        assert found.endswith(said)
+
+
 def test_a_network_of_ours_is_warned_of_from_a_size_on(monkeypatch: pytest.MonkeyPatch) -> None:
     options = DistillOptions.of("sid", run=RunOptions(batch=4, steps=10))
     assert warned(options, own_teacher(), points()) == []

@@ -27,7 +27,7 @@ from distmatch.methods.table import resolve_method
 from distmatch.nets.sizes import as_json
 from distmatch.training.config_format import config_text
 from distmatch.training.distill_data import empty_batches
-from distmatch.training.given_data import given_data
+from distmatch.training.given_data import check_pipeline_data, check_pipeline_method, given_data
 from distmatch.training.memory import LARGE, Memory, predict_memory
 from distmatch.training.options import DistillOptions
 from distmatch.training.prompt_batches import remark_truncated, size_of_encodings
@@ -95,6 +95,10 @@ def dry_run_without_weights(options: DistillOptions, *, json: bool) -> bool:
     weights = sum(file.stat().st_size for file in Path(options.teacher).glob("*/*.safetensors"))
     if not needs_tracing(options.teacher) or weights < LARGE:
         return False
+    method, name = resolve_method(options.method, options.divergence)
+    check_pipeline_method(options, method)
+    if options.prompts:  # without any, what is missing is shown
+        check_pipeline_data(options, method, divergence(name).name)
     given = {**options.pipeline.given(), **dtype_of_base(options.teacher, options.settings)}
     try:
         teacher = without_weights(options.teacher, **given)

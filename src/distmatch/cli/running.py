@@ -190,6 +190,8 @@ def dry_run(job: Job, place: Place) -> None:
         print(f"# method      {job.notes['method']}{f', divergence {divergence}' if divergence else ''}")
         print(f"# preset      {describe(options.preset)}")
         print(f"# {steps_line(steps)}")
+    if "prompts" in job.notes:
+        print(f"# prompts     {job.notes['prompts']:,}")
     for line in found_lines(found) if found else ():
         print(f"# {line}")
     for choice in job.notes.get("auto", ()):

@@ -30,7 +30,7 @@ from distmatch.interop.lora import NAME, adaptable, network_in, on_base, peft_co
 from distmatch.interop.pipelines import needs_tracing
 from distmatch.interop.pipelines.steps import metadata_of
 from distmatch.nets.jump import taught_to_jump
-from distmatch.nets.saved import ADAPTERS, CARD, MODEL_PARTS
+from distmatch.nets.saved import ADAPTERS, CARD, MODEL_PARTS, missing_model
 from distmatch.nets.shared import adapted_of, dtype_of_base, fingerprint, load_own_state, own_state
 
 FORMAT = "distmatch-adapters"
@@ -136,6 +136,10 @@ def on_its_base(
         )
     places, options = _places_of_base(folder, config)
     if base is not None:
+        if not Path(base).exists():
+            raise missing_model(
+                base, f"--base, in Python base=: the teacher that {folder} was distilled from"
+            )
         _check_family(folder, config, Path(base))
         options = options if needs_tracing(base) else {}  # a pipeline needs its size
         return build(load(Path(base), options, network))

@@ -16,6 +16,7 @@ import torch
 from distmatch.base.files import atomic_write
 from distmatch.base.version import __version__
 from distmatch.nets.saved import CARD
+from distmatch.nets.shared import parameter_counts
 
 LICENSE = "unknown: that of the teacher and the data"
 """The text of a card without a licence."""
@@ -46,6 +47,7 @@ def model_card(
     shape: tuple[int, ...],
     num_classes: int,
     parameters: int,
+    adapters: int = 0,
     usage: str = "",
     library: str = "distmatch",
     metrics: Mapping[str, Any] | None = None,
@@ -58,7 +60,8 @@ def model_card(
             ``license``, ...; missing entries are omitted from the card.
         shape: Shape of one sample.
         num_classes: Number of classes; 0 when unconditional.
-        parameters: Number of parameters of the network.
+        parameters: Number of parameters of the network, without adapters.
+        adapters: Number of parameters of adapters on it.
         usage: Python that loads the model and samples it; by default that of a distmatch model folder.
         library: The package that the model is for.
         metrics: The content of ``metrics.json``.
@@ -75,7 +78,7 @@ def model_card(
     else:
         title = "Diffusion model"
         purpose = "It removes noise step by step, and can be distilled into a generator of one network call."
-    facts = _facts(about, shape, num_classes, parameters)
+    facts = _facts(about, shape, num_classes, parameters, adapters)
     parts = [
         _front_matter(about, shape, num_classes, library),
         f"# {title}" + (f": {_cell(str(about['method']))}" if about.get("method") else ""),
@@ -97,11 +100,13 @@ def model_card(
 
 def card_of(denoiser: Any, about: Mapping[str, Any], **options: Any) -> str:
     """The card of a denoiser with parameters; ``options`` are those of :func:`model_card`."""
+    base, adapters = parameter_counts(denoiser)
     return model_card(
         about,
         shape=tuple(denoiser.shape),
         num_classes=denoiser.num_classes,
-        parameters=sum(p.numel() for p in denoiser.parameters()),
+        parameters=base,
+        adapters=adapters,
         **options,
     )
 
@@ -154,7 +159,7 @@ def guidance_in_words(about: Mapping[str, Any]) -> str:
 
 
 def _facts(
-    about: Mapping[str, Any], shape: tuple[int, ...], num_classes: int, parameters: int
+    about: Mapping[str, Any], shape: tuple[int, ...], num_classes: int, parameters: int, adapters: int
 ) -> dict[str, str]:
     """The rows of the first table; unknown ones are omitted."""
     levels, data = about.get("levels", ()), about.get("data") or {}
@@ -178,7 +183,7 @@ def _facts(
         "hash of the data": f"sha256 {digest}" if digest else "",
         "classes": f"{num_classes}{named}" if num_classes else "none",
         "one sample": " x ".join(map(str, shape)),
-        "parameters": f"{parameters:,}",
+        "parameters": f"{parameters:,}{f' and {adapters:,} in adapters' if adapters else ''}",
         "seed": about.get("seed", ""),
         "licence": about.get("license") or LICENSE,
         "written by": f"distmatch {__version__}, {versions}",

@@ -148,7 +148,8 @@ def _encode(
                 found = {name: value.detach().cpu() for name, value in compute(chosen).items()}
                 size = sum(value.nbytes for value in found.values()) // len(chosen)
                 if begin == 0:
-                    _require_room(place, size * len(missing), f"{len(missing):,} {what}")
+                    number = f"{len(missing):,} {what}" if len(missing) > 1 else f"1 {what.removesuffix('s')}"
+                    _require_room(place, size * len(missing), number)
                 parts.append(found)
                 waiting.extend(keys[i] for i in chosen)
                 late = time.monotonic() - began > _SHARD_SECONDS

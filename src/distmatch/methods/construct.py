@@ -23,6 +23,7 @@ from distmatch.interop.lora import chosen_layers, full_rank, network_in, watched
 from distmatch.interop.optional import PEFT
 from distmatch.methods.context import GUIDANCE, Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
+from distmatch.methods.method import Method
 from distmatch.methods.settings import (
     DiscriminatorSettings,
     GammaSettings,
@@ -164,16 +165,33 @@ def _choose_features(teacher: Denoiser, own: DiscriminatorSettings) -> None:
 
 
 def _check_conditions(context: Context[Settings]) -> None:
-    others, method = set(spec_of(context.teacher)) - {LABEL}, context.method
+    others, external = set(spec_of(context.teacher)) - {LABEL}, is_external(context.teacher)
+    if others:
+        got = f"a teacher that takes {', '.join(sorted(others))}"
+        refuse_conditions(context.method, context.settings, external=external, got=got)
+
+
+def refuse_conditions(method: Method, settings: Settings, *, external: bool, got: str) -> None:
+    """Refuses a method that cannot take prompts, or other conditions than labels, of such a network.
+
+    Args:
+        method: The method.
+        settings: Its settings.
+        external: Whether the teacher's network is of other code.
+        got: The teacher, for the message.
+
+    Raises:
+        UserError: It does not.
+    """
     reason = f"supports class labels only: {method.labels_only}" if method.labels_only else ""
-    if isinstance(context.settings, GammaSettings) and is_external(context.teacher):
+    if isinstance(settings, GammaSettings) and external:
         reason = "jumps, and this network has no input for a second noise level"
-    if others and reason:
+    if reason:
         fits = [m for m in METHODS.values() if not (m.labels_only or issubclass(m.settings, GammaSettings))]
         without, with_data = (", ".join(m.name for m in fits if m.data == data) for data in ("no", "needed"))
         raise UserError(
             f"{method.name} {reason}",
-            got=f"a teacher that takes {', '.join(sorted(others))}",
+            got=got,
             fix=f"with prompts alone use {without}; with images and captions also {with_data}",
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.prompts import prompt_encoder_of
 from distmatch.interop import is_external
 from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.method import Method
@@ -55,6 +56,7 @@ def untried_rates(
         parameters=parameters,
         elsewhere=is_external(teacher),
         shape=teacher.shape,
+        text=prompt_encoder_of(teacher) is not None,
     )
     return [warning] if warning else []
 

@@ -19,6 +19,7 @@ from distmatch.diffusion.denoiser import Denoiser, require_denoiser
 from distmatch.divergences import Divergence, divergence
 from distmatch.interop import decoder_of, is_external
 from distmatch.interop.card import GUIDANCE
+from distmatch.interop.pipelines.loading import needs_tracing
 from distmatch.methods.construct import build_method
 from distmatch.methods.context import Context, Distiller
 from distmatch.methods.initialization import frozen, has_network
@@ -31,7 +32,7 @@ from distmatch.methods.table import resolve_method
 from distmatch.training.devices import check_compile_mode, compile_network, pick_device, with_marked_steps
 from distmatch.training.distill_data import check_fit, drawer, empty_batches
 from distmatch.training.distill_warnings import advice, early_warnings, untried_rates
-from distmatch.training.given_data import given_data
+from distmatch.training.given_data import check_pipeline_data, check_pipeline_method, given_data
 from distmatch.training.known_data import (
     describe_data,
     digest_of_data,
@@ -103,6 +104,9 @@ def prepare_distillation(
             )
         if texts is None and options.prompts:
             read_prompts(options.prompts)  # what cannot be read is said before a pipeline is loaded
+        if texts is None and data is None and encoded is None and needs_tracing(options.teacher):
+            check_pipeline_method(options, method)
+            check_pipeline_data(options, method, chosen.name)
         given = {**options.pipeline.given(), **dtype_of_base(options.teacher, own)}
         teacher, known = open_teacher(options.teacher, **given)
     elif options.pipeline.given():

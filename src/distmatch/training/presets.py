@@ -112,6 +112,7 @@ def laptop_warning(
     parameters: int,
     elsewhere: bool,
     shape: tuple[int, ...],
+    text: bool = False,
 ) -> str | None:
     """A warning before a network is trained with defaults that were not chosen for it.
 
@@ -122,6 +123,7 @@ def laptop_warning(
         parameters: Of the student.
         elsewhere: Whether the teacher was not trained here.
         shape: Shape of one sample.
+        text: Whether it takes prompts; presets of models that take none are not named then.
 
     Returns:
         The warning; None where the defaults are for such a network, or all learning rates are others.
@@ -129,12 +131,15 @@ def laptop_warning(
     kept = {name: value for name, value in rates.items() if value == usual[name]}
     if not kept or not (elsewhere or parameters >= LAPTOP_PARAMETERS):
         return None
-    found = closest(of_method(method.name), shape)
-    if found:
+
+    def published(name: str) -> list[Preset]:
+        return closest([preset for preset in of_method(name) if preset.text or not text], shape)
+
+    if found := published(method.name):
         advice = "published for this method: " + ", ".join(f"--preset {preset.name}" for preset in found)
     else:
-        advice = f"none is published for {method.name} (docs/presets.md)"
-        if near := closest(of_method(_LIKE.get(method.name, "")), shape):
+        advice = f"none is published for {method.name}{' on prompts' if text else ''} (docs/presets.md)"
+        if near := published(_LIKE.get(method.name, "")):
             advice += f"; {near[0].name} has --lr {near[0].settings['lr'].value:g}"
     return (
         f"--preset {LAPTOP} is in force, {_flags(kept)}: for networks of fewer than {_MILLIONS} million "

@@ -120,13 +120,18 @@ def given_prompts(
     if data is not None:
         return _of_data(data, texts, teacher, source or "the captions")
     if needs_data:
-        raise UserError(
-            f"{options.method} needs real images, and these are prompts alone",
-            got=f"--prompts {source}" if source else f"{len(texts)} prompts",
-            expected="a folder of images with metadata.jsonl, or --data with a sample for each prompt",
-            fix="use --method diff-instruct, dmd, sid, sim or moment-matching, which need none",
-        )
+        raise prompts_alone(options.method, f"--prompts {source}" if source else f"{len(texts)} prompts")
     return Prompts(texts)
+
+
+def prompts_alone(method: str, got: str) -> UserError:
+    """The error for a method that compares with real samples, and prompts without."""
+    return UserError(
+        f"{method} needs real images, and these are prompts alone",
+        got=got,
+        expected="a folder of images with metadata.jsonl, or --data with a sample for each prompt",
+        fix="use --method diff-instruct, dmd, sid, sim or moment-matching, which need none",
+    )
 
 
 def is_captioned(spec: str, teacher: Denoiser) -> bool:

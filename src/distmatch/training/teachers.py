@@ -79,6 +79,7 @@ def _opened(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
         expected = f"a run or model folder, a folder of diffusers, a .pkl of EDM, or {', '.join(TOY_NAMES)}"
         raise missing_model(path, expected)
     _refuse_unfinished(path)
+    _refuse_exported(path)
     denoiser, info = load_denoiser(path, network, base)
     remember(denoiser, info.get("data") or {})
     # Read by guidance: a network trained without label dropout has no unconditional prediction.
@@ -101,6 +102,20 @@ def _refuse_unfinished(path: Path) -> None:
         )
 
 
+def _refuse_exported(path: Path) -> None:
+    """Refuses adapters for diffusers or peft, which are no model of distmatch."""
+    found = next((name for name in _EXPORTED if (path / name).is_file()), None)
+    if found is not None and not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} contains adapters for diffusers or peft alone",
+            got=found,
+            expected="a run or model folder of distmatch",
+            fix="pass the run that they were exported from; diffusers samples them, for exports of distmatch "
+            "with the code in their README.md",
+        )
+
+
+_EXPORTED = ("pytorch_lora_weights.safetensors", "adapter_config.json")
 _FLAGS = {"height": " (--size)", "num_frames": " (--frames)", "max_sequence_length": " (--max-tokens)"}
 """Where an option of the command line has another name than the argument."""
 

@@ -83,7 +83,7 @@ def export_pipeline(
         match.scheduler.save_pretrained(temporary / _SCHEDULER)
         index[_SCHEDULER] = ["diffusers", type(match.scheduler).__name__]
         atomic_json(temporary / INDEX, index)
-        _describe(temporary, student, match, metrics, _pipeline_usage)
+        _describe(temporary, student, whole, match, metrics, _pipeline_usage)
     return match.difference
 
 
@@ -138,7 +138,7 @@ def export_lora(
         written.load_lora_weights(temporary, weight_name=DIFFUSERS_FILE)
         match = matching_scheduler(whole, written, name)
         match.scheduler.save_pretrained(temporary / _SCHEDULER)
-        _describe(temporary, student, match, metrics, partial(_lora_usage, name))
+        _describe(temporary, student, student, match, metrics, partial(_lora_usage, name))
     return match.difference
 
 
@@ -190,11 +190,12 @@ def _without_pipeline(student: Any) -> str:
 def _describe(
     folder: Path,
     student: Any,
+    written: Any,
     match: Match,
     metrics: Mapping[str, Any] | None,
     usage: Callable[[Mapping[str, Any], Match], str],
 ) -> None:
-    """Writes the schedule contract and the card."""
+    """Writes the schedule contract and the card; ``written`` is the student as the folder has it."""
     about = with_schedule(student.denoiser, student.description())
     contract: dict[str, Any] = about["schedule"]
     contract |= {
@@ -207,7 +208,7 @@ def _describe(
     atomic_json(folder / FILE, contract)
     about = {**about, "schedule": contract}
     card = card_of(
-        student.denoiser, about, usage=usage(contract, match), library="diffusers", metrics=metrics
+        written.denoiser, about, usage=usage(contract, match), library="diffusers", metrics=metrics
     )
     atomic_write(folder / CARD, card)
 

@@ -97,6 +97,7 @@ class Tracer:
                 expected=", ".join(sorted(taken)),
                 fix="omit them",
             )
+        _check_size(pipeline, options)
         self.asks = next((name for name in ("class_labels", "prompt") if name in taken), "")
         if not self.asks:
             raise UserError(
@@ -301,13 +302,7 @@ def _not_run(pipeline: Any, error: Exception, options: dict[str, Any]) -> UserEr
     name, scheduler = type(pipeline).__name__, type(pipeline.scheduler).__name__
     sides = [options[side] for side in ("height", "width") if side in options]
     if sides and (found := re.search(r"divisible by (\d+)", str(error))):
-        step = int(found[1])
-        near = " ".join(str(max(1, round(side / step)) * step) for side in sides)
-        return UserError(
-            f"this {name} takes images whose height and width are multiples of {step}",
-            got=" ".join(map(str, sides)),
-            fix=f"--size {near}, in Python height and width",
-        )
+        return _no_multiple(name, sides, int(found[1]))
     if found := re.search(r"(Height|Width) \((\d+)\) .*pos_embed_max_size`: (\d+)", str(error)):
         side, positions, most = options[found[1].lower()], int(found[2]), int(found[3])
         largest = side // positions * most
@@ -318,6 +313,23 @@ def _not_run(pipeline: Any, error: Exception, options: dict[str, Any]) -> UserEr
         )
     fix = f"check the options of its call, such as height and width, and its {scheduler} with diffusers"
     return UserError(f"this {name} cannot be run", got=cause(error), fix=fix)
+
+
+def _check_size(pipeline: Any, options: Mapping[str, Any]) -> None:
+    """Refuses sizes that a pipeline whose tokens are 2 x 2 latents would round down, some to nothing."""
+    sides = [options[side] for side in ("height", "width") if options.get(side)]
+    step = 2 * int(getattr(pipeline, "vae_scale_factor", 0)) if hasattr(pipeline, "_pack_latents") else 0
+    if step and any(side % step for side in sides):
+        raise _no_multiple(type(pipeline).__name__, sides, step)
+
+
+def _no_multiple(name: str, sides: Sequence[int], step: int) -> UserError:
+    near = " ".join(str(max(1, round(side / step)) * step) for side in sides)
+    return UserError(
+        f"this {name} takes images whose height and width are multiples of {step}",
+        got=" ".join(map(str, sides)),
+        fix=f"--size {near}, in Python height and width",
+    )
 
 
 def _x0_of(scheduler: Any, converted: Tensor, sample: Tensor | None) -> Tensor | None:

@@ -131,6 +131,20 @@ def _conditioning(
     return of
 
 
+def require_one_step(steps: int, method: str) -> None:
+    """Refuses pairs for a student of several steps.
+
+    Raises:
+        UserError: It has several.
+    """
+    if steps != 1:
+        raise UserError(
+            "pairs assign one noise to one sample, and a few-step student draws more noise between its steps",
+            got=f"{steps} steps with --method {method}",
+            fix="leave --num-steps and --student-times out, or use --method dmd2",
+        )
+
+
 @dataclass
 class PairRegression:
     """The regression as a further loss of a student of one call.
@@ -149,13 +163,7 @@ class PairRegression:
     _seconds: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if (steps := len(self.context.sigmas)) != 1:
-            raise UserError(
-                "pairs assign one noise to one sample, and a few-step student draws more noise between "
-                "its steps",
-                got=f"{steps} steps with --method {self.context.method.name}",
-                fix="leave --num-steps and --student-times out, or use --method dmd2",
-            )
+        require_one_step(len(self.context.sigmas), self.context.method.name)
 
     @property
     def config(self) -> DMDSettings:

@@ -66,6 +66,7 @@ def _dmd2() -> list[Preset]:
             name="paper:dmd2-sd15",
             method="dmd2",
             title="Stable Diffusion 1.5, text to image, first stage",
+            text=True,
             shape=(4, 64, 64),
             source=source,
             settings={
@@ -80,6 +81,7 @@ def _dmd2() -> list[Preset]:
             name="paper:dmd2-sdxl",
             method="dmd2",
             title="SDXL, text to image, 4 steps",
+            text=True,
             shape=(4, 128, 128),
             source=source,
             settings={
@@ -100,6 +102,7 @@ def _disback() -> Preset:
         name="paper:disback-sdxl",
         method="disback",
         title="SDXL, text to image",
+        text=True,
         shape=(4, 128, 128),
         source="SYZhang0805/DisBack, experiments/sdxl; Zhang et al. 2024, arXiv 2408.15991",
         settings={

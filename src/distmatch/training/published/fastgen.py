@@ -105,6 +105,7 @@ def _f_distill() -> list[Preset]:
             name="paper:f-distill-sd15",
             method="f-distill",
             title="Stable Diffusion 1.5, text to image",
+            text=True,
             shape=(4, 64, 64),
             source=source,
             settings=stable,

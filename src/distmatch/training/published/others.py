@@ -140,6 +140,7 @@ def _rcm() -> Preset:
         name="paper:rcm-wan1.3b",
         method="rcm",
         title="Wan 2.1 of 1.3 billion parameters, text to video at 480p",
+        text=True,
         shape=(16, 20, 60, 104),
         source="NVlabs/rcm; Zheng et al. 2025, arXiv 2510.08431",
         settings={

@@ -34,6 +34,7 @@ class Preset:
         source: Repository and paper.
         settings: By option: those of a method, ``steps``, ``batch``, ``precision``, ``divergence``.
         differs: What is published and cannot be set here, or is done in another way.
+        text: Whether the network takes prompts.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Preset:
     source: str
     settings: dict[str, Value]
     differs: tuple[str, ...]
+    text: bool = False
 
 
 def adam(lr: float, beta1: float, beta2: float, rates: str, betas: str) -> dict[str, Value]:
