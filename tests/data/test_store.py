@@ -190,17 +190,25 @@ def test_what_cannot_be_read_is_listed_and_skipped_only_on_request(tmp_path, mon
     folder, out = tmp_path / "images", tmp_path / "store"
     write_images(folder, 40)
     (folder / "cat/001.png").write_bytes((folder / "cat/001.png").read_bytes()[:60])
-    Image.new("RGB", (5, 6)).save(folder / "dog/003.png")
-    with pytest.raises(UserError, match="2 of 40 items") as caught:
+    (folder / "cat/005.png").write_bytes(b"")
+    for name in ("003", "006"):
+        Image.new("RGB", (5, 6)).save(folder / f"dog/{name}.png")
+    with pytest.raises(UserError, match="4 of 40 items") as caught:
         prepare(folder, out)
-    assert "cat/001.png: cannot read the image it" in str(caught.value)
-    assert "dog/003.png: 5x6 pixels (width x height), and the first image has 10x12" in str(caught.value)
-    with pytest.raises(UserError, match="is not complete"):
+    assert "cat/001.png: cannot read the image (" in str(caught.value)
+    assert "cat/005.png: cannot read the image (an empty file)" in str(caught.value)
+    several = "dog/003.png and 1 more: 5x6 pixels (width x height), and the first image has 10x12"
+    assert several in str(caught.value)
+    assert "with --size and --overwrite" in caught.value.parts["fix"]
+    with pytest.raises(UserError, match="is not complete") as caught:
         load_data(out)
+    assert "4 of its items cannot be read" in caught.value.parts["got"]
+    assert "--skip-bad" in caught.value.parts["fix"]
     monkeypatch.setattr("distmatch.data.sources.core.read_image", lambda *a, **k: pytest.fail("read again"))
     index = prepare(folder, out, skip_bad=True)
-    assert [item for item, _ in index["skipped"]] == ["cat/001.png", "dog/003.png"]
-    assert len(load_data(out)) == 38
+    skipped = ["cat/001.png", "cat/005.png", "dog/003.png", "dog/006.png"]
+    assert [item for item, _ in index["skipped"]] == skipped
+    assert len(load_data(out)) == 36
     assert load_data(out).captions[0] == "número 2"
 
 
@@ -308,8 +316,16 @@ def store(tmp_path):
 def test_damage_is_named(store):
     whole = (store / "x.npy").read_bytes()
     (store / "x.npy").write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=r"damaged.*x.npy"):
+    with pytest.raises(UserError, match=r"damaged.*x.npy") as caught:
         load_data(store)
+    assert caught.value.parts["fix"].endswith(f"distmatch prepare SOURCE --out {store} --overwrite")
+    index = (store / "store.json").read_text()
+    drawn = json.loads(index)
+    drawn["request"]["model"] = "sha256"  # of samples
+    (store / "store.json").write_text(json.dumps(drawn))
+    with pytest.raises(UserError, match=f"distmatch sample MODEL --out {store} --overwrite"):
+        load_data(store)
+    (store / "store.json").write_text(index)
     (store / "x.npy").write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
     assert len(load_data(store)) == 50
     with pytest.raises(UserError, match=r"damaged.*x.npy, block 0 of 1: another sha256"):

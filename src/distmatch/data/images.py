@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from distmatch.base.errors import UserError
 from distmatch.base.inputs import require_regular_file
@@ -76,10 +76,17 @@ def read_image(
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(
             f"cannot read the image {file}",
-            got=f"{type(error).__name__}: {error}",
+            got=_why(error, file, content),
             expected=f"a file that is {', '.join(_FORMATS)} by its content",
             fix="it may be truncated, damaged, or of another format: convert, replace or remove it",
         ) from error
+
+
+def _why(error: Exception, file: Path | str, content: bytes | None) -> str:
+    if not isinstance(error, UnidentifiedImageError):
+        return f"{type(error).__name__}: {error}"
+    size = Path(file).stat().st_size if content is None else len(content)
+    return "content of another format" if size else "an empty file"
 
 
 def images_below(folder: Path) -> list[Path]:

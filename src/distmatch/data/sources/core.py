@@ -19,6 +19,8 @@ from distmatch.data.prompts import COLUMNS as CAPTIONS
 from distmatch.data.scaling import Scaling
 
 _LABELS = ("label", "labels", "cls")
+OTHER_SIZE = "pixels (width x height), and the first image has"
+"""In the reason for an image that has another size than the first."""
 PART_ITEMS = 32
 """Image files in a part: enough to make the cost of a part small, few enough to fit into memory."""
 
@@ -109,7 +111,7 @@ class Form:
         height, width = sample.pixels.shape[1:]
         if (height, width) != self.shape[1:]:
             usual = f"{self.shape[2]}x{self.shape[1]}"
-            return f"{width}x{height} pixels (width x height), and the first image has {usual}: use --size"
+            return f"{width}x{height} {OTHER_SIZE} {usual}"
         kind, captioned = _label_kind(sample.label), sample.caption is not None
         if kind != self.label:
             forms = {"": "no class", "number": "a class number", "name": "the name of a class"}
@@ -259,7 +261,8 @@ def _only(record: Mapping[str, Any], chosen: str, usual: Sequence[str], what: st
 
 def reason(error: UserError, name: str) -> str:
     """What is wrong with an item, in one line, without its name."""
-    what, got = re.sub(rf"\S*{re.escape(name)}", "it", error.parts["what"]), error.parts.get("got", "")
+    place, got = rf"\S*{re.escape(name)}", error.parts.get("got", "")
+    what = re.sub(place, "it", re.sub(f" {place}$", "", error.parts["what"]))
     return f"{what} ({got})" if got else what
 
 

@@ -9,6 +9,7 @@ are in the index, ``store.json``. It is written last: a folder without it is no 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,15 @@ def read_index(folder: Path) -> dict[str, Any]:
     name = INDEX if (folder / INDEX).exists() else UNFINISHED
     values = read_json(folder / name)
     if not isinstance(values, dict) or values.get("format") != MARK:
-        raise UserError(f"{folder / name} is not the index of a store", fix="prepare the data again")
+        raise UserError(
+            f"{folder / name} is not the index of a store", fix=f"make it anew: {_maker(folder)}"
+        )
     if values.get("version") != VERSION:
         raise UserError(
             f"{folder} was written by another version of distmatch",
             got=f"version {values.get('version')} of the format",
             expected=VERSION,
-            fix="prepare the data again",
+            fix=f"make it anew: {_maker(folder)}",
         )
     return values
 
@@ -134,5 +137,14 @@ def damaged(folder: Path, got: str, expected: str) -> UserError:
         f"the store {folder} is damaged",
         got=got,
         expected=expected,
-        fix="copy it again, or write it anew with --overwrite",
+        fix=f"copy it again, or make it anew: {_maker(folder)}",
     )
+
+
+def _maker(folder: Path) -> str:
+    """The command that writes a store in place of this one, with the options that it was written with."""
+    made: Any = None
+    with suppress(UserError, TypeError, KeyError):
+        made = read_json(folder / (INDEX if (folder / INDEX).exists() else UNFINISHED))["request"]
+    drawn = isinstance(made, dict) and "model" in made
+    return f"distmatch {'sample MODEL' if drawn else 'prepare SOURCE'} --out {folder} --overwrite"

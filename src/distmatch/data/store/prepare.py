@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,12 +26,12 @@ from distmatch.base.lock import contents, refuse_in_use
 from distmatch.base.progress import Progress, progress, tell
 from distmatch.data.scaling import Scaling
 from distmatch.data.sources import Reading, open_source
-from distmatch.data.sources.core import ColorFoundError, Part, Rows, Source
+from distmatch.data.sources.core import OTHER_SIZE, ColorFoundError, Part, Rows, Source
 from distmatch.data.store.layout import INDEX, UNFINISHED, is_store
 from distmatch.data.store.writing import StoreWriter, remove_store
 
 _IN_FLIGHT = 2**29  # bytes of samples that were read and wait to be written
-_SHOWN = 10  # bad items in a message
+_SHOWN = 10  # reasons in a message
 
 
 @dataclass(frozen=True)
@@ -194,16 +194,31 @@ def _write(
     writer.pause()
     bad = writer.skipped
     if bad and not skip_bad:
-        more = f"; and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
+        sizes = any(OTHER_SIZE in why for _, why in bad)
+        resize = "make all one size with --size and --overwrite; or " if sizes else ""
         raise UserError(
             f"{len(bad):,} of {len(bad) + writer.samples:,} items of {source.name} cannot be read",
-            got="; ".join(f"{item}: {why}" for item, why in bad[:_SHOWN]) + more,
-            fix=f"repair or remove them; or leave them out: the same command with --skip-bad, which need not "
-            f"read the others again. All are listed in {writer.folder / UNFINISHED}",
+            got=_reasons(bad),
+            fix=f"{resize}repair or remove them, and begin anew with --overwrite; or leave them out: the same "
+            f"command with --skip-bad, which need not read the others again. All are listed in "
+            f"{writer.folder / UNFINISHED}",
         )
     if latents is not None:
         source = replace(source, scaling=Scaling.for_images(-1.0, 1.0, "latents, as they are"))
     return _or_nothing(writer, lambda: writer.finish(source))
+
+
+def _reasons(bad: Sequence[tuple[str, str]]) -> str:
+    """Why items cannot be read: each reason once, with its first item and the number of others."""
+    items: dict[str, list[str]] = {}
+    for item, why in bad:
+        items.setdefault(why, []).append(item)
+    shown = [
+        f"{names[0]}{f' and {len(names) - 1:,} more' if len(names) > 1 else ''}: {why}"
+        for why, names in itertools.islice(items.items(), _SHOWN)
+    ]
+    left = sum(map(len, itertools.islice(items.values(), _SHOWN, None)))
+    return "; ".join([*shown, *([f"and {left:,} more"] if left else [])])
 
 
 def _or_nothing(writer: StoreWriter, action: Any) -> Any:

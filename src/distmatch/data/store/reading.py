@@ -20,7 +20,17 @@ from distmatch.data.columns import columns_of
 from distmatch.data.dataset import Dataset
 from distmatch.data.recorded import Moments, Recorded
 from distmatch.data.scaling import Scaling
-from distmatch.data.store.layout import ENDS, HEADER, INDEX, TEXT, Field, check_file, damaged, read_index
+from distmatch.data.store.layout import (
+    ENDS,
+    HEADER,
+    INDEX,
+    TEXT,
+    UNFINISHED,
+    Field,
+    check_file,
+    damaged,
+    read_index,
+)
 from distmatch.diffusion.conditioning import Conditioning
 
 CONDITION = "condition_"
@@ -153,10 +163,14 @@ def _finished(folder: Path) -> dict[str, Any]:
         refuse_in_use(folder)
         source = values.get("request", {}).get("source", "its source")
         number = f"{values['samples']:,}" if "samples" in values else "a part of the"
+        got, fix = f"{number} samples of {source}", values.get("continue")
+        if bad := values.get("skipped"):
+            got += f", and {len(bad):,} of its items cannot be read"
+            fix = f"run the same distmatch prepare again with --skip-bad; {folder / UNFINISHED} lists them"
         raise UserError(
             f"the store {folder} is not complete",
-            got=f"{number} samples of {source}",
-            fix=values.get("continue", "run the same distmatch prepare again: it continues where it stopped"),
+            got=got,
+            fix=fix or "run the same distmatch prepare again: it continues where it stopped",
         )
     return values
 
