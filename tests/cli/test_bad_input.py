@@ -88,6 +88,10 @@ NAMES = {
     "train --net unett": ("unknown value of --net", "did you mean unet"),
     "train --device abacus": ("device cannot be used", "'abacus'"),
     "train --stepz 3": ("unknown option", "--stepz", "did you mean --steps"),
+    "train --accumulate 2": ("--accumulate is an option of distmatch distill",),
+    "train --tangent jvp": ("--tangent is an option of distmatch distill",),
+    "distill --label-dropout 0.2": ("--label-dropout is an option of distmatch train",),
+    "train --shard-size 2": ("--shard-size", "--parallel hybrid"),
     "trian": ("unknown verb", "did you mean train"),
 }
 VALUES = {
@@ -235,7 +239,7 @@ CHECKPOINTS = {
     "train --out t --resume --steps 5": ("cannot become shorter", "a run of 6"),
     "distill --out s --resume --fake-score-steps 2": ("keeps its --fake-score-steps",),
     "distill --out s --resume --steps 5 --lr 0.5": ("cannot become shorter",),
-    "train --out t --resume 77": ("no checkpoint of step 77", "6"),
+    "train --out t --resume 77": ("no checkpoint of step 77", "6", "to continue from the newest"),
     "train --out t --resume absent": ("absent", "missing"),
     "train --out t --resume notes": ("missing",),
     "train --out t --resume s/checkpoints/step-000006": ("a run of another kind", "same command"),

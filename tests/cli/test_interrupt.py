@@ -81,6 +81,11 @@ def test_without_a_run_there_is_nothing_to_resume(
             raise KeyboardInterrupt
         assert "; ".join(["", *error.value.args]) == held
         (tmp_path / "a run" / "config.toml").touch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(KeyboardInterrupt) as error, running.going_on(verb, place):
+        raise KeyboardInterrupt
+    start = "torchrun --nproc-per-node 2 -- $(which distmatch)"
+    assert error.value.args == (f"continue with: {start} {verb} --resume --out '{tmp_path}/a run'",)
 
 
 def test_a_demo_goes_on_with_its_options(tmp_path: Path) -> None:

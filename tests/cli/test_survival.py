@@ -17,6 +17,7 @@ from distmatch.base.errors import UserError
 from distmatch.cli import processes
 from distmatch.cli.main import main
 from distmatch.cli.memory import memory_error
+from distmatch.cli.surroundings import launched_as
 from distmatch.nets.build import build_net
 from distmatch.nets.config import DiTConfig
 from distmatch.nets.edm import EDMDenoiser
@@ -25,7 +26,7 @@ from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.processes import check_launch
 from distmatch.training.teacher import TeacherTraining
 from tests.cli.test_processes import TRAIN, distance
-from tests.helpers.command import command
+from tests.helpers.command import TINY, command, done
 from tests.helpers.processes import together
 from tests.helpers.store_group import backend
 
@@ -68,6 +69,7 @@ MPIRUN = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_W
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
         ({"MASTER_PORT": "port"}, "MASTER_PORT=port"),
+        ({"RANK": "x", "MASTER_ADDR": ""}, "RANK=x"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(changes: dict[str, str], message: str) -> None:
@@ -88,6 +90,35 @@ def test_processes_of_mpirun_are_several(monkeypatch: pytest.MonkeyPatch) -> Non
             monkeypatch.setitem(os.environ, name, value)
         answer = command("train --data ring8 --out nowhere")
         assert (answer.code, answer.err.count("\n")) == (2, lines)
+
+
+@pytest.mark.parametrize(
+    ("verb", "rank", "said"),
+    [
+        ("train", {"RANK": "3"}, "(process 3): the environment of this launch contradicts itself"),
+        ("train", {"RANK": "1", "WORLD_SIZE": ""}, "no WORLD_SIZE"),
+        ("train", {"RANK": "1", "MASTER_PORT": "0"}, ""),  # process 0 says it
+        ("doctor", {}, "doctor runs in one process"),
+        ("doctor", {"RANK": "1"}, ""),
+        ("trian", {}, "did you mean train"),
+    ],
+)
+def test_what_concerns_all_is_said_by_the_first_one_alone(
+    verb: str, rank: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (LAUNCH | rank).items():
+        monkeypatch.setitem(os.environ, name, value)
+    answer = command(f"{verb} --seed 0")
+    assert (answer.code, answer.err.count("\n")) == (2, 1 if said else 0)
+    assert said in answer.err
+
+
+def test_the_command_that_continues_has_its_launcher() -> None:
+    assert launched_as({}) == "distmatch"
+    assert launched_as(LAUNCH) == "torchrun --nproc-per-node 2 -- $(which distmatch)"
+    four = LAUNCH | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:" in launched_as(four)
+    assert "--nproc-per-node 2 --" in launched_as(four)
 
 
 def without_memory(rank: int, size: int, folder: str, line: str) -> None:
@@ -133,6 +164,17 @@ def test_killed_before_it_had_options(tmp_path: Path) -> None:
     assert answer.code == 2
     assert "nothing to resume" in answer.err
     assert command(f"{TRAIN} --steps 1 --out {tmp_path}").code == 0
+
+
+def test_a_complete_run_says_so_and_its_last_values(tmp_path: Path) -> None:
+    line = f"train --data ring8 {TINY} --steps 3 --batch 32 --out {tmp_path}/run"
+    first = done(f"{line} --json").json()
+    again = done(f"train --resume --auto --json --out {tmp_path}/run").json()
+    assert again["complete_before"]
+    assert "complete_before" not in first
+    assert again["last"] == first["last"]
+    said = f"was complete already after 3 steps, loss {first['last']['loss']:.4f}"
+    assert said in done(f"train --resume --out {tmp_path}/run").out
 
 
 def test_a_store_killed_before_it_had_anything(tmp_path: Path) -> None:

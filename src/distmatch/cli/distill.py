@@ -61,6 +61,7 @@ def run(argv: list[str]) -> None:
         execute,
         going_on,
         open_folder,
+        result_line,
         starts_afresh,
         tuned,
     )
@@ -90,7 +91,7 @@ def run(argv: list[str]) -> None:
     if place.json:
         print_json(result)
     else:
-        print(f"student in {result['model']} after {result['steps']} steps")
+        print(result_line(result, "student"))
         if "prompts" in job.notes:
             print(f"next: distmatch evaluate {place.out}")
             print(f'      distmatch sample {place.out} --prompt "..." --n 16 --out samples.png')

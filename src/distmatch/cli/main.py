@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         print(f"distmatch {__version__}")
         return 0
     arguments = [a for a in argv[1:] if a != "--debug"]
-    rank = None if argv[0] == "doctor" else rank_of_several(os.environ)
+    rank = rank_of_several(os.environ)
     if rank and argv[0] not in TOGETHER:
         return 2  # the first process says why
     with printed_warnings():
@@ -103,6 +103,7 @@ def _launched(argv: list[str], rank: int | None) -> AbstractContextManager[None]
     """
     if rank is None:
         return nullcontext()
+    check_name("verb", argv[0], VERBS)
     if argv[0] not in TOGETHER:
         raise several_processes(argv[0])
     from distmatch.cli.processes import together

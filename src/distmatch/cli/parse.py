@@ -18,7 +18,7 @@ from distmatch.cli.help import LETTERS, Help, asked_for, flags_of, help_text
 from distmatch.cli.refusal import refusal
 from distmatch.methods.table import RENAMED, current_name, find_method, readers, unknown_setting
 from distmatch.training.config_format import read_config
-from distmatch.training.options import DistillOptions
+from distmatch.training.options import DistillOptions, TrainOptions
 from distmatch.training.toml import dataclass_to_dict, with_values
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def parse(kind: type[T], argv: Sequence[str], *, verb: str, said: Help, default:
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        elsewhere = partial(_of_other_methods, getattr(default, "options", default))
+        elsewhere = partial(_elsewhere, getattr(default, "options", default))
         raise refusal(stop, printed.getvalue(), verb, flags_of(kind, default), elsewhere) from None
 
 
@@ -202,6 +202,17 @@ def _checked(below: T, values: dict[str, Any], path: Path) -> T:
         if error := _of_other_methods(below, name, value):
             raise error
     return with_values(below, values, where=str(path))
+
+
+def _elsewhere(options: Any, name: str, value: Any) -> UserError | None:
+    """Why options lack one: other methods have it, or the other verb that trains; None if neither does."""
+    verbs = {"train": TrainOptions(), "distill": DistillOptions()}
+    others = {verb: theirs for verb, theirs in verbs.items() if type(theirs) is not type(options)}
+    for verb, theirs in others.items() if len(others) == 1 else ():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in flags_of(type(theirs), theirs) or (verb == "distill" and readers(name)):
+            return UserError(f"{flag} is an option of distmatch {verb}", got=value or None, fix="omit it")
+    return _of_other_methods(options, name, value)
 
 
 def _of_other_methods(options: Any, name: str, value: Any) -> UserError | None:

@@ -17,7 +17,7 @@ from distmatch.base.errors import LostProcess, UserError
 from distmatch.base.progress import quietly
 from distmatch.base.ranks import Ranks, lost_process
 from distmatch.cli.surroundings import rank_of_several
-from distmatch.training.processes import check_launch, process_group
+from distmatch.training.processes import NoSuchRank, check_launch, process_group
 
 _PATIENCE = 5.0  # seconds for which a process that failed waits for the first one to say why
 _CUT = 20.0  # after which it takes the network to the first one for cut
@@ -47,8 +47,8 @@ def together(
     try:
         if not dist.is_initialized():
             check_launch(environ)
-    except UserError:
-        if rank_of_several(environ):
+    except UserError as error:
+        if rank_of_several(environ) and not isinstance(error, NoSuchRank):
             raise SystemExit(2) from None  # the first process has the same environment, and says it
         raise
     started = ExitStack()

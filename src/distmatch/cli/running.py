@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,12 @@ from distmatch.cli.found import check_grid, describe_found, found_lines, write_g
 from distmatch.cli.memory import as_dict, lines, memory_error
 from distmatch.cli.parse import Place, TrainingPlace, checkpoint_choice, given
 from distmatch.cli.student_steps import steps_line, steps_of, without_effect
+from distmatch.cli.surroundings import launched_as
 from distmatch.methods.matching.pairs import about_pairs
 from distmatch.methods.matching.settings import DMDSettings
 from distmatch.methods.table import find_method
 from distmatch.nets.sizes import as_json
+from distmatch.report.log import read_log
 from distmatch.training.auto import CHOICES, Choice, O, choose
 from distmatch.training.checkpoint import list_checkpoints
 from distmatch.training.comparison.cost import PeakMemory, step_times
@@ -92,7 +95,7 @@ def going_on(verb: str, place: Place, options: Sequence[str] | None = None) -> I
         if holds_something(folder):
             saved = list_checkpoints(folder.checkpoints)
             given = ["--out", str(place.out)] if options is None else options
-            command = shlex.join(["distmatch", verb, "--resume", *given])
+            command = f"{launched_as(os.environ)} {shlex.join([verb, '--resume', *given])}"
             stop.args = (f"continue{f' from step {max(saved)}' if saved else ''} with: {command}",)
         raise
 
@@ -242,7 +245,10 @@ def _steps_grow_with_batch(job: Job) -> bool:
 
 
 def execute(job: Job, folder: RunFolder, place: Place) -> dict[str, Any]:
-    """Runs a job in its folder and prints where the result is."""
+    """Runs a job in its folder; returns what its verb prints.
+
+    A run that was complete already takes no step; its last values are then those of its log.
+    """
     began = time.perf_counter()
     resume = None if starts_afresh(place) else checkpoint_choice(place.resume)
     try:
@@ -251,14 +257,22 @@ def execute(job: Job, folder: RunFolder, place: Place) -> dict[str, Any]:
         if memory := memory_error(error, job.options, job.networks):
             raise memory from error
         raise
-    last = history[-1] if history else {}
+    logged = [event for event in read_log(folder.log) if event["event"] == "train"] if not history else []
+    last = next(reversed([*logged, *history]), {})
     return {
         "run": str(folder.path),
         "model": str(folder.model),
         "steps": job.state.step,
+        **({} if history else {"complete_before": True}),
         "seconds": round(time.perf_counter() - began, 1),
-        "last": {k: v for k, v in last.items() if isinstance(v, (int, float))},
+        "last": {k: v for k, v in last.items() if isinstance(v, (int, float)) and k != "time"},
     }
+
+
+def result_line(result: dict[str, Any], what: str) -> str:
+    """Where the result of :func:`execute` is, in words."""
+    was = "was complete already" if "complete_before" in result else ""
+    return " ".join(filter(None, [what, "in", result["model"], was, "after", f"{result['steps']} steps"]))
 
 
 def run_or_resume(prepare: Callable[[bool], Job], place: Place, folder: RunFolder | None = None) -> None:

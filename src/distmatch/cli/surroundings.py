@@ -27,6 +27,19 @@ def rank_of_several(environ: Mapping[str, str]) -> int | None:
     return None
 
 
+def launched_as(environ: Mapping[str, str]) -> str:
+    """How this command was started, up to its verb: by torchrun, where it is one of several processes."""
+    names = next((pair for pair in _LAUNCHES if environ.get(pair[0], "1") not in ("", "0", "1")), None)
+    if names is None:
+        return "distmatch"
+    size = int(environ[names[0]])
+    local = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or size)
+    nodes = ""
+    if size > local:
+        nodes = f"--nnodes {size // local} --rdzv-backend c10d --rdzv-endpoint {environ['MASTER_ADDR']}:29500 "
+    return f"torchrun {nodes}--nproc-per-node {local} -- $(which distmatch)"
+
+
 def several_processes(verb: str) -> UserError:
     """The refusal of a launch of several processes."""
     return UserError(

@@ -33,6 +33,7 @@ def run(argv: list[str]) -> None:
         execute,
         going_on,
         open_folder,
+        result_line,
         starts_afresh,
         tuned,
     )
@@ -52,5 +53,5 @@ def run(argv: list[str]) -> None:
         print_json(result)
     else:
         loss = result["last"].get("loss", float("nan"))
-        print(f"teacher in {result['model']} after {result['steps']} steps, loss {loss:.4f}")
+        print(f"{result_line(result, 'teacher')}, loss {loss:.4f}")
         print(f"next: distmatch distill --teacher {place.out} --out runs/student")

@@ -131,7 +131,9 @@ def load_checkpoint(
         if which not in found:
             steps = ", ".join(map(str, found)) or "none"
             raise UserError(
-                f"no checkpoint of step {which} in {parent}", expected=f"one of the steps {steps}"
+                f"no checkpoint of step {which} in {parent}",
+                expected=f"one of the steps {steps}",
+                fix="name one of these, or none to continue from the newest",
             )
         return _read(found[which], layout)
     if not found:

@@ -44,13 +44,19 @@ def check_parallel(run: RunOptions, ranks: Ranks, *, fresh: bool) -> None:
     Raises:
         UserError: One of them does not.
     """
+    if run.shard_size and run.parallel != "hybrid" and fresh:
+        raise UserError(
+            "--shard-size is the size of the groups of --parallel hybrid",
+            got=f"--shard-size {run.shard_size} with --parallel {run.parallel}",
+            fix="omit it, or use --parallel hybrid",
+        )
     if run.parallel not in SHARED:
         return
     if ranks.size == 1 and fresh:
         raise UserError(
             f"--parallel {run.parallel} shares out the weights among processes",
             got="one process",
-            fix="start with: torchrun --nproc-per-node N $(which distmatch) ..., or leave --parallel out",
+            fix="start with: torchrun --nproc-per-node N -- $(which distmatch) ..., or leave --parallel out",
         )
     if ranks.size > 1 and run.compile:
         raise UserError(

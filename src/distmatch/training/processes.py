@@ -24,6 +24,10 @@ _OF_MPIRUN = {
 }
 
 
+class NoSuchRank(UserError):
+    """The number of this process is none of the launch, of which the others know nothing."""
+
+
 @contextmanager
 def process_group(environ: Mapping[str, str]) -> Iterator[Ranks]:
     """A context in which the processes that torchrun started are one process group.
@@ -79,22 +83,23 @@ def check_launch(environ: Mapping[str, str]) -> bool:
     environ = _as_torchrun(environ)
     if environ.get("WORLD_SIZE", "1") in ("", "0", "1") and environ.get("RANK", "0") in ("", "0"):
         return False
+    given = {name: environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if environ.get(name)}
+    numbers = {name: int(v) if v.isdecimal() and len(v) < 10 else -1 for name, v in given.items()}
+    outside = numbers.get("RANK", 0) >= numbers.get("WORLD_SIZE", 10**9) >= 0
+    if outside or min(numbers.values()) < 0 or not 0 < numbers.get("MASTER_PORT", 1) < 65536:
+        raise (NoSuchRank if outside else UserError)(
+            "the environment of this launch contradicts itself",
+            got=", ".join(f"{name}={value:.40}" for name, value in given.items()),
+            expected="a RANK from 0 to WORLD_SIZE - 1, and a port from 1 to 65535",
+            fix="start all processes with torchrun, or unset these variables to run in one process",
+        )
     if missing := [name for name in _NEEDED if not environ.get(name)]:
-        raise UserError(
+        raise (NoSuchRank if "WORLD_SIZE" in missing else UserError)(
             "several processes were started, and nothing says how they find each other",
             got=f"no {', '.join(missing)} in the environment",
             expected="what torchrun sets",
-            fix="start with: torchrun --nproc-per-node N $(which distmatch) VERB ...; with mpirun, name the "
+            fix="start with: torchrun --nproc-per-node N -- $(which distmatch) VERB ...; with mpirun, name the "
             "host of process 0 by -x MASTER_ADDR=HOST -x MASTER_PORT=29500",
-        )
-    rank, size, port = (environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    whole = all(number.isdecimal() and len(number) < 10 for number in (rank, size, port))
-    if not (whole and int(rank) < int(size) and 0 < int(port) < 65536):
-        raise UserError(
-            "the environment of this launch contradicts itself",
-            got=f"RANK={rank:.40}, WORLD_SIZE={size:.40}, MASTER_PORT={port:.40}",
-            expected="a RANK from 0 to WORLD_SIZE - 1, and a port from 1 to 65535",
-            fix="start all processes with torchrun, or unset these variables to run in one process",
         )
     return True
 
