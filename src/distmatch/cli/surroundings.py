@@ -36,7 +36,9 @@ def launched_as(environ: Mapping[str, str]) -> str:
     local = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or size)
     nodes = ""
     if size > local:
-        nodes = f"--nnodes {size // local} --rdzv-backend c10d --rdzv-endpoint {environ['MASTER_ADDR']}:29500 "
+        nodes = (
+            f"--nnodes {size // local} --rdzv-backend c10d --rdzv-endpoint {environ['MASTER_ADDR']}:29500 "
+        )
     return f"torchrun {nodes}--nproc-per-node {local} -- $(which distmatch)"
 
 

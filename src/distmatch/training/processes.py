@@ -98,8 +98,8 @@ def check_launch(environ: Mapping[str, str]) -> bool:
             "several processes were started, and nothing says how they find each other",
             got=f"no {', '.join(missing)} in the environment",
             expected="what torchrun sets",
-            fix="start with: torchrun --nproc-per-node N -- $(which distmatch) VERB ...; with mpirun, name the "
-            "host of process 0 by -x MASTER_ADDR=HOST -x MASTER_PORT=29500",
+            fix="start with: torchrun --nproc-per-node N -- $(which distmatch) VERB ...; with mpirun, name "
+            "the host of process 0 by -x MASTER_ADDR=HOST -x MASTER_PORT=29500",
         )
     return True
 

@@ -113,9 +113,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     name = INDEX if (folder / INDEX).exists() else UNFINISHED
     values = read_json(folder / name)
     if not isinstance(values, dict) or values.get("format") != MARK:
-        raise UserError(
-            f"{folder / name} is not the index of a store", fix=f"make it anew: {_maker(folder)}"
-        )
+        raise UserError(f"{folder / name} is not the index of a store", fix=f"make it anew: {_maker(folder)}")
     if values.get("version") != VERSION:
         raise UserError(
             f"{folder} was written by another version of distmatch",

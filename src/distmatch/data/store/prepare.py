@@ -199,8 +199,8 @@ def _write(
         raise UserError(
             f"{len(bad):,} of {len(bad) + writer.samples:,} items of {source.name} cannot be read",
             got=_reasons(bad),
-            fix=f"{resize}repair or remove them, and begin anew with --overwrite; or leave them out: the same "
-            f"command with --skip-bad, which need not read the others again. All are listed in "
+            fix=f"{resize}repair or remove them, and begin anew with --overwrite; or leave them out: the "
+            f"same command with --skip-bad, which need not read the others again. All are listed in "
             f"{writer.folder / UNFINISHED}",
         )
     if latents is not None:
