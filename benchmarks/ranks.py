@@ -1,7 +1,7 @@
 """Whether several processes train what one does: every method, whole and shared-out weights, full and lora.
 
-    torchrun --nproc-per-node 2 benchmarks/ranks.py
-    torchrun --nproc-per-node 4 benchmarks/ranks.py [METHOD ...]
+    torchrun --nproc-per-node 2 -- benchmarks/ranks.py
+    torchrun --nproc-per-node 4 -- benchmarks/ranks.py [METHOD ...]
 
 Each run is repeated by the first process alone with the whole batch. Printed is the distance of the weights
 of each network after 20 steps relative to their norm: the largest over the networks, and which it was. Freeze
