@@ -258,7 +258,7 @@ def execute(job: Job, folder: RunFolder, place: Place) -> dict[str, Any]:
             raise memory from error
         raise
     logged = [event for event in read_log(folder.log) if event["event"] == "train"] if not history else []
-    last = next(reversed([*logged, *history]), {})
+    last: dict[str, Any] = next(reversed([*logged, *history]), {})
     return {
         "run": str(folder.path),
         "model": str(folder.model),
