@@ -206,9 +206,17 @@ class TeacherConfig(OptimizerSettings):
     """Share of the samples without this noise."""
     ambient_given: bool = False
     """The data already have this noise, in model units: add none."""
+    fokker_planck: NotNegative = 0.0
+    """Weight of the Fokker-Planck residual, which is 0 where the scores of all noise levels belong to one
+    diffusion: samples of ODE and SDE solvers come closer to each other. Costs several passes a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.fokker_planck > 0 and self.pfgm_dims > 0:
+            raise UserError(
+                "--fokker-planck is a property of scores, and a teacher of --pfgm-dims has none",
+                fix="omit one of them",
+            )
         if self.ambient_noise > 0 and (self.pfgm_dims > 0 or self.instance_noise > 0):
             raise UserError(
                 "--ambient-noise does not go together with --pfgm-dims or --instance-noise",

@@ -25,6 +25,7 @@ from distmatch.training.devices import check_compile_mode, compile_network, pick
 from distmatch.training.known_data import describe_data, digest_of_data, few_samples, remember
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
+from distmatch.training.parallel import shares_out
 from distmatch.training.processes import start_together
 from distmatch.training.runs import Job
 from distmatch.training.segments import DATA
@@ -61,6 +62,12 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
     own_rows = ranks.rows(run.batch)
     device = pick_device(run.device)
     check_compile_mode(run.compile, run.compile_mode, device)
+    if options.teacher.fokker_planck > 0 and (run.compile or shares_out(run, ranks)):
+        raise UserError(
+            "--fokker-planck takes third derivatives, which compiled and shared-out networks do not have",
+            got="--compile" if run.compile else f"--parallel {run.parallel}",
+            fix="omit it, or --fokker-planck",
+        )
     data = load_data(options.data, labels=options.labels) if data is None else data
     digest = digest_of_data(data)
     chosen = options.net.settled(data.shape, device.type, text=bool(data.captions))

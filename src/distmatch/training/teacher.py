@@ -15,7 +15,9 @@ from distmatch.base.errors import UserError
 from distmatch.base.ranks import ALONE, Ranks
 from distmatch.base.seeds import generator, stream_seed
 from distmatch.data.batches import Batch
-from distmatch.diffusion.conditioning import for_model, null_conditioning
+from distmatch.diffusion.conditioning import Conditioning, for_model, null_conditioning
+from distmatch.diffusion.denoiser import expand
+from distmatch.diffusion.geometry.fokker_planck import fokker_planck_loss
 from distmatch.diffusion.paths.core import NoisePath, check_prior
 from distmatch.diffusion.pfgm import student_t
 from distmatch.diffusion.prompts import PromptEncoder
@@ -94,6 +96,11 @@ class TeacherTraining:
                 "--condition-noise perturbs label embeddings, and there are no labels",
                 fix="leave it out, or train on labeled data",
             )
+        if cfg.fokker_planck > 0 and self._drops:
+            raise UserError(
+                "--fokker-planck differentiates the network, which --dropout makes a random one",
+                fix="omit one of them",
+            )
         conditional = self.num_classes > 0 or self.text is not None
         if cfg.label_dropout not in (0, TeacherConfig.label_dropout) and not conditional:
             raise UserError(
@@ -102,6 +109,11 @@ class TeacherTraining:
             )
         sigma_data = math.hypot(cfg.sigma_data or self.sigma_data, cfg.instance_noise)
         self.objective = build_objective(cfg, sigma_data, self.path)
+
+    @property
+    def _drops(self) -> bool:
+        """Whether the network has dropout."""
+        return getattr(self.net, "dropout", 0.0) > 0
 
     @property
     def warnings(self) -> list[str]:
@@ -167,12 +179,32 @@ class TeacherTraining:
             )
         total = losses if state.uncertainty is None else uncertainty_loss(losses, state.uncertainty(sigma))
         total.mean().backward()
+        info = {"loss": losses.detach().mean()}
+        if cfg.fokker_planck > 0:
+            fresh = sigma if batch.noise is None else (sigma**2 - batch.noise**2).clamp_min(0).sqrt()
+            info["fokker_planck"] = self._fokker_planck(
+                state, x0 + expand(fresh, x0) * noise, sigma, conditioning
+            )
         norm = scheduled_step(
             state.optimizers["denoiser"], cfg, state.step, self.total_steps, ranks=state.ranks
         )
         state.step += 1
         state.ema.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
-        return {"loss": losses.detach().mean(), "grad_norm": norm}
+        return {**info, "grad_norm": norm}
+
+    def _fokker_planck(
+        self, state: TeacherState, y: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """Adds the gradient of the weighted residual at noised samples, in float32; returns the residual."""
+        gen, shape = state.generator, (2, *self.shape)
+        normal = state.ranks.draw(
+            len(y), lambda n: torch.randn((n, *shape), generator=gen, device=self.device)
+        )
+        probes = torch.where(normal >= 0, 1.0, -1.0).transpose(0, 1)
+        with self._dropout_stream(state):
+            each = fokker_planck_loss(state.denoiser, y, sigma, probes, conditioning)
+        (self.config.fokker_planck * each.mean()).backward()
+        return each.detach().mean()
 
     def result(self, state: TeacherState) -> EDMDenoiser:
         """The teacher on its averaged weights."""
@@ -192,7 +224,7 @@ class TeacherTraining:
 
         What a layer drops is drawn for the rows of a rank alone, so it depends on the number of ranks.
         """
-        if not (getattr(self.net, "dropout", 0.0) or self.config.condition_noise):
+        if not (self._drops or self.config.condition_noise):
             yield
             return
         accelerators = [] if self.device.type == "cpu" else [self.device]

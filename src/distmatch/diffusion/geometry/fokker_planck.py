@@ -22,6 +22,7 @@ from distmatch.base.checks import check_count
 from distmatch.base.estimate import Estimate
 from distmatch.diffusion.conditioning import ConditioningLike
 from distmatch.diffusion.denoiser import Denoiser, require_score
+from distmatch.diffusion.geometry.any_order import AnyOrder
 from distmatch.diffusion.geometry.jacobian import (
     basis_of,
     connected,
@@ -67,7 +68,8 @@ def potential_residual(
     """
     probes = trace_probes(trace, x, seed=seed)
     rows, count = (basis_of(x), 1) if probes is None else (probes, len(probes))
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    # Fused attention has no second derivative, fused layer normalization a wrong third one.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), AnyOrder():
         place = x if x.requires_grad else x.detach().requires_grad_()
         time = t if t.requires_grad else t.detach().requires_grad_()
         value = potential(place, time)
@@ -142,9 +144,57 @@ def score_residual(
     probes = trace_probes(trace, y, seed=seed)
     if probes is not None:
         check_count("the number of probes", len(probes), 2, fix="one has its noise in the residual")
+    residual, rate = _residuals(denoiser, y, sigma, conditioning, probes)
+    return ScoreResidual(residual.double().flatten(2), rate.double().flatten(1), probes is None)
+
+
+def fokker_planck_loss(
+    denoiser: Denoiser,
+    y: Tensor,
+    sigma: Tensor,
+    probes: Tensor,
+    conditioning: ConditioningLike = None,
+) -> Tensor:
+    """The mean square of sigma^2 times the residual of a score, to train with: 0 for a true score.
+
+    A relative error e of the predicted noise gives a residual of about e / sigma^2, so that the factor makes
+    noise levels comparable and the loss free of units. Different probes are multiplied: the
+    loss is the exact one on average, and can be negative.
+
+    Args:
+        denoiser: The model, three times differentiable.
+        y: Positions (B, *shape).
+        sigma: Levels (B,).
+        probes: Random signs or normals (K, B, *shape), K of 2 or more.
+        conditioning: Of the samples.
+
+    Returns:
+        (B,), with a graph to the parameters.
+
+    Raises:
+        UserError: One probe, or a model without a score.
+    """
+    check_count("the number of probes", len(probes), 2, fix="one has its noise in the residual")
+    residual, _ = _residuals(denoiser, y, sigma, conditioning, probes, create_graph=True)
+    scaled = sigma.reshape(1, -1, 1) ** 2 * residual.flatten(2)
+    k = len(probes)
+    return ((scaled.sum(0).square() - scaled.square().sum(0)) / (k * (k - 1))).mean(-1)
+
+
+def _residuals(
+    denoiser: Denoiser,
+    y: Tensor,
+    sigma: Tensor,
+    conditioning: ConditioningLike,
+    probes: Tensor | None,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The residuals (K, B, *shape), one for each probe or the exact one, and d_sigma s."""
     require_score(denoiser, "the Fokker-Planck residual")
     refuse_random_layers(denoiser)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    # Fused attention has no second derivative, fused layer normalization a wrong third one.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), AnyOrder():
         place, level = y.detach().requires_grad_(), sigma.detach().requires_grad_()
         wide = level.reshape(-1, *([1] * (y.ndim - 1)))
         clean = denoiser(place, level, conditioning)
@@ -153,13 +203,13 @@ def score_residual(
         score = (clean - place) / wide**2
         dummy = torch.zeros_like(score, requires_grad=True)
         (along,) = torch.autograd.grad((score * dummy).sum(), level, create_graph=True)
-        (rate,) = torch.autograd.grad(along.sum(), dummy, retain_graph=True)
-        (pull,) = slopes(wide * score**2, (place,))
+        (rate,) = torch.autograd.grad(along.sum(), dummy, retain_graph=True, create_graph=create_graph)
+        (pull,) = slopes(wide * score**2, (place,), create_graph=create_graph)
         bends = []
         for e in basis_of(y) if probes is None else probes:
             (pulled,) = slopes(score * e, (place,), create_graph=True)
-            (bend,) = slopes(wide * pulled * e, (place,))
+            (bend,) = slopes(wide * pulled * e, (place,), create_graph=create_graph)
             bends.append(bend)
-    bend = torch.stack(bends) if probes is not None else torch.stack(bends).sum(0, keepdim=True)
-    residual = (rate - pull - bend).detach().double()
-    return ScoreResidual(residual.flatten(2), rate.detach().double().flatten(1), probes is None)
+        bend = torch.stack(bends) if probes is not None else torch.stack(bends).sum(0, keepdim=True)
+        residual = rate - pull - bend
+    return (residual, rate) if create_graph else (residual.detach(), rate.detach())
