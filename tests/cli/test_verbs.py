@@ -157,9 +157,9 @@ def test_evaluate_a_run_writes_its_metrics_and_the_report_shows_them(place: Path
     assert set(metrics) == {"reference", "teacher", "student"}
     assert [metrics[name]["nfe"] for name in metrics] == [None, 3, 1]
     for values in metrics.values():
-        assert set(values) == METRICS | SPEED | {"label_accuracy"}
+        assert set(values) == METRICS | SPEED | {"label_accuracy", "class_distance"}
         for key in METRICS:
-            assert set(values[key]) - {"warning"} == {"value", "stderr", "n"}, values[key]
+            assert set(values[key]) - {"warning"} == {"value", "stderr", "n", "features"}, values[key]
         assert all(values[key]["n"] == 60 for key in METRICS - {"vendi"})
     for name in metrics:
         with np.load(place / "js" / "samples" / f"{name}.npz", allow_pickle=False) as file:

@@ -15,7 +15,10 @@ from distmatch.cli.main import main
 
 TINY = "--net mlp --width 40 --depth 1"
 SHORT = "--steps 6 --batch 32"
-METRICS = {"fd", "kid", "precision", "recall", "density", "coverage", "vendi"}
+METRICS = {
+    *("fd", "kid", "mmd", "precision", "recall", "density", "coverage", "vendi"),
+    *("authentic", "memorized"),
+}
 SPEED = {"nfe", "seconds_per_1000"}
 
 

@@ -16,12 +16,13 @@ from distmatch.metrics import (
     reference_floor,
     reference_labels,
 )
+from distmatch.metrics.blocks import _unstable, block_estimates, block_replicates
 from distmatch.metrics.classifier import Classifier
-from distmatch.metrics.evaluate import _replicates, _summary, _unstable
 from distmatch.metrics.features import _fingerprint
 from distmatch.metrics.reference import reference_rows
 
-KEYS = {"fd", "kid", "precision", "recall", "density", "coverage", "vendi"}
+KEYS = {"fd", "kid", "mmd", "precision", "recall", "density", "coverage", "vendi"}
+COPIES = {"authentic", "memorized"}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def z(a, b):
 def test_the_values_are_those_of_the_blocks():
     reference, x = normal(200, 3, 0), normal(130, 3, 1) * 1.2
     result = evaluate(x, reference, seed=5)
-    assert set(result) == KEYS
-    assert all(e.n == 65 and e.stderr > 0 for e in result.values())
+    assert set(result) == KEYS | COPIES
+    assert all(e.n == 65 and e.stderr > 0 for k, e in result.items() if k != "memorized")
     a, b = reference[reference_rows(reference, 130, 5, stratified=False)].split(65)
     assert not (a[:, None] == b[None]).all(-1).any()  # disjoint
     floor = reference_floor(reference, n=65, seed=5)
@@ -60,9 +61,10 @@ def test_the_values_are_those_of_the_blocks():
     for name in ("precision", "recall", "density", "coverage"):
         assert floor[name].value == pytest.approx(sum(getattr(p, name) for p in both) / 2, rel=1e-9)
     # one reference block against itself, through the same door
-    values, _ = _summary(_replicates(a, a))
-    assert values[0] == pytest.approx(0, abs=1e-9)
-    assert values[2:6].tolist() == [1, 1, 1, 1]
+    same = block_estimates([block_replicates(a, a)], [a], 65)
+    assert same["fd"].value == pytest.approx(0, abs=1e-9)
+    assert [same[k].value for k in ("precision", "recall", "density", "coverage")] == [1, 1, 1, 1]
+    assert (same["authentic"].value, same["memorized"].value) == (0, 1)
 
 
 def test_same_seed_same_values_and_the_order_of_samples_is_not_trusted():
@@ -103,7 +105,7 @@ def test_broken_models_are_worse_than_the_floor(digits, features, floor):
     noisy = evaluate(x + noise, digits, labels=labels, features=features)
     first = torch.stack([(labels == c).nonzero()[0, 0] for c in range(10)])[labels]
     collapsed = evaluate(x[first], digits, labels=labels, features=features)
-    assert set(good) == KEYS | {"label_accuracy"}
+    assert set(good) == KEYS | COPIES | {"label_accuracy", "class_distance"}
     assert good["fd"].value < 2 * floor["fd"].value < noisy["fd"].value < collapsed["fd"].value
     for broken in (noisy, collapsed):
         assert z(broken["fd"], floor["fd"]) > 3
@@ -137,7 +139,7 @@ def test_stratified_blocks_lower_the_floor_of_conditional_models(digits, feature
 def test_mixture_adds_the_mode_keys():
     ring, reference = data.toy("ring8"), data.toy_dataset("ring8", 2000)
     floor = reference_floor(reference, mixture=ring)
-    assert set(floor) == KEYS | {"modes", "kl", "reverse_kl", "js"}
+    assert set(floor) == KEYS | COPIES | {"class_distance", "modes", "kl", "reverse_kl", "js"}
     assert floor["modes"].value == 8
     assert floor["modes"].n == 2000
     assert floor["kl"].value < 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,12 +19,14 @@ class Estimate:
         stderr: Its standard error (one sigma), NaN where none can be given.
         n: The number of samples behind it.
         warning: Why the value is not to be trusted, as a sentence; None when nothing speaks against it.
+        features: The feature space it was measured in, with the fingerprint of its network; '' for none.
     """
 
     value: float
     stderr: float
     n: int
     warning: str | None = None
+    features: str = field(default="", kw_only=True)
 
     @property
     def reliable(self) -> bool:
@@ -32,7 +34,7 @@ class Estimate:
         return self.warning is None and not math.isnan(self.value)
 
     def to_dict(self) -> dict[str, float | int | str | None]:
-        """The JSON form ``{"value", "stderr", "n"}``, with ``"warning"`` only where there is one.
+        """The JSON form ``{"value", "stderr", "n"}``, and ``"features"``, ``"warning"`` where there are any.
 
         A number that is not finite becomes null.
         """
@@ -40,6 +42,8 @@ class Estimate:
             k: v if math.isfinite(v) else None for k, v in (("value", self.value), ("stderr", self.stderr))
         }
         result: dict[str, float | int | str | None] = {**finite, "n": self.n}
+        if self.features:
+            result["features"] = self.features
         if self.warning is not None:
             result["warning"] = self.warning
         return result
@@ -48,7 +52,8 @@ class Estimate:
     def from_dict(cls, entry: dict[str, Any]) -> Estimate:
         """An estimate from its JSON form; NaN represents null."""
         value, stderr = (math.nan if entry.get(k) is None else float(entry[k]) for k in ("value", "stderr"))
-        return cls(value, stderr, int(entry.get("n") or 0), entry.get("warning"))
+        features = str(entry.get("features") or "")
+        return cls(value, stderr, int(entry.get("n") or 0), entry.get("warning"), features=features)
 
     def __str__(self) -> str:
         mark = "" if self.warning is None else f" (unreliable: {self.warning})"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distmatch.base.errors import UserError
+from distmatch.base.metric_names import metric_of, space_of
 from distmatch.base.progress import in_words
 from distmatch.cli.answer import print_json
 from distmatch.cli.distill import HELP as DISTILL
@@ -140,7 +141,8 @@ def comparison_table(record: dict[str, Any]) -> str:
     """A plain-text table: a row for each method, value ± standard error over seeds, and its cost."""
     means, costs = record["summary"]["means"], record["summary"]["costs"]
     rows = {"real data": record["reference"], "teacher": record["teacher"], **means}
-    shown = [metric for metric in _SHOWN if any(metric in own for own in means.values())]
+    keys = dict.fromkeys(key for own in means.values() for key in own)
+    shown = sorted((key for key in keys if metric_of(key) in _SHOWN), key=_place)
     lines = [["", *shown, "runs", "steps", "ms a step"]]
     methods = {method["name"]: method for method in record["methods"]}
     for name in [*list(rows)[:2], *methods]:
@@ -175,6 +177,11 @@ def _differences(record: dict[str, Any]) -> list[str]:
         f"  {d['name']} is {d['verdict']} in {d['metric']}: {d['value']:+.3g} ± {d['stderr']:.2g}"
         for d in differences
     ]
+
+
+def _place(key: str) -> tuple[str, int]:
+    """First feature space first, the metrics of each in the order of the table."""
+    return space_of(key), _SHOWN.index(metric_of(key))
 
 
 def _cell(entry: dict[str, Any] | None) -> str:

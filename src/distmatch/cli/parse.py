@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from distmatch.base.errors import UserError
+from distmatch.base.metric_names import SPACES
 from distmatch.cli.help import LETTERS, Help, asked_for, flags_of, help_text
 from distmatch.cli.refusal import refusal
 from distmatch.methods.table import RENAMED, current_name, find_method, readers, unknown_setting
@@ -244,11 +245,23 @@ def _in_full(argv: Sequence[str]) -> list[str]:
     long = {letter: f"--{name}" for name, letter in LETTERS.items()}
     old = {f"--{name.replace('_', '-')}": name for name in RENAMED}
     result = []
-    for name, equals, value in (argument.partition("=") for argument in argv):
+    for name, equals, value in (argument.partition("=") for argument in _with_all_features(argv)):
         now = f"--{current_name(old[name]).replace('_', '-')}" if name in old else long.get(name, name)
         if name in old and any(other.partition("=")[0] == now for other in argv):
             raise UserError("an option is given twice", got=f"{name} and {now}", fix=f"omit {name}")
         result.append(now + equals + value)
+    return result
+
+
+def _with_all_features(argv: Sequence[str]) -> list[str]:
+    """The feature spaces after `--features`, in words of their own, as one list with commas."""
+    result: list[str] = []
+    for argument in argv:
+        listed = len(result) > 1 and result[-2] == "--features"
+        if listed and {*result[-1].split(","), *argument.split(",")} <= set(SPACES):
+            result[-1] += f",{argument}"
+        else:
+            result.append(argument)
     return result
 
 

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from distmatch.base.estimate import Estimate
+from distmatch.base.metric_names import key_in, metric_of, published_name, space_of
 
 _BETTER = {
     "fd": "lower",
     "kid": "lower",
+    "mmd": "lower",
     "precision": "higher",
     "recall": "higher",
     "density": "floor",
     "coverage": "higher",
     "vendi": "floor",
+    "class_distance": "floor",
+    "authentic": "floor",
+    "memorized": "floor",
     "frame_fd": "lower",
     "motion": "floor",
     "label_accuracy": "higher",
@@ -49,17 +54,22 @@ def metric_table(metrics: dict[str, dict[str, Any]], features: str = "", notes: 
     models = list(metrics)
     of = metrics.get("reference", {}).get("of")
     titles = [f"floor ({'teacher' if of else 'real'})" if m == "reference" else m for m in models]
-    rows = [["metric", *titles, "better"]]
+    keys = dict.fromkeys(key for block in metrics.values() for key in block)
+    spaces = list(dict.fromkeys(["", *map(space_of, keys)]))
+    several = ["features"] if len(spaces) > 1 else []
+    rows = [["metric", *titles, "better", *several]]
     n = 0
-    for key, better in _BETTER.items():
+    for key in (key_in(metric, space) for space in spaces for metric in _BETTER):
         cells = [metrics[m].get(key) for m in models]
-        if any(isinstance(c, Estimate) for c in cells):
-            rows.append([key, *(_cell(c) for c in cells), better])
-            n = max([n, *(c.n for c in cells if isinstance(c, Estimate) and key == "fd")])
+        if measured := [c for c in cells if isinstance(c, Estimate)]:
+            used, better = measured[0].features, _BETTER[metric_of(key)]
+            name = published_name(key, used) or metric_of(key)
+            rows.append([name, *(_cell(c) for c in cells), better, *([used] if several else [])])
+            n = max([n, *(c.n for c in measured if key == "fd")])
     for key, title in (("nfe", "network calls"), ("seconds_per_1000", "seconds per 1000")):
         cells = [metrics[m].get(key) for m in models]
         if any(c for c in cells):
-            rows.append([title, *(f"{c:.3g}" if c else "-" for c in cells), "lower"])
+            rows.append([title, *(f"{c:.3g}" if c else "-" for c in cells), "lower", *[""] * len(several)])
     lines = in_columns(rows)
     whose = "samples of the teacher with others" if of else "real data with real data"
     lines.append(f"blocks of {n} samples; the floor compares {whose} at the same size")

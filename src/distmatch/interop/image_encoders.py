@@ -22,8 +22,6 @@ from distmatch.base.files import load_into, load_tensors
 from distmatch.base.inputs import require_regular_file
 from distmatch.interop.optional import EFFICIENTNET, EFFICIENTNET_WEIGHTS
 
-NAMES = ("efficientnet-lite0",)
-"""The networks by name."""
 _LITE_SIDES = (64, 128, 224)
 
 
@@ -91,7 +89,7 @@ def image_encoder(name: str, weights: str | Path = "") -> ImageEncoder:
     """A pretrained network by name.
 
     Args:
-        name: One of :data:`NAMES`.
+        name: One of :data:`~distmatch.base.metric_names.PRETRAINED`.
         weights: The file of its weights, for those whose package does not contain them.
 
     Raises:

@@ -5,7 +5,8 @@ from distmatch.metrics.distances import Measured
 from distmatch.metrics.evaluate import evaluate, reference_floor
 from distmatch.metrics.features import Features, classifier_features, pixels
 from distmatch.metrics.frechet import frechet_distance
-from distmatch.metrics.kid import kernel_distance
+from distmatch.metrics.kid import cmmd, kernel_distance
+from distmatch.metrics.memorization import authenticity, memorized_share
 from distmatch.metrics.modes import ModeReport, mode_counts
 from distmatch.metrics.prdc import PRDC, prdc
 from distmatch.metrics.reference import reference_labels
@@ -20,12 +21,15 @@ __all__ = [
     "Features",
     "Measured",
     "ModeReport",
+    "authenticity",
     "classifier_features",
+    "cmmd",
     "compare_datasets",
     "compare_samples",
     "evaluate",
     "frechet_distance",
     "kernel_distance",
+    "memorized_share",
     "mode_counts",
     "pixels",
     "plan",

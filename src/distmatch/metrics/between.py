@@ -165,6 +165,10 @@ def compare_datasets(
     checked_names(which)
     check_equal("the kinds or shapes of the samples", f"{p.kind}s {p.shape}", f"{q.kind}s {q.shape}")
     space = resolve_features("pixels" if features == "auto" else features, p)
+    if space.also:
+        raise UserError(
+            "divergences are measured in one feature space", got=str(features), fix="name one of them"
+        )
     raw = p.scaling.kind == "vector" and space.name == "pixels"
     sides = []
     for side, data in (("p", p), ("q", q)):

@@ -8,7 +8,6 @@ stratified by label differ less than independent samples do, so a ``kid`` below 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,23 +18,16 @@ from distmatch.base import seeds
 from distmatch.base.checks import batch_of, check_finite, check_one_each
 from distmatch.base.errors import UserError
 from distmatch.base.estimate import Estimate
+from distmatch.base.metric_names import key_in
 from distmatch.base.ranks import ALONE, Ranks
+from distmatch.metrics.blocks import block_estimates, block_replicates
 from distmatch.metrics.chosen import Chosen
 from distmatch.metrics.features import Features
-from distmatch.metrics.frechet import frechet_replicates
-from distmatch.metrics.kid import kid_replicates
 from distmatch.metrics.modes import Mixture, mode_counts, smoothed_share
-from distmatch.metrics.prdc import prdc_replicates
-from distmatch.metrics.reference import Reference, reference_rows, stratified_order
-from distmatch.metrics.resampling import COPIES, half_sample_stderr, jackknife_stderr, repeats
-from distmatch.metrics.settings import GROUPS, K_COVERAGE, K_PRECISION, plan
+from distmatch.metrics.reference import Reference, labels_of_rows, reference_rows, stratified_order
+from distmatch.metrics.settings import plan
 from distmatch.metrics.spaces import FeatureChoice, resolve_features
-from distmatch.metrics.vendi import vendi_replicates
 from distmatch.metrics.video import frames_of, motion, video_estimates
-
-_NAMES = ("fd", "kid", "precision", "recall", "density", "coverage", "vendi")
-_HALVED = ("precision", "recall", "density", "coverage")
-_FAR_OUT = 0.05  # how far value and error may exceed [0, 1]: near its ends this is acceptable
 
 
 @dataclass(frozen=True)
@@ -53,17 +45,6 @@ class Evaluation:
     replicates: dict[str, Tensor]
 
 
-def replicate_stderr(name: str, replicates: Tensor) -> float:
-    """The standard error of a metric, or of any linear combination of models' values of it.
-
-    Args:
-        name: The metric, which determines how samples are left out.
-        replicates: (2, R) as in :class:`Evaluation`, or a linear combination of such tables.
-    """
-    rule = half_sample_stderr if name in _HALVED else jackknife_stderr
-    return float(rule(replicates.T).square().sum().sqrt()) / len(replicates)
-
-
 def evaluate(
     x: Reference | Tensor,
     reference: Reference | Tensor,
@@ -77,11 +58,11 @@ def evaluate(
 ) -> dict[str, Estimate]:
     """Measures generated samples against a reference.
 
-    ``fd`` and ``kid`` are better small; ``precision``, ``density`` (fidelity), ``recall``, ``coverage`` and
-    ``vendi`` (diversity) should reach :func:`reference_floor`. Standard errors are from a jackknife over ten
-    groups in each block, those of precision, recall, density and coverage from seven halvings. At a model
-    equal to the reference they are conservative for ``fd`` and ``kid``, whose first derivative vanishes
-    there.
+    ``fd``, ``kid`` and ``mmd`` are better small; ``precision``, ``density`` (fidelity), ``recall``,
+    ``coverage``, ``vendi``, ``class_distance`` (diversity), ``authentic`` and ``memorized`` (copies)
+    should reach :func:`reference_floor`. Standard errors are from a jackknife over ten groups in each
+    block, those of shares of samples from seven halvings. At a model equal to the reference they are
+    conservative for ``fd``, ``kid`` and ``mmd``, whose first derivative vanishes there.
 
     Where the reference is a table with words or whole numbers, samples are measured as rows of such a table
     (:meth:`~distmatch.data.Dataset.as_rows`): no value between two words would ever be written.
@@ -93,16 +74,18 @@ def evaluate(
         labels: The requested labels (M,), -1 for none. With them all blocks are stratified, and
             ``label_accuracy`` is the share that the classifier predicts. Ask for labels in the shares of the
             reference (:func:`reference_labels`): other shares are a difference that ``fd`` and ``kid`` see.
-        features: ``"auto"``, ``"classifier"``, ``"pixels"``, ready :class:`Features`, or a function.
+        features: ``"auto"``, ``"classifier"``, ``"pixels"``, a pretrained network, several names with commas,
+            ready :class:`Features`, or a function.
         n: Upper bound for the block size; 5000 by default. Values at different block sizes do not compare.
         seed: Chooses the blocks.
         mixture: The exact mixture behind the reference; adds ``modes``, ``kl``, ``reverse_kl``, ``js``.
         ranks: Processes that call this together, with the same samples, and share the work.
 
     Returns:
-        Estimates under ``fd``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage``, ``vendi`` with
-        ``n`` the block size, and where they apply ``label_accuracy`` and the four mode keys, with ``n`` both
-        blocks together; of video ``frame_fd`` and ``motion`` as well
+        Estimates under ``fd``, ``kid``, ``mmd``, ``precision``, ``recall``, ``density``, ``coverage``,
+        ``vendi``, ``authentic``, ``memorized``, and with labels ``class_distance``, with ``n`` the block
+        size; in further feature spaces under ``fd@NAME`` and so on. Where they apply ``label_accuracy``
+        and the four mode keys, with ``n`` both blocks together; of video ``frame_fd`` and ``motion`` as well
         (:func:`~distmatch.metrics.video.video_estimates`).
 
     Raises:
@@ -133,15 +116,31 @@ def evaluate_replicates(
     chosen = Chosen(x, order, partial(_check_finite, name="x"), reference, ranks)
     samples = _real(reference, size, seed, stratified=labels is not None, ranks=ranks)
     where = _device(chosen.device)
-    generated, real = (_features(space, side, where, chosen.device).split(size) for side in (chosen, samples))
-    blocks = [_replicates(g, r) for g, r in zip(generated, real, strict=True)]
-    result = _doubtful(_combine([_summary(block) for block in blocks], size), blocks, real)
-    if labels is not None and space.classify is not None:
+    both = (None if labels is None else labels[order], labels_of_rows(reference, samples.rows))
+    classes = tuple(side.split(size) for side in both if side is not None) if labels is not None else ()
+    result: dict[str, Estimate] = {}
+    replicates: dict[str, Tensor] = {}
+    for own in (space, *space.also):
+        generated, real = (
+            _features(own, side, where, chosen.device).split(size) for side in (chosen, samples)
+        )
+        labeled = zip(*classes, strict=True) if len(classes) == 2 else [None] * len(real)
+        blocks = [block_replicates(*pair) for pair in zip(generated, real, labeled, strict=True)]
+        names = {
+            name: key_in(name, own.name if own is not space else "")
+            for name in blocks[0]
+            if all(name in block for block in blocks)
+        }
+        found = block_estimates(blocks, real, size, own.label)
+        result |= {names[name]: value for name, value in found.items()}
+        replicates |= {key: torch.stack([b[name] for b in blocks]).cpu() for name, key in names.items()}
+    judge = next((own for own in (space, *space.also) if own.classify is not None), None)
+    if labels is not None and judge is not None:
         asked = labels[order]
-        right = (chosen.map(lambda part, _: space.predict(part)).cpu() == asked)[asked >= 0]
+        right = (chosen.map(lambda part, _: judge.predict(part)).cpu() == asked)[asked >= 0]
         if len(right):
-            result["label_accuracy"] = smoothed_share(float(right.sum()), len(right))
-    replicates = {name: torch.stack([block[name] for block in blocks]).cpu() for name in _NAMES}
+            found_share = smoothed_share(float(right.sum()), len(right))
+            result["label_accuracy"] = replace(found_share, features=judge.label)
     extra = _mode_estimates(chosen, mixture)
     if len(_shape(x)) == 4:
         frames = [frames_of(side, size).to(where).split(size) for side in (chosen, samples)]
@@ -186,11 +185,17 @@ def reference_floor(
     size = plan(reference, features=space, n=n, seed=seed).n
     samples = _real(reference, size, seed, stratified=stratified, ranks=ranks)
     where = _device(samples.device)
-    first, second = _features(space, samples, where, samples.device).split(size)
-    block = _replicates(first, second, both_ways=True)
-    result = _doubtful(_combine([_summary(block)], size), [block], (first, second))
-    if space.heldout_accuracy is not None:
-        result["label_accuracy"] = space.heldout_accuracy
+    labels = labels_of_rows(reference, samples.rows) if stratified else None
+    classes = None if labels is None else (labels[:size], labels[size:])
+    result: dict[str, Estimate] = {}
+    for own in (space, *space.also):
+        first, second = _features(own, samples, where, samples.device).split(size)
+        block = block_replicates(first, second, classes, both_ways=True)
+        found = block_estimates([block], (first, second), size, own.label)
+        result |= {key_in(name, own.name if own is not space else ""): value for name, value in found.items()}
+    judge = next((own for own in (space, *space.also) if own.heldout_accuracy is not None), None)
+    if judge is not None and judge.heldout_accuracy is not None:
+        result["label_accuracy"] = judge.heldout_accuracy
     result |= _mode_estimates(samples, mixture)
     if len(_shape(reference)) == 4:
         frames = frames_of(samples, size).to(where).split(size)
@@ -214,70 +219,6 @@ def _motion(clips: Chosen) -> Tensor:
 def _shape(x: Reference | Tensor) -> tuple[int, ...]:
     """Shape of one sample."""
     return tuple(x.shape[1:]) if isinstance(x, Tensor) else tuple(x.shape)
-
-
-def _replicates(generated: Tensor, real: Tensor, *, both_ways: bool = False) -> dict[str, Tensor]:
-    """All metrics of one pair of blocks: (R,) each, the value on all samples first."""
-
-    def shares(x: Tensor, y: Tensor) -> Tensor:
-        return prdc_replicates(y, x, halves=True, k_precision=K_PRECISION, k_coverage=K_COVERAGE)
-
-    counted, diversity = shares(generated, real), vendi_replicates(generated, GROUPS)
-    if both_ways:
-        counted = (counted + shares(real, generated)) / 2
-        diversity = (diversity + vendi_replicates(real, GROUPS)) / 2
-    smooth = [frechet_replicates(generated, real, GROUPS), kid_replicates(generated, real, GROUPS), diversity]
-    return dict(zip(("fd", "kid", "vendi", *_HALVED), [*smooth, *counted.unbind(1)], strict=True))
-
-
-def _summary(replicates: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The values of one pair of blocks and their standard errors, (7,) each, in the order of the names."""
-    errors = [
-        half_sample_stderr(replicates[k]) if k in _HALVED else jackknife_stderr(replicates[k]) for k in _NAMES
-    ]
-    return torch.stack([replicates[k][0] for k in _NAMES]), torch.stack(errors)
-
-
-def _combine(pairs: list[tuple[Tensor, Tensor]], size: int) -> dict[str, Estimate]:
-    """The mean over independent pairs of blocks."""
-    values = torch.stack([v for v, _ in pairs]).mean(0).tolist()
-    errors = (torch.stack([e for _, e in pairs]).square().sum(0).sqrt() / len(pairs)).tolist()
-    return {name: Estimate(v, e, size) for name, v, e in zip(_NAMES, values, errors, strict=True)}
-
-
-def _doubtful(
-    found: dict[str, Estimate], blocks: Sequence[dict[str, Tensor]], real: Sequence[Tensor]
-) -> dict[str, Estimate]:
-    """The estimates, with warnings where one is unstable or nearest-neighbor balls mean little."""
-    share = sum(map(repeats, real)) / len(real)
-    copies = (
-        f"{share:.0%} of the reference samples repeat others: many nearest-neighbor balls have radius "
-        f"zero, and only copies fall into them"
-        if share > COPIES
-        else None
-    )
-    result = dict(found)
-    for name in _HALVED:
-        why = [copies, _unstable(name, found[name], torch.cat([block[name][1:] for block in blocks]))]
-        if any(why):
-            result[name] = replace(found[name], warning="; ".join(w for w in why if w))
-    return result
-
-
-def _unstable(name: str, found: Estimate, halves: Tensor) -> str | None:
-    """Why an estimate cannot be read as value and error, or None.
-
-    An error that reaches far out of [0, 1] comes from halves that say something else than the whole: radii of
-    nearest-neighbor balls that a few samples decide. Density may exceed 1, so that its lower end counts.
-    """
-    room = found.value if name == "density" else min(found.value, 1 - found.value)
-    if found.stderr <= room + _FAR_OUT:
-        return None
-    low, high = float(halves.min()), float(halves.max())
-    return (
-        f"unstable: halves of the samples give {low:.2g} to {high:.2g}, since a few of them determine "
-        f"the large balls. Do not interpret it as value and error"
-    )
 
 
 def _mode_estimates(samples: Chosen, mixture: Mixture | None) -> dict[str, Estimate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,9 @@ class Features:
             training that is repeated on another machine rounds otherwise and ends in other weights.
         about: What it is and what the errors leave out, for the reader of a table; '' for no more than the
             name.
+        published: What exactly these features are called where their values can be compared with published
+            ones, see :mod:`distmatch.base.metric_names`.
+        also: Further feature spaces to measure in.
     """
 
     name: str
@@ -46,11 +49,18 @@ class Features:
     heldout_accuracy: Estimate | None = None
     fingerprint: str = ""
     about: str = ""
+    published: str = ""
+    also: tuple[Features, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What stands beside each number: name and fingerprint, or the name under which it is published."""
+        return self.published or f"{self.name} {self.fingerprint}".strip()
 
     @property
     def description(self) -> str:
         """A descriptive name, with the limits of the errors in this space."""
-        return self.about or self.name
+        return "; ".join([self.about or self.name, *(own.description for own in self.also)])
 
     def __call__(self, x: Tensor) -> Tensor:
         """Features of all samples, in batches and without gradients.
@@ -144,7 +154,7 @@ def classifier_features(dataset: Reference, cache: Path | None = None) -> Featur
         "classifier",
         lambda x: _on_device_of(x, nets).features(x.float()),
         lambda x: _on_device_of(x, nets)(x.float()),
-        smoothed_share(right, held),
+        replace(smoothed_share(right, held), features=f"classifier {fingerprint}"),
         fingerprint,
         f"classifier {fingerprint}, trained on the labels of the real data. The errors do not include its "
         f"training: another one, as on another machine, gives other values, so compare only values with the "

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from distmatch.base.estimate import Estimate
+from distmatch.base.metric_names import COMPARED, TRAINED_ON
 from distmatch.data.columns import is_coded
 from distmatch.data.dataset import Dataset
 from distmatch.metrics.features import Features
@@ -38,4 +44,19 @@ def notes_on(reference: Dataset, space: Features, n: int) -> list[str]:
             f"samples: "
             "its features and label_accuracy are doubtful. Use --features pixels too"
         )
+    return found
+
+
+def marked(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a model, with a warning on those in features that its method was trained on.
+
+    Args:
+        metrics: Estimates by key, and other entries.
+        about: What the student records of its training.
+    """
+    space, mark = TRAINED_ON.get(str(about.get(COMPARED)), ("", ""))
+    found = dict(metrics)
+    for key, value in metrics.items():
+        if space and isinstance(value, Estimate) and value.features == space:
+            found[key] = replace(value, warning="; ".join(filter(None, [value.warning, mark])))
     return found

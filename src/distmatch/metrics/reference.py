@@ -103,3 +103,9 @@ def reference_labels(reference: Reference, count: int, *, seed: int = 0) -> Tens
     labels = reference.labels.cpu()
     order = stratified_order(labels, len(labels), seeds.generator(seed, "evaluate/labels"))
     return labels[order[torch.arange(count) % len(order)]]
+
+
+def labels_of_rows(reference: Reference | Tensor, rows: Tensor) -> Tensor | None:
+    """The labels of some samples, int64 on the CPU; None without labels."""
+    labels = None if isinstance(reference, Tensor) else reference.labels
+    return None if labels is None else labels.cpu()[rows]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from distmatch.base.checks import check_name
 from distmatch.base.errors import UserError
-from distmatch.interop.image_encoders import NAMES, image_encoder
+from distmatch.base.metric_names import PRETRAINED, SPACES
+from distmatch.interop.image_encoders import image_encoder
 from distmatch.metrics.features import Features, classifier_features, pixels
 from distmatch.metrics.pretrained import check_images, encoder_features
 from distmatch.metrics.reference import Reference
@@ -22,9 +24,10 @@ def resolve_features(features: FeatureChoice, dataset: Reference | None) -> Feat
 
     Args:
         features: ``"classifier"``, ``"pixels"``, ``"auto"``, a pretrained network such as
-            ``"efficientnet-lite0"``, ready features, or a function from samples to (N, D). Automatic is the
-            classifier where the reference has labels of at least two classes, and pixels without labels and
-            for vectors of up to 32 numbers, where plain distances mean something.
+            ``"efficientnet-lite0"``, several of these names with commas, ready features, or a function from
+            samples to (N, D). Automatic is the classifier where the reference has labels of at least two
+            classes, and pixels without labels and for vectors of up to 32 numbers, where plain distances mean
+            something. With several names the metrics of the first have their plain keys.
         dataset: The reference; None for plain tensors, which have no labels.
 
     Raises:
@@ -35,15 +38,25 @@ def resolve_features(features: FeatureChoice, dataset: Reference | None) -> Feat
         return features
     if callable(features):
         return Features(getattr(features, "__name__", type(features).__name__), features)
-    check_name("feature space", features, ("auto", "classifier", "pixels", *NAMES))
-    if features in NAMES:
-        if dataset is not None:
+    names = [part.strip() for part in features.split(",")]
+    for name in names:
+        check_name("feature space", name, SPACES)
+        if name in PRETRAINED and dataset is not None:
             check_images(dataset.shape)
-        return encoder_features(image_encoder(features))
-    if features == "auto":
-        labeled = dataset is not None and dataset.num_classes > 1
-        features = "classifier" if labeled and not _few_numbers(dataset) else "pixels"
-    if features == "pixels":
+    names = list(dict.fromkeys(_automatic(dataset) if name == "auto" else name for name in names))
+    first, *others = [_named(name, dataset) for name in names]
+    return replace(first, also=tuple(others))
+
+
+def _automatic(dataset: Reference | None) -> str:
+    few = dataset is not None and len(dataset.shape) == 1 and dataset.shape[0] <= _FEW
+    return "classifier" if dataset is not None and dataset.num_classes > 1 and not few else "pixels"
+
+
+def _named(name: str, dataset: Reference | None) -> Features:
+    if name in PRETRAINED:
+        return encoder_features(image_encoder(name))
+    if name == "pixels":
         return pixels()
     if dataset is None:
         raise UserError(
@@ -53,7 +66,3 @@ def resolve_features(features: FeatureChoice, dataset: Reference | None) -> Feat
             fix="use features='pixels', or make one with distmatch.data.from_arrays(x, labels)",
         )
     return classifier_features(dataset)
-
-
-def _few_numbers(dataset: Reference | None) -> bool:
-    return dataset is not None and len(dataset.shape) == 1 and dataset.shape[0] <= _FEW

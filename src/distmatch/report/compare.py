@@ -23,7 +23,7 @@ from distmatch.report.compare_words import (
 from distmatch.report.page import flat, page
 from distmatch.report.run import Samples, read_samples
 from distmatch.report.samples import TAUGHT, SamplesSection, side_by_side, titled
-from distmatch.report.table import METRICS, Metric
+from distmatch.report.table import METRICS, Metric, present_metrics
 
 _RECORD = "compare.json"
 _NEEDED = ("methods", "runs", "reference", "teacher", "summary", "budget", "impossible", "evaluation")
@@ -70,8 +70,8 @@ def render_comparison(path: Path, refresh: float = 0) -> str:
             fix="restore it from a copy, or compare again",
         )
     lines = table_lines(record)
-    present = {key for line in lines for key in line.cells}
-    metrics = [m for m in METRICS if m.key in present]
+    present = {key: found.features for line in lines for key, found in line.cells.items()}
+    metrics = [m for m in present_metrics(present) if m.better]
     environment = read_json(path / "env.json") if (path / "env.json").exists() else {}
     config = path / "config.toml"
     return page(

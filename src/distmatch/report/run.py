@@ -188,7 +188,8 @@ def read_metrics(path: Path) -> dict[str, ModelMetrics]:
                 warning = entry.get("warning")
                 if warning is not None and not isinstance(warning, str):
                     raise _broken(path, f"{model}.{key}.warning", warning, "a sentence or null")
-                estimates[key] = Estimate(numbers[0], numbers[1], n, warning)
+                features = str(entry.get("features") or "")
+                estimates[key] = Estimate(numbers[0], numbers[1], n, warning, features=features)
         nfe, seconds = (
             _optional_number(path, f"{model}.{k}", block.get(k)) for k in ("nfe", "seconds_per_1000")
         )

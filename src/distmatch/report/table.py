@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from distmatch.base.estimate import Estimate
+from distmatch.base.metric_names import key_in, metric_of, published_name, space_of
 from distmatch.report.run import MODELS, ModelMetrics
 
 _TELLING = 2.0  # a difference of fewer standard errors is not called a difference
@@ -46,11 +48,15 @@ class Metric:
 METRICS = (
     Metric("fd", "Fréchet distance", "down", "distance between Gaussians fitted to the features"),
     Metric("kid", "KID", "down", "kernel distance between features, unbiased: may fall below zero"),
+    Metric("mmd", "MMD of directions", "down", "with the kernel of CMMD, unbiased: may fall below zero"),
     Metric("precision", "Precision", "up", "share of samples that lie among real data"),
     Metric("recall", "Recall", "up", "share of real data that lie among the samples"),
     Metric("density", "Density", "floor", "how densely real data surround the samples"),
     Metric("coverage", "Coverage", "up", "share of real data with a sample close by"),
     Metric("vendi", "Vendi score", "floor", "effective number of different samples"),
+    Metric("class_distance", "Distance within classes", "floor", "between samples, over that of real data"),
+    Metric("authentic", "Authentic", "floor", "share of samples that are no copies of real ones, by AuthPct"),
+    Metric("memorized", "Memorized", "floor", "share of samples close to one real one and to no other"),
     Metric("frame_fd", "Fréchet distance, frames", "down", "between the pixels of single frames"),
     Metric("motion", "Motion", "floor", "mean change of a pixel between frames, as a share of its range"),
     Metric("label_accuracy", "Label accuracy", "up", "share of samples classified as the requested label"),
@@ -168,17 +174,34 @@ def compare(
 
 def table(metrics: dict[str, ModelMetrics]) -> list[Row]:
     """The rows of the metric table: known metrics in our order, then whatever else is there."""
-    known = {m.key: m for m in METRICS}
-    present = dict.fromkeys(key for block in metrics.values() for key in block.estimates)
-    keys = [k for k in known if k in present] + [k for k in present if k not in known]
+    present = {key: found.features for block in metrics.values() for key, found in block.estimates.items()}
     rows = []
-    for key in keys:
-        metric = known.get(key, Metric(key, key, "", ""))
+    for metric in present_metrics(present):
+        key = metric.key
         cells = tuple(metrics[m].estimates.get(key) if m in metrics else None for m in MODELS)
         floor, teacher, student = cells
         verdict, sigmas = compare(student, teacher, floor, metric.better)
         rows.append(Row(metric, cells, ratio_of(student, teacher), verdict, sigmas))
     return rows
+
+
+def present_metrics(present: Mapping[str, str]) -> list[Metric]:
+    """The metrics of a page: known ones in our order, by feature space, then whatever else is there.
+
+    Args:
+        present: The features that each key was measured in, '' where none are known.
+    """
+    known = {m.key: m for m in METRICS}
+    spaces = list(dict.fromkeys(["", *map(space_of, present)]))
+    ordered = [key for space in spaces for name in known if (key := key_in(name, space)) in present]
+    found = []
+    for key in dict.fromkeys([*ordered, *present]):
+        metric, used = known.get(metric_of(key), Metric(key, key, "", "")), present[key]
+        title = published_name(key, used) or metric.title
+        if len(spaces) > 1 and used:
+            title = f"{title}, {used}"
+        found.append(replace(metric, key=key, title=title))
+    return found
 
 
 def doubts(rows: list[Row]) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ from distmatch.interop.card import OF, refresh_card
 from distmatch.metrics import evaluate, plan, reference_floor, reference_labels
 from distmatch.metrics.by_prompt import prompt_estimates, prompt_floor
 from distmatch.metrics.features import BATCH, Features
+from distmatch.metrics.notes import marked
 from distmatch.metrics.settings import MOST_IN_BLOCK
 from distmatch.metrics.spaces import FeatureChoice
 from distmatch.training.distill_data import check_fit
@@ -138,6 +139,8 @@ def evaluate_models(
         ranks=ranks,
         place=folder.samples,
     )
+    for name, model in models.items():
+        metrics[name] = marked(metrics[name], model.student.info if model.student is not None else {})
     settings = plan(data, features=space, n=n, seed=seed).to_dict()
     fingerprint = {"fingerprint": space.fingerprint} if space.fingerprint else {}
     said = {**settings, **fingerprint, **sampling.to_dict()}

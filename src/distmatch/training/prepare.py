@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from distmatch.base.errors import UserError
+from distmatch.base.metric_names import COMPARED
 from distmatch.data import TOY_NAMES, Dataset
 from distmatch.data.ahead import ahead
 from distmatch.data.batches import Batch, Batches, BatchOf
@@ -196,6 +197,7 @@ def prepare_distillation(
         "data": described,
         **({"prompts": texts_used} if texts_used else {}),
         **{f"teacher_{key}": text for key, text in conversion.items()},
+        **{key: distiller.notes()[key] for key in (COMPARED,) if key in distiller.notes()},
     }
 
     def result() -> Student:

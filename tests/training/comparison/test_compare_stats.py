@@ -10,7 +10,8 @@ import torch
 from scipy import stats
 
 from distmatch.base.estimate import Estimate
-from distmatch.metrics.evaluate import evaluate_replicates, replicate_stderr
+from distmatch.metrics.blocks import replicate_stderr
+from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.training.comparison.stats import (
     Difference,
     Measured,

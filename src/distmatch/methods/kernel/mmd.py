@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from distmatch.base.errors import UserError
+from distmatch.base.metric_names import COMPARED
 from distmatch.data.batches import Batch
 from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser, has_features, pooled, require_score
@@ -91,7 +92,7 @@ class ChainMMD:
     def notes(self) -> dict[str, Any]:
         """What is compared, and by which kernel."""
         name = feature_kernel(self.context.settings, self.of_network, 1).name
-        return {"mmd_features": "teacher" if self.of_network else "samples", "mmd_kernel": name}
+        return {COMPARED: "teacher" if self.of_network else "samples", "mmd_kernel": name}
 
     def prepare(self, state: DistillState, seed: int) -> None:
         """The student uses the DDIM sampler, whose only noise is the initial one."""

@@ -24,6 +24,7 @@ from distmatch.metrics import plan
 from distmatch.metrics.by_prompt import prompt_estimates
 from distmatch.metrics.evaluate import evaluate_replicates
 from distmatch.metrics.features import Features
+from distmatch.metrics.notes import marked
 from distmatch.training.comparison.options import CompareOptions
 from distmatch.training.comparison.stats import Measured
 from distmatch.training.distill_data import check_fit
@@ -147,7 +148,7 @@ class Bench:
         speed = {"nfe": drawn.nfe, "seconds_per_1000": drawn.seconds_per_1000}
         metrics: dict[str, dict[str, Any]] = {
             **others,
-            "student": {**speed, **found.estimates, **by_prompt},
+            "student": {**speed, **marked(found.estimates, student.info), **by_prompt},
         }
         settings, names = self.settings(), self.data.class_names
         if self.ranks.main:

@@ -148,8 +148,8 @@ class CompareOptions:
     retry_failed: bool = False
     """With --resume: try failed runs again."""
     features: str = "auto"
-    """Features of the evaluation: classifier, pixels, efficientnet-lite0 (pretrained, for images), or auto:
-    classifier where there are labels."""
+    """Features of the evaluation: classifier, pixels, efficientnet-lite0 (pretrained, for images), several of
+    them, or auto: classifier where there are labels."""
     n: int | None = None
     """Samples per block of the evaluation; unset: half the data, at most 5000."""
     eval_solver: str = "heun"

@@ -13,14 +13,15 @@ from scipy import special
 from torch import Tensor
 
 from distmatch.base.estimate import Estimate
-from distmatch.metrics.evaluate import replicate_stderr
+from distmatch.base.metric_names import TRAINED_ON, metric_of
+from distmatch.metrics.blocks import replicate_stderr
 
 LEVEL = 0.05
 """Adjusted p-values below this count."""
 SIGMAS = 2.0
 """A difference of fewer standard errors is not called a difference."""
 HIGHER = ("precision", "recall", "coverage", "label_accuracy", "modes")
-LOWER = ("fd", "kid", "kl", "reverse_kl", "js", "prompt_energy")
+LOWER = ("fd", "kid", "mmd", "kl", "reverse_kl", "js", "prompt_energy")
 FRONTS = (("precision", "recall"), ("fd", "recall"))
 """Quality and diversity, the pairs that a Pareto front is drawn for."""
 
@@ -83,8 +84,11 @@ def seed_mean(metric: str, runs: Sequence[Measured]) -> Estimate:
     values = [run.estimates[metric].value for run in runs]
     _, spread = _mean_and_spread(values)
     stderr = math.hypot(0.0 if math.isnan(spread) else spread, _measurement(metric, runs))
-    warning = "one seed: how much training varies is not known" if len(runs) == 1 else None
-    return Estimate(float(np.mean(values)), stderr, runs[0].estimates[metric].n, warning)
+    first = runs[0].estimates[metric]
+    why = ["one seed: how much training varies is not known"] if len(runs) == 1 else []
+    why += [mark for _, mark in TRAINED_ON.values() if first.warning and mark in first.warning]
+    warning = "; ".join(why) or None
+    return Estimate(float(np.mean(values)), stderr, first.n, warning, features=first.features)
 
 
 def difference(metric: str, method: Mapping[int, Measured], baseline: Mapping[int, Measured]) -> Difference:
@@ -147,9 +151,9 @@ def verdict(metric: str, found: Difference, adjusted: float) -> str:
         return "not known"
     if not (abs(found.z) > SIGMAS and adjusted < LEVEL):
         return "within error"
-    if metric not in HIGHER + LOWER:
+    if metric_of(metric) not in HIGHER + LOWER:
         return "differs"
-    return "better" if (found.value > 0) == (metric in HIGHER) else "worse"
+    return "better" if (found.value > 0) == (metric_of(metric) in HIGHER) else "worse"
 
 
 def pareto_front(points: np.ndarray) -> np.ndarray:
