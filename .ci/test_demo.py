@@ -21,7 +21,7 @@ def test_the_fast_demo_from_a_clean_state(tmp_path, monkeypatch):
     assert list(metrics) == ["reference", "teacher", "student"]
     for model, values in metrics.items():
         for key in METRICS:
-            assert set(values[key]) == {"value", "stderr", "n"}, (model, key)
+            assert set(values[key]) == {"value", "stderr", "n", "features"}, (model, key)
             assert math.isfinite(values[key]["value"]), (model, key)
             assert values[key]["n"] > 0
     assert metrics["reference"]["seconds_per_1000"] is None  # real data are drawn by nobody

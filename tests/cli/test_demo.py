@@ -39,7 +39,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     for values in metrics.values():
         assert set(values) == METRICS | SPEED | {"label_accuracy", "class_distance"}
         for key in values.keys() - SPEED:
-            assert set(values[key]) - {"warning"} == {"value", "stderr", "n"}, values[key]
+            assert set(values[key]) - {"warning"} == {"value", "stderr", "n", "features"}, values[key]
     assert [metrics[name]["nfe"] for name in metrics] == [None, 35, 1]
     files = {p.name for p in run.iterdir()} - {".lock"}
     assert files == {

@@ -17,10 +17,11 @@ from distmatch.cli.parse import parse
 from distmatch.cli.table import metric_table
 from distmatch.metrics import Features, authenticity, cmmd, evaluate, memorized_share, reference_floor
 from distmatch.metrics.between import compare_datasets
+from distmatch.metrics.frechet import frechet_replicates
 from distmatch.metrics.kid import cmmd_replicates
 from distmatch.metrics.memorization import memorization_replicates
 from distmatch.metrics.notes import marked
-from distmatch.metrics.resampling import group_bounds, half_samples
+from distmatch.metrics.resampling import group_bounds, half_samples, jackknife_stderr
 from distmatch.metrics.spaces import resolve_features
 from distmatch.metrics.within_class import class_distance_replicates
 from distmatch.report.table import present_metrics
@@ -181,3 +182,15 @@ def test_names_are_given_as_words_or_with_commas(two):
         resolve_features("pixels,piksels", digits)
     with pytest.raises(UserError, match="one feature space"):
         compare_datasets(digits, digits, "mmd", features="pixels,efficientnet-lite0")
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 40), (60, 60), (70, 120)])
+def test_the_linearized_jackknife_of_the_frechet_distance_is_near_the_exact_one(monkeypatch, n, d):
+    mix = normal(d, d, 6) / d**0.5
+    a, b = normal(n, d, 7) @ mix, 1.2 * normal(n + 10, d, 8) @ mix + 0.2
+    exact = frechet_replicates(a, b, 10)
+    monkeypatch.setitem(frechet_replicates.__globals__, "_MOST_EXACT", 1)
+    found = frechet_replicates(a, b, 10)
+    assert float(found[0]) == pytest.approx(float(exact[0]), rel=1e-9)
+    assert (found[1:] <= exact[1:] + 1e-9).all()  # a tangent of a convex function
+    assert 0.75 < float(jackknife_stderr(found) / jackknife_stderr(exact)) < 1.05

@@ -10,6 +10,8 @@ from torch import Tensor
 from distmatch.base.samples import checked_pair
 from distmatch.metrics.resampling import group_bounds, kept
 
+_MOST_EXACT = 1024  # dimensions up to which every group is left out exactly
+
 
 def _between_factors(a: Tensor, b: Tensor) -> Tensor:
     """tr(S + T - 2 (S T)^(1/2)) for S = a^T a and T = b^T b, from factors (k, D) and (l, D).
@@ -53,8 +55,56 @@ def _moments(x: Tensor, groups: int) -> list[tuple[Tensor, Tensor]]:
     return result
 
 
+def _tangent(x: Tensor, weights: Tensor, values: Tensor, groups: int) -> tuple[Tensor, list[Tensor]]:
+    """A covariance without each group in tr(P S), and how each moves the mean.
+
+    P = 1 - M is the derivative of the distance by S, where M S M = T. The distance is convex in both
+    covariances, so these are lower bounds that differ from it in second order.
+
+    Args:
+        x: Centered samples (N, D).
+        weights: (N, k) with x M x^T = weights diag(values) weights^T.
+        values: (k,).
+        groups: Number of groups.
+    """
+    squares = x.square().sum(1) - weights.square() @ values
+    traces, shifts = [], []
+    for low, high in pairwise(group_bounds(len(x), groups)):
+        m = len(x) - (high - low)
+        shift, moved = -x[low:high].sum(0) / m, -weights[low:high].sum(0) / m
+        outer = shift.square().sum() - moved.square() @ values
+        traces.append((squares.sum() - squares[low:high].sum() - m * outer) / (m - 1))
+        shifts.append(shift)
+    return torch.stack(traces), shifts
+
+
+def _linearized(a: Tensor, b: Tensor, groups: int) -> Tensor:
+    """The distance of all samples, then to first order without each group: one decomposition in all."""
+    shift = a.mean(0) - b.mean(0)
+    sides = [x - x.mean(0) for x in (a, b)]
+    if a.shape[1] > min(len(a), len(b)):
+        factors = [x / (len(x) - 1) ** 0.5 for x in sides]
+        frames = [(len(x) - 1) ** 0.5 * torch.eye(len(x), dtype=x.dtype, device=x.device) for x in sides]
+    else:
+        factors, frames = [], []
+        for x in sides:
+            values, vectors = torch.linalg.eigh(x.T @ x / (len(x) - 1))
+            root = values.clamp(min=0).sqrt()
+            inverse = torch.where(root > 1e-7 * root[-1], 1 / root, 0.0)
+            factors.append((vectors * root).T)
+            frames.append((x @ vectors) * inverse)
+    left, values, right = torch.linalg.svd(factors[1] @ factors[0].T, full_matrices=False)
+    found = [(right.T, sides[0], frames[0]), (left, sides[1], frames[1])]
+    (of_a, by_a), (of_b, by_b) = (_tangent(x, frame @ turn, values, groups) for turn, x, frame in found)
+    moved = [(shift + s - t).square().sum() for s, t in zip(by_a, by_b, strict=True)]
+    value = shift.square().sum() + _between_factors(factors[0], factors[1])
+    return torch.cat([value[None], torch.stack(moved) + of_a + of_b])
+
+
 def frechet_replicates(a: Tensor, b: Tensor, groups: int = 1) -> Tensor:
     """The Frechet distance of all samples, then without each group in both sets.
+
+    Beyond 1024 dimensions the latter are to first order, which takes one decomposition instead of eleven.
 
     Args:
         a: Features (N, D).
@@ -65,6 +115,8 @@ def frechet_replicates(a: Tensor, b: Tensor, groups: int = 1) -> Tensor:
         Float64 (1 + groups,), or (1,) when ``groups`` is 1.
     """
     a, b = a.double(), b.double()
+    if groups > 1 and a.shape[1] > _MOST_EXACT:
+        return _linearized(a, b, groups)
     if a.shape[1] > min(a.shape[0], b.shape[0]):
         masks = zip(kept(a.shape[0], groups, a.device), kept(b.shape[0], groups, b.device), strict=True)
         values = [_from_samples(a[in_a], b[in_b]) for in_a, in_b in masks]
