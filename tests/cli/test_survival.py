@@ -70,6 +70,7 @@ MPIRUN = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_W
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
         ({"MASTER_PORT": "port"}, "MASTER_PORT=port"),
         ({"RANK": "x", "MASTER_ADDR": ""}, "RANK=x"),
+        ({"DISTMATCH_TIMEOUT": "soon"}, "^DISTMATCH_TIMEOUT is no length of time"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(changes: dict[str, str], message: str) -> None:
@@ -98,6 +99,7 @@ def test_processes_of_mpirun_are_several(monkeypatch: pytest.MonkeyPatch) -> Non
         ("train", {"RANK": "3"}, "(process 3): the environment of this launch contradicts itself"),
         ("train", {"RANK": "1", "WORLD_SIZE": ""}, "no WORLD_SIZE"),
         ("train", {"RANK": "1", "MASTER_PORT": "0"}, ""),  # process 0 says it
+        ("train", {"RANK": "1", "DISTMATCH_TIMEOUT": "-1"}, ""),
         ("doctor", {}, "doctor runs in one process"),
         ("doctor", {"RANK": "1"}, ""),
         ("trian", {}, "did you mean train"),

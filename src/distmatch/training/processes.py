@@ -78,7 +78,7 @@ def check_launch(environ: Mapping[str, str]) -> bool:
     """Whether several processes were started, by what a launcher puts into the environment.
 
     Raises:
-        UserError: They were, and it is not known how they find each other.
+        UserError: They were, and it is not known how they find each other, or how long they wait.
     """
     environ = _as_torchrun(environ)
     if environ.get("WORLD_SIZE", "1") in ("", "0", "1") and environ.get("RANK", "0") in ("", "0"):
@@ -101,6 +101,7 @@ def check_launch(environ: Mapping[str, str]) -> bool:
             fix="start with: torchrun --nproc-per-node N -- $(which distmatch) VERB ...; with mpirun, name "
             "the host of process 0 by -x MASTER_ADDR=HOST -x MASTER_PORT=29500",
         )
+    patience(environ)
     return True
 
 
