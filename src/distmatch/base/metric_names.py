@@ -13,7 +13,7 @@ COMPARED = "mmd_features"
 """Where a student records what its method compared."""
 TRAINED_ON = {"samples": ("pixels", "the method was trained on these features: they favor it")}
 """What `mmd` compared, the feature space that it is, and how the values of its students are marked."""
-PRETRAINED = ("efficientnet-lite0",)
+PRETRAINED = ("efficientnet-lite0", "inception", "clip", "dinov2")
 """Pretrained networks, by the names of their feature spaces."""
 SPACES = ("auto", "classifier", "pixels", *PRETRAINED)
 """All names of feature spaces."""
@@ -41,4 +41,4 @@ def published_name(key: str, features: str) -> str | None:
         key: Of the metric.
         features: The features that it was measured in, as in :class:`~distmatch.base.estimate.Estimate`.
     """
-    return _PUBLISHED.get((metric_of(key), features))
+    return _PUBLISHED.get((metric_of(key), features.partition(" ")[0]))

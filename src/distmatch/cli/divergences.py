@@ -17,20 +17,31 @@ from distmatch.diffusion.mixture import GaussianMixture
 from distmatch.divergences.estimators import LowerBound
 from distmatch.metrics import Comparison, Measured, compare_datasets
 from distmatch.metrics.names import checked_names
+from distmatch.metrics.spaces import resolve_features
 from distmatch.training.devices import pick_device
 
 
-def between(a: str, b: str, which: str, features: str, n: int | None, seed: int, device: str) -> Comparison:
+def between(
+    a: str,
+    b: str,
+    which: str,
+    features: str,
+    n: int | None,
+    seed: int,
+    device: str,
+    weights: str = "",
+) -> Comparison:
     """Compares two sets of samples by name or path.
 
     Args:
         a: The reference, which plays p.
         b: The samples, which play q.
         which: Names with commas, or ``all``.
-        features: ``auto``, ``pixels`` or ``classifier``.
+        features: ``auto``, ``pixels``, ``classifier`` or a pretrained network.
         n: Most samples of each.
         seed: Of everything that is drawn, the samples of a toy included.
         device: ``auto`` or the name of one.
+        weights: The file of the weights of the network.
 
     Raises:
         UserError: Something that holds no samples, or what cannot be compared.
@@ -46,7 +57,7 @@ def between(a: str, b: str, which: str, features: str, n: int | None, seed: int,
         p,
         q,
         which,
-        features=features,
+        features=resolve_features(features, p, weights) if weights else features,
         n=n,
         seed=seed,
         device=where,

@@ -26,7 +26,7 @@ example: distmatch evaluate runs/js
          distmatch evaluate samples.npz --data real.npz --features pixels --json
          distmatch evaluate samples.npz digits --divergences all
          distmatch evaluate student.npz teacher.npz --divergences js,renyi:2,mmd:laplace""",
-    short="what against divergences features teacher n seed device json",
+    short="what against divergences features feature_weights teacher n seed device json",
     groups={
         "How the teacher is sampled": "solver steps grid guidance",
         "This command": "seed batch device json",
@@ -146,7 +146,7 @@ def _two_sets(o: EvaluateOptions) -> None:
             )
     from distmatch.cli.divergences import between, divergence_table
 
-    found = between(o.data, o.what, o.divergences, o.features, o.n, o.seed, o.device)
+    found = between(o.data, o.what, o.divergences, o.features, o.n, o.seed, o.device, o.feature_weights)
     if o.json:
         print_json({"p": o.data, "q": o.what, "features": found.features, "seed": o.seed, **found.to_dict()})
     else:
@@ -181,7 +181,7 @@ def _sample_file(o: EvaluateOptions, ranks: Ranks) -> Found:
     if labels is not None and real.labels is not None:
         warn_of_shares(labels, real.labels, names_of(real))
     mixture = toy(o.data) if o.data in TOY_NAMES else None
-    space = shared_features(o.features, real, ranks)
+    space = shared_features(o.features, real, ranks, o.feature_weights)
     settings = plan(real, len(given), features=space, n=o.n, seed=o.seed)
     common: dict[str, Any] = {"features": space, "n": settings.n, "seed": o.seed, "mixture": mixture}
     floor = reference_floor(real, stratified=labels is not None, ranks=ranks, **common)

@@ -40,8 +40,12 @@ class EvaluateOptions:
     """For a model of a network of your own: MODULE:NAME of its class, of a function that makes it, or of the
     denoiser, as Python would import it from here."""
     features: str = "auto"
-    """classifier, pixels, efficientnet-lite0 (pretrained, for images), several of them, or auto: classifier
-    where there are labels; pixels with --divergences."""
+    """classifier, pixels, a pretrained network for images (efficientnet-lite0; inception, clip, dinov2 with
+    --feature-weights), several of them, or auto: classifier where there are labels; pixels with
+    --divergences."""
+    feature_weights: str = ""
+    """File of the weights of inception, clip or dinov2 (docs/metrics.md says which); of several networks
+    NAME=FILE with commas."""
     n: int | None = None
     """Samples per block, the same for all; unset: half the data, at most 5000; of runs on prompts 100. With
     --divergences the limit per set, at most 20,000."""

@@ -45,7 +45,7 @@ def evaluate_run(o: EvaluateOptions, ranks: Ranks) -> Found:
     else:
         spec, (teacher, sampling, reference) = o.data, found
         data, of = reference.data, reference.of
-    space = shared_features(o.features, data, ranks)
+    space = shared_features(o.features, data, ranks, o.feature_weights)
     metrics = evaluate_models(
         data,
         {**({"teacher": teacher} if teacher is not None else {}), model.kind: model},

