@@ -11,6 +11,7 @@ from distmatch.cli.evaluate_options import EvaluateOptions
 from distmatch.cli.export import ExportOptions
 from distmatch.cli.help import flags_of
 from distmatch.cli.parse import Place
+from distmatch.cli.report import ReportOptions
 from distmatch.cli.sample import SampleOptions
 from distmatch.methods.table import METHODS
 from distmatch.report.training import _TITLES, _WATCHED
@@ -40,7 +41,15 @@ def test_links_lead_somewhere():
 
 
 def test_options_of_the_pages_on_problems_exist():
-    classes = (DoctorOptions, EvaluateOptions, ExportOptions, Place, SampleOptions, TrainOptions)
+    classes = (
+        DoctorOptions,
+        EvaluateOptions,
+        ExportOptions,
+        Place,
+        ReportOptions,
+        SampleOptions,
+        TrainOptions,
+    )
     known = {flag for kind in classes for flag in flags_of(kind)}
     for method in METHODS:
         known |= set(flags_of(DistillOptions, DistillOptions.of(method)))
@@ -51,7 +60,7 @@ def test_options_of_the_pages_on_problems_exist():
 
 
 def test_problems_are_looked_for_in_charts_that_there_are():
-    titles = {title for title, _ in (*_TITLES.values(), *_WATCHED.values())} | {"Watch for collapse"}
+    titles = {title for title, _ in (*_TITLES.values(), *_WATCHED.values())} | {"During training"}
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     quoted = set(re.findall(r'"([A-Z][^"]+)"', text))
     assert quoted

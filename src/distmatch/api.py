@@ -48,11 +48,11 @@ from distmatch.training.options import (
     RunOptions,
     TeacherConfig,
     TrainOptions,
-    WatchOptions,
 )
 from distmatch.training.pipeline_options import EncodingOptions, PipelineOptions
 from distmatch.training.presets import LAPTOP
 from distmatch.training.runfolder import check_usable, create, create_together
+from distmatch.training.watch_options import WatchOptions
 
 
 def load_teacher(source: str | os.PathLike[str], **options: Any) -> Denoiser:
@@ -90,7 +90,8 @@ def train(
         out: A run folder to write, as `distmatch train` does; None keeps everything in memory.
         quiet: Whether to hide the progress.
         auto: Whether to choose settings that are not given for this machine, as ``--auto`` does.
-        **settings: Any field of :class:`RunOptions`, :class:`NetOptions` or :class:`TeacherConfig`.
+        **settings: Any field of :class:`RunOptions`, :class:`NetOptions`, :class:`WatchOptions` or
+            :class:`TeacherConfig`.
 
     Returns:
         The teacher (the average of its weights), a Denoiser.
@@ -98,10 +99,11 @@ def train(
     Raises:
         UserError: Unknown settings, or data that cannot be used.
     """
-    run, net, teacher = settings_of(
-        settings, RunOptions(steps=steps, seed=seed), NetOptions(), TeacherConfig()
+    run, net, watch, teacher = settings_of(
+        settings, RunOptions(steps=steps, seed=seed), NetOptions(), WatchOptions(), TeacherConfig()
     )
-    options = TrainOptions(data=name_of(data), run=run, net=net, teacher=teacher)
+    options = TrainOptions(data=name_of(data), run=run, net=net, watch=watch, teacher=teacher)
+    _check_kept(watch, out)
     with quietly(quiet):
         found = as_dataset(data)
 
@@ -194,12 +196,7 @@ def distill(
     )
     if out is not None:
         check_saveable(given)
-    elif watch.keep_best != "none":
-        raise UserError(
-            "the best checkpoint is kept in a run folder",
-            got=f"keep_best={watch.keep_best!r}, and no folder",
-            fix="pass out=, or omit keep_best",
-        )
+    _check_kept(watch, out)
     found: Dataset | Conditioning | None = None
     if isinstance(data, Conditioning):
         found = data
@@ -333,6 +330,20 @@ def evaluate(
             warnings.warn(warning, stacklevel=2)
     with quietly(quiet):
         return _evaluate(x, real, labels=labels, features=features, n=n, seed=seed, mixture=mixture)
+
+
+def _check_kept(watch: WatchOptions, out: str | os.PathLike[str] | None) -> None:
+    """Refuses to keep the best checkpoint of a run without a folder.
+
+    Raises:
+        UserError: It is to be kept.
+    """
+    if out is None and watch.keep_best != "none":
+        raise UserError(
+            "the best checkpoint is kept in a run folder",
+            got=f"keep_best={watch.keep_best!r}, and no folder",
+            fix="pass out=, or omit keep_best",
+        )
 
 
 def _carried_out(job: runs.Job, out: str | os.PathLike[str] | None, inputs: list[str]) -> Any:

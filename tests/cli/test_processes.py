@@ -18,6 +18,7 @@ from tests.helpers.processes import together
 from tests.helpers.store_group import backend
 
 TRAIN = "train --data digits --net mlp --width 32 --depth 2 --batch 32 --steps 6 --checkpoint-every 3"
+TRAIN += " --watch-every 6 --watch-samples 50 --watch-grid 2 2"
 
 
 def started(rank: int, size: int, folder: str, line: str, others: str = "") -> None:
@@ -67,11 +68,14 @@ def test_two_processes_train_the_teacher_of_one(teachers: Path) -> None:
         for run in ("one", "two")
     )
     assert [event["event"] for event in one] == [event["event"] for event in two]
+    mine, theirs = ([event for event in log if event["event"] == "watch"] for log in (one, two))
+    assert [event["fd"] for event in theirs] == pytest.approx([event["fd"] for event in mine], rel=1e-3)
+    assert {(event["step"], event["n"]) for event in mine} == {(0, 25), (6, 25)}
 
 
 def test_a_student_too_and_one_process_goes_on_where_two_stopped(teachers: Path) -> None:
     line = f"distill --teacher {teachers}/one --batch 32 --steps 8 --fake-score-steps 2 "
-    line += "--checkpoint-every 4 --watch-every 4"
+    line += "--checkpoint-every 4 --watch-every 4 --watch-samples 48"
     assert main([*line.split(), "--out", str(teachers / "alone")]) == 0
     shorter = line.replace("--steps 8", "--steps 4")
     first, second = launch(teachers / "launch2", f"{shorter} --out {teachers}/both")

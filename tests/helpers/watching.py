@@ -11,15 +11,17 @@ from torch import Tensor
 
 from distmatch.methods.student import Student
 from distmatch.methods.table import METHODS
-from distmatch.training.options import DistillOptions, NetOptions, RunOptions, WatchOptions
+from distmatch.training.options import DistillOptions, NetOptions, RunOptions
 from distmatch.training.prepare import prepare_distillation
 from distmatch.training.runs import Job
 from distmatch.training.watch import Watch
+from distmatch.training.watch_options import WatchOptions
 from tests.helpers.small import PAIR
 
 SMALL: dict[str, Any] = {
     **{"method": "dmd2", "net": "mlp", "width": 16, "depth": 2, "fit_steps": 10, "fake_score_steps": 2},
     **{"batch": 32, "log_every": 2, "checkpoint_every": 4, "quiet": True},
+    "watch_samples": 0,
 }
 GRID = (2, 8)
 CLOCK = ("time", "seconds", "time_share")
@@ -42,7 +44,7 @@ def watched(steps: int = 20, **settings: Any) -> tuple[Job, Watch]:
         settings=own,
         net=NetOptions(net="mlp", width=16, depth=2),
         run=RunOptions(steps=steps, batch=32, device="cpu"),
-        watch=WatchOptions(watch_every=5, watch_grid=GRID),
+        watch=WatchOptions(watch_every=5, watch_grid=GRID, watch_samples=0),
     )
     job = prepare_distillation(options, PAIR)
     assert job.watch is not None

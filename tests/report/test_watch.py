@@ -106,3 +106,20 @@ def test_rows_of_prompts_have_their_texts(tmp_path: Path) -> None:
     text, parsed = page(tmp_path)
     assert "Row 1: a <b>red</b> cat. Row 2: a dog." in parsed.text
     assert "<b>red" not in text
+
+
+def test_what_is_measured_against_data_has_its_errors_and_how_it_was_measured(tmp_path: Path) -> None:
+    how = {"features": "classifier 0123abcd", "n": 250, "solver": "heun", "solver_steps": 8}
+    values = {"fd": 4.0, "fd_stderr": 0.5, "floor_fd": 0.25, "recall": 0.5, "recall_stderr": 0.02}
+    seen = [event(step, **{**values, "fd": values["fd"] - step / 100}, **how) for step in STEPS[:3]]
+    write_log(tmp_path / "log.jsonl", seen)
+    fd, recall = watch_charts(read_log(tmp_path / "log.jsonl"))
+    assert (fd.title, fd.last) == ("Fréchet distance to real data", "2.00 ± 0.5")
+    assert "classifier 0123abcd features, 2 blocks of 250 samples, 8 steps of heun" in fd.remark
+    assert "dotted: real data, 0.25" in fd.remark
+    assert (recall.title, recall.last) == ("Recall", "0.500 ± 0.02")
+    assert "dotted" not in recall.remark
+    plain = [event(step, fd=4.0 - step / 100) for step in STEPS[:3]]
+    write_log(tmp_path / "log.jsonl", plain)
+    (without,) = watch_charts(read_log(tmp_path / "log.jsonl"))
+    assert str(fd.svg).count("<path") >= str(without.svg).count("<path") + 2  # the bars, and the line

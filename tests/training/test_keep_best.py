@@ -11,8 +11,8 @@ from torch import Tensor
 
 import distmatch as dm
 from distmatch.training.checkpoint import list_checkpoints, load_checkpoint
-from distmatch.training.options import WatchOptions
 from distmatch.training.watch import Watch
+from distmatch.training.watch_options import WatchOptions
 from tests.helpers.small import PAIR
 from tests.helpers.watching import GRID, SMALL, events, resumed, watched
 

@@ -30,6 +30,8 @@ from tests.helpers.rounding import assert_same_but_for_rounding
 from tests.helpers.small import PAIR, batch, distiller, network_teacher
 from tests.helpers.watching import GRID, SMALL, events, ignore_noise, resumed, watched, weights
 
+WATCHED: dict[str, Any] = {**SMALL, "steps": 12, "watch_every": 3, "watch_grid": GRID, "watch_samples": 24}
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
@@ -42,7 +44,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """The same with a watch."""
     out = tmp_path_factory.mktemp("watched") / "run"
-    return out, dm.distill(PAIR, out=out, steps=12, watch_every=3, watch_grid=GRID, **SMALL)
+    return out, dm.distill(PAIR, out=out, **WATCHED)
 
 
 def test_a_watch_changes_neither_weights_nor_the_rest_of_the_log(plain, whole):
@@ -57,6 +59,7 @@ def test_the_log_has_the_measurements_of_each_interval(whole):
     assert [e["step"] for e in seen] == [0, 3, 6, 9, 12]
     assert "fake_score_lag" not in seen[0]
     assert {"diversity", "vendi", "energy", "fake_score_lag"} <= seen[-1].keys()
+    assert all((e["features"], e["n"]) == ("pixels", 12) and e["fd"] > 0 < e["fd_stderr"] for e in seen)
     assert "saturation" not in seen[-1]  # vectors have no ends of a range
     names = sorted(path.name for path in (whole[0] / "watch").iterdir())
     assert names == [*(f"step-{s:06d}.npz" for s in (0, 3, 6, 9, 12)), "teacher.npz", "teacher.safetensors"]
@@ -64,7 +67,6 @@ def test_the_log_has_the_measurements_of_each_interval(whole):
 
 def test_a_run_that_is_interrupted_ends_as_the_whole_one(whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    settings = {**SMALL, "steps": 12, "watch_every": 3, "watch_grid": GRID}
     look = Watch.look
 
     def stopped(self: Watch, last: str) -> Any:
@@ -75,7 +77,7 @@ def test_a_run_that_is_interrupted_ends_as_the_whole_one(whole, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Watch, "look", stopped)
         with pytest.raises(KeyboardInterrupt):
-            dm.distill(PAIR, out=out, **settings)
+            dm.distill(PAIR, out=out, **WATCHED)
     (out / "watch" / "step-000012.npz").write_bytes(b"of another course")
     written = (out / "watch" / "teacher.safetensors").stat().st_mtime_ns
     student = resumed(out, "latest")
@@ -271,13 +273,18 @@ def test_samples_that_are_not_finite_end_a_training():
     ("options", "message"),
     [
         ({"keep_best": "energy"}, "--keep-best needs measurements"),
-        ({"keep_best": "fid", "watch_every": 5}, "--keep-best must be one of none, diversity, vendi, energy"),
+        (
+            {"keep_best": "fid", "watch_every": 5},
+            "--keep-best must be one of none, fd, diversity, vendi, energy",
+        ),
         ({"result": "best", "watch_every": 5}, "--result best needs to know"),
         ({"watch_grid": (2, 1)}, "at least 1 condition and 2 seeds"),
         ({"watch_grid": (0, 4)}, "at least 1 condition and 2 seeds"),
         ({"watch_every": -1}, "--watch-every must not be negative"),
         ({"watch_every": 5, "keep_best": "energy"}, "kept in a run folder"),
         ({"watch_every": 5, "method": "dpm-ot", "bank": 8}, "trains no network"),
+        ({"watch_every": 5, "watch_samples": 12}, "--watch-samples must be 0 or at least 24"),
+        ({"watch_every": 5, "watch_samples": 0, "keep_best": "fd"}, "--keep-best fd needs samples"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(options, message):
@@ -291,11 +298,13 @@ def test_what_cannot_work_is_refused_before_training(options, message):
 def test_the_command_line_has_the_options_and_resumes_with_them(tmp_path):
     out = tmp_path / "run"
     small = "--net mlp --width 16 --depth 1 --fit-steps 5 --fake-score-steps 2 --batch 16"
-    watch = "--watch-every 2 --watch-grid 4 8 --keep-best energy --result best"
+    watch = "--watch-every 2 --watch-samples 48 --watch-grid 4 8 --keep-best energy --result best"
     first = done(f"distill --teacher ring8 --method dmd2 {small} --steps 4 {watch} --out {out}")
     assert re.search(r"4/4 .*diversity 0\.\d+ \(step 4\)", first.err)
     text = (out / "config.toml").read_text()
-    assert '[watch]\nwatch_every = 2\nwatch_grid = [4, 8]\nkeep_best = "energy"\nresult = "best"' in text
+    table = text[text.index("[watch]") :]
+    wanted = 'watch_every = 2\nwatch_samples = 48\nwatch_grid = [4, 8]\nkeep_best = "energy"\nresult = "best"'
+    assert table.startswith(f"[watch]\n{wanted}\n")
     done(f"distill --resume --out {out} --steps 6")
     assert [e["step"] for e in events(out, "watch")] == [0, 2, 4, 6]
     assert len(list_checkpoints(out / "checkpoints")) >= 2
@@ -327,6 +336,7 @@ def test_students_of_images_are_watched(name, settings, tmp_path):
     if "fake_score_steps" in METHODS[settings["method"]].options():
         settings = {**settings, "fake_score_steps": 2}
     given: dict[str, Any] = {"steps": 2, "batch": 6, "watch_every": 1, "watch_grid": (2, 4), "quiet": True}
+    given["watch_samples"] = 24 if name == "dit" else 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dm.distill(teacher, data, out=None if name in ("own", "diffusers") else out, **given, **settings)

@@ -17,6 +17,7 @@ from distmatch.cli.answer import print_json
 from distmatch.cli.found import check_grid, describe_found, found_lines, write_grid
 from distmatch.cli.memory import as_dict, lines, memory_error
 from distmatch.cli.parse import Place, TrainingPlace, checkpoint_choice, given
+from distmatch.cli.seen import watch_cost, watch_line
 from distmatch.cli.student_steps import steps_line, steps_of, without_effect
 from distmatch.cli.surroundings import launched_as
 from distmatch.methods.matching.pairs import about_pairs
@@ -151,7 +152,8 @@ def dry_run(job: Job, place: Place) -> None:
     weights = sum(size.weights for size in sizes.values())
     memory = round(sum(size.bytes for size in sizes.values()) / 2**20, 1)
     most = None if used is None else round((weights + used) / 2**20, 1)
-    whole = once + seconds * (run.steps - done)
+    watched = watch_cost(job, done)
+    whole = once + seconds * (run.steps - done) + (watched["seconds"] if watched else 0.0)
     if place.grid is not None and job.data is not None:
         write_grid(place.grid, job.data, run.seed, place.overwrite)
     timing = f"{in_words(whole)} ({1000 * seconds:.1f} ms a step, {run.steps - done} steps)"
@@ -173,6 +175,7 @@ def dry_run(job: Job, place: Place) -> None:
         "seconds_per_step": round(seconds, 4),
         "seconds_once": round(once, 4),
         "estimated_seconds": round(whole, 1),
+        **({"watch": watched} if watched else {}),
         **job.notes,
         **steps,
         **({"larger_net": larger} if larger else {}),
@@ -213,6 +216,8 @@ def dry_run(job: Job, place: Place) -> None:
     for line in lines(memory_ahead) if memory_ahead else ():
         print(f"# {line}")
     print(f"# time        about {timing}")
+    if watched:
+        print(f"# watch       {watch_line(watched)}")
     if isinstance(options, DistillOptions) and isinstance(options.settings, DMDSettings):
         print(f"# pairs       {about_pairs(options.settings)}")
     if once >= 1:

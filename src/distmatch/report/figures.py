@@ -78,16 +78,29 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(number > 0, (total[high] - total[low]) / np.maximum(number, 1), np.nan)
 
 
-def curve_panel(steps: np.ndarray, values: np.ndarray, alt: str) -> Markup:
+def curve_panel(
+    steps: np.ndarray,
+    values: np.ndarray,
+    alt: str,
+    errors: np.ndarray | None = None,
+    level: float | None = None,
+) -> Markup:
     """One training curve: the logged values pale, their running mean on top.
 
     Args:
         steps: (T,).
         values: (T,), NaN where unknown.
         alt: Description for the ``<title>``.
+        errors: (T,), one standard error of each value, drawn as bars; NaN where unknown.
+        level: Height of a dotted guide line, or None.
     """
     figure, axes = panel()
     stride = max(1, len(steps) // _RAW_POINTS)
+    if errors is not None:
+        bars = (part[::stride] for part in (steps, values, errors))
+        axes.errorbar(*bars, fmt="none", ecolor=MUTED, elinewidth=1.0)
+    if level is not None:
+        axes.axhline(level, color=INK, linewidth=1.0, linestyle=(0, (1, 3)))
     axes.plot(steps[::stride], values[::stride], color=SOFT, linewidth=1.0)
     mean = smooth(values, max(1, len(values) // 25))
     axes.plot(steps[::stride], mean[::stride], color=ACCENT, linewidth=1.8, solid_capstyle="round")
@@ -95,7 +108,7 @@ def curve_panel(steps: np.ndarray, values: np.ndarray, alt: str) -> Markup:
         axes.plot(steps, values, "o", color=ACCENT, markersize=4)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-    _finish_y(axes, values)
+    _finish_y(axes, values if level is None else np.append(values, level))
     return to_svg(figure, alt)
 
 

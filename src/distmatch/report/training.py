@@ -32,6 +32,12 @@ _TITLES = {
     "grad_norm": ("Gradient norm", "of the parameters, before clipping"),
     "lr": ("Learning rate", ""),
 }
+_AGAINST_DATA = {
+    "fd": ("Fréchet distance to real data", "± one standard error"),
+    "precision": ("Precision", "± one standard error"),
+    "recall": ("Recall", "± one standard error"),
+    "coverage": ("Coverage", "± one standard error"),
+}
 _WATCHED = {
     "diversity": ("Diversity", "distance between samples of one condition, over the teacher's"),
     "vendi": ("Vendi score", "over the teacher's"),
@@ -72,8 +78,21 @@ def curve_charts(events: Sequence[Event]) -> list[Chart]:
 
 
 def watch_charts(events: Sequence[Event]) -> list[Chart]:
-    """One chart for each measurement of the ``watch`` events; the teacher's value is in its remark."""
+    """One chart for each measurement of the ``watch`` events; the teacher's value is in its remark.
+
+    What is measured against real data has its standard errors as bars, and a line for real data.
+    """
     charts = []
+    how = _how(events)
+    for key, (title, remark) in _AGAINST_DATA.items():
+        steps, values = curves(events, key, "watch")
+        at, errors = curves(events, f"{key}_stderr", "watch")
+        floor = curves(events, f"floor_{key}", "watch")[1]
+        known = errors if np.array_equal(at, steps) and errors.ndim == 1 else None
+        level = float(floor[-1]) if floor.ndim == 1 and floor.size and np.isfinite(floor[-1]) else None
+        of = f"; {how}" if how else ""
+        of += "" if level is None else f"; dotted: real data, {level:.3g}"
+        charts += _curve(steps, values, title, remark + of, known, level)
     for key, (title, remark) in _WATCHED.items():
         steps, values = curves(events, key, "watch")
         theirs = curves(events, f"teacher_{key}", "watch")[1]
@@ -83,7 +102,24 @@ def watch_charts(events: Sequence[Event]) -> list[Chart]:
     return charts
 
 
-def _curve(steps: np.ndarray, values: np.ndarray, title: str, remark: str) -> list[Chart]:
+def _how(events: Sequence[Event]) -> str:
+    """The features, numbers of samples and solver steps of what was last measured against real data."""
+    last = next((e for e in reversed(events) if e["event"] == "watch" and "fd" in e), {})
+    parts = [f"{last['features']} features"] if isinstance(last.get("features"), str) else []
+    parts += [f"2 blocks of {last['n']:,} samples"] if type(last.get("n")) is int else []
+    if type(last.get("solver_steps")) is int:
+        parts += [f"{last['solver_steps']} steps of {last.get('solver', 'a solver')}"]
+    return ", ".join(parts)
+
+
+def _curve(
+    steps: np.ndarray,
+    values: np.ndarray,
+    title: str,
+    remark: str,
+    errors: np.ndarray | None = None,
+    level: float | None = None,
+) -> list[Chart]:
     """The chart of a curve; none of lists, and where no value is known."""
     if values.ndim != 1 or not np.isfinite(values).any():
         return []
@@ -93,7 +129,10 @@ def _curve(steps: np.ndarray, values: np.ndarray, title: str, remark: str) -> li
     lost = int((~np.isfinite(values)).sum())
     if lost:
         remark = f"{remark}; {lost} values were not finite".lstrip("; ")
-    return [Chart(title, remark, f"{known[-1]:#.3g}".rstrip("."), curve_panel(steps, values, alt))]
+    last = f"{known[-1]:#.3g}".rstrip(".")
+    if errors is not None and np.isfinite(errors[-1]):
+        last += f" ± {errors[-1]:.2g}"
+    return [Chart(title, remark, last, curve_panel(steps, values, alt, errors, level))]
 
 
 def bin_levels(bins: object, count: int) -> tuple[np.ndarray, bool]:

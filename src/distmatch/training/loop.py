@@ -169,7 +169,7 @@ def run_loop(
         desc: Title of the progress bar.
         show: Logged values that the progress bar shows.
         advise: Checks the logged means and returns warnings; each message is given once.
-        watch: Measures a student in training, once it has begun.
+        watch: Measures the model in training, once it has begun.
         follow: Gets the events that the log gets.
 
     Returns:
@@ -226,7 +226,7 @@ def run_loop(
                 log.write("warning", state.step, message=message)
 
     def look() -> dict[str, Any]:
-        """Measures the student; returns what the progress bar shows."""
+        """Measures the model; returns what the progress bar shows."""
         if watch is None or not watch.due(state.step):
             return {}
         values, messages = watch.look(last_good())
@@ -236,7 +236,7 @@ def run_loop(
             warn(message)
         if ranks.from_main(watch.best_step == state.step):
             checkpoint()
-        return {"diversity": f"{values['diversity']:.3g} (step {state.step})"}
+        return watch.shown(values)
 
     def last_good() -> str:
         wait()

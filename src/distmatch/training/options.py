@@ -25,6 +25,7 @@ from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
 from distmatch.nets.optimizer import OptimizerSettings
 from distmatch.training.pipeline_options import EncodingOptions, PipelineOptions
 from distmatch.training.presets import LAPTOP, find_preset
+from distmatch.training.watch_options import WatchOptions
 
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -242,6 +243,7 @@ class TrainOptions:
     """Use the labels, when there are any."""
     run: RunOptions = field(default_factory=RunOptions)
     net: NetOptions = field(default_factory=NetOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
 
@@ -267,43 +269,6 @@ class DistillInputs:
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     run: RunOptions = field(default_factory=RunOptions)
     net: NetOptions = field(default_factory=NetOptions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchOptions:
-    """Watch for collapse."""
-
-    watch_every: CountOrNone = 0
-    """Steps between measurements of the student's diversity against the teacher's, on fixed conditions and
-    seeds, with warnings (docs/watch.md); 0: none."""
-    watch_grid: tuple[int, int] = (8, 8)
-    """Conditions and seeds that are sampled; without conditions, their product of seeds."""
-    keep_best: Literal["none", "diversity", "vendi", "energy"] = "none"
-    """Keep the checkpoint that is best by a measurement, besides the newest ones."""
-    result: Literal["last", "best"] = "last"
-    """The checkpoint that the model is made from in the end; best: that of --keep-best."""
-
-    def __post_init__(self) -> None:
-        check_rules(self)
-        if len(self.watch_grid) != 2 or self.watch_grid[0] < 1 or self.watch_grid[1] < 2:
-            raise UserError(
-                "--watch-grid takes a number of conditions and a number of seeds",
-                got=" ".join(map(str, self.watch_grid)),
-                expected="at least 1 condition and 2 seeds, for example --watch-grid 8 8",
-            )
-        if self.keep_best != "none" and not self.watch_every:
-            raise UserError(
-                "--keep-best needs measurements during training",
-                got=f"--keep-best {self.keep_best} with --watch-every 0",
-                fix="add --watch-every, for example --watch-every 250",
-            )
-        if self.result == "best" and self.keep_best == "none":
-            raise UserError(
-                "--result best needs to know what is best",
-                got="--keep-best none",
-                expected="--keep-best diversity, vendi or energy",
-                fix="add --watch-every and --keep-best, for example --watch-every 250 --keep-best energy",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

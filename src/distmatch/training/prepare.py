@@ -215,7 +215,7 @@ def prepare_distillation(
         )
 
     watch = watch_of(
-        options, context, distiller, student=result, state=state, batches=batches, about=described
+        options, context, distiller, student=result, state=state, batches=batches, about=described, data=found
     )
     return Job(
         verb="distill",

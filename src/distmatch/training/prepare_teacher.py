@@ -26,6 +26,7 @@ from distmatch.training.known_data import describe_data, digest_of_data, few_sam
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.parallel import shares_out
+from distmatch.training.prepare_watch import watch_of_teacher
 from distmatch.training.processes import start_together
 from distmatch.training.runs import Job
 from distmatch.training.segments import DATA
@@ -127,6 +128,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
         save=lambda folder, model: save_denoiser(folder, model, extra),
         remarks=[_remark(larger)] if larger else [],
         data=data,
+        watch=watch_of_teacher(options, state, data, batches, device),
     )
 
 

@@ -56,7 +56,7 @@ class Job:
         advise: Warnings about logged values.
         remarks: Automatic choices, printed as the run starts.
         data: The real data, before any encoding; None where there are none.
-        watch: Measures the student during training; None measures nothing.
+        watch: Measures samples during training; None measures nothing.
         left_out: Seconds of what a dry run makes a part of, before the first step; after its steps.
     """
 

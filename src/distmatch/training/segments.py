@@ -30,7 +30,7 @@ _FREE = (
         "run.checkpoint_every",
         "run.log_every",
     ),
-    *("watch.watch_every", "watch.watch_grid", "watch.keep_best", "watch.result"),
+    *("watch.watch_every", "watch.watch_samples", "watch.watch_grid", "watch.keep_best", "watch.result"),
 )
 # Changed in the middle by those who know why; each stretch of the run is written down with its own.
 _RATES = ("lr", "lr_fake_score", "lr_discriminator", "grad_clip", "track")

@@ -162,8 +162,12 @@ class _Following:
             values: Values = dict(_numbers(metrics, "evaluate"))
         else:
             step = self.step
-            pictures = {"watch/student": folder.watch / f"step-{step:06d}.npz"} if kind == "watch" else {}
-            pictures |= {"watch/teacher": folder.watch / "teacher.npz"} if pictures and step == 0 else {}
+            teacher = folder.watch / "teacher.npz"  # which a teacher in training does not have
+            name = f"watch/{'student' if teacher.is_file() else 'teacher'}"
+            pictures = {name: folder.watch / f"step-{step:06d}.npz"} if kind == "watch" else {}
+            pictures |= (
+                {"watch/teacher": teacher} if name in pictures and teacher.is_file() and step == 0 else {}
+            )
             values = dict(_numbers({k: v for k, v in event.items() if k not in _ABOUT}, kind))
         return values | {name: drawn for name, path in pictures.items() if (drawn := _picture(path))}
 

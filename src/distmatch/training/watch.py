@@ -1,11 +1,12 @@
-"""The watch for collapse during a distillation: measurements, warnings in words, and the best checkpoint."""
+"""The watch of a training: measurements, warnings in words, and the best checkpoint."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,14 +22,12 @@ from distmatch.diffusion.conditioning import Conditioning
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.solvers import sample_teacher
 from distmatch.methods.method import Method
-from distmatch.methods.settings import Settings
 from distmatch.methods.state import DistillState
-from distmatch.methods.student import Student
-from distmatch.training.options import WatchOptions
 from distmatch.training.sampling import HEUN
+from distmatch.training.watch_data import AgainstData, MakeSampler
 from distmatch.training.watch_grid import (
     Grid,
-    Sampler,
+    GridSampler,
     WatchedSamples,
     against_teacher,
     draw_grid,
@@ -37,6 +36,7 @@ from distmatch.training.watch_grid import (
     thin_out,
     write_picture,
 )
+from distmatch.training.watch_options import WatchOptions
 from distmatch.training.watch_warnings import BOUNDS, watch_warnings
 
 LAG_SAMPLES, LAG_BATCHES = 256, 16
@@ -45,6 +45,7 @@ _DISTANCE: dict[str, Callable[[float], float]] = {
     "diversity": lambda value: abs(value - 1),
     "vendi": lambda value: abs(value - 1),
     "energy": lambda value: value,
+    "fd": lambda value: value,
 }
 """How far from the best value a measurement is: 1 for what is relative to the teacher's."""
 
@@ -62,17 +63,20 @@ class Lagging(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """A distillation, as far as it is watched.
+    """A training, as far as it is watched.
 
     Attributes:
-        teacher: The teacher, unguided.
-        guided: The teacher as the student is to match it.
-        student: Makes the student that the run would end with now.
+        what: What is trained: ``student`` or ``teacher``.
+        model: A denoiser of the samples, for conditions and decoding: a student's teacher, unguided.
+        sampler: Makes what the model is sampled by that the run would end with now.
+        guided: The teacher as a student is to match it; None where a teacher is trained.
         state: The state of the training.
-        method: The entry of the method.
-        settings: The settings of the method.
-        batches: The batch of a step as the method takes it; a function of the step alone.
+        method: The entry of the method; None where a teacher is trained.
+        settings: The settings of the method or teacher.
+        batches: The batch of a step as the model takes it; a function of the step alone.
         fake_score: Measures the fake score; None without one.
+        against: What is measured against real data; None: nothing is.
+        said: What stands beside the measurements in the log.
         scaling: Of the decoded samples, for pictures.
         class_names: Names of the classes, or ().
         rows: Those of a batch that this process trains on.
@@ -82,14 +86,17 @@ class Watched:
         device: Where to compute.
     """
 
-    teacher: Denoiser
-    guided: Denoiser
-    student: Callable[[], Student]
-    state: DistillState
-    method: Method
-    settings: Settings
+    what: str
+    model: Denoiser
+    sampler: MakeSampler
+    guided: Denoiser | None
+    state: Any
+    method: Method | None
+    settings: Any
     batches: BatchOf
     fake_score: Lagging | None
+    against: AgainstData | None
+    said: Mapping[str, Any] = field(default_factory=dict)
     scaling: Scaling
     class_names: tuple[str, ...]
     rows: slice
@@ -101,7 +108,7 @@ class Watched:
 
 @dataclass
 class Watch:
-    """Measures a student during training; changes nothing of it.
+    """Measures samples of a model during its training; changes nothing of it.
 
     Attributes:
         options: When and what.
@@ -114,7 +121,7 @@ class Watch:
     best_step: int | None = None
     _folder: Path | None = field(default=None, init=False, repr=False)
     _grid: Grid = field(init=False, repr=False)
-    _teacher: WatchedSamples = field(init=False, repr=False)
+    _teacher: WatchedSamples | None = field(default=None, init=False, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _counts: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     _best_values: dict[str, float] = field(default_factory=dict, init=False, repr=False)
@@ -135,27 +142,31 @@ class Watch:
         """
         self._began = time.perf_counter()
         w, size = self.watched, self.options.watch_grid
-        self._grid = grid_of(w.batches, w.teacher, *size)
-        guidance = {k: v for k, v in vars(w.settings).items() if k.startswith(("guidance", "negative"))}
-        about = {"grid": self._grid.digest(), "seed": w.seed, "shape": list(w.teacher.shape), **guidance}
-        path = None if folder is None else folder / "teacher.safetensors"
+        self._grid = grid_of(w.batches, w.model, *size)
         ranks = w.state.ranks
-        self._teacher = kept_samples(path, about, self._of_teacher, ranks)
         self._folder = folder if ranks.main else None
-        if folder is not None and ranks.main:
-            write_picture(folder / "teacher.npz", self._grid, self._teacher, w.scaling, w.class_names)
+        if w.guided is not None:
+            guidance = {k: v for k, v in vars(w.settings).items() if k.startswith(("guidance", "negative"))}
+            about = {"grid": self._grid.digest(), "seed": w.seed, "shape": list(w.model.shape), **guidance}
+            path = None if folder is None else folder / "teacher.safetensors"
+            self._teacher = kept_samples(path, about, partial(self._of_teacher, w.guided), ranks)
+            if self._folder is not None:
+                picture = self._folder / "teacher.npz"
+                write_picture(picture, self._grid, self._teacher, w.scaling, w.class_names)
+        if w.against is not None:
+            w.against.begin()
         self._seconds = time.perf_counter() - self._began
 
-    def _of_teacher(self) -> WatchedSamples:
+    def _of_teacher(self, teacher: Denoiser) -> WatchedSamples:
         w = self.watched
         total = len(self._grid) * self._grid.seeds
         with progress(total, desc="samples of the teacher", delay=5.0) as bar:
 
             def draw(n: int, conditioning: Conditioning) -> Tensor:
                 return sample_teacher(
-                    w.guided,
+                    teacher,
                     n,
-                    grid=HEUN.levels(w.teacher),
+                    grid=HEUN.levels(w.model),
                     conditioning=conditioning,
                     seed=self._noise_seed,
                     batch=w.chunk,
@@ -177,9 +188,9 @@ class Watch:
     def _noise_seed(self) -> int:
         return stream_seed(self.watched.seed, "watch")
 
-    def _draw(self, sampler: Sampler) -> WatchedSamples:
+    def _draw(self, sampler: GridSampler) -> WatchedSamples:
         w = self.watched
-        return draw_grid(self._grid, sampler, w.teacher, w.chunk, w.device)
+        return draw_grid(self._grid, sampler, w.model, w.chunk, w.device)
 
     def observe(self, info: dict[str, Tensor]) -> None:
         """Takes in what a step reports: the fake score's training loss, the share of clipped ratios."""
@@ -189,11 +200,11 @@ class Watch:
                 self._counts[name] = self._counts.get(name, 0) + 1
 
     def due(self, step: int) -> bool:
-        """Whether the student is measured after this many steps: first, last, and at every interval."""
+        """Whether it is measured after this many steps: first, last, and at every interval."""
         return step % self.options.watch_every == 0 or step == self.watched.steps
 
-    def look(self, last: str) -> tuple[dict[str, float], list[str]]:
-        """Measures the student.
+    def look(self, last: str) -> tuple[dict[str, Any], list[str]]:
+        """Measures the model in training.
 
         Args:
             last: What to say of the last good checkpoint.
@@ -202,31 +213,33 @@ class Watch:
             The measurements, for the log, and warnings, each kind of which is given once in a run.
 
         Raises:
-            DivergedError: Samples of the student are not finite.
+            DivergedError: Samples of the model are not finite.
         """
         began, w = time.perf_counter(), self.watched
-        step = w.state.step
-        student = w.student().eval()
+        step, against, ranks = w.state.step, w.against, w.state.ranks
+        sampler = w.sampler()
 
-        def draw(n: int, conditioning: Conditioning) -> Tensor:
-            return student.sample(
-                n, seed=self._noise_seed, conditioning=conditioning or None, batch=w.chunk, decode=False
-            )
-
-        devices = [w.device] if w.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # networks of users may draw from the global stream
-            samples = self._draw(draw)
-            if not bool(samples.x.isfinite().all()):
+        def finite(x: Tensor) -> Tensor:
+            if not bool(x.isfinite().all()):
                 raise DivergedError(
-                    f"training went wrong: samples of the student are not finite at step {step}",
+                    f"training went wrong: samples of the {w.what} are not finite at step {step}",
                     expected="finite numbers",
                     fix=f"lower the learning rate and continue with --resume; {last}",
                 )
-            ranks = w.state.ranks
+            return x
+
+        devices = [w.device] if w.device.type == "cuda" else []
+        values: dict[str, Any] = {}
+        with torch.random.fork_rng(devices=devices):  # networks of users may draw from the global stream
+            samples = self._draw(lambda n, asked: sampler(n, asked, self._noise_seed))
+            finite(samples.x)
             means = {
                 name: float(ranks.mean(total)) / self._counts[name] for name, total in self._sums.items()
             }
-            values = against_teacher(samples, self._teacher)
+            if against is not None:
+                values |= against.measure(finite(against.draw(sampler)))
+            if self._teacher is not None:
+                values |= against_teacher(samples, self._teacher)
             if w.fake_score is not None and means.get("loss_fake", 0.0) > 0:
                 values["fake_score_lag"] = self._fake_score_error(w.fake_score) / means["loss_fake"]
         if "clip_fraction" in means:
@@ -238,9 +251,17 @@ class Watch:
             write_picture(picture, self._grid, samples, w.scaling, w.class_names)
             thin_out(self._folder)
         messages = self._judge(step, values)
+        values |= {**(against.said if against is not None else {}), **w.said}
         now = time.perf_counter()
         self._seconds += now - began
         return {**values, "seconds": now - began, "time_share": self._seconds / (now - self._began)}, messages
+
+    def shown(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """What of some measurements the progress line shows, with the step that they are of."""
+        found = {name: f"{values[name]:.3g}" for name in ("fd", "diversity") if name in values}
+        for name in list(found)[-1:]:
+            found[name] += f" (step {self.watched.state.step})"
+        return found
 
     def _fake_score_error(self, fake_score: Lagging) -> float:
         """Over the batches of the next steps, as large as those of training and so no larger in memory."""
@@ -254,14 +275,18 @@ class Watch:
             seen += len(batch.x) * w.state.ranks.size
         return float(torch.stack(errors).mean())
 
-    def _judge(self, step: int, values: dict[str, float]) -> list[str]:
+    def _judge(self, step: int, values: Mapping[str, Any]) -> list[str]:
         """The warnings; keeps the best values and the best step."""
         w = self.watched
         messages = []
         if step > 0:  # an untrained student has not collapsed
             late, kept = 2 * step >= w.steps, self.options.keep_best != "none"
-            best = self._best_values
-            found = dict(watch_warnings(values, best, w.method, w.settings, late=late, kept=kept))
+            best, method = self._best_values, w.method
+            found = (
+                {}
+                if method is None
+                else dict(watch_warnings(values, best, method, w.settings, late=late, kept=kept))
+            )
             for kind in sorted(found.keys() & set(self._crossed) - set(self._warned)):  # not what passes
                 self._warned.append(kind)
                 messages.append(f"at step {step} {found[kind]}")

@@ -1,4 +1,4 @@
-"""Samples on a fixed grid of conditions and seeds: of the teacher once, of the student during training."""
+"""Samples on a fixed grid of conditions and seeds: of a model during its training, of a teacher once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MOST_BATCHES, _MOST_CLASSES = 64, 100  # that are searched for different condit
 MOST_PICTURES = 16
 """Steps whose samples are kept in a run folder."""
 
-Sampler = Callable[[int, Conditioning], Tensor]
+GridSampler = Callable[[int, Conditioning], Tensor]
 """Draws n samples in model space under n conditions, before any decoding; the same noise at every call."""
 
 
@@ -148,7 +148,7 @@ class WatchedSamples:
 
 @torch.no_grad()
 def draw_grid(
-    grid: Grid, sampler: Sampler, model: Denoiser, chunk: int, device: torch.device | str
+    grid: Grid, sampler: GridSampler, model: Denoiser, chunk: int, device: torch.device | str
 ) -> WatchedSamples:
     """Samples a grid, a condition at a time, each from the same noise.
 
