@@ -97,8 +97,8 @@ def curve_panel(
     figure, axes = panel()
     stride = max(1, len(steps) // _RAW_POINTS)
     if errors is not None:
-        bars = (part[::stride] for part in (steps, values, errors))
-        axes.errorbar(*bars, fmt="none", ecolor=MUTED, elinewidth=1.0)
+        at, of, bars = (part[::stride] for part in (steps, values, errors))
+        axes.errorbar(at, of, bars, fmt="none", ecolor=MUTED, elinewidth=1.0)
     if level is not None:
         axes.axhline(level, color=INK, linewidth=1.0, linestyle=(0, (1, 3)))
     axes.plot(steps[::stride], values[::stride], color=SOFT, linewidth=1.0)
