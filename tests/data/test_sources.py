@@ -99,7 +99,7 @@ def test_what_is_wrong_in_a_tar_is_listed(tmp_path):
     (tmp_path / "b.tar").write_bytes(whole[:20_000])
     with pytest.raises(UserError, match="cannot be read") as caught:
         prepare(tmp_path, tmp_path / "store")
-    for text in ("a.tar/00", "a.tar/01", "a.tar/03: no caption", "b.tar: it is damaged"):
+    for text in ("a.tar/00", "a.tar/01", "a.tar/03 and 1 more: no caption", "b.tar: it is damaged"):
         assert text in str(caught.value)
     index = prepare(tmp_path, tmp_path / "store", skip_bad=True)
     assert [item for item, _ in index["skipped"]][:3] == ["a.tar/00", "a.tar/01", "a.tar/03"]
