@@ -28,10 +28,10 @@ def watch_seconds(watch: Watch) -> tuple[float, float]:
     """
     w = watch.watched
     grid = grid_of(w.batches, w.model, *watch.options.watch_grid)
-    shown, few = len(grid) * grid.seeds, min(w.chunk, grid.seeds)
-    asked = grid.conditioning.index(slice(0, 1)).expand(few)
+    shown, few = len(grid) * grid.seeds, min(w.chunk, grid.seeds)  # a condition is drawn at a time
+    one = grid.conditioning.index(slice(0, 1))
 
-    def seconds(draw: Callable[[], Tensor]) -> float:
+    def seconds(draw: Callable[[], Tensor], few: int) -> float:
         """Of a sample, drawn and decoded."""
         draw()  # a first call pays for memory and threads
         began = time.perf_counter()
@@ -41,15 +41,18 @@ def watch_seconds(watch: Watch) -> tuple[float, float]:
     def one_call(teacher: Denoiser) -> Tensor:
         ends = HEUN.levels(w.model)[[0, -1]]  # one step, the last of Heun's method, which takes one call
         return sample_teacher(
-            teacher, few, grid=ends, conditioning=asked, seed=w.seed, batch=few, device=w.device
+            teacher, few, grid=ends, conditioning=one.expand(few), seed=w.seed, batch=few, device=w.device
         )
 
     size, sampler = w.state.ranks.size, w.sampler()
-    samples = shown + (-(-w.against.n // size) if w.against is not None else 0)
+    samples = -(-w.against.n // size) if w.against is not None else 0
     samples += 2 * LAG_SAMPLES // size if w.fake_score is not None else 0  # two networks' passes
+    many = min(w.chunk, samples)
     statistics = w.against.statistics_seconds() if w.against is not None else 0.0
-    each = statistics + samples * seconds(lambda: sampler(few, asked, w.seed))
-    taught = 0.0 if w.guided is None else _HEUN_CALLS * shown * seconds(partial(one_call, w.guided))
+    each = statistics + shown * seconds(lambda: sampler(few, one.expand(few), w.seed), few)
+    if many:
+        each += samples * seconds(lambda: sampler(many, one.expand(many), w.seed), many)
+    taught = 0.0 if w.guided is None else _HEUN_CALLS * shown * seconds(partial(one_call, w.guided), few)
     return statistics + taught, each
 
 
