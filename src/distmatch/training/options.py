@@ -209,7 +209,7 @@ class TeacherConfig(OptimizerSettings):
     """The data already have this noise, in model units: add none."""
     fokker_planck: NotNegative = 0.0
     """Weight of the Fokker-Planck residual, which is 0 where the scores of all noise levels belong to one
-    diffusion: samples of ODE and SDE solvers come closer to each other. Costs several passes a step."""
+    diffusion. A step takes several times as long."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
