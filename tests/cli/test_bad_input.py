@@ -272,7 +272,6 @@ def test_checkpoints_that_do_not_fit_change_nothing(line: str) -> None:
         "--student-sigma 0.001 --method scm",
         "--student-sigma 200",
         "--noise-low 3 --noise-high 2",
-        "--width 32",
     ],
 )
 def test_distillation_settings_that_cannot_be_used(option: str) -> None:

@@ -159,4 +159,4 @@ def test_fashion_mnist_has_its_known_statistics(name, n):
 
 
 def test_every_name_is_listed_once():
-    assert len(set(DATA_NAMES)) == len(DATA_NAMES) == 15
+    assert len(set(DATA_NAMES)) == len(DATA_NAMES) == 18

@@ -114,6 +114,8 @@ def test_the_command_ends_with_zero_on_ctrl_c_and_at_the_end_of_a_run(
 ) -> None:
     def sleep(seconds: float) -> None:
         assert seconds >= 0.5
+        # In the background of a shell SIGINT is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(follow_report, "__kwdefaults__", {**follow_report.__kwdefaults__, "sleep": sleep})
