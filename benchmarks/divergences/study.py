@@ -72,6 +72,7 @@ ALL = ("softened_reverse_kl", "reverse_kl", "js", "hellinger", "jeffreys", "kl")
 THREE = ("reverse_kl", "js", "kl")
 FULL = MLPConfig(width=64, depth=2)
 SIZES = {name: MLPConfig(width=w, depth=2) for name, w in (("half", 45), ("quarter", 31), ("tenth", 19))}
+RESULTS = Path(__file__).parent / "results"  # of the blocks that are done; move those of --out there
 BATCH, EVERY, SEEDS, SAMPLES = 128, 5, 5, 4000
 LR, LR_FAKE = 2e-3, 4e-3
 
@@ -386,9 +387,12 @@ def run(o: Run) -> None:
     o.out.mkdir(parents=True, exist_ok=True)
     for block in blocks():
         name = f"{block.task}/{block.name}"
-        done = o.out / f"{name.replace('/', '--').replace(' ', '-')}.jsonl"
+        done = o.out / f"{name.replace('/', '--').replace(',', '').replace(' ', '-')}.jsonl"
         claim = done.with_suffix(".begun")
-        if done.exists() or (o.only and name not in o.only) or (claim.exists() and not o.only):
+        if done.exists() or (RESULTS / done.name).exists() or (o.only and name not in o.only):
+            continue
+        if claim.exists():
+            print(f"{name}: another process trains it; if none does, remove {claim}", flush=True)
             continue
         claim.touch()
         if o.steps:
@@ -404,11 +408,14 @@ def run(o: Run) -> None:
                 )
 
         part = done.with_suffix(".part")
-        with part.open("w") as file:
-            for row in carry_out(block, o.out, report):
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-        part.rename(done)
+        try:
+            with part.open("w") as file:
+                for row in carry_out(block, o.out, report):
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+            part.rename(done)
+        finally:
+            claim.unlink()
 
 
 if __name__ == "__main__":
