@@ -1,7 +1,7 @@
 """Many small networks of one architecture as one: stacked parameters, and one pass that runs all of them.
 
-Networks of this size cost more calls than arithmetic. As a stack, thirty students of other divergences and
-seeds train in the time of a few. They are the library's own networks, and none sees another's samples or
+Networks of this size cost more calls than arithmetic. As a stack, students of other divergences and seeds
+train in a fraction of the time. They are the library's own networks, and none sees another's samples or
 gradients.
 """
 

@@ -3,28 +3,9 @@
     python benchmarks/divergences/study.py   # hours of one core; can be stopped and continued, block by block
     python benchmarks/divergences/page.py    # writes docs/when-it-matters.md from what is done
 
-What the theory predicts, written down before the first run. A student that can match its teacher ends there
-under every divergence, so:
-
-1. equal size, started as a copy: no difference that can be told;
-2. a smaller student cannot match it. KL should then have the smaller KL(p||q), the larger recall and more
-   of the rare modes than reverse KL, and reverse KL the larger precision; JS and Hellinger between them,
-   Jeffreys near KL; softened reverse KL, whose weight falls with r, at the far end. The smaller the student,
-   the larger the difference;
-3. an untrained start loses modes that a copy has; where r is large KL pulls them back first. Longer training
-   makes this difference smaller, and not that of 2;
-4. inside separate modes the scores do not depend on the modes' shares, so shares are learned at noise levels
-   where modes overlap. There r is near one and all weights are alike. Without these levels the difference
-   grows;
-5. with the exact ratio differences are as large as or larger than with the one that a discriminator learns,
-   which is close to one where it has learned nothing; a tight clip removes them, a wide one adds variance to
-   KL;
-6. a guided teacher is not what the ratio compares with (it compares real data): KL is then pulled away from
-   the teacher towards the data, and its KL(p||q) to the guided teacher is not better;
-7. the adversarial term pulls every divergence towards the data, so that it makes differences smaller.
-
-The loop is that of ``distmatch distill --method f-distill`` with K = 5, on stacks of networks (``stack.py``);
-losses, ratio normalizer, networks and discriminators are the library's.
+``plan.py`` has the runs, and the predictions that were written down before the first of them. The loop is
+that of ``distmatch distill --method f-distill`` with K = 5, on stacks of networks (``stack.py``); losses, ratio
+normalizer, networks and discriminators are the library's.
 """
 
 from __future__ import annotations
@@ -35,11 +16,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from plan import FULL, Block, Setting, blocks
 from stack import Stack
 from tasks import Stacked, Task, digits, fashion, grid, stacked
 from torch import Tensor
@@ -68,70 +50,9 @@ from distmatch.nets.ema import ema_decay
 from distmatch.ratio.discriminator import build_discriminator
 from distmatch.ratio.normalizer import NormalizerConfig, RatioNormalizer
 
-ALL = ("softened_reverse_kl", "reverse_kl", "js", "hellinger", "jeffreys", "kl")
-THREE = ("reverse_kl", "js", "kl")
-FULL = MLPConfig(width=64, depth=2)
-SIZES = {name: MLPConfig(width=w, depth=2) for name, w in (("half", 45), ("quarter", 31), ("tenth", 19))}
 RESULTS = Path(__file__).parent / "results"  # of the blocks that are done; move those of --out there
 BATCH, EVERY, SEEDS, SAMPLES = 128, 5, 5, 4000
 LR, LR_FAKE = 2e-3, 4e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What a block of runs shares; noise levels in units of sigma_data, 0 the largest."""
-
-    size: Literal["equal", "half", "quarter", "tenth"] = "equal"
-    start: Literal["trained", "untrained"] = "trained"
-    steps: int = 8000
-    student_sigma: float = 5.0
-    noise_high: float = 0.0
-    ratio: Literal["learned", "exact"] = "learned"
-    clip: float = 3.0
-    guidance: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """Runs that differ in divergence, adversarial weight and seed alone, trained as one stack."""
-
-    task: str
-    name: str
-    setting: Setting = Setting()
-    divergences: tuple[str, ...] = THREE
-    adversarial: tuple[float, ...] = (0.0,)
-
-
-def blocks() -> Iterator[Block]:
-    """All of them, the ones that answer most first."""
-    tail, quarter = "digits-tail", Setting(size="quarter")
-    short = replace(quarter, steps=3000)
-    yield Block(task=tail, name="quarter", setting=quarter, divergences=ALL)
-    yield Block(task="grid25", name="learned", setting=short)
-    yield Block(task="grid25", name="exact", setting=replace(short, ratio="exact"))
-    yield Block(task="grid25", name="learned, low noise", setting=replace(short, noise_high=0.3))
-    yield Block(task="grid25", name="exact, low noise", setting=replace(short, noise_high=0.3, ratio="exact"))
-    yield Block(task=tail, name="quarter, low noise", setting=replace(quarter, noise_high=1.0))
-    yield Block(task=tail, name="equal")
-    yield Block(task=tail, name="quarter, adversarial", setting=quarter, divergences=ALL, adversarial=(1e-3,))
-    yield Block(task="fashion-tail", name="quarter", setting=quarter, divergences=ALL)
-    yield Block(task="stacked", name="quarter", setting=quarter, divergences=ALL)
-    yield Block(task="fashion", name="quarter", setting=quarter, divergences=ALL)
-    yield Block(task=tail, name="untrained", setting=Setting(start="untrained"))
-    yield Block(task=tail, name="half", setting=Setting(size="half"))
-    yield Block(task=tail, name="tenth", setting=Setting(size="tenth"))
-    yield Block(task=tail, name="sigma_max", setting=Setting(student_sigma=0.0))
-    yield Block(task="digits", name="quarter", setting=quarter)
-    yield Block(task=tail, name="quarter, tight clip", setting=replace(quarter, clip=0.5))
-    yield Block(task=tail, name="quarter, wide clip", setting=replace(quarter, clip=8.0))
-    yield Block(task="digits-tail-classes", name="quarter", setting=quarter)
-    yield Block(task="digits-tail-classes", name="quarter, guided", setting=replace(quarter, guidance=2.5))
-    for task in ("fashion-tail", "stacked", "fashion"):
-        yield Block(task=task, name="equal")
-        yield Block(
-            task=task, name="quarter, adversarial", setting=quarter, divergences=ALL, adversarial=(1e-3,)
-        )
-    yield Block(task=tail, name="quarter, ten times as long", setting=replace(quarter, steps=80_000))
 
 
 def task_of(name: str, folder: Path) -> Task:
@@ -150,9 +71,9 @@ def task_of(name: str, folder: Path) -> Task:
 def start_of(task: Task, setting: Setting, folder: Path) -> EDMDenoiser:
     """The network that all students of a block start from: the trained one, or a smaller one fitted to it."""
     own: EDMDenoiser = task.network
-    if setting.size == "equal" and setting.start == "trained":
+    if setting.width == FULL and setting.start == "trained":
         return own
-    config = FULL if setting.size == "equal" else SIZES[setting.size]
+    config = MLPConfig(width=setting.width, depth=2)
     torch.manual_seed(1)
     net = build_net(config, task.data.shape[1:], own.num_classes)
     fresh = EDMDenoiser(
@@ -164,7 +85,7 @@ def start_of(task: Task, setting: Setting, folder: Path) -> EDMDenoiser:
     )
     if setting.start == "untrained":
         return fresh.eval()
-    kept = folder / f"{task.name}-{setting.size}.pt"
+    kept = folder / f"{task.name}-{setting.width}.pt"
     if kept.exists():
         fresh.load_state_dict(torch.load(kept, weights_only=True))
         return fresh.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from dataclasses import replace
@@ -10,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import distmatch as dm
@@ -25,26 +23,12 @@ from distmatch.training.pipeline_options import EncodingOptions, PipelineOptions
 from distmatch.training.prepare import prepare_distillation
 from tests.helpers.command import command, contents, done
 from tests.helpers.pipelines import save
-
-PROMPTS = ["a red cat", "the dog sleeps", "a house", "a small tree"]
-SIZE = "--size 16 --max-tokens 12"
-SHORT = "--method sid --steps 10 --batch 2 --train lora --lora-rank 2 --seed 3"
+from tests.helpers.prompted import PROMPTS, SHORT, SIZE, prompted
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A pipeline, a file of prompts, a folder of images with captions."""
-    folder = tmp_path_factory.mktemp("prompted")
-    save("stable-diffusion-3", folder)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for i, (height, width) in enumerate([(16, 16), (20, 40), (33, 16), (16, 18)]):
-        pixels = rng.integers(0, 256, (height, width, 3)).astype("uint8")
-        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i]}) for i in range(4)]
-    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return prompted(tmp_path_factory.mktemp("prompted"))
 
 
 @pytest.fixture(scope="module")
@@ -134,65 +118,6 @@ def test_dmd_makes_its_pairs_under_the_prompts_and_again_on_resuming(place, teac
         student = dm.distill(teacher, prompts=PROMPTS, train=train, **common)
         told = teacher.pipeline.encode(PROMPTS)
         assert bool(student.sample(4, conditioning=told, decode=False).isfinite().all())
-
-
-def test_a_dry_run_writes_nothing(place, tmp_path, cache):
-    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {place}/prompts.txt {SHORT}"
-    assert "# prompts     4\n" in done(f"{line} --dry-run").out
-    assert not cache.exists()
-
-
-def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypatch, tmp_path):
-    from distmatch.cli import memory
-
-    monkeypatch.setattr(memory, "LARGE", 0)
-    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} {SHORT} --dry-run --json"
-    (tmp_path / "long.txt").write_text("\n".join([*PROMPTS[:-1], "a red cat in the house and so on " * 20]))
-    told = done(f"{line} --prompts {tmp_path}/long.txt").json()
-    cut = told["warnings"]
-    assert cut[0].startswith("1 of 4 prompts is longer than the 12 tokens of tokenizer and the 12 tokens of")
-    teacher = dm.load_teacher(place / "stable-diffusion-3", height=16, width=16, max_sequence_length=12)
-    size = sum(value.nbytes for value in teacher.pipeline.encode(PROMPTS).values())
-    assert (told["prompts"], told["encodings"]) == (4, size)
-    assert told["levels"] == [teacher.sigma_max]
-    assert told["times"] == pytest.approx([1.0])
-    assert not cache.exists()
-    missing = command(f"{line} --prompts {place}/none.txt")
-    assert missing.code == 2
-    assert "tracing" not in missing.err  # said before the pipeline is read
-
-
-def test_a_dry_run_of_a_large_pipeline_looks_at_the_data(place, cache, monkeypatch, tmp_path):
-    from distmatch.cli import memory
-
-    predicted, predict = {}, memory.predict_memory
-
-    def once(options, teacher):  # the data, which are looked at afterwards, do not change it
-        key = options.method, options.run.steps
-        if key not in predicted:
-            predicted[key] = predict(options, teacher)
-        return predicted[key]
-
-    monkeypatch.setattr(memory, "predict_memory", once)
-    monkeypatch.setattr(memory, "without_weights", functools.cache(memory.without_weights))
-    monkeypatch.setattr(memory, "LARGE", 0)
-    line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} {SHORT} --dry-run"
-    images = line.replace("--method sid", "--method dmd2")
-    assert done(f"{images} --json --data {place}/images").json()["prompts"] == 4
-    assert "--prompts" in done(f"{line} --json").json()["missing"]
-    assert "# missing     dmd2 needs real data" in done(images).out
-    np.savez(tmp_path / "small.npz", x=np.random.default_rng(0).random((6, 3, 5, 5)).astype("float32"))
-    for wrong, said in (
-        (f"{images} --prompts {place}/prompts.txt", "prompts alone"),
-        (f"{images} --data {tmp_path}/none.npz", "none.npz"),
-        (f"{images} --data {tmp_path}/small.npz --prompts {place}/prompts.txt", "one prompt for each sample"),
-        (f"{line} --data {tmp_path}/small.npz", "do not have the same shape"),
-        (f"{line} --prompts {place}/prompts.txt --steps 2 --fake-score-steps 3", "never be updated"),
-    ):
-        answer = command(wrong)
-        assert answer.code == 2, wrong
-        assert said in answer.err
-    assert not cache.exists()
 
 
 def test_the_cache_and_live_encoding_train_the_same_student(teacher, asked):
@@ -333,57 +258,6 @@ def test_encodings_of_another_pipeline_are_not_used(place, tmp_path, asked):
             gaps = (batch.conditioning[field][:, None] - rows[None]).abs().flatten(2).amax(2)
             assert gaps.amin(1).max() < 1e-5
         assert asked["prompts"] == count
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("--method dmd2 --prompts {place}/prompts.txt", "needs real images, and these are prompts alone"),
-        ("--method sid --prompts {place}/none.txt", "none.txt does not exist"),
-        ("--method sid --encode live", "do nothing without prompts"),
-        ("--method sid --prompts {place}/prompts.txt --flip", "captions may say left"),
-        ("--method sid --prompts {place}/prompts.txt --prompt-dropout 2", "must be in [0, 1]"),
-        ("--method dmd2 --prompts {place}/images --data digits", "two sources of data"),
-    ],
-)
-def test_what_is_refused(place, tmp_path, line, said):
-    answer = command(
-        f"distill --teacher {place}/stable-diffusion-3 {SIZE} --out {tmp_path}/run --batch 2 --steps 10 "
-        + line.format(place=place)
-    )
-    assert answer.code == 2, answer.err
-    assert said in answer.err
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_a_method_needs_is_said_before_a_pipeline_is_loaded(place, tmp_path, monkeypatch):
-    from distmatch.cli import memory
-
-    monkeypatch.setattr(memory, "LARGE", 0)
-    for line, said in (
-        ("--method dmd2", "needs real data"),
-        ("--method dmd2 --prompts {place}/prompts.txt", "these are prompts alone"),
-        ("--method dmd2 --prompts {place}/prompts.txt --dry-run", "these are prompts alone"),
-        ("--method dmd --num-steps 4 --prompts {place}/prompts.txt", "Got: 4 steps with --method dmd"),
-        ("--method ctm --prompts {place}/images", "no input for a second noise level"),
-        ("--method mmd --prompts {place}/images --dry-run", "class labels only"),
-    ):
-        given = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --out {tmp_path}/run"
-        answer = command(f"{given} {line.format(place=place)}")
-        assert answer.code == 2, answer.err
-        assert said in answer.err
-        assert "tracing" not in answer.err
-    assert not (tmp_path / "run").exists()
-
-
-def test_teachers_without_prompts(tmp_path, place):
-    for more, said in (
-        (f"--prompts {place}/prompts.txt", "takes no prompts"),
-        ("--prompt-dropout 0.1", "for teachers that take prompts"),
-    ):
-        answer = command(f"distill --teacher ring8 --method sid --steps 10 --out {tmp_path}/run {more}")
-        assert answer.code == 2
-        assert said in answer.err
 
 
 def test_pipelines_that_pad_to_the_longest(place, tmp_path):

@@ -51,7 +51,6 @@ def run(argv: list[str]) -> None:
     if options.watch is None:
         path = build_report(options.run)
     else:
-        print(f"watching {options.run}: report.html follows it (Ctrl-C ends this)", file=sys.stderr)
         path = follow_report(options.run, options.watch, tell=lambda text: print(text, file=sys.stderr))
     if options.json:
         print_json({"report": str(path)})

@@ -35,7 +35,8 @@ def follow_report(
     Args:
         run_folder: As for :func:`~distmatch.report.build.build_report`.
         seconds: Between looks at the files, and between reloads of the page.
-        tell: Gets a line about what prevents the page from being built again, once for each reason.
+        tell: Gets a line when the first page is there, and about what prevents the next from being built,
+            once for each reason.
         sleep: Waits; for tests.
 
     Returns:
@@ -56,6 +57,8 @@ def follow_report(
                     if has_ended(folder):
                         break
                     build_report(folder, refresh=seconds)
+                    if seen is None:
+                        tell(f"watching {folder}: report.html follows it (Ctrl-C ends this)")
                     seen = now
                 except UserError as error:
                     if seen is None or not folder.is_dir():
