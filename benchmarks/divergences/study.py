@@ -4,8 +4,8 @@
     python benchmarks/divergences/page.py    # writes docs/when-it-matters.md from what is done
 
 ``plan.py`` has the runs, and the predictions that were written down before the first of them. The loop is
-that of ``distmatch distill --method f-distill`` with K = 5, on stacks of networks (``stack.py``); losses, ratio
-normalizer, networks and discriminators are the library's.
+that of ``distmatch distill --method f-distill`` with K = 5, on stacks of networks (``stack.py``); losses,
+ratio normalizer, networks and discriminators are the library's.
 """
 
 from __future__ import annotations
