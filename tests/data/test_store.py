@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from distmatch.base.errors import UserError
 from distmatch.base.lock import take_lock
 from distmatch.data import load_data
-from distmatch.data.images import read_image
-from distmatch.data.store import blocks, writing
+from distmatch.data.images import decode
+from distmatch.data.store import blocks, layout, writing
 from distmatch.data.store.prepare import prepare
 from distmatch.data.store.reading import verify_store
 from tests.helpers.processes import together
@@ -142,7 +142,7 @@ def test_a_killed_preparation_continues_where_it_stopped(tmp_path, parts, least,
         load_data(tmp_path / "store")
     read = []
     monkeypatch.setattr(
-        "distmatch.data.sources.core.read_image", lambda *a, **k: read.append(a) or read_image(*a, **k)
+        "distmatch.data.sources.core.decode", lambda *a, **k: read.append(a) or decode(*a, **k)
     )
     prepare(tmp_path / "images", tmp_path / "store")
     assert len(read) == 200 - left["samples"]
@@ -169,7 +169,7 @@ def test_what_cannot_be_read_is_listed_and_skipped_only_on_request(tmp_path, mon
         load_data(out)
     assert "4 of its items cannot be read" in caught.value.parts["got"]
     assert "--skip-bad" in caught.value.parts["fix"]
-    monkeypatch.setattr("distmatch.data.sources.core.read_image", lambda *a, **k: pytest.fail("read again"))
+    monkeypatch.setattr("distmatch.data.sources.core.decode", lambda *a, **k: pytest.fail("read again"))
     index = prepare(folder, out, skip_bad=True)
     skipped = ["cat/001.png", "cat/005.png", "dog/003.png", "dog/006.png"]
     assert [item for item, _ in index["skipped"]] == skipped
@@ -231,7 +231,9 @@ def test_only_stores_are_continued_and_replaced(tmp_path):
 
 def test_a_store_that_another_process_writes_is_left_alone(tmp_path):
     (tmp_path / "store").mkdir()
-    (tmp_path / "store/unfinished.json").write_text(json.dumps({"format": "distmatch store", "version": 1}))
+    (tmp_path / "store/unfinished.json").write_text(
+        json.dumps({"format": "distmatch store", "version": layout.VERSION})
+    )
     lock = take_lock(tmp_path / "store", "distmatch store")
     for action in (
         lambda: load_data(tmp_path / "store"),

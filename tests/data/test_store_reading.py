@@ -42,7 +42,7 @@ def test_damage_is_named(store):
     (store / "store.json").write_text(index)
     (store / "x.npy").write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
     assert len(load_data(store)) == 50
-    with pytest.raises(UserError, match=r"damaged.*x.npy, block 0 of 1: another sha256"):
+    with pytest.raises(UserError, match=r"damaged.*x.npy, block 0 of 1: another hash"):
         verify_store(store)
     other = Field("x", "uint8", (1, 4, 9)).header(50)
     (store / "x.npy").write_bytes(other + whole[HEADER:])
@@ -73,12 +73,12 @@ def test_damage_is_named(store):
         {"moments": {"count": 1, "low": [0], "high": [], "mean": [0], "deviation": [0]}},
         {"moments": {"count": 1, "low": [0, 0], "high": [1, 1], "mean": [0, 0], "deviation": [1, 1]}},
         {"blocks": [{"samples": 50}]},
-        {"blocks": [{"samples": 49, "sha256": {"x": "", "labels": ""}}]},
-        {"blocks": [{"samples": "50", "sha256": {"x": "", "labels": ""}}]},
+        {"blocks": [{"samples": 49, "xxh3_128": {"x": "", "labels": ""}}]},
+        {"blocks": [{"samples": "50", "xxh3_128": {"x": "", "labels": ""}}]},
         {"blocks": {"samples": 50}},
         {"fields": [{"name": "x", "dtype": "uint8", "shape": [36]}]},
         {"class_names": ["a"]},
-        {"version": 2},
+        {"version": 1},
         {"format": "other"},
     ],
 )

@@ -20,14 +20,32 @@ _ORIENTATION = 0x0112  # the tag of EXIF
 _DEEP = ("I", "F")  # 16 and 32 bits: Pillow would clip them to 255 without a word
 
 
-def read_image(
+def read_image(file: Path, size: tuple[int, int] | None = None, *, color: bool = False) -> np.ndarray:
+    """An image, (1, H, W) where it is grey, else (3, H, W), uint8; see :func:`decode`."""
+    image = decode(file, size, color=color)
+    pixels = np.empty((len(image.mode), image.height, image.width), np.uint8)
+    copy_pixels(image, pixels)
+    return pixels
+
+
+def copy_pixels(image: Image.Image, pixels: np.ndarray) -> None:
+    """Copies an image of mode "L" or "RGB" into an array (C, H, W), uint8; grey fills all channels.
+
+    Plane by plane: transposing the pixels costs as much as taking them from Pillow, and so does new memory
+    for all of them together, which the system hands out page by page.
+    """
+    for plane, channel in zip(pixels, image.mode * (len(pixels) // len(image.mode)), strict=True):
+        plane.reshape(-1)[:] = np.frombuffer(image.tobytes("raw", channel), np.uint8)
+
+
+def decode(
     file: Path | str,
     size: tuple[int, int] | None = None,
     *,
     color: bool = False,
     content: bytes | None = None,
-) -> np.ndarray:
-    """An image, (1, H, W) where it is grey, else (3, H, W), uint8.
+) -> Image.Image:
+    """An image of mode "L" where it is grey, else "RGB".
 
     Args:
         file: The file, or a name for messages.
@@ -66,9 +84,8 @@ def read_image(
             image = image if image.mode == mode else image.convert(mode)
             if size is not None:
                 image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
-            # Channel by channel: transposing the pixels costs as much as taking them from Pillow.
-            planes = b"".join([image.tobytes("raw", channel) for channel in image.getbands()])
-            return np.frombuffer(planes, np.uint8).reshape(len(mode), image.height, image.width)
+            image.load()
+            return image
     except UserError:
         raise
     except MemoryError as error:

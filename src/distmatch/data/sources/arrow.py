@@ -195,9 +195,9 @@ def _sample(row: Mapping[str, Any], name: str, columns: _Columns, reading: Readi
         raise UserError(
             f"{name} has no image", got="a path alone" if isinstance(image, dict) else repr(image)[:80]
         )
-    pixels = reading.image_of(name, content)
+    image = reading.image_of(name, content)
     others = {key: value for key, value in row.items() if key != columns.image}
-    return Sample(pixels, label_in(others, reading, name), caption_in(others, reading, name))
+    return Sample(image, label_in(others, reading, name), caption_in(others, reading, name))
 
 
 def _features(place: Path, schema: Any) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from distmatch.base.errors import UserError
 from distmatch.data.columns import Column
-from distmatch.data.images import read_image
+from distmatch.data.images import copy_pixels, decode
 from distmatch.data.prompts import COLUMNS as CAPTIONS
 from distmatch.data.scaling import Scaling
 
@@ -56,11 +57,11 @@ class Reading:
     caption: str = ""
     shape: tuple[int, ...] | None = None
 
-    def image_of(self, file: Path | str, content: bytes | None = None) -> np.ndarray:
+    def image_of(self, file: Path | str, content: bytes | None = None) -> Image.Image:
         """An image file, cropped and resized as requested."""
         if self.shape is not None:
-            return read_image(file, (self.shape[1], self.shape[2]), color=True, content=content)
-        return read_image(file, self.size, content=content)
+            return decode(file, (self.shape[1], self.shape[2]), color=True, content=content)
+        return decode(file, self.size, content=content)
 
     @property
     def fields(self) -> str:
@@ -74,12 +75,12 @@ class Sample:
     """One item of a source.
 
     Attributes:
-        pixels: (1, H, W) or (3, H, W), uint8.
+        image: Of mode "L" or "RGB".
         label: Its class, by number or name.
         caption: Its caption.
     """
 
-    pixels: np.ndarray
+    image: Image.Image
     label: int | str | None = None
     caption: str | None = None
 
@@ -103,12 +104,13 @@ class Form:
     @classmethod
     def of(cls, sample: Sample) -> Form:
         """That of an image."""
-        pixels, captioned = sample.pixels, sample.caption is not None
-        return cls(pixels.shape, str(pixels.dtype), _label_kind(sample.label), captioned)
+        image, captioned = sample.image, sample.caption is not None
+        shape = (len(image.mode), image.height, image.width)
+        return cls(shape, "uint8", _label_kind(sample.label), captioned)
 
     def difference(self, sample: Sample) -> str:
         """In words, how an image differs from this form; '' where it does not."""
-        height, width = sample.pixels.shape[1:]
+        width, height = sample.image.size
         if (height, width) != self.shape[1:]:
             usual = f"{self.shape[2]}x{self.shape[1]}"
             return f"{width}x{height} {OTHER_SIZE} {usual}"
@@ -209,9 +211,9 @@ def read_samples(items: Sequence[tuple[str, Callable[[], Sample]]], form: Form |
         if wrong := form.difference(sample):
             bad.append((name, wrong))
             continue
-        if len(sample.pixels) > form.shape[0]:
+        if len(sample.image.mode) > form.shape[0]:
             raise ColorFoundError(form)
-        x[kept] = sample.pixels
+        copy_pixels(sample.image, x[kept])
         if sample.label is not None:
             labels.append(sample.label)
         if sample.caption is not None:

@@ -147,9 +147,9 @@ def _sample(descriptor: int, name: str, members: _Members, reading: Reading) -> 
     if len(images) != 1:
         what = "several images: choose with --image" if images else "no image"
         raise UserError(f"{name} has {what}", got=", ".join(images or members)[:200])
-    pixels = reading.image_of(name, _content(descriptor, name, members[images[0]]))
+    image = reading.image_of(name, _content(descriptor, name, members[images[0]]))
     about = _about(descriptor, name, members)
-    return Sample(pixels, label_in(about, reading, name), caption_in(about, reading, name))
+    return Sample(image, label_in(about, reading, name), caption_in(about, reading, name))
 
 
 def _about(descriptor: int, name: str, members: Mapping[str, _Member]) -> dict[str, Any]:

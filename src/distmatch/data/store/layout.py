@@ -26,7 +26,9 @@ RECORDS = "blocks"
 """Folder of the records of blocks, of a store that several processes write."""
 MARK = "distmatch store"
 """What the lock file of a store begins with."""
-VERSION = 1
+VERSION = 2
+HASH = "xxh3_128"
+"""The hash of blocks: it finds damage at the speed of memory, and is no proof against forgery."""
 HEADER = 128
 """Bytes in front of the values of an array."""
 TEXT, ENDS = "captions", "caption_ends"

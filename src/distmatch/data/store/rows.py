@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from distmatch.base.files import atomic_json, guard, read_json
 from distmatch.base.lock import LOCK
@@ -27,6 +28,7 @@ from distmatch.data.recorded import Moments
 from distmatch.data.scaling import Scaling
 from distmatch.data.store.layout import (
     ENDS,
+    HASH,
     HEADER,
     INDEX,
     MARK,
@@ -151,7 +153,7 @@ class RowStore:
         file = self._record(number)
         try:
             values = read_json(file)
-            digests = {field.name: str(values["sha256"][field.name]) for field in self.all_fields()}
+            digests = {field.name: str(values[HASH][field.name]) for field in self.all_fields()}
             return digests, Moments.from_dict(values["moments"])
         except (KeyError, TypeError, ValueError) as error:
             what = f"{RECORDS}/{file.name}: {type(error).__name__} {error}"[:200]
@@ -177,7 +179,7 @@ class RowStore:
             for field in self.all_fields():
                 files[field.name] = stack.enter_context(open(self.folder / field.file, "r+b"))
                 files[field.name].seek(HEADER + field.row * self._start(field, first))
-                digests[field.name] = hashlib.sha256()
+                digests[field.name] = xxhash.xxh3_128()
             for part in parts:
                 count = len(part["x"])
                 arrays = {**part, **(self.captions.arrays(first, count) if self.captions else {})}
@@ -194,7 +196,7 @@ class RowStore:
         if moments is None or first != self.rows(number).stop:
             raise RuntimeError(f"block {number} ends at sample {first}")
         hashes = {name: digest.hexdigest() for name, digest in digests.items()}
-        atomic_json(self._record(number), {"sha256": hashes, "moments": moments.to_dict()})
+        atomic_json(self._record(number), {HASH: hashes, "moments": moments.to_dict()})
 
     def finish(
         self, request: Mapping[str, Any], names: Sequence[str], scaling: Scaling, columns: Sequence[Column]
@@ -214,7 +216,7 @@ class RowStore:
             moments = found if moments is None else moments.with_more(found)
             end = self.rows(number).stop
             text = {"text": self.captions.end(end)} if self.captions else {}
-            ended.append({"samples": end, **text, "sha256": digests})
+            ended.append({"samples": end, **text, HASH: digests})
         if moments is None:
             raise RuntimeError("a store without blocks")
         index = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import xxhash
 
 from distmatch.base.errors import UserError, cause
 from distmatch.base.files import atomic_json, guard
@@ -22,6 +23,7 @@ from distmatch.data.store import blocks
 from distmatch.data.store.blocks import Blocks
 from distmatch.data.store.layout import (
     ENDS,
+    HASH,
     HEADER,
     INDEX,
     MARK,
@@ -269,8 +271,8 @@ class StoreWriter:
             data = os.pread(self._blocks.files[field.name].fileno(), size, HEADER + field.row * begin)
             labels = places[np.frombuffer(data, np.int64)].tobytes()
             handle.write(labels)
-            del block["sha256"][field.name]
-            block["sha256"][own.name] = hashlib.sha256(labels).hexdigest()
+            del block[HASH][field.name]
+            block[HASH][own.name] = xxhash.xxh3_128(labels).hexdigest()
             begin = block["samples"]
         return own
 
