@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +14,9 @@ import torch
 # numbers of threads differ in the last bit.
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
+
+# dcor has numba compile its functions as it is imported: half a minute, for what plain Python computes at once.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 # The same examples on every machine and in every run: a failure can be repeated.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -38,5 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Leaves modules and tests out of later garbage collections, which would each go through all of them."""
+    _freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_imports() -> Iterator[None]:
+    """Leaves out what the tests of a file imported and cached as well: diffusers alone is half a million objects."""
+    yield
+    _freeze()
+
+
+def _freeze() -> None:
     gc.collect()
     gc.freeze()
