@@ -14,7 +14,7 @@ from tests.helpers.pipelines import SIDE, diffusers, save
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "pipeline-to-lora.md"
-SMALLER = {"--size": str(SIDE), "--batch": "2", "--watch-every": "2"}
+SMALLER = {"--size": str(SIDE), "--batch": "2", "--watch-every": "5"}
 
 
 def commands() -> list[list[str]]:
