@@ -109,7 +109,7 @@ def test_what_is_predicted_not_to_fit_is_not_tried(teacher: Path, monkeypatch: p
     monkeypatch.setattr(auto, "free_memory", lambda: 10_000)
     seen = timed(monkeypatch, lambda options: 1.0)
     with pytest.raises(UserError, match="would take"):
-        dm.distill(teacher, method="dmd2", steps=5, batch=2, auto=True, quiet=True)
+        dm.distill(teacher, method="dmd2", steps=5, batch=1, auto=True, quiet=True)
     assert seen == []
 
 

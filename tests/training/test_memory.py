@@ -25,7 +25,7 @@ from distmatch.training.options import DistillOptions
 
 def teacher_of(device: str = "cpu") -> EDMDenoiser:
     with torch.device(device):
-        net = build_net(DiTConfig(width=64, depth=3, heads=4), (4, 16, 16), 10)
+        net = build_net(DiTConfig(width=64, depth=2, heads=4), (4, 16, 16), 10)
     return EDMDenoiser(net, shape=(4, 16, 16), num_classes=10, sigma_data=0.5).eval()
 
 
