@@ -15,7 +15,7 @@ import torch
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
-# dcor has numba compile its functions as it is imported: half a minute, for what plain Python computes at once.
+# dcor has numba compile its functions as it is imported: half a minute, for what plain Python does at once.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 # The same examples on every machine and in every run: a failure can be repeated.
@@ -47,7 +47,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen_imports() -> Iterator[None]:
-    """Leaves out what the tests of a file imported and cached as well: diffusers alone is half a million objects."""
+    """Leaves out what the tests of a file imported and cached: diffusers alone is half a million objects."""
     yield
     _freeze()
 

@@ -75,7 +75,7 @@ def _shaped(method: Any, draw: torch.Generator, fake: bool) -> Any:
     signature = inspect.signature(method)
     # Models of transformers look into their masks unless they are traced.
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
-    known: dict[Any, Any] = {}  # a pipeline calls its network once a step, and shapes take longer than numbers
+    known: dict[Any, Any] = {}  # a pipeline calls its network once a step
 
     def without_numbers(tensor: Tensor) -> Tensor:
         shape = tensor.to("meta")
