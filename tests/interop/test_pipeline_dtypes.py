@@ -7,13 +7,14 @@ import shutil
 from functools import cache
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 import distmatch as dm
 from distmatch.base.errors import UserError
 from distmatch.cli import memory
-from distmatch.interop.pipelines import load_pipeline
+from distmatch.interop.pipelines import load_pipeline, skeleton
 from distmatch.interop.pipelines.comparison import compare
 from distmatch.interop.pipelines.contract import TimeMap
 from distmatch.interop.pipelines.teacher import without_weights
@@ -159,3 +160,26 @@ def test_a_dry_run_of_a_pipeline_reads_no_weights(made, tmp_path, monkeypatch):
     assert "read no weights" in text
     assert "predicted   fake: " in text
     assert "at the peak" in text
+
+
+def test_shapes_are_computed_once_for_equal_shapes(tmp_path):
+    """Other shapes, dtypes and plain arguments are computed anew; numbers are drawn for each call."""
+    seen = []
+
+    class Counted(diffusers.UNet2DModel):
+        def forward(self, sample, timestep, return_dict=True):
+            seen.append(tuple(sample.shape))
+            return super().forward(sample, timestep, return_dict=return_dict)
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 2}
+    ends = {"in_channels": 1, "out_channels": 1, "sample_size": 8}
+    diffusers.UNet2DModel(**ends, **sizes, **blocks).save_config(tmp_path)
+    network, time = skeleton.without_weights(Counted, tmp_path), torch.tensor(1)
+    first, again = (network(torch.ones(2, 1, 8, 8), time, return_dict=True).sample for _ in range(2))
+    assert first.shape == again.shape == (2, 1, 8, 8)
+    assert not torch.equal(first, again)
+    assert network(torch.ones(3, 1, 8, 8), time).sample.shape == (3, 1, 8, 8)
+    assert isinstance(network(torch.ones(2, 1, 8, 8), time, return_dict=False), tuple)
+    network(torch.ones(2, 1, 8, 8), time.float())
+    assert seen == [(2, 1, 8, 8), (3, 1, 8, 8), (2, 1, 8, 8), (2, 1, 8, 8)]
