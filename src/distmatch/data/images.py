@@ -35,7 +35,7 @@ def copy_pixels(image: Image.Image, pixels: np.ndarray) -> None:
     for all of them together, which the system hands out page by page.
     """
     for plane, channel in zip(pixels, image.mode * (len(pixels) // len(image.mode)), strict=True):
-        plane.reshape(-1)[:] = np.frombuffer(image.tobytes("raw", channel), np.uint8)
+        plane[:] = np.frombuffer(image.tobytes("raw", channel), np.uint8).reshape(plane.shape)
 
 
 def decode(

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import xxhash
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import guard
 from distmatch.data.recorded import Moments
-from distmatch.data.store.layout import HASH, HEADER, TEXT, UNFINISHED, Field
+from distmatch.data.store.layout import HASH, HEADER, TEXT, UNFINISHED, Field, new_hash
 
 BLOCK_BYTES = 2**28
 """A block ends with the part of the source that reaches this size."""
@@ -81,7 +80,7 @@ class Blocks:
         handle.truncate(end)
         handle.seek(end)
         self.fields.append(field)
-        self._hashes[field.name] = xxhash.xxh3_128()
+        self._hashes[field.name] = new_hash()
 
     def append(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Appends rows to each file."""
@@ -123,7 +122,7 @@ class Blocks:
 
     def _seal(self) -> tuple[dict[str, str], Moments | None]:
         found = {name: digest.hexdigest() for name, digest in self._hashes.items()}
-        self._hashes = {name: xxhash.xxh3_128() for name in found}
+        self._hashes = {name: new_hash() for name in found}
         return found, self.moments
 
     def _end(

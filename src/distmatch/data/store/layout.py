@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from distmatch.base.errors import UserError
 from distmatch.base.files import read_json
@@ -29,6 +30,7 @@ MARK = "distmatch store"
 VERSION = 2
 HASH = "xxh3_128"
 """The hash of blocks: it finds damage at the speed of memory, and is no proof against forgery."""
+new_hash = xxhash.xxh3_128
 HEADER = 128
 """Bytes in front of the values of an array."""
 TEXT, ENDS = "captions", "caption_ends"

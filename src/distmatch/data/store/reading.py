@@ -10,7 +10,6 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from distmatch.base.errors import UserError
@@ -30,6 +29,7 @@ from distmatch.data.store.layout import (
     Field,
     check_file,
     damaged,
+    new_hash,
     read_index,
 )
 from distmatch.diffusion.conditioning import Conditioning
@@ -208,7 +208,7 @@ def verify_store(folder: Path) -> dict[str, Any]:
                 begin = 0
                 for number, block in enumerate(values["blocks"]):
                     end = block["text" if field.name == TEXT else "samples"]
-                    digest = xxhash.xxh3_128()
+                    digest = new_hash()
                     for part in _chunks((end - begin) * field.row):
                         digest.update(handle.read(part))
                         bar.update(part)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from distmatch.base.files import atomic_json, guard, read_json
 from distmatch.base.lock import LOCK
@@ -39,6 +38,7 @@ from distmatch.data.store.layout import (
     Field,
     check_file,
     damaged,
+    new_hash,
 )
 
 
@@ -179,7 +179,7 @@ class RowStore:
             for field in self.all_fields():
                 files[field.name] = stack.enter_context(open(self.folder / field.file, "r+b"))
                 files[field.name].seek(HEADER + field.row * self._start(field, first))
-                digests[field.name] = xxhash.xxh3_128()
+                digests[field.name] = new_hash()
             for part in parts:
                 count = len(part["x"])
                 arrays = {**part, **(self.captions.arrays(first, count) if self.captions else {})}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import xxhash
 
 from distmatch.base.errors import UserError, cause
 from distmatch.base.files import atomic_json, guard
@@ -31,6 +30,7 @@ from distmatch.data.store.layout import (
     UNFINISHED,
     VERSION,
     Field,
+    new_hash,
     read_index,
 )
 from distmatch.data.store.reading import CONDITION
@@ -272,7 +272,7 @@ class StoreWriter:
             labels = places[np.frombuffer(data, np.int64)].tobytes()
             handle.write(labels)
             del block[HASH][field.name]
-            block[HASH][own.name] = xxhash.xxh3_128(labels).hexdigest()
+            block[HASH][own.name] = new_hash(labels).hexdigest()
             begin = block["samples"]
         return own
 
