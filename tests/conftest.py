@@ -15,9 +15,6 @@ import torch
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
-# dcor has numba compile its functions as it is imported: half a minute, for what plain Python does at once.
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
-
 # The same examples on every machine and in every run: a failure can be repeated.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
