@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from claim import Measured
 from torch import Tensor
 
 import distmatch as dm
@@ -40,6 +41,8 @@ FAR = 4.0
 
 Values = dict[str, float]
 Start = Literal["copy", "untrained", "far"]
+LEARN = {"lr": 2e-3, "lr_fake_score": 4e-3, "fake_score_steps": 2}
+"""Faster than the defaults, so that a thousand steps of methods with a fake score come to something."""
 LOWER = ("fd", "kl", "energy")
 """Measures of which less is better."""
 
@@ -195,6 +198,26 @@ def gains(better: Sequence[float], worse: Sequence[float], measure: str) -> list
     if measure in LOWER:
         return [math.log(b / a) for a, b in zip(better, worse, strict=True)]
     return [a - b for a, b in zip(better, worse, strict=True)]
+
+
+def side_by_side(
+    better: Run,
+    worse: Run,
+    measure: str,
+    others: dict[str, Run] | None = None,
+    names: tuple[str, str] | None = None,
+) -> Measured:
+    """Whether the first run is better at its end; figures have further measures, and those of ``others``."""
+    differences = gains(better.last(measure), worse.last(measure), measure)
+    first, second = names or (better.method, worse.method)
+    figures = {
+        f"{key} of {name}": mean(run.last(key))
+        for name, run in {first: better, second: worse, **(others or {})}.items()
+        for key in run.rows()[0][str(run.steps)]
+        if key != "coverage"
+    }
+    unit = f"log {measure}" if measure in LOWER else measure
+    return Measured(differences=differences, unit=unit, figures=figures)
 
 
 def mean(values: Sequence[float]) -> float:
