@@ -156,8 +156,8 @@ FAST = "Learning rates 2e-3 and 4e-3 (fake score)."
 DISBACK = "Zhang et al. 2024, arXiv 2408.15991 (curves of convergence)"
 PATH = (
     "`diff-instruct` with `--backtrack 5` against without, the steps that record copies counted: the log of "
-    "the measure, mean over seven marks from 100 to 1,000 steps. A path of three copies, 10 steps and 10 updates "
-    "each, in the figures."
+    "the measure, mean over seven marks from 100 to 1,000 steps. A path of three copies, 10 steps and 10 "
+    "updates each, in the figures."
 )
 
 CLAIMS: tuple[Claim, ...] = (
@@ -211,7 +211,8 @@ CLAIMS: tuple[Claim, ...] = (
         source="Aiello et al. 2023, arXiv 2301.07969 (CIFAR-10, CelebA, LSUN)",
         says="Fine-tuning by the MMD gives 5 steps of DDIM a better FID.",
         test=f"{DIGITS} Here 400 steps, five calls, default settings; features are the teacher's "
-        "activations, the measure is of pixels. Against the teacher at five calls, from the same noise level.",
+        "activations, the measure is of pixels. Against the teacher at five calls, from the same "
+        "noise level.",
         measure=mmd,
     ),
     Claim(
@@ -261,7 +262,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="ctm",
         system="CTM",
-        source="Kim et al. 2024, arXiv 2310.02279 (CIFAR-10, one call: 1.73 with classes; 3.55 of consistency distillation without)",
+        source="Kim et al. 2024, arXiv 2310.02279 (CIFAR-10, one call: 1.73 with classes; 3.55 of "
+        "consistency distillation without)",
         says="At one call CTM has better samples than consistency distillation.",
         test=f"{PLANE} 600 steps of each, default settings; CTM with its adversarial term, as in the paper.",
         measure=ctm,
