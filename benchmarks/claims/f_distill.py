@@ -151,18 +151,17 @@ STEPS = 1000
 RATIO_ALONE = {**LEARN, "gan_weight": 0.0}
 REVERSE = Run(on="digits", method="diff-instruct", steps=STEPS, settings=LEARN)
 """Reverse KL without adversarial term: weights are one, so that no ratio is needed."""
-JS = Run(on="digits", method="f-distill:js", steps=STEPS, settings=RATIO_ALONE)
 FORWARD = Run(on="digits", method="f-distill:kl", steps=STEPS, settings=RATIO_ALONE)
 ADVERSARIAL = Run(on="digits", method="dmd2", steps=STEPS, settings=LEARN)
 UNI = Run(on="digits", method="uni-instruct:kl", steps=STEPS, settings=RATIO_ALONE)
 
 
 def covers_learned() -> Measured:
-    return side_by_side(FORWARD, REVERSE, "recall", {"f-distill:js": JS})
+    return side_by_side(FORWARD, REVERSE, "recall")
 
 
 def no_gan() -> Measured:
-    return side_by_side(FORWARD, REVERSE, "fd", {"f-distill:js": JS})
+    return side_by_side(FORWARD, REVERSE, "fd")
 
 
 def adversarial() -> Measured:
@@ -171,13 +170,6 @@ def adversarial() -> Measured:
 
 def uni_instruct() -> Measured:
     return side_by_side(UNI, FORWARD, "fd")
-
-
-def ess() -> Measured:
-    """The effective sample size of the weights, averaged over training."""
-    js, kl = ([row["log"]["ess"] for row in run.rows()] for run in (JS, FORWARD))
-    figures = {"ess of js": mean(js), "ess of kl": mean(kl)}
-    return Measured(differences=gains(js, kl, "ess"), unit="effective sample size", figures=figures)
 
 
 DIGITS = (
@@ -251,15 +243,6 @@ CLAIMS: tuple[Claim, ...] = (
         says="The adversarial term improves the FID of reverse KL.",
         test=f"{DIGITS} `dmd2` with its default weight of 0.001 against `diff-instruct`.",
         measure=adversarial,
-    ),
-    Claim(
-        name="f-distill-ess",
-        system="f-distill",
-        source=f"{PAPER}, figure 4",
-        says="In training, weights of forward KL vary more than those of JS.",
-        test=f"{DIGITS} No adversarial term; the effective sample size of the weights in a batch, mean over "
-        "the run.",
-        measure=ess,
     ),
     Claim(
         name="uni-instruct",
