@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from claim import Claim, Measured
 from numpy.typing import NDArray
-from students import LEARN, SEEDS, Run, gains, mean, side_by_side
+from students import LEARN, SEEDS, Run, mean, side_by_side
 
 from distmatch.base.seeds import generator
 from distmatch.data import toy

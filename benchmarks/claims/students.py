@@ -120,7 +120,7 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, seeds: Sequence[int] = tuple(range(SEEDS))) -> list[dict[str, Values]]:
-        """What each seed came to, by mark, ``raw`` (without moving average), ``calls N`` and ``log``."""
+        """What each seed came to, by mark, ``raw`` (without moving average) and ``calls N``."""
         return [_kept(self, seed) for seed in seeds]
 
     def last(self, measure: str, seeds: Sequence[int] = tuple(range(SEEDS))) -> list[float]:
@@ -161,11 +161,8 @@ def _trained(run: Run, seed: int) -> dict[str, Values]:
     if run.start == "far":
         _move_away(state, own, seed)
     found: dict[str, Values] = {}
-    logged: dict[str, list[float]] = {}
     for step in range(run.steps):
-        info = method.step(state, Batch(draw(BATCH)[0]))
-        if "ess" in info:
-            logged.setdefault("ess", []).append(float(info["ess"]))
+        method.step(state, Batch(draw(BATCH)[0]))
         if step + 1 in (*run.marks, run.steps):
             found[str(step + 1)] = measures(own, method.result(state).sample(draws(own), seed=1000 + seed))
     student = method.result(state)
@@ -174,7 +171,6 @@ def _trained(run: Run, seed: int) -> dict[str, Values]:
         sigmas = student_sigmas(calls, student.sigmas[0], own.teacher.sigma_data)
         few = student.around(student.denoiser, sigmas)
         found[f"calls {calls}"] = measures(own, few.sample(draws(own), seed=1000 + seed))
-    found["log"] = {measure: sum(values) / len(values) for measure, values in logged.items()}
     return found
 
 
