@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,16 +157,28 @@ ADVERSARIAL = Run(on="digits", method="dmd2", steps=STEPS, settings=LEARN)
 UNI = Run(on="digits", method="uni-instruct:kl", steps=STEPS, settings=RATIO_ALONE)
 
 
+UNTRAINED_RATIO = (
+    "After 500 updates students are far from their teacher, which has recall 0.81 at 40 calls. The "
+    "discriminator's loss is still that of chance, on average over noise levels, so that the weights of "
+    "forward KL are probably mostly noise. With an exact ratio, and in 8,000 steps with a learned one, "
+    "forward KL is ahead (the two claims above)."
+)
+
+
 def covers_learned() -> Measured:
-    return side_by_side(FORWARD, REVERSE, "recall")
+    return replace(side_by_side(FORWARD, REVERSE, "recall"), note=UNTRAINED_RATIO)
 
 
 def no_gan() -> Measured:
-    return side_by_side(FORWARD, REVERSE, "fd")
+    return replace(side_by_side(FORWARD, REVERSE, "fd"), note="As for the recall.")
 
 
 def adversarial() -> Measured:
-    return side_by_side(ADVERSARIAL, REVERSE, "fd")
+    note = (
+        "In the first 300 steps the adversarial gradient grows from nothing to 4 % of the norm of the score "
+        "difference: at the published weight a run of this length is too short to see its effect."
+    )
+    return replace(side_by_side(ADVERSARIAL, REVERSE, "fd"), note=note)
 
 
 def uni_instruct() -> Measured:

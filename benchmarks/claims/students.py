@@ -36,11 +36,12 @@ from distmatch.nets.ema import EMA
 
 KEPT = Path("build/claims")
 BATCH, SEEDS = 128, 5
+WIDTH = {"digits": 96, "grid25": 64}
 FAR = 4.0
 """How far from the data a far start is, in units of sigma_data in every coordinate."""
 
 Values = dict[str, float]
-Start = Literal["copy", "untrained", "far"]
+Start = Literal["copy", "far"]
 LEARN = {"lr": 2e-3, "lr_fake_score": 4e-3, "fake_score_steps": 2}
 """Faster than the defaults, so that a thousand steps of methods with a fake score come to something."""
 LOWER = ("fd", "kl", "energy")
@@ -59,7 +60,7 @@ class Problem:
 @cache
 def problem(name: str) -> Problem:
     """``digits`` (8x8) or ``grid25`` without labels, and an MLP of two blocks as the teacher."""
-    found, width = load_data(name).without_labels(), 96 if name == "digits" else 64
+    found, width = load_data(name).without_labels(), WIDTH[name]
     folder = KEPT / f"{name}-{width}x2"
     if not (folder / "model").exists():
         settings: dict[str, Any] = {"batch": BATCH, "lr_decay": "cosine", "keep": 1, "net": "mlp"}
@@ -104,10 +105,8 @@ class Run:
         method: Its name, with the divergence after a colon where it takes one.
         steps: Of the whole run.
         marks: Steps at which it is measured; always at the last.
-        start: A copy of the teacher, a network with random weights, or one that was fitted to produce
-            samples ``FAR`` from the data.
-        calls: Numbers of calls that the final student is sampled with; a run trained for other numbers than
-            one has them in ``settings``.
+        start: A copy of the teacher, or a network that was fitted to produce samples ``FAR`` from the data.
+        calls: Numbers of calls that the final student is sampled with besides that of its training.
         settings: Of the method.
     """
 
@@ -146,12 +145,10 @@ def _kept(run: Run, seed: int) -> dict[str, Values]:
 def _trained(run: Run, seed: int) -> dict[str, Values]:
     own = problem(run.on)
     name, _, divergence = run.method.partition(":")
-    fresh = {} if run.start == "copy" else {"net": MLPConfig(width=96 if run.on == "digits" else 64, depth=2)}
-    extra = {"fit_steps": 0, **fresh} if fresh else {}
-    options = {**run.settings, **extra}
-    method = dm.methods.build(
-        own.teacher, name, total_steps=run.steps, divergence=divergence or None, **options
-    )
+    options = {**run.settings, "total_steps": run.steps, "divergence": divergence or None}
+    if run.start == "far":
+        options |= {"net": MLPConfig(width=WIDTH[run.on], depth=2), "fit_steps": 0}
+    method = dm.methods.build(own.teacher, name, **options)
     rows = generator(seed, "claims/rows")
 
     def draw(n: int) -> tuple[Tensor, None]:
@@ -175,7 +172,7 @@ def _trained(run: Run, seed: int) -> dict[str, Values]:
 
 
 def _move_away(state: Any, own: Problem, seed: int) -> None:
-    """Fits an untrained student to a narrow Gaussian away from the data, and its average with it."""
+    """Fits a new student to a narrow Gaussian away from the data, and its average with it."""
     student: Student = state.student
     unit = own.teacher.sigma_data
     gen, optimizer = generator(seed, "claims/far"), torch.optim.Adam(student.denoiser.parameters(), lr=2e-3)
@@ -200,15 +197,14 @@ def side_by_side(
     better: Run,
     worse: Run,
     measure: str,
-    others: dict[str, Run] | None = None,
     names: tuple[str, str] | None = None,
 ) -> Measured:
-    """Whether the first run is better at its end; figures have further measures, and those of ``others``."""
+    """Whether the first run is better at its end; figures have further measures of both."""
     differences = gains(better.last(measure), worse.last(measure), measure)
     first, second = names or (better.method, worse.method)
     figures = {
         f"{key} of {name}": mean(run.last(key))
-        for name, run in {first: better, second: worse, **(others or {})}.items()
+        for name, run in ((first, better), (second, worse))
         for key in run.rows()[0][str(run.steps)]
         if key != "coverage"
     }
