@@ -8,9 +8,36 @@ import torch
 from torch import Tensor
 
 from distmatch.base.samples import checked_pair
+from distmatch.metrics.moments import center_of, congruence, scatter
 from distmatch.metrics.resampling import group_bounds, kept
 
 _MOST_EXACT = 1024  # dimensions up to which every group is left out exactly
+_CANCELLED = 1e-4
+"""Share of the traces below which their difference has lost digits that matter."""
+_SINGULAR = 1e-6
+"""Share of the largest pivot below which the square roots of eigenvalues are rounding."""
+
+
+def _unless_cancelled(traces: Tensor, roots: Tensor) -> Tensor | None:
+    """tr(S + T - 2 (S T)^(1/2)) from tr(S + T) and the square roots of the eigenvalues of S T.
+
+    It is right to 1e-11 of the traces. None where that is not enough: :func:`_between_factors` is needed.
+    """
+    distance = traces - 2 * roots.sum()
+    return distance if bool(distance > _CANCELLED * traces) else None
+
+
+def _between(s: Tensor, t: Tensor) -> Tensor:
+    """tr(S + T - 2 (S T)^(1/2)) of two covariances, from eigenvalues alone where these are exact enough."""
+    varying = (s.diagonal() > 0) & (t.diagonal() > 0)  # other coordinates add to the traces only
+    inner, other = ((m if bool(varying.all()) else m[varying][:, varying]) for m in (s, t))
+    lower, failed = torch.linalg.cholesky_ex(inner)
+    pivots = lower.diagonal()
+    distance = None
+    if len(pivots) and not bool(failed) and bool(pivots.amin() > _SINGULAR * pivots.amax()):
+        roots = torch.linalg.eigvalsh(congruence(lower, other)).clamp(min=0).sqrt()
+        distance = _unless_cancelled(s.trace() + t.trace(), roots)
+    return _between_factors(_factor(s), _factor(t)) if distance is None else distance
 
 
 def _between_factors(a: Tensor, b: Tensor) -> Tensor:
@@ -20,9 +47,14 @@ def _between_factors(a: Tensor, b: Tensor) -> Tensor:
     a^T. So nothing is squared twice and no large traces are subtracted: a small difference next to a large
     common direction keeps its digits, unlike with the eigenvalues of S^(1/2) T S^(1/2).
     """
-    if len(a) < len(b):
-        a, b = b, a
     left, _, right = torch.linalg.svd(b @ a.T, full_matrices=False)
+    return _apart(a, b, left, right)
+
+
+def _apart(a: Tensor, b: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """|O a - b|^2 for the orthogonal O of the singular vectors of b a^T."""
+    if len(a) < len(b):
+        a, b, left, right = b, a, right.T, left.T
     turned = left @ (right @ a)
     return (turned - b).square().sum() + (a - right.T @ (left.T @ turned)).square().sum()
 
@@ -30,7 +62,10 @@ def _between_factors(a: Tensor, b: Tensor) -> Tensor:
 def _from_samples(a: Tensor, b: Tensor) -> Tensor:
     """The distance without any (D, D) matrix."""
     shift = (a.mean(0) - b.mean(0)).square().sum()
-    return shift + _between_factors(*((x - x.mean(0)) / (x.shape[0] - 1) ** 0.5 for x in (a, b)))
+    a, b = ((x - x.mean(0)) / (x.shape[0] - 1) ** 0.5 for x in (a, b))
+    roots = torch.linalg.svdvals(b @ a.T)
+    distance = _unless_cancelled(a.square().sum() + b.square().sum(), roots)
+    return shift + (_between_factors(a, b) if distance is None else distance)
 
 
 def _factor(covariance: Tensor) -> Tensor:
@@ -42,16 +77,16 @@ def _factor(covariance: Tensor) -> Tensor:
 def _moments(x: Tensor, groups: int) -> list[tuple[Tensor, Tensor]]:
     """Mean and covariance of all samples, then with each group left out, from group sums."""
     n = x.shape[0]
-    center = x.mean(0)
-    centered = x - center
-    total = centered.T @ centered
-    edges = group_bounds(n, groups)
+    center = center_of(x)
+    parts = [x[low:high] for low, high in pairwise(group_bounds(n, groups))]
+    sums = [scatter(part, lambda rows: rows.double() - center) for part in parts]
+    total = sums[0].clone() if groups == 1 else torch.stack(sums).sum(0)
     result = [(center, total / (n - 1))]
-    for low, high in pairwise(edges) if groups > 1 else ():
-        part = centered[low:high]
-        m = n - (high - low)
-        shift = -part.sum(0) / m  # all of centered sums to zero, so the rest sums to minus the part
-        result.append((center + shift, (total - part.T @ part - m * torch.outer(shift, shift)) / (m - 1)))
+    for part, within in zip(parts, sums, strict=True) if groups > 1 else ():
+        m = n - len(part)
+        # all samples less their mean sum to zero, so the rest sums to minus the part
+        shift = -(center_of(part) - center) * (len(part) / m)
+        result.append((center + shift, (total - within - m * torch.outer(shift, shift)) / (m - 1)))
     return result
 
 
@@ -88,7 +123,7 @@ def _linearized(a: Tensor, b: Tensor, groups: int) -> Tensor:
     else:
         factors, frames = [], []
         for x in sides:
-            values, vectors = torch.linalg.eigh(x.T @ x / (len(x) - 1))
+            values, vectors = torch.linalg.eigh(scatter(x, Tensor.double) / (len(x) - 1))
             root = values.clamp(min=0).sqrt()
             inverse = torch.where(root > 1e-7 * root[-1], 1 / root, 0.0)
             factors.append((vectors * root).T)
@@ -97,7 +132,7 @@ def _linearized(a: Tensor, b: Tensor, groups: int) -> Tensor:
     found = [(right.T, sides[0], frames[0]), (left, sides[1], frames[1])]
     (of_a, by_a), (of_b, by_b) = (_tangent(x, frame @ turn, values, groups) for turn, x, frame in found)
     moved = [(shift + s - t).square().sum() for s, t in zip(by_a, by_b, strict=True)]
-    value = shift.square().sum() + _between_factors(factors[0], factors[1])
+    value = shift.square().sum() + _apart(factors[0], factors[1], left, right)
     return torch.cat([value[None], torch.stack(moved) + of_a + of_b])
 
 
@@ -114,15 +149,15 @@ def frechet_replicates(a: Tensor, b: Tensor, groups: int = 1) -> Tensor:
     Returns:
         Float64 (1 + groups,), or (1,) when ``groups`` is 1.
     """
-    a, b = a.double(), b.double()
     if groups > 1 and a.shape[1] > _MOST_EXACT:
-        return _linearized(a, b, groups)
+        return _linearized(a.double(), b.double(), groups)
     if a.shape[1] > min(a.shape[0], b.shape[0]):
+        a, b = a.double(), b.double()
         masks = zip(kept(a.shape[0], groups, a.device), kept(b.shape[0], groups, b.device), strict=True)
         values = [_from_samples(a[in_a], b[in_b]) for in_a, in_b in masks]
     else:
         values = [
-            (mean_a - mean_b).square().sum() + _between_factors(_factor(cov_a), _factor(cov_b))
+            (mean_a - mean_b).square().sum() + _between(cov_a, cov_b)
             for (mean_a, cov_a), (mean_b, cov_b) in zip(_moments(a, groups), _moments(b, groups), strict=True)
         ]
     return torch.stack(values)

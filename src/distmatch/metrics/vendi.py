@@ -8,26 +8,63 @@ import torch
 from torch import Tensor
 
 from distmatch.base.samples import checked
+from distmatch.metrics.moments import scatter
 from distmatch.metrics.resampling import group_bounds, kept
+
+_WIDE = 1024
+"""Dimensions from which on features in float32 are multiplied in float32."""
+_NOISE = 1e-8
+"""What negative eigenvalues may sum to before this is repeated in float64: they are rounding, and each adds
+up to 30 times its size to the entropy."""
 
 
 def _directions(x: Tensor) -> Tensor:
-    """Unit vectors (N, D + 1): a zero feature vector has no direction and becomes the extra axis."""
+    """Unit vectors in float64; a zero feature vector stays zero."""
+    x = x.double()
     norm = x.norm(dim=1, keepdim=True)
-    zero = norm == 0
-    return torch.cat([x / norm.masked_fill(zero, 1.0), zero.to(x)], dim=1)
+    return x / norm.masked_fill(norm == 0, 1.0)
 
 
-def _exp_entropy(kernel: Tensor) -> Tensor:
-    values = torch.linalg.eigvalsh(kernel).clamp(min=0)
+def _spectrum(products: Tensor, n: int) -> Tensor:
+    """Eigenvalues, which sum to one, of the kernel matrix of ``n`` samples over n.
+
+    Zero feature vectors have no direction and share an axis of their own, so an eigenvalue. The trace tells
+    how many others there are.
+
+    Args:
+        products: The inner or the summed outer products of the unit vectors.
+        n: Number of samples, with zero vectors.
+    """
+    trace = products.trace()
+    values = torch.linalg.eigvalsh(products) / trace.clamp(min=1)
+    directed = trace.round() / n
+    return torch.cat([values * directed, (1 - directed)[None]])
+
+
+def _exp_entropy(values: Tensor) -> Tensor:
+    values = values.clamp(min=0)
     return torch.exp(-torch.xlogy(values, values).sum())
+
+
+def _from_moments(x: Tensor, groups: int, precision: torch.dtype) -> list[Tensor]:
+    """The eigenvalues of all samples, then with each group left out."""
+
+    def moment(rows: Tensor) -> Tensor:
+        return scatter(rows, lambda part: _directions(part).to(precision))
+
+    whole, n = moment(x), len(x)
+    found = [_spectrum(whole, n)]
+    for low, high in pairwise(group_bounds(n, groups)) if groups > 1 else ():
+        found.append(_spectrum(whole - moment(x[low:high]), n - (high - low)))
+    return found
 
 
 def vendi_replicates(x: Tensor, groups: int = 1) -> Tensor:
     """The Vendi score of all samples, then with each group left out.
 
     The (D, D) second moment of the unit vectors has the non-zero spectrum of the (N, N) kernel matrix; the
-    smaller of the two is used.
+    smaller of the two is used. From 1024 dimensions on, float32 features are multiplied in float32 where that
+    leaves the score right to 1e-6; sums over parts of the rows and eigenvalues are always float64.
 
     Args:
         x: Features (N, D).
@@ -36,20 +73,17 @@ def vendi_replicates(x: Tensor, groups: int = 1) -> Tensor:
     Returns:
         Float64 (1 + groups,), or (1,) when ``groups`` is 1.
     """
-    unit = _directions(x.double())
-    n, dim = unit.shape
+    n, dim = x.shape
     if dim > n:
+        unit = _directions(x)
         kernel = unit @ unit.T
-        return torch.stack(
-            [_exp_entropy(kernel[keep][:, keep] / keep.sum()) for keep in kept(n, groups, x.device)]
-        )
-    moment = unit.T @ unit
-    values = [_exp_entropy(moment / n)]
-    edges = group_bounds(n, groups)
-    for low, high in pairwise(edges) if groups > 1 else ():
-        part = unit[low:high]
-        values.append(_exp_entropy((moment - part.T @ part) / (n - (high - low))))
-    return torch.stack(values)
+        spectra = [_spectrum(kernel[keep][:, keep], int(keep.sum())) for keep in kept(n, groups, x.device)]
+        return torch.stack([_exp_entropy(values) for values in spectra])
+    if x.dtype == torch.float32 and dim >= _WIDE:
+        spectra = _from_moments(x, groups, torch.float32)
+        if all(float(values.clamp(max=0).sum()) > -_NOISE for values in spectra):
+            return torch.stack([_exp_entropy(values) for values in spectra])
+    return torch.stack([_exp_entropy(values) for values in _from_moments(x, groups, torch.float64)])
 
 
 def vendi_score(x: Tensor) -> float:
