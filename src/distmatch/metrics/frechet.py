@@ -12,31 +12,40 @@ from distmatch.metrics.moments import center_of, congruence, scatter
 from distmatch.metrics.resampling import group_bounds, kept
 
 _MOST_EXACT = 1024  # dimensions up to which every group is left out exactly
-_CANCELLED = 1e-4
-"""Share of the traces below which their difference has lost digits that matter."""
-_SINGULAR = 1e-6
-"""Share of the largest pivot below which the square roots of eigenvalues are rounding."""
+_ALLOWED = 1e-4
+"""Share of the distance up to which a bound of the rounding is accepted; the error is far below the bound."""
 
 
-def _unless_cancelled(traces: Tensor, roots: Tensor) -> Tensor | None:
+def _unless_rounding(traces: Tensor, roots: Tensor, error: Tensor) -> Tensor | None:
     """tr(S + T - 2 (S T)^(1/2)) from tr(S + T) and the square roots of the eigenvalues of S T.
 
-    It is right to 1e-11 of the traces. None where that is not enough: :func:`_between_factors` is needed.
+    Args:
+        traces: tr(S + T).
+        roots: The square roots.
+        error: A bound of the error of their sum in units of the rounding of float64.
+
+    Returns:
+        The distance; None where it is small next to the bound, so that :func:`_between_factors` is needed.
     """
     distance = traces - 2 * roots.sum()
-    return distance if bool(distance > _CANCELLED * traces) else None
+    rounding = torch.finfo(torch.float64).eps * (error + traces)
+    return distance if bool(rounding < _ALLOWED * distance) else None
 
 
 def _between(s: Tensor, t: Tensor) -> Tensor:
-    """tr(S + T - 2 (S T)^(1/2)) of two covariances, from eigenvalues alone where these are exact enough."""
+    """tr(S + T - 2 (S T)^(1/2)) of two covariances, from eigenvalues alone where these are exact enough.
+
+    Eigenvalues are right to the rounding of the largest, so a square root r to that over r, or to its root.
+    """
     varying = (s.diagonal() > 0) & (t.diagonal() > 0)  # other coordinates add to the traces only
     inner, other = ((m if bool(varying.all()) else m[varying][:, varying]) for m in (s, t))
     lower, failed = torch.linalg.cholesky_ex(inner)
-    pivots = lower.diagonal()
     distance = None
-    if len(pivots) and not bool(failed) and bool(pivots.amin() > _SINGULAR * pivots.amax()):
+    if len(inner) and not bool(failed):
         roots = torch.linalg.eigvalsh(congruence(lower, other)).clamp(min=0).sqrt()
-        distance = _unless_cancelled(s.trace() + t.trace(), roots)
+        least = torch.finfo(torch.float64).eps ** 0.5 * roots[-1]
+        error = (roots[-1].square() / roots.clamp(min=least)).sum()
+        distance = _unless_rounding(s.trace() + t.trace(), roots, error)
     return _between_factors(_factor(s), _factor(t)) if distance is None else distance
 
 
@@ -64,7 +73,7 @@ def _from_samples(a: Tensor, b: Tensor) -> Tensor:
     shift = (a.mean(0) - b.mean(0)).square().sum()
     a, b = ((x - x.mean(0)) / (x.shape[0] - 1) ** 0.5 for x in (a, b))
     roots = torch.linalg.svdvals(b @ a.T)
-    distance = _unless_cancelled(a.square().sum() + b.square().sum(), roots)
+    distance = _unless_rounding(a.square().sum() + b.square().sum(), roots, len(roots) * roots[0])
     return shift + (_between_factors(a, b) if distance is None else distance)
 
 
