@@ -43,8 +43,8 @@ def test_a_congruence_in_several_blocks_equals_the_two_products(monkeypatch):
 
 
 RISING, HEAD = torch.linspace(1, 2, 24), torch.arange(24) < 12
-# Standard deviations of both sets: equal but for a millionth; covariances without an inverse, of the second set
-# and of both; the former with a difference so small that the roots of rounding in its place would exceed it.
+# Standard deviations of both sets: equal but for a millionth; covariances without an inverse, of the second
+# set and of both; the former with a difference so small that the roots of rounding would exceed it.
 SPREADS = {
     "close": (RISING, RISING * (1 + 1e-6)),
     "second singular": (RISING, RISING * HEAD),
