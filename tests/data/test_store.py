@@ -221,6 +221,13 @@ def test_only_stores_are_continued_and_replaced(tmp_path):
         (out / "unfinished.json").write_text(json.dumps(state | {"request": request} | change))
         with pytest.raises(UserError, match="cannot continue"):
             prepare(tmp_path / "b.npy", out)
+    (out / "unfinished.json").write_text(json.dumps(state | {"request": request, "version": 1}))
+    with pytest.raises(UserError, match="by another version"):
+        prepare(tmp_path / "b.npy", out)
+    (out / "unfinished.json").rename(out / "store.json")
+    with pytest.raises(UserError, match="by another version"):
+        prepare(tmp_path / "b.npy", out)
+    prepare(tmp_path / "b.npy", out, overwrite=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     for overwrite in (False, True):

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from distmatch.base.checks import check_count
 from distmatch.base.errors import UserError
-from distmatch.base.files import guard, read_json
+from distmatch.base.files import guard
 from distmatch.base.inputs import checked_path
 from distmatch.base.lock import contents, refuse_in_use
 from distmatch.base.progress import Progress, progress, tell
 from distmatch.data.scaling import Scaling
 from distmatch.data.sources import Reading, open_source
 from distmatch.data.sources.core import OTHER_SIZE, ColorFoundError, Part, Rows, Source
-from distmatch.data.store.layout import INDEX, UNFINISHED, is_store
+from distmatch.data.store.layout import INDEX, UNFINISHED, is_store, read_index
 from distmatch.data.store.writing import StoreWriter, remove_store
 
 _IN_FLIGHT = 2**29  # bytes of samples that were read and wait to be written
@@ -137,11 +137,12 @@ def _check_out(folder: Path, overwrite: bool) -> None:
     """Refuses a folder that holds a store already, or anything else.
 
     Raises:
-        UserError: It does.
+        UserError: It does; or a store that this version cannot read.
     """
     if not folder.exists() or (is_store(folder) and overwrite):
         return
     if (folder / INDEX).exists():
+        read_index(folder)  # one of another version cannot be used
         raise UserError(
             f"{folder} holds a store already",
             fix=f"use it: --data {folder}; or replace it with --overwrite",
@@ -164,7 +165,7 @@ def _check_request(folder: Path, request: dict[str, Any]) -> None:
     """
     if not (folder / UNFINISHED).exists():
         return
-    before = read_json(folder / UNFINISHED).get("request", {})
+    before = read_index(folder).get("request", {})
     if before != request:
         names = [name for name in request if before.get(name) != request[name]]
         raise UserError(
