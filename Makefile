@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types unit docs wheel install clean
+.PHONY: demo test lint types unit slow docs wheel install clean
 install: $(STAMP)
 
 # `constraints.txt` pins every direct dependency, so that two machines install the same thing.
@@ -27,6 +27,10 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/pytest -n 2
+
+# What `make test` leaves out.
+slow: $(STAMP)
+	$(BIN)/pytest -n 2 -m slow
 
 # The site of the documentation, build/docs/index.html. Warnings are errors; names that do not exist are warnings.
 DOCS_STAMP := $(VENV)/.installed-docs

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = item.function.__code__.co_names if isinstance(item, pytest.Function) else ()
         if folder in item.path.parents or calls.intersection(names):
             item.add_marker("cli")
-        if not any(item.get_closest_marker(name) for name in ("cli", "statistical", "gpu")):
+        if not any(item.get_closest_marker(name) for name in ("cli", "statistical", "gpu", "slow")):
             item.add_marker("unit")
 
 

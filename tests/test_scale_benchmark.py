@@ -54,6 +54,7 @@ def test_predicted_messages_are_those_that_a_cycle_sends(
     assert small.count * steps == sum(size <= 1024 for _, size in sent) + steps  # one flag a step
 
 
+@pytest.mark.slow
 def test_sizes_go_on_in_a_straight_line(counts: ModuleType) -> None:
     """Predicted from 2 and 4 blocks, 6 blocks have what a prediction of 6 blocks has."""
     found = counts.network(128, 6)

@@ -67,6 +67,7 @@ def test_known_laws_give_known_numbers() -> None:
     assert rows["mmd"]["p_value"] == rows["energy"]["p_value"] == 0.001
 
 
+@pytest.mark.slow
 def test_the_reference_is_p_and_comes_second_or_as_data(place: Path) -> None:
     wide = place / "wide.npz"
     np.savez(wide, x=3 * np.random.default_rng(1).standard_normal((1500, 1)).astype(np.float32))

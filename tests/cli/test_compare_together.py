@@ -39,6 +39,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> str:
     return LINE.format(folder)
 
 
+@pytest.mark.slow
 def test_two_processes_compare_as_one_does(line: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*line.split(), "--out", str(one)]) == 0

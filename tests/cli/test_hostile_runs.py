@@ -112,6 +112,7 @@ def test_several_processes_are_refused_once(
     assert "several processes" not in command(f"{verb} --no-such-option").err
 
 
+@pytest.mark.slow
 def test_closed_streams_and_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     """The closed descriptors must not be given to a file of the run, and the end must not fail."""
     place = os.fsencode(tmp_path) + b"/run-\xff"

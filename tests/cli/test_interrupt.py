@@ -115,10 +115,11 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.Monke
     assert checkpoints(tmp_path / "run") == []
 
 
-def test_kill_9_at_three_moments(tmp_path: Path) -> None:
-    start = f"{DISTILL} --teacher skewed2 {FREQUENT} --steps 120"
-    *kills, equal = KILL9["study"](start.split(), tmp_path, 3, random.Random(4), Forked)
-    assert len(kills) == 3
+@pytest.mark.parametrize("moments", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_kill_9_at_any_moment(moments: int, tmp_path: Path) -> None:
+    start = f"{DISTILL} --teacher skewed2 {FREQUENT} --steps {30 + 30 * moments}"
+    *kills, equal = KILL9["study"](start.split(), tmp_path, moments, random.Random(4), Forked)
+    assert len(kills) == moments
     assert all(kill.step - kill.checkpoint <= 6 for kill in kills)
     assert equal is True
 

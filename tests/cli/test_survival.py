@@ -148,6 +148,7 @@ def without_memory(rank: int, size: int, folder: str, line: str) -> None:
     Path(folder, f"answer-{rank}.json").write_text(json.dumps([code, errors.read_text()]))
 
 
+@pytest.mark.slow
 def test_one_of_two_has_no_memory(tmp_path: Path) -> None:
     """It says so, and which one it is; the other one ends without a message of its own; the run continues."""
     line = f"{TRAIN} --out {tmp_path}/run"

@@ -33,6 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_was_found() -> None:
     found = done("train --data walks.npz --dry-run --json").json()
     assert (found["found"]["kind"], found["found"]["shape"]) == ("sequence", [7, 2])

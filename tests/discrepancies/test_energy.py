@@ -16,6 +16,7 @@ def test_the_biased_form_is_the_square_of_scipys():
     assert energy_distance(x, y, estimator="biased").value == pytest.approx(peer, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5])
 @pytest.mark.parametrize("d", [1, 4])
 def test_the_biased_form_is_that_of_dcor(d, exponent):

@@ -41,6 +41,7 @@ def centered_matrix(x):
     return u.fill_diagonal_(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("d", "e"), [(1, 1), (1, 3), (3, 2)])
 @pytest.mark.parametrize("elements", [100, 10**6])
 def test_both_forms_are_those_of_dcor(d, e, elements, monkeypatch):

@@ -85,6 +85,7 @@ def test_marginals_learn_from_conditionals_in_the_second_stage():
     assert float(p @ inequality_violation(net, model.states).double()) < 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_energy_is_normalized_without_data():
     # A ring of four spins with couplings and fields: 16 states, so Z is known.

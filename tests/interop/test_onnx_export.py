@@ -55,6 +55,7 @@ def worst(student: Student, folder: Path, lowest: int = 0) -> float:
     return far
 
 
+@pytest.mark.slow
 def test_jumps_from_level_to_level(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = as_jump(network_teacher(3))
@@ -124,6 +125,7 @@ def test_vectors_come_out_in_the_units_of_their_columns(far: float, tmp_path: Pa
     assert 'session.run(["data"], inputs)' in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_come_out_as_bytes(channels: int, tmp_path: Path) -> None:
     shape = (channels, 9, 6)
@@ -194,6 +196,7 @@ def test_a_graph_with_other_units_does_not_stay(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_networks_of_diffusers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     from distmatch.interop import teacher_from

@@ -28,7 +28,7 @@ def code_of_card(folder, base) -> str:
     return code.rpartition("\n")[0]
 
 
-@pytest.mark.parametrize("name", ["stable-diffusion-3", "wan"])
+@pytest.mark.parametrize("name", ["stable-diffusion-3", pytest.param("wan", marks=pytest.mark.slow)])
 def test_the_cards_code_loads_the_base_as_the_adapters_were_trained_on_it(name, folders, tmp_path):
     """The rounded base is another network; diffusers would keep some weights of Wan's in float32."""
     folder, plain = folders(name)

@@ -171,6 +171,7 @@ def test_a_student_keeps_options_with_several_values(tmp_path):
         dm.Student.from_pretrained(tmp_path / "student")
 
 
+@pytest.mark.slow
 def test_a_student_is_a_graph_with_an_input_for_each_embedding(teacher, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -51,6 +51,7 @@ def test_images_with_captions_are_the_reference(place):
     }
 
 
+@pytest.mark.slow
 def test_methods_with_a_discriminator_are_compared_on_images(place, tmp_path):
     line = f"compare --teacher {place}/stable-diffusion-3 {SIZE} --cache {place}/cache --train lora --batch 4"
     line += ' --methods dmd2,sid --seeds 1 --budget "5 steps" --eval-steps 2'

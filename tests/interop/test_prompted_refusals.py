@@ -49,6 +49,7 @@ def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypat
     assert "tracing" not in missing.err  # said before the pipeline is read
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_large_pipeline_looks_at_the_data(place, cache, monkeypatch, tmp_path):
     from distmatch.cli import memory
 

@@ -100,6 +100,7 @@ def test_prompts_that_are_cut_off_are_counted_in_the_log_of_the_run(encode, plac
     assert "tracing how it calls its network" in found.err
 
 
+@pytest.mark.slow
 def test_dmd_makes_its_pairs_under_the_prompts_and_again_on_resuming(place, teacher, tmp_path):
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {place}/prompts.txt --batch 2"
     more = "--method dmd --pair-steps 2 --guidance 2 --lr 1e-3"
@@ -204,6 +205,7 @@ def test_images_with_captions_are_encoded_once(place, asked):
     assert torch.equal(same.batches(0).x, batch.x)
 
 
+@pytest.mark.slow
 def test_an_image_replaced_under_its_caption_is_noticed_on_resume(place, tmp_path):
     shutil.copytree(place / "images", tmp_path / "images")
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {tmp_path}/images --method dmd2"
@@ -223,7 +225,9 @@ def test_an_image_replaced_under_its_caption_is_noticed_on_resume(place, tmp_pat
     done(f"distill --resume --out {tmp_path}/run --steps 6")
 
 
-@pytest.mark.parametrize("method", ["consistency", "rcm", "disback", "f-distill"])
+@pytest.mark.parametrize(
+    "method", ["consistency", pytest.param("rcm", marks=pytest.mark.slow), "disback", "f-distill"]
+)
 def test_methods_that_read_images_take_them_with_captions(place, teacher, method):
     common = {"method": method, "steps": 30, "batch": 2, "num_steps": 2, "train": "lora", "lora_rank": 2}
     with pytest.raises(UserError, match=rf"{method} needs real images, and these are prompts alone"):

@@ -73,6 +73,7 @@ def test_standard_errors_are_those_of_means_over_pictures():
     assert found["mean"].stderr == pytest.approx((0.75 * 0.25 / 39) ** 0.5)
 
 
+@pytest.mark.slow
 def test_a_judge_reads_pictures_of_digits_it_never_saw():
     """A quarter of the steps of the real judge: colors and layouts are certain, digits nearly."""
     judge = train_judge(steps=200)

@@ -197,6 +197,7 @@ def test_everything_is_measured_or_explained(plane):
     assert "too few for nearest neighbors in 8 dimensions" in alone.estimate.warning
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_every_number_and_a_subset_changes_none(plane):
     p, q, found = plane
     part = "mmd,js,renyi:2,sliced_wasserstein,frechet"

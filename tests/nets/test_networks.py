@@ -300,7 +300,9 @@ def test_padding_is_even_and_undone_by_crop() -> None:
     assert offset == (0, 0)
 
 
-@pytest.mark.parametrize(("kind", "shape"), KINDS)
+@pytest.mark.parametrize(
+    ("kind", "shape"), [pytest.param(*k, marks=[pytest.mark.slow] * (k[0] == "unet")) for k in KINDS]
+)
 def test_one_graph_without_breaks(kind: str, shape: tuple[int, ...]) -> None:
     denoiser = EDMDenoiser(make(kind, shape), shape=shape, num_classes=3)
     x, _, labels = batch(shape)

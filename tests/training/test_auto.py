@@ -104,6 +104,7 @@ def test_a_run_that_never_fits_is_refused_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_is_predicted_not_to_fit_is_not_tried(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distmatch.training.memory.LARGE", 0)
     monkeypatch.setattr(auto, "free_memory", lambda: 10_000)

@@ -48,7 +48,7 @@ def test_captions_without_an_encoder_get_their_own_vocabulary(captioned):
     assert not unconditional.conditioning_spec
 
 
-@pytest.mark.parametrize("method", ["f-distill", "scm"])
+@pytest.mark.parametrize("method", [pytest.param("f-distill", marks=pytest.mark.slow), "scm"])
 def test_students_of_prompts_are_trained_saved_and_sampled(captioned, tmp_path, method):
     sizes = {"net": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 1, "lr_rampup": 0}
     teacher = dm.train(captioned, steps=2, batch=16, quiet=True, **sizes)

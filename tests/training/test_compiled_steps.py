@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import shutil
 from typing import Any
 
@@ -33,14 +32,15 @@ from tests.helpers.small import network_teacher
 ALL_CALLS = 10
 """Steps in which both calls of a two-step student came, with and without an update of it (seed 0)."""
 
-COMPILES = "DISTMATCH_COMPILE" in os.environ and shutil.which("g++") is not None
-
 
 @pytest.fixture
 def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     """Counts the graphs that are made; they run as captured unless a test asks for more."""
+    backend = getattr(request, "param", "eager")
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("no g++")
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(getattr(request, "param", "eager"))
+    counter = CompileCounterWithBackend(backend)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
     return counter
 
@@ -71,21 +71,20 @@ def stays_compiled(
 
 
 LORA = {"train": "lora", "lora_rank": 2, "base_dtype": "bfloat16", "precision": "bf16"}
-IN_FULL = pytest.mark.skipif(not COMPILES, reason="captures or compiles for a minute or more")
 
 
 @pytest.mark.parametrize(
     ("net", "settings", "graphs"),
     [
         ("mlp", {"gan_weight": 0.1, "accumulate": 2, "precision": "bf16"}, "eager"),
-        ("dit", LORA, "eager"),
-        pytest.param("mlp", {"ratio_features": "fake"}, "eager", marks=IN_FULL),
-        pytest.param("unet", {}, "eager", marks=IN_FULL),
-        pytest.param("dit", {}, "eager", marks=IN_FULL),
-        pytest.param("diffusers", {}, "eager", marks=IN_FULL),
-        pytest.param("mlp", {"gan_weight": 0.1, "accumulate": 2}, "inductor", marks=IN_FULL),
-        pytest.param("unet", {}, "inductor", marks=IN_FULL),
-        pytest.param("dit", LORA, "inductor", marks=IN_FULL),
+        pytest.param("dit", LORA, "eager", marks=pytest.mark.slow),
+        pytest.param("mlp", {"ratio_features": "fake"}, "eager", marks=pytest.mark.slow),
+        pytest.param("unet", {}, "eager", marks=pytest.mark.slow),
+        pytest.param("dit", {}, "eager", marks=pytest.mark.slow),
+        pytest.param("diffusers", {}, "eager", marks=pytest.mark.slow),
+        pytest.param("mlp", {"gan_weight": 0.1, "accumulate": 2}, "inductor", marks=pytest.mark.slow),
+        pytest.param("unet", {}, "inductor", marks=pytest.mark.slow),
+        pytest.param("dit", LORA, "inductor", marks=pytest.mark.slow),
     ],
     indirect=["graphs"],
 )
@@ -96,7 +95,7 @@ def test_a_step_has_no_graph_breaks_and_no_new_graphs_after_warm_up(
     stays_compiled(teacher, *compiled(teacher, **settings), graphs)
 
 
-@pytest.mark.parametrize("net", ["unet", "own", pytest.param("diffusers", marks=IN_FULL)])
+@pytest.mark.parametrize("net", ["unet", "own", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_passes_of_each_kind_are_whole_graphs_equal_to_eager_ones(
     net: str, graphs: CompileCounterWithBackend
 ) -> None:

@@ -1,7 +1,6 @@
 """bfloat16 autocast and torch.compile change speed, not the result beyond rounding."""
 
 import functools
-import os
 import shutil
 
 import pytest
@@ -49,15 +48,12 @@ def test_bf16_distillation_keeps_ratio_statistics_in_high_precision():
     assert all(torch.isfinite(v).all() for k, v in info.items() if v.ndim == 0)
 
 
-COMPILES = "DISTMATCH_COMPILE" in os.environ and shutil.which("g++") is not None
-
-
 @pytest.mark.parametrize(
     "backend",
     [
         "aot_eager",  # the graphs of forward and backward pass, run as they are
-        pytest.param(
-            "inductor", marks=pytest.mark.skipif(not COMPILES, reason="compiles C++ for half a minute")
+        pytest.param(  # compiles C++ for half a minute
+            "inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no g++")]
         ),
     ],
 )

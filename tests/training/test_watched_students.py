@@ -23,7 +23,9 @@ from tests.helpers.watching import SMALL, events
     ("name", "settings"),
     [
         ("unet", {"method": "dmd2", "num_steps": 2}),
-        ("unet", {"method": "f-distill", "train": "lora", "accumulate": 3}),
+        pytest.param(
+            "unet", {"method": "f-distill", "train": "lora", "accumulate": 3}, marks=pytest.mark.slow
+        ),
         ("dit", {"method": "consistency"}),
         ("diffusers", {"method": "sid"}),
         ("own", {"method": "rcm"}),

@@ -174,6 +174,7 @@ def gaussian(mean: list[float], variances: list[float]) -> GaussianMixture:
     return GaussianMixture([1.0], [mean], [variances], sigma_max=20.0)
 
 
+@pytest.mark.slow
 def test_and_keeps_the_densities_equal_and_the_published_form_does_not() -> None:
     """4 times the steps halve an error of order 1/2; without the Hessians it stays where it is."""
     first, second = gaussian([-1.0, 0.0], [0.5, 1.0]), gaussian([1.0, 0.5], [1.0, 0.3])

@@ -173,7 +173,9 @@ def distance_to_modes(student: Student) -> float:
     return float(nearest.square().mean().sqrt()) / (0.08 * 2**0.5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m in ("ctm", "mean-flow"))) for m in METHODS]
+)
 def test_trains_on_ring8(ring: EDMDenoiser, method: str) -> None:
     """From one call of the teacher, at the center of the ring. Seed 0, a short run: far from done.
 

@@ -15,7 +15,9 @@ from tests.helpers.small import distiller
 REAL = GaussianMixture([1.0], [[0.6]], [0.36], sigma_max=2.0)
 
 
-@pytest.mark.parametrize(("features", "steps", "lr"), [("own", 125, 4e-3), ("fake", 250, 2e-3)])
+@pytest.mark.parametrize(
+    ("features", "steps", "lr"), [pytest.param("own", 125, 4e-3, marks=pytest.mark.slow), ("fake", 250, 2e-3)]
+)
 def test_critic_and_discriminator_learn_the_exact_score_and_ratio(
     features: str, steps: int, lr: float
 ) -> None:
