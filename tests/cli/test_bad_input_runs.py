@@ -133,7 +133,15 @@ def halved(
     return verb, folder / "whole", folder / "half"
 
 
-@pytest.mark.parametrize("call", ["write", "replace", "fsync", "limit"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "write",
+        pytest.param("replace", marks=pytest.mark.slow),
+        pytest.param("fsync", marks=pytest.mark.slow),
+        "limit",
+    ],
+)
 def test_a_full_disk_loses_no_checkpoint(
     call: str, halved: tuple[str, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

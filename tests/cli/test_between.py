@@ -113,6 +113,7 @@ def test_a_seed_decides_everything() -> None:
     assert first["js"] != other["js"]
 
 
+@pytest.mark.slow
 def test_images_by_pixels_and_by_classifier() -> None:
     names = "--divergences js,energy,frechet --json"
     same = done(f"evaluate more.npz real.npz {names}").json()

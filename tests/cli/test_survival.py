@@ -34,6 +34,7 @@ from tests.helpers.store_group import backend
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
+@pytest.mark.slow
 def test_full_memory_names_what_helps_and_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     net = build_net(DiTConfig(width=64, depth=1, heads=4), (1, 8, 8), 10)
     teacher = EDMDenoiser(net, shape=(1, 8, 8), num_classes=10, sigma_data=0.5).eval()

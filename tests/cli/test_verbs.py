@@ -78,6 +78,7 @@ print(seconds, [name for name in heavy if name in sys.modules])
     assert loaded == "[]"
 
 
+@pytest.mark.slow
 def test_the_compiler_of_torch_is_loaded_by_those_who_use_it() -> None:
     """It takes a second of every command line, as much as the rest of torch."""
     script = "import sys, distmatch.cli.running, distmatch.interop, distmatch.training.prepare\n"

@@ -170,7 +170,7 @@ def exact_xor_concatenated():
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("about_first", [False, True])
+@pytest.mark.parametrize("about_first", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_joint_intervals_cover(about_first):
     # The truth from 20 samples of 600: an error a tenth of that of n = 120. 200 repetitions: sd 1.5 %.
     strength = 0.7

@@ -243,7 +243,7 @@ def estimates(d, n, share, repetitions):
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("d", "share"), [(2, 0.2), (4, 0.5)])
+@pytest.mark.parametrize(("d", "share"), [pytest.param(2, 0.2, marks=pytest.mark.slow), (4, 0.5)])
 def test_sinkhorn_bars_cover_the_closed_form(d, share):
     """60 repetitions; 51 or fewer hits have a probability below 1% at a true coverage of 93%.
 

@@ -190,6 +190,7 @@ def test_and_keeps_the_densities_equal_and_the_published_form_does_not() -> None
     assert alike[-1] < 0.1 * published[-1]
 
 
+@pytest.mark.slow
 def test_and_of_three_models_in_three_dimensions() -> None:
     corners = [([-1.0, 0.0, 0.0], [0.5, 1.0, 0.7]), ([1.0, 0.5, 0.0], [1.0, 0.3, 0.5])]
     models = [gaussian(*c) for c in [*corners, ([0.0, -1.0, 1.0], [0.6, 0.6, 1.0])]]
