@@ -4,10 +4,12 @@
     python benchmarks/prepare.py --write     # and puts the table into docs/prepare.md
 
 The decoder is Pillow alone: every image opened, converted to RGB, cropped and resized where the row says so,
-and made an array, which is thrown away. The disk is a loop that reads a source in pieces of 8 MiB, writes
-them to a file, and synchronizes it. Runs of both kinds alternate; a row is the median of the rounds. What a
-run wrote is removed before the next one, outside of the time that is taken. As a
-busy machine slows them in different ways, the processor time of both is compared as well.
+and made an array, which is thrown away. Where decoding is cheap, writing is not: so `prepare` is also
+compared with the same loop that writes each array to its place in one file and synchronizes it, which is the
+least that a conversion does. For an array it is a loop that reads the source in pieces of 8 MiB and writes
+them. Runs alternate; a row is the median of the rounds. What a run wrote is removed before the next one,
+outside of the time that is taken. As a busy machine slows them in different ways, the processor time of the
+decoder is compared as well.
 """
 
 from __future__ import annotations
@@ -48,22 +50,35 @@ def photographs(folder: Path, n: int, side: int, suffix: str) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def decode(file: Path, size: int | None) -> int:
+def decode(file: Path, size: int | None) -> np.ndarray:
     with Image.open(file) as opened:
         image = opened.convert("RGB")
         if size is not None:
             image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        return np.asarray(image).nbytes
+        return np.asarray(image)
 
 
-def decode_all(files: Sequence[Path], size: int | None, threads: int) -> None:
+def decode_all(files: Sequence[Path], size: int | None, threads: int, target: Path | None = None) -> None:
+    """Decodes, and writes the arrays to a file where one is named."""
+    handle = None if target is None else os.open(target, os.O_WRONLY | os.O_CREAT)
+
+    def some(begin: int) -> None:
+        for i in range(begin, min(begin + 32, len(files))):
+            x = decode(files[i], size)
+            if handle is not None:
+                os.pwrite(handle, x, i * x.nbytes)
+
+    begins = range(0, len(files), 32)
     if threads == 1:
-        for file in files:
-            decode(file, size)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(partial(decode, size=size), files, chunksize=32):
-            pass
+        for begin in begins:
+            some(begin)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(some, begins):
+                pass
+    if handle is not None:
+        os.fsync(handle)
+        os.close(handle)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -82,8 +97,17 @@ def timed(action: Action) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - used
 
 
-def row(name: str, amount: float, unit: str, bare: Action, ours: Action, rounds: int, out: Path) -> str:
-    """A row of the table: both rates, and their ratio."""
+def row(name: str, amount: float, unit: str, actions: Sequence[Action], rounds: int, out: Path) -> str:
+    """A row of the table: rates of the bare loop and of `prepare`, and its ratios to both loops.
+
+    Args:
+        name: What is read.
+        amount: How much of it.
+        unit: Of the rates.
+        actions: The bare loop, `prepare`, and the loop that writes as well.
+        rounds: Runs of each.
+        out: The folder that they write to.
+    """
 
     def anew(action: Action) -> tuple[float, float]:
         shutil.rmtree(out, ignore_errors=True)
@@ -91,14 +115,17 @@ def row(name: str, amount: float, unit: str, bare: Action, ours: Action, rounds:
         os.sync()
         return timed(action)
 
-    anew(bare), anew(ours)  # the files are in memory afterwards, and nothing is imported any more
-    pairs = [(anew(bare), anew(ours)) for _ in range(rounds)]
-    wall = [statistics.median(pair[k][0] for pair in pairs) for k in (0, 1)]
-    ratios = sorted(one[0] / other[0] for one, other in pairs)
-    work = statistics.median(one[1] / other[1] for one, other in pairs)
+    for action in actions:
+        anew(action)  # the files are in memory afterwards, and nothing is imported any more
+    runs = [[anew(action) for action in actions] for _ in range(rounds)]
+    wall = [statistics.median(run[k][0] for run in runs) for k in (0, 1)]
     rates = " | ".join(f"{amount / seconds:,.0f} {unit}" for seconds in wall)
-    spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    line = f"| {name} | {rates} | {spread} | {work:.2f} |"
+    shares = []
+    for k in (0, 2):
+        ratios = sorted(run[k][0] / run[1][0] for run in runs)
+        shares.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    work = statistics.median(run[0][1] / run[1][1] for run in runs)
+    line = f"| {name} | {rates} | {' | '.join(shares)} | {work:.2f} |"
     print(line, flush=True)
     return line
 
@@ -114,19 +141,24 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/prepare.md")
     arguments = parser.parse_args()
     cores, place = len(os.sched_getaffinity(0)), Path(tempfile.mkdtemp(prefix="distmatch-prepare-"))
+    images, out = place / "images", place / "out"
     lines = [
-        "| source | bare | `prepare` | ratio of rates (range) | of processor times |",
-        "|---|---|---|---|---|",
+        "| source | bare | `prepare` | of the bare rate | of decoding and writing | of processor time |",
+        "|---|---|---|---|---|---|",
     ]
 
     def ours(source: Path, workers: int, size: int | None = None) -> None:
         with quietly():
-            prepare(
-                source,
-                place / "out/store",
-                size=(size, size) if size else None,
-                workers=workers,
-            )
+            prepare(source, out / "store", size=(size, size) if size else None, workers=workers)
+
+    def measure(name: str, source: Path, files: Sequence[Path], size: int | None, threads: int) -> None:
+        actions = (
+            partial(decode_all, files, size, threads),
+            partial(ours, source, threads, size),
+            partial(decode_all, files, size, threads, out / "pixels"),
+        )
+        name = f"{name}, {threads} thread{'s' * (threads > 1)}"
+        lines.append(row(name, len(files), "images/s", actions, arguments.rounds, out))
 
     kinds = (
         ("JPEG 512x512, resized to 256x256", 512, ".jpg", 256, 360),
@@ -136,41 +168,21 @@ def main() -> None:
     )
     try:
         for name, side, suffix, size, n in kinds:
-            files = photographs(place / "images", int(n * arguments.scale), side, suffix)
+            files = photographs(images, int(n * arguments.scale), side, suffix)
             for threads in sorted({1, cores}):
-                words = f"{name}, {threads} thread{'s' * (threads > 1)}"
-                bare, made = (
-                    partial(decode_all, files, size, threads),
-                    partial(ours, place / "images", threads, size),
-                )
-                lines.append(row(words, len(files), "images/s", bare, made, arguments.rounds, place / "out"))
+                measure(name, images, files, size, threads)
             if side == 512:
                 with tarfile.open(place / "images.tar", "w") as tar:
                     for file in files:
                         tar.add(file, file.name)
-                bare, made = (
-                    partial(decode_all, files, size, cores),
-                    partial(ours, place / "images.tar", cores, size),
-                )
-                lines.append(
-                    row(
-                        f"the same in a tar, {cores} threads",
-                        len(files),
-                        "images/s",
-                        bare,
-                        made,
-                        arguments.rounds,
-                        place / "out",
-                    )
-                )
-            shutil.rmtree(place / "images")
+                measure("the same in a tar", place / "images.tar", files, size, cores)
+            shutil.rmtree(images)
         n = int(2600 * arguments.scale)
         np.save(place / "x.npy", np.random.default_rng(0).integers(0, 256, (n, 256, 256, 3), dtype=np.uint8))
-        size = (place / "x.npy").stat().st_size / 1e6
-        bare, made = partial(copy, place / "x.npy", place / "out/copy"), partial(ours, place / "x.npy", cores)
-        lines.append(
-            row(f"array of {size:,.0f} MB", size, "MB/s", bare, made, arguments.rounds, place / "out")
-        )
+        megabytes = (place / "x.npy").stat().st_size / 1e6
+        bare = partial(copy, place / "x.npy", out / "copy")
+        actions = (bare, partial(ours, place / "x.npy", cores), bare)
+        lines.append(row(f"array of {megabytes:,.0f} MB", megabytes, "MB/s", actions, arguments.rounds, out))
     finally:
         shutil.rmtree(place)
     if arguments.write:
