@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import composing
 import distillation
 import f_distill
 import measures
@@ -17,7 +18,7 @@ import torch
 import tyro
 from claim import RESULTS, interval, save, verdict
 
-CLAIMS = (*f_distill.CLAIMS, *distillation.CLAIMS, *sampling.CLAIMS, *measures.CLAIMS)
+CLAIMS = (*f_distill.CLAIMS, *distillation.CLAIMS, *sampling.CLAIMS, *composing.CLAIMS, *measures.CLAIMS)
 """All of them, in the order of the page."""
 
 
