@@ -106,6 +106,7 @@ def test_warnings_stand_below_the_table() -> None:
     assert "note: 1500 samples are in both sets" in answer.out
 
 
+@pytest.mark.slow
 def test_a_seed_decides_everything() -> None:
     line = "evaluate q.npz p.npz --divergences js,kl_neighbors,energy --n 300 --json"
     first, again, other = (done(f"{line} --seed {seed}").json()["estimates"] for seed in (0, 0, 1))

@@ -79,6 +79,7 @@ def test_the_command_line_writes_both_forms(folders, tmp_path):
         assert said in answer.err
 
 
+@pytest.mark.slow
 def test_adapters_of_another_base_are_refused(folders, tmp_path):
     _, teacher = folders("stable-diffusion-3")
     student = tmp_path / "student"

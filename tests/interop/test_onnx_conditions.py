@@ -109,6 +109,7 @@ def test_each_field_arrives(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, err_msg=field)
 
 
+@pytest.mark.slow
 def test_the_card_feeds_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_onnx(student_of({**SPEC, "label": CLASSES}, null_class=3), tmp_path / "m")
     code = (tmp_path / "m/README.md").read_text().split("```python\n")[1].split("```")[0]

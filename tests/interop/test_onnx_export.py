@@ -108,7 +108,7 @@ def units(student: Student, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         return found, student.export(student([noise], labels))
 
 
-@pytest.mark.parametrize("far", [0.0, 1.7e9])
+@pytest.mark.parametrize("far", [pytest.param(0.0, marks=pytest.mark.slow), 1.7e9])
 def test_vectors_come_out_in_the_units_of_their_columns(far: float, tmp_path: Path) -> None:
     """Euros, and seconds since 1970, which float32 does not hold."""
     raw = np.linspace([9.0, far], [250_000.0, far + 86_401.0], 99)
@@ -144,7 +144,15 @@ def test_images_come_out_as_bytes(channels: int, tmp_path: Path) -> None:
     assert len(np.unique(found)) > 50
 
 
-@pytest.mark.parametrize("shape", [(5, 2), (2, 9, 7), (1, 3, 5, 4), (3, 3, 5, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((5, 2), marks=pytest.mark.slow),
+        (2, 9, 7),
+        pytest.param((1, 3, 5, 4), marks=pytest.mark.slow),
+        pytest.param((3, 3, 5, 4), marks=pytest.mark.slow),
+    ],
+)
 def test_a_transformer_of_any_shape_is_exported_for_every_batch(
     shape: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -180,6 +188,7 @@ def test_latents_have_no_units_of_data(tmp_path: Path, monkeypatch: pytest.Monke
     assert json.loads((tmp_path / "out/config.json").read_text())["space"] == "latents"
 
 
+@pytest.mark.slow
 def test_a_graph_with_other_units_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = module._write_graph
 

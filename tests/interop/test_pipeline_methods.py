@@ -242,6 +242,7 @@ def test_the_gradient_of_f_distill_is_that_of_raw_calls_of_diffusers(teacher_of,
             assert (a - b).abs().max() <= 1e-4 * max(float(b.abs().max()), 1e-4)
 
 
+@pytest.mark.slow
 def test_pairs_of_dmd_are_samples_of_the_pipeline_under_their_prompts(teacher_of):
     """Against plain calls of diffusers from the same noise, in many small steps."""
     teacher: Any = teacher_of(SD3)

@@ -34,6 +34,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_images_with_captions_are_the_reference(place):
     answer = done(f"evaluate {place}/run --steps 2 --json").json()
     assert "of" not in answer["reference"]

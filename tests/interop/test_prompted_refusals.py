@@ -29,6 +29,7 @@ def test_a_dry_run_writes_nothing(place, tmp_path, cache):
     assert not cache.exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_large_pipeline_reads_the_prompts(place, cache, monkeypatch, tmp_path):
     from distmatch.cli import memory
 

@@ -63,6 +63,7 @@ def options(place, method="sid", batch=2, **changes):
     return replace(base, run=replace(base.run, steps=10, batch=batch, seed=0))
 
 
+@pytest.mark.slow
 def test_prompts_alone_from_the_command_line(place, tmp_path, cache):
     line = f"distill --teacher {place}/stable-diffusion-3 {SIZE} --prompts {place}/prompts.txt {SHORT}"
     more = "--prompt-dropout 0.3"
@@ -121,6 +122,7 @@ def test_dmd_makes_its_pairs_under_the_prompts_and_again_on_resuming(place, teac
         assert bool(student.sample(4, conditioning=told, decode=False).isfinite().all())
 
 
+@pytest.mark.slow
 def test_the_cache_and_live_encoding_train_the_same_student(teacher, asked):
     common = {"method": "sid", "steps": 10, "batch": 2, "train": "lora", "lora_rank": 2, "quiet": True}
     once = dm.distill(teacher, prompts=PROMPTS, **common)

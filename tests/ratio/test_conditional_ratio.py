@@ -55,7 +55,7 @@ def on_features(head: nn.Module, x: Tensor, told: Conditioning) -> Tensor:
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("kind", ["own", "features"])
+@pytest.mark.parametrize("kind", [pytest.param("own", marks=pytest.mark.slow), "features"])
 def test_the_best_logit_depends_on_the_prompt_where_the_marginal_ratio_is_one(kind):
     call = on_samples if kind == "own" else on_features
 

@@ -94,6 +94,7 @@ def test_thin_bins_are_pooled_and_all_too_thin_are_left_alone() -> None:
     assert torch.equal(result.log_r, raw[5:14])
 
 
+@pytest.mark.slow
 def test_small_batches_are_remembered_for_as_long_as_bins_need() -> None:
     assert NormalizerConfig().kept(1000) == 0.95
     for batch in (2, 8, 30):

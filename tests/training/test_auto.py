@@ -130,7 +130,8 @@ def test_what_is_given_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("steps", "once", "compiled"), [(5000, 100.0, True), (5000, 300.0, False), (100, 0.0, False)]
+    ("steps", "once", "compiled"),
+    [(5000, 100.0, True), (5000, 300.0, False), pytest.param(100, 0.0, False, marks=pytest.mark.slow)],
 )
 def test_compiling_must_pay_for_itself(
     steps: int, once: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +168,7 @@ def build(options: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 def test_a_choice_that_cannot_be_used_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(options: Any) -> float:
         if options.run.compile:
@@ -200,6 +202,7 @@ def with_times(rank: int, *rest: Any) -> None:
     started(rank, *rest)
 
 
+@pytest.mark.slow
 def test_all_processes_choose_what_suits_the_slowest(tmp_path: Path) -> None:
     line = TRAIN.replace("--batch 16", "")
     answers = launch(tmp_path / "launch", f"{line} --auto --out {tmp_path}/two", start=with_times)

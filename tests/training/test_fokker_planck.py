@@ -86,6 +86,7 @@ def test_a_teacher_learns_from_loss_and_residual_together(tmp_path: Path) -> Non
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_network_learns_to_have_none() -> None:
     network = network_teacher()
     y, sigma, probes = (v.float() for v in _points(128))

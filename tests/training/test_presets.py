@@ -260,6 +260,7 @@ def test_a_dry_run_says_which_preset_is_in_force() -> None:
     assert "# preset" not in done(f"train --data digits {TINY} --steps 2 --batch 8 --dry-run").out
 
 
+@pytest.mark.slow
 def test_python_has_the_same(tmp_path: Path) -> None:
     quick = {"batch": 8, "fit_steps": 2, "width": 16, "depth": 1, "quiet": True}
     dm.distill("ring8", preset=SID, steps=3, lr=3e-5, out=tmp_path / "a", **quick)

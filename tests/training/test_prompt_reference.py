@@ -128,6 +128,7 @@ def test_methods_are_compared_on_prompts(place, tmp_path):
     assert contents(tmp_path / "c") == before
 
 
+@pytest.mark.slow
 def test_a_comparison_in_python_takes_texts(place, tmp_path):
     common = {"methods": "sid", "budget": "2 steps", "seeds": 1, "n": 12, "batch": 8, "eval_steps": 4}
     teacher = dm.load_teacher(place / "teacher")

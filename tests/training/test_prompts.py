@@ -60,6 +60,7 @@ def test_words_that_the_model_does_not_know(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_dropout_of_captions_in_data(folder):
     teacher = dm.load_teacher(folder / "teacher")
     common = {"method": "sid", "steps": 10, "batch": 4, "quiet": True}

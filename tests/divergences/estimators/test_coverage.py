@@ -108,6 +108,7 @@ def test_bounds_cover_what_the_critic_can_show(bound, truth):
     assert 0.90 <= covered(lambda x_p, x_q: bound(critic(x_p), critic(x_q)), truth) <= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_nearest_neighbors():
     share = covered(lambda x_p, x_q: kl_neighbors(x_p, x_q), 0.5 * SHIFT**2, repetitions=100)

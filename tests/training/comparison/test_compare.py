@@ -114,6 +114,7 @@ def test_resuming_a_finished_comparison_changes_nothing_but_its_baseline(finishe
     assert read(finished)["summary"]["baseline"] == "fast"
 
 
+@pytest.mark.slow
 def test_more_seeds_can_be_asked_for_later_and_nothing_else(tmp_path: Path, finished: Path) -> None:
     one = TWO.replace("--seeds 2", "--seeds 1")
     done(f"{one} --out {tmp_path}/c")

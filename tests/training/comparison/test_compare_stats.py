@@ -86,6 +86,7 @@ def test_what_both_have_in_common_cancels() -> None:
     assert seed_mean("fd", list(a.values())).stderr > replicate_stderr("fd", table) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_the_paired_error_is_that_of_repeated_measurements() -> None:
     """Two Gaussian models on common noise, measured on 30 data sets: how much the difference varies."""
