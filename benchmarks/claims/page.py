@@ -15,7 +15,7 @@ from claim import RESULTS, Measured, interval, verdict
 from run import CLAIMS
 
 sys.path.append(str(Path(__file__).parents[1]))
-from sections import replace_section
+from sections import with_section
 
 PAGE = Path("docs/claims.md")
 
@@ -41,20 +41,26 @@ Difference: {found}, {len(measured.differences)} repetitions. {beside}.
     return f"| {row['system']} | {row['says']} | {found} | {verdict_} |", paragraph.strip(), verdict_
 
 
-def main() -> None:
+def written(text: str) -> str:
+    """The page with the table of what is measured."""
     found = [RESULTS / f"{claim.name}.json" for claim in CLAIMS]
     rows = [told(json.loads(path.read_text())) for path in found if path.exists()]
     counts = Counter(verdict_ for _, _, verdict_ in rows)
-    of = ", ".join(f"{counts[name]} {name}" for name in ("holds", "does not hold", "cannot be told"))
+    number = f"{len(rows)}" if len(rows) == len(CLAIMS) else f"{len(rows)} of {len(CLAIMS)}"
     parts = [
-        f"{len(rows)} of {len(CLAIMS)} are measured: {of}.",
+        f"{number} claims are measured: {counts['holds']} hold, {counts['does not hold']} do not hold, "
+        f"and of {counts['cannot be told']} it cannot be told.",
         "\n".join(
             ["| of | claim | difference | verdict |", "|---|---|---|---|", *(row for row, _, _ in rows)]
         ),
         "## The tests",
         *(paragraph for _, paragraph, _ in rows),
     ]
-    replace_section(PAGE, "claims", "\n\n".join(parts))
+    return with_section(text, "claims", "\n\n".join(parts))
+
+
+def main() -> None:
+    PAGE.write_text(written(PAGE.read_text()))
 
 
 if __name__ == "__main__":
