@@ -63,7 +63,12 @@ def mmd() -> Measured:
 MARKS = (100, 200, 400, 700)
 
 
-def _converges(base: Run, measure: str) -> Measured:
+FIVE = {"backtrack": 5}
+FINE = {"backtrack": 5, "backtrack_degrade_steps": 2, "backtrack_interval": 10}
+FAR_AWAY = Run(on="grid25", method="diff-instruct", steps=STEPS, marks=MARKS, start="far")
+
+
+def _converges(base: Run, path: dict[str, int], measure: str) -> Measured:
     """The mean over the run of the log of a measure, without copies less with them."""
 
     def curve(run: Run) -> list[float]:
@@ -73,7 +78,7 @@ def _converges(base: Run, measure: str) -> Measured:
 
     runs = {
         "no copies": base,
-        "five copies": replace(base, settings={**base.settings, "backtrack": 5}),
+        "five copies": replace(base, settings={**base.settings, **path}),
     }
     curves = {name: curve(run) for name, run in runs.items()}
     differences = [a - b for a, b in zip(curves["no copies"], curves["five copies"], strict=True)]
@@ -86,12 +91,19 @@ def _converges(base: Run, measure: str) -> Measured:
 
 
 def disback_copy() -> Measured:
-    return _converges(replace(REVERSE, marks=MARKS), "fd")
+    return _converges(replace(REVERSE, marks=MARKS), FIVE, "fd")
 
 
 def disback_far() -> Measured:
-    far = Run(on="grid25", method="diff-instruct", steps=STEPS, marks=MARKS, start="far")
-    return _converges(replace(far, settings={**LEARN, "noise_high": 1.0}), "energy")
+    return _converges(replace(FAR_AWAY, settings={**LEARN, "noise_high": 1.0}), FIVE, "energy")
+
+
+def disback_fine() -> Measured:
+    return _converges(replace(FAR_AWAY, settings={**LEARN, "noise_high": 1.0}), FINE, "energy")
+
+
+def disback_low() -> Measured:
+    return _converges(replace(FAR_AWAY, settings={**LEARN, "noise_high": 0.3}), FINE, "energy")
 
 
 # -------------------------------------------------------------------------- students in the plane
@@ -226,6 +238,22 @@ CLAIMS: tuple[Claim, ...] = (
         "standard deviations of the data away in each coordinate, and noise reaches up to one. An update in "
         f"two steps. {PATH}",
         measure=disback_far,
+    ),
+    Claim(
+        name="disback-fine-path",
+        system="DisBack",
+        source=DISBACK,
+        says="The same, of copies that are less degraded.",
+        test="As `disback-far`, but copies two steps apart, each the target of ten updates.",
+        measure=disback_fine,
+    ),
+    Claim(
+        name="disback-low-noise",
+        system="DisBack",
+        source=DISBACK,
+        says="The same where only low noise is compared, so that the teacher is asked far from its data.",
+        test="As `disback-fine-path`, but noise reaches up to 0.3 standard deviations of the data.",
+        measure=disback_low,
     ),
     Claim(
         name="dmd-pairs",
