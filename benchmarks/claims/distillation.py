@@ -97,10 +97,11 @@ def disback_copy() -> Measured:
 
 def disback_far() -> Measured:
     note = (
-        "Copies are 20 steps apart (a tenth of the run in all), and from 40 steps on they predict the samples "
-        "of the untrained student itself: until the teacher becomes the target, after 396 steps, most targets "
-        "hold the student where it is. Without copies it is near the data after 100 steps, since at high noise "
-        "the teacher points there from afar. The start was chosen in trials of one other seed."
+        "Copies are 20 steps apart (a tenth of the run in all), and from 40 steps on they predict the "
+        "samples of the untrained student itself: until the teacher becomes the target, after 396 steps, "
+        "most targets hold the student where it is. Without copies it is near the data after 100 steps, "
+        "since at high noise the teacher points there from afar. The start was chosen in trials of one other "
+        "seed."
     )
     return _converges(replace(FAR_AWAY, settings={**LEARN, "noise_high": 1.0}), FIVE, "energy", note)
 
