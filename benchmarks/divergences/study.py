@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from plan import FULL, Block, Setting, blocks
+from plan import Block, Setting, Size, blocks
 from stack import Stack
 from tasks import Stacked, Task, digits, fashion, grid, stacked
 from torch import Tensor
@@ -52,17 +52,16 @@ from distmatch.ratio.normalizer import NormalizerConfig, RatioNormalizer
 
 RESULTS = Path(__file__).parent / "results"  # of the blocks that are done; move those of --out there
 BATCH, EVERY, SEEDS, SAMPLES = 128, 5, 5, 4000
-LR, LR_FAKE = 2e-3, 4e-3
 
 
-def task_of(name: str, folder: Path) -> Task:
+def task_of(name: str, folder: Path, size: Size) -> Task:
     if name == "stacked":
-        return stacked(folder)
+        return stacked(folder, size)
     if name == "grid25":
-        return grid(folder)
+        return grid(folder, size)
     if name.startswith("fashion"):
-        return fashion(folder, tail=name.endswith("tail"))
-    return digits(folder, tail="tail" in name, labels="classes" in name)
+        return fashion(folder, size, tail=name.endswith("tail"))
+    return digits(folder, size, tail="tail" in name, labels="classes" in name)
 
 
 # ------------------------------------------------------------------------------------------------ one block
@@ -71,9 +70,10 @@ def task_of(name: str, folder: Path) -> Task:
 def start_of(task: Task, setting: Setting, folder: Path) -> EDMDenoiser:
     """The network that all students of a block start from: the trained one, or a smaller one fitted to it."""
     own: EDMDenoiser = task.network
-    if setting.width == FULL and setting.start == "trained":
+    width = setting.width or setting.teacher.width
+    if width == setting.teacher.width and setting.start == "trained":
         return own
-    config = MLPConfig(width=setting.width, depth=2)
+    config = MLPConfig(width=width, depth=setting.teacher.depth)
     torch.manual_seed(1)
     net = build_net(config, task.data.shape[1:], own.num_classes)
     fresh = EDMDenoiser(
@@ -85,7 +85,7 @@ def start_of(task: Task, setting: Setting, folder: Path) -> EDMDenoiser:
     )
     if setting.start == "untrained":
         return fresh.eval()
-    kept = folder / f"{task.name}-{setting.width}.pt"
+    kept = folder / f"{task.name}-{width}x{setting.teacher.depth}.pt"
     if kept.exists():
         fresh.load_state_dict(torch.load(kept, weights_only=True))
         return fresh.eval()
@@ -147,7 +147,7 @@ def measures(task: Task, x: Tensor, real: Tensor, shares: np.ndarray[Any, Any]) 
 
 def carry_out(block: Block, folder: Path, report: Any) -> Iterator[dict[str, Any]]:
     """Trains a block; yields a row for each run at a quarter, half and the whole of its length."""
-    task, own = task_of(block.task, folder), block.setting
+    task, own = task_of(block.task, folder, block.setting.teacher), block.setting
     runs = [
         (name, weight, seed)
         for name in block.divergences
@@ -162,7 +162,7 @@ def carry_out(block: Block, folder: Path, report: Any) -> Iterator[dict[str, Any
     noise = Karras(0.04 * task.network.sigma_data, own.noise_high * task.network.sigma_data or 80.0)
     guided = task.teacher if own.guidance == 1 else Guided(task.teacher, own.guidance)
     begin = start_of(task, own, folder)
-    student, fake = Stack([begin] * rows, LR), Stack([task.network] * rows, LR_FAKE)
+    student, fake = Stack([begin] * rows, own.teacher.lr), Stack([task.network] * rows, 2 * own.teacher.lr)
     heads = []
     for _, _, seed in runs:
         torch.manual_seed(100 + seed)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from plan import Size
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -109,20 +110,21 @@ def _digit_judge() -> tuple[SVC, float]:
     return SVC(C=10).fit(x, y), right
 
 
-def _trained(data: Dataset, folder: Path, steps: int, **net: Any) -> Any:
+def _trained(data: Dataset, folder: Path, name: str, size: Size) -> Any:
     """A teacher of the library's own, trained once and kept."""
+    folder = folder / f"{name}-{size.width}x{size.depth}"
     if not (folder / "model").exists():
-        settings = {"batch": 128, "lr_decay": "cosine", "net": "mlp", "keep": 1, **net}
-        dm.train(data, steps=steps, out=folder, quiet=True, **settings)
+        settings = {"batch": 128, "lr_decay": "cosine", "net": "mlp", "keep": 1}
+        dm.train(data, steps=6000, out=folder, quiet=True, width=size.width, depth=size.depth, **settings)
     return load_denoiser(folder / "model")[0]
 
 
-def digits(folder: Path, *, tail: bool = True, labels: bool = False, width: int = 64, depth: int = 2) -> Task:
+def digits(folder: Path, size: Size, *, tail: bool = True, labels: bool = False) -> Task:
     """8x8 digits, with class shares down to 1 : 100."""
     data = load_data("digits:long-tail" if tail else "digits")
     found = data if labels else data.without_labels()
-    name = f"digits{'-tail' if tail else ''}{'-classes' if labels else ''}-{width}x{depth}"
-    teacher = _trained(found, folder / name, 6000, width=width, depth=depth)
+    name = f"digits{'-tail' if tail else ''}{'-classes' if labels else ''}"
+    teacher = _trained(found, folder, name, size)
     svm, right = _digit_judge()
 
     def judge(x: Tensor) -> NDArray[np.int64]:
@@ -133,10 +135,10 @@ def digits(folder: Path, *, tail: bool = True, labels: bool = False, width: int 
     return Task(name, x, teacher, teacher, judge, 10, truth, right, data.labels if labels else None)
 
 
-def stacked(folder: Path) -> Task:
+def stacked(folder: Path, size: Size) -> Task:
     """Three digits in the channels of one image, 1,000 modes, and the exact teacher of the single digits."""
     data = load_data("stacked-digits")
-    network = _trained(data, folder / "stacked-64x2", 6000, width=64, depth=2)
+    network = _trained(data, folder, "stacked", size)
     svm, right = _digit_judge()
     single = load_data("digits")
     x = data.batch(torch.arange(len(data)))[0]
@@ -177,7 +179,7 @@ def _autoencoder(x: Tensor, folder: Path) -> nn.Module:
     return encoder
 
 
-def fashion(folder: Path, *, tail: bool) -> Task:
+def fashion(folder: Path, size: Size, *, tail: bool) -> Task:
     """Fashion-MNIST in the latents of a small autoencoder: modes are cells of k-means, or the classes."""
     data = load_data("fashion_mnist")
     images, labels = data.raw.float().flatten(1) / 127.5 - 1, _labels(data)
@@ -190,7 +192,7 @@ def fashion(folder: Path, *, tail: bool) -> Task:
     whole = from_arrays(latents, labels, name=name)
     whole = long_tailed(whole) if tail else whole
     y, found = _labels(whole), whole.without_labels()
-    network = _trained(found, folder / f"{name}-64x2", 8000, width=64, depth=2)
+    network = _trained(found, folder, name, size)
     x = found.batch(torch.arange(len(found)))[0]
     if tail:
         model = LogisticRegression(max_iter=300).fit(latents[:half].numpy(), labels[:half].numpy())
@@ -206,12 +208,12 @@ def fashion(folder: Path, *, tail: bool) -> Task:
     return Task(name, x, network, network, judge, modes, truth, right)
 
 
-def grid(folder: Path) -> Task:
+def grid(folder: Path, size: Size) -> Task:
     """25 Gaussians in the plane whose weights differ by a factor of ten, and their exact teacher."""
     mixture = toy("grid25")
     x = mixture.sample(SIZE, seed=0)
     means, weights = mixture.means, mixture.weights
-    network = _trained(load_data("grid25"), folder / "grid25-64x2", 6000, width=64, depth=2)
+    network = _trained(load_data("grid25"), folder, "grid25", size)
 
     def judge(x: Tensor) -> NDArray[np.int64]:
         return torch.cdist(x.float(), means.float()).argmin(1).numpy()
