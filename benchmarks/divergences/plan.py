@@ -104,3 +104,17 @@ def blocks() -> Iterator[Block]:
     yield Block(task="grid25", name="exact", setting=replace(short, ratio="exact"))
     yield Block(task="grid25", name="learned, low noise", setting=replace(short, noise_high=0.3))
     yield Block(task="grid25", name="exact, low noise", setting=replace(short, noise_high=0.3, ratio="exact"))
+    for name, setting in (
+        ("width 19", replace(short, width=19)),
+        ("width 45", replace(short, width=45)),
+        ("equal", replace(short, width=None)),
+        ("equal, exact", replace(short, width=None, ratio="exact")),
+        ("equal, untrained", replace(short, width=None, start="untrained")),
+        ("equal, exact, untrained", replace(short, width=None, ratio="exact", start="untrained")),
+        ("exact, tight clip", replace(short, ratio="exact", clip=0.5)),
+        ("exact, wide clip", replace(short, ratio="exact", clip=8.0)),
+        ("sigma_max", replace(short, student_sigma=0.0)),
+        ("ten times as long", replace(short, steps=30_000)),
+    ):
+        yield Block(task="grid25", name=name, setting=setting)
+    yield Block(task="grid25", name="adversarial", setting=short, adversarial=(1e-3,))
