@@ -33,7 +33,7 @@ THREE = ("reverse_kl", "js", "kl")
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Width and depth of a teacher, and the learning rate of its students; the fake score has twice as much."""
+    """Width and depth of a teacher, and the learning rate of its students; the fake score has twice it."""
 
     width: int
     depth: int
