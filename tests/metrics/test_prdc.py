@@ -7,7 +7,8 @@ import torch
 
 from distmatch.base.errors import UserError
 from distmatch.metrics import prdc
-from distmatch.metrics.prdc import _squared_distances, prdc_replicates
+from distmatch.metrics.near_pairs import in_float64, points
+from distmatch.metrics.prdc import prdc_replicates
 from distmatch.metrics.resampling import group_bounds, half_sample_stderr, half_samples
 
 
@@ -128,7 +129,7 @@ def test_two_draws_from_ten_atoms_score_one():
 def test_distances_equal_the_direct_form_and_are_exactly_zero_between_equal_points():
     x = normal(200, 50, 11).double() * 1000
     direct = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square().float()
-    got = _squared_distances(x, x[torch.arange(200)])
+    got = in_float64(points(x, x.mean(0)), slice(None), points(x.clone(), x.mean(0)))
     assert (got.diagonal() == 0).all()
     torch.testing.assert_close(got, direct, rtol=1e-6, atol=0)
 

@@ -9,6 +9,7 @@ So equal distributions have density 1 and a coverage near 1 with repeats as with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from distmatch.base.checks import check_count
-from distmatch.discrepancies.kernels import squared_distances
+from distmatch.metrics.moments import center_of
+from distmatch.metrics.near_pairs import Points, distances, in_float64, nearest, points
 from distmatch.metrics.resampling import group_bounds, half_samples, membership
 
 _ROWS = 1024
@@ -40,14 +42,6 @@ class PRDC:
     coverage: float
 
 
-def _squared_distances(a: Tensor, b: Tensor, own: int | None = None) -> Tensor:
-    """Float32 squared distances (N, M) of float64 points, zero between equal ones.
-
-    The rounding makes equal distances compare as equal.
-    """
-    return squared_distances(a, b, own=own).float()
-
-
 @dataclass(frozen=True)
 class _Balls:
     """The balls around one set, in every replicate (R, N).
@@ -64,37 +58,34 @@ class _Balls:
     tied: Tensor
     present: Tensor
 
-    def weights(self, x: Tensor, k: int, parts: Tensor) -> Tensor:
+    def weights(self, x: Points, k: int, parts: Tensor) -> Tensor:
         """What a ball counts in the density: 1, or k over the number of other samples in a closed one."""
         if not bool(self.tied.any()):
             return torch.ones_like(self.opened)
         held = torch.zeros_like(self.opened)
-        for group, (start, stop) in enumerate(pairwise(group_bounds(len(x), parts.shape[1]))):
-            for low in range(0, len(x), _ROWS):
-                distances = _squared_distances(x[low : low + _ROWS], x)[:, start:stop]
+        for rows in self.tied.any(0).nonzero()[:, 0].split(_ROWS):
+            found = in_float64(x, rows, x)
+            for group, (start, stop) in enumerate(pairwise(group_bounds(len(x.given), parts.shape[1]))):
                 for r in parts[:, group].nonzero()[:, 0].tolist():
-                    held[r, low : low + _ROWS] += (distances < self.opened[r, low : low + _ROWS, None]).sum(1)
+                    held[r, rows] += (found[:, start:stop] < self.opened[r, rows, None]).sum(1)
         return torch.where(self.tied, k / (held - 1).clamp_min(1), 1.0)  # less the center
 
+    def range(self, radii: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The least and the largest of some radii of each sample, over replicates, (N,) each."""
+        every, present = torch.cat(list(radii)), self.present.repeat(len(radii), 1)
+        return every.where(present, torch.inf).amin(0), every.amax(0)
 
-def _balls(x: Tensor, ks: tuple[int, int], parts: Tensor) -> _Balls:
+
+def _balls(x: Points, ks: tuple[int, int], parts: Tensor) -> _Balls:
     """The balls for both k in every replicate.
 
     Keeping the nearest of every group makes each replicate exact without a second pass.
     """
-    n, most, groups = x.shape[0], max(ks) + 1, parts.shape[1]
-    edges = group_bounds(n, groups)
-    near = torch.full((n, groups, most), torch.inf, device=x.device)
-    for low in range(0, n, _ROWS):
-        distances = _squared_distances(x[low : low + _ROWS], x, low)
-        distances.diagonal(low).fill_(torch.inf)
-        for g, (start, stop) in enumerate(pairwise(edges)):
-            count = min(most, stop - start)
-            near[low : low + _ROWS, g, :count] = distances[:, start:stop].topk(count, largest=False).values
-    nearest = torch.stack([near[:, part].flatten(1).topk(most, largest=False).values for part in parts])
-    present = (membership(n, groups, x.device) @ parts.T.double()).T.bool()
-    first, second = (nearest[..., k - 1].masked_fill(~present, -1.0) for k in ks)
-    tied = present & (nearest[..., ks[1] - 1] == nearest[..., ks[1]]) & nearest[..., ks[1]].isfinite()
+    n, most, groups = len(x.given), max(ks) + 1, parts.shape[1]
+    among = nearest(x, group_bounds(n, groups), parts, most)
+    present = (membership(n, groups, among.device) @ parts.T.double()).T.bool()
+    first, second = (among[..., k - 1].masked_fill(~present, -1.0) for k in ks)
+    tied = present & (among[..., ks[1] - 1] == among[..., ks[1]]) & among[..., ks[1]].isfinite()
     beyond = torch.nextafter(second, torch.full_like(second, torch.inf))
     return _Balls(first, torch.where(tied, beyond, second), tied, present)
 
@@ -124,31 +115,32 @@ def prdc_replicates(
     least, needed = min(real.shape[0], fake.shape[0]), (most + 1) * (2 if halves else 1)
     fix = "generate more samples or use a smaller k"
     check_count("the number of samples for nearest-neighbor metrics", least, needed, fix=fix)
-    center = real.double().mean(0)  # near the origin the squared norms cancel less
-    real, fake = real.double() - center, fake.double() - center
-    of_real, of_fake = (_balls(x, (k_precision, k_coverage), parts) for x in (real, fake))
+    center = center_of(real)
+    reals, fakes = points(real, center), points(fake, center)
+    of_real, of_fake = (_balls(x, (k_precision, k_coverage), parts) for x in (reals, fakes))
     real_closed, real_open, in_real = of_real.closed, of_real.opened, of_real.present
     fake_closed, in_fake = of_fake.closed, of_fake.present
-    weights = of_real.weights(real, k_coverage, parts)
+    weights = of_real.weights(reals, k_coverage, parts)
+    radii = of_fake.range([fake_closed]), of_real.range([real_closed, real_open])
 
     # How far a sample is outside the nearest ball: zero or less is inside. Subtracting is exact in its sign.
     fake_outside = torch.full(in_fake.shape, torch.inf, device=real.device)
     real_outside = torch.full(in_real.shape, torch.inf, device=real.device)
     balls = torch.zeros(in_fake.shape, device=real.device)
-    nearest = torch.full((groups, real.shape[0]), torch.inf, device=real.device)
+    closest_fake = torch.full((groups, real.shape[0]), torch.inf, device=real.device)
     for group, (start, stop) in enumerate(pairwise(group_bounds(fake.shape[0], groups))):
         for low in range(start, stop, _ROWS):
             rows = slice(low, min(low + _ROWS, stop))
-            distances = _squared_distances(fake[rows], real)
-            scratch = torch.empty_like(distances)
-            nearest[group] = torch.minimum(nearest[group], distances.amin(0))
+            found = distances(fakes, rows, reals, *radii)
+            scratch = torch.empty_like(found)
+            closest_fake[group] = torch.minimum(closest_fake[group], found.amin(0))
             for r in parts[:, group].nonzero()[:, 0].tolist():
-                fake_outside[r, rows] = torch.sub(distances, real_closed[r], out=scratch).amin(1)
-                balls[r, rows] = torch.lt(distances, real_open[r], out=scratch) @ weights[r]
-                closest = torch.sub(distances, fake_closed[r, rows, None], out=scratch).amin(0)
+                fake_outside[r, rows] = torch.sub(found, real_closed[r], out=scratch).amin(1)
+                balls[r, rows] = torch.lt(found, real_open[r], out=scratch) @ weights[r]
+                closest = torch.sub(found, fake_closed[r, rows, None], out=scratch).amin(0)
                 real_outside[r] = torch.minimum(real_outside[r], closest)
     precise, recalled = (fake_outside <= 0) & in_fake, (real_outside <= 0) & in_real
-    reached = torch.stack([nearest[part].amin(0) for part in parts])
+    reached = torch.stack([closest_fake[part].amin(0) for part in parts])
     covered = reached < real_open  # samples left out have radius -1 and are never covered
     n_real, n_fake = in_real.sum(1).double(), in_fake.sum(1).double()
     return torch.stack(
