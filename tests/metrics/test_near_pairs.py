@@ -56,7 +56,7 @@ def test_replicates_are_the_same_as_in_float64(kind, halves, monkeypatch):
         monkeypatch.setattr(near_pairs, "_UNSURE", 1.0)
     torch.testing.assert_close(prdc_replicates(*SETS[kind], halves=halves), expected, rtol=0, atol=0)
     if kind == "one cloud":
-        assert rows[0] == 0
+        assert rows[0] < N / 20
 
 
 def test_only_pairs_near_a_radius_are_computed_one_by_one(monkeypatch):
