@@ -20,6 +20,7 @@ example: distmatch train --data digits --steps 3000 --out runs/teacher
         "noise_distribution logit_mean logit_std weighting min_snr_gamma learned_uncertainty",
         "Noise on data and labels": "label_dropout condition_noise condition_noise_kind pfgm_dims "
         "instance_noise ambient_noise ambient_clean ambient_given",
+        "Training from observations": "observe observe_noise observe_given observe_every",
     },
 )
 

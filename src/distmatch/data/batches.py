@@ -51,6 +51,7 @@ class Batch:
         noise: Standard deviation of the noise in each sample, (B,) float32, for data that are not clean.
         texts: The prompt or caption of each sample, where known; for people to read.
         pool: What the conditioning was drawn from, for methods that draw more of it (DMD's pairs).
+        items: Which samples of the data these are, (B,) int64, where known.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class Batch:
         noise: Tensor | None = None,
         texts: Sequence[str] = (),
         pool: Pool | None = None,
+        items: Tensor | None = None,
     ) -> None:
         self.x = x
         self.conditioning = as_conditioning(conditioning)
         self.noise = noise
         self.texts = texts
         self.pool = pool
+        self.items = items
 
     def on(self, device: torch.device | str) -> Batch:
         """The same on a device. A GPU copies it from pinned memory, for which this thread does not wait."""
@@ -75,13 +78,14 @@ class Batch:
             pinned = values.pin_memory() if gpu and values.device.type == "cpu" else values
             return pinned.to(device, non_blocking=gpu)
 
-        noise = None if self.noise is None else moved(self.noise)
+        noise, items = (None if part is None else moved(part) for part in (self.noise, self.items))
         conditioning = Conditioning({name: moved(value) for name, value in self.conditioning.items()})
-        return Batch(moved(self.x), conditioning, noise, self.texts, self.pool)
+        return Batch(moved(self.x), conditioning, noise, self.texts, self.pool, items)
 
     def taken_by(self, model: Any) -> Batch:
         """The same samples with the part of their conditioning that a denoiser takes."""
-        return Batch(self.x, for_model(model, self.conditioning), self.noise, self.texts, self.pool)
+        conditioning = for_model(model, self.conditioning)
+        return Batch(self.x, conditioning, self.noise, self.texts, self.pool, self.items)
 
 
 @dataclass
@@ -118,4 +122,4 @@ class Batches:
         noise = None if self.noise is None else self.noise[indices]
         texts = [self.data.captions[i] for i in indices.tolist()] if self.data.captions else ()
         pool = Pool(len(self.data), self.data.conditioning, self.data.captions)
-        return Batch(x, self.data.conditioning(indices), noise, texts, pool).on(self.device)
+        return Batch(x, self.data.conditioning(indices), noise, texts, pool, indices).on(self.device)

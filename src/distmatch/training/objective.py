@@ -171,6 +171,7 @@ def _refuse_idle(config: TeacherConfig, spacing: str, weighting: str) -> None:
             config.ambient_noise > 0 and not config.ambient_given,
             "--ambient-noise, and data to which it is added here",
         ),
+        ("observe_noise", "observe_given", "observe_every"): (bool(config.observe), "--observe"),
     }
     defaults = {f.name: f.default for f in fields(config)}
     for names, (used, need) in needs.items():

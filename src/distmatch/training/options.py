@@ -23,6 +23,7 @@ from distmatch.methods.settings import Settings
 from distmatch.methods.table import find_method, own_divergence
 from distmatch.nets.config import NetConfig, auto_kind, default_config, kind_of
 from distmatch.nets.optimizer import OptimizerSettings
+from distmatch.training.observe_options import ObserveSettings
 from distmatch.training.pipeline_options import EncodingOptions, PipelineOptions
 from distmatch.training.presets import LAPTOP, find_preset
 from distmatch.training.watch_options import WatchOptions
@@ -153,7 +154,7 @@ class RunOptions(LoopOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig(OptimizerSettings):
+class TeacherConfig(OptimizerSettings, ObserveSettings):
     """How a diffusion teacher is trained; by default with the loss and the preconditioning of EDM."""
 
     lr: Positive = 1e-3
@@ -222,6 +223,12 @@ class TeacherConfig(OptimizerSettings):
             raise UserError(
                 "--ambient-noise does not go together with --pfgm-dims or --instance-noise",
                 expected="one kind of noise in the data, and Gaussian noise on top of it",
+                fix="omit one of them",
+            )
+        if self.observe and (self.ambient_noise > 0 or self.pfgm_dims > 0 or self.instance_noise > 0):
+            raise UserError(
+                "--observe does not go together with --ambient-noise, --pfgm-dims or --instance-noise",
+                expected="--observe-noise for noise in the observations",
                 fix="omit one of them",
             )
         if not self.sigma_min < self.sigma_max < math.inf:

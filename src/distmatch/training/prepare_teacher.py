@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distmatch.base.errors import UserError
+from distmatch.base.ranks import Ranks
 from distmatch.base.seeds import generator
 from distmatch.data import Dataset, load_data
 from distmatch.data.ahead import ahead
@@ -24,6 +25,7 @@ from distmatch.nets.work import network_work
 from distmatch.training.devices import check_compile_mode, compile_network, pick_device, with_marked_steps
 from distmatch.training.known_data import describe_data, digest_of_data, few_samples, remember
 from distmatch.training.noisy_data import with_frozen_noise
+from distmatch.training.observations import observe
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
 from distmatch.training.parallel import shares_out
 from distmatch.training.prepare_watch import watch_of_teacher
@@ -75,7 +77,13 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
     data, text = _with_text(data, chosen, options.teacher.text_encoder)
     larger = _larger(chosen, data, text) if options.net.net == "auto" else None
     options = replace(options, net=chosen)
+    about, known = describe_data(data, options.data), None
+    if options.teacher.observe:
+        _check_observed(options, ranks)
+        data, known = observe(data, options.teacher, run.seed)  # what follows gets no other data
+        options = replace(options, watch=replace(options.watch, watch_samples=0))
     sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
+    sigma_data = sigma_data if known is None else known.std()
     method = TeacherTraining(
         config=options.teacher,
         net=chosen.resolve(data.shape, device.type),
@@ -89,6 +97,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
         text=text,
         prompt_encoder=data.prompt_encoder,
         ranks=ranks,
+        observations=known,
     )
     state = method.init(run.seed)
     ranks.broadcast(state.tensors())
@@ -96,14 +105,14 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
         compile_network(state.denoiser.net, run.compile_mode)
     extra: dict[str, Any] = {
         "kind": "teacher",
-        "data": describe_data(data, options.data),
+        "data": about,
         "seed": run.seed,
         "label_dropout": options.teacher.label_dropout,
     }
 
     def result() -> Any:
         model = method.result(state)
-        remember(model, describe_data(data, options.data))
+        remember(model, about)
         return model
 
     batches = Batches(noisy, run.batch, run.seed, flips(run, data), device, levels)
@@ -123,13 +132,39 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
             "prediction": method.objective.prediction,
             **({"larger_net": larger} if larger else {}),
         },
-        warnings=[*few_samples(data, run.batch), *([] if text else _left_out(data)), *method.warnings],
+        warnings=[
+            *few_samples(data, run.batch),
+            *([] if text else _left_out(data)),
+            *method.warnings,
+            *([] if known is None else known.warnings),
+        ],
         result=result,
         save=lambda folder, model: save_denoiser(folder, model, extra),
         remarks=[_remark(larger)] if larger else [],
         data=data,
         watch=watch_of_teacher(options, state, data, batches, device),
     )
+
+
+def _check_observed(options: TrainOptions, ranks: Ranks) -> None:
+    """Refuses options that need samples which training from observations does not have.
+
+    Raises:
+        UserError: With the option.
+    """
+    run = options.run
+    needs = {
+        "--flip": run.flip,
+        f"--path {KINETIC}": options.teacher.path == KINETIC,
+        "--keep-best fd": options.watch.keep_best == "fd",
+        f"--parallel {run.parallel}": shares_out(run, ranks),
+    }
+    if found := [option for option, given in needs.items() if given]:
+        raise UserError(
+            "training from observations has no whole samples, and completes them by whole networks",
+            got=f"--observe {options.teacher.observe} with {found[0]}",
+            fix=f"omit {found[0]}",
+        )
 
 
 def _with_text(data: Dataset, net: NetOptions, folder: str) -> tuple[Dataset, TextInput | None]:

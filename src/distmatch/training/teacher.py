@@ -32,6 +32,7 @@ from distmatch.nets.text import TextInput
 from distmatch.nets.training_state import TrainingState
 from distmatch.nets.uncertainty import LearnedUncertainty
 from distmatch.training.objective import Objective, build_objective, denoiser_loss
+from distmatch.training.observations import Observations, complete
 from distmatch.training.options import TeacherConfig
 
 
@@ -70,6 +71,7 @@ class TeacherTraining:
         text: The text that the network takes; None without.
         prompt_encoder: What makes it of prompts; the teacher keeps it.
         ranks: The processes that train together.
+        observations: What is known of each item, when that is all; batches then say which items they are.
 
     Raises:
         UserError: The choices in the config do not go together.
@@ -87,6 +89,7 @@ class TeacherTraining:
     text: TextInput | None = None
     prompt_encoder: PromptEncoder | None = None
     ranks: Ranks = ALONE
+    observations: Observations | None = None
     objective: Objective = field(init=False)
 
     def __post_init__(self) -> None:
@@ -156,7 +159,7 @@ class TeacherTraining:
     def step(self, state: TeacherState, batch: Batch) -> dict[str, Tensor]:
         """One step on a batch of samples; changes ``state``, returns loss and gradient norm."""
         cfg = self.config
-        x0 = batch.x
+        x0 = batch.x if self.observations is None else self._completed(state, self.observations, batch)
         gen, ranks = state.generator, state.ranks
         sigma = ranks.draw(len(x0), lambda n: self.objective.levels.sample(n, gen))
         if batch.noise is not None:
@@ -191,6 +194,21 @@ class TeacherTraining:
         state.step += 1
         state.ema.update(state.denoiser, ema_decay(state.step, half_life=cfg.ema_half_life))
         return {**info, "grad_norm": norm}
+
+    def _completed(self, state: TeacherState, observations: Observations, batch: Batch) -> Tensor:
+        """The items of a batch as the model completes them, all of them anew every so many steps."""
+        if batch.items is None:
+            raise UserError(
+                "training from observations needs to know which items a batch consists of",
+                fix="pass them: Batch(x, conditioning, items=numbers)",
+            )
+        turn, rest = divmod(state.step, self.config.observe_every)
+        if rest == 0:
+            average: Any = state.ema.module
+            before = state.memory.get("completed") if turn else None
+            where: dict[str, Any] = {"rows": len(batch.x), "device": self.device, "ranks": state.ranks}
+            state.memory["completed"] = complete(average, observations, before, turn, **where)
+        return state.memory["completed"][batch.items]
 
     def _fokker_planck(
         self, state: TeacherState, y: Tensor, sigma: Tensor, conditioning: Conditioning

@@ -109,6 +109,45 @@ def observed(mask: Tensor, shape: tuple[int, ...]) -> LinearMap:
     return LinearMap(pick, back, tuple(shape), (len(places),), orthonormal=True)
 
 
+def masked(masks: Tensor) -> LinearMap:
+    """Samples with 0 where they are hidden, each by its own mask.
+
+    Args:
+        masks: What is seen of each sample of a call, (B, *shape) boolean.
+    """
+
+    def seen(x: Tensor) -> Tensor:
+        return x * masks.to(x)
+
+    shape = tuple(masks.shape[1:])
+    return LinearMap(seen, seen, shape, shape, orthonormal=False)
+
+
+def blurring(width: float, shape: tuple[int, ...]) -> LinearMap:
+    """Images or video blurred by a Gaussian along their last two axes, whose weights sum to 1 at borders too.
+
+    Args:
+        width: Standard deviation in pixels.
+        shape: Shape of one sample.
+    """
+    down, across = (blur_matrix(width, n) for n in shape[-2:])
+
+    def apply(x: Tensor) -> Tensor:
+        return down.to(x) @ x @ across.to(x).mT
+
+    def transpose(v: Tensor) -> Tensor:
+        return down.to(v).mT @ v @ across.to(v)
+
+    return LinearMap(apply, transpose, tuple(shape), tuple(shape), orthonormal=False)
+
+
+def blur_matrix(width: float, n: int) -> Tensor:
+    """The blur of :func:`blurring` along one axis of n pixels, (n, n) float64."""
+    place = torch.arange(n, dtype=torch.float64)
+    weights = torch.exp(-0.5 * ((place[:, None] - place) / width) ** 2)
+    return weights / weights.sum(1, keepdim=True)
+
+
 def _by_derivative(operator: Map, shape: tuple[int, ...]) -> Map:
     def transpose(v: Tensor) -> Tensor:
         with torch.enable_grad():
