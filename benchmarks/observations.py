@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from matplotlib import pyplot as plt
 from torch import Tensor
 
@@ -104,3 +105,7 @@ def main(o: Options) -> None:
         print(f"| {name} | " + " | ".join(_cell([row[key] for row in found]) for key in (*SAID, "s")) + " |")
     if o.picture is not None:
         draw(pictures, o.picture)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
