@@ -12,20 +12,19 @@ from distmatch.metrics.moments import scatter
 from distmatch.metrics.resampling import group_bounds, kept
 
 _WIDE = 1024
-"""Dimensions from which on features in float32 are multiplied in float32."""
+"""Dimensions from which on products and eigenvalues of features in float32 are taken in float32."""
 _NOISE = 1e-8
-"""What negative eigenvalues may sum to before this is repeated in float64: they are rounding, and each adds
-up to 30 times its size to the entropy."""
+"""What negative eigenvalues may sum to before this is repeated in float64: they are rounding. The score was off
+by about 16 times their sum, and where they are none or fewer by 7e-7 at most, over 18 spectra."""
 
 
 def _directions(x: Tensor) -> Tensor:
-    """Unit vectors in float64; a zero feature vector stays zero."""
-    x = x.double()
-    norm = x.norm(dim=1, keepdim=True)
+    """Unit vectors; a zero feature vector stays zero."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).to(x)
     return x / norm.masked_fill(norm == 0, 1.0)
 
 
-def _spectrum(products: Tensor, n: int) -> Tensor:
+def _spectrum(products: Tensor, n: int, precision: torch.dtype = torch.float64) -> Tensor:
     """Eigenvalues, which sum to one, of the kernel matrix of ``n`` samples over n.
 
     Zero feature vectors have no direction and share an axis of their own, so an eigenvalue. The trace tells
@@ -34,11 +33,12 @@ def _spectrum(products: Tensor, n: int) -> Tensor:
     Args:
         products: The inner or the summed outer products of the unit vectors.
         n: Number of samples, with zero vectors.
+        precision: Of the decomposition. That the sum is known takes away most of the error of float32.
     """
     trace = products.trace()
-    values = torch.linalg.eigvalsh(products) / trace.clamp(min=1)
+    values = torch.linalg.eigvalsh((products / trace.clamp(min=1)).to(precision)).double()
     directed = trace.round() / n
-    return torch.cat([values * directed, (1 - directed)[None]])
+    return torch.cat([values * (directed / values.sum().clamp(min=0.5)), (1 - directed)[None]])
 
 
 def _exp_entropy(values: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ def _from_moments(x: Tensor, groups: int, precision: torch.dtype) -> list[Tensor
     """The eigenvalues of all samples, then with each group left out."""
 
     def moment(rows: Tensor) -> Tensor:
-        return scatter(rows, lambda part: _directions(part).to(precision))
+        return scatter(rows, lambda part: _directions(part.to(precision)))
 
     whole, n = moment(x), len(x)
-    found = [_spectrum(whole, n)]
+    found = [_spectrum(whole, n, precision)]
     for low, high in pairwise(group_bounds(n, groups)) if groups > 1 else ():
-        found.append(_spectrum(whole - moment(x[low:high]), n - (high - low)))
+        found.append(_spectrum(whole - moment(x[low:high]), n - (high - low), precision))
     return found
 
 
@@ -63,8 +63,8 @@ def vendi_replicates(x: Tensor, groups: int = 1) -> Tensor:
     """The Vendi score of all samples, then with each group left out.
 
     The (D, D) second moment of the unit vectors has the non-zero spectrum of the (N, N) kernel matrix; the
-    smaller of the two is used. From 1024 dimensions on, float32 features are multiplied in float32 where that
-    leaves the score right to 1e-6; sums over parts of the rows and eigenvalues are always float64.
+    smaller of the two is used. From 1024 dimensions on, products and eigenvalues of float32 features are
+    float32 where that leaves the score right to about 1e-6; sums over parts of the rows are always float64.
 
     Args:
         x: Features (N, D).
@@ -75,7 +75,7 @@ def vendi_replicates(x: Tensor, groups: int = 1) -> Tensor:
     """
     n, dim = x.shape
     if dim > n:
-        unit = _directions(x)
+        unit = _directions(x.double())
         kernel = unit @ unit.T
         spectra = [_spectrum(kernel[keep][:, keep], int(keep.sum())) for keep in kept(n, groups, x.device)]
         return torch.stack([_exp_entropy(values) for values in spectra])
