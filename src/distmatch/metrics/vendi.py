@@ -14,8 +14,8 @@ from distmatch.metrics.resampling import group_bounds, kept
 _WIDE = 1024
 """Dimensions from which on products and eigenvalues of features in float32 are taken in float32."""
 _NOISE = 1e-8
-"""What negative eigenvalues may sum to before this is repeated in float64: they are rounding. The score was off
-by about 16 times their sum, and where they are none or fewer by 7e-7 at most, over 18 spectra."""
+"""What negative eigenvalues may sum to before this is repeated in float64: they are rounding. Over 18 spectra
+the score was off by about 16 times their sum, and by 7e-7 at most where that is below this."""
 
 
 def _directions(x: Tensor) -> Tensor:
