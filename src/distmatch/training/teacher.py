@@ -206,7 +206,12 @@ class TeacherTraining:
         if rest == 0:
             average: Any = state.ema.module
             before = state.memory.get("completed") if turn else None
-            where: dict[str, Any] = {"rows": len(batch.x), "device": self.device, "ranks": state.ranks}
+            # Without gradients more rows fit than in a step, and few at a time would be slow.
+            where: dict[str, Any] = {
+                "rows": max(256, len(batch.x)),
+                "device": self.device,
+                "ranks": state.ranks,
+            }
             state.memory["completed"] = complete(average, observations, before, turn, **where)
         return state.memory["completed"][batch.items]
 
