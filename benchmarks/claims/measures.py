@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from distmatch.base.seeds import generator
 from distmatch.data import from_arrays
 from distmatch.diffusion.geometry.agreement import agreement
 from distmatch.diffusion.geometry.fokker_planck import score_residual
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.likelihood import log_likelihood
 from distmatch.diffusion.noise_streams import SampleNoise
 from distmatch.diffusion.solvers import grid, solve
@@ -156,6 +158,37 @@ def splits() -> Measured:
     )
 
 
+GUIDANCE = (1.0, 1.5, 2.0)
+
+
+def perturbed_conditions() -> Measured:
+    """Teachers of 400 digits with and without noise on label embeddings, each at its best guidance."""
+    loaded, found = load_digits(), []
+    x = torch.tensor(loaded.images / 8 - 1, dtype=torch.float32)[:, None]
+    labels = torch.tensor(loaded.target)
+    for seed in range(5):
+        order = torch.randperm(len(x), generator=generator(seed, "claims/split"))
+        data = from_arrays(x[order[:400]].numpy(), labels=labels[order[:400]].numpy(), name="digits")
+        others = x[order[400:]].flatten(1).double()
+        asked, y = torch.arange(len(others)) % 10, 80 * normal(seed, len(others), 64).view(-1, 1, 8, 8)
+        row = {}
+        for gamma in (0.0, 1.0):
+            teacher = dm.train(data, steps=1000, seed=seed, condition_noise=gamma, **MLP)
+            with torch.no_grad():
+                for scale in GUIDANCE:
+                    model = teacher if scale == 1 else guided(teacher, scale)
+                    ends = solve(model, y.float(), karras(18), "heun", conditioning=asked).y
+                    row[gamma, scale] = frechet_distance(others, ends.flatten(1).double())
+        found.append(row)
+    best = [[min(row[gamma, scale] for scale in GUIDANCE) for row in found] for gamma in (0.0, 1.0)]
+    figures = {
+        f"gamma {gamma:g}, guidance {scale:g}": average([row[gamma, scale] for row in found])
+        for gamma, scale in found[0]
+    }
+    differences = [math.log(without / with_) for without, with_ in zip(*best, strict=True)]
+    return Measured(differences=differences, unit="log fd", figures=figures)
+
+
 @cache
 def exact_and_learned() -> list[tuple[float, float, float, float]]:
     """Distances of SDE to ODE samples and relative residuals, of exact denoisers and of networks."""
@@ -260,6 +293,16 @@ CLAIMS = (
         test="8x8 digits, MLPs of 96x2, 1,500 steps: disagreement at level 0.5 on 200 digits that neither "
         "has, trained on 20 each less trained on 780 each, five splits.",
         measure=splits,
+    ),
+    Claim(
+        name="perturbed-conditions",
+        system="CEP",
+        source="Chen et al. 2024, arXiv 2405.20494",
+        says="Noise on the embeddings of conditions in training gives better samples.",
+        test="8x8 digits with labels, MLPs of 96x2, 1,000 steps on 400 digits, gamma 0 and 1, five splits, "
+        "paired: the smallest Fréchet distance, pixel by pixel, to the 1,397 other digits over the guidance "
+        "scales 1, 1.5 and 2.",
+        measure=perturbed_conditions,
     ),
     Claim(
         name="ode-sde-gap",
