@@ -40,7 +40,14 @@ def deis() -> Measured:
     found = [endpoint_errors(solvers, seed) for seed in EIGHT]
     differences = [row["DEIS, 10 calls"] - row["Heun, 35 calls"] for row in found]
     figures = {name: average([row[name] for row in found]) for name in solvers}
-    return Measured(differences=differences, unit="standard deviations", figures=figures, alike=0.05)
+    note = (
+        "Measured afterwards: 12 calls have an error of 0.059, 20 calls one of 0.022, less than "
+        "Heun's with 35; order 2 has 0.128 at ten calls. Without a history the first steps are "
+        "of lower orders, which is probably what ten calls cannot make up for."
+    )
+    return Measured(
+        differences=differences, unit="standard deviations", figures=figures, alike=0.05, note=note
+    )
 
 
 def unipc() -> Measured:
