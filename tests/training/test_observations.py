@@ -251,6 +251,11 @@ def test_given_observations_are_taken_as_they_are(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=data.raw.numpy(), condition_seen=seen.numpy())
     line = f"train --data {tmp_path}/x.npz --observe mask:0.5 --observe-given --steps 2 --batch 16 --net mlp"
     assert main([*line.split(), "--width", "8", "--depth", "1", "--out", str(tmp_path / "run")]) == 0
+    # Nor does a student compare with them as if they were samples.
+    start = f"distill --teacher {tmp_path}/run --steps 5 --dry-run --out {tmp_path}/student --method"
+    assert main([*start.split(), "dmd2"]) == 2
+    assert main([*start.split(), "diff-instruct"]) == 0
+    assert main([*start.split(), "dmd2", "--data", f"{tmp_path}/x.npz"]) == 0
     config = TeacherConfig(observe="mask:0.5", observe_given=True)
     shown, known = observe(load_data(tmp_path / "x.npz"), config, 0)
     assert torch.equal(known.values, data.batch(torch.arange(64))[0] * seen)

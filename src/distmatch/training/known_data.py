@@ -23,6 +23,10 @@ _KEPT = (
 )  # by a student that is distilled without data
 
 
+OBSERVED = "observed"
+"""Of a teacher that was trained from observations of its data: the forward model."""
+
+
 def describe_data(data: Dataset, spec: str) -> dict[str, Any]:
     """What a saved model keeps of its data: enough to give samples back in the user's units and shares.
 

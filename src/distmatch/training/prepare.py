@@ -35,6 +35,7 @@ from distmatch.training.distill_data import check_fit, drawer, empty_batches
 from distmatch.training.distill_warnings import advice, early_warnings, untried_rates
 from distmatch.training.given_data import check_pipeline_data, check_pipeline_method, given_data
 from distmatch.training.known_data import (
+    OBSERVED,
     describe_data,
     digest_of_data,
     few_samples,
@@ -142,7 +143,15 @@ def prepare_distillation(
     distiller = build_method(context)
     spec = options.data
     if not spec and not options.prompts and texts is None:
-        spec = str((known.get("data") or {}).get("spec", ""))
+        about = known.get("data") or {}
+        spec = str(about.get("spec", ""))
+        if about.get(OBSERVED) and data is None and distiller.needs_data:
+            raise UserError(
+                f"{method.name} compares with real samples, of which the teacher has seen observations alone",
+                got=f"a teacher trained with --observe {about[OBSERVED]}, and no --data",
+                fix="name samples with --data, for example those of `distmatch sample` from the teacher; or take "
+                "a method without data",
+            )
     data, prompts = given_data(
         options,
         teacher,

@@ -23,7 +23,7 @@ from distmatch.nets.text import TextInput
 from distmatch.nets.words import WordEncoder
 from distmatch.nets.work import network_work
 from distmatch.training.devices import check_compile_mode, compile_network, pick_device, with_marked_steps
-from distmatch.training.known_data import describe_data, digest_of_data, few_samples, remember
+from distmatch.training.known_data import OBSERVED, describe_data, digest_of_data, few_samples, remember
 from distmatch.training.noisy_data import with_frozen_noise
 from distmatch.training.observations import observe
 from distmatch.training.options import NetOptions, RunOptions, TeacherConfig, TrainOptions
@@ -80,6 +80,7 @@ def prepare_training(options: TrainOptions, data: Dataset | None = None, *, fres
     about, known = describe_data(data, options.data), None
     if options.teacher.observe:
         _check_observed(options, ranks)
+        about |= {OBSERVED: options.teacher.observe}
         data, known = observe(data, options.teacher, run.seed)  # what follows gets no other data
         options = replace(options, watch=replace(options.watch, watch_samples=0))
     sigma_data, noisy, levels = _training_data(options.teacher, data, run.seed)
