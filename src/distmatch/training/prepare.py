@@ -149,8 +149,8 @@ def prepare_distillation(
             raise UserError(
                 f"{method.name} compares with real samples, of which the teacher has seen observations alone",
                 got=f"a teacher trained with --observe {about[OBSERVED]}, and no --data",
-                fix="name samples with --data, for example those of `distmatch sample` from the teacher; or take "
-                "a method without data",
+                fix="name samples with --data, for example those of `distmatch sample` from the teacher; "
+                "or take a method without data",
             )
     data, prompts = given_data(
         options,
