@@ -17,6 +17,7 @@ from distmatch.training.runfolder import RunFolder
 from tests.helpers.command import command
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # the models of a few steps take ten seconds
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,6 @@ def measured(benchmark, tmp_path_factory):
     return options, rows, pictures
 
 
-@pytest.mark.slow
 def test_every_model_is_measured_and_shown(benchmark, measured, tmp_path):
     options, rows, pictures = measured
     assert [row.name for row in rows] == ["real pictures", "teacher", "teacher, guidance 2", "js, 2 steps"]
@@ -77,7 +77,6 @@ def test_every_model_is_measured_and_shown(benchmark, measured, tmp_path):
     assert (tmp_path / "pictures" / "x.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
 def test_relative_agreement_is_the_judges_own_and_then_the_guided_teachers(benchmark, measured):
     options, rows, _ = measured
     relative = [float(line.split("|")[7]) for line in benchmark.table(options, rows).splitlines()[2:]]

@@ -22,7 +22,15 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if SNIPPET.search(p.read_text())], ids=lambda p: p.name)
+LONG = ("losses.md", "consistency.md", "likelihood.md")  # their snippets train or integrate for seconds
+PYTHON = [p for p in PAGES if SNIPPET.search(p.read_text())]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.name in LONG)) for p in PYTHON],
+    ids=[p.name for p in PYTHON],
+)
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTMATCH_CACHE", str(tmp_path / "cache"))

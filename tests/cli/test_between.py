@@ -84,6 +84,7 @@ def test_the_reference_is_p_and_comes_second_or_as_data(place: Path) -> None:
         assert both[1][name]["value"] < 0.9
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_name_in_the_order_asked_for() -> None:
     answer = done("evaluate q.npz p.npz --divergences mmd,js,fkl,renyi:2,gjs:0.3,fisher,mmd:laplace")
     lines = answer.out.splitlines()

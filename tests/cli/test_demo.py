@@ -61,6 +61,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
         assert contents(tmp_path)[key] == before[key]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_demo")
 def test_a_demo_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done(f"demo --fast --out {tmp_path}/whole")

@@ -56,6 +56,7 @@ def test_a_run_has_the_numbers_of_one_process(run: Path, tmp_path: Path) -> None
     assert events.count('"evaluate"') == 1
 
 
+@pytest.mark.slow
 def test_samples_against_data_too(tmp_path: Path) -> None:
     assert main(f"sample ring8 --n 3000 --steps 4 --out {tmp_path}/a.store --batch 100".split()) == 0
     line = f"evaluate {tmp_path}/a.store ring8 --json"

@@ -22,7 +22,8 @@ FREQUENT = "--batch 32 --log-every 1 --checkpoint-every 5"
 
 
 @pytest.mark.parametrize(
-    ("verb", "number", "code"), [("train", signal.SIGINT, 130), ("distill", signal.SIGTERM, 143)]
+    ("verb", "number", "code"),
+    [("train", signal.SIGINT, 130), pytest.param("distill", signal.SIGTERM, 143, marks=pytest.mark.slow)],
 )
 def test_a_signal_leaves_a_run_that_goes_on(
     verb: str, number: signal.Signals, code: int, tmp_path: Path

@@ -84,6 +84,7 @@ def test_a_student_too_and_one_process_goes_on_where_two_stopped(teachers: Path)
     assert distance(teachers / "both", teachers / "alone") < 1e-5
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_a_student_whose_weights_two_had_shared_out(teachers: Path) -> None:
     line = f"distill --teacher {teachers}/one --batch 32 --steps 6 --fake-score-steps 2 --train lora "
     line += "--checkpoint-every 2"

@@ -158,9 +158,7 @@ def test_ode_and_sdes_have_the_same_laws(diffusion: float, forwards: bool) -> No
         assert float((y - transport(exact.velocity, x, times)).abs().mean()) > 0.1
 
 
-@pytest.mark.parametrize(
-    "diffusion", [pytest.param(0.3, marks=pytest.mark.slow), 1.0, pytest.param(3.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("diffusion", [0.3, 1.0, 3.0])
 def test_the_noise_bounds_what_a_wrong_velocity_does(diffusion: float) -> None:
     # KL(rho || rho_hat) <= int E|b + e s - b_hat - e s_hat|^2 dt / 4 e for an SDE; for the ODE no such thing.
     # A velocity that is wrong by a constant moves all samples alike when the noise is the same, so both laws

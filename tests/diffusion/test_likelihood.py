@@ -134,6 +134,7 @@ def test_standard_normal_data_do_not_move_and_cost_no_accuracy() -> None:
     torch.testing.assert_close(result.log_prob, teacher.log_prob(x, 0.5), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_default_prior_states_its_error_and_moments_shrink_it() -> None:
     teacher = random_mixture(4)
     x = noised(teacher, 8, 0.05)

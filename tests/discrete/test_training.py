@@ -70,6 +70,7 @@ def test_every_loss_descends(loss):
     assert float(bound) < L * math.log(V) - 0.3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_marginals_learn_from_conditionals_in_the_second_stage():
     model = table(vocabulary=2)

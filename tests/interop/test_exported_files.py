@@ -51,6 +51,7 @@ def test_the_contract_travels_with_the_files(folders, tmp_path):
         assert str(folder.parent) not in card + json.dumps(found)
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_both_forms(folders, tmp_path):
     _, teacher = folders("stable-diffusion-3")
     student = tmp_path / "student"
@@ -98,6 +99,7 @@ def test_adapters_of_another_base_are_refused(folders, tmp_path):
     assert (damaged.code, (tmp_path / "new").exists()) == (2, False)
 
 
+@pytest.mark.slow
 def test_a_full_student_finds_its_pipeline_again(folders, tmp_path):
     folder, teacher = folders("stable-diffusion-3")
     moved_away = shutil.copytree(folder, tmp_path / "teacher")

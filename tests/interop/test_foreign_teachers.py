@@ -71,6 +71,7 @@ def test_a_folder_of_diffusers_is_distilled_and_its_student_sampled(teacher: str
     assert any(moved)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_foreign_teacher_resumes_to_the_same_student() -> None:
     four = "--data digits --steps 4 --batch 8 --fake-score-steps 1 --checkpoint-every 2"
     done(f"distill --teacher plain {four} --out whole")

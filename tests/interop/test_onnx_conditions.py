@@ -96,6 +96,7 @@ def test_every_field_is_an_input(lowest: int | None, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_each_field_arrives(tmp_path: Path) -> None:
     """A change of one field alone changes the samples as it does in torch."""
     student = student_of({**SPEC, "label": CLASSES}, null_class=3)
@@ -154,6 +155,7 @@ class OwnDenoiser(nn.Module):
         return self.net(x / sigma[:, None]) * conditioning["age"][:, None]
 
 
+@pytest.mark.slow
 def test_a_denoiser_that_passes_conditions_on_in_its_own_way(tmp_path: Path) -> None:
     student = Student(OwnDenoiser(), (2.5, 0.7))
     export_onnx(student, tmp_path / "m")

@@ -66,6 +66,7 @@ def test_jumps_from_level_to_level(tmp_path: Path) -> None:
     assert worst(student, tmp_path / "m") < 1e-4
 
 
+@pytest.mark.slow
 def test_several_calls_with_classes(tmp_path: Path) -> None:
     info = {"method": "dmd2", "data": {"class_names": ["a", "b", "c"]}}
     student = Student(as_jump(network_teacher(3)), (2.5, 0.7), info, "ddim")
@@ -181,6 +182,7 @@ def test_a_transformer_of_any_shape_is_exported_for_every_batch(
     )
 
 
+@pytest.mark.slow
 def test_latents_have_no_units_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "decoder_of", lambda model: object())
     export_onnx(Student(network_teacher(), (2.5,)), tmp_path / "out")

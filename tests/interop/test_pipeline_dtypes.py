@@ -114,6 +114,7 @@ def test_without_weights_a_pipeline_is_read_the_same_and_needs_no_memory(made):
         load_pipeline(folder, dtype="float16")
 
 
+@pytest.mark.slow
 def test_adapters_on_a_base_in_bfloat16_are_trained_saved_and_loaded(made, tmp_path):
     folder, _ = made("stable-diffusion-3")
     size = PipelineOptions(size=(16,), max_tokens=12)
@@ -142,6 +143,7 @@ def test_adapters_on_a_base_in_bfloat16_are_trained_saved_and_loaded(made, tmp_p
     torch.testing.assert_close(x, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_pipeline_reads_no_weights(made, tmp_path, monkeypatch):
     folder, _ = made("stable-diffusion-3")
     place = tmp_path / "sd3"

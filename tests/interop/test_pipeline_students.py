@@ -94,7 +94,10 @@ def test_doctor_describes_other_teachers_too():
 
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize(("name", "factor"), [("stable-diffusion-3", 1000), ("stable-diffusion", 1)])
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("stable-diffusion-3", 1000), pytest.param("stable-diffusion", 1, marks=pytest.mark.slow)],
+)
 def test_a_dry_run_shows_the_times_that_the_network_of_the_student_receives(name, factor, steps, tmp_path):
     """A flow with shift 3, and noise prediction at timesteps; options of other levels are left out."""
     place = save(name, tmp_path)

@@ -227,9 +227,7 @@ def test_an_image_replaced_under_its_caption_is_noticed_on_resume(place, tmp_pat
     done(f"distill --resume --out {tmp_path}/run --steps 6")
 
 
-@pytest.mark.parametrize(
-    "method", ["consistency", pytest.param("rcm", marks=pytest.mark.slow), "disback", "f-distill"]
-)
+@pytest.mark.parametrize("method", ["consistency", "rcm", "disback", "f-distill"])
 def test_methods_that_read_images_take_them_with_captions(place, teacher, method):
     common = {"method": method, "steps": 30, "batch": 2, "num_steps": 2, "train": "lora", "lora_rank": 2}
     with pytest.raises(UserError, match=rf"{method} needs real images, and these are prompts alone"):

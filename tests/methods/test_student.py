@@ -123,6 +123,7 @@ def gaussian(steps: int, **options: object) -> Tensor:
 MEAN, SPREAD = torch.tensor([1.0, -0.5]), torch.tensor([0.6, 0.3])
 
 
+@pytest.mark.slow
 def test_a_distilled_gaussian_has_the_mean_and_spread_of_its_teacher() -> None:
     # The fitted start gives every noise nearly the same sample, so what must grow is the spread. Seeds 0 to 3
     # came within 0.032 of the mean and 9 % of the spreads; twice that is allowed.

@@ -92,6 +92,7 @@ def test_the_gradient_of_the_last_layer_is_that_of_autograd() -> None:
         assert record._seen is None
 
 
+@pytest.mark.slow
 def test_a_compiled_network_has_that_gradient_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hook is there before the graph is made, which ends at it."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

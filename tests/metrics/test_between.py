@@ -228,6 +228,7 @@ def test_names():
             checked_names(wrong)
 
 
+@pytest.mark.slow
 def test_vectors_keep_their_units():
     p, q = normal(800, 1, 0) + 1, normal(800, 1, 1)
     found = [

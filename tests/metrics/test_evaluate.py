@@ -89,6 +89,7 @@ def test_fresh_data_scores_the_floor():
     assert (table.mean(0).abs() < 4 * table.std(0) / 40**0.5).all()
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_standard_errors_match_the_spread_over_repetitions():
     # 60 repetitions know the spread to 9 %; half-samples and the jackknife are then allowed a bias of 20 %.

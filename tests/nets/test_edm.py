@@ -166,6 +166,7 @@ def test_mistakes_are_explained() -> None:
             EDMDenoiser(Probe(0.0), shape=(2,), num_classes=0, **wrong)
 
 
+@pytest.mark.slow
 def test_training_reaches_the_exact_denoiser_of_two_points() -> None:
     # Data at -1 and +1 with equal probability: E[x0 | x] = tanh(x / sigma^2). Two noise levels, 400 steps.
     torch.manual_seed(0)

@@ -112,6 +112,7 @@ def test_no_features_is_explained() -> None:
             RatioHead(shapes, 0)
 
 
+@pytest.mark.slow
 def test_ratio_net_recovers_the_log_ratio_of_two_gaussians() -> None:
     # p0 = N(m_y, 1), q0 = N(-m_y, 1) with m_0 = (.5, 0), m_1 = (0, .5); after noise both variances are
     # 1 + sigma^2, so log p/q = 2 m_y . x / (1 + sigma^2): it depends on x, on the class and on the noise.

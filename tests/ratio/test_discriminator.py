@@ -205,7 +205,9 @@ def test_effective_sample_size() -> None:
     assert float(exact) == pytest.approx(math.exp(-(SHIFT**2)), abs=0.01)
 
 
-@pytest.mark.parametrize("constant", [0.0, -1.3, 2.0])
+@pytest.mark.parametrize(
+    "constant", [pytest.param(0.0, marks=pytest.mark.slow), -1.3, pytest.param(2.0, marks=pytest.mark.slow)]
+)
 def test_a_constant_logit_gives_all_divergences_the_same_weights(constant: float) -> None:
     for name in [*WEIGHTED, "reverse_kl"]:
         for rounds, expected in ((1, constant), (600, 0.0)):  # thin at first, then divided by its own mean

@@ -153,6 +153,7 @@ def test_values_from_the_exact_ratio(which, both):
     assert estimate.stderr < 0.05 * exact(which) + 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_error_bars_cover_the_truth():
     """200 repetitions with the exact ratio; 90% to 99% are 2.6 sigma of the binomial around 95%."""

@@ -224,6 +224,7 @@ def test_a_step_is_that_of_each_completed_item() -> None:
     assert loss == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_a_teacher_of_half_seen_pairs_is_near_the_closed_form() -> None:
     # Pairs of correlation 0.9 of which each number is hidden half of the time: the teacher against the exact

@@ -167,6 +167,7 @@ def test_options_win_over_files_over_presets_over_defaults(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_another_preset_leaves_what_was_chosen_and_nothing_else(tmp_path: Path) -> None:
     done(f"distill {SHORT} --preset {SID} --steps 5 --lr 2e-5 --out {tmp_path}/run")
     config = tmp_path / "run/config.toml"

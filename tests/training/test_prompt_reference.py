@@ -102,6 +102,7 @@ def test_other_prompts_and_those_that_are_not_there(place, tmp_path):
         config.write_text(kept)
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_prompts(place, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(TEXTS))
     line = (

@@ -56,6 +56,7 @@ def gap_to_the_whole(steps: int, n: int = 300) -> float:
     return float((both.y - alone.y).norm(dim=1).mean())
 
 
+@pytest.mark.slow
 def test_or_of_two_halves_follows_the_sde_of_the_whole() -> None:
     """Same noise, same steps: what is left is the error of the log-densities, of order 1/2 in the step.
 

@@ -135,6 +135,7 @@ def test_features_are_those_of_the_main_pass() -> None:
 # The noisy classifier.
 
 
+@pytest.mark.slow
 def test_a_trained_classifier_is_the_posterior() -> None:
     # At the levels it was trained for, its probabilities are within a few percent of the exact ones.
     x0, labels = TEACHER.sample_with_components(8000, seed=1)

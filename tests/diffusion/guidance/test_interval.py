@@ -151,7 +151,7 @@ def solved_exactly(model: Denoiser, y: Tensor, levels: Tensor) -> Tensor:
     return y
 
 
-REMEMBERING = ["ipndm:3", "tab:2", "dpmpp-2m", "ghvb:2.5"]
+REMEMBERING = [pytest.param("ipndm:3", marks=pytest.mark.slow), "tab:2", "dpmpp-2m", "ghvb:2.5"]
 LIMITED = Guided(TEACHER, 3.0, interval=(0.3, 4.0))
 
 

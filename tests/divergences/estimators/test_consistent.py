@@ -44,6 +44,7 @@ def test_least_values_in_closed_form():
         assert least_at("kl", tv) >= 2 * tv**2 + 4 / 9 * tv**4 - 1e-9  # Pinsker, with its next term
 
 
+@pytest.mark.slow
 def test_what_is_implied_is_never_above_the_truth():
     p, q = pairs(60)
     truths = {name: divergence_discrete(name, p, q) for name in EVERY}

@@ -172,6 +172,7 @@ def test_the_error_of_two_sides_is_that_of_both_with_what_is_unseen():
     assert found.stderr == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_neighbors_notice_samples_of_p_beyond_those_of_q():
     def knn(x_p, x_q, *_):

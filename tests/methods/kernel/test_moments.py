@@ -144,6 +144,7 @@ def test_a_teacher_is_a_fixed_point() -> None:
     assert all(torch.equal(v, before[k]) for k, v in state.student.denoiser.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 3])
 def test_it_brings_a_student_close_to_the_data(calls: int) -> None:
     ring = toy("ring8")

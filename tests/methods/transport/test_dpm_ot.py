@@ -217,6 +217,7 @@ def trained(**settings: Any) -> tuple[Any, Any]:
     return method, state
 
 
+@pytest.mark.slow
 def test_it_samples_the_data_and_evens_the_cells(tmp_path: Path) -> None:
     method, state = trained()
     transport = state.ema.module

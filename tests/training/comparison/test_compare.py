@@ -149,6 +149,7 @@ def wrapped(change: Callable[[Job, DistillOptions], None]) -> Callable[..., Job]
     return prepared
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_resume_give_what_an_undisturbed_comparison_gives(
     tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def test_ctrl_c_and_resume_give_what_an_undisturbed_comparison_gives(
     assert weights(second) == weights(finished / "runs/fast-seed0")
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_give_what_an_undisturbed_comparison_gives(tmp_path: Path, finished: Path) -> None:
     line = f"{TWO} --checkpoint-every 2 --out {tmp_path}/c"
     process = Forked(shlex.split(line))
