@@ -114,12 +114,13 @@ def check_finite(what: str, x: Tensor, *, fix: str = "find out where NaN or infi
     if bool(least.isfinite() & most.isfinite()):
         return
     bad = int((~x.isfinite()).reshape(len(x), -1).any(1).sum())
-    raise UserError(
-        f"{what} are not finite",
-        got=f"NaN or infinity in {bad} of {len(x)} samples",
-        expected="finite numbers",
-        fix=fix,
-    )
+    if bad:  # fake tensors, by which memory is predicted, have no values: every answer of theirs is 0
+        raise UserError(
+            f"{what} are not finite",
+            got=f"NaN or infinity in {bad} of {len(x)} samples",
+            expected="finite numbers",
+            fix=fix,
+        )
 
 
 def check_one_each(what: str, values: Tensor, n: int) -> None:
