@@ -37,7 +37,8 @@ def test_a_plain_call_of_the_pipeline_gives_the_students_samples(name, lora, fol
         assert max(gaps(pipe, student, teacher, name)) < 1e-4
     plain = diffusers.DiffusionPipeline.from_pretrained(folder)
     plain.scheduler = pipe.scheduler
-    assert min(gaps(plain, student, teacher, name)) > 1e-2  # the teacher is another network
+    # The teacher is another network; decoded by random weights its samples may look alike, in latents not.
+    assert gaps(plain, student, teacher, name)[0] > 1e-2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
